@@ -1,0 +1,73 @@
+"""Read routes of the API: one prediction, and an owner's list of them; the table only, never Replicate."""
+
+import base64
+import re
+from typing import Any
+
+from aws_lambda_powertools.event_handler import Response
+from predictions.api import (
+    ANSWER_LIMIT_BYTES,
+    Presenter,
+    answer_with,
+    json_response,
+    own_prediction,
+    owner_with,
+    resolver,
+)
+from predictions.aws import api_url
+from predictions.errors import Problem
+from predictions.table import PredictionsTable
+
+PAGE_SIZE = 100
+
+app = resolver()
+table = PredictionsTable.from_env()
+presenter = Presenter.from_env()
+
+
+@app.get("/predictions/<prediction_id>")
+def get(prediction_id: str) -> Response[str]:
+    """`GET /predictions/{id}`: 404 also for another owner's."""
+    return json_response(200, presenter.show(own_prediction(table, prediction_id, owner_with(app, "read"))))
+
+
+@app.get("/predictions")
+def list_() -> Response[str]:
+    """`GET /predictions?cursor=`: up to 100 predictions, newest first; a page of large ones ends earlier."""
+    owner = owner_with(app, "read")
+    older, start = _position(app.current_event.get_query_string_value("cursor", ""))
+    page = table.list(owner, start, older=older, size=PAGE_SIZE, payload_bytes=ANSWER_LIMIT_BYTES)
+    shown: dict[str, Any] = {
+        "previous": _link("n", page.previous),
+        "next": _link("o", page.next),
+        "results": [presenter.show(whole) for whole in page.predictions],
+    }
+    return json_response(200, shown)
+
+
+def _link(direction: str, key: str | None) -> str | None:
+    if key is None:
+        return None
+    cursor = base64.urlsafe_b64encode(f"{direction}{key}".encode()).decode().rstrip("=")
+    return f"{api_url()}/predictions?cursor={cursor}"
+
+
+def _position(cursor: str) -> tuple[bool, str | None]:
+    """Where a page starts, and whether it goes to the older side of there.
+
+    A cursor is opaque to callers, and harmless if they make one up: the owner is not in it.
+    """
+    if not cursor:
+        return True, None
+    try:
+        text = base64.urlsafe_b64decode(cursor.encode() + b"=" * (-len(cursor) % 4)).decode("ascii")
+    except ValueError:
+        text = ""
+    found = re.fullmatch(r"([no])(\d{4}-\d\d-\d\dT[\d:.]{8,15}Z#[a-z0-9]{26})", text, re.ASCII)
+    if not found:
+        detail = "Not a cursor of this API: take it from `next` or `previous` as it is."
+        raise Problem(422, detail, invalid_fields=[{"field": "cursor", "detail": detail}])
+    return found[1] == "o", found[2]
+
+
+handler = answer_with(app)

@@ -1,0 +1,39 @@
+"""Replicate's webhooks: public, so everything is checked, and this function holds no Replicate token."""
+
+import time
+
+from aws_lambda_powertools.event_handler import Response
+from predictions.api import answer_with, body_of, headers_of, json_response, resolver
+from predictions.errors import Problem
+from predictions.intents import is_id
+from predictions.observability import MetricUnit, logger, metrics
+from predictions.receipts import receive
+from predictions.table import PredictionsTable
+from predictions.webhooks import SigningSecrets, SigningSecretUnavailable, WebhookRefused
+
+app = resolver()
+table = PredictionsTable.from_env()
+secrets = SigningSecrets.from_env()
+
+
+@app.post("/webhooks/replicate/<prediction_id>")
+def webhook(prediction_id: str) -> Response[str]:
+    """`POST /webhooks/replicate/{id}`: 200 for whatever is genuine, 401 for whatever is not, 503 for our own faults."""
+    now = time.time()
+    body = body_of(app)
+    try:
+        secrets.verify(body, headers_of(app), now)
+    except WebhookRefused as error:
+        logger.warning("webhook refused", reason=str(error))
+        metrics.add_metric(name="WebhooksRejected", unit=MetricUnit.Count, value=1)
+        # One answer for every reason: what is wrong with a forgery is not told to its maker.
+        raise Problem(401, "This is not a webhook that Replicate signed for this stack.") from None
+    except SigningSecretUnavailable as error:
+        logger.error("no signing secret", reason=str(error))
+        detail = "Replicate's signing secret is not known yet: send the webhook again."
+        raise Problem(503, detail, headers={"Retry-After": "10"}) from None
+    receipt = receive(table, prediction_id, body, now) if is_id(prediction_id) else "unknown prediction"
+    return json_response(200, {"received": receipt})
+
+
+handler = answer_with(app)

@@ -1,0 +1,72 @@
+"""Create routes of the API: checks a request, submits it once, and answers with the prediction."""
+
+import os
+from typing import Any
+
+from aws_lambda_powertools.event_handler import Response
+from predictions.api import (
+    Presenter,
+    answer_with,
+    body_of,
+    headers_of,
+    json_response,
+    own_prediction,
+    owner_with,
+    resolver,
+)
+from predictions.intents import Reference, create_intent, model_reference, wait_seconds
+from predictions.submissions import Submissions
+
+# API Gateway ends a request after 29 s; submitting and answering take the rest.
+# https://docs.aws.amazon.com/apigateway/latest/developerguide/limits.html
+WAIT_LIMIT_SECONDS = 25
+
+app = resolver()
+submissions = Submissions.from_env()
+presenter = Presenter.from_env()
+
+
+@app.post("/predictions")
+def create() -> Response[str]:
+    """`POST /predictions`: the body's `version` names what to run."""
+    return _create(None)
+
+
+@app.post("/models/<owner>/<name>/predictions")
+def create_with_model(owner: str, name: str) -> Response[str]:
+    """`POST /models/{owner}/{name}/predictions`: a community model runs its latest version."""
+    return _create(model_reference("model", owner, name))
+
+
+@app.post("/deployments/<owner>/<name>/predictions")
+def create_with_deployment(owner: str, name: str) -> Response[str]:
+    """`POST /deployments/{owner}/{name}/predictions`."""
+    return _create(model_reference("deployment", owner, name))
+
+
+def _create(reference: Reference | None) -> Response[str]:
+    token_owner = owner_with(app, "predict")
+    headers = headers_of(app)
+    seconds = wait_seconds(headers.get("prefer"), WAIT_LIMIT_SECONDS)
+    intent = create_intent(
+        body_of(app),
+        headers,
+        owner=token_owner,
+        reference=reference,
+        allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
+    )
+    attempt = headers.get("x-stainless-retry-count", "")
+    prediction = submissions.start(
+        intent, sdk_attempt=int(attempt) if attempt.isdecimal() and len(attempt) < 4 else None
+    )
+    answer_headers = {}
+    if seconds is not None:
+        context = app.lambda_context
+        submissions.wait_for_end(prediction.id, min(seconds, context.get_remaining_time_in_millis() / 1000 - 3))
+        answer_headers["Preference-Applied"] = f"wait={seconds}"
+    whole = own_prediction(submissions.table, prediction.id, token_owner)
+    shown: dict[str, Any] = presenter.show(whole, as_starting=True)
+    return json_response(201, shown, {**answer_headers, "Location": shown["urls"]["get"]})
+
+
+handler = answer_with(app)

@@ -1,0 +1,51 @@
+"""Every minute: moves on what stands still, and keeps Replicate's signing secret fresh."""
+
+import time
+from typing import Any
+
+from predictions.observability import MetricUnit, handler_of, logger, metrics
+from predictions.submissions import Submissions
+from predictions.upstream import UpstreamError
+from predictions.webhooks import SigningSecrets, SigningSecretUnavailable
+
+SWEEP_LIMIT = 1000
+"""The most predictions one sweep looks at; the next one, a minute later, goes on."""
+
+SECRET_REFRESH_SECONDS = 600
+
+submissions = Submissions.from_env()
+secrets = SigningSecrets.from_env()
+_refreshed_at = 0.0
+
+
+@handler_of
+def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:  # noqa: ARG001  # Lambda passes both
+    """Sweeps once.
+
+    Args:
+        event: Of the schedule; not used.
+        context: Tells how long the function may still run.
+
+    Returns:
+        `{"found": …}`, how many predictions stood still.
+    """
+    _refresh_signing_secret()
+    found = submissions.sweep(SWEEP_LIMIT, lambda: context.get_remaining_time_in_millis() / 1000)
+    metrics.add_metric(name="SweepFound", unit=MetricUnit.Count, value=found)
+    return {"found": found}
+
+
+def _refresh_signing_secret() -> None:
+    global _refreshed_at  # once for each warm function: asking every minute would tell nothing new
+    now = time.time()
+    if now < _refreshed_at + SECRET_REFRESH_SECONDS:
+        return
+    try:
+        changed = secrets.store(submissions.signing_secret(), now)
+    except (UpstreamError, SigningSecretUnavailable) as error:
+        # Predictions end by poll without it, so the sweep goes on.
+        logger.error("signing secret not refreshed", reason=str(error))
+        return
+    _refreshed_at = now
+    if changed:
+        logger.info("signing secret changed")

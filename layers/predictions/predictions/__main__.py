@@ -1,0 +1,172 @@
+"""The command `replicate-serverless`: what an operator does to a deployed stack.
+
+    replicate-serverless tokens create --stack NAME --owner alice
+
+What a command makes goes to stdout, and nothing else does: `TOKEN=$(replicate-serverless tokens create …)`
+works.
+Exit codes: 0 done; 2 not done, and stderr says why and what to do.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import botocore.session
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError
+
+from predictions.access import AccessTokens, Scope
+from predictions.errors import PredictionsError
+
+
+class StackUnusable(PredictionsError):
+    """The named stack is not there, or is not one of this project's."""
+
+
+class Stack:
+    """A deployed stack, found by its name, with the region and credentials of the command line.
+
+    Region: `--region`, else AWS_REGION, else as botocore finds one. AWS_ENDPOINT_URL is honoured.
+    """
+
+    def __init__(self, name: str, region: str | None, profile: str | None) -> None:
+        self._name = name
+        self._region = region or os.environ.get("AWS_REGION") or None
+        self._session = botocore.session.Session(profile=profile)
+
+    def client(self, service_name: str) -> Any:
+        """A client of an AWS service in the stack's region."""
+        return self._session.create_client(service_name, region_name=self._region)
+
+    def output(self, key: str) -> str:
+        """The value of one of the stack's outputs, such as `TableName`.
+
+        Raises:
+            StackUnusable: There is no such stack, or it has no such output.
+        """
+        cloudformation = self.client("cloudformation")
+        try:
+            stack = cloudformation.describe_stacks(StackName=self._name)["Stacks"][0]
+        except ClientError as error:
+            if "does not exist" not in error.response["Error"].get("Message", ""):
+                raise
+            raise StackUnusable(
+                f"There is no stack {self._name!r} in {cloudformation.meta.region_name}."
+                " Check its name, --region and --profile."
+            ) from error
+        for output in stack.get("Outputs", []):
+            if output["OutputKey"] == key:
+                return str(output["OutputValue"])
+        raise StackUnusable(
+            f"The stack {self._name!r} ({stack['StackStatus']}) has no output {key}:"
+            " either it is not one of replicate-serverless, or it is not deployed completely."
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(Stack(arguments.stack, arguments.region, arguments.profile), arguments)
+    except NoCredentialsError:
+        return _refuse("There are no AWS credentials. Log in, or name a profile with --profile.")
+    except NoRegionError:
+        return _refuse("There is no AWS region. Give --region, or set AWS_REGION.")
+    except (PredictionsError, BotoCoreError, ClientError) as error:
+        return _refuse(str(error))
+    return 0
+
+
+def _create_token(stack: Stack, arguments: argparse.Namespace) -> None:
+    scopes = [scope.strip() for scope in arguments.scopes.split(",")]
+    token, access = _access_tokens(stack).create(arguments.owner, scopes, arguments.name)
+    # Stored, the token cannot be shown again: nothing may come between the two.
+    print(token, flush=True)
+    print(
+        f"Token {access.id} for {access.owner}: {', '.join(access.scopes)}. It is shown only this once.",
+        file=sys.stderr,
+    )
+
+
+def _list_tokens(stack: Stack, arguments: argparse.Namespace) -> None:
+    tokens = _access_tokens(stack).list()
+    if arguments.json:
+        print(json.dumps([asdict(token) for token in tokens], indent=2))
+        return
+    rows = [("ID", "OWNER", "SCOPES", "ENDS IN", "CREATED", "NAME")] + [
+        (
+            token.id,
+            token.owner,
+            ",".join(token.scopes),
+            token.token_hint,
+            token.created_at[:19] + "Z",
+            token.name,
+        )
+        for token in tokens
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _revoke_token(stack: Stack, arguments: argparse.Namespace) -> None:
+    access = _access_tokens(stack).revoke(arguments.id)
+    print(
+        f"Token {access.id} of {access.owner} is revoked; the API refuses it within 60 seconds.",
+        file=sys.stderr,
+    )
+
+
+def _access_tokens(stack: Stack) -> AccessTokens:
+    return AccessTokens(stack.output("TableName"), stack.client("dynamodb"))
+
+
+def _refuse(message: str) -> int:
+    print(f"replicate-serverless: {message}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Every command sets `run`, called with the stack and the parsed arguments."""
+    stack = argparse.ArgumentParser(add_help=False)
+    stack.add_argument("--stack", required=True, help="name of the deployed CloudFormation stack")
+    stack.add_argument("--region", help="AWS region of the stack (default: AWS_REGION, else the profile's)")
+    stack.add_argument("--profile", help="profile of the AWS configuration to use")
+
+    parser = argparse.ArgumentParser(
+        prog="replicate-serverless",
+        description="Operate a deployed replicate-serverless stack.",
+        allow_abbrev=False,
+    )
+    groups = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    tokens = groups.add_parser("tokens", help="create, list and revoke access tokens of the API")
+    commands = tokens.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    create = commands.add_parser(
+        "create", parents=[stack], help="create a token; it goes to stdout, this once", allow_abbrev=False
+    )
+    create.add_argument("--owner", required=True, help="whose predictions it sees: a-z, 0-9 and '-', at most 32")
+    create.add_argument(
+        "--scopes",
+        default=f"{Scope.PREDICT},{Scope.READ}",
+        help=f"comma separated, of {', '.join(Scope)} (default: %(default)s)",
+    )
+    create.add_argument("--name", default="", help="a label, such as the machine it is used on")
+    create.set_defaults(run=_create_token)
+
+    list_ = commands.add_parser("list", parents=[stack], help="list tokens, oldest first", allow_abbrev=False)
+    list_.add_argument("--json", action="store_true", help="as a JSON list of objects")
+    list_.set_defaults(run=_list_tokens)
+
+    revoke = commands.add_parser("revoke", parents=[stack], help="revoke a token", allow_abbrev=False)
+    revoke.add_argument("id", metavar="ID", help="the token's id as `tokens list` shows it")
+    revoke.set_defaults(run=_revoke_token)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Access tokens: who may call the API, and for what.
+
+A token is `rs_` and 256 random bits. Only its SHA-256 is stored (a random token needs no salt and no slow
+hash), at pk `tokens` and sk the hash, so that one consistent read decides. Its item has no `listed_at`, hence
+appears in no index of predictions.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from predictions.aws import client
+from predictions.errors import PredictionsError
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+TOKENS_PK = "tokens"
+
+_TOKEN = re.compile(r"rs_[A-Za-z0-9_-]{43}")
+_AUTHORIZATION = re.compile(r"(?:bearer|token) +([\x21-\x7e]{1,256}) *", re.IGNORECASE | re.ASCII)
+_OWNER = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_NAME = re.compile(r"[ -~]{0,64}")  # Printable ASCII: names are shown in terminals.
+_ID = re.compile(r"[0-9a-f]{6,64}")
+
+
+class Scope(StrEnum):
+    """What a token allows: start and cancel predictions, read them, manage what belongs to the owner."""
+
+    PREDICT = "predict"
+    READ = "read"
+    MANAGE = "manage"
+
+
+class AccessTokenInvalid(PredictionsError):
+    """The owner, scopes, name or id given for a token cannot be used; the message says which and why."""
+
+
+class AccessTokenNotFound(PredictionsError):
+    """No one token has this id: there is none, it is revoked already, or several begin with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccessToken:
+    """What is known of a token; the token itself is not.
+
+    Attributes:
+        id: The first 12 characters of the hash: names the token and opens nothing.
+        owner: Whose predictions it sees and starts.
+        scopes: In the order of `Scope`.
+        name: A label for people, such as the machine it is used on.
+        created_at: RFC 3339, UTC.
+        token_hint: The token's last four characters, to recognize it by.
+    """
+
+    id: str
+    owner: str
+    scopes: tuple[Scope, ...]
+    name: str
+    created_at: str
+    token_hint: str
+
+
+def parse_authorization(header: str | None) -> str | None:
+    """The credentials in an Authorization header of the scheme `Bearer` or `Token` (any case), else None.
+
+    Replicate's clients send either: https://replicate.com/docs/reference/http#authentication
+    """
+    match = _AUTHORIZATION.fullmatch(header) if isinstance(header, str) else None
+    return match[1] if match else None
+
+
+class AccessTokens:
+    """The access tokens of one stack."""
+
+    def __init__(self, table_name: str, dynamodb: "DynamoDBClient") -> None:
+        self._table_name = table_name
+        self._dynamodb = dynamodb
+
+    @classmethod
+    def from_env(cls) -> "AccessTokens":
+        """Those in the table named by TABLE_NAME."""
+        return cls(os.environ["TABLE_NAME"], client("dynamodb"))
+
+    def create(self, owner: str, scopes: Iterable[str], name: str = "") -> tuple[str, AccessToken]:
+        """Makes a token that is valid at once.
+
+        A crash before the token is shown leaves one that nobody has; `list` shows it, to be revoked.
+
+        Args:
+            owner: 1 to 32 of `a-z`, `0-9` and `-`, not beginning with `-`.
+            scopes: At least one of `Scope`.
+            name: A label, at most 64 printable ASCII characters.
+
+        Returns:
+            The token, which cannot be had again, and what is stored of it.
+
+        Raises:
+            AccessTokenInvalid: An argument cannot be used; nothing was written.
+        """
+        if not _OWNER.fullmatch(owner):
+            raise AccessTokenInvalid(
+                f"The owner {owner!r} must be 1 to 32 of a-z, 0-9 and '-', and not begin with '-'."
+            )
+        wanted = set(scopes)
+        if not wanted or not wanted <= set(Scope):
+            raise AccessTokenInvalid(
+                f"The scopes {', '.join(sorted(wanted)) or '(none)'} must be some of {', '.join(Scope)}."
+            )
+        if not _NAME.fullmatch(name):
+            raise AccessTokenInvalid(f"The name {name!r} must be at most 64 printable ASCII characters.")
+        token = f"rs_{secrets.token_urlsafe(32)}"
+        item: dict[str, Any] = {
+            "pk": {"S": TOKENS_PK},
+            "sk": {"S": _hash(token)},
+            "owner": {"S": owner},
+            "scopes": {"SS": sorted(wanted)},
+            "name": {"S": name},
+            "created_at": {"S": datetime.now(UTC).isoformat()},
+            "token_hint": {"S": token[-4:]},
+        }
+        self._dynamodb.put_item(
+            TableName=self._table_name,
+            Item=item,
+            # The second half lets botocore repeat the put when only its answer was lost.
+            ConditionExpression="attribute_not_exists(pk) OR (#owner = :owner AND created_at = :created_at)",
+            ExpressionAttributeNames={"#owner": "owner"},
+            ExpressionAttributeValues={":owner": item["owner"], ":created_at": item["created_at"]},
+        )
+        return token, _access_token(item)
+
+    def find(self, token: str) -> AccessToken | None:
+        """The token's owner and scopes, or None for anything that is not a valid token.
+
+        What has not the form of a token costs no read. Reads are consistent: a revoked token is unknown at
+        once.
+        """
+        if not _TOKEN.fullmatch(token):
+            return None
+        answer = self._dynamodb.get_item(
+            TableName=self._table_name,
+            Key={"pk": {"S": TOKENS_PK}, "sk": {"S": _hash(token)}},
+            ConsistentRead=True,
+        )
+        item = answer.get("Item")
+        return _access_token(item) if item else None
+
+    def revoke(self, token_id: str) -> AccessToken:
+        """Deletes a token.
+
+        The API refuses it after 60 s at most, which is as long as it keeps an authorizer's answer.
+
+        Args:
+            token_id: The id that `list` shows; or more or less of the hash, at least 6 characters of it.
+
+        Returns:
+            What was deleted.
+
+        Raises:
+            AccessTokenInvalid: This cannot be an id.
+            AccessTokenNotFound: No token, or more than one, has it; nothing was deleted.
+        """
+        if not _ID.fullmatch(token_id):
+            raise AccessTokenInvalid(f"The id {token_id!r} must be 6 to 64 of 0-9 and a-f, as `tokens list` shows it.")
+        items = self._query("pk = :pk AND begins_with(sk, :id)", {":id": {"S": token_id}})
+        if len(items) != 1:
+            raise AccessTokenNotFound(
+                f"No token has the id {token_id}; it may be revoked already."
+                if not items
+                else f"{len(items)} tokens have an id that begins with {token_id}: give more of it."
+            )
+        self._dynamodb.delete_item(TableName=self._table_name, Key={"pk": {"S": TOKENS_PK}, "sk": items[0]["sk"]})
+        return _access_token(items[0])
+
+    def list(self) -> Sequence[AccessToken]:
+        """All tokens, oldest first."""
+        return sorted(map(_access_token, self._query("pk = :pk")), key=lambda token: token.created_at)
+
+    def _query(self, condition: str, values: Mapping[str, Any] | None = None) -> Sequence[Mapping[str, Any]]:
+        pages = self._dynamodb.get_paginator("query").paginate(
+            TableName=self._table_name,
+            KeyConditionExpression=condition,
+            ExpressionAttributeValues={":pk": {"S": TOKENS_PK}, **(values or {})},
+            ConsistentRead=True,
+        )
+        return [item for page in pages for item in page["Items"]]
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _access_token(item: Mapping[str, Any]) -> AccessToken:
+    return AccessToken(
+        id=item["sk"]["S"][:12],
+        owner=item["owner"]["S"],
+        # A scope this version does not know allows nothing.
+        scopes=tuple(scope for scope in Scope if scope in item["scopes"]["SS"]),
+        name=item["name"]["S"],
+        created_at=item["created_at"]["S"],
+        token_hint=item["token_hint"]["S"],
+    )

@@ -1,0 +1,229 @@
+"""The HTTP API's common part: routing, problems, and predictions as callers see them.
+
+Each API function makes a resolver with `resolver()`, adds its routes and ends with `answer_with(app)`. Errors become
+RFC 7807 problems here, once.
+"""
+
+import base64
+import json
+import os
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from aws_lambda_powertools.event_handler import APIGatewayRestResolver, Response
+from aws_lambda_powertools.event_handler.exceptions import NotFoundError
+from botocore.exceptions import BotoCoreError, ClientError
+
+from predictions.aws import api_url
+from predictions.errors import Problem
+from predictions.observability import handler_of, logger
+from predictions.outputs import OutputsBucket, StoredFile, replace_files
+from predictions.table import Prediction, PredictionsTable, Whole
+
+# Lambda answers with at most 6 MB, JSON-escaped once more on its way.
+# https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
+ANSWER_LIMIT_BYTES = 4 * 1024 * 1024
+_LOGS_LIMIT_CHARACTERS = 256 * 1024
+
+_JSON = "application/json"
+_PROBLEM = "application/problem+json"
+
+
+def resolver() -> APIGatewayRestResolver:
+    """A Powertools resolver that answers every error with a problem."""
+    app = APIGatewayRestResolver(debug=False)
+
+    def refuse(problem: Problem) -> Response[str]:
+        logger.info("refused", status=problem.status, title=problem.title)
+        return _response(problem.status, problem.body(), _PROBLEM, problem.headers)
+
+    def not_found(_: NotFoundError) -> Response[str]:
+        event = app.current_event
+        return refuse(Problem(404, f"There is no route {event.http_method} {event.path[:200]}."))
+
+    app.exception_handler(Problem)(refuse)
+    app.not_found(not_found)
+    return app
+
+
+def answer_with(app: APIGatewayRestResolver) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
+    """The Lambda handler of a resolver: whatever its routes do not expect is a 503 problem that says nothing of it."""
+
+    def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
+        try:
+            return app.resolve(event, context)
+        except (ClientError, BotoCoreError):
+            logger.exception("AWS failed")
+            problem = Problem(
+                503, "The stack could not reach a part of itself: try again.", headers={"Retry-After": "2"}
+            )
+        except Exception:  # noqa: BLE001  # the last border before the caller: nothing of an unexpected error may reach it
+            logger.exception("unexpected error")
+            problem = Problem(500, "The stack made an error; its log has the details.")
+        answer = _response(problem.status, problem.body(), _PROBLEM, problem.headers)
+        return {
+            "statusCode": answer.status_code,
+            "headers": {"Content-Type": _PROBLEM, **problem.headers},
+            "body": answer.body,
+            "isBase64Encoded": False,
+        }
+
+    return handler_of(handler)
+
+
+def json_response(status: int, body: Any, headers: Mapping[str, str] | None = None) -> Response[str]:
+    """A JSON answer."""
+    return _response(status, body, _JSON, headers)
+
+
+def owner_with(app: APIGatewayRestResolver, scope: Literal["predict", "read", "manage"]) -> str:
+    """The owner of the access token of the current request.
+
+    Raises:
+        Problem: 403, where the token lacks the scope that the route needs.
+    """
+    authorized: Mapping[str, Any] = app.current_event.request_context.authorizer.raw_event
+    owner = authorized.get("owner")
+    if not owner or scope not in str(authorized.get("scopes", "")).split():
+        raise Problem(403, f"This access token lacks the scope `{scope}`: its owner has to make one that has it.")
+    return str(owner)
+
+
+def headers_of(app: APIGatewayRestResolver) -> dict[str, str]:
+    """The current request's headers, their names in lower case."""
+    return {name.lower(): value for name, value in app.current_event.headers.items() if value is not None}
+
+
+def body_of(app: APIGatewayRestResolver) -> bytes:
+    """The current request's body, as sent.
+
+    Raises:
+        Problem: 400, where what API Gateway calls base64 is none.
+    """
+    event = app.current_event
+    if event.is_base64_encoded:
+        try:
+            return base64.b64decode(event.body or "", validate=True)
+        except ValueError:
+            raise Problem(400, "The body is not readable: it came as base64, and is none.") from None
+    return (event.body or "").encode("utf-8", "surrogatepass")
+
+
+def own_prediction(table: PredictionsTable, prediction_id: str, owner: str) -> Whole:
+    """One of an owner's predictions.
+
+    Raises:
+        Problem: 404, where there is none, or it is another owner's: nobody learns which.
+    """
+    whole = table.read(prediction_id)
+    if whole is None or whole.prediction.owner != owner:
+        raise no_prediction(prediction_id)
+    return whole
+
+
+def no_prediction(prediction_id: str) -> Problem:
+    """The 404 for a prediction that is not there, or not the caller's."""
+    return Problem(404, f"There is no prediction {prediction_id[:64]!r}.")
+
+
+class Presenter:
+    """Shows predictions as Replicate does, with every key present.
+
+    Args:
+        outputs: Makes the URLs of stored files.
+        url_seconds: How long those URLs work.
+    """
+
+    def __init__(self, outputs: OutputsBucket, url_seconds: int) -> None:
+        self._outputs = outputs
+        self._url_seconds = url_seconds
+
+    @classmethod
+    def from_env(cls) -> "Presenter":
+        """From `OUTPUTS_BUCKET_NAME`, `FILE_ORIGINS` and `OUTPUT_URL_SECONDS`."""
+        return cls(OutputsBucket.from_env(), int(os.environ["OUTPUT_URL_SECONDS"]))
+
+    def show(self, whole: Whole, *, as_starting: bool = False) -> dict[str, Any]:
+        """A prediction in Replicate's JSON; what is ours is `output_files`.
+
+        Args:
+            whole: The prediction.
+            as_starting: Whether to show one that has not ended as `starting`, without output: the official clients
+                take the answer to a wait that ended early for the end, unless it says so.
+        """
+        prediction = whole.prediction
+        status = prediction.visible
+        output = self._output(whole)
+        if as_starting and status == "processing":
+            status, output = "starting", None
+        url = f"{api_url()}/predictions/{prediction.id}"
+        urls = {"get": url, "cancel": f"{url}/cancel", "web": url}
+        if prediction.stream_url:
+            urls["stream"] = prediction.stream_url
+        ended = prediction.terminal and not prediction.awaits_copy
+        shown: dict[str, Any] = {
+            "id": prediction.id,
+            "model": prediction.model or prediction.name or "",
+            "version": prediction.upstream_version or prediction.version or "hidden",
+            "input": whole.input,
+            "output": output,
+            "logs": (whole.logs or "")[-_LOGS_LIMIT_CHARACTERS:],
+            "error": _error(prediction, whole.files) if ended else None,
+            "status": status,
+            "created_at": prediction.created_at,
+            "started_at": prediction.started_at,
+            "completed_at": prediction.completed_at if ended else None,
+            "metrics": json.loads(prediction.metrics_json) if prediction.metrics_json and ended else {},
+            "data_removed": prediction.data_removed,
+            "source": "api",
+            "deadline": _rfc3339(prediction.deadline),
+            "urls": urls,
+            "output_files": [self._file(file) for file in whole.files],
+        }
+        if prediction.deployment:
+            shown["deployment"] = prediction.deployment
+        if prediction.webhook:
+            shown["webhook"] = prediction.webhook
+            if prediction.webhook_events_filter:
+                shown["webhook_events_filter"] = list(prediction.webhook_events_filter)
+        return shown
+
+    def _output(self, whole: Whole) -> Any:
+        if whole.output is None or whole.prediction.awaits_copy:
+            return None
+        if not whole.prediction.terminal:
+            # Its files are still upstream's: callers are shown no URL that is not ours.
+            return None if self._outputs.holds_files(whole.output) else whole.output
+        # A file that nobody copied, as after an end by our own word, is shown as missing: its URL is not ours.
+        links: dict[str, Any] = {file.path: None for file in self._outputs.find_files(whole.output)}
+        links |= {f.path: self._outputs.url(f.key, self._url_seconds) for f in whole.files if f.key}
+        return replace_files(whole.output, links)
+
+    def _file(self, file: StoredFile) -> dict[str, Any]:
+        if file.error:
+            return {"path": file.path, "error": file.error}
+        return {
+            "path": file.path,
+            "bucket": self._outputs.name,
+            "key": file.key,
+            "bytes": file.bytes,
+            "sha256": file.sha256,
+            "content_type": file.content_type,
+        }
+
+
+def _error(prediction: Prediction, files: Any) -> str | None:
+    if prediction.error:
+        return prediction.error
+    lost = [f"output{file.path}: {file.error}" for file in files if file.error]
+    return f"{len(lost)} of {len(files)} output files could not be stored. " + "; ".join(lost[:10]) if lost else None
+
+
+def _rfc3339(moment: int) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")
+
+
+def _response(status: int, body: Any, content_type: str, headers: Mapping[str, str] | None) -> Response[str]:
+    text = json.dumps(body, separators=(",", ":"), allow_nan=False)
+    return Response(status_code=status, content_type=content_type, body=text, headers=dict(headers or {}))

@@ -1,0 +1,60 @@
+"""Copying a prediction's files into the outputs bucket, and making its end visible."""
+
+from collections.abc import Callable
+
+from predictions.errors import CopyInterrupted
+from predictions.observability import MetricUnit, count_ended, logger, metrics
+from predictions.outputs import OutputsBucket
+from predictions.table import PredictionsTable
+
+# Replicate removes files about an hour after the end; beyond this a host that still fails is taken at its word.
+_GIVE_UP_SECONDS = 2 * 3600
+
+
+def copy(
+    table: PredictionsTable,
+    outputs: OutputsBucket,
+    prediction_id: str,
+    execution_n: int,
+    *,
+    remaining_seconds: Callable[[], float],
+    now: Callable[[], float],
+) -> None:
+    """Copies what Replicate will remove, then lets callers see the end.
+
+    Twice: nothing is left to copy. Died half-way: stored files stay, the next attempt goes on. A file that cannot be
+    had for good is recorded with its reason, and raises an alarm through the metric `CopiesFailed`.
+
+    Args:
+        table: The predictions.
+        outputs: Where the files go.
+        prediction_id: Our id.
+        execution_n: Which execution asks: the lease to copy belongs to one.
+        remaining_seconds: How long the function may still run.
+        now: The time.
+
+    Raises:
+        CopyInterrupted: Some files could not be had now, or another execution copies.
+    """
+    prediction = table.get(prediction_id)
+    if prediction is None or not prediction.awaits_copy:
+        return
+    if not table.lease_copy(prediction, execution_n, int(remaining_seconds()), now()):
+        raise CopyInterrupted(f"another execution of prediction {prediction_id} copies its files")
+    files = outputs.find_files(table.result_output(prediction))
+    stored = outputs.store(
+        files,
+        prefix=f"{prediction.owner}/{prediction.id}/{prediction.upstream_id}",
+        remaining_seconds=remaining_seconds,
+        final=now() >= (prediction.ended or 0) + _GIVE_UP_SECONDS,
+    )
+    failed = [file for file in stored if file.error]
+    for file in failed:
+        logger.error("output could not be stored", path=file.path, reason=file.error)
+    ended = table.end_copy(prediction, stored, now())
+    if ended is None:
+        return
+    metrics.add_metric(name="BytesCopied", unit=MetricUnit.Bytes, value=sum(file.bytes or 0 for file in stored))
+    metrics.add_metric(name="CopiesFailed", unit=MetricUnit.Count, value=len(failed))
+    logger.info("outputs stored", files=len(stored) - len(failed), failed=len(failed))
+    count_ended(ended.visible, now() - ended.created)

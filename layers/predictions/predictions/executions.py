@@ -1,0 +1,84 @@
+"""Executions of `track_prediction`: one runs for every open prediction, named `{id}-{n}`."""
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+from predictions.aws import client
+
+if TYPE_CHECKING:
+    from mypy_boto3_stepfunctions import SFNClient
+
+
+class Executions:
+    """The state machine's executions.
+
+    Args:
+        state_machine_arn: The machine.
+        stepfunctions: The client to use.
+    """
+
+    def __init__(self, state_machine_arn: str, stepfunctions: "SFNClient") -> None:
+        self._machine_arn = state_machine_arn
+        self._stepfunctions = stepfunctions
+
+    @classmethod
+    def from_env(cls) -> "Executions":
+        """From `STATE_MACHINE_ARN`."""
+        return cls(os.environ["STATE_MACHINE_ARN"], client("stepfunctions"))
+
+    def arn(self, prediction_id: str, n: int) -> str:
+        """The ARN of a prediction's nth execution, whether it exists or not."""
+        return f"{self._machine_arn.replace(':stateMachine:', ':execution:')}:{prediction_id}-{n}"
+
+    def start(self, prediction_id: str, n: int, *, submit: bool) -> bool:
+        """Starts a prediction's nth execution.
+
+        Args:
+            prediction_id: Our id.
+            n: Which one.
+            submit: Whether it has to submit the prediction first.
+
+        Returns:
+            True where it runs now, whoever started it; False where the name belongs to one that has ended.
+        """
+        try:
+            # The same name and input while it runs is answered as if it were started now.
+            # https://docs.aws.amazon.com/step-functions/latest/apireference/API_StartExecution.html
+            self._stepfunctions.start_execution(
+                stateMachineArn=self._machine_arn,
+                name=f"{prediction_id}-{n}",
+                input=json.dumps({"id": prediction_id, "submit": submit}),
+            )
+        except self._stepfunctions.exceptions.ExecutionAlreadyExists:
+            return self.status(prediction_id, n) == "RUNNING"
+        return True
+
+    def status(self, prediction_id: str, n: int) -> str | None:
+        """`RUNNING`, `SUCCEEDED`, `FAILED`, `TIMED_OUT` or `ABORTED`; None where it was never started."""
+        try:
+            return self._stepfunctions.describe_execution(executionArn=self.arn(prediction_id, n))["status"]
+        except self._stepfunctions.exceptions.ExecutionDoesNotExist:
+            return None
+
+
+def wake(task_token: str | None) -> bool:
+    """Tells the execution that waits with this token to go on.
+
+    Returns:
+        Whether somebody waited. A stale token (its execution timed out and polls, was woken before, or was
+        stopped) is no error: that execution finds the end in the table by itself.
+    """
+    if task_token is None:
+        return False
+    stepfunctions = client("stepfunctions")
+    gone = (
+        stepfunctions.exceptions.TaskTimedOut,
+        stepfunctions.exceptions.TaskDoesNotExist,
+        stepfunctions.exceptions.InvalidToken,
+    )
+    try:
+        stepfunctions.send_task_success(taskToken=task_token, output="{}")
+    except gone:
+        return False
+    return True

@@ -1,0 +1,368 @@
+"""What a caller asks for, checked before anything is written or spent.
+
+`create_intent` turns a request of `POST /predictions` (or of a model's or deployment's route) into an `Intent`, or
+refuses it with a `Problem` that names every field that is wrong. An intent's `id` is where exactly-once starts: the
+same owner and `Idempotency-Key` always give the same id.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import secrets
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+
+from predictions.errors import Problem
+
+BODY_LIMIT_BYTES = 5 * 1024 * 1024
+"""The largest body: Lambda takes 6 MB with the event around it.
+https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html"""
+
+DEPTH_LIMIT = 100
+"""The deepest JSON: far above any model's input, far below what recursive code bears."""
+
+LIFETIME_LIMIT_SECONDS = 7 * 24 * 3600
+
+WebhookEvent = Literal["start", "output", "logs", "completed"]
+
+_NUMBER_LIMIT = sys.float_info.max
+_INVALID_FIELDS_LIMIT = 50
+
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_])?"
+_REFERENCE = re.compile(
+    rf"(?P<name>{_NAME}/{_NAME})(?::(?P<version>[0-9a-f]{{64}}))?|(?P<bare_version>[0-9a-f]{{64}})", re.ASCII
+)
+_MODEL_NAME = re.compile(rf"{_NAME}/{_NAME}", re.ASCII)
+_DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,8})s?)?", re.ASCII)
+_DURATION_DETAIL = "A duration from 5 seconds to 7 days, such as `30`, `30s`, `5m` or `1h30m45s`."
+_PREFER_WAIT = re.compile(r"wait(?:\s*=\s*\"?(?P<seconds>[^\";,\s]*)\"?)?\s*(?:;.*)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a caller names to run, not yet looked up.
+
+    Attributes:
+        kind: `model` may still turn out to need a version (community models do); `deployment`, `version`.
+        name: `owner/name`, or None for a bare version id.
+        version: 64 hexadecimal digits, for kind `version`.
+    """
+
+    kind: Literal["version", "model", "deployment"]
+    name: str | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True)
+class Intent:
+    """One prediction that somebody wants, whole and checked.
+
+    Attributes:
+        id: 26 characters `[a-z0-9]`.
+        owner: Whose prediction it is.
+        keyed: Whether the id is derived from the caller's idempotency key.
+        fingerprint: Tells two different requests apart.
+        reference: What is to run it.
+        input_json: The model's input, as JSON text.
+        lifetime_seconds: The caller's deadline, or None for the stack's.
+        webhook: Where the caller wants events, or None.
+        webhook_events_filter: Which events, or None for Replicate's default.
+        stream: The deprecated field, passed on where given.
+        source: How it came: `http`.
+    """
+
+    id: str
+    owner: str
+    keyed: bool
+    fingerprint: str
+    reference: Reference
+    input_json: str
+    lifetime_seconds: int | None
+    webhook: str | None
+    webhook_events_filter: tuple[WebhookEvent, ...] | None
+    stream: bool | None
+    source: str = "http"
+
+
+class _Body(BaseModel):
+    """The fields of `POST /predictions`; Replicate refuses any other, so nothing may be guessed from one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    input: dict[str, Any]
+    version: str | None = Field(default=None, max_length=256)
+    webhook: str | None = None
+    webhook_completed: str | None = None
+    webhook_events_filter: list[WebhookEvent] | None = Field(default=None, max_length=4)
+    stream: StrictBool | None = None
+    lifetime: str | int | None = None
+
+
+def create_intent(
+    body: bytes,
+    headers: Mapping[str, str],
+    *,
+    owner: str,
+    reference: Reference | None,
+    allow_loopback_webhooks: bool,
+) -> Intent:
+    """Checks one create request.
+
+    Args:
+        body: The raw body.
+        headers: The request's headers, their names in lower case.
+        owner: Whose request it is.
+        reference: What the route names; None where the body's `version` has to.
+        allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
+
+    Raises:
+        Problem: 400 (not JSON), 413, 415 or 422 (with `invalid_fields`).
+    """
+    value = parse_json(body, headers.get("content-type"))
+    if not isinstance(value, dict):
+        raise Problem(422, "The body has to be a JSON object with the key `input`.")
+    invalid: list[dict[str, str]] = []
+    try:
+        asked = _Body.model_validate(value)
+    except ValidationError as error:
+        problems = [_field_problem(e) for e in error.errors(include_url=False, include_context=False)]
+        raise _invalid(list({problem["field"]: problem for problem in problems}.values())) from None
+    if reference is not None and asked.version is not None:
+        invalid.append({"field": "version", "detail": "The route names what to run: leave `version` out."})
+    if reference is None:
+        reference = _reference(asked.version, invalid)
+    field, webhook, events = "webhook", asked.webhook, asked.webhook_events_filter
+    if webhook is None and asked.webhook_completed is not None:
+        field, webhook, events = "webhook_completed", asked.webhook_completed, ["completed"]
+    if webhook is not None:
+        _check_webhook(webhook, field, allow_loopback_webhooks, invalid)
+    lifetime_seconds = _lifetime_seconds(headers.get("cancel-after"), "Cancel-After", invalid)
+    if lifetime_seconds is None and asked.lifetime is not None:
+        lifetime_seconds = _lifetime_seconds(str(asked.lifetime), "lifetime", invalid)
+    key = _idempotency_key(headers.get("idempotency-key"), invalid)
+    if invalid or reference is None:
+        raise _invalid(invalid)
+    input_json = json.dumps(asked.input, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    described = [
+        reference.kind, reference.name, reference.version, input_json_canonical(asked.input),
+        webhook, sorted(set(events)) if events is not None else None, asked.stream, lifetime_seconds,
+    ]  # fmt: skip
+    fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    return Intent(
+        id=derived_id(owner, key) if key else random_id(),
+        owner=owner,
+        keyed=key is not None,
+        fingerprint=fingerprint,
+        reference=reference,
+        input_json=input_json,
+        lifetime_seconds=lifetime_seconds,
+        webhook=webhook,
+        webhook_events_filter=tuple(dict.fromkeys(events)) if events is not None else None,
+        stream=asked.stream,
+    )
+
+
+def model_reference(kind: Literal["model", "deployment"], owner: str, name: str) -> Reference:
+    """The reference in a route such as `/models/{owner}/{name}/predictions`.
+
+    Raises:
+        Problem: 404, where no model or deployment can have such a name.
+    """
+    full_name = f"{owner}/{name}"
+    if not _MODEL_NAME.fullmatch(full_name):
+        raise Problem(404, f"There is no {kind} with that name: owner and name are letters, digits, '-', '_' and '.'.")
+    return Reference(kind, full_name)
+
+
+def wait_seconds(prefer: str | None, limit: int) -> int | None:
+    """How long a `Prefer` header asks to wait, at most `limit`; None where it does not.
+
+    Preferences other than `wait` are ignored, as RFC 7240 wants.
+
+    Raises:
+        Problem: 422, where the number is not one from 1 to 60.
+    """
+    for preference in (prefer or "").split(","):
+        if not (asked := _PREFER_WAIT.fullmatch(preference.strip())):
+            continue
+        seconds = asked["seconds"]
+        if seconds is None:
+            return limit
+        if not re.fullmatch(r"[1-9]|[1-5][0-9]|60", seconds, re.ASCII):
+            raise _invalid([{"field": "Prefer", "detail": "`wait` takes whole seconds from 1 to 60, as in `wait=10`."}])
+        return min(limit, int(seconds))
+    return None
+
+
+def parse_json(body: bytes, content_type: str | None) -> Any:
+    """Parses a hostile body as JSON that can be stored and written again.
+
+    Raises:
+        Problem: 413 above `BODY_LIMIT_BYTES`; 415 for another media type; 400 for what is not JSON (RFC 8259), is
+            nested deeper than `DEPTH_LIMIT`, gives one key twice (which of them is meant, readers disagree), or holds
+            numbers or text that JSON cannot carry on.
+    """
+    if len(body) > BODY_LIMIT_BYTES:
+        raise Problem(
+            413,
+            f"The body has {len(body)} bytes; {BODY_LIMIT_BYTES} are taken. Pass large files as https URLs in `input`.",
+        )
+    media_type = (content_type or "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise Problem(415, f"The body has to be application/json, not {media_type[:100]!r}.")
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_object)
+    except UnicodeDecodeError:
+        raise Problem(400, "The body is not UTF-8.") from None
+    except RecursionError:
+        raise Problem(400, f"The body is nested deeper than {DEPTH_LIMIT} levels.") from None
+    except ValueError as error:
+        place = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise Problem(400, f"The body is not JSON{place}.") from None
+    _check_json(value)
+    return value
+
+
+def input_json_canonical(value: Any) -> str:
+    """JSON text that is equal for equal values, whatever their keys' order."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def random_id() -> str:
+    """A new prediction id."""
+    return _id_of(secrets.token_bytes(17))
+
+
+def derived_id(owner: str, key: str) -> str:
+    """The prediction id that belongs to an owner's idempotency key."""
+    return _id_of(hashlib.sha256(f"{owner}\0{key}".encode()).digest())
+
+
+def is_id(text: str) -> bool:
+    """Whether a text can be a prediction's id."""
+    return re.fullmatch(r"[a-z0-9]{26}", text, re.ASCII) is not None
+
+
+def _id_of(entropy: bytes) -> str:
+    return base64.b32encode(entropy).decode().lower()[:26]
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise Problem(400, f"The body gives the key {ascii(twice[:100])} twice in one object.")
+    return made
+
+
+def _check_json(value: Any) -> None:
+    # Iterative: the depth is the caller's to choose.
+    waiting: list[tuple[Any, int]] = [(value, 1)]
+    while waiting:
+        item, depth = waiting.pop()
+        if depth > DEPTH_LIMIT:
+            raise Problem(400, f"The body is nested deeper than {DEPTH_LIMIT} levels.")
+        if isinstance(item, dict):
+            waiting += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, list):
+            waiting += [(part, depth + 1) for part in item]
+        elif isinstance(item, int | float) and not -_NUMBER_LIMIT <= item <= _NUMBER_LIMIT:
+            raise Problem(400, "The body holds a number that is too large for JSON's common range (a 64-bit float).")
+        elif isinstance(item, str):
+            try:
+                item.encode()
+            except UnicodeEncodeError:
+                raise Problem(400, "The body holds half of a surrogate pair, which is no character.") from None
+
+
+def _field_problem(error: Any) -> dict[str, str]:
+    # Beside a list's index, what follows the field's name is the name of a type.
+    parts = [part for i, part in enumerate(error["loc"]) if i == 0 or isinstance(part, int)]
+    field = ".".join(str(part) for part in parts)[:200] or "body"
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(f"`{name}`" for name in _Body.model_fields if name != "webhook_completed")
+        return {"field": field, "detail": f"This field is not known. Known are {known}."}
+    if error["type"] == "missing":
+        return {"field": field, "detail": "This field is required."}
+    if field == "lifetime":
+        return {"field": field, "detail": _DURATION_DETAIL}
+    return {"field": field, "detail": error["msg"]}
+
+
+def _invalid(fields: list[dict[str, str]]) -> Problem:
+    detail = " ".join(f"{f['field']}: {f['detail']}" for f in fields[:5])
+    # A body may hold any number of unknown fields, an answer may not.
+    return Problem(422, detail, title="Input validation failed", invalid_fields=fields[:_INVALID_FIELDS_LIMIT])
+
+
+def _reference(version: str | None, invalid: list[dict[str, str]]) -> Reference | None:
+    if version is None:
+        invalid.append({
+            "field": "version",
+            "detail": "Required: `owner/name`, `owner/name:version` or a version's 64 hexadecimal digits.",
+        })  # fmt: skip
+        return None
+    found = _REFERENCE.fullmatch(version)
+    if not found:
+        invalid.append({
+            "field": "version",
+            "detail": "Not `owner/name`, `owner/name:version` or a version's 64 hexadecimal digits.",
+        })  # fmt: skip
+        return None
+    if version_id := found["version"] or found["bare_version"]:
+        return Reference("version", found["name"], version_id)
+    return Reference("model", found["name"])
+
+
+def _check_webhook(url: str, field: str, allow_loopback: bool, invalid: list[dict[str, str]]) -> None:
+    from predictions.addresses import AddressRefused, check_webhook_url  # only requests with a webhook pay for it
+
+    try:
+        check_webhook_url(url, allow_loopback=allow_loopback)
+    except AddressRefused as error:
+        invalid.append({"field": field, "detail": str(error)})
+
+
+def _lifetime_seconds(text: str | None, field: str, invalid: list[dict[str, str]]) -> int | None:
+    if text is None:
+        return None
+    match = _DURATION.fullmatch(text.strip())
+    if match and any(match.groups()):
+        hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        total = hours * 3600 + minutes * 60 + seconds
+        if 5 <= total <= LIFETIME_LIMIT_SECONDS:
+            return total
+    invalid.append({
+        "field": field,
+        "detail": _DURATION_DETAIL,
+    })  # fmt: skip
+    return None
+
+
+def _idempotency_key(header: str | None, invalid: list[dict[str, str]]) -> str | None:
+    """The key in an `Idempotency-Key` header, quoted (as the IETF draft has it) or bare (as many clients send it).
+
+    https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/
+    """
+    if header is None:
+        return None
+    key = header.strip()
+    if len(key) >= 2 and key[0] == key[-1] == '"':
+        key = key[1:-1]
+    if not re.fullmatch(r"[\x21\x23-\x7e]{1,255}", key, re.ASCII):
+        invalid.append({
+            "field": "Idempotency-Key",
+            "detail": "1 to 255 printable ASCII characters without spaces or quotes, such as a UUID.",
+        })  # fmt: skip
+        return None
+    return key

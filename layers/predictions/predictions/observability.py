@@ -1,0 +1,48 @@
+"""Logs, metrics and traces of every function.
+
+Logs are JSON lines with the prediction's id as `correlation_id`. They name ids, statuses, counts and times; never
+bodies, inputs, outputs, URLs with a query, or secrets. Metrics are CloudWatch's embedded metric format: lines of
+the log, no calls.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from aws_lambda_powertools import Logger, Metrics
+from aws_lambda_powertools.metrics import MetricUnit, single_metric
+
+__all__ = ["MetricUnit", "count_ended", "handler_of", "logger", "metrics"]
+
+logger = Logger()
+metrics = Metrics()
+
+# httpx logs each request's whole URL at INFO: file URLs are capabilities.
+for _name in ("httpx", "httpcore"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+def handler_of(function: Handler) -> Handler:
+    """Makes a function a Lambda handler: log context, metrics flushed at its end and, by parameter, traces.
+
+    The tracer is imported only when tracing is on: it costs as much to import as a boto3 client.
+    """
+    handler: Any = metrics.log_metrics(function)
+    if os.environ.get("TRACING") == "Active":
+        from aws_lambda_powertools import Tracer
+
+        handler = Tracer(patch_modules=["botocore", "httpx"]).capture_lambda_handler(
+            handler, capture_response=False, capture_error=False
+        )
+    wrapped: Handler = logger.inject_lambda_context(handler, clear_state=True)
+    return wrapped
+
+
+def count_ended(status: str, seconds: float) -> None:
+    """Counts a prediction that callers now see ended, by its status, and how long it took from its request."""
+    with single_metric(name="PredictionsEnded", unit=MetricUnit.Count, value=1) as metric:
+        metric.add_dimension("status", status)
+    metrics.add_metric(name="SecondsToEnd", unit=MetricUnit.Seconds, value=seconds)

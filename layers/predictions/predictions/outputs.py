@@ -1,0 +1,651 @@
+"""The outputs bucket: the files of a prediction's output, and payloads that are too large for the table.
+
+    find_files(output)     where files are in an output
+    OutputsBucket.store    copies them, each whole or not at all
+    replace_files(output)  the output with other values in the places of its files
+
+An object is visible only when all of its bytes are there, and is never written twice (`If-None-Match: *`), so
+an object that exists is a finished copy: of an earlier attempt that crashed afterwards, or of one that runs
+now.
+
+Memory while storing: four files at once, each with one part of 8 MiB, plus what botocore and TLS hold of it:
+below 64 MiB whatever the size of the files. A `data:` URL's text is in memory anyway, as part of the output.
+"""
+
+import binascii
+import hashlib
+import io
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import unquote_to_bytes
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from predictions.aws import client
+from predictions.errors import CopyInterrupted
+
+if TYPE_CHECKING:
+    import httpx
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+
+JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
+
+FILE_MAX_BYTES = 5 * 1024**3
+"""The largest file that is copied: 5 GiB."""
+
+FILE_SECONDS = 600.0
+"""How long one file may take with all its attempts: 5 GiB in ten minutes is 9 MiB/s."""
+
+STOP_BEFORE_SECONDS = 30.0
+"""Copying stops when this little is left: the longest read (15 s) and the clean-up fit in it."""
+
+_ATTEMPTS = 3
+_FILES_AT_ONCE = 4
+_MAX_REDIRECTS = 5
+# S3 takes 10,000 parts of at least 5 MiB (https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html).
+# A part is closed when the next piece does not fit, so it holds at least 7 MiB: the largest file has 732.
+_PART_BYTES = 8 * 1024**2
+_PIECE_BYTES = 1024**2
+
+# What a browser may show when it follows a link to the bucket. Not here, and so a download of
+# application/octet-stream: everything that can carry a script (HTML, SVG, XML), and everything unknown.
+_CONTENT_TYPES = re.compile(
+    r"image/(?:png|jpeg|webp|gif|avif|bmp|tiff|heic|heif|jxl|x-icon|vnd\.microsoft\.icon|vnd\.radiance|x-exr)"
+    r"|audio/(?:mpeg|mp3|mp4|x-m4a|aac|wav|x-wav|wave|vnd\.wave|ogg|opus|flac|x-flac|webm|midi|aiff|x-aiff)"
+    r"|video/(?:mp4|x-m4v|webm|quicktime|x-matroska|mpeg|ogg|x-msvideo)"
+    r"|text/(?:plain|csv|markdown|vtt)"
+    r"|model/(?:gltf-binary|gltf\+json|obj|stl|ply|vnd\.usdz\+zip)"
+    r"|application/(?:json|x-ndjson|jsonl|zip|gzip|x-tar|pdf|x-subrip)"
+)
+_OTHER_TYPE = "application/octet-stream"
+
+# One owner's files are below one segment; a segment is what our own ids are made of, and cannot climb.
+_PREFIX = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._@+=-]*(?:/[A-Za-z0-9_-][A-Za-z0-9._@+=-]*)*")
+_PAYLOADS = "payloads/"
+
+_URL = re.compile(
+    r"(https?)://([a-z0-9.-]+)(?::([0-9]{1,5}))?(?=[/?#]|\Z)[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]*",
+    re.IGNORECASE,
+)
+# A media type is required, although RFC 2397 has a default: `data:,` at the start of a text is no file.
+_DATA_HEADER = re.compile(r"data:([a-z0-9!#$&^_.+-]+/[a-z0-9!#$&^_.+-]+)((?:;[!-+\--:<-~]+)*)", re.IGNORECASE)
+_BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")
+_NOT_IN_A_URL = re.compile(r"[^!-~]")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file in an output.
+
+    Attributes:
+        index: Its number in the order of the output, from 0.
+        path: Where it is: a JSON pointer (RFC 6901), `""` for an output that is the file.
+        source: Its `https:` or `data:` URL. It gives access to the file, so it does not belong into logs.
+    """
+
+    index: int
+    path: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """What became of a file: an object in the bucket, or the reason why there is none.
+
+    Attributes:
+        path: Where it is in the output (RFC 6901).
+        index: Its number in the order of the output.
+        key: The object's key.
+        bytes: Its size.
+        sha256: Of its bytes, in hexadecimal.
+        content_type: As the bucket serves it.
+        error: Why there is no object, for the person who asked for the prediction; all of the above but
+            `path` and `index` are then None.
+    """
+
+    path: str
+    index: int
+    key: str | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    content_type: str | None = None
+    error: str | None = None
+
+    def to_item(self) -> dict[str, Any]:
+        """This as JSON, without what is None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_item(cls, item: Mapping[str, Any]) -> "StoredFile":
+        """The inverse of `to_item`; names it does not know are passed over."""
+        return cls(**{field.name: item[field.name] for field in fields(cls) if field.name in item})
+
+
+def find_files(output: JSON, is_file_url: Callable[[str], bool]) -> list[OutputFile]:
+    """All files anywhere in an output.
+
+    The order is that of lists, and of the sorted keys of objects: the order of keys may be another one in the
+    next answer about the same prediction, and a file keeps its index.
+
+    Args:
+        output: Parsed JSON of any depth and size.
+        is_file_url: Whether an `https:` or `http:` URL is that of a file; see `is_file_url`.
+
+    Returns:
+        The files. A string is one if it is, as a whole, such a URL or a `data:` URL with a media type.
+    """
+    return [
+        OutputFile(index, _pointer(place), source) for index, (place, source) in enumerate(_walk(output, is_file_url))
+    ]
+
+
+def replace_files(output: JSON, values: Mapping[str, JSON]) -> JSON:
+    """An output with other values in some places; the given one stays as it is.
+
+    Args:
+        output: Parsed JSON.
+        values: New values by the JSON pointers of `find_files`: our URL, or None for a file that was not
+            stored.
+
+    Returns:
+        The new output, which shares what did not change with the given one.
+
+    Raises:
+        LookupError: A pointer leads nowhere in this output.
+    """
+    root: list[JSON] = [output]
+    ours: dict[int, Any] = {}  # by id(); it also keeps the copies alive, so that no id is given twice
+
+    for path, value in values.items():
+        start, *steps = path.split("/")
+        if start:
+            raise LookupError(f"not a JSON pointer: {path[:200]!r}")
+        parent: Any = root
+        token: Any = 0
+        for step in steps:
+            child = parent[token]
+            if id(child) not in ours:
+                if not isinstance(child, dict | list):
+                    raise LookupError(f"nothing is at {path[:200]!r}")
+                child = child.copy()
+                ours[id(child)] = child
+                parent[token] = child
+            parent, token = child, _token(child, step)
+        parent[token] = value
+    return root[0]
+
+
+def _token(container: Any, step: str) -> str | int:
+    """One step of a JSON pointer into a container, where it leads to something.
+
+    Raises:
+        LookupError: It does not.
+    """
+    token: str | int = step.replace("~1", "/").replace("~0", "~")
+    if isinstance(container, list):
+        if not re.fullmatch(r"[0-9]{1,18}", step):
+            raise LookupError(f"no index of a list: {step[:200]!r}")
+        token = int(step)
+    container[token]
+    return token
+
+
+def is_file_url(url: str, file_origins: Iterable[str] = ()) -> bool:
+    """Whether a URL is that of an output file, by its origin alone.
+
+    "Output files are served by replicate.delivery and its subdomains":
+    https://replicate.com/docs/topics/predictions/output-files
+
+    Args:
+        url: Any text.
+        file_origins: Further origins, as `scheme://host[:port]`.
+    """
+    origin = _origin(url)
+    if origin is None:
+        return False
+    scheme, host, port = origin
+    if scheme == "https" and port == 443 and (host == "replicate.delivery" or host.endswith(".replicate.delivery")):
+        return True
+    return any(origin == _origin(allowed) for allowed in file_origins)
+
+
+class OutputsBucket:
+    """The S3 bucket of outputs and payloads. Safe to use from one thread; `store` uses several of its own.
+
+    Args:
+        name: The bucket's name.
+        file_origins: Origins of files beside Replicate's, as `scheme://host[:port]`.
+        open_client: Makes the HTTP client that downloads; by default one that talks to public addresses only.
+        clock: Seconds that only go forward.
+        sleep: Waits, in seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        file_origins: Sequence[str] = (),
+        *,
+        open_client: "Callable[[], AbstractContextManager[httpx.Client]] | None" = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.name = name
+        self._file_origins = tuple(file_origins)
+        self._open_client = open_client or self._guarded_client
+        self._clock = clock
+        self._sleep = sleep
+
+    @classmethod
+    def from_env(cls) -> "OutputsBucket":
+        """The bucket of `OUTPUTS_BUCKET_NAME`, with the comma-separated `FILE_ORIGINS` (may be empty)."""
+        origins = [origin.strip() for origin in os.environ["FILE_ORIGINS"].split(",")]
+        return cls(os.environ["OUTPUTS_BUCKET_NAME"], [origin for origin in origins if origin])
+
+    def find_files(self, output: JSON) -> list[OutputFile]:
+        """All files in an output, on the hosts that this stack copies from; see the function `find_files`."""
+        return find_files(output, self._is_file_url)
+
+    def holds_files(self, output: JSON) -> bool:
+        """Whether `find_files` would find any; stops at the first."""
+        return next(_walk(output, self._is_file_url), None) is not None
+
+    def url(self, key: str, expires_seconds: int) -> str:
+        """A presigned link to an object; it ends then, or with the function's credentials if sooner."""
+        return self._s3.generate_presigned_url(
+            "get_object", Params={"Bucket": self.name, "Key": key}, ExpiresIn=expires_seconds
+        )
+
+    def put_payload(self, key: str, text: str) -> None:
+        """Stores JSON text.
+
+        The last writer wins: where contents can differ, give each a key of its own (with its hash, say).
+
+        Args:
+            key: Starts with `payloads/`.
+            text: JSON.
+        """
+        self._s3.put_object(Bucket=self.name, Key=_payload_key(key), Body=text.encode(), ContentType="application/json")
+
+    def get_payload(self, key: str) -> str:
+        """JSON text that `put_payload` stored.
+
+        Raises:
+            botocore.exceptions.ClientError: `NoSuchKey`, or `AccessDenied` where listing is not allowed: it
+                is not there, which the bucket's lifecycle rules can bring about.
+        """
+        return self._s3.get_object(Bucket=self.name, Key=_payload_key(key))["Body"].read().decode()
+
+    def store(
+        self,
+        files: Sequence[OutputFile],
+        *,
+        prefix: str,
+        remaining_seconds: Callable[[], float],
+        final: bool = False,
+    ) -> list[StoredFile]:
+        """Copies files into the bucket, as objects `{prefix}/{index}`, several at once.
+
+        Calling it again, after a crash too, copies what is missing and recognises what is there. A file that
+        breaks off, or does not have the size that was announced, is started again (three attempts, ten
+        minutes at most).
+
+        Args:
+            files: As `find_files` gave them for this prediction.
+            prefix: `{owner}/{id}/{upstream_id}`; only from ids that we made or checked.
+            remaining_seconds: How long the function may still run. Copying stops with 30 seconds left.
+            final: There will be no further call: what may succeed later counts as failed.
+
+        Returns:
+            One `StoredFile` for each file, in their order. One with an `error` cannot succeed: gone, too
+            large, not allowed, another object in its place (or, when `final`, not within this time).
+
+        Raises:
+            CopyInterrupted: Some files could not be copied yet (network, 5xx, time, S3). The others are
+                stored, and nothing is left of these.
+            ValueError: The prefix has other characters than ids have.
+        """
+        if not _PREFIX.fullmatch(prefix) or f"{prefix}/".startswith(_PAYLOADS):
+            raise ValueError(f"not a prefix of outputs: {prefix!r}")
+        if not files:
+            return []
+        with self._open_client() as http, ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            outcomes = list(
+                pool.map(lambda file: self._copy(file, f"{prefix}/{file.index}", http, remaining_seconds), files)
+            )
+        interrupted = [outcome for outcome in outcomes if isinstance(outcome, _Interrupted)]
+        if interrupted and not final:
+            raise CopyInterrupted(
+                f"{len(interrupted)} of {len(files)} files could not be copied yet, the first one because "
+                f"{interrupted[0]}"
+            )
+        return [
+            StoredFile(file.path, file.index, error=str(outcome)) if isinstance(outcome, _Interrupted) else outcome
+            for file, outcome in zip(files, outcomes, strict=True)
+        ]
+
+    @property
+    def _s3(self) -> "S3Client":
+        return client("s3")
+
+    def _is_file_url(self, url: str) -> bool:
+        return is_file_url(url, self._file_origins)
+
+    def _guarded_client(self) -> "httpx.Client":
+        # Imported here, because the functions that only read outputs must not pay for httpx at their cold
+        # start.
+        from predictions.addresses import guarded_client
+
+        return guarded_client(allowed_origins=self._file_origins, timeout=15)
+
+    def _copy(
+        self, file: OutputFile, key: str, http: "httpx.Client", remaining_seconds: Callable[[], float]
+    ) -> "StoredFile | _Interrupted":
+        """Copies one file with all its attempts; an interruption is returned, so that the others go on."""
+        end = self._clock() + FILE_SECONDS
+
+        def check_time() -> None:
+            if remaining_seconds() < STOP_BEFORE_SECONDS:
+                raise _OutOfTime("the time for copying was over")
+            if self._clock() > end:
+                raise _OutOfTime(f"the file host took more than {FILE_SECONDS:.0f} seconds")
+
+        reason = ""
+        for attempt in range(_ATTEMPTS):
+            try:
+                if attempt:
+                    self._sleep(2.0 ** (attempt - 1))
+                check_time()
+                return self._copy_once(file, key, http, check_time)
+            except _Refused as refusal:
+                return StoredFile(file.path, file.index, error=str(refusal))
+            except _OutOfTime as interruption:
+                return interruption
+            except _Interrupted as interruption:
+                reason = str(interruption)
+            except ClientError as error:
+                # Ours to mend, also where it is a missing permission: the file itself is not to blame.
+                reason = f"the outputs bucket answered {_code(error)}"
+            except BotoCoreError as error:
+                reason = f"the outputs bucket could not be reached ({type(error).__name__})"
+        return _Interrupted(f"{reason}, {_ATTEMPTS} times")
+
+    def _copy_once(
+        self, file: OutputFile, key: str, http: "httpx.Client", check_time: Callable[[], None]
+    ) -> StoredFile:
+        if file.source[:5].lower() == "data:":
+            return self._upload(file, key, _open_data_url(file.source), check_time)
+        there = self._size(key)
+        try:
+            with self._open_url(file.source, http) as body:
+                if there is None or body.length is None:
+                    return self._upload(file, key, body, check_time)
+                if there != body.length:
+                    raise _Refused(_OTHER_OBJECT)
+        except _Gone:
+            if there is None:
+                raise
+        # An earlier attempt has stored it. Its object is whole, or it would not be visible.
+        return self._stored(file, key, check_time)
+
+    def _upload(self, file: OutputFile, key: str, body: "_Body", check_time: Callable[[], None]) -> StoredFile:
+        """Writes one object: at once if it is one part, else in parts that show nothing until the end."""
+        headers: dict[str, Any] = _served_as(body.content_type)
+        sha256 = hashlib.sha256()
+        size = 0
+        part = io.BytesIO()
+        upload: _Multipart | None = None
+        try:
+            for piece in _pieces(body.chunks):
+                check_time()
+                size += len(piece)
+                if size > FILE_MAX_BYTES:
+                    raise _Refused(_TOO_LARGE)
+                sha256.update(piece)
+                if part.tell() + len(piece) > _PART_BYTES:
+                    upload = upload or _Multipart(self._s3, self.name, key, headers)
+                    upload.add(part)
+                    part = io.BytesIO()
+                part.write(piece)
+            if body.length not in (None, size):
+                raise _Interrupted(f"the file ended after {size} of {body.length} bytes")
+            check_time()
+            try:
+                if upload:
+                    upload.add(part)
+                    upload.complete()
+                    upload = None
+                else:
+                    part.seek(0)
+                    self._s3.put_object(Bucket=self.name, Key=key, Body=part, IfNoneMatch="*", **headers)
+            except ClientError as error:
+                # NoSuchUpload: a complete of which the answer was lost, repeated by botocore.
+                if _code(error) not in ("PreconditionFailed", "412", "NoSuchUpload"):
+                    raise
+                stored = self._stored(file, key, check_time)
+                if (stored.bytes, stored.sha256) != (size, sha256.hexdigest()):
+                    raise _Refused(_OTHER_OBJECT) from None
+                return stored
+        finally:
+            if upload:
+                upload.abort()
+        return StoredFile(file.path, file.index, key, size, sha256.hexdigest(), headers["ContentType"])
+
+    def _stored(self, file: OutputFile, key: str, check_time: Callable[[], None]) -> StoredFile:
+        """What is there, by reading it: its checksum is not kept anywhere else."""
+        answer = self._s3.get_object(Bucket=self.name, Key=key)
+        sha256 = hashlib.sha256()
+        size = 0
+        with closing(answer["Body"]) as body:
+            for piece in body.iter_chunks(_PIECE_BYTES):
+                check_time()
+                sha256.update(piece)
+                size += len(piece)
+        return StoredFile(file.path, file.index, key, size, sha256.hexdigest(), answer["ContentType"])
+
+    def _size(self, key: str) -> int | None:
+        try:
+            return self._s3.head_object(Bucket=self.name, Key=key)["ContentLength"]
+        except ClientError as error:
+            # 403 is S3's answer for a missing key to those who may not list the bucket, as our functions:
+            # https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadObject.html
+            if _code(error) in ("404", "403"):
+                return None
+            raise
+
+    @contextmanager
+    def _open_url(self, url: str, http: "httpx.Client") -> "Iterator[_Body]":
+        """The body at a URL, behind at most five redirects, each to an origin that files may come from."""
+        import httpx  # see _guarded_client
+
+        from predictions.addresses import AddressRefused
+
+        # Without compression, lengths are those of the file.
+        headers = {"Accept-Encoding": "identity", "User-Agent": "replicate-serverless"}
+        try:
+            for _ in range(_MAX_REDIRECTS + 1):
+                with http.stream("GET", url, headers=headers) as response:
+                    if response.status_code in (301, 302, 303, 307, 308):
+                        url = str(response.url.join(response.headers.get("Location", "")))
+                        if not self._is_file_url(url):
+                            raise _Refused("the file host redirected to where files may not come from")
+                        continue
+                    _check_answer(response)
+                    yield _Body(response.headers.get("Content-Type", ""), _length(response), response.iter_raw())
+                    return
+            raise _Refused(f"the file host redirected more than {_MAX_REDIRECTS} times")
+        except httpx.InvalidURL:
+            raise _Refused("the file's URL, or one that it redirects to, is not valid") from None
+        except AddressRefused as error:
+            raise _Refused(f"the file's address {error}") from None
+        except httpx.HTTPError as error:
+            raise _Interrupted(f"the connection to the file host failed ({type(error).__name__})") from None
+
+
+class _Refused(Exception):
+    """A file cannot be copied, now or later."""
+
+
+class _Gone(_Refused):
+    """The file host does not have, or does not give, the file any more."""
+
+
+class _Interrupted(Exception):
+    """A file was not copied, and may be later."""
+
+
+class _OutOfTime(_Interrupted):
+    """Not to be tried again in this call."""
+
+
+_TOO_LARGE = f"the file is larger than {FILE_MAX_BYTES // 1024**3} GiB"
+_OTHER_OBJECT = "another file is stored in its place"
+
+
+@dataclass(frozen=True, slots=True)
+class _Body:
+    content_type: str
+    length: int | None
+    chunks: Iterable[bytes]
+
+
+class _Multipart:
+    """A multipart upload in progress; what a crash leaves behind is for the bucket's lifecycle rule."""
+
+    def __init__(self, s3: "S3Client", bucket: str, key: str, headers: dict[str, Any]) -> None:
+        self._s3 = s3
+        self._at: dict[str, Any] = {"Bucket": bucket, "Key": key}
+        self._at["UploadId"] = s3.create_multipart_upload(**self._at, **headers)["UploadId"]
+        self._parts: list[CompletedPartTypeDef] = []
+
+    def add(self, part: io.BytesIO) -> None:
+        part.seek(0)
+        number = len(self._parts) + 1
+        answer = self._s3.upload_part(**self._at, PartNumber=number, Body=part)
+        self._parts.append({"PartNumber": number, "ETag": answer["ETag"]})
+
+    def complete(self) -> None:
+        self._s3.complete_multipart_upload(**self._at, MultipartUpload={"Parts": self._parts}, IfNoneMatch="*")
+
+    def abort(self) -> None:
+        # What led here is the error to tell; see above for what is left.
+        with suppress(ClientError, BotoCoreError):
+            self._s3.abort_multipart_upload(**self._at)
+
+
+def _walk(output: JSON, is_file_url: Callable[[str], bool]) -> "Iterator[tuple[_Place, str]]":
+    # An own stack, since a hostile output is nested deeper than Python recurses. Places are linked, not
+    # written out: text for each level would take the square of the depth.
+    stack: list[tuple[_Place, Any]] = [(None, output)]
+    while stack:
+        place, value = stack.pop()
+        if isinstance(value, str):
+            start = value[:5].lower()
+            is_file = _is_data_url if start == "data:" else is_file_url if start in ("https", "http:") else None
+            if is_file and is_file(value):
+                yield place, value
+        elif isinstance(value, dict):
+            stack.extend(((place, name), value[name]) for name in sorted(value, reverse=True))
+        elif isinstance(value, list):
+            stack.extend(((place, number), value[number]) for number in range(len(value) - 1, -1, -1))
+
+
+_Place: TypeAlias = "tuple[_Place, str | int] | None"
+
+
+def _pointer(place: _Place) -> str:
+    tokens = []
+    while place is not None:
+        place, token = place
+        tokens.append(str(token).replace("~", "~0").replace("/", "~1"))
+    return "".join(f"/{token}" for token in reversed(tokens))
+
+
+def _origin(url: str) -> tuple[str, str, int] | None:
+    # By a pattern instead of a URL parser: parsers differ on what is not plain, and nothing else passes here.
+    match = _URL.fullmatch(url)
+    if match is None:
+        return None
+    scheme = match[1].lower()
+    return scheme, match[2].lower(), int(match[3] or {"https": 443, "http": 80}[scheme])
+
+
+def _is_data_url(text: str) -> bool:
+    comma = text.find(",", 0, 512)
+    header = _DATA_HEADER.fullmatch(text, 0, comma) if comma > 0 else None
+    if header is None:
+        return False
+    if header[2].lower().endswith(";base64"):
+        return _BASE64.fullmatch(text, comma + 1) is not None
+    return _NOT_IN_A_URL.search(text, comma + 1) is None
+
+
+def _open_data_url(url: str) -> _Body:
+    comma = url.index(",")
+    header, text = url[len("data:") : comma], url[comma + 1 :]
+    if not header.lower().endswith(";base64"):
+        content = unquote_to_bytes(text)
+    else:
+        header = header[: -len(";base64")]
+        try:
+            content = binascii.a2b_base64(text, strict_mode=True)
+        except binascii.Error:
+            raise _Refused("the data: URL is not valid base64") from None
+    return _Body(header, len(content), (content,))
+
+
+def _check_answer(response: "httpx.Response") -> None:
+    status = response.status_code
+    if status in (403, 404, 410):
+        raise _Gone(f"the file host answered {status}: the file is gone")
+    if status in (408, 425, 429) or status >= 500:
+        raise _Interrupted(f"the file host answered {status}")
+    if status != 200:
+        raise _Refused(f"the file host answered {status}")
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise _Refused("the file host compressed the file, although it was asked not to")
+
+
+def _length(response: "httpx.Response") -> int | None:
+    text = response.headers.get("Content-Length")
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise _Interrupted("the file host's answer has no valid Content-Length")
+    if int(text) > FILE_MAX_BYTES:
+        raise _Refused(_TOO_LARGE)
+    return int(text)
+
+
+def _pieces(chunks: Iterable[bytes]) -> Iterator[memoryview]:
+    for chunk in chunks:
+        view = memoryview(chunk)
+        for start in range(0, len(view), _PIECE_BYTES):
+            yield view[start : start + _PIECE_BYTES]
+
+
+def _served_as(content_type: str) -> dict[str, str]:
+    """S3's arguments for an object, of the content type that a stranger named."""
+    name, _, parameters = content_type.lower().partition(";")
+    name = name.strip()
+    if not _CONTENT_TYPES.fullmatch(name):
+        return {"ContentType": _OTHER_TYPE, "ContentDisposition": "attachment"}
+    if name.startswith("text/") and re.search(r"charset=\"?utf-8", parameters):
+        return {"ContentType": f"{name}; charset=utf-8"}
+    return {"ContentType": name}
+
+
+def _payload_key(key: str) -> str:
+    if not key.startswith(_PAYLOADS):
+        raise ValueError(f"not the key of a payload: {key!r}")
+    return key
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", "an unknown error"))

@@ -1,0 +1,67 @@
+"""What a verified webhook of Replicate's does: merge what it tells, and wake the execution that waits for it."""
+
+from enum import StrEnum
+
+from predictions.executions import wake
+from predictions.observability import MetricUnit, count_ended, logger, metrics
+from predictions.table import Change, PredictionsTable
+from predictions.upstream_prediction import UnreadablePrediction, UpstreamPrediction
+
+
+class Receipt(StrEnum):
+    """What became of a webhook; all of them are answered 200, since sending it again would change nothing."""
+
+    MERGED = "merged"
+    NOTHING_NEW = "nothing new"
+    UNKNOWN = "unknown prediction"
+    ORPHAN = "orphan"
+
+
+def receive(table: PredictionsTable, prediction_id: str, body: bytes, now: float) -> Receipt:
+    """Takes in one webhook whose signature is verified.
+
+    Twice, late or out of order: the table's merge rule refuses it, and the token of an ended prediction is sent
+    again, in case the first receiver died between its write and its message.
+
+    Args:
+        table: The predictions.
+        prediction_id: Our id, from the webhook's path.
+        body: The raw body.
+        now: The time.
+    """
+    logger.set_correlation_id(prediction_id)
+    try:
+        told = UpstreamPrediction.read(body)
+    except UnreadablePrediction as error:
+        logger.warning("signed, but not a prediction", reason=str(error))
+        return _unknown()
+    prediction = table.get(prediction_id)
+    if prediction is not None and prediction.upstream_id is None and not _is_for(table, prediction_id, told):
+        # Signed for another prediction and sent to this address: it must not bind this one.
+        logger.warning("a webhook of another prediction", upstream_id=told.id)
+        return _unknown()
+    merge = table.merge(prediction_id, told, now)
+    if merge.change is Change.UNKNOWN or merge.prediction is None:
+        return _unknown()
+    if merge.change is Change.ORPHAN:
+        logger.warning("orphan: a second prediction of the same request", upstream_id=told.id)
+        metrics.add_metric(name="Orphans", unit=MetricUnit.Count, value=1)
+        return Receipt.ORPHAN
+    if merge.change is Change.ENDED and not merge.prediction.awaits_copy:
+        count_ended(merge.prediction.visible, now - merge.prediction.created)
+    logger.info("webhook verified", upstream_id=told.id, status=told.status, change=merge.change.name)
+    if merge.prediction.terminal:
+        wake(merge.prediction.task_token)
+    return Receipt.MERGED if merge.change in (Change.ENDED, Change.PROGRESS) else Receipt.NOTHING_NEW
+
+
+def _is_for(table: PredictionsTable, prediction_id: str, told: UpstreamPrediction) -> bool:
+    """Whether a webhook can belong to a prediction that is not bound yet: the signature does not cover the path."""
+    if told.webhook is not None and not told.webhook.endswith(f"/webhooks/replicate/{prediction_id}"):
+        return False
+    return table.bound_to(told.id) in (None, prediction_id)
+
+
+def _unknown() -> Receipt:
+    metrics.add_metric(name="WebhooksUnknown", unit=MetricUnit.Count, value=1)
+    return Receipt.UNKNOWN

@@ -1,0 +1,614 @@
+"""The protocol: a wanted prediction is submitted to Replicate at most once, and followed until it has ended.
+
+    start       intent and claim in one write, one POST, bind; an execution tracks it from there
+    submit      claim and POST, for an intent that was only written down or whose POST was not accepted
+    poll        what no webhook told: ask, reconcile, enforce the deadline
+    cancel      the owner's flag, and Replicate's cancel
+    sweep       whatever stands still is moved on
+
+Each step may happen twice, late or never, and its function may die after any line. So each begins by reading what is
+there, writes on condition, and leaves `next_check_at` in the item: when that passes, the sweep looks.
+
+The one rule that everything else serves: after a POST whose outcome is unknown there is no second POST. A webhook
+binds the prediction it started, or `poll` finds it among what Replicate lists, or it is given up after its deadline.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from predictions.aws import api_url
+from predictions.errors import PredictionThrottled, Problem
+from predictions.executions import Executions, wake
+from predictions.intents import Intent, Reference, input_json_canonical
+from predictions.observability import MetricUnit, count_ended, logger, metrics
+from predictions.statuses import Status
+from predictions.table import AlreadyExists, Change, Prediction, PredictionsTable
+from predictions.upstream import (
+    NotAccepted,
+    NotFound,
+    OutcomeUnknown,
+    Refused,
+    Replicate,
+    Target,
+    Throttled,
+    Unauthorized,
+    Unavailable,
+)
+from predictions.upstream_prediction import UpstreamPrediction
+
+# A prediction whose submission nobody can account for is given up this long after Replicate must have ended it.
+_GIVE_UP_SECONDS = 300
+# A bound one is given up by our own word only this long after its deadline, or after that many 404s in a row.
+_ABANDON_SECONDS = 3600
+_NOT_FOUND_LIMIT = 5
+
+# Replicate's clock and ours may differ by this much.
+_CLOCK_SKEW_SECONDS = 30
+# No function that submits lives longer than this after its claim.
+_SUBMITTER_SECONDS = 60
+
+_NO_CONNECTION_WAIT_SECONDS = 10
+_UNAUTHORIZED_WAIT_SECONDS = 300
+_WAIT_STEP_SECONDS = 0.2
+_MODEL_CACHE_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The spans of time, in seconds, that an operator chooses.
+
+    Attributes:
+        lifetime: The deadline of a prediction whose caller gives none.
+        grace: How long after its claim a submission may still show up by itself, by webhook or in the list.
+        first_poll: When the first poll is due, after the execution began to wait.
+        poll: When each further poll is due.
+        retention: How long the table keeps a prediction after its deadline.
+    """
+
+    lifetime: int
+    grace: int
+    first_poll: int
+    poll: int
+    retention: int
+
+    @classmethod
+    def from_env(cls) -> "Timing":
+        """From the variables with these names' long forms."""
+        return cls(
+            lifetime=int(os.environ["DEFAULT_LIFETIME_SECONDS"]),
+            grace=int(os.environ["SUBMIT_GRACE_SECONDS"]),
+            first_poll=int(os.environ["FIRST_POLL_SECONDS"]),
+            poll=int(os.environ["POLL_SECONDS"]),
+            retention=int(os.environ["RETENTION_DAYS"]) * 86400,
+        )
+
+
+class Submissions:
+    """Starts predictions, and moves on those that nobody else does.
+
+    Args:
+        table: The predictions.
+        replicate: Replicate.
+        executions: The state machine.
+        timing: The operator's choices.
+        resubmit: Whether a submission of unknown outcome is made anew, once, after its deadline has passed.
+        now: The time, in seconds since 1970.
+        sleep: Waits that many seconds.
+    """
+
+    def __init__(
+        self,
+        table: PredictionsTable,
+        replicate: Replicate,
+        executions: Executions,
+        timing: Timing,
+        *,
+        resubmit: bool = False,
+        now: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.table = table
+        self._replicate = replicate
+        self._executions = executions
+        self._timing = timing
+        self._resubmit = resubmit
+        self._now = now
+        self._sleep = sleep
+        self._versions: dict[str, tuple[float, str | None]] = {}
+
+    @classmethod
+    def from_env(cls) -> "Submissions":
+        """From the environment of any function that may talk to Replicate."""
+        return cls(
+            PredictionsTable.from_env(),
+            Replicate.from_env(),
+            Executions.from_env(),
+            Timing.from_env(),
+            resubmit=os.environ["UNKNOWN_SUBMISSION"] == "resubmit",
+        )
+
+    # -- start ------------------------------------------------------------------------------------------------
+
+    def start(self, intent: Intent, *, sdk_attempt: int | None = None) -> Prediction:
+        """Starts the prediction that a caller waits for the beginning of.
+
+        Args:
+            intent: What is wanted.
+            sdk_attempt: The caller's `x-stainless-retry-count`, where it sends one: such a client repeats a POST
+                whose answer it did not see, without a key, and counts how often.
+
+        Returns:
+            The prediction: new, or the one that the same request started before.
+
+        Raises:
+            Problem: 404 or 422 (Replicate's refusal, or another request with the same key), 502 (Replicate refuses
+                the stack's token or credit), 503 (Replicate cannot be asked which version to run).
+        """
+        if intent.keyed and (existing := self.table.get(intent.id)):
+            return _existing(existing, intent)
+        if sdk_attempt and not intent.keyed:
+            existing = self.table.recent(intent.owner, intent.fingerprint, self._now())
+            if existing is not None:
+                return _existing(existing, intent)
+        version = self._version(intent.reference)
+        now = self._now()
+        deadline = int(now) + (intent.lifetime_seconds or self._timing.lifetime)
+        try:
+            prediction = self.table.put_intent(
+                intent,
+                version=version,
+                deadline=deadline,
+                expires=deadline + self._timing.retention,
+                claim=True,
+                execution_arn=self._executions.arn(intent.id, 1),
+                now=now,
+            )
+        except AlreadyExists as error:
+            return _existing(error.prediction, intent)
+        logger.set_correlation_id(prediction.id)
+        if sdk_attempt is not None and not intent.keyed:
+            self.table.remember_recent(prediction.id, intent.owner, intent.fingerprint, now)
+        metrics.add_metric(name="PredictionsStarted", unit=MetricUnit.Count, value=1)
+        return self._submit_for_caller(prediction, intent.input_json)
+
+    def _submit_for_caller(self, prediction: Prediction, input_json: str) -> Prediction:
+        submit_later = False
+        try:
+            prediction = self._submit(prediction, input_json)
+        except Refused as error:
+            refusal = {"status": error.status, "detail": error.detail, "invalid_fields": error.invalid_fields}
+            self._end(prediction, Status.FAILED, error.detail, refusal=refusal)
+            raise _problem_of(refusal) from None
+        except Unauthorized as error:
+            self._count_refused_token(error)
+            if prediction.keyed:
+                # Its caller can ask again by its key; the sweep submits it once the operator has mended the token.
+                self.table.release(prediction, self._now(), _UNAUTHORIZED_WAIT_SECONDS)
+            else:
+                self._end(prediction, Status.FAILED, "Replicate refused this stack's token or credit.")
+            raise Problem(
+                502, f"Replicate refuses this stack's token or credit ({error.status}). Its operator has to mend that."
+            ) from None
+        except NotAccepted as error:
+            wait_seconds = error.seconds if isinstance(error, Throttled) else _NO_CONNECTION_WAIT_SECONDS
+            logger.warning("not accepted, submitted again later", wait_seconds=wait_seconds, reason=str(error))
+            prediction = self.table.release(prediction, self._now(), wait_seconds) or prediction
+            submit_later = True
+        except OutcomeUnknown as error:
+            logger.warning("submitted with unknown outcome", reason=str(error))
+        except (ClientError, BotoCoreError):
+            # Replicate has it: whatever failed on our side, the caller must not be told to try again. The claim keeps
+            # anybody from submitting it twice, and webhook or poll bind it.
+            logger.exception("submitted, but not bound")
+        try:
+            self._track(prediction, submit=submit_later)
+        except (ClientError, BotoCoreError):
+            # Accepted all the same: the sweep starts the execution within two minutes.
+            logger.exception("submitted, but not tracked yet")
+        return prediction
+
+    def wait_for_end(self, prediction_id: str, seconds: float) -> bool:
+        """Waits until a prediction has visibly ended, at most that long.
+
+        Returns:
+            Whether it has.
+        """
+        until = self._now() + seconds
+        while True:
+            prediction = self.table.get(prediction_id)
+            if prediction is None or (prediction.terminal and not prediction.awaits_copy):
+                return prediction is not None
+            remaining = until - self._now()
+            if remaining <= 0:
+                return False
+            self._sleep(min(_WAIT_STEP_SECONDS, remaining))
+
+    # -- submit -----------------------------------------------------------------------------------------------
+
+    def submit(self, prediction_id: str) -> None:
+        """Submits a prediction that nobody has claimed; anything else is left alone.
+
+        Raises:
+            PredictionThrottled: Not now; nothing was started.
+        """
+        prediction = self.table.get(prediction_id)
+        if prediction is None or prediction.terminal or prediction.claimed or prediction.upstream_id:
+            return
+        now = self._now()
+        if prediction.cancel_requested:
+            self._end(prediction, Status.CANCELED, None)
+            return
+        if now >= prediction.deadline:
+            self._end(prediction, Status.FAILED, "Its deadline passed before Replicate accepted it.")
+            return
+        if prediction.submit_at and prediction.submit_at > now:
+            raise PredictionThrottled(int(prediction.submit_at - now) + 1)
+        version = prediction.version
+        if version is None and prediction.kind == "model":
+            try:
+                version = self._version(Reference("model", prediction.name))
+            except Problem as problem:
+                if problem.status >= 500:
+                    raise PredictionThrottled(_NO_CONNECTION_WAIT_SECONDS) from None
+                self._end(prediction, Status.FAILED, problem.detail)
+                return
+        claimed = self.table.claim(prediction_id, version, now)
+        if claimed is None:
+            return
+        self._submit_for_execution(claimed)
+
+    def _submit_for_execution(self, prediction: Prediction) -> None:
+        try:
+            self._submit(prediction, self.table.input_json(prediction))
+        except Refused as error:
+            self._end(prediction, Status.FAILED, error.detail)
+        except NotAccepted as error:
+            wait_seconds = _NO_CONNECTION_WAIT_SECONDS
+            if isinstance(error, Throttled):
+                wait_seconds = error.seconds
+            elif isinstance(error, Unauthorized):
+                self._count_refused_token(error)
+                wait_seconds = _UNAUTHORIZED_WAIT_SECONDS
+            logger.warning("not accepted, submitted again later", wait_seconds=wait_seconds, reason=str(error))
+            self.table.release(prediction, self._now(), wait_seconds)
+            raise PredictionThrottled(wait_seconds) from None
+        except OutcomeUnknown as error:
+            logger.warning("submitted with unknown outcome", reason=str(error))
+
+    def _submit(self, prediction: Prediction, input_json: str) -> Prediction:
+        """The one POST, for the holder of the claim, and the bind.
+
+        Raises:
+            NotAccepted: The claim may be released.
+            OutcomeUnknown: It may not.
+        """
+        body: dict[str, Any] = {
+            "input": json.loads(input_json),
+            "webhook": f"{api_url()}/webhooks/replicate/{prediction.id}",
+            "webhook_events_filter": _events(prediction),
+        }
+        if prediction.stream is not None:
+            body["stream"] = prediction.stream
+        remaining_seconds = prediction.deadline - int(self._now())
+        told = self._replicate.create(_target(prediction), body, cancel_after_seconds=remaining_seconds)
+        logger.info("submitted", upstream_id=told.id, status=told.status)
+        return self._bind(prediction, told)
+
+    def _bind(self, prediction: Prediction, told: UpstreamPrediction) -> Prediction:
+        now = self._now()
+        next_check_at = int(now) + self._timing.first_poll + 120
+        merged = self._merge(prediction, told, next_check_at=next_check_at)
+        if merged.cancel_requested and not merged.terminal and merged.upstream_id == told.id:
+            return self._cancel_upstream(merged)
+        return merged
+
+    # -- poll -------------------------------------------------------------------------------------------------
+
+    def poll(self, prediction_id: str) -> None:
+        """Moves an open prediction on without a webhook.
+
+        Raises:
+            PredictionThrottled: It still has to be submitted, and not now.
+        """
+        prediction = self.table.get(prediction_id)
+        if prediction is None or prediction.terminal:
+            return
+        metrics.add_metric(name="Polls", unit=MetricUnit.Count, value=1)
+        if prediction.upstream_id:
+            self._ask(prediction)
+        elif prediction.claimed:
+            self._reconcile(prediction)
+        else:
+            self.submit(prediction_id)
+
+    def _ask(self, prediction: Prediction) -> None:
+        now = self._now()
+        upstream_id = prediction.upstream_id or ""
+        not_found = False
+        try:
+            prediction = self._merge(prediction, self._replicate.get(upstream_id))
+            if not prediction.terminal and (prediction.cancel_requested or now >= prediction.deadline):
+                prediction = self._cancel_upstream(prediction)
+        except NotFound:
+            not_found = True
+        except Unavailable as error:
+            logger.warning("poll without answer", reason=str(error))
+        if prediction.terminal:
+            return
+        if not_found and prediction.not_found_count + 1 >= _NOT_FOUND_LIMIT:
+            self._end(prediction, Status.FAILED, f"Replicate does not know prediction {upstream_id} any more.")
+        elif now >= prediction.deadline + _ABANDON_SECONDS:
+            self._end(
+                prediction, Status.FAILED, f"Replicate left prediction {upstream_id} open an hour past its deadline."
+            )
+        else:
+            self.table.check_again_at(prediction, now + self._timing.poll + 120, not_found=not_found)
+
+    def _reconcile(self, prediction: Prediction) -> None:
+        """Finds what a submission of unknown outcome started, if it started anything."""
+        now = self._now()
+        claimed = prediction.claimed or 0
+        if now >= claimed + self._timing.grace:
+            try:
+                matches = self._candidates(prediction, claimed)
+            except Unavailable as error:
+                logger.warning("reconciling without answer", reason=str(error))
+                matches = None
+            if matches is not None and len(matches) == 1:
+                logger.info("reconciled", upstream_id=matches[0].id)
+                self._bind(prediction, matches[0])
+                return
+            if matches:
+                logger.warning("several predictions may be this one: none is taken", candidates=[m.id for m in matches])
+            if now >= prediction.deadline + _GIVE_UP_SECONDS and (
+                matches is not None or now >= prediction.deadline + _ABANDON_SECONDS
+            ):
+                self._give_up(prediction, now)
+                return
+        self.table.check_again_at(prediction, now + self._timing.poll + 120)
+
+    def _candidates(self, prediction: Prediction, claimed: int) -> list[UpstreamPrediction]:
+        """The predictions of Replicate's that can be this one: same target, input and time, bound to no other."""
+        target, wanted = _target(prediction), input_json_canonical(json.loads(self.table.input_json(prediction)))
+        start = datetime.fromtimestamp(claimed - _CLOCK_SKEW_SECONDS, UTC)
+        end = datetime.fromtimestamp(claimed + _SUBMITTER_SECONDS + _CLOCK_SKEW_SECONDS, UTC)
+        matches = []
+        for listed in self._replicate.created_between(start, end):
+            if not target.ran(listed) or listed.id in prediction.orphans | prediction.orphans_canceled:
+                continue
+            if listed.input is not None and input_json_canonical(listed.input) != wanted:
+                continue
+            if self.table.bound_to(listed.id) not in (None, prediction.id):
+                continue
+            try:
+                told = self._replicate.get(listed.id)
+            except NotFound:
+                continue
+            names_us = told.webhook is not None and told.webhook.endswith(f"/webhooks/replicate/{prediction.id}")
+            if names_us:
+                return [told]
+            if told.webhook is None and input_json_canonical(told.input) == wanted:
+                matches.append(told)
+        return matches
+
+    def _give_up(self, prediction: Prediction, now: float) -> None:
+        if prediction.cancel_requested:
+            self._end(prediction, Status.CANCELED, None)
+        elif self._resubmit and not prediction.resubmitted:
+            lifetime_seconds = prediction.deadline - prediction.created
+            if self.table.resubmit(prediction, int(now) + lifetime_seconds, now):
+                self.submit(prediction.id)
+        else:
+            self._end(
+                prediction,
+                Status.FAILED,
+                "Replicate's answer to the submission was lost, and no prediction of it was found until the deadline. "
+                "It was not submitted again, since that could have been paid for twice.",
+            )
+
+    # -- cancel -----------------------------------------------------------------------------------------------
+
+    def cancel(self, prediction: Prediction) -> Prediction:
+        """Cancels a prediction for its owner.
+
+        Returns:
+            The prediction as it is then: still open where Replicate has yet to end it, unchanged where it had ended.
+        """
+        flagged = self.table.request_cancel(prediction.id, self._now()) or self.table.get(prediction.id) or prediction
+        if flagged.terminal:
+            return flagged
+        if flagged.upstream_id:
+            return self._cancel_upstream(flagged)
+        if not flagged.claimed:
+            return self._end(flagged, Status.CANCELED, None)
+        return flagged
+
+    def _cancel_upstream(self, prediction: Prediction) -> Prediction:
+        try:
+            return self._merge(prediction, self._replicate.cancel(prediction.upstream_id or ""))
+        except (NotFound, Unavailable) as error:
+            # The flag or the deadline stays: the next poll, or the sweep in a minute, asks again.
+            logger.warning("cancel without answer", reason=str(error))
+            return prediction
+
+    # -- sweep ------------------------------------------------------------------------------------------------
+
+    def sweep(self, limit: int, remaining_seconds: Callable[[], float]) -> int:
+        """Moves on every prediction whose check is due; stops in time, since the next sweep goes on.
+
+        Args:
+            limit: The most predictions of one sweep.
+            remaining_seconds: How long the function may still run.
+
+        Returns:
+            How many it looked at.
+        """
+        looked_at = 0
+        for prediction_id in self.table.due(self._now(), limit):
+            if remaining_seconds() < _SUBMITTER_SECONDS:
+                break
+            looked_at += 1
+            try:
+                self._sweep(prediction_id)
+            except (ClientError, BotoCoreError):
+                # One that cannot be mended must not keep the sweep from the others; it stays due.
+                logger.exception("swept without success", prediction_id=prediction_id)
+        return looked_at
+
+    def _sweep(self, prediction_id: str) -> None:
+        now = self._now()
+        prediction = self.table.get(prediction_id)
+        # The index may lag behind the item.
+        if prediction is None or prediction.next_check_at is None or prediction.next_check_at > now:
+            return
+        logger.set_correlation_id(prediction_id)
+        if prediction.orphans:
+            self._cancel_orphans(prediction)
+            prediction = self.table.get(prediction_id) or prediction
+        if prediction.terminal and not prediction.awaits_copy:
+            if prediction.orphans:
+                self.table.check_again_at(prediction, now + _SUBMITTER_SECONDS)
+            else:
+                self.table.close(prediction)
+            return
+        execution = self._executions.status(prediction_id, prediction.execution_n)
+        unclaimed = not prediction.claimed and not prediction.upstream_id
+        if unclaimed and execution is None and prediction.source == "http" and not prediction.keyed:
+            self._end(prediction, Status.FAILED, "It was not submitted: its caller was told of an error.")
+            return
+        logger.info("stands still", status=prediction.status, execution=execution)
+        if prediction.cancel_requested and prediction.upstream_id and not prediction.terminal:
+            prediction = self._cancel_upstream(prediction)
+        if execution == "RUNNING":
+            if prediction.terminal:
+                wake(prediction.task_token)
+        else:
+            self._track(prediction, submit=unclaimed)
+        self.table.check_again_at(prediction, now + self._timing.first_poll + 120)
+
+    def _cancel_orphans(self, prediction: Prediction) -> None:
+        for upstream_id in sorted(prediction.orphans):
+            try:
+                self._replicate.cancel(upstream_id)
+            except NotFound:
+                logger.info("orphan is gone", upstream_id=upstream_id)
+            except Unavailable as error:
+                logger.warning("orphan not canceled yet", upstream_id=upstream_id, reason=str(error))
+                continue
+            self.table.orphan_canceled(prediction, upstream_id)
+
+    def signing_secret(self) -> str:
+        """The secret with which Replicate signs its webhooks.
+
+        Raises:
+            UpstreamError: Replicate did not tell it.
+        """
+        return self._replicate.signing_secret()
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _track(self, prediction: Prediction, *, submit: bool) -> None:
+        """Makes sure that an execution of this prediction runs."""
+        following: Prediction | None = prediction
+        while following is not None and not self._executions.start(following.id, following.execution_n, submit=submit):
+            # That name is used up by one that has ended.
+            n = following.execution_n + 1
+            following = self.table.next_execution(following, self._executions.arn(following.id, n), self._now())
+
+    def _merge(
+        self, prediction: Prediction, told: UpstreamPrediction, *, next_check_at: int | None = None
+    ) -> Prediction:
+        merge = self.table.merge(prediction.id, told, self._now(), next_check_at=next_check_at)
+        merged = merge.prediction or prediction
+        if merge.change is Change.ORPHAN:
+            logger.warning("orphan: a second prediction of the same request", upstream_id=told.id)
+            metrics.add_metric(name="Orphans", unit=MetricUnit.Count, value=1)
+        if merge.change is Change.ENDED:
+            if not merged.awaits_copy:
+                count_ended(merged.visible, self._now() - merged.created)
+            wake(merged.task_token)
+        return merged
+
+    def _end(
+        self, prediction: Prediction, status: Status, error: str | None, *, refusal: dict[str, Any] | None = None
+    ) -> Prediction:
+        ended = self.table.end(prediction, status, error, self._now(), refusal=refusal)
+        if ended is None:
+            return self.table.get(prediction.id) or prediction
+        logger.info("ended by the stack", status=status.value, reason=error)
+        count_ended(ended.visible, self._now() - ended.created)
+        wake(ended.task_token)
+        return ended
+
+    def _version(self, reference: Reference) -> str | None:
+        """The version that runs a reference: None where Replicate runs it without one (official models).
+
+        Raises:
+            Problem: 404 where there is no such model, 422 where it has no version, 503 where that is not known.
+        """
+        if reference.kind != "model":
+            return reference.version
+        name = reference.name or ""
+        cached = self._versions.get(name)
+        if cached and cached[0] > self._now():
+            return cached[1]
+        try:
+            model = self._replicate.model(name)
+        except NotFound:
+            raise Problem(404, f"There is no model {name}, or this stack's Replicate token may not use it.") from None
+        except Unavailable as error:
+            detail = f"Replicate could not be asked for the version of {name}: {error}. Nothing was started: try again."
+            raise Problem(503, detail, headers={"Retry-After": "5"}) from None
+        version = None if model.is_official else model.latest_version
+        if version is None and not model.is_official:
+            raise Problem(422, f"The model {name} has no version that could be run.")
+        self._versions[name] = (self._now() + _MODEL_CACHE_SECONDS, version)
+        return version
+
+    def _count_refused_token(self, error: Unauthorized) -> None:
+        logger.error("Replicate refuses the stack's token or credit", status=error.status)
+        metrics.add_metric(name="UpstreamRefusals", unit=MetricUnit.Count, value=1)
+
+
+def _existing(prediction: Prediction, intent: Intent) -> Prediction:
+    """The answer to a request that was made before.
+
+    Raises:
+        Problem: 422, where it was another request; or the refusal that the first one got.
+    """
+    if prediction.owner != intent.owner or prediction.fingerprint != intent.fingerprint:
+        detail = "This key belongs to another request: use a new key for a new request, and the old one to repeat it."
+        raise Problem(422, detail, invalid_fields=[{"field": "Idempotency-Key", "detail": detail}])
+    if prediction.refusal_json:
+        raise _problem_of(json.loads(prediction.refusal_json))
+    return prediction
+
+
+def _problem_of(refusal: dict[str, Any]) -> Problem:
+    return Problem(refusal["status"], refusal["detail"], invalid_fields=refusal["invalid_fields"])
+
+
+def _target(prediction: Prediction) -> Target:
+    if prediction.kind == "deployment":
+        return Target("deployment", prediction.name)
+    if prediction.version is None:
+        return Target("model", prediction.name)
+    return Target("version", prediction.name, prediction.version)
+
+
+def _events(prediction: Prediction) -> list[str]:
+    """The webhook events to ask Replicate for: what the protocol needs, and what the caller wants to hear of.
+
+    Replicate's default for a caller who names none is outputs and the end.
+    """
+    wanted: tuple[str, ...] = ()
+    if prediction.webhook:
+        wanted = prediction.webhook_events_filter or ("output", "completed")
+    return [event for event in ("start", "output", "logs", "completed") if event in {"start", "completed", *wanted}]

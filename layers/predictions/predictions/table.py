@@ -1,0 +1,844 @@
+"""The table: every prediction's state, and the conditions under which it may change.
+
+One item per prediction (`pk` = `prediction#{id}`, `sk` = `status`) is small, because each of its updates is billed
+by its size. Payloads are items of their own under the same `pk`, written once each, or objects in the outputs bucket
+above `PAYLOAD_LIMIT_BYTES`:
+
+    input#{fingerprint}     the model's input, written before the intent, so that an intent always has one
+    progress                output and logs of a prediction that runs; replaced by longer ones only
+    result#{upstream_id}    output and logs at the end, written before the status turns terminal; the first one stays
+    files                   where the outputs are stored, where there are too many for the status item
+
+Every write of a status item is conditional; there is no other way to change one than this module. What may happen
+twice, late or out of order is refused by the condition, and the caller is told what is there instead.
+
+Besides, `pk` = `tokens` holds the access tokens (see `predictions.access`) and `pk` = `recent#{owner}#{fingerprint}`
+the latest request of a client that announced that it may send it again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
+
+from predictions.aws import client
+from predictions.errors import PredictionsError
+from predictions.outputs import OutputsBucket, StoredFile
+from predictions.statuses import TERMINAL_RANK, Status, rank_of, visible
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+    from predictions.intents import Intent
+    from predictions.upstream_prediction import UpstreamPrediction
+
+PAYLOAD_LIMIT_BYTES = 100 * 1024
+"""Above this a payload goes to S3: an item holds 400 KB, and a page of a list has to hold many.
+https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.html"""
+
+COPY_LEASE_SECONDS = 1020
+"""Longer than the longest life of copy_outputs (900 s) and the way there."""
+
+# How long before the sweep looks at an item that should have moved on by itself.
+_START_CHECK_SECONDS = 60
+_COPY_CHECK_SECONDS = 120
+
+_FILES_LIMIT_BYTES = 16 * 1024
+_ERROR_LIMIT_CHARACTERS = 4000
+_METRICS_LIMIT_BYTES = 4000
+_RECENT_SECONDS = 120
+
+
+class AlreadyExists(PredictionsError):
+    """An intent's id is taken; `prediction` is what has it."""
+
+    def __init__(self, prediction: "Prediction") -> None:
+        super().__init__(f"prediction {prediction.id} exists")
+        self.prediction = prediction
+
+
+class Change(Enum):
+    """What a merge did."""
+
+    UNKNOWN = "there is no such prediction"
+    ORPHAN = "the prediction is bound to another upstream id, or has ended without one"
+    CLOSED = "the prediction had ended already"
+    NOTHING = "nothing newer was told"
+    PROGRESS = "the prediction moved on"
+    ENDED = "the prediction ended upstream"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A prediction's status item. Times are whole seconds since 1970, except where they are Replicate's text."""
+
+    id: str
+    owner: str
+    created_at: str
+    created: int
+    fingerprint: str
+    source: str
+    keyed: bool
+    kind: str
+    rank: int
+    status: str
+    visible: str
+    deadline: int
+    execution_n: int
+    expires_at: int
+    name: str | None = None
+    version: str | None = None
+    deployment: str | None = None
+    model: str | None = None
+    upstream_version: str | None = None
+    webhook: str | None = None
+    webhook_events_filter: tuple[str, ...] | None = None
+    stream: bool | None = None
+    claimed: int | None = None
+    submit_at: int | None = None
+    resubmitted: bool = False
+    cancel_requested: int | None = None
+    upstream_id: str | None = None
+    started_at: str | None = None
+    completed_at: str | None = None
+    error: str | None = None
+    metrics_json: str | None = None
+    stream_url: str | None = None
+    refusal_json: str | None = None
+    execution_arn: str | None = None
+    task_token: str | None = field(default=None, repr=False)
+    next_check_at: int | None = None
+    ended: int | None = None
+    not_found_count: int = 0
+    orphans: frozenset[str] = frozenset()
+    orphans_canceled: frozenset[str] = frozenset()
+    copy_until: int | None = None
+    copy_by: int | None = None
+    data_removed: bool = False
+    files_json: str | None = None
+
+    @property
+    def terminal(self) -> bool:
+        """Whether Replicate's part is over; callers may still see `processing` while files are copied."""
+        return self.rank >= TERMINAL_RANK
+
+    @property
+    def awaits_copy(self) -> bool:
+        """Whether only the copying of its files stands between this prediction and its visible end."""
+        return self.terminal and self.visible == Status.PROCESSING
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The outcome of a merge: what happened, and the item as it is now (None where there is none)."""
+
+    change: Change
+    prediction: Prediction | None
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A prediction with its payloads, as callers are shown it."""
+
+    prediction: Prediction
+    input: Any
+    output: Any
+    logs: str | None
+    files: Sequence[StoredFile]
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of an owner's predictions, newest first, with the keys where the neighbours start."""
+
+    predictions: Sequence[Whole]
+    previous: str | None
+    next: str | None
+
+
+class PredictionsTable:
+    """The DynamoDB table and the rules by which its items change.
+
+    Args:
+        name: The table's name.
+        outputs: The bucket that takes large payloads, and knows which strings in an output are files.
+        dynamodb: The client to use.
+    """
+
+    def __init__(self, name: str, outputs: OutputsBucket, dynamodb: "DynamoDBClient") -> None:
+        self._name = name
+        self._outputs = outputs
+        self._dynamodb = dynamodb
+
+    @classmethod
+    def from_env(cls) -> "PredictionsTable":
+        """From `TABLE_NAME` and what `OutputsBucket.from_env` reads."""
+        return cls(os.environ["TABLE_NAME"], OutputsBucket.from_env(), client("dynamodb"))
+
+    # -- intent and claim -------------------------------------------------------------------------------------
+
+    def put_intent(
+        self, intent: "Intent", *, version: str | None, deadline: int, expires: int, claim: bool, execution_arn: str,
+        now: float,
+    ) -> Prediction:  # fmt: skip
+        """Writes down that a prediction is wanted and, in the same write, that the writer is about to submit it.
+
+        Twice: the second is told of the first. Crash right after: the sweep finds the item a minute later.
+
+        Args:
+            intent: What is wanted.
+            version: The version that will run, where it is known.
+            deadline: When the prediction has to have ended, as sent to Replicate.
+            expires: When the table may forget it.
+            claim: Whether the caller of this method submits it now.
+            execution_arn: The execution that will track it, `{id}-1`.
+            now: The time.
+
+        Raises:
+            AlreadyExists: The id is taken.
+        """
+        created_at = _timestamp(now)
+        self._put_payload(intent.id, f"input#{intent.fingerprint}", intent.input_json, expires)
+        item: dict[str, Any] = {
+            **_key(intent.id),
+            "id": intent.id,
+            "owner": intent.owner,
+            "listed_at": f"{created_at}#{intent.id}",
+            "created_at": created_at,
+            "created": int(now),
+            "fingerprint": intent.fingerprint,
+            "source": intent.source,
+            "keyed": intent.keyed,
+            "kind": intent.reference.kind,
+            "name": intent.reference.name,
+            "version": version,
+            "deployment": intent.reference.name if intent.reference.kind == "deployment" else None,
+            "webhook": intent.webhook,
+            "webhook_events_filter": list(intent.webhook_events_filter) if intent.webhook_events_filter else None,
+            "stream": intent.stream,
+            "rank": 0,
+            "status": Status.QUEUED.value,
+            "visible": Status.STARTING.value,
+            "deadline": deadline,
+            "claimed": int(now) if claim else None,
+            "execution_n": 1,
+            "execution_arn": execution_arn,
+            "open": "open",
+            "next_check_at": int(now) + _START_CHECK_SECONDS,
+            "expires_at": expires,
+        }
+        item = {name: value for name, value in item.items() if value is not None}
+        try:
+            self._dynamodb.put_item(
+                TableName=self._name,
+                Item=_serialize(item),
+                ConditionExpression="attribute_not_exists(pk)",
+                ReturnValuesOnConditionCheckFailure="ALL_OLD",
+            )
+        except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
+            raise AlreadyExists(_prediction(_left_behind(error))) from None
+        return _prediction_of(item)
+
+    def remember_recent(self, prediction_id: str, owner: str, fingerprint: str, now: float) -> None:
+        """Notes the latest request of a client whose SDK says that it may send it again."""
+        item = {"pk": f"recent#{owner}#{fingerprint}", "sk": "recent", "id": prediction_id, "created": int(now),
+                "expires_at": int(now) + 3600}  # fmt: skip
+        self._dynamodb.put_item(TableName=self._name, Item=_serialize(item))
+
+    def recent(self, owner: str, fingerprint: str, now: float) -> Prediction | None:
+        """The same owner's same request of the last two minutes, noted by `remember_recent`."""
+        found = self._dynamodb.get_item(
+            TableName=self._name,
+            Key=_serialize({"pk": f"recent#{owner}#{fingerprint}", "sk": "recent"}),
+            ConsistentRead=True,
+        ).get("Item")
+        if not found:
+            return None
+        noted = _deserialize(found)
+        return self.get(noted["id"]) if noted["created"] >= now - _RECENT_SECONDS else None
+
+    def claim(self, prediction_id: str, version: str | None, now: float) -> Prediction | None:
+        """Takes the right to submit `version`; None where somebody has it, it was canceled, or it has ended."""
+        return self._change(
+            prediction_id,
+            set={"claimed": int(now), **({"version": version} if version else {})},
+            condition="attribute_not_exists(#claimed) AND attribute_not_exists(#cancel_requested) "
+            "AND attribute_not_exists(#upstream_id) AND #rank < :terminal",
+        )
+
+    def release(self, prediction: Prediction, now: float, wait_seconds: int) -> Prediction | None:
+        """Gives the claim back: it is certain that nothing was started. None where the item moved on meanwhile.
+
+        Nobody submits it before `wait_seconds` have passed.
+        """
+        return self._change(
+            prediction.id,
+            set={
+                "submit_at": int(now) + wait_seconds,
+                "next_check_at": int(now) + wait_seconds + _START_CHECK_SECONDS,
+            },
+            remove=["claimed"],
+            condition="#claimed = :claimed AND attribute_not_exists(#upstream_id) AND #rank < :terminal",
+            values={":claimed": prediction.claimed},
+        )
+
+    def resubmit(self, prediction: Prediction, deadline: int, now: float) -> Prediction | None:
+        """Gives up a claim whose outcome stayed unknown beyond the deadline, once, for a second submission."""
+        return self._change(
+            prediction.id,
+            set={"deadline": deadline, "resubmitted": True, "next_check_at": int(now) + _START_CHECK_SECONDS},
+            remove=["claimed"],
+            condition="#claimed = :claimed AND attribute_not_exists(#upstream_id) "
+            "AND attribute_not_exists(#resubmitted) AND #rank < :terminal",
+            values={":claimed": prediction.claimed},
+        )
+
+    # -- what Replicate says ----------------------------------------------------------------------------------
+
+    def merge(
+        self, prediction_id: str, told: "UpstreamPrediction", now: float, *, next_check_at: int | None = None
+    ) -> Merge:
+        """Merges what Replicate tells of a prediction: the same rule for webhook, poll, create answer and list.
+
+        Writes only if the item is unbound or bound to that upstream id, and the rank is higher; a terminal item never
+        changes. The first write of an upstream id binds it; a second upstream id is an orphan, recorded for the
+        sweep to cancel.
+
+        Args:
+            prediction_id: Our id.
+            told: What Replicate says.
+            now: The time.
+            next_check_at: When the sweep should look, where the caller knows better than the item.
+        """
+        rank = rank_of(told.status)
+        prediction = self.get(prediction_id)
+        kept_result = kept_progress = False
+        while True:
+            if prediction is None:
+                return Merge(Change.UNKNOWN, None)
+            if prediction.upstream_id != told.id and (prediction.upstream_id or prediction.terminal):
+                return self._add_orphan(prediction, told, now)
+            if prediction.terminal:
+                return Merge(Change.CLOSED, prediction)
+            if rank >= TERMINAL_RANK and not kept_result:
+                told = self._put_result(prediction, told)
+                kept_result = True
+            elif 0 < rank < TERMINAL_RANK and rank >= prediction.rank and not kept_progress:
+                self._put_progress(prediction, told)
+                kept_progress = True
+            if rank <= prediction.rank and prediction.upstream_id:
+                return Merge(Change.NOTHING, prediction)
+            values: dict[str, Any] = {":rank": max(rank, prediction.rank), ":upstream_id": told.id}
+            changed = self._change(
+                prediction_id,
+                set=self._told(prediction, told, rank, now, next_check_at),
+                remove=self._closed_by(prediction, told, rank),
+                condition="(#rank < :rank OR attribute_not_exists(#upstream_id)) AND #rank < :terminal "
+                "AND (attribute_not_exists(#upstream_id) OR #upstream_id = :upstream_id)",
+                values=values,
+            )
+            if changed is not None:
+                return Merge(Change.ENDED if changed.terminal else Change.PROGRESS, changed)
+            # Somebody else wrote in between: look again; each turn raises the rank, so this ends.
+            prediction = self.get(prediction_id)
+
+    def _told(
+        self, prediction: Prediction, told: "UpstreamPrediction", rank: int, now: float, next_check_at: int | None
+    ) -> dict[str, Any]:
+        rank = max(rank, prediction.rank)
+        status = told.status if rank_of(told.status) == rank else prediction.status
+        values: dict[str, Any] = {
+            "upstream_id": told.id,
+            "rank": rank,
+            "status": status,
+            "visible": visible(status),
+            "model": told.model,
+            "upstream_version": told.version,
+            "deployment": told.deployment,
+            "started_at": told.started_at,
+            "stream_url": _short(told.urls.get("stream")),
+            "next_check_at": next_check_at,
+        }
+        if prediction.cancel_requested and not prediction.upstream_id and next_check_at is None:
+            # Whoever binds an item that is to be canceled may lack the token for it: the sweep has it.
+            values["next_check_at"] = int(now)
+        if rank >= TERMINAL_RANK:
+            metrics_json = json.dumps(told.metrics) if told.metrics else None
+            values |= {
+                "completed_at": told.completed_at or _timestamp(now),
+                "error": told.error[:_ERROR_LIMIT_CHARACTERS] if told.error else None,
+                "metrics_json": metrics_json if metrics_json and len(metrics_json) <= _METRICS_LIMIT_BYTES else None,
+                "data_removed": told.data_removed or None,
+                "ended": int(now),
+            }
+            if self._outputs.holds_files(told.output):
+                # The running execution copies first; the lease is granted here to save it a write.
+                values |= {
+                    "visible": Status.PROCESSING.value,
+                    "copy_by": prediction.execution_n,
+                    "copy_until": int(now) + COPY_LEASE_SECONDS,
+                    "next_check_at": int(now) + _COPY_CHECK_SECONDS,
+                }
+            elif not prediction.orphans:
+                values["next_check_at"] = None
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _closed_by(self, prediction: Prediction, told: "UpstreamPrediction", rank: int) -> list[str]:
+        if rank < TERMINAL_RANK or prediction.orphans or self._outputs.holds_files(told.output):
+            return []
+        return ["open", "next_check_at"]
+
+    def _add_orphan(self, prediction: Prediction, told: "UpstreamPrediction", now: float) -> Merge:
+        if told.id in prediction.orphans | prediction.orphans_canceled or rank_of(told.status) >= TERMINAL_RANK:
+            return Merge(Change.ORPHAN, prediction)
+        changed = self._change(
+            prediction.id,
+            set={"open": "open", "next_check_at": int(now)},
+            add={"orphans": {told.id}},
+            condition="attribute_exists(pk) AND (NOT contains(#orphans, :told))",
+            values={":told": told.id},
+        )
+        return Merge(Change.ORPHAN, changed or prediction)
+
+    def end(
+        self,
+        prediction: Prediction,
+        status: Status,
+        error: str | None,
+        now: float,
+        *,
+        refusal: Mapping[str, Any] | None = None,
+    ) -> Prediction | None:
+        """Ends a prediction by our own word, on condition that it is still as `prediction` says.
+
+        Only for what Replicate cannot end any more: an intent that was never accepted, or a bound one that Replicate
+        denies to know or leaves open an hour past its deadline (the callers' rules).
+
+        Returns:
+            The ended prediction, or None where it moved on meanwhile.
+        """
+        values: dict[str, Any] = {
+            "rank": TERMINAL_RANK,
+            "status": status.value,
+            "visible": visible(status),
+            "completed_at": _timestamp(now),
+            "ended": int(now),
+        }
+        if error:
+            values["error"] = error[:_ERROR_LIMIT_CHARACTERS]
+        if refusal:
+            values["refusal_json"] = json.dumps(refusal)
+        conditions = ["#rank < :terminal"]
+        expected: dict[str, Any] = {}
+        for name, value in (("upstream_id", prediction.upstream_id), ("claimed", prediction.claimed)):
+            if value is None:
+                conditions.append(f"attribute_not_exists(#{name})")
+            else:
+                conditions.append(f"#{name} = :{name}")
+                expected[f":{name}"] = value
+        return self._change(
+            prediction.id,
+            set=values,
+            remove=[] if prediction.orphans else ["open", "next_check_at"],
+            condition=" AND ".join(conditions),
+            values=expected,
+        )
+
+    # -- cancel, checks, executions -----------------------------------------------------------------------------
+
+    def request_cancel(self, prediction_id: str, now: float) -> Prediction | None:
+        """Flags an open prediction as canceled by its owner; None where it has ended. Twice changes nothing."""
+        return self._change(
+            prediction_id,
+            set={"cancel_requested": int(now), "next_check_at": int(now) + _START_CHECK_SECONDS},
+            condition="attribute_exists(pk) AND #rank < :terminal AND attribute_not_exists(#cancel_requested)",
+        )
+
+    def check_again_at(self, prediction: Prediction, moment: float, *, not_found: bool = False) -> None:
+        """Sets when the sweep should look at an open prediction next, and counts reads that found nothing."""
+        values: dict[str, Any] = {"next_check_at": int(moment)}
+        if not_found or prediction.not_found_count:
+            values["not_found_count"] = prediction.not_found_count + 1 if not_found else 0
+        self._change(prediction.id, set=values, condition="attribute_exists(#open)")
+
+    def next_execution(self, prediction: Prediction, execution_arn: str, now: float) -> Prediction | None:
+        """Counts up the execution that tracks a prediction; None where another did so first."""
+        return self._change(
+            prediction.id,
+            set={
+                "execution_n": prediction.execution_n + 1,
+                "execution_arn": execution_arn,
+                "next_check_at": int(now) + _START_CHECK_SECONDS,
+            },
+            condition="#execution_n = :n AND attribute_exists(#open)",
+            values={":n": prediction.execution_n},
+        )
+
+    def orphan_canceled(self, prediction: Prediction, upstream_id: str) -> None:
+        """Forgets an orphan that is canceled; its id stays known as an orphan's in `orphans_canceled`."""
+        self._change(
+            prediction.id,
+            add={"orphans_canceled": {upstream_id}},
+            delete={"orphans": {upstream_id}},
+            condition="attribute_exists(pk)",
+        )
+
+    def close(self, prediction: Prediction) -> None:
+        """Takes a prediction that has ended, visibly and without open orphans, off the sweep's list."""
+        self._change(
+            prediction.id,
+            remove=["open", "next_check_at"],
+            condition="#rank = :terminal AND #visible <> :processing AND attribute_not_exists(#orphans)",
+            values={":processing": Status.PROCESSING.value},
+        )
+
+    # -- outputs ----------------------------------------------------------------------------------------------
+
+    def lease_copy(self, prediction: Prediction, execution_n: int, needed_seconds: int, now: float) -> bool:
+        """Takes, or already has, the right to copy this prediction's files for `needed_seconds`."""
+        until = prediction.copy_until or 0
+        if prediction.copy_by == execution_n and until >= now + needed_seconds:
+            return True
+        changed = self._change(
+            prediction.id,
+            set={
+                "copy_by": execution_n,
+                "copy_until": int(now) + COPY_LEASE_SECONDS,
+                "next_check_at": int(now) + COPY_LEASE_SECONDS,
+            },
+            condition="#visible = :processing AND #rank = :terminal AND "
+            "(attribute_not_exists(#copy_until) OR #copy_until < :now OR #copy_by = :me)",
+            values={":processing": Status.PROCESSING.value, ":now": int(now), ":me": execution_n},
+        )
+        return changed is not None
+
+    def end_copy(self, prediction: Prediction, files: Sequence[StoredFile], now: float) -> Prediction | None:
+        """Makes a prediction's end visible, with its files' places; None where that was done already."""
+        files_json = json.dumps([stored.to_item() for stored in files], separators=(",", ":"))
+        values: dict[str, Any] = {"visible": visible(prediction.status), "ended": int(now)}
+        if len(files_json) <= _FILES_LIMIT_BYTES:
+            values["files_json"] = files_json
+        else:
+            self._put_payload(prediction.id, "files", files_json, prediction.expires_at)
+        return self._change(
+            prediction.id,
+            set=values,
+            remove=["copy_until", "copy_by", *([] if prediction.orphans else ["open", "next_check_at"])],
+            condition="#visible = :processing AND #rank = :terminal",
+            values={":processing": Status.PROCESSING.value},
+        )
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def get(self, prediction_id: str) -> Prediction | None:
+        """One status item, read consistently."""
+        found = self._dynamodb.get_item(
+            TableName=self._name, Key=_serialize(_key(prediction_id)), ConsistentRead=True
+        ).get("Item")
+        return _prediction(found) if found else None
+
+    def read(self, prediction_id: str) -> Whole | None:
+        """One prediction with its payloads, read consistently."""
+        items: list[dict[str, Any]] = []
+        for page in self._dynamodb.get_paginator("query").paginate(
+            TableName=self._name,
+            KeyConditionExpression="pk = :pk",
+            ExpressionAttributeValues=_serialize({":pk": _key(prediction_id)["pk"]}),
+            ConsistentRead=True,
+        ):
+            items += [_deserialize(item) for item in page["Items"]]
+        return self._whole({item["sk"]: item for item in items})
+
+    def input_json(self, prediction: Prediction) -> str:
+        """A prediction's input as it was asked for, as JSON text."""
+        text = self._payload(prediction.id, f"input#{prediction.fingerprint}")
+        if text is None:
+            raise LookupError(f"the input of prediction {prediction.id} is gone")
+        return text
+
+    def result_output(self, prediction: Prediction) -> Any:
+        """The output a terminal prediction ended with, as Replicate gave it."""
+        text = self._payload(prediction.id, f"result#{prediction.upstream_id}")
+        return json.loads(text)["output"] if text else None
+
+    def list(self, owner: str, start: str | None, *, older: bool, size: int, payload_bytes: int) -> Page:
+        """A page of an owner's predictions.
+
+        Args:
+            owner: Whose.
+            start: The key (`created_at#id`) beside which the page starts, or None for the newest.
+            older: Whether the page lies on the older side of `start`.
+            size: The most predictions of a page.
+            payload_bytes: The page ends early when its payloads together are larger.
+        """
+        condition = "#owner = :owner"
+        values: dict[str, Any] = {":owner": owner}
+        if start is not None:
+            condition += f" AND listed_at {'<' if older else '>'} :start"
+            values[":start"] = start
+        answer = self._dynamodb.query(
+            TableName=self._name,
+            IndexName="by_owner",
+            KeyConditionExpression=condition,
+            ExpressionAttributeNames={"#owner": "owner"},
+            ExpressionAttributeValues=_serialize(values),
+            ScanIndexForward=not older,
+            Limit=size + 1,
+        )
+        keys = [_deserialize(item) for item in answer["Items"]]
+        more = len(keys) > size
+        taken = keys[:size]
+        listed: list[tuple[str, Whole]] = []
+        whole_bytes = 0
+        for key, whole in zip(taken, self._wholes([k["pk"] for k in taken]), strict=True):
+            if whole is None:
+                continue
+            whole_bytes += len(json.dumps([whole.input, whole.output])) + len(whole.logs or "")
+            if listed and whole_bytes > payload_bytes:
+                more = True
+                break
+            listed.append((key["listed_at"], whole))
+        if not older:
+            listed.reverse()
+        first, last = (listed[0][0], listed[-1][0]) if listed else (None, None)
+        beyond_start = start is not None
+        return Page(
+            predictions=[whole for _, whole in listed],
+            previous=first if (beyond_start if older else more) else None,
+            next=last if (more if older else beyond_start) else None,
+        )
+
+    def due(self, now: float, limit: int) -> Iterator[str]:
+        """Ids of open predictions whose `next_check_at` has passed, the longest overdue first."""
+        found = self._dynamodb.query(
+            TableName=self._name,
+            IndexName="due",
+            KeyConditionExpression="#open = :open AND next_check_at <= :now",
+            ExpressionAttributeNames={"#open": "open"},
+            ExpressionAttributeValues=_serialize({":open": "open", ":now": int(now)}),
+            Limit=limit,
+        )
+        for item in found["Items"]:
+            yield str(_deserialize(item)["pk"]).removeprefix("prediction#")
+
+    def bound_to(self, upstream_id: str) -> str | None:
+        """The id of the prediction that an upstream id is bound to, as far as the index knows."""
+        found = self._dynamodb.query(
+            TableName=self._name,
+            IndexName="by_upstream_id",
+            KeyConditionExpression="upstream_id = :upstream_id",
+            ExpressionAttributeValues=_serialize({":upstream_id": upstream_id}),
+            Limit=1,
+        )["Items"]
+        return str(_deserialize(found[0])["pk"]).removeprefix("prediction#") if found else None
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _change(
+        self,
+        prediction_id: str,
+        *,
+        condition: str,
+        set: Mapping[str, Any] | None = None,  # noqa: A002  # the expression's own word
+        remove: Sequence[str] = (),
+        add: Mapping[str, Any] | None = None,
+        delete: Mapping[str, Any] | None = None,
+        values: Mapping[str, Any] | None = None,
+    ) -> Prediction | None:
+        """One conditional update; the item after it, or None where the condition did not hold."""
+        set_, add_, delete_ = dict(set or {}), dict(add or {}), dict(delete or {})
+        clauses = []
+        if set_:
+            clauses.append("SET " + ", ".join(f"#{name} = :set_{name}" for name in set_))
+        removed = [name for name in remove if name not in set_]
+        if removed:
+            clauses.append("REMOVE " + ", ".join(f"#{name}" for name in removed))
+        if add_:
+            clauses.append("ADD " + ", ".join(f"#{name} :add_{name}" for name in add_))
+        if delete_:
+            clauses.append("DELETE " + ", ".join(f"#{name} :delete_{name}" for name in delete_))
+        expression = " ".join(clauses)
+        bound: dict[str, Any] = {
+            **{f":set_{name}": value for name, value in set_.items()},
+            **{f":add_{name}": value for name, value in add_.items()},
+            **{f":delete_{name}": value for name, value in delete_.items()},
+            **(values or {}),
+        }
+        if ":terminal" in condition:
+            bound[":terminal"] = TERMINAL_RANK
+        names = {word for word in (expression + " " + condition).replace("(", " ").replace(")", " ")
+                 .replace(",", " ").split() if word.startswith("#")}  # fmt: skip
+        try:
+            answer = self._dynamodb.update_item(
+                TableName=self._name,
+                Key=_serialize(_key(prediction_id)),
+                UpdateExpression=expression,
+                ConditionExpression=condition,
+                ExpressionAttributeNames={name: name[1:] for name in names},
+                **({"ExpressionAttributeValues": _serialize(bound)} if bound else {}),  # type: ignore[arg-type]
+                ReturnValues="ALL_NEW",
+            )
+        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            return None
+        return _prediction(answer["Attributes"])
+
+    def _put_result(self, prediction: Prediction, told: "UpstreamPrediction") -> "UpstreamPrediction":
+        """Keeps output and logs of the end; the first ones told stay, so that a removed output replaces none."""
+        if told.data_removed:
+            kept = self._payload(prediction.id, f"result#{told.id}")
+            if kept is not None:
+                return told.model_copy(update={**json.loads(kept), "data_removed": False})
+            if told.status == Status.SUCCEEDED:
+                removed = "Replicate had removed the output before this stack could read it."
+                told = told.model_copy(update={"error": removed})
+        text = json.dumps({"output": told.output, "logs": told.logs}, separators=(",", ":"))
+        self._put_payload(prediction.id, f"result#{told.id}", text, prediction.expires_at, only_first=True)
+        return told
+
+    def _put_progress(self, prediction: Prediction, told: "UpstreamPrediction") -> None:
+        if told.output is None and not told.logs:
+            return
+        text = json.dumps({"output": told.output, "logs": told.logs}, separators=(",", ":"))
+        self._put_payload(prediction.id, "progress", text, prediction.expires_at, only_longer=True)
+
+    def _put_payload(
+        self,
+        prediction_id: str,
+        sk: str,
+        text: str,
+        expires: int,
+        *,
+        only_first: bool = False,
+        only_longer: bool = False,
+    ) -> None:
+        item: dict[str, Any] = {"pk": _key(prediction_id)["pk"], "sk": sk, "expires_at": expires, "length": len(text)}
+        body = text.encode()
+        if len(body) > PAYLOAD_LIMIT_BYTES:
+            # Named by its content, so that a late writer can never replace what the item points to.
+            item["s3_key"] = f"payloads/{prediction_id}/{hashlib.sha256(body).hexdigest()}.json"
+            self._outputs.put_payload(item["s3_key"], text)
+        else:
+            item["json"] = text
+        condition: dict[str, Any] = {}
+        if only_first:
+            condition = {"ConditionExpression": "attribute_not_exists(pk)"}
+        elif only_longer:
+            condition = {
+                "ConditionExpression": "attribute_not_exists(pk) OR #length < :length",
+                "ExpressionAttributeNames": {"#length": "length"},
+                "ExpressionAttributeValues": _serialize({":length": len(text)}),
+            }
+        try:
+            self._dynamodb.put_item(TableName=self._name, Item=_serialize(item), **condition)
+        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            return  # an earlier or longer one is there, and stays
+
+    def _payload(self, prediction_id: str, sk: str) -> str | None:
+        found = self._dynamodb.get_item(
+            TableName=self._name, Key=_serialize({**_key(prediction_id), "sk": sk}), ConsistentRead=True
+        ).get("Item")
+        return self._payload_text(_deserialize(found)) if found else None
+
+    def _payload_text(self, item: Mapping[str, Any]) -> str:
+        return item["json"] if "json" in item else self._outputs.get_payload(item["s3_key"])
+
+    def _wholes(self, pks: Sequence[str]) -> Iterator[Whole | None]:
+        """Predictions with their payloads, in the order of `pks`, read in as few calls as the payloads' sizes allow."""
+        statuses = self._batch([{"pk": pk, "sk": "status"} for pk in pks])
+        wanted = []
+        for (pk, _), item in statuses.items():
+            prediction = _prediction_of(item)
+            sks = [f"input#{prediction.fingerprint}"]
+            if prediction.upstream_id:
+                sks.append(f"result#{prediction.upstream_id}" if prediction.terminal else "progress")
+            if prediction.terminal and not prediction.awaits_copy and not prediction.files_json:
+                sks.append("files")
+            wanted += [{"pk": pk, "sk": sk} for sk in sks]
+        payloads = self._batch(wanted)
+        for pk in pks:
+            items = {sk: item for (p, sk), item in payloads.items() if p == pk}
+            if (pk, "status") in statuses:
+                items["status"] = statuses[pk, "status"]
+            yield self._whole(items)
+
+    def _batch(self, keys: Sequence[Mapping[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        waiting = [_serialize(key) for key in keys]
+        while waiting:
+            request, waiting = waiting[:100], waiting[100:]  # the most one call takes
+            answer = self._dynamodb.batch_get_item(RequestItems={self._name: {"Keys": request, "ConsistentRead": True}})
+            for raw in answer["Responses"].get(self._name, []):
+                item = _deserialize(raw)
+                found[item["pk"], item["sk"]] = item
+            unprocessed = answer.get("UnprocessedKeys", {})
+            waiting += unprocessed[self._name]["Keys"] if self._name in unprocessed else []
+        return found
+
+    def _whole(self, items: Mapping[str, Mapping[str, Any]]) -> Whole | None:
+        if "status" not in items:
+            return None
+        prediction = _prediction_of(items["status"])
+        asked = items.get(f"input#{prediction.fingerprint}")
+        told = items.get(f"result#{prediction.upstream_id}" if prediction.terminal else "progress")
+        said = json.loads(self._payload_text(told)) if told else {"output": None, "logs": None}
+        files_json = prediction.files_json or (self._payload_text(items["files"]) if "files" in items else "[]")
+        return Whole(
+            prediction=prediction,
+            input=json.loads(self._payload_text(asked)) if asked else {},
+            output=said["output"],
+            logs=said["logs"],
+            files=[StoredFile.from_item(item) for item in json.loads(files_json)],
+        )
+
+
+def _key(prediction_id: str) -> dict[str, str]:
+    return {"pk": f"prediction#{prediction_id}", "sk": "status"}
+
+
+def _timestamp(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _short(value: Any) -> str | None:
+    return value if isinstance(value, str) and len(value) <= 2048 else None
+
+
+_serializer = TypeSerializer()
+_deserializer = TypeDeserializer()
+
+
+def _serialize(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _serializer.serialize(value) for name, value in values.items()}
+
+
+def _deserialize(item: Mapping[str, Any]) -> dict[str, Any]:
+    values = {name: _deserializer.deserialize(value) for name, value in item.items()}
+    # Every number in this table is whole.
+    return {name: int(value) if hasattr(value, "to_integral") else value for name, value in values.items()}
+
+
+def _left_behind(error: Any) -> Mapping[str, Any]:
+    item: Mapping[str, Any] = error.response["Item"]
+    return item
+
+
+def _prediction(item: Mapping[str, Any]) -> Prediction:
+    return _prediction_of(_deserialize(item))
+
+
+_FIELDS = frozenset(Prediction.__dataclass_fields__)
+
+
+def _prediction_of(item: Mapping[str, Any]) -> Prediction:
+    values = {name: value for name, value in item.items() if name in _FIELDS}
+    for name in {"orphans", "orphans_canceled"} & values.keys():
+        values[name] = frozenset(values[name])
+    if "webhook_events_filter" in values:
+        values["webhook_events_filter"] = tuple(values["webhook_events_filter"])
+    return Prediction(**values)

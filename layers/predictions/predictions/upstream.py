@@ -1,0 +1,392 @@
+"""Replicate, seen from here: the few calls the protocol makes, and what their answers mean.
+
+The protocol needs to know one thing of a failed create: can it have started a prediction or not? So every outcome
+that is no prediction is one of
+
+    NotAccepted        nothing was started: connection never made, or a 4xx
+    ├── Throttled      429
+    ├── Unauthorized   401, 402 or 403: the stack's own token or credit
+    └── Refused        any other 4xx: the request's own fault
+    OutcomeUnknown     a prediction may have been started: timeout, reset, 5xx, an answer that cannot be read
+
+Nothing in here tries again. Source of the protocol's facts: https://replicate.com/docs/reference/http
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import httpx
+from aws_lambda_powertools.utilities.parameters import SecretsProvider
+from aws_lambda_powertools.utilities.parameters.exceptions import GetParameterError
+
+from predictions.aws import client
+from predictions.errors import PredictionsError
+from predictions.upstream_prediction import UnreadablePrediction, UpstreamPrediction, read_json
+
+CREATE_TIMEOUT_SECONDS = 20
+"""The longest a create may take; the reconciling grace has to be longer (see `SUBMIT_GRACE_SECONDS`)."""
+
+# A prediction's JSON can hold data: URLs and long logs; a function's memory is what bounds it.
+_ANSWER_LIMIT_BYTES = 64 * 1024 * 1024
+
+_TOKEN_CACHE_SECONDS = 60
+
+
+class UpstreamError(PredictionsError):
+    """A call to Replicate did not give what was asked for."""
+
+
+class NotAccepted(UpstreamError):
+    """Replicate has not started anything.
+
+    Attributes:
+        status: The HTTP status, or None where no connection was made.
+        detail: Replicate's explanation.
+    """
+
+    def __init__(self, status: int | None, detail: str, invalid_fields: list[dict[str, str]] | None = None) -> None:
+        super().__init__(f"{status or 'no connection'}: {detail}")
+        self.status = status
+        self.detail = detail
+        self.invalid_fields = invalid_fields or []
+
+
+class Throttled(NotAccepted):
+    """429; `seconds` is how long to wait."""
+
+    def __init__(self, detail: str, seconds: int) -> None:
+        super().__init__(429, detail)
+        self.seconds = seconds
+
+
+class Unauthorized(NotAccepted):
+    """401, 402 or 403: the stack's token or credit is refused, which is the operator's to mend."""
+
+
+class Refused(NotAccepted):
+    """Another 4xx: the request itself is refused."""
+
+
+class OutcomeUnknown(UpstreamError):
+    """A prediction may have been started, or not."""
+
+
+class TokenUnreadable(UpstreamError):
+    """The stack's own token cannot be read, or is none that a header can carry; nothing was sent."""
+
+
+class NotFound(UpstreamError):
+    """404 to a read: Replicate does not know it (or does not know it any more)."""
+
+
+class Unavailable(UpstreamError):
+    """A read failed in a way that says nothing about what was asked: try again later."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What runs a prediction, in one of Replicate's three forms.
+
+    Attributes:
+        kind: `version` (`POST /predictions`), `model` or `deployment` (`POST /{kind}s/{name}/predictions`).
+        name: `owner/name` of the model or deployment; None for a bare version id.
+        version: The version's 64 hexadecimal digits, where one is named.
+    """
+
+    kind: Literal["version", "model", "deployment"]
+    name: str | None = None
+    version: str | None = None
+
+    def ran(self, prediction: UpstreamPrediction) -> bool:
+        """Whether this is what Replicate says ran a prediction."""
+        if self.kind == "deployment":
+            return prediction.deployment in (self.name, (self.name or "").rpartition("/")[2])
+        if self.kind == "model":
+            return prediction.model == self.name
+        return prediction.version == self.version
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's description: whether Replicate runs it without a version, and its latest version's id."""
+
+    is_official: bool
+    latest_version: str | None
+
+
+class Replicate:
+    """Replicate's HTTP API with this stack's token.
+
+    Args:
+        url: The API's base URL, ending in `/v1`.
+        token: Gives the token; asked before each call, so that it can be changed at any time.
+        http: The client to use; it must not follow redirects, since the token goes with every request.
+    """
+
+    def __init__(self, url: str, token: "Token", http: httpx.Client) -> None:
+        self._url = url.rstrip("/")
+        self._token = token
+        self._http = http
+
+    @classmethod
+    def from_env(cls) -> "Replicate":
+        """From `REPLICATE_API_URL` and `REPLICATE_TOKEN_SECRET_ARN`."""
+        http = httpx.Client(
+            timeout=httpx.Timeout(CREATE_TIMEOUT_SECONDS, connect=5),
+            follow_redirects=False,
+            trust_env=False,
+            headers={"User-Agent": "replicate-serverless", "Accept": "application/json"},
+        )
+        return cls(os.environ["REPLICATE_API_URL"], Token(os.environ["REPLICATE_TOKEN_SECRET_ARN"]), http)
+
+    def create(self, target: Target, body: Mapping[str, Any], *, cancel_after_seconds: int) -> UpstreamPrediction:
+        """Creates a prediction with one POST, never repeated.
+
+        Args:
+            target: What is to run it.
+            body: `input`, `webhook`, `webhook_events_filter` and, where asked for, `stream`; Replicate refuses others.
+            cancel_after_seconds: Sent as `Cancel-After`; Replicate's minimum is 5.
+
+        Raises:
+            NotAccepted: Nothing was started (`Throttled`, `Unauthorized`, `Refused`, or no connection).
+            OutcomeUnknown: A prediction may have been started.
+        """
+        path = "/predictions" if target.kind == "version" else f"/{target.kind}s/{target.name}/predictions"
+        payload = {**body, "version": target.version} if target.kind == "version" else dict(body)
+        headers = {"Cancel-After": f"{max(5, cancel_after_seconds)}s"}
+        try:
+            answer = self._request("POST", path, json=payload, headers=headers)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
+            raise NotAccepted(None, f"Replicate could not be reached ({type(error).__name__})") from error
+        except TokenUnreadable as error:
+            raise NotAccepted(None, str(error)) from error
+        except (httpx.HTTPError, AnswerTooLargeError) as error:
+            raise OutcomeUnknown(f"the create was sent, but its answer was lost ({type(error).__name__})") from error
+        if 400 <= answer.status_code < 500 and answer.status_code != 408:
+            raise _not_accepted(answer)
+        if not 200 <= answer.status_code < 300:
+            raise OutcomeUnknown(f"Replicate answered {answer.status_code} to the create")
+        try:
+            return UpstreamPrediction.read(answer.content)
+        except UnreadablePrediction as error:
+            raise OutcomeUnknown("Replicate's answer to the create is not a prediction") from error
+
+    def get(self, upstream_id: str) -> UpstreamPrediction:
+        """Reads one prediction.
+
+        Raises:
+            NotFound: Replicate does not know it.
+            Unavailable: Replicate could not be asked.
+        """
+        return _prediction(self._ask("GET", f"/predictions/{upstream_id}"))
+
+    def cancel(self, upstream_id: str) -> UpstreamPrediction:
+        """Asks Replicate to cancel a prediction; one that has ended stays as it is.
+
+        Raises:
+            NotFound: Replicate does not know it.
+            Unavailable: Replicate could not be asked; asking again does no harm.
+        """
+        return _prediction(self._ask("POST", f"/predictions/{upstream_id}/cancel"))
+
+    def created_between(self, start: datetime, end: datetime) -> Iterator[UpstreamPrediction]:
+        """The predictions this account created in a span of time, newest first, as the list tells them.
+
+        Raises:
+            Unavailable: Replicate could not be asked.
+        """
+        url = "/predictions"
+        query: dict[str, str] | None = {
+            "created_after": start.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "created_before": end.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        }
+        while url:
+            page = self._json(self._ask("GET", url, params=query))
+            results = page.get("results")
+            for entry in results if isinstance(results, list) else []:
+                try:
+                    listed = UpstreamPrediction.parse(entry)
+                except UnreadablePrediction:
+                    continue
+                created = _parse_time(listed.created_at)
+                # The filters may be unknown to a server; the order is documented: newest first.
+                if created is not None and created < start:
+                    return
+                if created is None or created <= end:
+                    yield listed
+            following = page.get("next")
+            # The token goes along, so a page on another host is not followed.
+            url = following if isinstance(following, str) and following.startswith(self._url + "/") else ""
+            query = None
+
+    def model(self, name: str) -> Model:
+        """Describes a model, `owner/name`.
+
+        Raises:
+            NotFound: There is no such model, or the stack's token may not see it.
+            Unavailable: Replicate could not be asked.
+        """
+        described = self._json(self._ask("GET", f"/models/{name}"))
+        latest = described.get("latest_version")
+        version = latest.get("id") if isinstance(latest, dict) else None
+        return Model(
+            is_official=described.get("is_official") is True,
+            latest_version=version if isinstance(version, str) and re.fullmatch(r"[0-9a-f]{64}", version) else None,
+        )
+
+    def signing_secret(self) -> str:
+        """The secret with which Replicate signs this account's webhooks (`whsec_…`).
+
+        Raises:
+            Unavailable: Replicate could not be asked, or gave no secret.
+        """
+        key = self._json(self._ask("GET", "/webhooks/default/secret")).get("key")
+        if not isinstance(key, str):
+            raise Unavailable("Replicate gave no signing secret")
+        return key
+
+    def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
+        try:
+            answer = self._request(method, path, **request)
+        except TokenUnreadable as error:
+            raise Unavailable(str(error)) from error
+        except (httpx.HTTPError, httpx.InvalidURL, AnswerTooLargeError) as error:
+            raise Unavailable(f"Replicate could not be asked ({type(error).__name__})") from error
+        if answer.status_code in (404, 410):
+            raise NotFound(_detail(answer))
+        if answer.status_code in (401, 402, 403):
+            self._token.forget()
+            raise Unavailable(f"Replicate refuses the stack's token or credit ({answer.status_code})")
+        if not 200 <= answer.status_code < 300:
+            raise Unavailable(f"Replicate answered {answer.status_code}")
+        return answer
+
+    def _request(self, method: str, path: str, **request: Any) -> httpx.Response:
+        headers = {**request.pop("headers", {}), "Authorization": f"Bearer {self._token.value()}"}
+        url = path if path.startswith(self._url + "/") else self._url + path
+        with self._http.stream(method, url, headers=headers, **request) as answer:
+            received = bytearray()
+            for chunk in answer.iter_bytes():
+                received += chunk
+                if len(received) > _ANSWER_LIMIT_BYTES:
+                    raise AnswerTooLargeError(f"more than {_ANSWER_LIMIT_BYTES} bytes")
+            if answer.status_code in (401, 402, 403):
+                self._token.forget()
+            return httpx.Response(
+                answer.status_code,
+                # The body is decoded already; its length and encoding are no longer what these say.
+                headers=[(k, v) for k, v in answer.headers.multi_items() if not k.startswith("content-")],
+                content=bytes(received),
+            )
+
+    def _json(self, answer: httpx.Response) -> dict[str, Any]:
+        value = read_json(answer.content)
+        if not isinstance(value, dict):
+            raise Unavailable("Replicate's answer is not a JSON object")
+        return value
+
+
+class AnswerTooLargeError(UpstreamError):
+    """An answer is larger than a function can hold."""
+
+
+class Token:
+    """The stack's Replicate token, read from Secrets Manager at most once a minute.
+
+    The secret is the bare token, or JSON with a key `token`.
+    """
+
+    def __init__(self, secret_arn: str) -> None:
+        self._secret_arn = secret_arn
+        self._secrets = SecretsProvider(boto3_client=client("secretsmanager"))
+
+    def value(self) -> str:
+        """The token; a change in Secrets Manager is seen within a minute, or at once after a refusal.
+
+        Raises:
+            TokenUnreadable: Secrets Manager does not give it, or its value is no token. The value is not repeated.
+        """
+        try:
+            secret = self._secrets.get(self._secret_arn, max_age=_TOKEN_CACHE_SECONDS)
+        except GetParameterError as error:
+            raise TokenUnreadable("Secrets Manager does not give this stack's Replicate token") from error
+        text = (secret.decode("utf-8", "replace") if isinstance(secret, bytes) else str(secret)).strip()
+        if text.startswith("{"):
+            value = read_json(text.encode("utf-8", "replace"))
+            text = str(value.get("token", "")).strip() if isinstance(value, dict) else ""
+        if not re.fullmatch(r"[!-~]+", text):
+            raise TokenUnreadable("this stack's secret holds no Replicate token")
+        return text
+
+    def forget(self) -> None:
+        """Reads the secret anew for the next call: this token was refused."""
+        self._secrets.clear_cache()  # type: ignore[no-untyped-call]  # Powertools leaves it untyped
+
+
+def _prediction(answer: httpx.Response) -> UpstreamPrediction:
+    try:
+        return UpstreamPrediction.read(answer.content)
+    except UnreadablePrediction as error:
+        raise Unavailable("Replicate's answer is not a prediction") from error
+
+
+def _not_accepted(answer: httpx.Response) -> NotAccepted:
+    detail = _detail(answer)
+    if answer.status_code == 429:
+        return Throttled(detail, _retry_after_seconds(answer, detail))
+    if answer.status_code in (401, 402, 403):
+        return Unauthorized(answer.status_code, detail)
+    return Refused(answer.status_code, detail, _invalid_fields(answer))
+
+
+def _problem_of(answer: httpx.Response) -> dict[str, Any]:
+    value = read_json(answer.content)
+    return value if isinstance(value, dict) else {}
+
+
+def _detail(answer: httpx.Response) -> str:
+    problem = _problem_of(answer)
+    detail = problem.get("detail") or problem.get("title") or f"Replicate answered {answer.status_code}"
+    # Half a surrogate pair cannot be stored.
+    return str(detail)[:2000].encode("utf-8", "replace").decode()
+
+
+def _invalid_fields(answer: httpx.Response) -> list[dict[str, str]]:
+    fields = _problem_of(answer).get("invalid_fields")
+    if not isinstance(fields, list):
+        return []
+    return [
+        {"field": str(f.get("field", ""))[:200], "detail": str(f.get("detail") or f.get("description") or "")[:1000]}
+        for f in fields[:100]
+        if isinstance(f, dict)
+    ]
+
+
+def _retry_after_seconds(answer: httpx.Response, detail: str) -> int:
+    """How long a 429 asks to wait: the header, else the body's `retry_after`, else its `~Ns`, else a minute's part."""
+    candidates = [answer.headers.get("retry-after"), _problem_of(answer).get("retry_after")]
+    if said := re.search(r"~\s*(\d+(?:\.\d+)?)\s*s", detail):
+        candidates.append(said.group(1))
+    for candidate in candidates:
+        try:
+            seconds = float(candidate)
+        except (TypeError, ValueError, OverflowError):
+            continue
+        if math.isfinite(seconds):
+            return min(3600, max(1, math.ceil(seconds)))
+    return 10
+
+
+def _parse_time(text: Any) -> datetime | None:
+    """A timestamp of Replicate's: RFC 3339 in UTC with 0 to 9 fractional digits, of which six are kept."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return None
+    return moment if moment.tzinfo else None

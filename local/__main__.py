@@ -1,0 +1,118 @@
+"""The commands behind ``make``: ``python -m local run|demo|validate``."""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+from local.cloud import LocalCloud, LocalCloudError, Upstream, local_directory, stack_parameters, validate
+from local.demo import DemoFailed, demonstrate
+from local.terminal import Terminal
+
+
+def main() -> int:
+    """Run one command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("run", help="keep a local cloud running until SIGINT or SIGTERM")
+    demo = commands.add_parser("demo", help="run predictions through a local cloud and tell what happens")
+    demo.add_argument("--live", action="store_true", help="run them on the real Replicate, which costs money")
+    commands.add_parser("validate", help="check template.yaml")
+    arguments = parser.parse_args()
+
+    terminal = Terminal(sys.stdout)
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        match arguments.command:
+            case "run":
+                run(terminal, os.environ)
+            case "demo":
+                demonstrate(terminal, os.environ, live=arguments.live)
+            case "validate":
+                return validate()
+    except (LocalCloudError, DemoFailed) as error:
+        terminal.refuse(str(error))
+        return 1
+    return 0
+
+
+def run(terminal: Terminal, environment: Mapping[str, str]) -> None:
+    """Keep a local cloud running in the foreground and describe it in ``stack.json`` while it does.
+
+    Args:
+        terminal: Where progress and addresses are shown.
+        environment: ``LOCAL_DIR``, ``REPLICATE_API_URL`` with ``REPLICATE_API_TOKEN``, ``STACK_PARAMETERS``.
+
+    Raises:
+        LocalCloudError: It did not start, or those variables cannot be used.
+    """
+    upstream = upstream_from(environment)
+    parameters = stack_parameters(environment.get("STACK_PARAMETERS", ""))
+    path = local_directory() / "stack.json"
+    stopped = threading.Event()
+    with LocalCloud(parameters=parameters, upstream=upstream, say=terminal.step) as cloud:
+        # From here on a signal ends the waiting instead of raising where it happens to arrive.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopped.set())
+        with cloud.stack.file(path):
+            terminal.write(READY.format(stack=cloud.stack, path=path, model=EXAMPLE))
+            while not (stopped.wait(0.5) or interrupted_make()):
+                pass
+        terminal.step("stopping")
+    terminal.step("stopped")
+
+
+EXAMPLE = "local/painter"
+READY = """
+The stack is running. Its addresses and a token are in {path}
+
+  curl -s {stack.api_url}/models/{model}/predictions \\
+    -H 'Authorization: Bearer {stack.access_token}' \\
+    -H 'Content-Type: application/json' -H 'Prefer: wait' \\
+    -d '{{"input": {{"prompt": "a lighthouse at dusk"}}}}'
+
+Ctrl-C stops it.
+"""
+
+
+def upstream_from(environment: Mapping[str, str]) -> Upstream | None:
+    """Return the Replicate that the environment names, or None for the stand-in.
+
+    Raises:
+        LocalCloudError: An address without a token.
+    """
+    url = environment.get("REPLICATE_API_URL", "").rstrip("/")
+    if not url:
+        return None
+    token = environment.get("REPLICATE_API_TOKEN")
+    if not token:
+        raise LocalCloudError("REPLICATE_API_URL is set, REPLICATE_API_TOKEN is not: set it to a token of that API.")
+    return Upstream(url, token)
+
+
+def interrupted_make() -> bool:
+    """Tell whether the make that started this got SIGINT for itself alone.
+
+    A terminal sends Ctrl-C to every process of a job, and make counts on it: it only waits. Other programs may signal
+    just the one they started. While make handles the signal it blocks it, which Linux shows; elsewhere this is False.
+    """
+    try:
+        status = Path(f"/proc/{os.getppid()}/status").read_text()
+    except OSError:
+        return False
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    return fields["Name"] == "make" and bool(int(fields["SigBlk"], 16) >> (signal.SIGINT - 1) & 1)
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    # Raised where the signal arrives: every context on the way out stops what it started.
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

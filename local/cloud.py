@@ -1,0 +1,626 @@
+"""The local cloud: AWS, emulated on this machine, with the project's own template deployed to it.
+
+`LocalCloud` starts the MiniStack emulator (IAM enforced) and the Replicate stand-in, builds and deploys
+``template.yaml`` with the real ``sam build`` and ``sam deploy``, adds what the emulator does not take from a template,
+and stops every process again. It listens on loopback only, at free ports, in a directory of its own, so any number can
+run side by side; nothing of the user's AWS configuration is read or written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import boto3
+import httpx
+import yaml
+from botocore.config import Config
+from predictions.access import AccessTokens, Scope
+
+from local.replicate.process import LocalReplicate
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+EMULATOR_PYTHON = CHECKOUT / ".local" / "emulator" / "bin" / "python"
+LEASH = CHECKOUT / "local" / "leash.py"
+REGION = "us-east-1"
+STACK_NAME = "replicate-serverless"
+SECONDS_TO_STOP = 1.0  # nothing is kept, so nothing is lost by force
+
+# The emulator takes this key for the account's root user.
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+NO_USER_CONFIGURATION = {
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+# How this machine reaches the internet, for what does (pip during a build; the real Replicate).
+NETWORK_VARIABLES = {
+    "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+    "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CERT", "UV_INDEX_URL", "UV_DEFAULT_INDEX", "UV_CACHE_DIR",
+}  # fmt: skip
+
+
+class LocalCloudError(Exception):
+    """The local cloud could not be started; the message says which part, why, and where its log is."""
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """A Replicate to run predictions on, other than the stand-in.
+
+    Attributes:
+        url: The address of its API, ending in ``/v1``.
+        token: Its API token.
+    """
+
+    url: str
+    token: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a caller needs to know of the deployed stack: the content of ``stack.json``."""
+
+    api_url: str
+    access_token: str
+    endpoint_url: str
+    region: str
+    table_name: str
+    outputs_bucket: str
+    inputs_bucket: str
+    queue_url: str
+    event_bus_name: str
+    state_machine_arn: str
+    replicate_api_url: str
+
+    @contextlib.contextmanager
+    def file(self, path: Path) -> Iterator[None]:
+        """Keep this in a file while the context lasts: whole or not at all, and readable by its owner only."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".stack-", delete=False) as unfinished:
+            unfinished.write(text)
+        Path(unfinished.name).replace(path)
+        try:
+            yield
+        finally:
+            # Another local cloud may have written its own there since.
+            with contextlib.suppress(FileNotFoundError):
+                if path.read_text() == text:
+                    path.unlink()
+
+
+class LocalCloud:
+    """A context in which the stack is deployed and answers.
+
+    Attributes:
+        stack: Where everything is.
+        endpoint_url: The emulator: all of AWS.
+        replicate_url: The API the stack runs predictions on, ending in ``/v1``.
+        replicate: The stand-in behind it; not there with another upstream.
+        outputs: The outputs of the stack, by name.
+        resources: The physical ids of its resources, by logical id.
+    """
+
+    stack: Stack
+    endpoint_url: str
+    replicate_url: str
+    replicate: LocalReplicate
+    outputs: Mapping[str, str]
+    resources: Mapping[str, str]
+
+    def __init__(
+        self,
+        *,
+        parameters: Mapping[str, str] | None = None,
+        upstream: Upstream | None = None,
+        directory: Path | None = None,
+        checkout: Path = CHECKOUT,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Prepare a local cloud; entering the context starts it.
+
+        Args:
+            parameters: Template parameters that differ from those of a local deployment.
+            upstream: The Replicate to use; without one a stand-in is started.
+            directory: Where it may keep its state and logs while it runs, by default what `local_directory` says.
+            checkout: The folder with ``template.yaml``.
+            say: Called with each line of progress.
+        """
+        self._parameters = dict(parameters or {})
+        self._upstream = upstream
+        self._directory = directory or local_directory()
+        self._checkout = checkout
+        self._say = say
+        self._cleanup = contextlib.ExitStack()
+        self._clients: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Start, build, deploy.
+
+        Raises:
+            LocalCloudError: Something did not start, build or deploy. Whatever was started is stopped again.
+        """
+        began = time.monotonic()
+        try:
+            self.run_directory = self._make_run_directory()
+            self._build = _Build(self._checkout, self._runtime_parameters(), self._log("sam-build"))
+            building = self._build.start()
+            if building:
+                self._cleanup.callback(_stop, building, "sam build")
+            self._start_emulator()
+            self._start_replicate()
+            if building:
+                self._say("building the functions and the layer (sam build)")
+                self._build.finish(building)
+            self._say("deploying template.yaml (sam deploy)")
+            self._deploy()
+            self._complete()
+            self.stack = self._describe()
+        except BaseException:
+            self.stop(keep_logs=True)
+            raise
+        self._say(f"ready in {time.monotonic() - began:.0f} s")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stop every process that was started, and wait for its end."""
+        self.stop(keep_logs=error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)))
+
+    def stop(self, *, keep_logs: bool = False) -> None:
+        """Stop everything; the logs are removed unless they are wanted."""
+        logs = self._directory / "logs"
+        with _undisturbed():
+            self._cleanup.close()
+            run_directory: Path | None = getattr(self, "run_directory", None)
+            if run_directory and keep_logs:
+                shutil.rmtree(logs, ignore_errors=True)
+                shutil.copytree(run_directory / "logs", logs)
+            if run_directory:
+                shutil.rmtree(run_directory, ignore_errors=True)
+        if keep_logs and logs.exists():
+            self._say(f"the logs are in {_short(logs)}")
+
+    def client(self, service: str) -> Any:
+        """Return a client of an AWS service of this cloud, with all rights."""
+        if service not in self._clients:
+            # More attempts would hide what the emulator refused.
+            config = Config(retries={"total_max_attempts": 2}, proxies={}, s3={"addressing_style": "path"})
+            session: Any = boto3.session.Session("test", "test", region_name=REGION)
+            self._clients[service] = session.client(service, endpoint_url=self.endpoint_url, config=config)
+        return self._clients[service]
+
+    def create_token(self, owner: str, scopes: Sequence[str] = tuple(Scope)) -> str:
+        """Create an access token of the API."""
+        tokens = AccessTokens(self.outputs["TableName"], self.client("dynamodb"))
+        return tokens.create(owner, scopes, "local")[0]
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """The stack's functions: folder name (``copy_outputs``) to physical name."""
+        return {
+            re.sub(r"(?<!^)(?=[A-Z])", "_", logical_id.removesuffix("Function")).lower(): physical_id
+            for logical_id, physical_id in self.resources.items()
+            if logical_id.endswith("Function")
+        }
+
+    def invocations(self) -> Counter[str]:
+        """Count how often each function (by its folder's name) ran since the deployment, from its log.
+
+        Not from CloudWatch's metrics: the emulator counts there only what came through the Invoke call.
+        """
+        pages = self.client("logs").get_paginator("filter_log_events")
+        return Counter(
+            {
+                function: sum(
+                    len(page["events"])
+                    for page in pages.paginate(logGroupName=_log_group(name), filterPattern='"START RequestId"')
+                )
+                for function, name in self.functions.items()
+            }
+        )
+
+    def _make_run_directory(self) -> Path:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for abandoned in self._directory.glob("cloud-*-*"):
+            if not _is_running(int(abandoned.name.split("-")[1])):
+                shutil.rmtree(abandoned, ignore_errors=True)
+        run_directory = Path(tempfile.mkdtemp(prefix=f"cloud-{os.getpid()}-", dir=self._directory))
+        for name in ("logs", "tmp"):
+            (run_directory / name).mkdir()
+        return run_directory
+
+    def _log(self, name: str) -> Path:
+        return self.run_directory / "logs" / f"{name}.log"
+
+    def _start_emulator(self) -> None:
+        self._say("starting AWS on this machine (MiniStack)")
+        for _ in range(3):  # a free port may be taken before the emulator has it
+            port = _free_port()
+            log = self._log("emulator")
+            with log.open("ab") as output:
+                process = subprocess.Popen(
+                    [str(EMULATOR_PYTHON), str(LEASH), "ministack"],
+                    cwd=self.run_directory,
+                    env=self._emulator_variables(port),
+                    stdin=subprocess.PIPE,  # the leash
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    # A group of its own: Ctrl-C reaches this process only, and what it leaves behind can be found.
+                    start_new_session=True,
+                )
+            self._cleanup.callback(_stop, process, "the AWS emulator")
+            self.endpoint_url = f"http://127.0.0.1:{port}"
+            if _answers(f"{self.endpoint_url}/_ministack/health", process, seconds=60):
+                return
+        raise LocalCloudError(f"The AWS emulator did not start.\n{_tail(log)}")
+
+    def _emulator_variables(self, port: int) -> dict[str, str]:
+        # Functions inherit all of this, so it is made from nothing: what a function reads comes from the template.
+        internet = _network() if self._upstream else {}
+        return {
+            **internet,
+            **CREDENTIALS,
+            **NO_USER_CONFIGURATION,
+            "AUTH": "true",
+            "BIND_HOST": "127.0.0.1",
+            "GATEWAY_PORT": str(port),
+            "MINISTACK_HOST": "127.0.0.1",
+            "MINISTACK_REGION": REGION,
+            "STATE_DIR": str(self.run_directory / "state"),
+            "S3_DATA_DIR": str(self.run_directory / "s3"),
+            "TMPDIR": str(self.run_directory / "tmp"),
+            "HOME": str(self.run_directory),
+            "PATH": os.defpath,
+            "LANG": "C.UTF-8",
+            "LOG_LEVEL": "INFO",
+            # Servers of its own that would listen on every address, and other people's containers.
+            "SFTP_ENABLED": "0",
+            "IOT_MTLS_ENABLED": "0",
+            "DOCKER_HOST": f"unix://{self.run_directory}/no-docker",
+            "PYTHONNOUSERSITE": "1",
+        }
+
+    def _start_replicate(self) -> None:
+        if self._upstream:
+            self.replicate_url = self._upstream.url
+            return
+        self._say("starting a stand-in for Replicate, with models (Cog)")
+        try:
+            self.replicate = self._cleanup.enter_context(LocalReplicate(self._log("replicate").with_suffix("")))
+        except RuntimeError as error:
+            raise LocalCloudError(str(error)) from error
+        self.replicate_url = self.replicate.url
+
+    def _runtime_parameters(self) -> dict[str, str]:
+        """The parameters that decide what is built."""
+        architecture = {"aarch64": "arm64", "arm64": "arm64"}.get(platform.machine(), "x86_64")
+        return {
+            "PythonRuntime": self._parameters.get("PythonRuntime", f"python3.{sys.version_info.minor}"),
+            "Architecture": self._parameters.get("Architecture", architecture),
+        }
+
+    def _deploy(self) -> None:
+        url = urlsplit(self.replicate_url)
+        parameters = {
+            "ReplicateApiUrl": self.replicate_url,
+            "ReplicateApiToken": self._upstream.token if self._upstream else self.replicate.token,
+            # Replicate's own file hosts are always allowed.
+            "FileOrigins": "" if url.hostname == "api.replicate.com" else f"{url.scheme}://{url.netloc}",
+            "AllowLoopbackWebhooks": "true",
+            **self._runtime_parameters(),
+            **self._parameters,
+        }
+        # A file that nobody else can read, because a command line is visible to everybody on the machine.
+        overrides = self.run_directory / "parameters.yaml"
+        overrides.touch(mode=0o600)
+        overrides.write_text(json.dumps(parameters))  # JSON is YAML
+        log = self._log("sam-deploy")
+        command = [
+            *_sam("deploy", self._build.template),
+            *("--stack-name", STACK_NAME, "--resolve-s3", "--no-confirm-changeset", "--no-progressbar"),
+            *("--capabilities", "CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"),
+            *("--parameter-overrides", f"file://{overrides}"),
+        ]
+        with log.open("wb") as output:
+            deploying = subprocess.Popen(
+                command, cwd=self._checkout, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env=_sam_variables() | {"AWS_ENDPOINT_URL": self.endpoint_url}, start_new_session=True,
+            )  # fmt: skip
+        self._cleanup.callback(_stop, deploying, "sam deploy")
+        if deploying.wait() != 0:
+            raise LocalCloudError(f"sam deploy failed.\n{_tail(log)}")
+        cloudformation = self.client("cloudformation")
+        stack = cloudformation.describe_stacks(StackName=STACK_NAME)["Stacks"][0]
+        self.outputs = {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
+        pages = cloudformation.get_paginator("list_stack_resources").paginate(StackName=STACK_NAME)
+        resources = [resource for page in pages for resource in page["StackResourceSummaries"]]
+        self.resources = {r["LogicalResourceId"]: r.get("PhysicalResourceId", "") for r in resources}
+
+    def _complete(self) -> None:
+        """Add what the emulator does not take from the template, and what the sweep would do within a minute."""
+        api_id = self.resources["Api"]
+        self.api_url = f"{self.endpoint_url}/_aws/execute-api/{api_id}/v1"
+        name = self.outputs["ApiUrlParameterName"]
+        self.client("ssm").put_parameter(Name=name, Value=self.api_url, Type="String", Overwrite=True)
+
+        api = yaml.load(self._build.template.read_text(), Loader=_TemplateLoader)["Resources"]["Api"]["Properties"]  # noqa: S506 - a SafeLoader
+        gateway = self.client("apigateway")
+        for kind, response in api.get("GatewayResponses", {}).items():
+            parameters = response.get("ResponseParameters", {})
+            headers = {f"gatewayresponse.header.{k}": v for k, v in parameters.get("Headers", {}).items()}
+            status = {"statusCode": str(response["StatusCode"])} if "StatusCode" in response else {}
+            templates = response.get("ResponseTemplates", {})
+            gateway.put_gateway_response(
+                restApiId=api_id, responseType=kind, responseParameters=headers, responseTemplates=templates, **status
+            )
+        operations = [{"op": "add", "path": f"/binaryMediaTypes/{kind}"} for kind in api.get("BinaryMediaTypes", [])]
+        if operations:
+            gateway.update_rest_api(restApiId=api_id, patchOperations=operations)
+        gateway.create_deployment(restApiId=api_id, stageName="v1")
+
+        # All functions share a log group, in which AWS names each stream for its function. Here nothing would tell.
+        functions = self.client("lambda")
+        for function in self.functions.values():
+            self.client("logs").create_log_group(logGroupName=_log_group(function))
+            logging = {"LogGroup": _log_group(function)}
+            functions.update_function_configuration(FunctionName=function, LoggingConfig=logging)
+
+        answer = functions.invoke(FunctionName=self.resources["SweepPredictionsFunction"], Payload=b"{}")
+        if "FunctionError" in answer:
+            raise LocalCloudError(f"The first sweep failed: {answer['Payload'].read().decode()[:2000]}")
+
+    def _describe(self) -> Stack:
+        return Stack(
+            api_url=self.api_url,
+            access_token=self.create_token("local"),
+            endpoint_url=self.endpoint_url,
+            region=REGION,
+            table_name=self.outputs["TableName"],
+            outputs_bucket=self.outputs["OutputsBucketName"],
+            inputs_bucket=self.outputs["InputsBucketName"],
+            queue_url=self.outputs["RequestsQueueUrl"],
+            event_bus_name=self.outputs["EventBusName"],
+            state_machine_arn=self.outputs["TrackPredictionStateMachineArn"],
+            replicate_api_url=self.replicate_url,
+        )
+
+
+class _Build:
+    """The output of ``sam build``, kept under a name made from everything it depends on.
+
+    Two local clouds share it; one that is not finished is never visible to the other.
+    """
+
+    def __init__(self, checkout: Path, parameters: Mapping[str, str], log: Path) -> None:
+        self._checkout = checkout
+        self._parameters = parameters
+        self._log = log
+        self._builds = CHECKOUT / ".local" / "builds"
+        self._directory = self._builds / self._fingerprint()
+        self.template = self._directory / "build" / "template.yaml"
+
+    def start(self) -> subprocess.Popen[bytes] | None:
+        """Start the build, unless its output is there already."""
+        if self.template.exists():
+            os.utime(self._directory)
+            return None
+        self._builds.mkdir(parents=True, exist_ok=True)
+        for old in self._builds.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if old.stat().st_mtime < time.time() - 24 * 3600:  # nobody deploys from it any more
+                    shutil.rmtree(old, ignore_errors=True)
+        self._unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=self._builds))
+        overrides = [f"ParameterKey={name},ParameterValue={value}" for name, value in self._parameters.items()]
+        with self._log.open("wb") as log:
+            return subprocess.Popen(
+                [
+                    *_sam("build", self._checkout / "template.yaml"),
+                    *("--build-dir", str(self._unfinished / "build"), "--parallel"),
+                    *("--parameter-overrides", " ".join(overrides)),
+                ],
+                cwd=self._checkout, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                env=_sam_variables() | {"PYTHON_RUNTIME": self._parameters["PythonRuntime"]}, start_new_session=True,
+            )  # fmt: skip
+
+    def finish(self, building: subprocess.Popen[bytes]) -> None:
+        """Wait for the end of the build and put its output in its place.
+
+        Raises:
+            LocalCloudError: The build failed.
+        """
+        if building.wait() != 0:
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+            raise LocalCloudError(f"sam build failed.\n{_tail(self._log)}")
+        try:
+            self._unfinished.rename(self._directory)
+        except OSError:  # another local cloud has built the same in the meantime
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps([str(self._checkout), sorted(self._parameters.items())]).encode())
+        sources = [self._checkout / "template.yaml"]
+        for folder in ("functions", "layers", "statemachine"):
+            sources += sorted((self._checkout / folder).rglob("*"))
+        for source in sources:
+            if source.is_file() and "__pycache__" not in source.parts:
+                digest.update(f"{source.relative_to(self._checkout)}\0{source.stat().st_mode}\0".encode())
+                digest.update(hashlib.sha256(source.read_bytes()).digest())
+        return digest.hexdigest()[:16]
+
+
+class _TemplateLoader(yaml.SafeLoader):
+    """Reads a template; what CloudFormation would resolve (`!Ref`, `!Sub`, …) becomes None."""
+
+
+def _unresolved(_loader: yaml.SafeLoader, _suffix: str, _node: yaml.Node) -> None:
+    return None
+
+
+_TemplateLoader.add_multi_constructor("!", _unresolved)
+
+
+def _log_group(function: str) -> str:
+    return f"/aws/lambda/{function}"
+
+
+def local_directory() -> Path:
+    """Return where local clouds keep what they write: ``LOCAL_DIR``, or ``.local`` in the checkout."""
+    return Path(os.environ.get("LOCAL_DIR") or CHECKOUT / ".local").absolute()
+
+
+def validate(template: Path = CHECKOUT / "template.yaml") -> int:
+    """Check a template with ``sam validate --lint``; return its exit status."""
+    return subprocess.run([*_sam("validate", template), "--lint"], cwd=CHECKOUT, env=_sam_variables()).returncode
+
+
+def stack_parameters(text: str) -> dict[str, str]:
+    """Read ``STACK_PARAMETERS``: ``Key=Value`` separated by spaces, quoted as in a shell.
+
+    Raises:
+        LocalCloudError: It is not of that form.
+    """
+    try:
+        pairs = [word.partition("=") for word in shlex.split(text)]
+    except ValueError as error:
+        raise LocalCloudError(f"STACK_PARAMETERS cannot be read ({error}): {text}") from error
+    for name, equals, _ in pairs:
+        if not (name.isalnum() and equals):
+            raise LocalCloudError(f'STACK_PARAMETERS must be "Key=Value Key=Value …", but has {name!r}.')
+    return {name: value for name, _, value in pairs}
+
+
+def _sam(command: str, template: Path) -> list[str]:
+    # A samconfig.toml that somebody made for the real AWS has no say here.
+    return [str(Path(sys.executable).parent / "sam"), command, "--template-file", str(template),
+            "--config-file", str(_sam_directory() / "samconfig.toml"), "--region", REGION]  # fmt: skip
+
+
+def _sam_directory() -> Path:
+    directory = CHECKOUT / ".local" / "sam"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "samconfig.toml").touch()
+    return directory
+
+
+def _sam_variables() -> dict[str, str]:
+    # SAM looks for a newer version once a week, and for consent to telemetry, in this file.
+    metadata = {"telemetryEnabled": False, "lastVersionCheck": time.time()}
+    (_sam_directory() / "metadata.json").write_text(json.dumps(metadata))
+    return {
+        **_network(),
+        **CREDENTIALS,
+        **NO_USER_CONFIGURATION,
+        "AWS_DEFAULT_REGION": REGION,
+        "SAM_CLI_TELEMETRY": "0",
+        "SAM_CLI_POLL_DELAY": "0.3",
+        "__SAM_CLI_APP_DIR": str(_sam_directory()),
+        "HOME": os.environ.get("HOME", str(CHECKOUT)),  # the caches of pip and uv
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "LANG": "C.UTF-8",
+    }
+
+
+def _network() -> dict[str, str]:
+    variables = {name: value for name, value in os.environ.items() if name in NETWORK_VARIABLES}
+    loopback = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]))
+    return variables | {"NO_PROXY": loopback, "no_proxy": loopback}
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _answers(url: str, process: subprocess.Popen[bytes], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    with httpx.Client(trust_env=False, timeout=5) as http:
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if http.get(url).is_success:
+                    return process.poll() is None
+            time.sleep(0.1)
+    return False
+
+
+def _stop(process: subprocess.Popen[bytes], name: str) -> None:
+    """Stop a process and all of its group, and wait until nothing of it is left (the emulator's workers linger)."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(SECONDS_TO_STOP)
+    try:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            os.killpg(process.pid, number)
+            deadline = time.monotonic() + SECONDS_TO_STOP
+            while time.monotonic() < deadline:
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+    except (ProcessLookupError, PermissionError):  # macOS answers the second for a group of zombies
+        process.wait()
+    else:
+        raise LocalCloudError(f"{name} (process group {process.pid}) could not be stopped")
+    finally:
+        if process.stdin:
+            process.stdin.close()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let no impatient second Ctrl-C interrupt the stopping (possible in the main thread only)."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = [signal.signal(number, signal.SIG_IGN) for number in signals]
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _tail(log: Path, lines: int = 25) -> str:
+    text = "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    return f"The end of {log.name}:\n{text}"
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

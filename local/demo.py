@@ -1,0 +1,286 @@
+"""The demonstration: two predictions through the HTTP API of a local cloud, told as they happen, and checked.
+
+One paints a picture, one fails. What is told is read where it was recorded: the prediction's item, its execution's
+history, the stand-in's record, the bucket. Whatever does not agree ends the demonstration with an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from local.cloud import LocalCloud, Upstream, local_directory
+from local.terminal import Terminal
+
+REPLICATE_API_URL = "https://api.replicate.com/v1"
+SECONDS = 60.0
+SECONDS_LIVE = 600.0  # a model that nobody used for a while has to start first
+# Runs each minute for the whole stack, and answers this program: neither is part of a prediction.
+NOT_COUNTED = {"sweep_predictions", "read_predictions"}
+NOT_COUNTED_CALL = "/webhooks/default/secret"  # the sweep's, too
+SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp", "image/gif": ".gif"}
+
+
+class DemoFailed(Exception):
+    """Something was not as it must be; the message says what."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prediction to run, and how it must end."""
+
+    title: str
+    model: str
+    input: Mapping[str, Any]
+    status: str
+
+
+PICTURE = Task(
+    "A picture", "local/painter", {"prompt": "a lighthouse by the sea at dusk", "aspect_ratio": "3:2"}, "succeeded"
+)
+FAILURE = Task("One that fails", "local/crasher", {"message": "The model ran out of paint"}, "failed")
+PICTURE_LIVE = Task(
+    "A picture", "black-forest-labs/flux-schnell",
+    {"prompt": "a lighthouse by the sea at dusk, watercolour", "num_outputs": 1}, "succeeded",
+)  # fmt: skip
+FAILURE_LIVE = Task(
+    "One that fails (it is given a page for a picture)", "nightmareai/real-esrgan",
+    {"image": "https://www.example.com/"}, "failed",
+)  # fmt: skip
+
+
+def demonstrate(terminal: Terminal, environment: Mapping[str, str], *, live: bool = False) -> None:
+    """Run both predictions on a fresh local cloud.
+
+    Args:
+        terminal: Where the story is told.
+        environment: For a live run, ``REPLICATE_API_TOKEN``.
+        live: Run them on the real Replicate. It bills them, a cent or less.
+
+    Raises:
+        DemoFailed: Something was not as it must be, or there is no token for a live run.
+        LocalCloudError: The local cloud did not start.
+    """
+    upstream = None
+    parameters = {}
+    if live:
+        token = environment.get("REPLICATE_API_TOKEN")
+        if not token:
+            raise DemoFailed(
+                "LIVE=1 runs two predictions on the real Replicate and needs REPLICATE_API_TOKEN "
+                "(https://replicate.com/account/api-tokens). Without LIVE=1 a stand-in on this machine is used."
+            )
+        upstream = Upstream(environment.get("REPLICATE_API_URL") or REPLICATE_API_URL, token)
+        # Replicate's webhooks do not reach this machine: it has to be asked.
+        parameters = {"FirstPollSeconds": "5", "PollSeconds": "5"}
+    terminal.title("replicate-serverless: two predictions on a local cloud")
+    with LocalCloud(parameters=parameters, upstream=upstream, say=terminal.step) as cloud:
+        headers = {"Authorization": f"Bearer {cloud.stack.access_token}"}
+        with httpx.Client(base_url=cloud.stack.api_url, headers=headers, timeout=30, trust_env=False) as api:
+            for task in (PICTURE_LIVE, FAILURE_LIVE) if live else (PICTURE, FAILURE):
+                _Run(cloud, api, terminal, task, live=live).tell()
+        terminal.write()
+        terminal.step("stopping")
+    terminal.succeed("all of it was checked")
+
+
+@dataclass
+class _Run:
+    """One prediction, from its request to its figures."""
+
+    cloud: LocalCloud
+    api: httpx.Client
+    terminal: Terminal
+    task: Task
+    live: bool
+    id: str = ""
+    item: dict[str, Any] = field(default_factory=dict)
+
+    def tell(self) -> None:
+        """Run it, tell it, check it.
+
+        Raises:
+            DemoFailed: It did not end as it must.
+        """
+        self.terminal.title(self.task.title)
+        ran_before = self.cloud.invocations()
+        self._asked_before = 0 if self.live else len(self.cloud.replicate.record()["requests"])
+        self._began = time.monotonic()
+        self._request()
+        for name, text in self._events():
+            self._event(name, text)
+        seconds = time.monotonic() - self._began
+        prediction = self._get()
+        _check(
+            prediction["status"] == self.task.status,
+            f"it ended {prediction['status']} ({prediction['error']}), not {self.task.status}",
+        )
+        if self.task.status == "succeeded":
+            _check(prediction["output_files"], "it has no output files")
+            for file in prediction["output_files"]:
+                self._check_file(prediction["output"], file)
+        else:
+            _check(prediction["error"], "it failed without saying why")
+            self._event("error", prediction["error"])
+        self._figures(prediction, seconds, self.cloud.invocations() - ran_before)
+
+    def _event(self, name: str, text: str) -> None:
+        self.terminal.event(name, text, time.monotonic() - self._began)
+
+    def _request(self) -> None:
+        path = f"/models/{self.task.model}/predictions"
+        body: dict[str, Any] = {"input": self.task.input}
+        if self.task is FAILURE:  # a community model is run by its version
+            path, body = "/predictions", {"version": self.task.model, **body}
+        self._event("request", f"POST {path} {json.dumps(self.task.input)}")
+        answer = self.api.post(path, json=body)
+        _check(answer.status_code == 201, f"POST {path} answered {answer.status_code}: {answer.text[:500]}")
+        self.id = answer.json()["id"]
+        self._event("accepted", f"as {self.id}, status {answer.json()['status']}")
+
+    def _events(self) -> Iterator[tuple[str, str]]:
+        """Yield what happens to the prediction until nothing more will."""
+        deadline = time.monotonic() + (SECONDS_LIVE if self.live else SECONDS)
+        submitted = visible = ""
+        seen = 0
+        webhooks: set[str] = set()
+        over = False
+        while not over:
+            _check(time.monotonic() < deadline, f"{self.id} did not end in time")
+            # In this order: what is read first happened first.
+            over = self._execution_status() != "RUNNING"
+            self.item = self._read_item()
+            if not submitted and (submitted := self.item.get("upstream_id", "")):
+                yield "submitted", f"to {self.cloud.replicate_url} as {submitted}"
+            for webhook in self._webhooks(submitted):
+                if webhook["webhook_id"] not in webhooks:
+                    webhooks.add(webhook["webhook_id"])
+                    # Anything but a good signature of Replicate's is answered 401.
+                    _check(webhook["answer"] == 200, f"the webhook {webhook['event']} was answered {webhook['answer']}")
+                    yield "webhook", f"{webhook['event']}: signature verified, answered 200"
+            history = self._states()
+            for state in history[seen:]:
+                yield "state", state
+            seen = len(history)
+            if visible != (visible := self.item["visible"]):
+                yield "status", visible
+            if not over:
+                time.sleep(0.1)
+        _check(visible == self.task.status, f"its execution is over, but its status is {visible}")
+
+    def _check_file(self, output: Any, file: Mapping[str, Any]) -> None:
+        """Check that the file is the same in the record, behind its URL and in the bucket, and keep it."""
+        _check("error" not in file, f"an output was not copied: {file.get('error')}")
+        self._event("copied", f"{file['bytes']:,} bytes of {file['content_type']}")
+        for name in ("bucket", "key", "sha256"):
+            self.terminal.detail(name, file[name])
+        url = output
+        for part in file["path"].split("/")[1:]:
+            url = url[int(part)] if isinstance(url, list) else url[part]
+        with httpx.Client(trust_env=False, timeout=60) as http:  # without our token: the URL is enough
+            downloaded = http.get(url).raise_for_status().content
+        stored = self.cloud.client("s3").get_object(Bucket=file["bucket"], Key=file["key"])["Body"].read()
+        for what, content in (("downloaded file", downloaded), ("object in the bucket", stored)):
+            _check(len(content) == file["bytes"], f"the {what} has {len(content)} bytes")
+            _check(hashlib.sha256(content).hexdigest() == file["sha256"], f"the {what} has another sha256")
+        name = f"{self.id}-{file['path'].strip('/').replace('/', '-') or '0'}"
+        path = local_directory() / "demo" / f"{name}{SUFFIXES.get(file['content_type'], '')}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(downloaded)
+        self._event("checked", "its URL and the bucket give the same bytes")
+        self._event("saved", _shown(path))
+
+    def _figures(self, prediction: Mapping[str, Any], seconds: float, ran: Counter[str]) -> None:
+        functions = {name: count for name, count in sorted(ran.items()) if name not in NOT_COUNTED}
+        states = Counter(self._states())
+        model_seconds = prediction["metrics"].get("predict_time", 0.0)
+        self.terminal.write()
+        figure = self.terminal.figure
+        figure("time to the end", f"{seconds:.1f} s", f"the model ran {model_seconds:.1f} s of it")
+        figure("functions run", str(sum(functions.values())), _counted(functions))
+        figure("states entered", str(sum(states.values())), _counted(states))
+        figure("item writes", str(self._writes()), "changes of this prediction's items, from the table's stream")
+        if not self.live:
+            calls = self._upstream_calls()
+            figure("upstream calls", str(sum(calls.values())), _counted(calls))
+
+    def _get(self) -> dict[str, Any]:
+        answer = self.api.get(f"/predictions/{self.id}")
+        _check(answer.status_code == 200, f"GET answered {answer.status_code}: {answer.text[:500]}")
+        return dict(answer.json())
+
+    def _read_item(self) -> dict[str, Any]:
+        key = {"pk": {"S": f"prediction#{self.id}"}, "sk": {"S": "status"}}
+        table = self.cloud.stack.table_name
+        answer = self.cloud.client("dynamodb").get_item(TableName=table, Key=key, ConsistentRead=True)
+        return {name: next(iter(value.values())) for name, value in answer["Item"].items()}
+
+    def _execution_status(self) -> str:
+        if not (arn := self.item.get("execution_arn")):
+            return "RUNNING"
+        states = self.cloud.client("stepfunctions")
+        try:
+            return str(states.describe_execution(executionArn=arn)["status"])
+        except states.exceptions.ExecutionDoesNotExist:  # it is started after the answer of Replicate
+            return "RUNNING"
+
+    def _states(self) -> list[str]:
+        states = self.cloud.client("stepfunctions")
+        try:
+            pages = states.get_paginator("get_execution_history").paginate(executionArn=self.item["execution_arn"])
+            events = [event for page in pages for event in page["events"]]
+        except states.exceptions.ExecutionDoesNotExist:
+            return []
+        return [event["stateEnteredEventDetails"]["name"] for event in events if event["type"].endswith("StateEntered")]
+
+    def _webhooks(self, upstream_id: str) -> list[dict[str, Any]]:
+        if self.live:
+            return []
+        sent = self.cloud.replicate.record()["webhooks"]
+        return [webhook for webhook in sent if webhook["prediction"] == upstream_id]
+
+    def _upstream_calls(self) -> Counter[str]:
+        asked = self.cloud.replicate.record()["requests"][self._asked_before :]
+        upstream_id = self.item["upstream_id"]
+        calls = (f"{request['method']} {request['path'].replace(upstream_id, '{id}')}" for request in asked)
+        return Counter(re.sub("/files/.*", "/files/…", call) for call in calls if not call.endswith(NOT_COUNTED_CALL))
+
+    def _writes(self) -> int:
+        stream = self.cloud.client("dynamodb").describe_table(TableName=self.cloud.stack.table_name)["Table"]
+        streams = self.cloud.client("dynamodbstreams")
+        arn = stream["LatestStreamArn"]
+        keys = []
+        for shard in streams.describe_stream(StreamArn=arn)["StreamDescription"]["Shards"]:
+            iterator = streams.get_shard_iterator(
+                StreamArn=arn, ShardId=shard["ShardId"], ShardIteratorType="TRIM_HORIZON"
+            )["ShardIterator"]
+            while iterator:
+                page = streams.get_records(ShardIterator=iterator)
+                keys += [record["dynamodb"]["Keys"]["pk"]["S"] for record in page["Records"]]
+                iterator = page.get("NextShardIterator") if page["Records"] else None
+        return keys.count(f"prediction#{self.id}")
+
+
+def _check(holds: object, otherwise: str) -> None:
+    if not holds:
+        raise DemoFailed(f"The demonstration failed: {otherwise}.")
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in counts.items())
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

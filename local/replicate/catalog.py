@@ -1,0 +1,115 @@
+"""What the local Replicate offers: models, their one version each, and deployments."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+
+from local.replicate.schema import openapi_schema
+
+JsonObject = dict[str, Any]
+
+OWNER = "local"
+CREATED_AT = "2026-01-05T09:00:00.000000Z"
+FOLDER = Path(__file__).parent / "models"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model.
+
+    Attributes:
+        official: Run by name, version `hidden`; a community model is run by version only.
+        slots: How many predictions it runs at a time; further ones wait in status `starting`.
+    """
+
+    name: str
+    description: str
+    official: bool = False
+    slots: int = 1
+
+    @property
+    def path(self) -> str:
+        """`owner/name`."""
+        return f"{OWNER}/{self.name}"
+
+    @cached_property
+    def schema(self) -> JsonObject:
+        """The OpenAPI schema of the version."""
+        return openapi_schema(FOLDER / self.name / "predict.py")
+
+    @cached_property
+    def version(self) -> str:
+        """64 hex digits, the same in every run until the model's code or schema changes."""
+        source = (FOLDER / self.name / "predict.py").read_bytes()
+        return hashlib.sha256(source + json.dumps(self.schema, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def grows(self) -> bool:
+        """Whether the output is a list that grows while the model runs."""
+        return "x-cog-array-type" in self.schema["components"]["schemas"]["Output"]
+
+    @property
+    def streams(self) -> bool:
+        """Whether the output is text that can be read as server-sent events."""
+        return "x-cog-array-display" in self.schema["components"]["schemas"]["Output"]
+
+    def invalid_fields(self, input_: JsonObject) -> list[JsonObject]:
+        """What is wrong with an input: `{"type", "field", "description"}` for each fault."""
+        schemas = self.schema["components"]["schemas"]
+        validator = Draft202012Validator({"$ref": "#/components/schemas/Input", "components": {"schemas": schemas}})
+        found = [_invalid_field(error) for error in validator.iter_errors(input_)]
+        for name, described in schemas["Input"]["properties"].items():
+            value = input_.get(name)
+            is_url = isinstance(value, str) and value.startswith(("https://", "http://", "data:"))
+            # Cog would open anything else as a path on this machine.
+            if described.get("format") == "uri" and isinstance(value, str) and not is_url:
+                description = "Does not match format 'uri'"
+                found.append({"type": "format", "field": f"input.{name}", "description": description})
+        return found
+
+    def version_json(self) -> JsonObject:
+        """The version as `GET …/versions/{id}` gives it."""
+        return {
+            "id": self.version,
+            "created_at": CREATED_AT,
+            "cog_version": "0.23.1",
+            "openapi_schema": self.schema,
+        }
+
+    def write_to(self, folder: Path) -> None:
+        """Writes the model's code and `.cog/openapi_schema.json` where Cog's server is to run."""
+        shutil.copytree(FOLDER / self.name, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        schema = json.loads(json.dumps(self.schema))
+        # Cog sends server-sent events only for a model that is marked so; the front reads nothing else.
+        schema["paths"]["/predictions"]["post"]["x-cog-streaming"] = True
+        (folder / ".cog").mkdir()
+        (folder / ".cog" / "openapi_schema.json").write_text(json.dumps(schema))
+
+
+def _invalid_field(error: ValidationError) -> JsonObject:
+    field = ".".join(["input", *(str(part) for part in error.absolute_path)])
+    return {"type": str(error.validator), "field": field, "description": error.message[:300]}
+
+
+models = {
+    model.path: model
+    for model in (
+        Model("painter", "Paints a landscape from a prompt: text to image.", official=True),
+        Model("storyteller", "Tells a small story, word by word: streaming text.", official=True),
+        Model("etcher", "Redraws a picture that it is given by URL: image to image."),
+        Model("series", "Several pictures, one after the other: a list of files that grows."),
+        Model("album", "An object with files at several depths."),
+        Model("blob", "A file of any size, name and type, or a data: URL."),
+        Model("sleeper", "Takes the time it is told to; sixteen at once.", slots=16),
+        Model("crasher", "Fails: with an error, or by the end of its process."),
+    )
+}
+models_by_version = {model.version: model for model in models.values()}
+deployments = {f"{OWNER}/painter-deployment": models[f"{OWNER}/painter"]}

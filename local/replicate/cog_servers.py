@@ -1,0 +1,170 @@
+"""Real Cog servers, one process for each model, started when the first prediction needs it."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+log = logging.getLogger(__name__)
+
+JsonObject = dict[str, Any]
+
+SETUP_SECONDS = 30
+# Replicate ends a run after 30 minutes.
+RUN_SECONDS = 30 * 60
+# What a model may see of the environment: enough to run and to fetch its inputs, no credentials.
+PASSED_ON = ("HOME", "LANG", "LC_ALL", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+             "http_proxy", "https_proxy", "no_proxy")  # fmt: skip
+
+
+class CogFailed(Exception):
+    """The Cog server did not start, refused the prediction, or went away while it ran."""
+
+
+class CogServer:
+    """One Cog server: a process that is started on demand and again after it has broken.
+
+    Args:
+        folder: Holds `predict.py` and `.cog/openapi_schema.json`; the server's working directory.
+        slots: How many predictions it runs at a time.
+        upload_url: Where it puts output files: `PUT {upload_url}/{name}` with the header `x-prediction-id`.
+        temporary: Folder for its temporary files.
+    """
+
+    def __init__(self, folder: Path, *, slots: int, upload_url: str, temporary: Path) -> None:
+        self.slots = asyncio.Semaphore(slots)
+        self._folder = folder
+        self._concurrency = slots
+        self._upload_url = upload_url
+        self._temporary = temporary
+        self._process: asyncio.subprocess.Process | None = None
+        self._starting = asyncio.Lock()
+        self._url = ""
+        # No proxy: the server is on this machine.
+        self._client = httpx.AsyncClient(timeout=httpx.Timeout(30, read=RUN_SECONDS), trust_env=False)
+
+    async def ready(self) -> None:
+        """Returns as soon as the server takes predictions.
+
+        Raises:
+            CogFailed: It did not start, twice; the message names its log file.
+        """
+        async with self._starting:
+            # A busy machine may be too slow to answer: that is no reason to end what runs there.
+            if await self._health() in ("READY", "BUSY", "SILENT"):
+                return
+            for _ in range(2):  # a second time, because somebody may have taken the port in between
+                await self._end_process()
+                await self._start_process()
+                for _ in range(SETUP_SECONDS * 20):
+                    health = await self._health()
+                    if health == "READY":
+                        return
+                    if health in ("ENDED", "SETUP_FAILED"):
+                        break
+                    await asyncio.sleep(0.05)
+            await self._end_process()
+        raise CogFailed(f"The Cog server of {self._folder.name} did not start: see {self._folder}/cog.log")
+
+    async def run(self, prediction_id: str, input_: JsonObject) -> AsyncIterator[tuple[str, JsonObject]]:
+        """Runs one prediction and yields Cog's events until it has ended.
+
+        Yields:
+            `("start", …)`, `("log", {"source", "data"})`, `("output", {"chunk", "index"})`, and last
+            `("completed", {"status", "output"?, "logs", "error"?, "metrics"})`.
+
+        Raises:
+            CogFailed: The server refused it or went away.
+        """
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                for _ in range(200):
+                    response = await stack.enter_async_context(
+                        self._client.stream(
+                            "PUT",
+                            f"{self._url}/predictions/{prediction_id}",
+                            json={"input": input_},
+                            headers={"accept": "text/event-stream"},
+                        )
+                    )
+                    if response.status_code != 409:
+                        break
+                    # The slot of the run before is given back a moment after its last event.
+                    await asyncio.sleep(0.02)
+                if response.status_code != 200:
+                    body = (await response.aread()).decode(errors="replace")
+                    raise CogFailed(f"Cog refused the prediction ({response.status_code}): {body[:500]}")
+                event = ""
+                async for line in response.aiter_lines():
+                    if line.startswith("event:"):
+                        event = line[6:].strip()
+                    elif line.startswith("data:"):
+                        yield event, json.loads(line[5:])
+                        if event == "completed":
+                            return
+        except httpx.HTTPError as error:
+            raise CogFailed(f"The model's process went away ({type(error).__name__})") from error
+        raise CogFailed("The model's process went away before the prediction had ended")
+
+    async def cancel(self, prediction_id: str) -> None:
+        """Asks the server to cancel; its last event is then `completed` with status `canceled`."""
+        with contextlib.suppress(httpx.HTTPError):
+            await self._client.post(f"{self._url}/predictions/{prediction_id}/cancel", timeout=5)
+
+    async def stop(self) -> None:
+        """Ends the process and its worker."""
+        await self._end_process()
+        await self._client.aclose()
+
+    async def _start_process(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._url = f"http://127.0.0.1:{port}"
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        # Cog spawns its worker as `python` from PATH: that must be the Python that has cog installed.
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        environment["TMPDIR"] = str(self._temporary)
+        environment["COG_MAX_CONCURRENCY"] = str(self._concurrency)
+        with (self._folder / "cog.log").open("ab") as output:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", str(Path(__file__).with_name("run_cog.py"))),
+                *(str(port), self._upload_url, str(self._temporary)),
+                cwd=self._folder,
+                env=environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # a group of its own, so that its worker can be ended with it
+            )
+        log.info("started the Cog server of %s on %s", self._folder.name, self._url)
+
+    async def _end_process(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), 2)
+
+    async def _health(self) -> str:
+        """Cog's own word (`STARTING`, `READY`, `BUSY`, `SETUP_FAILED`, `UNHEALTHY`, `DEFUNCT`), or `ENDED`, `SILENT`."""
+        if self._process is None or self._process.returncode is not None:
+            return "ENDED"
+        try:
+            answer = await self._client.get(f"{self._url}/health-check", timeout=5)
+            return str(answer.json()["status"])
+        except (httpx.HTTPError, ValueError, KeyError):
+            return "SILENT"

@@ -1,0 +1,32 @@
+"""Runs one Cog server in the current folder, and ends it with the process that started it.
+
+Started by `local.replicate.cog_servers` as a script, so that a front that is killed leaves nothing behind.
+Arguments: port, upload URL, folder for temporary files.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import coglet
+
+
+def end_with(parent: int) -> None:
+    """Ends this process at most half a second after `parent` has ended; Cog's server then ends its worker."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    port, upload_url, temporary = sys.argv[1:]
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    coglet.server.serve(
+        predictor_ref="predict.py:Predictor",
+        host="127.0.0.1",
+        port=int(port),
+        upload_url=upload_url,
+        output_temp_dir_base=temporary,
+    )

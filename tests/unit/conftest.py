@@ -1,0 +1,132 @@
+"""Fixtures: AWS in process (moto) made from the template's own properties, Replicate in process, time by hand."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import moto  # before anything that makes a client
+import pytest
+
+from predictions import aws
+from predictions.executions import Executions
+from predictions.outputs import OutputsBucket
+from predictions.submissions import Submissions, Timing
+from predictions.table import PredictionsTable
+from predictions.upstream import Replicate, Token
+from tests.unit.fakes import API_URL, Clock, Executed, ReplicateInMemory, Wakes
+from tests.unit.template import table_properties
+
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_SESSION_TOKEN": "testing",
+    "AWS_DEFAULT_REGION": "eu-central-1",
+    "AWS_REGION": "eu-central-1",
+    "TABLE_NAME": "predictions",
+    "OUTPUTS_BUCKET_NAME": "outputs",
+    "STATE_MACHINE_ARN": "arn:aws:states:eu-central-1:123456789012:stateMachine:track-prediction",
+    "API_URL_PARAMETER": "/replicate-serverless/api_url",
+    "REPLICATE_API_URL": ReplicateInMemory.URL,
+    "REPLICATE_TOKEN_SECRET_ARN": "replicate-token",
+    "SIGNING_SECRET_ARN": "signing-secret",
+    "FILE_ORIGINS": "",
+    "ALLOW_LOOPBACK_WEBHOOKS": "false",
+    "DEFAULT_LIFETIME_SECONDS": "86400",
+    "SUBMIT_GRACE_SECONDS": "90",
+    "UNKNOWN_SUBMISSION": "fail",
+    "RETENTION_DAYS": "30",
+    "FIRST_POLL_SECONDS": "60",
+    "POLL_SECONDS": "600",
+    "OUTPUT_URL_SECONDS": "3600",
+    "POWERTOOLS_SERVICE_NAME": "replicate-serverless",
+    "POWERTOOLS_METRICS_NAMESPACE": "ReplicateServerless",
+    "POWERTOOLS_LOG_LEVEL": "INFO",
+    "POWERTOOLS_TRACE_DISABLED": "true",
+    "TRACING": "PassThrough",
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a function, the same for every test."""
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def cloud(environment: None) -> Iterator[None]:
+    """An empty AWS account with the stack's table, bucket, parameter and secrets."""
+    with moto.mock_aws():
+        aws.client.cache_clear()
+        aws._parameters.cache_clear()
+        aws.client("dynamodb").create_table(TableName="predictions", **table_properties())
+        aws.client("s3").create_bucket(
+            Bucket="outputs", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"}
+        )
+        aws.client("ssm").put_parameter(Name="/replicate-serverless/api_url", Value=API_URL, Type="String")
+        aws.client("secretsmanager").create_secret(Name="replicate-token", SecretString=ReplicateInMemory.TOKEN)
+        aws.client("secretsmanager").create_secret(Name="signing-secret", SecretString="{}")
+        yield
+    aws.client.cache_clear()
+    aws._parameters.cache_clear()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that only the test moves."""
+    return Clock()
+
+
+@pytest.fixture
+def replicate(clock: Clock) -> Iterator[ReplicateInMemory]:
+    """Replicate, in this process."""
+    with ReplicateInMemory(clock) as replicate:
+        yield replicate
+
+
+@pytest.fixture
+def outputs(cloud: None, clock: Clock, replicate: ReplicateInMemory) -> OutputsBucket:
+    """The outputs bucket, whose files come from the Replicate in this process."""
+    return OutputsBucket("outputs", open_client=replicate.client, clock=clock.now, sleep=clock.sleep)
+
+
+@pytest.fixture
+def table(cloud: None, outputs: OutputsBucket) -> PredictionsTable:
+    """The predictions table."""
+    return PredictionsTable("predictions", outputs, aws.client("dynamodb"))
+
+
+@pytest.fixture
+def executed(cloud: None) -> Executed:
+    """The executions that were started."""
+    return Executed()
+
+
+@pytest.fixture
+def wakes(cloud: None) -> Wakes:
+    """The task tokens that were sent."""
+    return Wakes()
+
+
+@pytest.fixture
+def submissions(
+    table: PredictionsTable, replicate: ReplicateInMemory, executed: Executed, wakes: Wakes, clock: Clock
+) -> Submissions:
+    """The protocol, with everything around it in this process."""
+    return make_submissions(table, replicate, executed, clock)
+
+
+def make_submissions(
+    table: PredictionsTable, replicate: ReplicateInMemory, executed: Executed, clock: Clock, **options: Any
+) -> Submissions:
+    """The protocol with other options."""
+    return Submissions(
+        table,
+        Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client()),
+        Executions(executed.machine_arn, aws.client("stepfunctions")),
+        Timing(lifetime=86400, grace=90, first_poll=60, poll=600, retention=30 * 86400),
+        now=clock.now,
+        sleep=clock.sleep,
+        **options,
+    )

@@ -1,0 +1,235 @@
+"""What stands outside the stack, in process: Replicate behind `httpx.MockTransport`, and calls to Step Functions."""
+
+import base64
+import json
+import secrets
+from collections.abc import Callable
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from predictions import aws
+
+API_URL = "https://api.example.com/v1"
+VERSION = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
+PNG = b"\x89PNG\r\n\x1a\n" + b"pixels" * 100
+
+
+class Clock:
+    """Time that moves only when a test says so, or when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.moment = 1_750_000_000.0
+
+    def now(self) -> float:
+        return self.moment
+
+    def sleep(self, seconds: float) -> None:
+        self.moment += seconds
+
+    def advance(self, seconds: float) -> None:
+        self.moment += seconds
+
+
+Answer = Callable[[httpx.Request, "ReplicateInMemory"], httpx.Response]
+
+
+class ReplicateInMemory:
+    """Replicate's API and file host, as far as the protocol sees them.
+
+    `faults` answers the next creates in its order, instead of or around `accept`; everything asked is in `asked`.
+    """
+
+    URL = "https://api.replicate.com/v1"
+    TOKEN = "r8_of_the_stack"
+    SECRET = "whsec_" + base64.b64encode(b"the signing secret of Replicate!").decode()
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.predictions: dict[str, dict[str, Any]] = {}
+        self.asked: list[httpx.Request] = []
+        self.faults: list[Answer] = []
+        self.read_faults: list[Answer] = []
+        self.files: dict[str, httpx.Response | Callable[[], httpx.Response]] = {}
+        self.models: dict[str, dict[str, Any]] = {
+            "meta/llama": {"is_official": True, "latest_version": None},
+            "stability-ai/sdxl": {"is_official": False, "latest_version": {"id": VERSION}},
+        }
+        self._clients: list[httpx.Client] = []
+
+    def __enter__(self) -> "ReplicateInMemory":
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        for client in self._clients:
+            client.close()
+
+    def client(self) -> httpx.Client:
+        """A client that reaches this Replicate and nothing else."""
+        client = httpx.Client(transport=httpx.MockTransport(self._answer))
+        self._clients.append(client)
+        return client
+
+    @property
+    def creates(self) -> list[dict[str, Any]]:
+        """The bodies of all creates that were asked, accepted or not."""
+        return [
+            json.loads(r.content) for r in self.asked if r.method == "POST" and r.url.path.endswith(("/predictions",))
+        ]
+
+    @property
+    def canceled(self) -> list[str]:
+        """The ids that were asked to be canceled."""
+        return [r.url.path.split("/")[-2] for r in self.asked if r.url.path.endswith("/cancel")]
+
+    def accept(self, request: httpx.Request, **told: Any) -> dict[str, Any]:
+        """Makes the prediction that a create asks for."""
+        body = json.loads(request.content)
+        path = request.url.path.removeprefix("/v1/")
+        kind, _, name = path.removesuffix("/predictions").partition("/")
+        prediction_id = secrets.token_hex(13)
+        prediction = {
+            "id": prediction_id,
+            "model": name if kind == "models" else "stability-ai/sdxl",
+            "version": body.get("version", "hidden"),
+            "input": body["input"],
+            "output": None,
+            "logs": "",
+            "error": None,
+            "status": "starting",
+            "created_at": self.timestamp(),
+            "data_removed": False,
+            "urls": {"get": f"{self.URL}/predictions/{prediction_id}"},
+            **({"deployment": name} if kind == "deployments" else {}),
+            **told,
+        }
+        self.predictions[prediction_id] = prediction
+        return prediction
+
+    def finish(self, prediction_id: str, status: str = "succeeded", **told: Any) -> dict[str, Any]:
+        """Ends a prediction there."""
+        self.predictions[prediction_id] |= {
+            "status": status,
+            "completed_at": self.timestamp(),
+            "metrics": {"predict_time": 1.5},
+            **told,
+        }
+        return self.predictions[prediction_id]
+
+    def timestamp(self) -> str:
+        return datetime.fromtimestamp(self._clock.now(), UTC).isoformat().replace("+00:00", "Z")
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
+        request.read()
+        self.asked.append(request)
+        if request.url.host != "api.replicate.com":
+            assert "authorization" not in request.headers, "the token went to a file host"
+            found = self.files.get(str(request.url))
+            return found() if callable(found) else found or httpx.Response(404)
+        if request.headers.get("authorization") != f"Bearer {self.TOKEN}":
+            return httpx.Response(401, json={"title": "Unauthenticated", "detail": "no", "status": 401})
+        path = request.url.path.removeprefix("/v1")
+        create = request.method == "POST" and path.endswith("/predictions")
+        if create:
+            if self.faults:
+                return self.faults.pop(0)(request, self)
+            return httpx.Response(201, json=self.accept(request))
+        if self.read_faults:
+            return self.read_faults.pop(0)(request, self)
+        return self._read(request, path)
+
+    def _read(self, request: httpx.Request, path: str) -> httpx.Response:
+        if path == "/predictions":
+            newest_first = sorted(self.predictions.values(), key=lambda p: str(p["created_at"]), reverse=True)
+            listed = [{k: v for k, v in p.items() if k != "webhook"} for p in newest_first]
+            return httpx.Response(200, json={"previous": None, "next": None, "results": listed})
+        if path == "/webhooks/default/secret":
+            return httpx.Response(200, json={"key": self.SECRET})
+        if path.startswith("/models/"):
+            model = self.models.get(path.removeprefix("/models/"))
+            return httpx.Response(200, json=model) if model else httpx.Response(404, json={"detail": "no model"})
+        prediction = self.predictions.get(path.split("/")[2])
+        if prediction is None:
+            return httpx.Response(404, json={"detail": "not found", "status": 404})
+        if path.endswith("/cancel") and prediction["status"] in ("starting", "processing"):
+            prediction["status"] = "canceled"
+            prediction["completed_at"] = self.timestamp()
+        return httpx.Response(200, json=prediction)
+
+
+def answer(status: int, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+    """A create that is not accepted."""
+    return lambda _request, _replicate: httpx.Response(status, json=body or {"detail": "no"}, headers=headers)
+
+
+def fail(error: type[httpx.HTTPError]) -> Answer:
+    """A create that breaks off before Replicate had it."""
+
+    def broken(request: httpx.Request, _: ReplicateInMemory) -> httpx.Response:
+        raise error("broken")
+
+    return broken
+
+
+def accept_then(error: type[httpx.HTTPError] | int) -> Answer:
+    """A create that Replicate accepts, and whose answer is lost, or a 5xx."""
+
+    def lost(request: httpx.Request, replicate: ReplicateInMemory) -> httpx.Response:
+        replicate.accept(request)
+        if isinstance(error, int):
+            return httpx.Response(error, json={"detail": "bad gateway"})
+        raise error("lost")
+
+    return lost
+
+
+class Executed:
+    """A state machine whose executions only exist: moto starts, describes and stops them."""
+
+    def __init__(self) -> None:
+        self.machine_arn: str = aws.client("stepfunctions").create_state_machine(
+            name="track-prediction",
+            definition=json.dumps({"StartAt": "End", "States": {"End": {"Type": "Succeed"}}}),
+            roleArn="arn:aws:iam::123456789012:role/track",
+        )["stateMachineArn"]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The input of each execution by its name."""
+        stepfunctions = aws.client("stepfunctions")
+        listed = stepfunctions.list_executions(stateMachineArn=self.machine_arn)["executions"]
+        return {
+            e["name"]: json.loads(stepfunctions.describe_execution(executionArn=e["executionArn"])["input"])
+            for e in listed
+        }
+
+    def stop(self, name: str) -> None:
+        """Ends an execution, as by hand."""
+        aws.client("stepfunctions").stop_execution(
+            executionArn=f"{self.machine_arn.replace(':stateMachine:', ':execution:')}:{name}"
+        )
+
+
+class Wakes:
+    """The tokens that were sent to Step Functions; those in `stale` are answered as timed out."""
+
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+        self.stale: set[str] = set()
+        aws.client("stepfunctions").meta.events.register_first("before-call.stepfunctions.SendTaskSuccess", self._send)
+
+    def _send(self, params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]]:
+        token = json.loads(params["body"])["taskToken"]
+        self.tokens.append(token)
+        status, body = 200, {}
+        if token in self.stale:
+            status, body = 400, {"Error": {"Code": "TaskTimedOut", "Message": "the task timed out"}}
+        return type("Http", (), {"status_code": status})(), body
+
+
+def path_of(url: str) -> str:
+    """A URL's path."""
+    return urlsplit(url).path

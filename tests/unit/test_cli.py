@@ -1,0 +1,250 @@
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+import moto  # before predictions: it must see every client being made
+import pytest
+from predictions.__main__ import main
+from predictions.access import AccessTokens
+
+REGION = "us-east-1"
+ENVIRONMENT = (
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_PROFILE",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_ENDPOINT_URL",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+
+
+def template(outputs: dict[str, str]) -> str:
+    return json.dumps(
+        {
+            "Resources": {"Topic": {"Type": "AWS::SNS::Topic"}},
+            **({"Outputs": {key: {"Value": value} for key, value in outputs.items()}} if outputs else {}),
+        }
+    )
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[AccessTokens]:
+    """A stack named `demo` in REGION and one named `other` that is somebody else's."""
+    monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
+    with moto.mock_aws():
+        create_client: Any = botocore.session.Session().create_client
+        cloudformation = create_client("cloudformation", region_name=REGION)
+        cloudformation.create_stack(StackName="demo", TemplateBody=template({"ApiUrl": "x", "TableName": "table-1"}))
+        cloudformation.create_stack(StackName="other", TemplateBody=template({}))
+        dynamodb = create_client("dynamodb", region_name=REGION)
+        dynamodb.create_table(
+            TableName="table-1",
+            BillingMode="PAY_PER_REQUEST",
+            KeySchema=[
+                {"AttributeName": "pk", "KeyType": "HASH"},
+                {"AttributeName": "sk", "KeyType": "RANGE"},
+            ],
+            AttributeDefinitions=[
+                {"AttributeName": "pk", "AttributeType": "S"},
+                {"AttributeName": "sk", "AttributeType": "S"},
+            ],
+        )
+        yield AccessTokens("table-1", dynamodb)
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine without any configuration of AWS."""
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Runs a command that must not succeed; gives the one line it says why."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("replicate-serverless: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+LIST = ("tokens", "list", "--stack", "demo")
+CREATE = ("tokens", "create", "--stack", "demo", "--owner", "alice")
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_no_region_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--region" in refused(capsys, *LIST)
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_no_credentials_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no AWS credentials" in refused(capsys, *LIST, "--region", REGION)
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_an_unknown_profile_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nobody" in refused(capsys, *LIST, "--profile", "nobody")
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_an_endpoint_where_nothing_listens_is_tried_and_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    assert "http://127.0.0.1:1" in refused(capsys, *LIST, "--region", REGION)
+
+
+@pytest.mark.usefixtures("stack")
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("tokens", "list", "--stack", "absent"), "no stack 'absent' in us-east-1"),
+        ((*LIST, "--region", "eu-west-1"), "no stack 'demo' in eu-west-1"),
+        (("tokens", "list", "--stack", "other"), "has no output TableName"),
+        ((*CREATE[:-1], "Alice"), "owner 'Alice'"),
+        ((*CREATE, "--scopes", "all"), "scopes all"),
+        ((*CREATE, "--scopes", ""), "scopes"),
+        ((*CREATE, "--name", "a\tb"), "name"),
+        (("tokens", "revoke", "--stack", "demo", "nothex"), "'nothex'"),
+        (("tokens", "revoke", "--stack", "demo", "abcdef123456"), "No token has the id abcdef123456"),
+    ],
+)
+def test_what_cannot_be_done_is_said(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], said: str) -> None:
+    assert said in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (),
+        ("tokens",),
+        ("tokens", "list"),
+        ("tokens", "create", "--stack", "demo"),
+        ("tokens", "revoke", "--stack", "demo"),
+        ("tokens", "rename", "--stack", "demo"),
+        ("tokens", "list", "--sta", "demo"),
+    ],
+)
+def test_an_incomplete_command_shows_its_usage(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: replicate-serverless")
+
+
+@pytest.mark.parametrize("command", [(), ("tokens",), ("tokens", "create"), ("tokens", "list"), ("tokens", "revoke")])
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    assert " ".join(["usage: replicate-serverless", *command]) in capsys.readouterr().out
+
+
+def test_a_created_token_alone_is_on_stdout_and_works(stack: AccessTokens, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CREATE, "--name", "laptop"]) == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"rs_[A-Za-z0-9_-]{43}\n", out)
+    assert out.strip() not in err
+    found = stack.find(out.strip())
+    assert found is not None
+    assert (found.owner, found.scopes, found.name) == ("alice", ("predict", "read"), "laptop")
+    assert found.id in err
+
+
+def test_scopes_are_taken_as_a_list_with_commas(stack: AccessTokens, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CREATE, "--scopes", "manage, read"]) == 0
+    found = stack.find(capsys.readouterr().out.strip())
+    assert found is not None
+    assert found.scopes == ("read", "manage")
+
+
+def test_the_listing_shows_each_token_but_not_itself(stack: AccessTokens, capsys: pytest.CaptureFixture[str]) -> None:
+    token, alice = stack.create("alice", ["read", "predict"], "laptop")
+    _, bob = stack.create("bob", ["manage"])
+    assert main(LIST) == 0
+    out, err = capsys.readouterr()
+    header, *rows = out.splitlines()
+    assert header.split() == ["ID", "OWNER", "SCOPES", "ENDS", "IN", "CREATED", "NAME"]
+    assert [row.split()[:4] for row in rows] == [
+        [alice.id, "alice", "predict,read", token[-4:]],
+        [bob.id, "bob", "manage", bob.token_hint],
+    ]
+    assert rows[0].endswith("laptop")
+    assert token not in out + err
+
+
+def test_the_listing_as_json_can_be_read_by_programs(stack: AccessTokens, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LIST, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    _, access = stack.create("alice", ["read"], "laptop")
+    assert main([*LIST, "--json"]) == 0
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    assert rows == [
+        {
+            "id": access.id,
+            "owner": "alice",
+            "scopes": ["read"],
+            "name": "laptop",
+            "created_at": access.created_at,
+            "token_hint": access.token_hint,
+        }
+    ]
+
+
+def test_a_revoked_token_no_longer_works(stack: AccessTokens, capsys: pytest.CaptureFixture[str]) -> None:
+    token, access = stack.create("alice", ["read"])
+    assert main(["tokens", "revoke", "--stack", "demo", access.id]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "within 60 seconds" in err
+    assert stack.find(token) is None
+    assert "revoked already" in refused(capsys, "tokens", "revoke", "--stack", "demo", access.id)
+
+
+@pytest.mark.parametrize(
+    ("environment", "option", "exit_code"),
+    [
+        ({"AWS_REGION": REGION, "AWS_DEFAULT_REGION": "eu-west-1"}, [], 0),
+        ({"AWS_REGION": "", "AWS_DEFAULT_REGION": REGION}, [], 0),
+        ({"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "eu-west-1"}, ["--region", REGION], 0),
+        ({"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": REGION}, [], 2),
+    ],
+)
+@pytest.mark.usefixtures("stack")
+def test_the_region_is_the_options_then_the_environments(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], option: list[str], exit_code: int
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main([*LIST, *option]) == exit_code
+
+
+@pytest.mark.usefixtures("stack")
+def test_the_profile_decides_region_and_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    keys = "aws_access_key_id = x\naws_secret_access_key = x\n"
+    (tmp_path / "config").write_text(
+        f"[profile here]\nregion = {REGION}\n{keys}[profile there]\nregion = eu-west-1\n{keys}",
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    assert main([*LIST, "--profile", "here"]) == 0
+    assert main([*LIST, "--profile", "there"]) == 2
