@@ -44,6 +44,7 @@ LEASH = CHECKOUT / "local" / "leash.py"
 REGION = "us-east-1"
 STACK_NAME = "replicate-serverless"
 SECONDS_TO_STOP = 1.0  # nothing is kept, so nothing is lost by force
+SECONDS_TO_BE_GONE = 10.0  # what was killed is a zombie until init has time for it
 
 # The emulator takes this key for the account's root user.
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
@@ -167,7 +168,7 @@ class LocalCloud:
             self._build = _Build(self._checkout, self._runtime_parameters(), self._log("sam-build"))
             building = self._build.start()
             if building:
-                self._cleanup.callback(_stop, building, "sam build")
+                self._cleanup.callback(_stop, building)
             self._start_emulator()
             self._start_replicate()
             if building:
@@ -193,13 +194,15 @@ class LocalCloud:
         """Stop everything; the logs are removed unless they are wanted."""
         logs = self._directory / "logs"
         with _undisturbed():
-            self._cleanup.close()
-            run_directory: Path | None = getattr(self, "run_directory", None)
-            if run_directory and keep_logs:
-                shutil.rmtree(logs, ignore_errors=True)
-                shutil.copytree(run_directory / "logs", logs)
-            if run_directory:
-                shutil.rmtree(run_directory, ignore_errors=True)
+            try:
+                self._cleanup.close()
+            finally:
+                run_directory: Path | None = getattr(self, "run_directory", None)
+                if run_directory and keep_logs:
+                    shutil.rmtree(logs, ignore_errors=True)
+                    shutil.copytree(run_directory / "logs", logs)
+                if run_directory:
+                    shutil.rmtree(run_directory, ignore_errors=True)
         if keep_logs and logs.exists():
             self._say(f"the logs are in {_short(logs)}")
 
@@ -271,7 +274,7 @@ class LocalCloud:
                     # A group of its own: Ctrl-C reaches this process only, and what it leaves behind can be found.
                     start_new_session=True,
                 )
-            self._cleanup.callback(_stop, process, "the AWS emulator")
+            self._cleanup.callback(_stop, process)
             self.endpoint_url = f"http://127.0.0.1:{port}"
             if _answers(f"{self.endpoint_url}/_ministack/health", process, seconds=60):
                 return
@@ -349,7 +352,7 @@ class LocalCloud:
                 command, cwd=self._checkout, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 env=_sam_variables() | {"AWS_ENDPOINT_URL": self.endpoint_url}, start_new_session=True,
             )  # fmt: skip
-        self._cleanup.callback(_stop, deploying, "sam deploy")
+        self._cleanup.callback(_stop, deploying)
         if deploying.wait() != 0:
             raise LocalCloudError(f"sam deploy failed.\n{_tail(log)}")
         cloudformation = self.client("cloudformation")
@@ -566,26 +569,23 @@ def _answers(url: str, process: subprocess.Popen[bytes], seconds: float) -> bool
     return False
 
 
-def _stop(process: subprocess.Popen[bytes], name: str) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     """Stop a process and all of its group, and wait until nothing of it is left (the emulator's workers linger)."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(SECONDS_TO_STOP)
-    try:
-        for number in (signal.SIGTERM, signal.SIGKILL):
+    # macOS answers EPERM for a group of zombies.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        for number, seconds in ((signal.SIGTERM, SECONDS_TO_STOP), (signal.SIGKILL, SECONDS_TO_BE_GONE)):
             os.killpg(process.pid, number)
-            deadline = time.monotonic() + SECONDS_TO_STOP
+            deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
                 process.poll()
                 os.killpg(process.pid, 0)
                 time.sleep(0.05)
-    except (ProcessLookupError, PermissionError):  # macOS answers the second for a group of zombies
-        process.wait()
-    else:
-        raise LocalCloudError(f"{name} (process group {process.pid}) could not be stopped")
-    finally:
-        if process.stdin:
-            process.stdin.close()
+    process.wait()
+    if process.stdin:
+        process.stdin.close()
 
 
 def _is_running(pid: int) -> bool:

@@ -74,25 +74,32 @@ def make_environments() -> None:
             # 200,000 lines that every start would compile again where bytecode may not be written later.
             sync.append("--compile-bytecode")
         run(sync, UV_PROJECT_ENVIRONMENT=str(environment))
-    STAMP.write_text(json.dumps({"inputs": inputs(), "python": version}) + "\n")
+    STAMP.write_text(json.dumps({"checkout": str(CHECKOUT), "inputs": inputs()}) + "\n")
     say(f"ready in {time.monotonic() - began:.0f} s")
 
 
 def up_to_date() -> bool:
-    """Tell whether the last set-up was made from these same files, in this place, and still runs."""
+    """Tell whether the last set-up was made from these same files, in this place, and is still there.
+
+    Environments that were copied or lost their interpreter are removed: their programs name it by its path.
+    """
     try:
         stamp = json.loads(STAMP.read_text())
     except (OSError, ValueError):
+        stamp = {}
+    environments = (PROJECT, EMULATOR)
+    there = all((environment / "bin" / "python").exists() for environment in environments)
+    if not (there and stamp.get("checkout") == str(CHECKOUT)):
+        for environment in environments:
+            shutil.rmtree(environment, ignore_errors=True)
         return False
-    pythons = [environment / "bin" / "python" for environment in (PROJECT, EMULATOR)]
-    return bool(stamp.get("inputs") == inputs() and all(python.exists() for python in pythons))
+    return bool(stamp["inputs"] == inputs())
 
 
 def inputs() -> str:
     """Return one hash of everything the environments depend on."""
     files = [CHECKOUT / "pyproject.toml", CHECKOUT / "uv.lock", Path(__file__)]
-    content = [str(CHECKOUT).encode(), *(file.read_bytes() for file in files)]
-    return hashlib.sha256(b"\0".join(content)).hexdigest()
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def choose_python(uv: str) -> tuple[str, str]:

@@ -160,7 +160,7 @@ class CogServer:
                 await asyncio.wait_for(process.wait(), 2)
 
     async def _health(self) -> str:
-        """Cog's own word (`STARTING`, `READY`, `BUSY`, `SETUP_FAILED`, `UNHEALTHY`, `DEFUNCT`), or `ENDED`, `SILENT`."""
+        """Cog's own word (`STARTING`, `READY`, `BUSY`, `UNHEALTHY`, …), or `ENDED`, or `SILENT`."""
         if self._process is None or self._process.returncode is not None:
             return "ENDED"
         try:

@@ -5,13 +5,13 @@ from typing import Any
 
 import moto  # before anything that makes a client
 import pytest
-
 from predictions import aws
 from predictions.executions import Executions
 from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions, Timing
 from predictions.table import PredictionsTable
 from predictions.upstream import Replicate, Token
+
 from tests.unit.fakes import API_URL, Clock, Executed, ReplicateInMemory, Wakes
 from tests.unit.template import table_properties
 
@@ -58,7 +58,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def cloud(environment: None) -> Iterator[None]:
     """An empty AWS account with the stack's table, bucket, parameter and secrets."""
     with moto.mock_aws():
-        aws.client.cache_clear()
+        aws._client.cache_clear()
         aws._parameters.cache_clear()
         aws.client("dynamodb").create_table(TableName="predictions", **table_properties())
         aws.client("s3").create_bucket(
@@ -68,7 +68,7 @@ def cloud(environment: None) -> Iterator[None]:
         aws.client("secretsmanager").create_secret(Name="replicate-token", SecretString=ReplicateInMemory.TOKEN)
         aws.client("secretsmanager").create_secret(Name="signing-secret", SecretString="{}")
         yield
-    aws.client.cache_clear()
+    aws._client.cache_clear()
     aws._parameters.cache_clear()
 
 

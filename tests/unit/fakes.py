@@ -3,14 +3,13 @@
 import base64
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
-
 from predictions import aws
 
 API_URL = "https://api.example.com/v1"
@@ -53,7 +52,7 @@ class ReplicateInMemory:
         self.asked: list[httpx.Request] = []
         self.faults: list[Answer] = []
         self.read_faults: list[Answer] = []
-        self.files: dict[str, httpx.Response | Callable[[], httpx.Response]] = {}
+        self.files: dict[str, Callable[[], httpx.Response]] = {}
         self.models: dict[str, dict[str, Any]] = {
             "meta/llama": {"is_official": True, "latest_version": None},
             "stability-ai/sdxl": {"is_official": False, "latest_version": {"id": VERSION}},
@@ -128,7 +127,7 @@ class ReplicateInMemory:
         if request.url.host != "api.replicate.com":
             assert "authorization" not in request.headers, "the token went to a file host"
             found = self.files.get(str(request.url))
-            return found() if callable(found) else found or httpx.Response(404)
+            return found() if found else httpx.Response(404)
         if request.headers.get("authorization") != f"Bearer {self.TOKEN}":
             return httpx.Response(401, json={"title": "Unauthenticated", "detail": "no", "status": 401})
         path = request.url.path.removeprefix("/v1")
@@ -213,13 +212,31 @@ class Executed:
         )
 
 
+@contextmanager
+def refusing(operation: str, code: str, when: Callable[[dict[str, Any]], bool] = lambda _: True) -> Iterator[None]:
+    """Step Functions refuses calls of one operation whose body fulfils `when`."""
+
+    def refuse(params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]] | None:
+        if not when(json.loads(params["body"])):
+            return None
+        return type("Http", (), {"status_code": 400})(), {"Error": {"Code": code, "Message": ""}}
+
+    events = aws.client("stepfunctions").meta.events
+    answered: Any = refuse  # the stubs do not know that a handler may answer in AWS's place
+    events.register_first(f"before-call.stepfunctions.{operation}", answered)
+    yield
+    events.unregister(f"before-call.stepfunctions.{operation}", answered)
+
+
 class Wakes:
     """The tokens that were sent to Step Functions; those in `stale` are answered as timed out."""
 
     def __init__(self) -> None:
         self.tokens: list[str] = []
         self.stale: set[str] = set()
-        aws.client("stepfunctions").meta.events.register_first("before-call.stepfunctions.SendTaskSuccess", self._send)
+        events = aws.client("stepfunctions").meta.events
+        answered: Any = self._send  # the stubs do not know that a handler may answer in AWS's place
+        events.register_first("before-call.stepfunctions.SendTaskSuccess", answered)
 
     def _send(self, params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]]:
         token = json.loads(params["body"])["taskToken"]
@@ -230,6 +247,7 @@ class Wakes:
         return type("Http", (), {"status_code": status})(), body
 
 
-def path_of(url: str) -> str:
-    """A URL's path."""
-    return urlsplit(url).path
+def served(body: bytes, status: int = 200, content_type: str = "image/png") -> Callable[[], httpx.Response]:
+    """A file as its host serves it, each time anew."""
+    headers = {"content-type": content_type, "content-length": str(len(body))}
+    return lambda: httpx.Response(status, headers=headers, stream=httpx.ByteStream(body))

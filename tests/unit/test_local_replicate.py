@@ -82,10 +82,15 @@ def replicate(running: LocalReplicate) -> LocalReplicate:
     return running
 
 
-@pytest.fixture
-def api(replicate: LocalReplicate) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=replicate.url, headers=replicate.headers, timeout=20, trust_env=False) as client:
+@pytest.fixture(scope="module")
+def client(running: LocalReplicate) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=running.url, headers=running.headers, timeout=20, trust_env=False) as client:
         yield client
+
+
+@pytest.fixture
+def api(replicate: LocalReplicate, client: httpx.Client) -> httpx.Client:
+    return client
 
 
 @pytest.fixture
@@ -510,7 +515,7 @@ def test_terminal_webhook_is_given_up_when_its_time_is_over(
         ({"name": "webhook_lost", "events": ["start"]}, ["succeeded"]),
         ({"name": "webhook_duplicated", "events": ["completed"]}, ["processing", "succeeded", "succeeded"]),
         ({"name": "webhook_reordered", "events": ["start"]}, ["succeeded", "processing"]),
-        ({"name": "webhook_late", "events": ["start"], "seconds": 1}, ["succeeded", "processing"]),
+        ({"name": "webhook_late", "events": ["start"], "seconds": 0.5}, ["succeeded", "processing"]),
     ],
 )
 def test_webhook_fault_does_what_it_says(

@@ -6,13 +6,13 @@ from typing import Any
 import httpx
 import pytest
 from botocore.exceptions import ClientError
-
 from predictions import aws
 from predictions.errors import PredictionThrottled, Problem
 from predictions.intents import Intent, create_intent, model_reference
 from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions
 from predictions.table import Prediction, PredictionsTable
+
 from tests.unit.conftest import make_submissions
 from tests.unit.fakes import (
     API_URL,
@@ -24,6 +24,7 @@ from tests.unit.fakes import (
     accept_then,
     answer,
     fail,
+    refusing,
 )
 
 
@@ -303,13 +304,8 @@ class TestStart:
     def test_tracking_that_cannot_be_started_is_left_to_the_sweep_and_the_caller_is_not_told_to_repeat(
         self, submissions: Submissions, table: PredictionsTable, executed: Executed, clock: Clock
     ) -> None:
-        def refuse(**_: Any) -> tuple[Any, dict[str, Any]]:
-            return type("Http", (), {"status_code": 400})(), {"Error": {"Code": "StateMachineDeleting", "Message": ""}}
-
-        events = aws.client("stepfunctions").meta.events
-        events.register_first("before-call.stepfunctions.StartExecution", refuse)
-        started = submissions.start(wanted())
-        events.unregister("before-call.stepfunctions.StartExecution", refuse)
+        with refusing("StartExecution", "StateMachineDeleting"):
+            started = submissions.start(wanted())
         assert current(table, started.id).upstream_id is not None
         assert executed.inputs == {}
         clock.advance(200)
@@ -832,15 +828,8 @@ class TestSweep:
         executed.stop(f"{second.id}-1")
         clock.advance(181)
 
-        def break_first(params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]] | None:
-            if f"{first.id}-1" in params["body"].decode() if isinstance(params["body"], bytes) else params["body"]:
-                return type("Http", (), {"status_code": 400})(), {"Error": {"Code": "InvalidArn", "Message": ""}}
-            return None
-
-        events = aws.client("stepfunctions").meta.events
-        events.register_first("before-call.stepfunctions.DescribeExecution", break_first)
-        submissions.sweep(10, lambda: 300)
-        events.unregister("before-call.stepfunctions.DescribeExecution", break_first)
+        with refusing("DescribeExecution", "InvalidArn", lambda asked: f"{first.id}-1" in asked["executionArn"]):
+            submissions.sweep(10, lambda: 300)
         assert f"{second.id}-2" in executed.inputs
 
     def test_sweep_stops_in_time(self, submissions: Submissions, table: PredictionsTable, clock: Clock) -> None:

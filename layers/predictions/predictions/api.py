@@ -92,7 +92,8 @@ def owner_with(app: APIGatewayRestResolver, scope: Literal["predict", "read", "m
 
 def headers_of(app: APIGatewayRestResolver) -> dict[str, str]:
     """The current request's headers, their names in lower case."""
-    return {name.lower(): value for name, value in app.current_event.headers.items() if value is not None}
+    headers: Mapping[str, str | None] = app.current_event.headers
+    return {name.lower(): value for name, value in headers.items() if value is not None}
 
 
 def body_of(app: APIGatewayRestResolver) -> bytes:

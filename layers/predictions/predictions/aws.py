@@ -52,7 +52,6 @@ def client(name: Literal["ssm"]) -> "SSMClient": ...
 def client(name: Literal["cloudformation"]) -> "CloudFormationClient": ...
 
 
-@cache
 def client(name: str) -> Any:
     """The one client of an AWS service in this process.
 
@@ -62,6 +61,11 @@ def client(name: str) -> Any:
     Returns:
         A client whose region, endpoint and credentials come from the environment, as on Lambda.
     """
+    return _client(name)
+
+
+@cache
+def _client(name: str) -> Any:
     return _session().create_client(name, config=_S3_CONFIG if name == "s3" else _CONFIG)
 
 

@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -259,9 +260,8 @@ def _refuse_constant(name: str) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise Problem(400, f"The body gives the key {ascii(twice[:100])} twice in one object.")
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise Problem(400, f"The body gives the key {twice[:100]!a} twice in one object.")
     return made
 
 

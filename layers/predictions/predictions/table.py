@@ -351,8 +351,9 @@ class PredictionsTable:
     def _told(
         self, prediction: Prediction, told: "UpstreamPrediction", rank: int, now: float, next_check_at: int | None
     ) -> dict[str, Any]:
+        # A word that ranks lowest binds, but is never taken over: it may be one that nobody knows.
+        status = told.status if rank > prediction.rank else prediction.status
         rank = max(rank, prediction.rank)
-        status = told.status if rank_of(told.status) == rank else prediction.status
         values: dict[str, Any] = {
             "upstream_id": told.id,
             "rank": rank,

@@ -12,7 +12,6 @@ that is no prediction is one of
 Nothing in here tries again. Source of the protocol's facts: https://replicate.com/docs/reference/http
 """
 
-import json
 import math
 import os
 import re

@@ -1,0 +1,115 @@
+"""Copying outputs: the end is visible only when every file is stored or given up, and only once."""
+
+import hashlib
+
+import pytest
+from predictions import aws
+from predictions.copies import copy
+from predictions.errors import CopyInterrupted
+from predictions.outputs import OutputsBucket
+from predictions.table import Prediction, PredictionsTable
+
+from tests.unit.fakes import PNG, Clock, ReplicateInMemory, served
+from tests.unit.test_table import FILE, put, told
+
+OTHER = "https://replicate.delivery/x/gone.png"
+
+
+@pytest.fixture
+def ended(table: PredictionsTable, clock: Clock) -> Prediction:
+    prediction = put(table, clock)
+    merged = table.merge(prediction.id, told("succeeded", output=[FILE, "text", {"more": OTHER}]), clock.now())
+    assert merged.prediction is not None
+    return merged.prediction
+
+
+def run(table: PredictionsTable, outputs: OutputsBucket, prediction_id: str, clock: Clock, n: int = 1) -> None:
+    copy(table, outputs, prediction_id, n, remaining_seconds=lambda: 900, now=clock.now)
+
+
+def keys() -> list[str]:
+    return [o["Key"] for o in aws.client("s3").list_objects_v2(Bucket="outputs").get("Contents", [])]
+
+
+def test_unknown_running_or_finished_prediction_is_left_alone(
+    table: PredictionsTable, outputs: OutputsBucket, clock: Clock
+) -> None:
+    run(table, outputs, "d" * 26, clock)
+    running = put(table, clock)
+    run(table, outputs, running.id, clock)
+    assert table.get(running.id) == running
+
+
+def test_every_file_is_stored_byte_for_byte_before_the_end_is_visible(
+    table: PredictionsTable, outputs: OutputsBucket, clock: Clock, replicate: ReplicateInMemory, ended: Prediction
+) -> None:
+    replicate.files = {FILE: served(PNG), OTHER: served(b"other")}
+    run(table, outputs, ended.id, clock)
+    whole = table.read(ended.id)
+    assert whole is not None
+    assert whole.prediction.visible == "succeeded"
+    prefix = f"alice/{ended.id}/{ended.upstream_id}"
+    assert [(f.path, f.key, f.bytes, f.sha256) for f in whole.files] == [
+        ("/0", f"{prefix}/0", len(PNG), hashlib.sha256(PNG).hexdigest()),
+        ("/2/more", f"{prefix}/1", 5, hashlib.sha256(b"other").hexdigest()),
+    ]
+    assert aws.client("s3").get_object(Bucket="outputs", Key=f"{prefix}/0")["Body"].read() == PNG
+
+
+def test_copy_that_failed_for_now_is_interrupted_and_goes_on_later(
+    table: PredictionsTable, outputs: OutputsBucket, clock: Clock, replicate: ReplicateInMemory, ended: Prediction
+) -> None:
+    replicate.files = {FILE: served(PNG), OTHER: served(b"", 500)}
+    with pytest.raises(CopyInterrupted):
+        run(table, outputs, ended.id, clock)
+    between = table.get(ended.id)
+    assert between is not None
+    assert between.visible == "processing"
+    replicate.files[OTHER] = served(b"other")
+    run(table, outputs, ended.id, clock)
+    after = table.get(ended.id)
+    assert after is not None
+    assert after.visible == "succeeded"
+    assert len(keys()) == 2
+
+
+def test_file_that_is_gone_ends_the_prediction_with_its_reason(
+    table: PredictionsTable, outputs: OutputsBucket, clock: Clock, replicate: ReplicateInMemory, ended: Prediction
+) -> None:
+    replicate.files = {FILE: served(PNG)}
+    run(table, outputs, ended.id, clock)
+    whole = table.read(ended.id)
+    assert whole is not None
+    assert whole.prediction.visible == "succeeded"
+    assert [bool(f.error) for f in whole.files] == [False, True]
+
+
+def test_host_that_fails_for_hours_is_given_up_with_its_reason(
+    table: PredictionsTable, outputs: OutputsBucket, clock: Clock, replicate: ReplicateInMemory, ended: Prediction
+) -> None:
+    replicate.files = {FILE: served(PNG), OTHER: served(b"", 500)}
+    clock.advance(2 * 3600)
+    run(table, outputs, ended.id, clock)
+    whole = table.read(ended.id)
+    assert whole is not None
+    assert whole.prediction.visible == "succeeded"
+    assert whole.files[1].error
+
+
+def test_second_execution_does_not_copy_at_the_same_time(
+    table: PredictionsTable, outputs: OutputsBucket, clock: Clock, replicate: ReplicateInMemory, ended: Prediction
+) -> None:
+    replicate.files = {FILE: served(PNG), OTHER: served(b"other")}
+    with pytest.raises(CopyInterrupted):
+        run(table, outputs, ended.id, clock, n=2)
+    assert keys() == []
+
+
+def test_copied_twice_stores_and_ends_once(
+    table: PredictionsTable, outputs: OutputsBucket, clock: Clock, replicate: ReplicateInMemory, ended: Prediction
+) -> None:
+    replicate.files = {FILE: served(PNG), OTHER: served(b"other")}
+    run(table, outputs, ended.id, clock)
+    before = table.get(ended.id)
+    run(table, outputs, ended.id, clock)
+    assert table.get(ended.id) == before

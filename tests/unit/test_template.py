@@ -1,0 +1,486 @@
+import json
+import re
+from typing import Any
+
+import pytest
+
+from tests.unit.code_reach import reach
+from tests.unit.template import (
+    ROOT,
+    actions,
+    folder_name,
+    listed,
+    load_template,
+    logical_name,
+    resources,
+    statements,
+    table_properties,
+    variables,
+)
+
+FOLDERS = sorted(path.parent.name for path in (ROOT / "functions").glob("*/app.py"))
+FUNCTIONS = sorted(resources("AWS::Serverless::Function"))
+BUCKETS = sorted(resources("AWS::S3::Bucket"))
+QUEUES = sorted(resources("AWS::SQS::Queue"))
+PARAMETERS = load_template()["Parameters"]
+
+# Actions of AWS that know no resource types, and so take only "*".
+WITHOUT_RESOURCES = {
+    "states:SendTaskSuccess",
+    "logs:CreateLogDelivery",
+    "logs:GetLogDelivery",
+    "logs:UpdateLogDelivery",
+    "logs:DeleteLogDelivery",
+    "logs:ListLogDeliveries",
+    "logs:PutResourcePolicy",
+    "logs:DescribeResourcePolicies",
+    "logs:DescribeLogGroups",
+    "xray:PutTraceSegments",
+    "xray:PutTelemetryRecords",
+    "xray:GetSamplingRules",
+    "xray:GetSamplingTargets",
+}
+
+
+def text(value: Any) -> str:
+    return json.dumps(value)
+
+
+# -- what must not be ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "TrackPredictionStateMachine"])
+def test_policy_with_a_wildcard_is_one_that_aws_offers_no_narrower_form_of(name: str) -> None:
+    for statement in statements(name):
+        assert not [action for action in listed(statement["Action"]) if "*" in action]
+        if "*" in listed(statement["Resource"]):
+            assert set(listed(statement["Action"])) <= WITHOUT_RESOURCES
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_policy_is_written_out_and_not_a_ready_made_one(name: str) -> None:
+    policies = resources("AWS::Serverless::Function")[name]["Properties"]["Policies"]
+    assert all(isinstance(policy, dict) and "Statement" in policy for policy in policies)
+
+
+def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() -> None:
+    readers = {name for name in FUNCTIONS if any("ReplicateToken" in text(each) for each in statements(name))}
+    assert readers == {
+        "StartPredictionFunction",
+        "SubmitPredictionFunction",
+        "PollPredictionFunction",
+        "CancelPredictionFunction",
+        "SweepPredictionsFunction",
+    }
+    assert {name for name in FUNCTIONS if "REPLICATE_TOKEN_SECRET_ARN" in variables(name)} == readers
+
+
+def test_public_function_is_only_the_webhook_and_holds_no_token_of_replicate() -> None:
+    public = {
+        name
+        for name, function in resources("AWS::Serverless::Function").items()
+        for event in function["Properties"].get("Events", {}).values()
+        if event["Type"] == "Api" and event["Properties"].get("Auth") == {"Authorizer": "NONE"}
+    }
+    assert public == {"ReceiveWebhookFunction"}
+    assert "ReplicateToken" not in text(load_template()["Resources"]["ReceiveWebhookFunction"])
+
+
+def test_secret_values_are_given_to_functions_by_arn_only() -> None:
+    for name in FUNCTIONS:
+        assert {"Ref": "ReplicateApiToken"} not in variables(name).values()
+    users = [name for name, found in load_template()["Resources"].items() if "ReplicateApiToken" in text(found)]
+    assert users == ["ReplicateTokenSecret"]
+    assert "ReplicateApiToken" not in text(load_template()["Outputs"])
+
+
+def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() -> None:
+    table = {"Fn::GetAtt": ["PredictionsTable", "Arn"]}
+    for name in [*FUNCTIONS, "TrackPredictionStateMachine"]:
+        on_table = [each for each in statements(name) if table in listed(each["Resource"])]
+        assert on_table
+        for statement in on_table:
+            (operator,) = statement["Condition"]
+            keys = statement["Condition"][operator]["dynamodb:LeadingKeys"]
+            if name == "AuthorizeRequestFunction":
+                assert (operator, keys) == ("ForAllValues:StringEquals", ["tokens"])
+            else:
+                assert operator == "ForAllValues:StringLike"
+                assert set(keys) <= {"prediction#*", "recent#*"}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nothing_is_ever_deleted_by_a_function(name: str) -> None:
+    assert not [action for action in actions(name) if "Delete" in action]
+
+
+@pytest.mark.parametrize("name", BUCKETS)
+def test_bucket_is_closed_to_the_public_and_to_plain_http(name: str) -> None:
+    properties = resources("AWS::S3::Bucket")[name]["Properties"]
+    assert properties["PublicAccessBlockConfiguration"] == dict.fromkeys(
+        ("BlockPublicAcls", "BlockPublicPolicy", "IgnorePublicAcls", "RestrictPublicBuckets"), True
+    )
+    assert properties["OwnershipControls"] == {"Rules": [{"ObjectOwnership": "BucketOwnerEnforced"}]}
+    assert "BucketEncryption" in properties
+    (policy,) = [
+        found["Properties"]
+        for found in resources("AWS::S3::BucketPolicy").values()
+        if found["Properties"]["Bucket"] == {"Ref": name}
+    ]
+    (statement,) = policy["PolicyDocument"]["Statement"]
+    assert (statement["Effect"], statement["Principal"], statement["Action"]) == ("Deny", "*", "s3:*")
+    assert statement["Resource"] == [{"Fn::GetAtt": [name, "Arn"]}, {"Fn::Sub": f"${{{name}.Arn}}/*"}]
+    assert_plain_http_only(statement["Condition"])
+
+
+@pytest.mark.parametrize("name", QUEUES)
+def test_queue_is_encrypted_and_closed_to_plain_http(name: str) -> None:
+    assert resources("AWS::SQS::Queue")[name]["Properties"]["SqsManagedSseEnabled"] is True
+    (policy,) = resources("AWS::SQS::QueuePolicy").values()
+    assert {"Ref": name} in policy["Properties"]["Queues"]
+    (statement,) = policy["Properties"]["PolicyDocument"]["Statement"]
+    assert (statement["Effect"], statement["Principal"], statement["Action"]) == ("Deny", "*", "sqs:*")
+    assert {"Fn::GetAtt": [name, "Arn"]} in statement["Resource"]
+    assert_plain_http_only(statement["Condition"])
+
+
+def assert_plain_http_only(condition: dict[str, Any]) -> None:
+    # A key more in the condition would deny less: the only exception is loopback, which no request to AWS comes from.
+    assert condition == {
+        "Bool": {"aws:SecureTransport": "false"},
+        "NotIpAddress": {"aws:SourceIp": "127.0.0.1/32"},
+    }
+
+
+# -- parameters ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_has_a_description_a_bound_a_default_and_a_group(name: str) -> None:
+    parameter = PARAMETERS[name]
+    assert len(parameter["Description"]) > 20
+    assert "Default" in parameter
+    assert {"AllowedPattern", "AllowedValues", "MinValue"} & parameter.keys()
+    if "MinValue" in parameter:
+        assert parameter["MinValue"] <= parameter["Default"] <= parameter["MaxValue"]
+        # Its unit is in its name, its bounds in its description.
+        assert re.search(r"(Seconds|Days)$", name)
+        assert f"{parameter['MinValue']} to {parameter['MaxValue']}" in parameter["Description"]
+    if "AllowedValues" in parameter:
+        assert parameter["Default"] in parameter["AllowedValues"]
+    if "AllowedPattern" in parameter:
+        assert re.fullmatch(parameter["AllowedPattern"], parameter["Default"])
+        assert parameter["ConstraintDescription"].startswith("must be ")
+    groups = load_template()["Metadata"]["AWS::CloudFormation::Interface"]["ParameterGroups"]
+    assert sum(group["Parameters"].count(name) for group in groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ReplicateApiToken", "r8 with spaces"),
+        ("ReplicateApiToken", "short"),
+        ("ReplicateTokenSecretArn", "my-secret"),
+        ("ReplicateTokenSecretArn", "arn:aws:secretsmanager:eu-central-1:123456789012:secret:replicate"),
+        ("ReplicateApiUrl", "http://replicate.example/v1"),
+        ("ReplicateApiUrl", "http://127.0.0.1.evil.example:80/v1"),
+        ("ReplicateApiUrl", "https://api.replicate.com/v1/"),
+        ("ReplicateApiUrl", "https://user@api.replicate.com/v1"),
+        ("FileOrigins", "http://169.254.169.254"),
+        ("FileOrigins", "https://a.example/path"),
+        ("FileOrigins", "https://a.example,"),
+        ("AlarmTopicArn", "arn:aws:sqs:eu-central-1:123456789012:queue"),
+    ],
+)
+def test_parameter_with_a_malformed_value_is_refused(name: str, value: str) -> None:
+    assert not re.fullmatch(PARAMETERS[name]["AllowedPattern"], value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ReplicateApiToken", "r8_" + "x" * 37),
+        ("ReplicateTokenSecretArn", "arn:aws:secretsmanager:eu-central-1:123456789012:secret:team/replicate-AbC123"),
+        ("ReplicateApiUrl", "http://127.0.0.1:4010/v1"),
+        ("FileOrigins", "http://127.0.0.1:4010,https://files.example:8443"),
+        ("AlarmTopicArn", "arn:aws-us-gov:sns:us-gov-west-1:123456789012:alarms"),
+    ],
+)
+def test_parameter_with_a_sound_value_is_taken(name: str, value: str) -> None:
+    assert re.fullmatch(PARAMETERS[name]["AllowedPattern"], value)
+
+
+def test_token_parameter_is_never_shown() -> None:
+    assert PARAMETERS["ReplicateApiToken"]["NoEcho"] is True
+
+
+def test_template_asks_for_exactly_one_source_of_the_token() -> None:
+    (assertion,) = load_template()["Rules"]["OneReplicateToken"]["Assertions"]
+
+    def holds(expression: dict[str, Any], given: dict[str, str]) -> bool:
+        ((operator, parts),) = expression.items()
+        match operator:
+            case "Fn::Or":
+                return any(holds(part, given) for part in parts)
+            case "Fn::And":
+                return all(holds(part, given) for part in parts)
+            case "Fn::Not":
+                return not holds(parts[0], given)
+            case "Fn::Equals":
+                return bool(given[parts[0]["Ref"]] == parts[1])
+        raise AssertionError(operator)
+
+    accepted = {
+        (token, arn): holds(assertion["Assert"], {"ReplicateApiToken": token, "ReplicateTokenSecretArn": arn})
+        for token in ("", "r8_token")
+        for arn in ("", "arn")
+    }
+    assert accepted == {("", ""): False, ("r8_token", ""): True, ("", "arn"): True, ("r8_token", "arn"): False}
+
+
+# -- functions -----------------------------------------------------------------------------------------------------
+
+
+def test_every_folder_is_a_function_and_every_function_a_folder() -> None:
+    assert sorted(map(logical_name, FOLDERS)) == FUNCTIONS
+    assert sorted(map(folder_name, FUNCTIONS)) == FOLDERS
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_runs_the_handler_of_its_own_folder(name: str) -> None:
+    properties = resources("AWS::Serverless::Function")[name]["Properties"]
+    assert properties["CodeUri"] == f"functions/{folder_name(name)}"
+    assert {"Handler", "Runtime", "Architectures", "Layers"}.isdisjoint(properties)
+    assert {"Description", "MemorySize", "Timeout", "Policies"} <= properties.keys()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_has_the_variables_that_its_code_reads_and_no_others(name: str) -> None:
+    common = load_template()["Globals"]["Function"]["Environment"]["Variables"]
+    needed = reach(folder_name(name)).variables
+    assert needed <= variables(name).keys()
+    assert variables(name).keys() - common.keys() <= needed
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_may_do_what_its_code_does_and_nothing_else(name: str) -> None:
+    assert actions(name) == reach(folder_name(name)).actions
+
+
+def test_functions_behind_the_api_end_before_it_gives_up() -> None:
+    for name, function in resources("AWS::Serverless::Function").items():
+        if any(event["Type"] == "Api" for event in function["Properties"].get("Events", {}).values()):
+            assert function["Properties"]["Timeout"] <= 29, name
+
+
+def test_logs_are_kept_for_a_set_time() -> None:
+    groups = resources("AWS::Logs::LogGroup")
+    assert all(group["Properties"]["RetentionInDays"] == {"Ref": "LogRetentionDays"} for group in groups.values())
+    shared = load_template()["Globals"]["Function"]["LoggingConfig"]
+    assert shared["LogGroup"]["Ref"] in groups
+    for machine in resources("AWS::Serverless::StateMachine").values():
+        logging = machine["Properties"]["Logging"]
+        assert logging["IncludeExecutionData"] is False
+        ((destination),) = logging["Destinations"]
+        assert destination["CloudWatchLogsLogGroup"]["LogGroupArn"]["Fn::GetAtt"][0] in groups
+
+
+# -- API -----------------------------------------------------------------------------------------------------------
+
+
+def test_api_has_exactly_these_routes() -> None:
+    routes = {
+        (event["Properties"]["Method"], event["Properties"]["Path"]): name
+        for name, function in resources("AWS::Serverless::Function").items()
+        for event in function["Properties"].get("Events", {}).values()
+        if event["Type"] == "Api"
+    }
+    assert routes == {
+        ("POST", "/predictions"): "StartPredictionFunction",
+        ("POST", "/models/{owner}/{name}/predictions"): "StartPredictionFunction",
+        ("POST", "/deployments/{owner}/{name}/predictions"): "StartPredictionFunction",
+        ("GET", "/predictions"): "ReadPredictionsFunction",
+        ("GET", "/predictions/{id}"): "ReadPredictionsFunction",
+        ("POST", "/predictions/{id}/cancel"): "CancelPredictionFunction",
+        ("POST", "/webhooks/replicate/{id}"): "ReceiveWebhookFunction",
+    }
+
+
+def test_api_asks_for_a_token_unless_a_route_says_otherwise() -> None:
+    api = load_template()["Resources"]["Api"]["Properties"]
+    assert api["StageName"] == "v1"
+    authorizer = api["Auth"]["Authorizers"][api["Auth"]["DefaultAuthorizer"]]
+    assert authorizer["FunctionArn"] == {"Fn::GetAtt": ["AuthorizeRequestFunction", "Arn"]}
+    assert authorizer["FunctionPayloadType"] == "TOKEN"
+    assert authorizer["Identity"] == {"Header": "Authorization", "ReauthorizeEvery": 60}
+    (settings,) = api["MethodSettings"]
+    assert settings["DataTraceEnabled"] is False
+    assert settings["ThrottlingRateLimit"] > 0
+
+
+GATEWAY_RESPONSES = load_template()["Resources"]["Api"]["Properties"]["GatewayResponses"]
+
+
+@pytest.mark.parametrize("kind", GATEWAY_RESPONSES)
+def test_answer_of_the_gateway_itself_is_a_problem(kind: str) -> None:
+    answer = GATEWAY_RESPONSES[kind]
+    assert answer["ResponseParameters"]["Headers"]["Content-Type"] == "'application/problem+json'"
+    body = answer["ResponseTemplates"]["application/json"].replace("$context.error.messageString", '"what was wrong"')
+    problem = json.loads(body)
+    assert problem["type"] == "about:blank"
+    assert problem["title"]
+    assert problem["detail"]
+    assert problem.get("status") == answer.get("StatusCode")
+    if answer.get("StatusCode") in (429, 503):
+        assert re.fullmatch(r"'\d+'", answer["ResponseParameters"]["Headers"]["Retry-After"])
+
+
+def test_gateway_answers_for_the_caller_are_the_documented_ones() -> None:
+    statuses = {
+        "UNAUTHORIZED": 401,
+        "ACCESS_DENIED": 403,
+        "MISSING_AUTHENTICATION_TOKEN": 404,
+        "REQUEST_TOO_LARGE": 413,
+        "UNSUPPORTED_MEDIA_TYPE": 415,
+        "THROTTLED": 429,
+        "QUOTA_EXCEEDED": 429,
+        "DEFAULT_4XX": None,
+        "DEFAULT_5XX": None,
+    }
+    assert {kind: GATEWAY_RESPONSES[kind].get("StatusCode") for kind in statuses} == statuses
+
+
+# -- storage -------------------------------------------------------------------------------------------------------
+
+
+def test_table_is_on_demand_recoverable_expiring_streamed_and_kept() -> None:
+    table = load_template()["Resources"]["PredictionsTable"]
+    properties = table["Properties"]
+    assert properties["BillingMode"] == "PAY_PER_REQUEST"
+    assert properties["PointInTimeRecoverySpecification"] == {"PointInTimeRecoveryEnabled": True}
+    assert properties["TimeToLiveSpecification"] == {"AttributeName": "expires_at", "Enabled": True}
+    assert properties["StreamSpecification"] == {"StreamViewType": "NEW_AND_OLD_IMAGES"}
+    assert properties["SSESpecification"] == {"SSEEnabled": True}
+    assert (table["DeletionPolicy"], table["UpdateReplacePolicy"]) == ("Retain", "Retain")
+
+
+def test_indexes_hold_keys_only() -> None:
+    indexes = {
+        index["IndexName"]: (
+            [key["AttributeName"] for key in index["KeySchema"]],
+            index["Projection"]["ProjectionType"],
+        )
+        for index in table_properties()["GlobalSecondaryIndexes"]
+    }
+    assert indexes == {
+        "by_owner": (["owner", "listed_at"], "KEYS_ONLY"),
+        "due": (["open", "next_check_at"], "KEYS_ONLY"),
+        "by_upstream_id": (["upstream_id"], "KEYS_ONLY"),
+    }
+
+
+@pytest.mark.parametrize("name", BUCKETS)
+def test_bucket_keeps_files_for_the_retention_time_and_is_kept_itself(name: str) -> None:
+    bucket = resources("AWS::S3::Bucket")[name]
+    assert (bucket["DeletionPolicy"], bucket["UpdateReplacePolicy"]) == ("Retain", "Retain")
+    rules = bucket["Properties"]["LifecycleConfiguration"]["Rules"]
+    assert all(rule["Status"] == "Enabled" for rule in rules)
+    assert [rule["ExpirationInDays"] for rule in rules if "ExpirationInDays" in rule] == [{"Ref": "RetentionDays"}]
+    assert {"DaysAfterInitiation": 1} in [rule.get("AbortIncompleteMultipartUpload") for rule in rules]
+
+
+def test_requests_that_fail_again_and_again_are_kept() -> None:
+    queue = resources("AWS::SQS::Queue")["RequestsQueue"]["Properties"]
+    assert queue["RedrivePolicy"]["deadLetterTargetArn"] == {"Fn::GetAtt": ["RequestsDeadLetterQueue", "Arn"]}
+    dead_letters = resources("AWS::SQS::Queue")["RequestsDeadLetterQueue"]["Properties"]
+    assert dead_letters["MessageRetentionPeriod"] == 14 * 86400
+
+
+def test_signing_secret_starts_empty_and_nothing_of_it_can_change_with_a_parameter() -> None:
+    # CloudFormation writes a secret anew when its properties change: none of them may depend on anything.
+    properties = load_template()["Resources"]["SigningSecret"]["Properties"]
+    assert properties["SecretString"] == "{}"
+    assert all(isinstance(value, str) for value in properties.values())
+
+
+# -- operation -----------------------------------------------------------------------------------------------------
+
+
+def test_sweep_runs_every_minute_and_is_not_repeated() -> None:
+    sweep = load_template()["Resources"]["SweepPredictionsFunction"]["Properties"]
+    (event,) = sweep["Events"].values()
+    assert event["Type"] == "ScheduleV2"
+    assert event["Properties"]["ScheduleExpression"] == "rate(1 minute)"
+    assert event["Properties"]["RetryPolicy"]["MaximumRetryAttempts"] == 0
+    assert sweep["EventInvokeConfig"]["MaximumRetryAttempts"] == 0
+
+
+def test_alarms_watch_what_loses_results_or_money() -> None:
+    alarms = {
+        (alarm["Properties"]["Namespace"], alarm["Properties"]["MetricName"]): alarm["Properties"]
+        for alarm in resources("AWS::CloudWatch::Alarm").values()
+    }
+    assert alarms.keys() == {
+        ("ReplicateServerless", "CopiesFailed"),
+        ("ReplicateServerless", "UpstreamRefusals"),
+        ("AWS/Lambda", "Errors"),
+        ("AWS/Lambda", "Invocations"),
+        ("AWS/SQS", "ApproximateNumberOfMessagesVisible"),
+        ("AWS/States", "ExecutionsFailed"),
+    }
+    common = load_template()["Globals"]["Function"]["Environment"]["Variables"]
+    for (namespace, metric), alarm in alarms.items():
+        assert alarm["AlarmDescription"]
+        assert alarm["AlarmActions"]["Fn::If"][:2] == ["NotifyAlarms", [{"Ref": "AlarmTopicArn"}]]
+        # Silence is good news, except from the sweep itself.
+        assert alarm["TreatMissingData"] == ("breaching" if metric == "Invocations" else "notBreaching")
+        if namespace == common["POWERTOOLS_METRICS_NAMESPACE"]:
+            # Powertools' one dimension: an alarm with another one would watch nothing.
+            assert alarm["Dimensions"] == [{"Name": "service", "Value": common["POWERTOOLS_SERVICE_NAME"]}]
+
+
+@pytest.mark.parametrize("metric", ["CopiesFailed", "UpstreamRefusals"])
+def test_metric_that_an_alarm_watches_is_one_that_the_code_emits(metric: str) -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "layers/predictions/predictions").glob("*.py"))
+    assert f'metrics.add_metric(name="{metric}"' in sources
+
+
+def test_outputs_are_those_that_users_and_tools_rely_on() -> None:
+    assert load_template()["Outputs"].keys() == {
+        "ApiUrl",
+        "TableName",
+        "OutputsBucketName",
+        "InputsBucketName",
+        "RequestsQueueUrl",
+        "EventBusName",
+        "TrackPredictionStateMachineArn",
+        "ReplicateTokenSecretArn",
+        "ApiUrlParameterName",
+        "SigningSecretArn",
+    }
+
+
+def test_names_that_replace_references_agree() -> None:
+    # Functions get the machine's ARN and the parameter's name as text, since a reference would be circular.
+    machine = load_template()["Resources"]["TrackPredictionStateMachine"]["Properties"]["Name"]["Fn::Sub"]
+    parameter = load_template()["Resources"]["ApiUrlParameter"]["Properties"]["Name"]
+    prefix = "arn:${AWS::Partition}:states:${AWS::Region}:${AWS::AccountId}"
+    seen = set()
+    for name in FUNCTIONS:
+        given = variables(name)
+        if "STATE_MACHINE_ARN" in given:
+            assert given["STATE_MACHINE_ARN"] == {"Fn::Sub": f"{prefix}:stateMachine:{machine}"}
+            seen.add("machine")
+        if "API_URL_PARAMETER" in given:
+            assert given["API_URL_PARAMETER"] == parameter
+            seen.add("parameter")
+        for statement in statements(name):
+            for resource in listed(statement["Resource"]):
+                if "states:" in text(resource):
+                    assert resource["Fn::Sub"] in (
+                        f"{prefix}:stateMachine:{machine}",
+                        f"{prefix}:execution:{machine}:*",
+                    )
+                if ":ssm:" in text(resource):
+                    assert resource["Fn::Sub"].endswith(f":parameter{parameter['Fn::Sub']}")
+    assert seen == {"machine", "parameter"}

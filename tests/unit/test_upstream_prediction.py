@@ -1,0 +1,142 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from predictions.upstream_prediction import UnreadablePrediction, UpstreamPrediction, read_json
+
+VERSION = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
+TOLD: dict[str, Any] = {
+    "id": "ufawqhfynnddngldkgtslldrkq",
+    "model": "stability-ai/sdxl",
+    "version": VERSION,
+    "deployment": "acme/sdxl",
+    "input": {"prompt": "a red fox"},
+    "output": ["https://replicate.delivery/pbxt/a/out-0.png"],
+    "logs": "step 1\n",
+    "error": None,
+    "status": "succeeded",
+    "created_at": "2025-06-15T15:06:40.123456789Z",
+    "started_at": "2025-06-15T15:06:41Z",
+    "completed_at": "2025-06-15T15:06:45.1Z",
+    "metrics": {"predict_time": 4.1},
+    "data_removed": False,
+    "webhook": "https://api.example.com/v1/webhooks/replicate/x",
+    "urls": {"get": "https://api.replicate.com/v1/predictions/x", "stream": "https://stream.replicate.com/v1/files/x"},
+}
+
+UNREADABLE: dict[str, bytes] = {
+    "nothing": b"",
+    "text": b"upstream connect error",
+    "HTML": b"<html><body>502 Bad Gateway</body></html>",
+    "cut off": json.dumps(TOLD).encode()[:-10],
+    "not UTF-8": b'{"id": "\xff", "status": "starting"}',
+    "deep": b"[" * 100_000,
+    "null": b"null",
+    "a list": b"[]",
+    "a number": b"1",
+    "no id": b'{"status": "starting"}',
+    "no status": b'{"id": "ufawqhfynnddngldkgtslldrkq"}',
+    "id null": b'{"id": null, "status": "starting"}',
+    "id a number": b'{"id": 12, "status": "starting"}',
+    "id empty": b'{"id": "", "status": "starting"}',
+    "id with a path": b'{"id": "../account", "status": "starting"}',
+    "id with capitals": b'{"id": "UFAWQ", "status": "starting"}',
+    "id with a line end": b'{"id": "ufawq\\n", "status": "starting"}',
+    "id beyond any": json.dumps({**TOLD, "id": "a" * 65}).encode(),
+    "id not ASCII": '{"id": "ufawé", "status": "starting"}'.encode(),
+    "status a number": b'{"id": "ufawq", "status": 1}',
+    "status null": b'{"id": "ufawq", "status": null}',
+    "status beyond any": json.dumps({**TOLD, "status": "s" * 65}).encode(),
+}
+
+
+@pytest.mark.parametrize("body", UNREADABLE.values(), ids=UNREADABLE)
+def test_what_is_no_prediction_is_unreadable(body: bytes) -> None:
+    with pytest.raises(UnreadablePrediction) as error:
+        UpstreamPrediction.read(body)
+    assert len(str(error.value)) < 200
+
+
+def test_an_unreadable_prediction_is_not_repeated_in_the_error() -> None:
+    with pytest.raises(UnreadablePrediction) as error:
+        UpstreamPrediction.parse({"id": "r8_secret", "status": "starting"})
+    assert "r8_secret" not in str(error.value)
+    assert "id" in str(error.value)
+
+
+def test_a_whole_prediction_is_read() -> None:
+    told = UpstreamPrediction.read(json.dumps({**TOLD, "source": "api", "a_new_field": 1}).encode())
+    assert told.model_dump() == TOLD
+
+
+def test_a_prediction_with_nothing_but_id_and_status_is_read() -> None:
+    told = UpstreamPrediction.parse({"id": "ufawq", "status": "starting"})
+    assert (told.id, told.status, told.output, told.urls, told.data_removed) == ("ufawq", "starting", None, {}, False)
+
+
+ODD: dict[str, tuple[str, Any, Any]] = {
+    "logs null": ("logs", None, None),
+    "logs empty": ("logs", "", ""),
+    "logs a list": ("logs", ["a", 1], '["a", 1]'),
+    "error an object": ("error", {"detail": "out of memory"}, '{"detail": "out of memory"}'),
+    "error with half a surrogate pair": ("error", "bad \ud800", "bad ?"),
+    "metrics a list": ("metrics", [1], {}),
+    "metrics null": ("metrics", None, {}),
+    "urls null": ("urls", None, {}),
+    "urls text": ("urls", "https://example.com", {}),
+    "data_removed text": ("data_removed", "true", False),
+    "data_removed true": ("data_removed", True, True),
+    "data_removed null": ("data_removed", None, False),
+    "model null": ("model", None, None),
+    "model an object": ("model", {"owner": "a"}, None),
+    "model beyond any": ("model", "m" * 5000, None),
+    "model with half a surrogate pair": ("model", "a/\udfff", "a/?"),
+    "version a number": ("version", 1, None),
+    "webhook a list": ("webhook", [], None),
+    "completed_at a number": ("completed_at", 1750000000, None),
+    "started_at null": ("started_at", None, None),
+    "status of the future": ("status", "paused", "paused"),
+}
+
+
+@pytest.mark.parametrize(("field", "value", "expected"), ODD.values(), ids=ODD)
+def test_an_odd_field_does_not_lose_the_prediction(field: str, value: Any, expected: Any) -> None:
+    told = UpstreamPrediction.read(json.dumps({**TOLD, field: value}).encode())
+    assert told.model_dump() == {**TOLD, field: expected}
+
+
+@pytest.mark.parametrize(
+    "output", [None, "", "text", 0, 1.5, False, [], {}, [[["x"]]], {"a": {"b": [1, None]}}, "\ud800", 2**70]
+)
+def test_any_output_is_kept(output: Any) -> None:
+    assert UpstreamPrediction.read(json.dumps({**TOLD, "output": output}).encode()).output == output
+
+
+def test_numbers_that_json_does_not_have_become_null() -> None:
+    body = b'{"id": "ufawq", "status": "succeeded", "output": [NaN, Infinity, -Infinity, 1e999, -1e999, 1e308]}'
+    assert UpstreamPrediction.read(body).output == [None] * 5 + [1e308]
+
+
+def test_a_deep_output_is_kept_where_python_bears_it() -> None:
+    body = b'{"id": "ufawq", "status": "succeeded", "output": ' + b"[" * 200 + b"]" * 200 + b"}"
+    assert json.dumps(UpstreamPrediction.read(body).output) == "[" * 200 + "]" * 200
+
+
+@given(st.binary(max_size=100))
+def test_no_bytes_break_the_reader(body: bytes) -> None:
+    json.dumps(read_json(body), allow_nan=False)
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(set(TOLD) - {"id", "status"})), ANY_JSON))
+def test_whatever_is_beside_id_and_status_can_be_read(change: dict[str, Any]) -> None:
+    told = UpstreamPrediction.parse({**TOLD, **change})
+    assert (told.id, told.status) == (TOLD["id"], TOLD["status"])
