@@ -41,6 +41,7 @@ from local.replicate.process import LocalReplicate
 CHECKOUT = Path(__file__).resolve().parent.parent
 EMULATOR_PYTHON = CHECKOUT / ".local" / "emulator" / "bin" / "python"
 LEASH = CHECKOUT / "local" / "leash.py"
+EMULATOR = CHECKOUT / "local" / "emulator.py"
 REGION = "us-east-1"
 STACK_NAME = "replicate-serverless"
 SECONDS_TO_STOP = 1.0  # nothing is kept, so nothing is lost by force
@@ -265,7 +266,7 @@ class LocalCloud:
             log = self._log("emulator")
             with log.open("ab") as output:
                 process = subprocess.Popen(
-                    [str(EMULATOR_PYTHON), str(LEASH), "ministack"],
+                    [str(EMULATOR_PYTHON), str(LEASH), str(EMULATOR)],
                     cwd=self.run_directory,
                     env=self._emulator_variables(port),
                     stdin=subprocess.PIPE,  # the leash

@@ -1,4 +1,4 @@
-"""Run a module as a program that does not outlive whoever started it: ``python leash.py MODULE ARGUMENT…``.
+"""Run a program that does not outlive whoever started it: ``python leash.py PROGRAM.py ARGUMENT…``.
 
 Standard input is the leash: a pipe that the starter never writes to. However the starter ends, SIGKILL included, the
 kernel closes the pipe, and this process stops itself and what it has started. It works alike on Linux and macOS.
@@ -27,12 +27,12 @@ def stop_when_let_go() -> None:
 
 
 def main() -> None:
-    """Run the module named by the first argument; it sees the arguments after it."""
+    """Run the Python file named by the first argument; it sees the arguments after it."""
     threading.Thread(target=stop_when_let_go, daemon=True).start()
     del sys.argv[0]
     # The folder of this file is no place to import from: it would put `local.replicate` in the way of `replicate`.
     del sys.path[0]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

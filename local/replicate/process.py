@@ -154,12 +154,17 @@ class LocalReplicate:
 
     def creates(self, webhook: str = "") -> list[JsonObject]:
         """The recorded creates whose webhook URL contains `webhook`, whatever they were answered."""
-        return [
+        creates = (
             request
             for request in self.record()["requests"]
-            if request["method"] == "POST"
-            and request["path"].endswith("/predictions")
-            and webhook in ((request["body"] or {}).get("webhook") or "")
+            if request["method"] == "POST" and request["path"].endswith("/predictions")
+        )
+        if not webhook:
+            return list(creates)
+        return [
+            request
+            for request in creates
+            if isinstance(request["body"], dict) and webhook in str(request["body"].get("webhook"))
         ]
 
     def wait_for_webhook(self, prediction_id: str, event: str = "completed", *, seconds: float = 20) -> JsonObject:

@@ -17,7 +17,7 @@ from local.replicate.process import LocalReplicate
 T = TypeVar("T")
 
 QUICK = {
-    "FirstPollSeconds": "2",
+    "FirstPollSeconds": "5",
     "PollSeconds": "3",
     "SubmitGraceSeconds": "3",
     "LogLevel": "DEBUG",

@@ -156,7 +156,9 @@ def _imported(app: Path) -> list[Path]:
         if path in modules:
             continue
         modules.append(path)
-        for node in ast.walk(_tree(path)):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("predictions."):
-                waiting.append(PACKAGE / f"{node.module.removeprefix('predictions.')}.py")
+        waiting += [
+            PACKAGE / f"{node.module.removeprefix('predictions.')}.py"
+            for node in ast.walk(_tree(path))
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("predictions.")
+        ]
     return modules

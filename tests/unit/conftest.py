@@ -7,6 +7,7 @@ import moto  # before anything that makes a client
 import pytest
 from predictions import aws
 from predictions.executions import Executions
+from predictions.observability import metrics
 from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions, Timing
 from predictions.table import PredictionsTable
@@ -19,11 +20,11 @@ ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "testing",
     "AWS_SECRET_ACCESS_KEY": "testing",
     "AWS_SESSION_TOKEN": "testing",
-    "AWS_DEFAULT_REGION": "eu-central-1",
-    "AWS_REGION": "eu-central-1",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_REGION": "us-east-1",
     "TABLE_NAME": "predictions",
     "OUTPUTS_BUCKET_NAME": "outputs",
-    "STATE_MACHINE_ARN": "arn:aws:states:eu-central-1:123456789012:stateMachine:track-prediction",
+    "STATE_MACHINE_ARN": "arn:aws:states:us-east-1:123456789012:stateMachine:track-prediction",
     "API_URL_PARAMETER": "/replicate-serverless/api_url",
     "REPLICATE_API_URL": ReplicateInMemory.URL,
     "REPLICATE_TOKEN_SECRET_ARN": "replicate-token",
@@ -52,6 +53,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    # Made at import, before this environment; what a test counted is not the next one's.
+    monkeypatch.setattr(metrics.provider, "namespace", ENVIRONMENT["POWERTOOLS_METRICS_NAMESPACE"])
+    metrics.clear_metrics()
 
 
 @pytest.fixture
@@ -61,9 +65,7 @@ def cloud(environment: None) -> Iterator[None]:
         aws._client.cache_clear()
         aws._parameters.cache_clear()
         aws.client("dynamodb").create_table(TableName="predictions", **table_properties())
-        aws.client("s3").create_bucket(
-            Bucket="outputs", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"}
-        )
+        aws.client("s3").create_bucket(Bucket="outputs")
         aws.client("ssm").put_parameter(Name="/replicate-serverless/api_url", Value=API_URL, Type="String")
         aws.client("secretsmanager").create_secret(Name="replicate-token", SecretString=ReplicateInMemory.TOKEN)
         aws.client("secretsmanager").create_secret(Name="signing-secret", SecretString="{}")

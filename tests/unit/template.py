@@ -67,16 +67,18 @@ def variables(function: str) -> dict[str, Any]:
     """The environment variables of one function, those of all functions included."""
     common: dict[str, Any] = load_template()["Globals"]["Function"]["Environment"]["Variables"]
     properties = load_template()["Resources"][function]["Properties"]
-    return common | properties.get("Environment", {}).get("Variables", {})
+    own: dict[str, Any] = properties.get("Environment", {}).get("Variables", {})
+    return common | own
 
 
 def statements(resource: str) -> list[dict[str, Any]]:
     """The policy statements of a function or state machine; of a conditional one, the statement itself."""
-    found: list[dict[str, Any]] = []
-    for policy in load_template()["Resources"][resource]["Properties"]["Policies"]:
-        for statement in policy["Statement"]:
-            found.append(statement["Fn::If"][1] if "Fn::If" in statement else statement)
-    return found
+    policies = load_template()["Resources"][resource]["Properties"]["Policies"]
+    return [
+        statement["Fn::If"][1] if "Fn::If" in statement else statement
+        for policy in policies
+        for statement in policy["Statement"]
+    ]
 
 
 def listed(value: Any) -> list[Any]:

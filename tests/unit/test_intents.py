@@ -26,7 +26,7 @@ BODY = {"version": VERSION, "input": {"prompt": "a red fox"}}
 
 
 def intent_of(
-    body: Any, *, reference: Reference | None = None, loopback: bool = False, owner: str = "alice", **headers: str
+    body: Any, *, reference: Reference | None = None, loopback: bool = False, owner: str = "alice", **headers: Any
 ) -> Intent:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -516,12 +516,12 @@ def test_other_texts_are_no_ids(text: str) -> None:
     assert not is_id(text)
 
 
-SAME: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "the order of keys": ({"input": {"b": {"y": 1, "x": 2}, "a": 1}, "version": VERSION}, {}),
     "the key": ({**BODY, "input": {"a": 1, "b": {"x": 2, "y": 1}}}, {"idempotency_key": "another"}),
     "the wait": ({**BODY, "input": {"a": 1, "b": {"x": 2, "y": 1}}}, {"prefer": "wait=5"}),
 }
-OTHER: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+OTHER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "the input": ({"input": {"a": 1, "b": {"x": 2, "y": 2}}}, {}),
     "a type in the input": ({"input": {"a": "1", "b": {"x": 2, "y": 1}}}, {}),
     "the version": ({"version": "0" * 64}, {}),
@@ -535,12 +535,12 @@ FINGERPRINTED = {**BODY, "input": {"a": 1, "b": {"x": 2, "y": 1}}}
 
 
 @pytest.mark.parametrize(("body", "headers"), SAME.values(), ids=SAME)
-def test_the_fingerprint_of_the_same_request_is_the_same(body: dict[str, Any], headers: dict[str, str]) -> None:
+def test_the_fingerprint_of_the_same_request_is_the_same(body: dict[str, Any], headers: dict[str, Any]) -> None:
     assert intent_of(body, **headers).fingerprint == intent_of(FINGERPRINTED).fingerprint
 
 
 @pytest.mark.parametrize(("change", "headers"), OTHER.values(), ids=OTHER)
-def test_the_fingerprint_of_another_request_is_another(change: dict[str, Any], headers: dict[str, str]) -> None:
+def test_the_fingerprint_of_another_request_is_another(change: dict[str, Any], headers: dict[str, Any]) -> None:
     assert intent_of({**FINGERPRINTED, **change}, **headers).fingerprint != intent_of(FINGERPRINTED).fingerprint
 
 

@@ -651,7 +651,7 @@ def test_files_can_break(replicate: LocalReplicate, api: httpx.Client) -> None:
 
 def test_record_counts_without_keeping_the_token(replicate: LocalReplicate, api: httpx.Client) -> None:
     body = {"version": version["blob"], "input": {}, "webhook": "http://127.0.0.1:1/webhooks/abc"}
-    body["webhook_events_filter"] = ["start"]
+    body |= {"webhook_events_filter": ["start"], "input": {"note": "x" * 100_000}}
     done = api.post("/predictions", json=body, headers={"Prefer": "wait"}).json()
     failed = replicate.wait_for_webhook(done["id"], "start")
     api.post("/predictions", json={"version": "x" * 64, "input": {}})
@@ -662,7 +662,9 @@ def test_record_counts_without_keeping_the_token(replicate: LocalReplicate, api:
         (422, "valid"),
         (401, "wrong"),
     ]
-    assert [entry["headers"].get("prefer") for entry in replicate.creates("/abc")] == ["wait"]
+    (counted,) = replicate.creates("/abc")
+    assert counted["headers"]["prefer"] == "wait"
+    assert counted["body"]["input"].keys() == {"too_large_to_record_bytes"}
     assert (failed["answer"], failed["error"]) == (None, "ConnectError")
     assert replicate.token not in json.dumps(record)
     assert "r8_stolen" not in json.dumps(record)

@@ -8,6 +8,7 @@ the log, no calls.
 import logging
 import os
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 from aws_lambda_powertools import Logger, Metrics
@@ -30,7 +31,17 @@ def handler_of(function: Handler) -> Handler:
 
     The tracer is imported only when tracing is on: it costs as much to import as a boto3 client.
     """
-    handler: Any = metrics.log_metrics(function)
+
+    @wraps(function)
+    def handler_with_metrics(event: Any, context: Any) -> Any:
+        try:
+            return function(event, context)
+        finally:
+            # Powertools' own decorator warns at every call that counts nothing, as most reads do.
+            if metrics.metric_set:
+                metrics.flush_metrics()
+
+    handler: Any = handler_with_metrics
     if os.environ.get("TRACING") == "Active":
         from aws_lambda_powertools import Tracer
 

@@ -289,11 +289,10 @@ class Submissions:
             NotAccepted: The claim may be released.
             OutcomeUnknown: It may not.
         """
-        body: dict[str, Any] = {
-            "input": json.loads(input_json),
-            "webhook": f"{api_url()}/webhooks/replicate/{prediction.id}",
-            "webhook_events_filter": _events(prediction),
-        }
+        body: dict[str, Any] = {"input": json.loads(input_json)}
+        webhook = f"{api_url()}/webhooks/replicate/{prediction.id}"
+        if self._replicate.calls_back(webhook):
+            body |= {"webhook": webhook, "webhook_events_filter": _events(prediction)}
         if prediction.stream is not None:
             body["stream"] = prediction.stream
         remaining_seconds = prediction.deadline - int(self._now())

@@ -144,6 +144,10 @@ class Replicate:
         )
         return cls(os.environ["REPLICATE_API_URL"], Token(os.environ["REPLICATE_TOKEN_SECRET_ARN"]), http)
 
+    def calls_back(self, webhook: str) -> bool:
+        """Whether this Replicate takes a webhook URL: the real one refuses a local cloud's, which polls instead."""
+        return webhook.startswith("https://") or self._url.startswith("http://")
+
     def create(self, target: Target, body: Mapping[str, Any], *, cancel_after_seconds: int) -> UpstreamPrediction:
         """Creates a prediction with one POST, never repeated.
 

@@ -1,0 +1,291 @@
+"""Every event sample runs through its handler."""
+
+import json
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import pytest
+from predictions import aws
+from predictions.outputs import OutputsBucket
+from predictions.submissions import Submissions
+from predictions.table import PredictionsTable
+
+from tests.unit.apps import (
+    EVENTS,
+    SAMPLE_ID,
+    SAMPLE_SIGNING_SECRET,
+    SAMPLE_UPSTREAM_ID,
+    AwsCalls,
+    Context,
+    clock_module,
+    load_app,
+    sample,
+)
+from tests.unit.fakes import API_URL, PNG, Clock, Executed, ReplicateInMemory
+from tests.unit.template import resources
+
+FILE = "https://replicate.delivery/xezq/abc/out-0.png"
+
+REFUSED = {
+    ("start_prediction", "refused_without_scope"): (403, []),
+    ("start_prediction", "refused_media_type"): (415, []),
+    ("start_prediction", "refused_without_body"): (400, []),
+    ("start_prediction", "refused_cut_off"): (400, []),
+    ("start_prediction", "refused_nan"): (400, []),
+    ("start_prediction", "refused_unknown_field"): (422, ["num_outputs"]),
+    ("start_prediction", "refused_without_input"): (422, ["input"]),
+    ("start_prediction", "refused_version"): (422, ["version"]),
+    ("start_prediction", "refused_private_webhook"): (422, ["webhook"]),
+    ("start_prediction", "refused_plain_webhook"): (422, ["webhook"]),
+    ("start_prediction", "refused_wait"): (422, ["Prefer"]),
+    ("start_prediction", "refused_cancel_after"): (422, ["Cancel-After"]),
+    ("start_prediction", "refused_idempotency_key"): (422, ["Idempotency-Key"]),
+    ("start_prediction", "refused_model_route"): (404, []),
+    ("start_prediction", "refused_version_on_model_route"): (422, ["version"]),
+    ("read_predictions", "refused_cursor"): (422, ["cursor"]),
+    ("read_predictions", "refused_without_scope"): (403, []),
+    ("cancel_prediction", "refused_without_scope"): (403, []),
+}
+"""Refused for what the request itself says: status and fields."""
+
+REFUSED_BY_WHAT_IS_THERE = {
+    ("start_prediction", "refused_unknown_model"): 404,
+    ("read_predictions", "refused_other_owner"): 404,
+    ("read_predictions", "refused_unknown"): 404,
+    ("cancel_prediction", "refused_other_owner"): 404,
+    ("cancel_prediction", "refused_unknown"): 404,
+    ("receive_webhook", "refused_stale"): 401,
+    ("receive_webhook", "refused_forged"): 401,
+    ("receive_webhook", "refused_unsigned"): 401,
+    ("receive_webhook", "refused_altered"): 401,
+}
+ANSWERED = {
+    ("start_prediction", "version"): 201,
+    ("start_prediction", "community_model"): 201,
+    ("start_prediction", "everything"): 201,
+    ("start_prediction", "lifetime"): 201,
+    ("start_prediction", "model_route"): 201,
+    ("start_prediction", "deployment_route"): 201,
+    ("start_prediction", "sdk_retry"): 201,
+    ("start_prediction", "base64_body"): 201,
+    ("read_predictions", "one"): 200,
+    ("read_predictions", "list"): 200,
+    ("read_predictions", "list_page"): 200,
+    ("cancel_prediction", "open"): 200,
+    ("receive_webhook", "start"): 200,
+    ("receive_webhook", "succeeded"): 200,
+    ("receive_webhook", "succeeded_with_file"): 200,
+    ("receive_webhook", "failed"): 200,
+    ("receive_webhook", "unknown_prediction"): 200,
+    ("receive_webhook", "no_prediction_id"): 200,
+}
+RUN = {
+    ("submit_prediction", "execution"),
+    ("poll_prediction", "execution"),
+    ("copy_outputs", "first_execution"),
+    ("sweep_predictions", "schedule"),
+}
+API_FUNCTIONS = {"start_prediction", "read_predictions", "cancel_prediction", "receive_webhook"}
+
+Run = Callable[..., Any]
+
+
+def names(samples: Iterable[tuple[str, str]]) -> list[str]:
+    return ["/".join(sample) for sample in sorted(samples)]
+
+
+def test_every_sample_has_its_expected_outcome() -> None:
+    found = {
+        (path.parent.name, path.stem) for path in EVENTS.glob("*/*.json") if path.parent.name != "authorize_request"
+    }
+    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | ANSWERED.keys() | RUN
+
+
+def test_every_function_has_a_sample() -> None:
+    assert {path.parent.name for path in EVENTS.glob("*/*.json")} == {
+        path.parent.name for path in EVENTS.parent.glob("functions/*/app.py")
+    }
+
+
+@pytest.mark.parametrize("function", sorted(API_FUNCTIONS))
+def test_the_samples_are_of_routes_in_the_template(function: str) -> None:
+    name = "".join(word.capitalize() for word in function.split("_")) + "Function"
+    events = resources("AWS::Serverless::Function")[name]["Properties"]["Events"].values()
+    routes = {(event["Properties"]["Method"].upper(), event["Properties"]["Path"]) for event in events}
+    samples = [json.loads(path.read_text()) for path in (EVENTS / function).glob("*.json")]
+    assert {(event["httpMethod"], event["resource"]) for event in samples} == routes
+
+
+@pytest.fixture
+def run(
+    submissions: Submissions,
+    table: PredictionsTable,
+    outputs: OutputsBucket,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Run:
+    """Runs an event through its handler, with Replicate and the time of the test."""
+
+    def run(function: str, event: dict[str, Any]) -> Any:
+        with pytest.MonkeyPatch.context() as only_here:
+            app = load_app(function, only_here)
+            for name, value in {
+                "submissions": submissions,
+                "table": table,
+                "outputs": outputs,
+                "time": clock_module(clock.now),
+            }.items():
+                if hasattr(app, name):
+                    only_here.setattr(app, name, value)
+            return app.handler(event, Context(remaining_seconds=280))
+
+    return run
+
+
+@pytest.fixture
+def started(run: Run, replicate: ReplicateInMemory) -> None:
+    """The prediction of the samples, as Replicate accepted it, and the secret that signs its webhooks."""
+    replicate.files[FILE] = lambda: httpx.Response(200, content=iter([PNG]), headers={"content-type": "image/png"})
+
+    def accept(request: httpx.Request, replicate: ReplicateInMemory) -> httpx.Response:
+        prediction = replicate.accept(request, id=SAMPLE_UPSTREAM_ID)
+        replicate.predictions = {SAMPLE_UPSTREAM_ID: prediction}
+        return httpx.Response(201, json=prediction)
+
+    replicate.faults = [accept]
+    assert run("start_prediction", sample("start_prediction", "version"))["statusCode"] == 201
+    rotated_at = datetime(2025, 1, 1, tzinfo=UTC).isoformat()
+    secret = {"current": SAMPLE_SIGNING_SECRET, "previous": None, "rotated_at": rotated_at}
+    aws.client("secretsmanager").put_secret_value(SecretId="signing-secret", SecretString=json.dumps(secret))
+
+
+def problem_of(answer: dict[str, Any]) -> dict[str, Any]:
+    """The problem in an answer, which has to be one."""
+    headers = {**answer.get("headers", {}), **{k: v[0] for k, v in answer.get("multiValueHeaders", {}).items()}}
+    assert headers["Content-Type"] == "application/problem+json"
+    problem: dict[str, Any] = json.loads(answer["body"])
+    assert problem["status"] == answer["statusCode"]
+    assert problem["title"]
+    assert problem["detail"]
+    return problem
+
+
+@pytest.mark.parametrize(("function", "case"), sorted(REFUSED), ids=names(REFUSED))
+def test_a_refused_sample_is_a_problem_before_anything_is_asked_or_written(
+    run: Run, replicate: ReplicateInMemory, function: str, case: str
+) -> None:
+    calls = AwsCalls()
+    answer = run(function, sample(function, case))
+    status, fields = REFUSED[function, case]
+    problem = problem_of(answer)
+    assert (answer["statusCode"], [field["field"] for field in problem.get("invalid_fields", [])]) == (status, fields)
+    assert calls.made == []
+    assert replicate.asked == []
+
+
+@pytest.mark.parametrize(("function", "case"), sorted(REFUSED_BY_WHAT_IS_THERE), ids=names(REFUSED_BY_WHAT_IS_THERE))
+def test_a_sample_that_is_refused_by_what_is_there_changes_nothing(
+    run: Run, started: None, replicate: ReplicateInMemory, function: str, case: str
+) -> None:
+    before = items()
+    answer = run(function, sample(function, case))
+    assert answer["statusCode"] == REFUSED_BY_WHAT_IS_THERE[function, case]
+    assert "fox" not in problem_of(answer)["detail"]
+    assert items() == before
+    assert len(replicate.creates) == 1
+    assert replicate.canceled == []
+
+
+def items() -> list[Any]:
+    """Everything in the table."""
+    return sorted(aws.client("dynamodb").scan(TableName="predictions")["Items"], key=str)
+
+
+@pytest.mark.parametrize(("function", "case"), sorted(ANSWERED), ids=names(ANSWERED))
+def test_an_answered_sample_is_answered(run: Run, started: None, function: str, case: str) -> None:
+    answer = run(function, sample(function, case))
+    assert answer["statusCode"] == ANSWERED[function, case], answer["body"]
+    assert isinstance(json.loads(answer["body"]), dict)
+
+
+def test_the_started_sample_is_asked_for_once(run: Run, started: None, replicate: ReplicateInMemory) -> None:
+    answer = run("start_prediction", sample("start_prediction", "version"))
+    shown = json.loads(answer["body"])
+    assert (answer["statusCode"], shown["id"], shown["status"]) == (201, SAMPLE_ID, "starting")
+    [created] = replicate.creates
+    assert created["webhook"] == f"{API_URL}/webhooks/replicate/{SAMPLE_ID}"
+    assert created["input"] == {"prompt": "a red fox in the snow", "num_outputs": 1}
+    assert created.keys() == {"version", "input", "webhook", "webhook_events_filter"}
+
+
+def test_the_sample_with_everything_is_submitted_as_asked(run: Run, replicate: ReplicateInMemory, clock: Clock) -> None:
+    answer = run("start_prediction", sample("start_prediction", "everything"))
+    shown = json.loads(answer["body"])
+    assert shown["status"] == "starting"
+    assert shown["webhook"] == "https://hooks.example.com/replicate?job=7"
+    assert shown["deadline"] == "2025-06-15T16:36:40Z"
+    assert clock.now() >= 1_750_000_005, "it waited the five seconds of `Prefer`"
+    [request] = [r for r in replicate.asked if r.method == "POST"]
+    assert request.headers["cancel-after"] == "5400s"
+    assert json.loads(request.content)["webhook"].startswith(API_URL)
+
+
+def test_the_samples_of_webhooks_tell_a_prediction_to_its_end(run: Run, started: None) -> None:
+    def read() -> dict[str, Any]:
+        shown: dict[str, Any] = json.loads(run("read_predictions", sample("read_predictions", "one"))["body"])
+        return shown
+
+    told = ("start", "unknown_prediction", "succeeded_with_file", "start", "failed", "succeeded")
+    answers = [run("receive_webhook", sample("receive_webhook", case)) for case in told]
+    received = [json.loads(answer["body"])["received"] for answer in answers]
+    assert received == ["merged", "unknown prediction", "merged", "nothing new", "nothing new", "nothing new"]
+    assert (read()["status"], read()["output"]) == ("processing", None)
+    assert run("copy_outputs", sample("copy_outputs", "first_execution")) == {}
+    shown = read()
+    assert shown["status"] == "succeeded"
+    assert [file["bytes"] for file in shown["output_files"]] == [len(PNG)]
+    assert "replicate.delivery" not in json.dumps(shown)
+    listed = json.loads(run("read_predictions", sample("read_predictions", "list"))["body"])
+    assert [prediction["id"] for prediction in listed["results"]] == [SAMPLE_ID]
+
+
+def test_the_sample_of_a_cancel_cancels_at_replicate(run: Run, started: None, replicate: ReplicateInMemory) -> None:
+    shown = json.loads(run("cancel_prediction", sample("cancel_prediction", "open"))["body"])
+    assert (shown["id"], shown["status"]) == (SAMPLE_ID, "canceled")
+    assert replicate.canceled == [SAMPLE_UPSTREAM_ID]
+
+
+@pytest.mark.parametrize(("function", "case"), sorted(RUN), ids=names(RUN))
+def test_a_sample_for_nothing_to_do_does_nothing(run: Run, function: str, case: str) -> None:
+    assert run(function, sample(function, case)) in ({}, {"found": 0})
+    assert items() == []
+
+
+def test_the_sample_of_a_submission_leaves_a_submitted_prediction_alone(
+    run: Run, started: None, replicate: ReplicateInMemory
+) -> None:
+    before = items()
+    assert run("submit_prediction", sample("submit_prediction", "execution")) == {}
+    assert items() == before
+    assert len(replicate.creates) == 1
+
+
+def test_the_sample_of_a_poll_finds_the_end(run: Run, started: None, replicate: ReplicateInMemory) -> None:
+    replicate.finish(SAMPLE_UPSTREAM_ID, output="A fox.", logs="done")
+    assert run("poll_prediction", sample("poll_prediction", "execution")) == {}
+    shown = json.loads(run("read_predictions", sample("read_predictions", "one"))["body"])
+    assert (shown["status"], shown["output"], shown["logs"]) == ("succeeded", "A fox.", "done")
+
+
+def test_the_sample_of_the_schedule_stores_the_signing_secret_and_restarts_what_stands_still(
+    run: Run, started: None, executed: Executed, clock: Clock
+) -> None:
+    executed.stop(f"{SAMPLE_ID}-1")
+    clock.advance(3600)
+    assert run("sweep_predictions", sample("sweep_predictions", "schedule")) == {"found": 1}
+    assert executed.inputs[f"{SAMPLE_ID}-2"] == {"id": SAMPLE_ID, "submit": False}
+    stored = aws.client("secretsmanager").get_secret_value(SecretId="signing-secret")["SecretString"]
+    assert json.loads(stored)["current"] == ReplicateInMemory.SECRET
+    assert json.loads(stored)["previous"] == SAMPLE_SIGNING_SECRET
