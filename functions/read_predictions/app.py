@@ -8,6 +8,7 @@ from aws_lambda_powertools.event_handler import Response
 from predictions.api import (
     ANSWER_LIMIT_BYTES,
     Presenter,
+    answer_bytes,
     answer_with,
     json_response,
     own_prediction,
@@ -36,13 +37,24 @@ def list_() -> Response[str]:
     """`GET /predictions?cursor=`: up to 100 predictions, newest first; a page of large ones ends earlier."""
     owner = owner_with(app, "read")
     older, start = _position(app.current_event.get_query_string_value("cursor", ""))
-    page = table.list(owner, start, older=older, size=PAGE_SIZE, payload_bytes=ANSWER_LIMIT_BYTES)
-    shown: dict[str, Any] = {
-        "previous": _link("n", page.previous),
-        "next": _link("o", page.next),
-        "results": [presenter.show(whole) for whole in page.predictions],
-    }
-    return json_response(200, shown)
+    page = table.list(owner, start, older=older, size=PAGE_SIZE)
+    shown: list[dict[str, Any]] = []
+    places: list[str] = []
+    room, more = ANSWER_LIMIT_BYTES, page.more
+    for whole in page.predictions:
+        one = presenter.show(whole)
+        room -= answer_bytes(one)
+        if shown and room < 0:
+            more = True
+            break
+        shown.append(one)
+        places.append(whole.prediction.listed_at)
+    beyond = places[-1] if places and more else None
+    before = places[0] if places and start else None
+    if not older:
+        shown.reverse()
+        beyond, before = before, beyond
+    return json_response(200, {"previous": _link("n", before), "next": _link("o", beyond), "results": shown})
 
 
 def _link(direction: str, key: str | None) -> str | None:

@@ -5,10 +5,9 @@ import time
 from aws_lambda_powertools.event_handler import Response
 from predictions.api import answer_with, body_of, headers_of, json_response, resolver
 from predictions.errors import Problem
-from predictions.intents import is_id
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.receipts import receive
-from predictions.table import PredictionsTable
+from predictions.table import PredictionsTable, is_id
 from predictions.webhooks import SigningSecrets, SigningSecretUnavailable, WebhookRefused
 
 app = resolver()

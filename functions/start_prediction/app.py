@@ -1,9 +1,10 @@
 """Create routes of the API: checks a request, submits it once, and answers with the prediction."""
 
+import json
 import os
-from typing import Any
 
 from aws_lambda_powertools.event_handler import Response
+from botocore.exceptions import BotoCoreError, ClientError
 from predictions.api import (
     Presenter,
     answer_with,
@@ -15,11 +16,14 @@ from predictions.api import (
     resolver,
 )
 from predictions.intents import Reference, create_intent, model_reference, wait_seconds
+from predictions.observability import logger
 from predictions.submissions import Submissions
+from predictions.table import Whole
 
 # API Gateway ends a request after 29 s; submitting and answering take the rest.
 # https://docs.aws.amazon.com/apigateway/latest/developerguide/limits.html
 WAIT_LIMIT_SECONDS = 25
+ANSWER_SECONDS = 5
 
 app = resolver()
 submissions = Submissions.from_env()
@@ -59,14 +63,19 @@ def _create(reference: Reference | None) -> Response[str]:
     prediction = submissions.start(
         intent, sdk_attempt=int(attempt) if attempt.isdecimal() and len(attempt) < 4 else None
     )
-    answer_headers = {}
-    if seconds is not None:
-        context = app.lambda_context
-        submissions.wait_for_end(prediction.id, min(seconds, context.get_remaining_time_in_millis() / 1000 - 3))
-        answer_headers["Preference-Applied"] = f"wait={seconds}"
-    whole = own_prediction(submissions.table, prediction.id, token_owner)
-    shown: dict[str, Any] = presenter.show(whole, as_starting=True)
-    return json_response(201, shown, {**answer_headers, "Location": shown["urls"]["get"]})
+    headers = {}
+    try:
+        if seconds is not None:
+            headers["Preference-Applied"] = f"wait={seconds}"
+            remaining_seconds = app.lambda_context.get_remaining_time_in_millis() / 1000
+            submissions.wait_for_end(prediction.id, min(seconds, remaining_seconds - ANSWER_SECONDS))
+        whole = own_prediction(submissions.table, prediction.id, token_owner)
+    except (ClientError, BotoCoreError):
+        # It is started: a caller who is told of an error would start another one.
+        logger.exception("started, but not read")
+        whole = Whole(prediction, json.loads(intent.input_json), None, None, [])
+    shown = presenter.show(whole, as_starting=True)
+    return json_response(201, shown, {**headers, "Location": shown["urls"]["get"]})
 
 
 handler = answer_with(app)

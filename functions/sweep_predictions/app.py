@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+from botocore.exceptions import BotoCoreError, ClientError
 from predictions.observability import MetricUnit, handler_of, logger, metrics
 from predictions.submissions import Submissions
 from predictions.upstream import UpstreamError
@@ -42,7 +43,7 @@ def _refresh_signing_secret() -> None:
         return
     try:
         changed = secrets.store(submissions.signing_secret(), now)
-    except (UpstreamError, SigningSecretUnavailable) as error:
+    except (UpstreamError, SigningSecretUnavailable, ClientError, BotoCoreError) as error:
         # Predictions end by poll without it, so the sweep goes on.
         logger.error("signing secret not refreshed", reason=str(error))
         return

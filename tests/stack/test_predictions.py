@@ -429,8 +429,7 @@ class TestSecrecy:
 
 def open_intent(stack: Stack) -> str | None:
     """The id of alice's newest prediction, while it is claimed and not bound."""
-    page = stack.table.list("alice", None, older=True, size=1, payload_bytes=10**6)
-    newest = page.predictions[0].prediction
+    newest = next(stack.table.list("alice", None, older=True, size=1).predictions).prediction
     return newest.id if newest.claimed and not newest.upstream_id else None
 
 

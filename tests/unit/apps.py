@@ -57,7 +57,7 @@ class AwsCalls:
         self.made: list[str] = []
         self._error: Exception | None = None
         for name in ("dynamodb", "s3", "ssm", "secretsmanager", "stepfunctions"):
-            client: Any = aws.client(name)  # type: ignore[call-overload]  # one of the overloads each
+            client: Any = aws.client(name)
             client.meta.events.register_first("before-call", self._record)
 
     def fail(self, error: Exception | None) -> None:

@@ -25,10 +25,16 @@ _S3_ACTIONS = {
     "put_object": "s3:PutObject",
     "upload_part": "s3:PutObject",
 }
-_PREFIXES = {"dynamodb": "dynamodb", "stepfunctions": "states", "secretsmanager": "secretsmanager", "s3": "s3"}
+_PREFIXES = {
+    "dynamodb": "dynamodb",
+    "stepfunctions": "states",
+    "secretsmanager": "secretsmanager",
+    "s3": "s3",
+    "ssm": "ssm",
+}
 # `seen.add(…)` is a set's, not an upload's.
 _OF_SETS = frozenset(dir(set))
-_POWERTOOLS = {"SSMProvider": "ssm:GetParameter", "SecretsProvider": "secretsmanager:GetSecretValue"}
+_POWERTOOLS = {"SecretsProvider": "secretsmanager:GetSecretValue"}
 
 
 @dataclass

@@ -63,7 +63,7 @@ def cloud(environment: None) -> Iterator[None]:
     """An empty AWS account with the stack's table, bucket, parameter and secrets."""
     with moto.mock_aws():
         aws._client.cache_clear()
-        aws._parameters.cache_clear()
+        aws._api_url = None
         aws.client("dynamodb").create_table(TableName="predictions", **table_properties())
         aws.client("s3").create_bucket(Bucket="outputs")
         aws.client("ssm").put_parameter(Name="/replicate-serverless/api_url", Value=API_URL, Type="String")
@@ -71,7 +71,7 @@ def cloud(environment: None) -> Iterator[None]:
         aws.client("secretsmanager").create_secret(Name="signing-secret", SecretString="{}")
         yield
     aws._client.cache_clear()
-    aws._parameters.cache_clear()
+    aws._api_url = None
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from predictions.intents import (
     create_intent,
     derived_id,
     input_json_canonical,
-    is_id,
     model_reference,
     parse_json,
     random_id,
     wait_seconds,
 )
+from predictions.table import is_id
 
 VERSION = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
 BODY = {"version": VERSION, "input": {"prompt": "a red fox"}}
@@ -434,8 +434,8 @@ BAD_DURATIONS = [
     "30S",
     "1h1h",
     "forever",
-    "604801",
-    "169h",
+    "259201",
+    "73h",
     "9" * 400,
     "٣٠",
     "30\x00",
@@ -453,14 +453,14 @@ def test_a_bad_deadline_is_refused(duration: str) -> None:
     assert "5 seconds" in problem.detail
 
 
-@pytest.mark.parametrize("lifetime", [0, 4, -30, 604_801, 10**300])
+@pytest.mark.parametrize("lifetime", [0, 4, -30, 259_201, 10**300])
 def test_a_bad_number_of_seconds_is_refused(lifetime: int) -> None:
     assert fields_of(refused({**BODY, "lifetime": lifetime})) == ["lifetime"]
 
 
 @pytest.mark.parametrize(
     ("duration", "seconds"),
-    [("5", 5), ("30s", 30), ("5m", 300), ("1h", 3600), ("1h30m45s", 5445), ("1h45", 3645), ("168h", 604_800)],
+    [("5", 5), ("30s", 30), ("5m", 300), ("1h", 3600), ("1h30m45s", 5445), ("1h45", 3645), ("72h", 259_200)],
 )
 def test_a_deadline_is_read(duration: str, seconds: int) -> None:
     assert intent_of(BODY, cancel_after=duration).lifetime_seconds == seconds

@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -280,9 +281,13 @@ def test_prediction_that_has_ended_is_not_waited_for(states: dict[str, Any], nam
 def test_waits_differ_in_their_time_only(states: dict[str, Any]) -> None:
     different = ("Comment", "TimeoutSeconds")
     first, later = (
-        {key: value for key, value in states[name].items() if key not in different}
+        {key: copy.deepcopy(value) for key, value in states[name].items() if key not in different}
         for name in ("AwaitWebhook", "AwaitWebhookAgain")
     )
+    for state, name in ((first, "AwaitWebhook"), (later, "AwaitWebhookAgain")):
+        # The sweep looks two minutes after the wait is over.
+        check = state["Arguments"]["ExpressionAttributeValues"].pop(":next_check_at")["N"]
+        assert check == f"{{% $string($floor($millis() / 1000) + {states[name]['TimeoutSeconds']} + 120) %}}"
     assert first == later
     defaults = load_template()["Parameters"]
     assert states["AwaitWebhook"]["TimeoutSeconds"] == defaults["FirstPollSeconds"]["Default"]

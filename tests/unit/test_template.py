@@ -106,7 +106,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                 assert (operator, keys) == ("ForAllValues:StringEquals", ["tokens"])
             else:
                 assert operator == "ForAllValues:StringLike"
-                assert set(keys) <= {"prediction#*", "recent#*"}
+                assert set(keys) <= {"prediction#*", "recent#*", "upstream#*"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -467,6 +467,13 @@ def test_a_next_page_elsewhere_never_gets_the_token(server: Upstream, following:
     assert [request.url.host for request in server.asked] == ["api.replicate.com"]
 
 
+def test_pages_that_lead_in_a_circle_are_no_answer(server: Upstream) -> None:
+    server.answer = answering(200, json={"next": f"{URL}/predictions?cursor=again", "results": []})
+    with pytest.raises(Unavailable):
+        listed(server)
+    assert len(server.asked) == 2
+
+
 def test_a_next_page_that_is_no_url_is_no_answer(server: Upstream) -> None:
     server.answer = answering(200, json={"next": f"{URL}/\x00", "results": []})
     with pytest.raises(Unavailable):

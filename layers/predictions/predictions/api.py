@@ -19,11 +19,11 @@ from predictions.aws import api_url
 from predictions.errors import Problem
 from predictions.observability import handler_of, logger
 from predictions.outputs import OutputsBucket, StoredFile, replace_files
-from predictions.table import Prediction, PredictionsTable, Whole
+from predictions.table import Prediction, PredictionsTable, Whole, is_id
 
-# Lambda answers with at most 6 MB, JSON-escaped once more on its way.
+# Lambda answers with at most 6 MB, in which the body is a string: JSON within JSON.
 # https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
-ANSWER_LIMIT_BYTES = 4 * 1024 * 1024
+ANSWER_LIMIT_BYTES = 5_500_000
 _LOGS_LIMIT_CHARACTERS = 256 * 1024
 
 _JSON = "application/json"
@@ -117,7 +117,7 @@ def own_prediction(table: PredictionsTable, prediction_id: str, owner: str) -> W
     Raises:
         Problem: 404, where there is none, or it is another owner's: nobody learns which.
     """
-    whole = table.read(prediction_id)
+    whole = table.read(prediction_id) if is_id(prediction_id) else None
     if whole is None or whole.prediction.owner != owner:
         raise no_prediction(prediction_id)
     return whole
@@ -147,6 +147,9 @@ class Presenter:
 
     def show(self, whole: Whole, *, as_starting: bool = False) -> dict[str, Any]:
         """A prediction in Replicate's JSON; what is ours is `output_files`.
+
+        An output that makes the answer too large for Lambda is answered as the URL of a JSON document
+        `{"output": …, "logs": …}`, and such an input as `{"url": …}`.
 
         Args:
             whole: The prediction.
@@ -188,6 +191,15 @@ class Presenter:
             shown["webhook"] = prediction.webhook
             if prediction.webhook_events_filter:
                 shown["webhook_events_filter"] = list(prediction.webhook_events_filter)
+        # What no answer can carry is linked: it is an object in the bucket then.
+        if whole.input_key and _is_too_large(shown):
+            shown["input"] = {"url": self._outputs.url(whole.input_key, self._url_seconds)}
+        if whole.result_key and output is not None and _is_too_large(shown):
+            # A result with files names upstream's URLs, which end within the hour: it is not linked.
+            link = None if whole.files else self._outputs.url(whole.result_key, self._url_seconds)
+            shown |= {"output": link, "output_files": []}
+            if link is None:
+                shown["error"] = f"The output with its {len(whole.files)} files is too large for an answer."
         return shown
 
     def _output(self, whole: Whole) -> Any:
@@ -212,6 +224,15 @@ class Presenter:
             "sha256": file.sha256,
             "content_type": file.content_type,
         }
+
+
+def answer_bytes(shown: Any) -> int:
+    """How much of Lambda's answer a JSON value takes."""
+    return len(json.dumps(json.dumps(shown)))
+
+
+def _is_too_large(shown: Any) -> bool:
+    return answer_bytes(shown) > ANSWER_LIMIT_BYTES
 
 
 def _error(prediction: Prediction, files: Any) -> str | None:

@@ -5,14 +5,15 @@ boto3's own layer (resources, sessions, collections) is left out for the same re
 """
 
 import os
+import time
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import botocore.session
 from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
 
 if TYPE_CHECKING:
-    from aws_lambda_powertools.utilities.parameters import SSMProvider
     from mypy_boto3_cloudformation import CloudFormationClient
     from mypy_boto3_dynamodb import DynamoDBClient
     from mypy_boto3_s3 import S3Client
@@ -26,16 +27,11 @@ def _session() -> botocore.session.Session:
     return botocore.session.get_session()
 
 
-# Signature version 4 is what KMS-encrypted buckets and newer regions demand of presigned URLs; connections are
-# kept for several copies at once; the bounds keep one stuck call from eating a function's whole time.
-_CONFIG = Config(
-    signature_version="v4",
-    max_pool_connections=16,
-    connect_timeout=5,
-    read_timeout=20,
-    retries={"mode": "standard", "total_max_attempts": 4},
-)
-_S3_CONFIG = _CONFIG.merge(Config(signature_version="s3v4"))
+# The bounds keep one stuck call from eating a function's whole time: API Gateway's callers wait 29 s in all.
+_CONFIG = Config(connect_timeout=2, read_timeout=5, retries={"mode": "standard", "total_max_attempts": 4})
+# Signature version 4 is what KMS-encrypted buckets and newer regions demand of presigned URLs; connections are kept for
+# several copies at once, and a part of one takes longer than an item.
+_S3_CONFIG = _CONFIG.merge(Config(signature_version="s3v4", max_pool_connections=16, read_timeout=20))
 
 
 @overload
@@ -70,30 +66,24 @@ def _client(name: str) -> Any:
 
 
 _API_URL_CACHE_SECONDS = 300
-
-
-@cache
-def _parameters() -> "SSMProvider":
-    # Imports boto3, which the functions that need no URL (the authorizer stands before every call) do not pay for.
-    from aws_lambda_powertools.utilities.parameters import SSMProvider
-
-    return SSMProvider(boto3_client=client("ssm"))
+_api_url: tuple[float, str] | None = None
 
 
 def api_url() -> str:
     """The stack's public URL, ending in `/v1`.
 
     From the SSM parameter that `API_URL_PARAMETER` names: a function that had the API's id in its environment would
-    depend on the API, which depends on the function. The request's own host is a stranger's to choose.
-
-    Raises:
-        ClientError, BotoCoreError: The parameter cannot be read.
+    depend on the API, which depends on the function. The request's own host is a stranger's to choose. A value that
+    is known is used on while SSM cannot be asked.
     """
-    from aws_lambda_powertools.utilities.parameters.exceptions import GetParameterError
-
-    try:
-        value = _parameters().get(os.environ["API_URL_PARAMETER"], max_age=_API_URL_CACHE_SECONDS)
-    except GetParameterError as error:
-        # Powertools hides botocore's error, by which everybody else knows that AWS failed.
-        raise (error.__context__ or error) from None
-    return str(value).rstrip("/")
+    global _api_url  # once for each warm function
+    if _api_url is None or _api_url[0] < time.monotonic():
+        try:
+            ssm = client("ssm")
+            found = ssm.get_parameter(Name=os.environ["API_URL_PARAMETER"])["Parameter"]["Value"]
+        except (BotoCoreError, ClientError):
+            if _api_url is None:
+                raise
+            found = _api_url[1]
+        _api_url = (time.monotonic() + _API_URL_CACHE_SECONDS, found.rstrip("/"))
+    return _api_url[1]

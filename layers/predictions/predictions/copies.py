@@ -51,10 +51,11 @@ def copy(
     failed = [file for file in stored if file.error]
     for file in failed:
         logger.error("output could not be stored", path=file.path, reason=file.error)
+    # Before the end is written: whatever happens then, the alarm is not lost.
+    metrics.add_metric(name="CopiesFailed", unit=MetricUnit.Count, value=len(failed))
     ended = table.end_copy(prediction, stored, now())
     if ended is None:
         return
     metrics.add_metric(name="BytesCopied", unit=MetricUnit.Bytes, value=sum(file.bytes or 0 for file in stored))
-    metrics.add_metric(name="CopiesFailed", unit=MetricUnit.Count, value=len(failed))
     logger.info("outputs stored", files=len(stored) - len(failed), failed=len(failed))
     count_ended(ended.visible, now() - ended.created)

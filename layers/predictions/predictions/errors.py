@@ -41,7 +41,8 @@ class Problem(PredictionsError):
         super().__init__(f"{status}: {detail}")
         self.status = status
         self.detail = detail
-        self.title = title or HTTPStatus(status).phrase
+        # Replicate may answer with a status that has no name.
+        self.title = title or (HTTPStatus(status).phrase if status in set(HTTPStatus) else "Request refused")
         self.invalid_fields = list(invalid_fields)
         self.headers = dict(headers or {})
 

@@ -27,7 +27,8 @@ https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html"""
 DEPTH_LIMIT = 100
 """The deepest JSON: far above any model's input, far below what recursive code bears."""
 
-LIFETIME_LIMIT_SECONDS = 7 * 24 * 3600
+LIFETIME_LIMIT_SECONDS = 3 * 24 * 3600
+"""The longest deadline: with one resubmission still shorter than the shortest retention, 8 days."""
 
 WebhookEvent = Literal["start", "output", "logs", "completed"]
 
@@ -40,7 +41,7 @@ _REFERENCE = re.compile(
 )
 _MODEL_NAME = re.compile(rf"{_NAME}/{_NAME}", re.ASCII)
 _DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,8})s?)?", re.ASCII)
-_DURATION_DETAIL = "A duration from 5 seconds to 7 days, such as `30`, `30s`, `5m` or `1h30m45s`."
+_DURATION_DETAIL = "A duration from 5 seconds to 3 days, such as `30`, `30s`, `5m` or `1h30m45s`."
 _PREFER_WAIT = re.compile(r"wait(?:\s*=\s*\"?(?P<seconds>[^\";,\s]*)\"?)?\s*(?:;.*)?", re.IGNORECASE)
 
 
@@ -230,8 +231,16 @@ def parse_json(body: bytes, content_type: str | None) -> Any:
 
 
 def input_json_canonical(value: Any) -> str:
-    """JSON text that is equal for equal values, whatever their keys' order."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    """JSON text that is equal for equal values, whatever their keys' order; 7.0 is 7, as to most of JSON's readers."""
+    return json.dumps(_with_whole_numbers(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def _with_whole_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_whole_numbers(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_numbers(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def random_id() -> str:
@@ -242,11 +251,6 @@ def random_id() -> str:
 def derived_id(owner: str, key: str) -> str:
     """The prediction id that belongs to an owner's idempotency key."""
     return _id_of(hashlib.sha256(f"{owner}\0{key}".encode()).digest())
-
-
-def is_id(text: str) -> bool:
-    """Whether a text can be a prediction's id."""
-    return re.fullmatch(r"[a-z0-9]{26}", text, re.ASCII) is not None
 
 
 def _id_of(entropy: bytes) -> str:

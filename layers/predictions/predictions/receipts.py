@@ -36,8 +36,8 @@ def receive(table: PredictionsTable, prediction_id: str, body: bytes, now: float
         logger.warning("signed, but not a prediction", reason=str(error))
         return _unknown()
     prediction = table.get(prediction_id)
-    if prediction is not None and prediction.upstream_id is None and not _is_for(table, prediction_id, told):
-        # Signed for another prediction and sent to this address: it must not bind this one.
+    if prediction is not None and prediction.upstream_id != told.id and not _is_for(table, prediction_id, told):
+        # Signed for another prediction and sent to this address: it must not bind this one, nor be its orphan.
         logger.warning("a webhook of another prediction", upstream_id=told.id)
         return _unknown()
     merge = table.merge(prediction_id, told, now)
@@ -56,7 +56,7 @@ def receive(table: PredictionsTable, prediction_id: str, body: bytes, now: float
 
 
 def _is_for(table: PredictionsTable, prediction_id: str, told: UpstreamPrediction) -> bool:
-    """Whether a webhook can belong to a prediction that is not bound yet: the signature does not cover the path."""
+    """Whether a webhook can belong to a prediction that is not bound to it: the signature does not cover the path."""
     if told.webhook is not None and not told.webhook.endswith(f"/webhooks/replicate/{prediction_id}"):
         return False
     return table.bound_to(told.id) in (None, prediction_id)

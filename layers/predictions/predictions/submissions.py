@@ -13,6 +13,7 @@ The one rule that everything else serves: after a POST whose outcome is unknown 
 binds the prediction it started, or `poll` finds it among what Replicate lists, or it is given up after its deadline.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -56,6 +57,7 @@ _SUBMITTER_SECONDS = 60
 
 _NO_CONNECTION_WAIT_SECONDS = 10
 _UNAUTHORIZED_WAIT_SECONDS = 300
+_STUCK_SECONDS = 600
 _WAIT_STEP_SECONDS = 0.2
 _MODEL_CACHE_SECONDS = 300
 
@@ -69,7 +71,7 @@ class Timing:
         grace: How long after its claim a submission may still show up by itself, by webhook or in the list.
         first_poll: When the first poll is due, after the execution began to wait.
         poll: When each further poll is due.
-        retention: How long the table keeps a prediction after its deadline.
+        retention: How long the table keeps a prediction, from its request on.
     """
 
     lifetime: int
@@ -160,12 +162,17 @@ class Submissions:
         version = self._version(intent.reference)
         now = self._now()
         deadline = int(now) + (intent.lifetime_seconds or self._timing.lifetime)
+        # All that can fail on our side comes before the claim: after it, a POST that was never made is as unknown
+        # as one whose answer was lost.
+        api_url()
+        if sdk_attempt is not None and not intent.keyed:
+            self.table.remember_recent(intent.id, intent.owner, intent.fingerprint, now)
         try:
             prediction = self.table.put_intent(
                 intent,
                 version=version,
                 deadline=deadline,
-                expires=deadline + self._timing.retention,
+                expires=int(now) + self._timing.retention,
                 claim=True,
                 execution_arn=self._executions.arn(intent.id, 1),
                 now=now,
@@ -173,8 +180,6 @@ class Submissions:
         except AlreadyExists as error:
             return _existing(error.prediction, intent)
         logger.set_correlation_id(prediction.id)
-        if sdk_attempt is not None and not intent.keyed:
-            self.table.remember_recent(prediction.id, intent.owner, intent.fingerprint, now)
         metrics.add_metric(name="PredictionsStarted", unit=MetricUnit.Count, value=1)
         return self._submit_for_caller(prediction, intent.input_json)
 
@@ -188,19 +193,17 @@ class Submissions:
             raise _problem_of(refusal) from None
         except Unauthorized as error:
             self._count_refused_token(error)
+            why = f"Replicate refuses this stack's token or credit ({error.status or 'no token'})."
+            refusal = {"status": 502, "detail": f"{why} Its operator has to mend that.", "invalid_fields": []}
             if prediction.keyed:
                 # Its caller can ask again by its key; the sweep submits it once the operator has mended the token.
-                self.table.release(prediction, self._now(), _UNAUTHORIZED_WAIT_SECONDS)
+                self._give_back(prediction, _UNAUTHORIZED_WAIT_SECONDS)
             else:
-                self._end(prediction, Status.FAILED, "Replicate refused this stack's token or credit.")
-            raise Problem(
-                502, f"Replicate refuses this stack's token or credit ({error.status}). Its operator has to mend that."
-            ) from None
+                self._end(prediction, Status.FAILED, why, refusal=refusal)
+            raise _problem_of(refusal) from None
         except NotAccepted as error:
-            wait_seconds = error.seconds if isinstance(error, Throttled) else _NO_CONNECTION_WAIT_SECONDS
-            logger.warning("not accepted, submitted again later", wait_seconds=wait_seconds, reason=str(error))
-            prediction = self.table.release(prediction, self._now(), wait_seconds) or prediction
-            submit_later = True
+            prediction = self._give_back(prediction, self._wait_seconds(prediction, error))
+            submit_later = not prediction.terminal
         except OutcomeUnknown as error:
             logger.warning("submitted with unknown outcome", reason=str(error))
         except (ClientError, BotoCoreError):
@@ -210,8 +213,13 @@ class Submissions:
         try:
             self._track(prediction, submit=submit_later)
         except (ClientError, BotoCoreError):
+            logger.exception("not tracked yet")
+            if submit_later and not prediction.keyed:
+                # Nobody would submit it. Ended first, so that an execution that did start submits nothing.
+                self._end(prediction, Status.FAILED, "The state machine could not be reached.")
+                detail = "The prediction was not started, since a part of the stack could not be reached: try again."
+                raise Problem(503, detail, headers={"Retry-After": "2"}) from None
             # Accepted all the same: the sweep starts the execution within two minutes.
-            logger.exception("submitted, but not tracked yet")
         return prediction
 
     def wait_for_end(self, prediction_id: str, seconds: float) -> bool:
@@ -259,26 +267,28 @@ class Submissions:
                     raise PredictionThrottled(_NO_CONNECTION_WAIT_SECONDS) from None
                 self._end(prediction, Status.FAILED, problem.detail)
                 return
+        # As in `start`: what can fail on our side comes before the claim.
+        input_json = self.table.input_json(prediction)
+        if input_json is None:
+            self._end(prediction, Status.FAILED, "Its input had expired before Replicate accepted it.")
+            return
+        api_url()
         claimed = self.table.claim(prediction_id, version, now)
         if claimed is None:
             return
-        self._submit_for_execution(claimed)
+        self._submit_for_execution(claimed, input_json)
 
-    def _submit_for_execution(self, prediction: Prediction) -> None:
+    def _submit_for_execution(self, prediction: Prediction, input_json: str) -> None:
         try:
-            self._submit(prediction, self.table.input_json(prediction))
+            self._submit(prediction, input_json)
         except Refused as error:
             self._end(prediction, Status.FAILED, error.detail)
         except NotAccepted as error:
-            wait_seconds = _NO_CONNECTION_WAIT_SECONDS
-            if isinstance(error, Throttled):
-                wait_seconds = error.seconds
-            elif isinstance(error, Unauthorized):
+            if isinstance(error, Unauthorized):
                 self._count_refused_token(error)
-                wait_seconds = _UNAUTHORIZED_WAIT_SECONDS
-            logger.warning("not accepted, submitted again later", wait_seconds=wait_seconds, reason=str(error))
-            self.table.release(prediction, self._now(), wait_seconds)
-            raise PredictionThrottled(wait_seconds) from None
+            wait_seconds = self._wait_seconds(prediction, error)
+            if not self._give_back(prediction, wait_seconds).terminal:
+                raise PredictionThrottled(wait_seconds) from None
         except OutcomeUnknown as error:
             logger.warning("submitted with unknown outcome", reason=str(error))
 
@@ -308,6 +318,24 @@ class Submissions:
             return self._cancel_upstream(merged)
         return merged
 
+    def _wait_seconds(self, prediction: Prediction, error: NotAccepted) -> int:
+        """How long to wait after a submission that was not accepted."""
+        if isinstance(error, Throttled):
+            return error.seconds
+        if isinstance(error, Unauthorized):
+            return _UNAUTHORIZED_WAIT_SECONDS
+        # The longer it lasts, the rarer: a quarter of the time that has passed.
+        waited = (int(self._now()) - prediction.created) // 4
+        return min(_UNAUTHORIZED_WAIT_SECONDS, max(_NO_CONNECTION_WAIT_SECONDS, waited))
+
+    def _give_back(self, prediction: Prediction, wait_seconds: int) -> Prediction:
+        """Releases a claim whose submission was certainly not accepted; a cancel of meanwhile ends the prediction."""
+        logger.warning("not accepted, submitted again later", wait_seconds=wait_seconds)
+        released = self.table.release(prediction, self._now(), wait_seconds)
+        if released and released.cancel_requested:
+            return self._end(released, Status.CANCELED, None)
+        return released or prediction
+
     # -- poll -------------------------------------------------------------------------------------------------
 
     def poll(self, prediction_id: str) -> None:
@@ -320,6 +348,8 @@ class Submissions:
         if prediction is None or prediction.terminal:
             return
         metrics.add_metric(name="Polls", unit=MetricUnit.Count, value=1)
+        if prediction.orphans:
+            self._cancel_orphans(prediction)
         if prediction.upstream_id:
             self._ask(prediction)
         elif prediction.claimed:
@@ -330,59 +360,65 @@ class Submissions:
     def _ask(self, prediction: Prediction) -> None:
         now = self._now()
         upstream_id = prediction.upstream_id or ""
-        not_found = False
+        not_found = 0
         try:
             prediction = self._merge(prediction, self._replicate.get(upstream_id))
             if not prediction.terminal and (prediction.cancel_requested or now >= prediction.deadline):
                 prediction = self._cancel_upstream(prediction)
         except NotFound:
-            not_found = True
+            not_found = prediction.not_found_count + 1
         except Unavailable as error:
             logger.warning("poll without answer", reason=str(error))
+            not_found = prediction.not_found_count
+        except (ClientError, BotoCoreError):
+            # A result that cannot be kept must not keep a prediction open for ever.
+            if now < prediction.deadline + _ABANDON_SECONDS:
+                raise
+            logger.exception("the end cannot be kept")
         if prediction.terminal:
             return
-        if not_found and prediction.not_found_count + 1 >= _NOT_FOUND_LIMIT:
+        if not_found >= _NOT_FOUND_LIMIT:
             self._end(prediction, Status.FAILED, f"Replicate does not know prediction {upstream_id} any more.")
         elif now >= prediction.deadline + _ABANDON_SECONDS:
-            self._end(
-                prediction, Status.FAILED, f"Replicate left prediction {upstream_id} open an hour past its deadline."
-            )
-        else:
-            self.table.check_again_at(prediction, now + self._timing.poll + 120, not_found=not_found)
+            why = f"No end of Replicate's prediction {upstream_id} could be had until an hour past its deadline."
+            self._end(prediction, Status.FAILED, why)
+        elif not_found != prediction.not_found_count:
+            self.table.count_not_found(prediction, not_found)
 
     def _reconcile(self, prediction: Prediction) -> None:
         """Finds what a submission of unknown outcome started, if it started anything."""
         now = self._now()
-        claimed = prediction.claimed or 0
-        if now >= claimed + self._timing.grace:
-            try:
-                matches = self._candidates(prediction, claimed)
-            except Unavailable as error:
-                logger.warning("reconciling without answer", reason=str(error))
-                matches = None
-            if matches is not None and len(matches) == 1:
-                logger.info("reconciled", upstream_id=matches[0].id)
-                self._bind(prediction, matches[0])
-                return
-            if matches:
-                logger.warning("several predictions may be this one: none is taken", candidates=[m.id for m in matches])
-            if now >= prediction.deadline + _GIVE_UP_SECONDS and (
-                matches is not None or now >= prediction.deadline + _ABANDON_SECONDS
-            ):
-                self._give_up(prediction, now)
-                return
-        self.table.check_again_at(prediction, now + self._timing.poll + 120)
+        if now < (prediction.claimed or 0) + self._timing.grace:
+            return
+        matches = None
+        try:
+            matches = self._candidates(prediction)
+        except Unavailable as error:
+            logger.warning("reconciling without answer", reason=str(error))
+        if matches and len(matches) == 1 and self.table.reserve(matches[0].id, prediction):
+            logger.info("reconciled", upstream_id=matches[0].id)
+            self._bind(prediction, matches[0])
+            return
+        if matches:
+            logger.warning("several predictions may be this one: none is taken", candidates=[m.id for m in matches])
+        patience_seconds = _GIVE_UP_SECONDS if matches is not None else _ABANDON_SECONDS
+        if now >= prediction.deadline + patience_seconds:
+            self._give_up(prediction, now, nothing_started=matches == [])
 
-    def _candidates(self, prediction: Prediction, claimed: int) -> list[UpstreamPrediction]:
+    def _candidates(self, prediction: Prediction) -> list[UpstreamPrediction]:
         """The predictions of Replicate's that can be this one: same target, input and time, bound to no other."""
-        target, wanted = _target(prediction), input_json_canonical(json.loads(self.table.input_json(prediction)))
+        input_json = self.table.input_json(prediction)
+        if input_json is None:
+            return []
+        target, wanted = _target(prediction), input_json_canonical(json.loads(input_json))
+        claimed = prediction.claimed or 0
         start = datetime.fromtimestamp(claimed - _CLOCK_SKEW_SECONDS, UTC)
         end = datetime.fromtimestamp(claimed + _SUBMITTER_SECONDS + _CLOCK_SKEW_SECONDS, UTC)
         matches = []
         for listed in self._replicate.created_between(start, end):
             if not target.ran(listed) or listed.id in prediction.orphans | prediction.orphans_canceled:
                 continue
-            if listed.input is not None and input_json_canonical(listed.input) != wanted:
+            if listed.input is not None and not _same_input(listed.input, wanted):
                 continue
             if self.table.bound_to(listed.id) not in (None, prediction.id):
                 continue
@@ -393,14 +429,14 @@ class Submissions:
             names_us = told.webhook is not None and told.webhook.endswith(f"/webhooks/replicate/{prediction.id}")
             if names_us:
                 return [told]
-            if told.webhook is None and input_json_canonical(told.input) == wanted:
+            if told.webhook is None and _same_input(told.input, wanted):
                 matches.append(told)
         return matches
 
-    def _give_up(self, prediction: Prediction, now: float) -> None:
+    def _give_up(self, prediction: Prediction, now: float, *, nothing_started: bool) -> None:
         if prediction.cancel_requested:
             self._end(prediction, Status.CANCELED, None)
-        elif self._resubmit and not prediction.resubmitted:
+        elif self._resubmit and nothing_started and not prediction.resubmitted:
             lifetime_seconds = prediction.deadline - prediction.created
             if self.table.resubmit(prediction, int(now) + lifetime_seconds, now):
                 self.submit(prediction.id)
@@ -456,9 +492,12 @@ class Submissions:
             looked_at += 1
             try:
                 self._sweep(prediction_id)
-            except (ClientError, BotoCoreError):
-                # One that cannot be mended must not keep the sweep from the others; it stays due.
+            except Exception:  # noqa: BLE001  # one that cannot be mended must not keep the sweep from the others
                 logger.exception("swept without success", prediction_id=prediction_id)
+                # Nor stay before them in the queue.
+                with contextlib.suppress(ClientError, BotoCoreError):
+                    if stuck := self.table.get(prediction_id):
+                        self.table.check_again_at(stuck, self._now() + _STUCK_SECONDS)
         return looked_at
 
     def _sweep(self, prediction_id: str) -> None:
@@ -479,7 +518,8 @@ class Submissions:
             return
         execution = self._executions.status(prediction_id, prediction.execution_n)
         unclaimed = not prediction.claimed and not prediction.upstream_id
-        if unclaimed and execution is None and prediction.source == "http" and not prediction.keyed:
+        never_tracked = execution is None and prediction.execution_n == 1
+        if unclaimed and never_tracked and prediction.source == "http" and not prediction.keyed:
             self._end(prediction, Status.FAILED, "It was not submitted: its caller was told of an error.")
             return
         logger.info("stands still", status=prediction.status, execution=execution)
@@ -541,7 +581,7 @@ class Submissions:
         ended = self.table.end(prediction, status, error, self._now(), refusal=refusal)
         if ended is None:
             return self.table.get(prediction.id) or prediction
-        logger.info("ended by the stack", status=status.value, reason=error)
+        logger.info("ended by the stack", status=status.value)
         count_ended(ended.visible, self._now() - ended.created)
         wake(ended.task_token)
         return ended
@@ -600,6 +640,13 @@ def _target(prediction: Prediction) -> Target:
     if prediction.version is None:
         return Target("model", prediction.name)
     return Target("version", prediction.name, prediction.version)
+
+
+def _same_input(told: Any, wanted: str) -> bool:
+    try:
+        return input_json_canonical(told) == wanted
+    except RecursionError:
+        return False  # deeper than any input that this stack has sent
 
 
 def _events(prediction: Prediction) -> list[str]:

@@ -19,13 +19,16 @@ the latest request of a client that announced that it may send it again.
 import hashlib
 import json
 import os
+import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
+from botocore.exceptions import ClientError
 
 from predictions.aws import client
 from predictions.errors import PredictionsError
@@ -48,6 +51,9 @@ COPY_LEASE_SECONDS = 1020
 # How long before the sweep looks at an item that should have moved on by itself.
 _START_CHECK_SECONDS = 60
 _COPY_CHECK_SECONDS = 120
+
+# What leaves the sweep's list must hold no orphan, also none that was recorded since the item was read.
+_NO_ORPHANS = " AND attribute_not_exists(#orphans)"
 
 _FILES_LIMIT_BYTES = 16 * 1024
 _ERROR_LIMIT_CHARACTERS = 4000
@@ -101,6 +107,7 @@ class Prediction:
     webhook_events_filter: tuple[str, ...] | None = None
     stream: bool | None = None
     claimed: int | None = None
+    written_by: str | None = None
     submit_at: int | None = None
     resubmitted: bool = False
     cancel_requested: int | None = None
@@ -124,6 +131,11 @@ class Prediction:
     files_json: str | None = None
 
     @property
+    def listed_at(self) -> str:
+        """Its place in its owner's list."""
+        return f"{self.created_at}#{self.id}"
+
+    @property
     def terminal(self) -> bool:
         """Whether Replicate's part is over; callers may still see `processing` while files are copied."""
         return self.rank >= TERMINAL_RANK
@@ -144,22 +156,33 @@ class Merge:
 
 @dataclass(frozen=True)
 class Whole:
-    """A prediction with its payloads, as callers are shown it."""
+    """A prediction with its payloads, as callers are shown it.
+
+    Attributes:
+        input_key: The object that holds the input, where it is too large for the table.
+        result_key: The object that holds `{"output", "logs"}`, where they are.
+    """
 
     prediction: Prediction
     input: Any
     output: Any
     logs: str | None
     files: Sequence[StoredFile]
+    input_key: str | None = None
+    result_key: str | None = None
 
 
 @dataclass(frozen=True)
 class Page:
-    """One page of an owner's predictions, newest first, with the keys where the neighbours start."""
+    """A page of an owner's predictions.
 
-    predictions: Sequence[Whole]
-    previous: str | None
-    next: str | None
+    Attributes:
+        predictions: From the start of the page on, away from it; read one by one, so that a reader may stop early.
+        more: Whether there are further ones beyond the last.
+    """
+
+    predictions: Iterator[Whole]
+    more: bool
 
 
 class PredictionsTable:
@@ -227,6 +250,7 @@ class PredictionsTable:
             "visible": Status.STARTING.value,
             "deadline": deadline,
             "claimed": int(now) if claim else None,
+            "written_by": secrets.token_hex(8),
             "execution_n": 1,
             "execution_arn": execution_arn,
             "open": "open",
@@ -242,7 +266,10 @@ class PredictionsTable:
                 ReturnValuesOnConditionCheckFailure="ALL_OLD",
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
-            raise AlreadyExists(_prediction(_left_behind(error))) from None
+            there = _deserialize(_left_behind(error))
+            # botocore repeats a write whose answer it did not see: then what is there is this very one.
+            if there.get("written_by") != item["written_by"]:
+                raise AlreadyExists(_prediction_of(there)) from None
         return _prediction_of(item)
 
     def remember_recent(self, prediction_id: str, owner: str, fingerprint: str, now: float) -> None:
@@ -265,12 +292,18 @@ class PredictionsTable:
 
     def claim(self, prediction_id: str, version: str | None, now: float) -> Prediction | None:
         """Takes the right to submit `version`; None where somebody has it, it was canceled, or it has ended."""
-        return self._change(
+        written_by = secrets.token_hex(8)
+        claimed = self._change(
             prediction_id,
-            set={"claimed": int(now), **({"version": version} if version else {})},
+            set={"claimed": int(now), "written_by": written_by, **({"version": version} if version else {})},
             condition="attribute_not_exists(#claimed) AND attribute_not_exists(#cancel_requested) "
             "AND attribute_not_exists(#upstream_id) AND #rank < :terminal",
         )
+        if claimed is None:
+            # botocore repeats a write whose answer it did not see: then the claim that is in the way is this very one.
+            there = self.get(prediction_id)
+            claimed = there if there and there.claimed and there.written_by == written_by else None
+        return claimed
 
     def release(self, prediction: Prediction, now: float, wait_seconds: int) -> Prediction | None:
         """Gives the claim back: it is certain that nothing was started. None where the item moved on meanwhile.
@@ -335,17 +368,19 @@ class PredictionsTable:
             if rank <= prediction.rank and prediction.upstream_id:
                 return Merge(Change.NOTHING, prediction)
             values: dict[str, Any] = {":rank": max(rank, prediction.rank), ":upstream_id": told.id}
+            closed = self._closed_by(prediction, told, rank)
             changed = self._change(
                 prediction_id,
                 set=self._told(prediction, told, rank, now, next_check_at),
-                remove=self._closed_by(prediction, told, rank),
+                remove=closed,
                 condition="(#rank < :rank OR attribute_not_exists(#upstream_id)) AND #rank < :terminal "
-                "AND (attribute_not_exists(#upstream_id) OR #upstream_id = :upstream_id)",
+                "AND (attribute_not_exists(#upstream_id) OR #upstream_id = :upstream_id)"
+                + (_NO_ORPHANS if closed else ""),
                 values=values,
             )
             if changed is not None:
                 return Merge(Change.ENDED if changed.terminal else Change.PROGRESS, changed)
-            # Somebody else wrote in between: look again; each turn raises the rank, so this ends.
+            # Somebody else wrote in between: look again. Each turn raises the rank or records an orphan, so this ends.
             prediction = self.get(prediction_id)
 
     def _told(
@@ -436,6 +471,7 @@ class PredictionsTable:
         if refusal:
             values["refusal_json"] = json.dumps(refusal)
         conditions = ["#rank < :terminal"]
+        closed = [] if prediction.orphans else ["open", "next_check_at"]
         expected: dict[str, Any] = {}
         for name, value in (("upstream_id", prediction.upstream_id), ("claimed", prediction.claimed)):
             if value is None:
@@ -443,13 +479,17 @@ class PredictionsTable:
             else:
                 conditions.append(f"#{name} = :{name}")
                 expected[f":{name}"] = value
-        return self._change(
+        ended = self._change(
             prediction.id,
             set=values,
-            remove=[] if prediction.orphans else ["open", "next_check_at"],
-            condition=" AND ".join(conditions),
+            remove=closed,
+            condition=" AND ".join(conditions) + (_NO_ORPHANS if closed else ""),
             values=expected,
         )
+        if ended is None and closed and (there := self.get(prediction.id)) and there.orphans:
+            # Only an orphan came in between: it stays on the sweep's list, and the end is the same.
+            return self.end(replace(prediction, orphans=there.orphans), status, error, now, refusal=refusal)
+        return ended
 
     # -- cancel, checks, executions -----------------------------------------------------------------------------
 
@@ -461,12 +501,36 @@ class PredictionsTable:
             condition="attribute_exists(pk) AND #rank < :terminal AND attribute_not_exists(#cancel_requested)",
         )
 
-    def check_again_at(self, prediction: Prediction, moment: float, *, not_found: bool = False) -> None:
-        """Sets when the sweep should look at an open prediction next, and counts reads that found nothing."""
-        values: dict[str, Any] = {"next_check_at": int(moment)}
-        if not_found or prediction.not_found_count:
-            values["not_found_count"] = prediction.not_found_count + 1 if not_found else 0
-        self._change(prediction.id, set=values, condition="attribute_exists(#open)")
+    def check_again_at(self, prediction: Prediction, moment: float) -> None:
+        """Sets when the sweep should look at an open prediction next, unless it moved on meanwhile."""
+        self._change(
+            prediction.id,
+            set={"next_check_at": int(moment)},
+            condition="attribute_exists(#open) AND #rank = :rank",
+            values={":rank": prediction.rank},
+        )
+
+    def count_not_found(self, prediction: Prediction, count: int) -> None:
+        """Notes how often in a row Replicate has denied to know an open prediction."""
+        self._change(prediction.id, set={"not_found_count": count}, condition="attribute_exists(#open)")
+
+    def reserve(self, upstream_id: str, prediction: Prediction) -> bool:
+        """Takes an upstream id for a prediction that is about to be bound to it by its likeness alone.
+
+        The index of bound ids lags behind, so two predictions that look the same could both find the other's.
+        """
+        item = {"pk": f"upstream#{upstream_id}", "sk": "upstream", "id": prediction.id,
+                "expires_at": prediction.expires_at}  # fmt: skip
+        try:
+            self._dynamodb.put_item(
+                TableName=self._name,
+                Item=_serialize(item),
+                ConditionExpression="attribute_not_exists(pk) OR id = :id",
+                ExpressionAttributeValues=_serialize({":id": prediction.id}),
+            )
+        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            return False
+        return True
 
     def next_execution(self, prediction: Prediction, execution_arn: str, now: float) -> Prediction | None:
         """Counts up the execution that tracks a prediction; None where another did so first."""
@@ -527,13 +591,18 @@ class PredictionsTable:
             values["files_json"] = files_json
         else:
             self._put_payload(prediction.id, "files", files_json, prediction.expires_at)
-        return self._change(
+        closed = [] if prediction.orphans else ["open", "next_check_at"]
+        ended = self._change(
             prediction.id,
             set=values,
-            remove=["copy_until", "copy_by", *([] if prediction.orphans else ["open", "next_check_at"])],
-            condition="#visible = :processing AND #rank = :terminal",
+            remove=["copy_until", "copy_by", *closed],
+            condition="#visible = :processing AND #rank = :terminal" + (_NO_ORPHANS if closed else ""),
             values={":processing": Status.PROCESSING.value},
         )
+        if ended is None and closed and (there := self.get(prediction.id)) and there.orphans:
+            # Only an orphan came in between: it stays on the sweep's list, and the end is the same.
+            return self.end_copy(there, files, now)
+        return ended
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -556,27 +625,23 @@ class PredictionsTable:
             items += [_deserialize(item) for item in page["Items"]]
         return self._whole({item["sk"]: item for item in items})
 
-    def input_json(self, prediction: Prediction) -> str:
-        """A prediction's input as it was asked for, as JSON text."""
-        text = self._payload(prediction.id, f"input#{prediction.fingerprint}")
-        if text is None:
-            raise LookupError(f"the input of prediction {prediction.id} is gone")
-        return text
+    def input_json(self, prediction: Prediction) -> str | None:
+        """A prediction's input as it was asked for, as JSON text; None where it is gone."""
+        return self._payload(prediction.id, f"input#{prediction.fingerprint}")
 
     def result_output(self, prediction: Prediction) -> Any:
         """The output a terminal prediction ended with, as Replicate gave it."""
         text = self._payload(prediction.id, f"result#{prediction.upstream_id}")
         return json.loads(text)["output"] if text else None
 
-    def list(self, owner: str, start: str | None, *, older: bool, size: int, payload_bytes: int) -> Page:
+    def list(self, owner: str, start: str | None, *, older: bool, size: int) -> Page:
         """A page of an owner's predictions.
 
         Args:
             owner: Whose.
-            start: The key (`created_at#id`) beside which the page starts, or None for the newest.
+            start: The place (`Prediction.listed_at`) beside which the page starts, or None for the newest.
             older: Whether the page lies on the older side of `start`.
             size: The most predictions of a page.
-            payload_bytes: The page ends early when its payloads together are larger.
         """
         condition = "#owner = :owner"
         values: dict[str, Any] = {":owner": owner}
@@ -592,28 +657,8 @@ class PredictionsTable:
             ScanIndexForward=not older,
             Limit=size + 1,
         )
-        keys = [_deserialize(item) for item in answer["Items"]]
-        more = len(keys) > size
-        taken = keys[:size]
-        listed: list[tuple[str, Whole]] = []
-        whole_bytes = 0
-        for key, whole in zip(taken, self._wholes([k["pk"] for k in taken]), strict=True):
-            if whole is None:
-                continue
-            whole_bytes += len(json.dumps([whole.input, whole.output])) + len(whole.logs or "")
-            if listed and whole_bytes > payload_bytes:
-                more = True
-                break
-            listed.append((key["listed_at"], whole))
-        if not older:
-            listed.reverse()
-        first, last = (listed[0][0], listed[-1][0]) if listed else (None, None)
-        beyond_start = start is not None
-        return Page(
-            predictions=[whole for _, whole in listed],
-            previous=first if (beyond_start if older else more) else None,
-            next=last if (more if older else beyond_start) else None,
-        )
+        pks = [str(_deserialize(item)["pk"]) for item in answer["Items"]]
+        return Page(self._wholes(pks[:size]), more=len(pks) > size)
 
     def due(self, now: float, limit: int) -> Iterator[str]:
         """Ids of open predictions whose `next_check_at` has passed, the longest overdue first."""
@@ -746,10 +791,19 @@ class PredictionsTable:
         ).get("Item")
         return self._payload_text(_deserialize(found)) if found else None
 
-    def _payload_text(self, item: Mapping[str, Any]) -> str:
-        return item["json"] if "json" in item else self._outputs.get_payload(item["s3_key"])
+    def _payload_text(self, item: Mapping[str, Any]) -> str | None:
+        """A payload's text; None where its object has expired, which may be some days before its item does."""
+        if "json" in item:
+            return str(item["json"])
+        try:
+            return self._outputs.get_payload(item["s3_key"])
+        except ClientError as error:
+            # 403 is S3's answer for a missing object to those who may not list the bucket.
+            if error.response["Error"]["Code"] not in ("NoSuchKey", "AccessDenied"):
+                raise
+            return None
 
-    def _wholes(self, pks: Sequence[str]) -> Iterator[Whole | None]:
+    def _wholes(self, pks: Sequence[str]) -> Iterator[Whole]:
         """Predictions with their payloads, in the order of `pks`, read in as few calls as the payloads' sizes allow."""
         statuses = self._batch([{"pk": pk, "sk": "status"} for pk in pks])
         wanted = []
@@ -766,7 +820,8 @@ class PredictionsTable:
             items = {sk: item for (p, sk), item in payloads.items() if p == pk}
             if (pk, "status") in statuses:
                 items["status"] = statuses[pk, "status"]
-            yield self._whole(items)
+            if whole := self._whole(items):
+                yield whole
 
     def _batch(self, keys: Sequence[Mapping[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
         found: dict[tuple[str, str], dict[str, Any]] = {}
@@ -787,15 +842,26 @@ class PredictionsTable:
         prediction = _prediction_of(items["status"])
         asked = items.get(f"input#{prediction.fingerprint}")
         told = items.get(f"result#{prediction.upstream_id}" if prediction.terminal else "progress")
-        said = json.loads(self._payload_text(told)) if told else {"output": None, "logs": None}
-        files_json = prediction.files_json or (self._payload_text(items["files"]) if "files" in items else "[]")
+        said_json = self._payload_text(told) if told else None
+        said = json.loads(said_json) if said_json else {"output": None, "logs": None}
+        files_json = prediction.files_json or (self._payload_text(items["files"]) if "files" in items else None)
+        asked_json = self._payload_text(asked) if asked else None
+        if (told and said_json is None) or asked_json is None:
+            prediction = replace(prediction, data_removed=True)
         return Whole(
             prediction=prediction,
-            input=json.loads(self._payload_text(asked)) if asked else {},
+            input=json.loads(asked_json) if asked_json else {},
             output=said["output"],
             logs=said["logs"],
-            files=[StoredFile.from_item(item) for item in json.loads(files_json)],
+            files=[StoredFile.from_item(item) for item in json.loads(files_json or "[]")],
+            input_key=asked.get("s3_key") if asked else None,
+            result_key=told.get("s3_key") if told else None,
         )
+
+
+def is_id(text: str) -> bool:
+    """Whether a text can be a prediction's id."""
+    return re.fullmatch(r"[a-z0-9]{26}", text, re.ASCII) is not None
 
 
 def _key(prediction_id: str) -> dict[str, str]:

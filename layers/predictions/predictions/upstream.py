@@ -31,6 +31,9 @@ from predictions.upstream_prediction import UnreadablePrediction, UpstreamPredic
 CREATE_TIMEOUT_SECONDS = 20
 """The longest a create may take; the reconciling grace has to be longer (see `SUBMIT_GRACE_SECONDS`)."""
 
+# What is asked can be asked again; a caller of the API waits for it within API Gateway's 29 s, before the create.
+_ASK_TIMEOUT_SECONDS = 7
+
 # A prediction's JSON can hold data: URLs and long logs; a function's memory is what bounds it.
 _ANSWER_LIMIT_BYTES = 64 * 1024 * 1024
 
@@ -65,7 +68,7 @@ class Throttled(NotAccepted):
 
 
 class Unauthorized(NotAccepted):
-    """401, 402 or 403: the stack's token or credit is refused, which is the operator's to mend."""
+    """401, 402 or 403, or no token to be had: the stack's token or credit is the operator's to mend."""
 
 
 class Refused(NotAccepted):
@@ -168,7 +171,7 @@ class Replicate:
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
             raise NotAccepted(None, f"Replicate could not be reached ({type(error).__name__})") from error
         except TokenUnreadable as error:
-            raise NotAccepted(None, str(error)) from error
+            raise Unauthorized(None, str(error)) from error
         except (httpx.HTTPError, AnswerTooLargeError) as error:
             raise OutcomeUnknown(f"the create was sent, but its answer was lost ({type(error).__name__})") from error
         if 400 <= answer.status_code < 500 and answer.status_code != 408:
@@ -209,7 +212,11 @@ class Replicate:
             "created_after": start.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "created_before": end.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         }
+        asked: set[str] = set()
         while url:
+            if url in asked:
+                raise Unavailable("Replicate's list of predictions leads back to a page that was read")
+            asked.add(url)
             page = self._json(self._ask("GET", url, params=query))
             results = page.get("results")
             for entry in results if isinstance(results, list) else []:
@@ -256,7 +263,7 @@ class Replicate:
 
     def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
         try:
-            answer = self._request(method, path, **request)
+            answer = self._request(method, path, timeout=_ASK_TIMEOUT_SECONDS, **request)
         except TokenUnreadable as error:
             raise Unavailable(str(error)) from error
         except (httpx.HTTPError, httpx.InvalidURL, AnswerTooLargeError) as error:

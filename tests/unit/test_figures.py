@@ -1,0 +1,81 @@
+"""What one prediction costs in writes and calls: the promise of the design, counted at AWS's door."""
+
+import json
+from collections import Counter
+from typing import Any
+
+from predictions import aws
+from predictions.copies import copy
+from predictions.outputs import OutputsBucket
+from predictions.receipts import receive
+from predictions.submissions import Submissions
+from predictions.table import PredictionsTable
+
+from tests.unit.fakes import PNG, Clock, ReplicateInMemory, Wakes, served
+from tests.unit.test_submissions import hold_token, wanted
+from tests.unit.test_table import FILE
+
+WRITES = {"PutItem", "UpdateItem", "DeleteItem", "BatchWriteItem", "TransactWriteItems"}
+
+
+class Calls:
+    """Counts the calls to one AWS service by operation."""
+
+    def __init__(self, service: Any) -> None:
+        self.counted: Counter[str] = Counter()
+        aws.client(service).meta.events.register(f"before-call.{service}", self._count)
+
+    def _count(self, model: Any, **_: Any) -> None:
+        self.counted[model.name] += 1
+
+    @property
+    def writes(self) -> int:
+        return sum(self.counted[name] for name in WRITES)
+
+
+def run(
+    submissions: Submissions,
+    table: PredictionsTable,
+    replicate: ReplicateInMemory,
+    outputs: OutputsBucket,
+    clock: Clock,
+    output: Any,
+) -> Calls:
+    """One prediction from request to end, completed by its webhooks; the state machine's own write included."""
+    calls = Calls("dynamodb")
+    replicate.files = {FILE: served(PNG)}
+    started = submissions.start(wanted())
+    hold_token(table, started.id, "token-1")
+    bound = table.get(started.id)
+    assert bound is not None
+    told = replicate.predictions[bound.upstream_id or ""]
+    receive(table, started.id, json.dumps(told | {"status": "processing"}).encode(), clock.now())
+    done = replicate.finish(told["id"], output=output, logs="done")
+    receive(table, started.id, json.dumps(done).encode(), clock.now())
+    copy(table, outputs, started.id, 1, remaining_seconds=lambda: 900, now=clock.now)
+    ended = table.get(started.id)
+    assert ended is not None
+    assert ended.visible == "succeeded"
+    return calls
+
+
+def test_webhook_completed_prediction_with_files_writes_at_most_eight_items(
+    submissions: Submissions,
+    table: PredictionsTable,
+    replicate: ReplicateInMemory,
+    outputs: OutputsBucket,
+    wakes: Wakes,
+    clock: Clock,
+) -> None:
+    assert run(submissions, table, replicate, outputs, clock, [FILE]).writes == 8
+
+
+def test_webhook_completed_prediction_without_files_writes_seven(
+    submissions: Submissions,
+    table: PredictionsTable,
+    replicate: ReplicateInMemory,
+    outputs: OutputsBucket,
+    wakes: Wakes,
+    clock: Clock,
+) -> None:
+    assert run(submissions, table, replicate, outputs, clock, "text").writes == 7

@@ -1,0 +1,159 @@
+"""What the README says of the template, the Makefile and the repository is so."""
+
+import re
+from typing import Any
+
+import pytest
+
+from tests.unit.template import ROOT, folder_name, load_template, resources
+
+BLOCKS = re.compile(r"^```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
+WHOLE = (ROOT / "README.md").read_text()
+README = BLOCKS.sub("", WHOLE)
+LIBRARY = ROOT / "layers" / "predictions" / "predictions"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PARAMETERS: dict[str, dict[str, Any]] = load_template()["Parameters"]
+
+
+def section(title: str) -> str:
+    """The text below a heading, up to the next one of its rank or a higher one."""
+    heading = re.search(rf"^(#+) {re.escape(title)}\n", README, re.MULTILINE)
+    assert heading, f"the README has no section {title!r}"
+    following = re.compile(rf"^#{{1,{len(heading[1])}}} ", re.MULTILINE).search(README, heading.end())
+    return README[heading.end() : following.start() if following else len(README)]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of all tables in a text, without their headings."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    ruled = [number for number, line in enumerate(lines) if re.fullmatch(r"[|: -]+", line)]
+    skipped = {number for rule in ruled for number in (rule - 1, rule)}
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for number, line in enumerate(lines)
+        if number not in skipped
+    ]
+
+
+def code(text: str) -> list[str]:
+    """What a text shows as code: `like this`."""
+    return re.findall(r"`([^`]+)`", text)
+
+
+def named(title: str) -> list[str]:
+    """What the first cells of a section's tables name as code."""
+    return [name for row in rows(section(title)) for name in code(row[0])]
+
+
+def anchors(markdown: str) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", markdown, re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def constant(path: str, name: str) -> int:
+    """A number that a module gives a name, such as `5 * 1024 * 1024`; read, because handlers need a cloud to import."""
+    found = re.search(rf"^{name} = ([0-9_.*+ ]+)$", (ROOT / path).read_text(), re.MULTILINE)
+    assert found, f"{path} has no number {name}"
+    return int(eval(found[1]))  # noqa: S307  # digits and operators only
+
+
+def test_table_of_parameters_names_those_of_the_template_and_no_others() -> None:
+    found = [row[0].strip("`") for row in rows(section("Configure"))]
+    assert sorted(found) == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_table_of_parameters_gives_the_default_and_the_bounds_of_the_template(name: str) -> None:
+    parameter = PARAMETERS[name]
+    (_, default, allowed, meaning), *_ = [row for row in rows(section("Configure")) if row[0] == f"`{name}`"]
+    assert default == (f"`{parameter['Default']}`" if parameter["Default"] != "" else "empty")
+    if "MinValue" in parameter:
+        assert allowed == f"{parameter['MinValue']} to {parameter['MaxValue']}"
+    elif "AllowedValues" in parameter:
+        # Their order is of no meaning to CloudFormation.
+        assert sorted(code(allowed)) == sorted(str(value) for value in parameter["AllowedValues"])
+    else:
+        assert allowed
+    assert meaning
+
+
+def test_table_of_outputs_names_those_of_the_template_and_no_others() -> None:
+    assert sorted(named("Deploy to AWS")) == sorted(load_template()["Outputs"])
+
+
+def test_table_of_functions_names_those_of_the_template_and_no_others() -> None:
+    functions = [folder_name(name) for name in resources("AWS::Serverless::Function")]
+    assert sorted(named("Security")) == sorted(functions)
+
+
+def test_table_of_routes_names_those_of_the_template_and_no_others() -> None:
+    routes = [
+        f"{event['Properties']['Method']} {event['Properties']['Path']}"
+        for function in resources("AWS::Serverless::Function").values()
+        for event in function["Properties"].get("Events", {}).values()
+        if event["Type"] == "Api"
+    ]
+    assert sorted(named("With curl")) == sorted(routes)
+
+
+def test_tables_of_operation_name_every_alarm_and_every_metric() -> None:
+    sources = [*(ROOT / "functions").rglob("*.py"), *LIBRARY.glob("*.py")]
+    metrics = {
+        name
+        for source in sources
+        for name in re.findall(r"(?:add_metric|single_metric)\(\s*name=\"(\w+)\"", source.read_text())
+    }
+    assert metrics
+    expected = metrics | set(resources("AWS::CloudWatch::Alarm"))
+    assert set(named("Operate")) == expected
+
+
+LIMITS = {
+    "body of a request": ("layers/predictions/predictions/intents.py", "BODY_LIMIT_BYTES", 2**20, "{} MiB"),
+    "nesting of JSON": ("layers/predictions/predictions/intents.py", "DEPTH_LIMIT", 1, "{} levels"),
+    "`Prefer: wait`": ("functions/start_prediction/app.py", "WAIT_LIMIT_SECONDS", 1, "{} s"),
+    "deadline": ("layers/predictions/predictions/intents.py", "LIFETIME_LIMIT_SECONDS", 24 * 3600, "5 s to {} days"),
+    "page of a list": ("functions/read_predictions/app.py", "PAGE_SIZE", 1, "{} predictions"),
+    "logs in an answer": ("layers/predictions/predictions/api.py", "_LOGS_LIMIT_CHARACTERS", 1024, "the last {} Ki "),
+    "input or result in the table": ("layers/predictions/predictions/table.py", "PAYLOAD_LIMIT_BYTES", 1024, "{} KiB"),
+    "an output file": ("layers/predictions/predictions/outputs.py", "FILE_MAX_BYTES", 2**30, "{} GiB, 600 s"),
+    "one sweep": ("functions/sweep_predictions/app.py", "SWEEP_LIMIT", 1, "{} predictions"),
+    "age of a webhook": ("layers/predictions/predictions/webhooks.py", "TOLERANCE_SECONDS", 1, "{} s"),
+}
+
+
+@pytest.mark.parametrize("what", LIMITS)
+def test_table_of_limits_gives_those_of_the_code(what: str) -> None:
+    path, name, unit, text = LIMITS[what]
+    (limit,) = [row[1] for row in rows(section("Limits")) if row[0] == what]
+    assert limit.startswith(text.format(constant(path, name) // unit))
+
+
+def test_table_of_limits_gives_the_throttling_of_the_template() -> None:
+    (settings,) = resources("AWS::Serverless::Api")["Api"]["Properties"]["MethodSettings"]
+    rate, burst = settings["ThrottlingRateLimit"], settings["ThrottlingBurstLimit"]
+    (limit,) = [row[1] for row in rows(section("Limits")) if row[0] == "requests to the API"]
+    assert limit.startswith(f"{rate} a second, bursts of {burst}")
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    shown = "\n".join([*BLOCKS.findall(WHOLE), *code(README)])
+    used = set(re.findall(r"\bmake ([a-z]+)", shown))
+    assert {"demo", "local", "test"} <= used
+    assert used <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_leads_somewhere(page: Any) -> None:
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
