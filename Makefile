@@ -7,6 +7,11 @@ export PYTHONUNBUFFERED := 1
 IN := .venv/bin/
 PYTHON := $(IN)python
 
+# Steps print headings, share caches and two cores, and a stack test measures time: never side by side, whatever -j says.
+.NOTPARALLEL:
+
+heading = @echo; echo "== $(1)"
+
 .PHONY: help setup demo local test lint types validate unit stack bench lock clean
 
 help: ## Show this list
@@ -21,39 +26,35 @@ demo: setup ## Run predictions through a local cloud and tell what happens (LIVE
 local: setup ## Keep a local cloud running: .local/stack.json says where (LOCAL_DIR=… for a second one)
 	@exec $(PYTHON) -m local run
 
-test: setup lint types validate ## Check everything: style, types, template, unit tests, stack tests
-	@$(PYTHON) -m pytest tests/unit tests/stack
+test: lint types validate unit stack ## Check everything, in this order; what fails stops it
 
-lint: setup ## Check the style, and that the layer's requirements are those of the lock
+lint: setup ## Check the style, and that the requirements are those of pyproject.toml
+	$(call heading,lint)
 	@$(IN)ruff check .
 	@$(IN)ruff format --check .
-	@diff <($(EXPORT)) layers/predictions/requirements.txt || { echo "run: make lock"; exit 1; }
+	@$(PYTHON) -m local.lock --check
 
 types: setup ## Check the types
+	$(call heading,types)
 	@$(IN)mypy
 
 validate: setup ## Check template.yaml with SAM and cfn-lint
+	$(call heading,validate)
 	@$(PYTHON) -m local validate
 
 unit: setup ## Run the unit tests
-	@$(PYTHON) -m pytest tests/unit
+	$(call heading,unit tests)
+	@$(PYTHON) -m pytest tests/unit --numprocesses auto --maxprocesses 4
 
 stack: setup ## Run the stack tests, on a local cloud of their own
+	$(call heading,stack tests)
 	@$(PYTHON) -m pytest tests/stack
 
 bench: setup ## Measure import times and the figures of a prediction
 	@$(PYTHON) -m tests.benchmarks
 
-# What the layer holds: the locked dependencies of the project itself. botocore, which the X-Ray SDK asks for, comes with
-# the Lambda runtime and would be three quarters of the layer.
-define EXPORT
-{ echo "# Made from uv.lock by make lock: change the dependencies in pyproject.toml."; \
-  $(IN)uv export --quiet --frozen --no-default-groups --no-emit-project --no-annotate --no-header --prune botocore; }
-endef
-
-lock: setup ## Bring uv.lock and the layer's requirements up to date with pyproject.toml
-	@$(IN)uv lock
-	@$(EXPORT) > layers/predictions/requirements.txt
+lock: setup ## Bring requirements/ and the layer's up to date with pyproject.toml (UPGRADE=1: newest versions)
+	@$(PYTHON) -m local.lock $(if $(UPGRADE),--upgrade)
 
 clean: ## Remove everything that was made here
 	rm -rf .venv .local .aws-sam .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -446,8 +446,12 @@ class _Build:
                     *("--parameter-overrides", " ".join(overrides)),
                 ],
                 cwd=self._checkout, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env=_sam_variables() | {"PYTHON_RUNTIME": self._parameters["PythonRuntime"]}, start_new_session=True,
+                env=_sam_variables() | self._layer_variables(), start_new_session=True,
             )  # fmt: skip
+
+    def _layer_variables(self) -> dict[str, str]:
+        # See layers/predictions/Makefile: functions run on this machine, so the layer needs no other's modules.
+        return {"PYTHON_RUNTIME": self._parameters["PythonRuntime"], "LAYER_PLATFORMS": "host"}
 
     def finish(self, building: subprocess.Popen[bytes]) -> None:
         """Wait for the end of the build and put its output in its place.

@@ -176,6 +176,7 @@ class _Run:
             if not over:
                 time.sleep(0.1)
         _check(visible == self.task.status, f"its execution is over, but its status is {visible}")
+        _check(self.live or webhooks, "no webhook told its end")
 
     def _check_file(self, output: Any, file: Mapping[str, Any]) -> None:
         """Check that the file is the same in the record, behind its URL and in the bucket, and keep it."""
@@ -212,6 +213,8 @@ class _Run:
         if not self.live:
             calls = self._upstream_calls()
             figure("upstream calls", str(sum(calls.values())), _counted(calls))
+            created = sum(count for call, count in calls.items() if call.startswith("POST ") and "{id}" not in call)
+            _check(created == 1, f"it was started {created} times upstream")
 
     def _get(self) -> dict[str, Any]:
         answer = self.api.get(f"/predictions/{self.id}")

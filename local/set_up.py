@@ -2,45 +2,45 @@
 
 ``make setup`` runs this file with whatever ``python3`` there is (3.11 or newer, standard library only). It looks for
 Python 3.13, the version that is deployed, and takes its own version where there is none: the local cloud then deploys
-its functions with that runtime. Both environments hold exactly what ``uv.lock`` says; uv itself is installed from there
-too, by pip, or straight from the address and checksum in the lock on a machine without pip.
+its functions with that runtime. Both environments hold exactly what ``requirements/`` says, checked by hash. uv, which
+fills them, is one of those packages; pip installs it, and a python3 without pip is lent one.
 
 Nothing outside the checkout is changed, except the caches and the interpreters of uv and pip. A second run with nothing
-changed does nothing.
+changed does nothing, and needs no network.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 OLDEST = (3, 11)
 WANTED = "3.13"
 CHECKOUT = Path(__file__).resolve().parent.parent
-PROJECT = CHECKOUT / ".venv"
-EMULATOR = CHECKOUT / ".local" / "emulator"
-UV = CHECKOUT / ".local" / "uv"
-STAMP = PROJECT / "set-up.json"
+ENVIRONMENTS = {".venv": "dev.txt", ".local/emulator": "emulator.txt"}
+# pip's own way to a machine without it: https://pip.pypa.io/en/stable/installation/#get-pip-py
+GET_PIP = "https://bootstrap.pypa.io/get-pip.py"
+# What would send uv, pip or Python to another place than the one they are told.
+MISLEADING = {
+    "VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH", "UV_PYTHON", "UV_PROJECT_ENVIRONMENT", "UV_SYSTEM_PYTHON",
+    "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV", "PIP_TARGET", "PIP_USER",
+}  # fmt: skip
 
 
 class SetUpError(Exception):
     """The machine lacks something; the message says what, and what to do."""
 
 
-def main() -> int:
+def main(checkout: Path = CHECKOUT) -> int:
     """Bring both environments up to date.
 
     Returns:
@@ -49,9 +49,9 @@ def main() -> int:
     if sys.version_info < OLDEST:
         return refuse(f"python3 is {sys.version.split()[0]}; Python 3.11 or newer is needed")
     try:
-        with one_at_a_time():
-            if not up_to_date():
-                make_environments()
+        with one_at_a_time(checkout):
+            if not up_to_date(checkout):
+                make_environments(checkout)
     except SetUpError as error:
         return refuse(str(error))
     except subprocess.CalledProcessError as error:
@@ -59,66 +59,89 @@ def main() -> int:
     return 0
 
 
-def make_environments() -> None:
-    """Install uv, choose a Python and fill both environments from the lock."""
+def up_to_date(checkout: Path) -> bool:
+    """Tell whether the last set-up was made from these same files, in this place, and is still there."""
+    return stamp(checkout).get("inputs") == inputs(checkout) and usable(checkout)
+
+
+def usable(checkout: Path) -> bool:
+    """Tell whether both environments were finished here: one that was copied names another place in its programs."""
+    interpreters = (checkout / environment / "bin" / "python" for environment in ENVIRONMENTS)
+    return stamp(checkout).get("checkout") == str(checkout) and all(python.exists() for python in interpreters)
+
+
+def stamp(checkout: Path) -> dict[str, str]:
+    """Return what the last finished set-up wrote down; empty if there was none."""
+    try:
+        return dict(json.loads((checkout / ".venv" / "set-up.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def finished(checkout: Path) -> None:
+    """Write down that the environments are complete, for `up_to_date`."""
+    text = json.dumps({"checkout": str(checkout), "inputs": inputs(checkout)}) + "\n"
+    (checkout / ".venv" / "set-up.json").write_text(text)
+
+
+def inputs(checkout: Path) -> str:
+    """Return one hash of everything the environments depend on."""
+    names = ("pyproject.toml", "local/set_up.py", *(f"requirements/{name}" for name in ENVIRONMENTS.values()))
+    digests = (hashlib.sha256((checkout / name).read_bytes()).digest() for name in names)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def make_environments(checkout: Path) -> None:
+    """Install uv, choose a Python and fill both environments.
+
+    Raises:
+        SetUpError: There is no way to install uv.
+        subprocess.CalledProcessError: uv or pip failed, and said why.
+    """
     began = time.monotonic()
-    uv = install_uv()
-    python, why = choose_python(uv)
-    version = capture(python, "-c", "import platform; print(platform.python_version())")
-    say(f"Python {version} ({why})")
-    groups = {PROJECT: ("the project and its tools",), EMULATOR: ("the AWS emulator", "--only-group", "emulator")}
-    for environment, (what, *arguments) in groups.items():
-        say(f"installing {what} into {environment.relative_to(CHECKOUT)}")
-        sync = [uv, "sync", "--frozen", "--python", python, "--no-python-downloads", "--no-progress", *arguments]
-        if environment is EMULATOR:
+    if not usable(checkout):
+        for environment in ENVIRONMENTS:
+            shutil.rmtree(checkout / environment, ignore_errors=True)
+    uv = install_uv(checkout)
+    python, why = choose_python(candidates(uv))
+    say(f"Python {capture(python, '-c', 'import platform; print(platform.python_version())')} ({why})")
+    for environment, requirements in ENVIRONMENTS.items():
+        say(f"installing requirements/{requirements} into {environment}")
+        interpreter = checkout / environment / "bin" / "python"
+        if interpreter.resolve() != Path(python).resolve():
+            run([uv, "venv", "--quiet", "--no-project", "--clear", "--python", python, str(checkout / environment)])
+        sync = [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", str(interpreter)]
+        if environment != ".venv":
             # 200,000 lines that every start would compile again where bytecode may not be written later.
             sync.append("--compile-bytecode")
-        run(sync, UV_PROJECT_ENVIRONMENT=str(environment))
-    STAMP.write_text(json.dumps({"checkout": str(CHECKOUT), "inputs": inputs()}) + "\n")
+        run([*sync, str(checkout / "requirements" / requirements)])
+    # The project itself, so that `predictions` is imported from where it is edited. uv has the build backend in it.
+    editable = [uv, "pip", "install", "--quiet", "--offline", "--no-deps", "--editable", str(checkout)]
+    run([*editable, "--python", str(checkout / ".venv" / "bin" / "python")])
+    finished(checkout)
     say(f"ready in {time.monotonic() - began:.0f} s")
 
 
-def up_to_date() -> bool:
-    """Tell whether the last set-up was made from these same files, in this place, and is still there.
-
-    Environments that were copied or lost their interpreter are removed: their programs name it by its path.
-    """
-    try:
-        stamp = json.loads(STAMP.read_text())
-    except (OSError, ValueError):
-        stamp = {}
-    environments = (PROJECT, EMULATOR)
-    there = all((environment / "bin" / "python").exists() for environment in environments)
-    if not (there and stamp.get("checkout") == str(CHECKOUT)):
-        for environment in environments:
-            shutil.rmtree(environment, ignore_errors=True)
-        return False
-    return bool(stamp["inputs"] == inputs())
-
-
-def inputs() -> str:
-    """Return one hash of everything the environments depend on."""
-    files = [CHECKOUT / "pyproject.toml", CHECKOUT / "uv.lock", Path(__file__)]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def choose_python(uv: str) -> tuple[str, str]:
-    """Find a Python 3.13, or settle for the one that runs this.
+def choose_python(interpreters: Iterable[tuple[str, str]]) -> tuple[str, str]:
+    """Return the first of `interpreters` that works and is Python 3.13, or the one that runs this.
 
     Being on the PATH is not enough: a pyenv shim is there for versions that are not active, and fails. So every
     candidate is run before it is believed.
 
+    Args:
+        interpreters: Programs, each with where it was found; asked for one by one, because some are costly to find.
+
     Returns:
         The path of the interpreter, and where it was found.
     """
-    for candidate, why in candidates(uv):
+    for candidate, why in interpreters:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             # The base interpreter, so that no environment is made inside another one.
-            found = capture(candidate, "-c", "import sys; print(sys.version_info[:2], sys._base_executable)")
-            version, _, executable = found.partition(") ")
-            if version == f"({WANTED.replace('.', ', ')}":
+            found = capture(candidate, "-c", "import sys; print(*sys.version_info[:2], sys._base_executable)")
+            major, minor, executable = found.split(" ", 2)
+            if f"{major}.{minor}" == WANTED:
                 return executable, why
-    return getattr(sys, "_base_executable", sys.executable), f"no {WANTED} here: functions are deployed with this one"
+    return this_python(), f"no {WANTED} here: functions are deployed with this one"
 
 
 def candidates(uv: str) -> Iterator[tuple[str, str]]:
@@ -139,100 +162,115 @@ def candidates(uv: str) -> Iterator[tuple[str, str]]:
         yield capture(uv, "python", "find", "--no-project", "--managed-python", WANTED), "fetched by uv"
 
 
-def install_uv() -> str:
-    """Install the uv that the lock names into ``.local/uv``.
+def install_uv(checkout: Path) -> str:
+    """Install the uv that ``requirements/dev.txt`` names into ``.local/uv``.
 
     Returns:
         The path of the executable.
 
     Raises:
-        SetUpError: Neither pip nor a direct download brought it.
+        SetUpError: The file does not name one, or there is no pip and none could be lent.
+        subprocess.CalledProcessError: pip failed, and said why.
     """
-    version, wheels = locked_uv()
-    executable = UV / version / "bin" / "uv"
-    if executable.exists():
-        return str(executable)
-    say(f"installing uv {version}")
-    UV.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=UV) as name:
-        fresh = Path(name) / version
-        try:
-            requirement = Path(name) / "requirements.txt"
-            hashes = " ".join(f"--hash={wheel['hash']}" for wheel in wheels)
-            requirement.write_text(f"uv=={version} {hashes}\n")
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            run([*pip, "--only-binary=:all:", "--target", str(fresh), "--requirement", str(requirement)], quiet=True)
-        except subprocess.CalledProcessError:
-            download_uv(wheels, fresh)
-        fresh.replace(UV / version)
+    version, requirement = pinned((checkout / "requirements" / "dev.txt").read_text(), "uv")
+    target = checkout / ".local" / "uv" / version
+    executable = target / "bin" / "uv"
+    if not executable.exists():
+        import tempfile
+
+        say(f"installing uv {version}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as name:
+            scratch = Path(name)
+            (scratch / "uv.txt").write_text(requirement)
+            options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+            source = ["--requirement", str(scratch / "uv.txt"), "--target", str(scratch / "uv")]
+            # In a container everybody is root.
+            run([*find_pip(this_python(), scratch), "install", *options, *source], PIP_ROOT_USER_ACTION="ignore")
+            (scratch / "uv").replace(target)
     return str(executable)
 
 
-def locked_uv() -> tuple[str, list[dict[str, str]]]:
-    """Return uv's version and wheels (``url``, ``hash``) from the lock."""
-    import tomllib
-
-    packages = tomllib.loads((CHECKOUT / "uv.lock").read_text())["package"]
-    uv = next(package for package in packages if package["name"] == "uv")
-    return uv["version"], uv["wheels"]
-
-
-def download_uv(wheels: list[dict[str, str]], target: Path) -> None:
-    """Fetch the wheel for this machine without pip (Debian's python3 has none) and unpack its executable.
+def pinned(requirements: str, name: str) -> tuple[str, str]:
+    """Return the version of a package in a requirements file, and its whole entry with the hashes.
 
     Raises:
-        SetUpError: There is no wheel for this machine, it could not be fetched, or it is not the one in the lock.
+        SetUpError: It is not in the file with a version and hashes.
     """
-    machine = os.uname().machine
-    tags = {"Linux": f"-manylinux_2_17_{machine}", "Darwin": f"_{machine}.whl"}
-    tag = tags.get(os.uname().sysname, "none")
-    wheel = next((wheel for wheel in wheels if tag in wheel["url"]), None)
-    if not wheel or not wheel["url"].startswith("https://"):
-        raise SetUpError(f"uv could not be installed for {os.uname().sysname} {machine}: install pip and try again")
+    entry = re.search(rf"^{name}==(\S+).*(?:\n +--hash.*)+", requirements, re.MULTILINE)
+    if not entry:
+        raise SetUpError(f"requirements/dev.txt does not pin {name}: take the file from git, then run make lock")
+    return entry[1], entry[0] + "\n"
+
+
+def find_pip(python: str, scratch: Path, get_pip: str = GET_PIP) -> list[str]:
+    """Return the command that runs pip.
+
+    Debian's and Ubuntu's python3 comes without pip, and without what ``venv`` makes one from.
+
+    Args:
+        python: The interpreter that needs it.
+        scratch: An empty directory, for a pip that is needed once.
+        get_pip: The address of pip's bootstrap script.
+
+    Raises:
+        SetUpError: There is none, and none could be lent.
+    """
+    with contextlib.suppress(subprocess.CalledProcessError):
+        capture(python, "-m", "pip", "--version")
+        return [python, "-m", "pip"]
+    with contextlib.suppress(subprocess.CalledProcessError):
+        capture(python, "-m", "venv", str(scratch / "venv"))
+        return [str(scratch / "venv" / "bin" / "python"), "-m", "pip"]
+    import urllib.request
+
+    script = scratch / "get-pip.py"
+    say(f"python3 has no pip: fetching {get_pip}")
     try:
-        with urllib.request.urlopen(wheel["url"], timeout=60) as answer:  # noqa: S310 - https, checked above
-            content = answer.read()
-    except OSError as error:
-        raise SetUpError(f"uv could not be fetched ({error}): install pip, or look at the network") from error
-    if "sha256:" + hashlib.sha256(content).hexdigest() != wheel["hash"]:
-        raise SetUpError(f"{wheel['url']} is not the file that uv.lock names")
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        member = next(name for name in archive.namelist() if name.endswith(".data/scripts/uv"))
-        (target / "bin").mkdir(parents=True)
-        (target / "bin" / "uv").write_bytes(archive.read(member))
-        (target / "bin" / "uv").chmod(0o755)
+        with urllib.request.urlopen(get_pip, timeout=20) as answer:  # noqa: S310 - the address above, https
+            script.write_bytes(answer.read())
+        capture(python, str(script), "--target", str(scratch / "lent"))
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SetUpError(
+            f"python3 ({python}) has no pip, and none could be fetched ({error}).\n"
+            "Install it and try again: apt install python3-pip (or python3-venv), dnf install python3-pip, …"
+        ) from error
+    return [python, str(scratch / "lent" / "pip")]
+
+
+def this_python() -> str:
+    """Return the interpreter that runs this, or the one its environment was made from."""
+    return str(getattr(sys, "_base_executable", "") or sys.executable)
 
 
 @contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
+def one_at_a_time(checkout: Path) -> Iterator[None]:
     """Let a second set-up of the same checkout wait for the first."""
     import fcntl
 
-    (CHECKOUT / ".local").mkdir(exist_ok=True)
-    with (CHECKOUT / ".local" / "set-up.lock").open("w") as lock:
+    (checkout / ".local").mkdir(exist_ok=True)
+    with (checkout / ".local" / "set-up.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def run(command: list[str], *, quiet: bool = False, **variables: str) -> None:
-    """Run a command in the checkout, in the environment of a fresh shell; `quiet` hides what it says."""
-    hidden = subprocess.DEVNULL if quiet else None
-    subprocess.run(command, cwd=CHECKOUT, env=clean_environment() | variables, check=True, stdout=hidden, stderr=hidden)
+def run(command: list[str], **variables: str) -> None:
+    """Run a command that shows what it has to say."""
+    subprocess.run(command, env=clean_environment() | variables, stdin=subprocess.DEVNULL, check=True)
 
 
 def capture(*command: str, **variables: str) -> str:
     """Return what a command prints, without saying why it fails."""
     done = subprocess.run(
-        command, cwd=CHECKOUT, env=clean_environment() | variables, check=True, text=True,
+        command, env=clean_environment() | variables, stdin=subprocess.DEVNULL, check=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     return done.stdout.strip()
 
 
 def clean_environment() -> dict[str, str]:
-    """Return the environment without what would send uv or Python to another environment than ours."""
-    ours = {"VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH", "UV_PYTHON", "UV_PROJECT_ENVIRONMENT"}
-    return {name: value for name, value in os.environ.items() if name not in ours}
+    """Return the environment without what misleads."""
+    return {name: value for name, value in os.environ.items() if name not in MISLEADING}
 
 
 def say(text: str) -> None:

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,8 +16,9 @@ from predictions.outputs import OutputsBucket
 from predictions.statuses import Status
 from predictions.table import PredictionsTable
 from predictions.upstream_prediction import UpstreamPrediction
+from predictions.webhooks import sign
 
-from local.cloud import LocalCloud
+from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud
 from local.replicate.process import LocalReplicate
 
 Api = Callable[..., httpx.Client]
@@ -131,6 +136,24 @@ class TestAccess:
         assert (answer.status_code, answer.json()["status"]) == (403, 403)
         assert "predict" in answer.json()["detail"]
 
+    def test_token_of_the_command_line_works_until_it_is_revoked(self, cloud: LocalCloud) -> None:
+        def tokens(*arguments: str) -> str:
+            command = [sys.executable, "-m", "predictions", "tokens", *arguments, "--stack", STACK_NAME]
+            environment = {**os.environ, **CREDENTIALS, "AWS_ENDPOINT_URL": cloud.endpoint_url, "AWS_REGION": REGION}
+            ran = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)  # noqa: S603  # ours
+            return ran.stdout.strip()
+
+        def status_with(token: str) -> int:
+            headers = {"Authorization": f"Token {token}"}
+            return httpx.get(cloud.stack.api_url + "/predictions", headers=headers, trust_env=False).status_code
+
+        kept, revoked = (tokens("create", "--owner", "dave", "--scopes", "read", "--name", n) for n in ("kept", "gone"))
+        listed = {token["name"]: token for token in json.loads(tokens("list", "--json")) if token["owner"] == "dave"}
+        assert kept not in json.dumps(listed)
+        tokens("revoke", listed["gone"]["id"])
+        # An authorizer's answer is cached for a minute: the revoked one was never used, so none is.
+        assert (status_with(kept), status_with(revoked)) == (200, 401)
+
     def test_owners_never_see_each_others_predictions(self, stack: Stack, api: Api, replicate: LocalReplicate) -> None:
         mine = create(stack.alice, sleeper(0))["id"]
         bob = api("bob")
@@ -197,7 +220,7 @@ class TestWebhookPath:
     def test_outputs_of_every_shape_are_stored(self, stack: Stack, replicate: LocalReplicate, model: str) -> None:
         described = replicate_get(replicate, f"/models/local/{model}")
         properties = described["latest_version"]["openapi_schema"]["components"]["schemas"]["Input"]
-        given = {name: "a quiet sea" for name in properties.get("required", [])}
+        given = dict.fromkeys(properties.get("required", []), "a quiet sea")
         prediction = stack.ended(create(stack.alice, {"version": f"local/{model}", "input": given})["id"], 60)
         assert prediction["status"] == "succeeded", prediction["error"]
         assert prediction["output"]
@@ -380,6 +403,14 @@ class TestFiles:
 
 
 class TestExecutions:
+    def test_waiting_execution_tells_the_sweep_to_look_after_its_wait(
+        self, stack: Stack, replicate: LocalReplicate
+    ) -> None:
+        created = create(stack.alice, sleeper(3))
+        item = stack.wait(lambda: (i := stack.item(created["id"])).task_token and i, what="a task token")
+        assert 60 < item.next_check_at - time.time() < 130
+        assert stack.ended(created["id"])["status"] == "succeeded"
+
     def test_execution_stopped_by_hand_is_followed_by_the_next_one(
         self, stack: Stack, replicate: LocalReplicate
     ) -> None:
@@ -440,10 +471,6 @@ def replicate_get(replicate: LocalReplicate, path: str) -> dict[str, Any]:
 
 
 def signed_webhook(replicate: LocalReplicate, stack: Stack, prediction_id: str, told: dict[str, Any]) -> httpx.Response:
-    import time
-
-    from predictions.webhooks import sign
-
     body = json.dumps(told).encode()
     headers = sign(body, webhook_id="msg_again", timestamp=int(time.time()), secrets=[replicate.signing_secret])
     url = f"{stack.cloud.stack.api_url}/webhooks/replicate/{prediction_id}"

@@ -503,7 +503,11 @@ def test_without_a_key_every_request_has_its_own_id() -> None:
     assert not any(intent.keyed for intent in intents)
 
 
-@pytest.mark.parametrize("made", [random_id(), derived_id("alice", "key"), derived_id("", "")])
+@pytest.mark.parametrize(
+    "made",
+    [random_id(), derived_id("alice", "key"), derived_id("", "")],
+    ids=["random", "derived", "derived from nothing"],
+)
 def test_an_id_is_26_letters_and_digits(made: str) -> None:
     assert re.fullmatch(r"[a-z0-9]{26}", made)
     assert is_id(made)
