@@ -2,13 +2,10 @@
 
 import base64
 import re
-from typing import Any
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api import (
-    ANSWER_LIMIT_BYTES,
     Presenter,
-    answer_bytes,
     answer_with,
     json_response,
     own_prediction,
@@ -37,24 +34,11 @@ def list_() -> Response[str]:
     """`GET /predictions?cursor=`: up to 100 predictions, newest first; a page of large ones ends earlier."""
     owner = owner_with(app, "read")
     older, start = _position(app.current_event.get_query_string_value("cursor", ""))
-    page = table.list(owner, start, older=older, size=PAGE_SIZE)
-    shown: list[dict[str, Any]] = []
-    places: list[str] = []
-    room, more = ANSWER_LIMIT_BYTES, page.more
-    for whole in page.predictions:
-        one = presenter.show(whole)
-        room -= answer_bytes(one)
-        if shown and room < 0:
-            more = True
-            break
-        shown.append(one)
-        places.append(whole.prediction.listed_at)
-    beyond = places[-1] if places and more else None
-    before = places[0] if places and start else None
-    if not older:
-        shown.reverse()
-        beyond, before = before, beyond
-    return json_response(200, {"previous": _link("n", before), "next": _link("o", beyond), "results": shown})
+    shown = presenter.show_page(table.list(owner, start, older=older, size=PAGE_SIZE))
+    beyond, before = shown.beyond, shown.first if start else None
+    newer, further = (before, beyond) if older else (beyond, before)
+    results = shown.results if older else shown.results[::-1]
+    return json_response(200, {"previous": _link("n", newer), "next": _link("o", further), "results": results})
 
 
 def _link(direction: str, key: str | None) -> str | None:

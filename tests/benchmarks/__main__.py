@@ -168,9 +168,10 @@ def _show_promise(terminal: Terminal, found: list[Figures]) -> bool:
         rows.append((each.case.name, str(polls), str(states), str(functions), str(writes), verdict))
     terminal.write(
         note(
-            f"A prediction that a webhook completes enters at most {STATES} states, runs at most {FUNCTIONS} functions "
-            f"and writes at most {WRITES} items. Each poll adds {STATES_PER_POLL} states, {FUNCTIONS_PER_POLL} function "
-            f"and {WRITES_PER_POLL} write. Here are the most of all runs, without what their polls added."
+            f"A prediction that a webhook completes enters at most {STATES} states, runs at most {FUNCTIONS} "
+            f"functions and writes at most {WRITES} items. Each poll adds {STATES_PER_POLL} states, "
+            f"{FUNCTIONS_PER_POLL} function and {WRITES_PER_POLL} write. Here are the most of all runs, without what "
+            "their polls added."
         )
     )
     rows.append(("at most", "", str(STATES), str(FUNCTIONS), str(WRITES), ""))

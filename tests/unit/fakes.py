@@ -6,10 +6,12 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from enum import StrEnum
 from types import TracebackType
 from typing import Any
 
 import httpx
+from botocore.exceptions import ReadTimeoutError
 from predictions import aws
 
 API_URL = "https://api.example.com/v1"
@@ -213,19 +215,111 @@ class Executed:
 
 
 @contextmanager
-def refusing(operation: str, code: str, when: Callable[[dict[str, Any]], bool] = lambda _: True) -> Iterator[None]:
-    """Step Functions refuses calls of one operation whose body fulfils `when`."""
+def refusing(
+    operation: str, code: str, when: Callable[[Any], bool] = lambda _: True, *, service: str = "stepfunctions"
+) -> Iterator[None]:
+    """AWS refuses calls of one operation whose body, parsed where it is JSON, fulfils `when`."""
 
     def refuse(params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]] | None:
-        if not when(json.loads(params["body"])):
-            return None
-        return type("Http", (), {"status_code": 400})(), {"Error": {"Code": code, "Message": ""}}
+        body = params["body"]
+        return _refusal(code) if when(json.loads(body) if service != "s3" else body) else None
 
-    events = aws.client("stepfunctions").meta.events
+    event = f"before-call.{service}.{operation}"
     answered: Any = refuse  # the stubs do not know that a handler may answer in AWS's place
-    events.register_first(f"before-call.stepfunctions.{operation}", answered)
-    yield
-    events.unregister(f"before-call.stepfunctions.{operation}", answered)
+    events = _events(service)
+    events.register_first(event, answered)
+    try:
+        yield
+    finally:
+        events.unregister(event, answered)
+
+
+@contextmanager
+def answers_lost(*services: str, operation: str = "") -> Iterator[list[str]]:
+    """The first answer of every call does not arrive, so botocore sends each call again.
+
+    Args:
+        services: Of which services; by default DynamoDB's.
+        operation: Of which operation only.
+
+    Yields:
+        The operations whose answer was lost.
+    """
+    lost: list[str] = []
+
+    def lose(attempts: int, operation: Any, **_: Any) -> int | None:
+        if attempts != 1:
+            return None
+        lost.append(operation.name)
+        return 0  # wait so long, then send it again
+
+    answered: Any = lose  # the stubs do not know that a handler may answer
+    names = [f"needs-retry.{name}" + (f".{operation}" if operation else "") for name in services or ("dynamodb",)]
+    for name in names:
+        _events(name.split(".")[1]).register_first(name, answered)
+    try:
+        yield lost
+    finally:
+        for name in names:
+            _events(name.split(".")[1]).unregister(name, answered)
+
+
+class Died(BaseException):
+    """A function's process ends here, as at its timeout or with its host: no `except` of ours sees it."""
+
+
+class Fault(StrEnum):
+    """What becomes of one call to AWS."""
+
+    DIED_BEFORE = "the caller died before it"
+    DIED_AFTER = "the caller died after it"
+    REFUSED = "AWS refused it"
+    ANSWER_LOST = "AWS did it, and no answer arrived"
+
+
+SERVICES = ("dynamodb", "s3", "secretsmanager", "ssm", "stepfunctions")
+
+
+@contextmanager
+def faulty(fault: Fault, n: int) -> Iterator[list[str]]:
+    """The nth call to AWS, whatever it is, does not go well.
+
+    Yields:
+        The calls made, as `dynamodb.PutItem`: the fault struck where there are more than `n`.
+    """
+    made: list[str] = []
+
+    def before(model: Any, **_: Any) -> tuple[Any, dict[str, Any]] | None:
+        made.append(f"{model.service_model.service_name}.{model.name}")
+        if len(made) == n + 1 and fault is Fault.DIED_BEFORE:
+            raise Died
+        return _refusal("ThrottlingException") if len(made) == n + 1 and fault is Fault.REFUSED else None
+
+    def after(**_: Any) -> None:
+        if len(made) == n + 1 and fault is Fault.DIED_AFTER:
+            raise Died
+        if len(made) == n + 1 and fault is Fault.ANSWER_LOST:
+            raise ReadTimeoutError(endpoint_url="https://aws.example")
+
+    answered: Any = before  # the stubs do not know that a handler may answer in AWS's place
+    for service in SERVICES:
+        _events(service).register_first("before-call", answered)
+        _events(service).register("after-call", after)
+    try:
+        yield made
+    finally:
+        for service in SERVICES:
+            _events(service).unregister("before-call", answered)
+            _events(service).unregister("after-call", after)
+
+
+def _events(service: Any) -> Any:
+    client: Any = aws.client(service)
+    return client.meta.events
+
+
+def _refusal(code: str) -> tuple[Any, dict[str, Any]]:
+    return type("Http", (), {"status_code": 400})(), {"Error": {"Code": code, "Message": ""}}
 
 
 class Wakes:

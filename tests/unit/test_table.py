@@ -2,8 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from predictions.statuses import Status, rank_of, visible
 from predictions.table import PAYLOAD_LIMIT_BYTES, AlreadyExists, Change, Prediction, PredictionsTable
 from predictions.upstream_prediction import UpstreamPrediction
 
-from tests.unit.fakes import VERSION, Clock
+from tests.unit.fakes import VERSION, Clock, answers_lost
 
 FILE = "https://replicate.delivery/x/out.png"
 
@@ -48,20 +46,6 @@ def told(status: str, upstream_id: str = "u" * 26, **more: Any) -> UpstreamPredi
 def raw_items(prediction_id: str) -> dict[str, dict[str, Any]]:
     items = aws.client("dynamodb").scan(TableName="predictions")["Items"]
     return {item["sk"]["S"]: item for item in items if item["pk"]["S"] == f"prediction#{prediction_id}"}
-
-
-@contextmanager
-def answers_lost() -> Iterator[None]:
-    """The first answer of every call does not arrive, so botocore sends each call again."""
-
-    def lose(attempts: int, **_: Any) -> int | None:
-        return 0 if attempts == 1 else None  # wait so long, then send it again
-
-    events = aws.client("dynamodb").meta.events
-    answered: Any = lose  # the stubs do not know that a handler may answer
-    events.register_first("needs-retry.dynamodb", answered)
-    yield
-    events.unregister("needs-retry.dynamodb", answered)
 
 
 class TestStatuses:

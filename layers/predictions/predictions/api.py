@@ -8,6 +8,7 @@ import base64
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -19,11 +20,11 @@ from predictions.aws import api_url
 from predictions.errors import Problem
 from predictions.observability import handler_of, logger
 from predictions.outputs import OutputsBucket, StoredFile, replace_files
-from predictions.table import Prediction, PredictionsTable, Whole, is_id
+from predictions.table import Page, Prediction, PredictionsTable, Whole, is_id
 
 # Lambda answers with at most 6 MB, in which the body is a string: JSON within JSON.
 # https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
-ANSWER_LIMIT_BYTES = 5_500_000
+_ANSWER_LIMIT_BYTES = 5_500_000
 _LOGS_LIMIT_CHARACTERS = 256 * 1024
 
 _JSON = "application/json"
@@ -128,6 +129,21 @@ def no_prediction(prediction_id: str) -> Problem:
     return Problem(404, f"There is no prediction {prediction_id[:64]!r}.")
 
 
+@dataclass(frozen=True)
+class ShownPage:
+    """A page as callers see it.
+
+    Attributes:
+        results: Its predictions, from its start on.
+        first: The place in the list of the first one; None on an empty page.
+        beyond: The place of the last one, where there are further ones.
+    """
+
+    results: list[dict[str, Any]]
+    first: str | None
+    beyond: str | None
+
+
 class Presenter:
     """Shows predictions as Replicate does, with every key present.
 
@@ -202,6 +218,21 @@ class Presenter:
                 shown["error"] = f"The output with its {len(whole.files)} files is too large for an answer."
         return shown
 
+    def show_page(self, page: Page) -> "ShownPage":
+        """As many predictions of a page as one answer carries, but at least one, from its start on."""
+        results: list[dict[str, Any]] = []
+        places: list[str] = []
+        room, more = _ANSWER_LIMIT_BYTES, page.more
+        for whole in page.predictions:
+            shown = self.show(whole)
+            room -= _answer_bytes(shown)
+            if results and room < 0:
+                more = True
+                break
+            results.append(shown)
+            places.append(whole.prediction.listed_at)
+        return ShownPage(results, places[0] if places else None, places[-1] if places and more else None)
+
     def _output(self, whole: Whole) -> Any:
         if whole.output is None or whole.prediction.awaits_copy:
             return None
@@ -226,13 +257,13 @@ class Presenter:
         }
 
 
-def answer_bytes(shown: Any) -> int:
+def _answer_bytes(shown: Any) -> int:
     """How much of Lambda's answer a JSON value takes."""
     return len(json.dumps(json.dumps(shown)))
 
 
 def _is_too_large(shown: Any) -> bool:
-    return answer_bytes(shown) > ANSWER_LIMIT_BYTES
+    return _answer_bytes(shown) > _ANSWER_LIMIT_BYTES
 
 
 def _error(prediction: Prediction, files: Any) -> str | None:
