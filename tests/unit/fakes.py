@@ -277,7 +277,14 @@ class Fault(StrEnum):
     ANSWER_LOST = "AWS did it, and no answer arrived"
 
 
-SERVICES = ("dynamodb", "s3", "secretsmanager", "ssm", "stepfunctions")
+# The services by boto's names, and by those of their events.
+_SERVICES = {
+    "dynamodb": "dynamodb",
+    "s3": "s3",
+    "secretsmanager": "secrets-manager",
+    "ssm": "ssm",
+    "stepfunctions": "sfn",
+}
 
 
 @contextmanager
@@ -302,15 +309,15 @@ def faulty(fault: Fault, n: int) -> Iterator[list[str]]:
             raise ReadTimeoutError(endpoint_url="https://aws.example")
 
     answered: Any = before  # the stubs do not know that a handler may answer in AWS's place
-    for service in SERVICES:
-        _events(service).register_first("before-call", answered)
-        _events(service).register("after-call", after)
+    for service, name in _SERVICES.items():
+        _events(service).register_first(f"before-call.{name}", answered)
+        _events(service).register(f"after-call.{name}", after)
     try:
         yield made
     finally:
-        for service in SERVICES:
-            _events(service).unregister("before-call", answered)
-            _events(service).unregister("after-call", after)
+        for service, name in _SERVICES.items():
+            _events(service).unregister(f"before-call.{name}", answered)
+            _events(service).unregister(f"after-call.{name}", after)
 
 
 def _events(service: Any) -> Any:
@@ -328,11 +335,13 @@ class Wakes:
     def __init__(self) -> None:
         self.tokens: list[str] = []
         self.stale: set[str] = set()
-        events = aws.client("stepfunctions").meta.events
         answered: Any = self._send  # the stubs do not know that a handler may answer in AWS's place
-        events.register_first("before-call.stepfunctions.SendTaskSuccess", answered)
+        # Not by the operation's name, and not first: botocore would ask this before any fault.
+        _events("stepfunctions").register("before-call.sfn", answered)
 
-    def _send(self, params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]]:
+    def _send(self, params: dict[str, Any], model: Any, **_: Any) -> tuple[Any, dict[str, Any]] | None:
+        if model.name != "SendTaskSuccess":
+            return None
         token = json.loads(params["body"])["taskToken"]
         self.tokens.append(token)
         status, body = 200, {}
