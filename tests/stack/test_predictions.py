@@ -335,7 +335,7 @@ class TestCancel:
 
 class TestSubmission:
     def test_throttled_create_runs_at_its_time(self, stack: Stack, replicate: LocalReplicate) -> None:
-        replicate.fault("create_throttled", retry_after_seconds=2, header=True)
+        replicate.fault("create_throttled", retry_after_seconds=6, header=True)
         created = create(stack.alice, sleeper(0))
         assert created["status"] == "starting"
         assert stack.ended(created["id"])["status"] == "succeeded"

@@ -214,6 +214,16 @@ class Executed:
         )
 
 
+# The services by boto's names, and by those of their events.
+_SERVICES = {
+    "dynamodb": "dynamodb",
+    "s3": "s3",
+    "secretsmanager": "secrets-manager",
+    "ssm": "ssm",
+    "stepfunctions": "sfn",
+}
+
+
 @contextmanager
 def refusing(
     operation: str, code: str, when: Callable[[Any], bool] = lambda _: True, *, service: str = "stepfunctions"
@@ -224,7 +234,7 @@ def refusing(
         body = params["body"]
         return _refusal(code) if when(json.loads(body) if service != "s3" else body) else None
 
-    event = f"before-call.{service}.{operation}"
+    event = f"before-call.{_SERVICES[service]}.{operation}"
     answered: Any = refuse  # the stubs do not know that a handler may answer in AWS's place
     events = _events(service)
     events.register_first(event, answered)
@@ -235,12 +245,11 @@ def refusing(
 
 
 @contextmanager
-def answers_lost(*services: str, operation: str = "") -> Iterator[list[str]]:
+def answers_lost(*services: str) -> Iterator[list[str]]:
     """The first answer of every call does not arrive, so botocore sends each call again.
 
     Args:
         services: Of which services; by default DynamoDB's.
-        operation: Of which operation only.
 
     Yields:
         The operations whose answer was lost.
@@ -254,14 +263,29 @@ def answers_lost(*services: str, operation: str = "") -> Iterator[list[str]]:
         return 0  # wait so long, then send it again
 
     answered: Any = lose  # the stubs do not know that a handler may answer
-    names = [f"needs-retry.{name}" + (f".{operation}" if operation else "") for name in services or ("dynamodb",)]
-    for name in names:
-        _events(name.split(".")[1]).register_first(name, answered)
+    for service in services or ("dynamodb",):
+        _events(service).register_first(f"needs-retry.{_SERVICES[service]}", answered)
     try:
         yield lost
     finally:
-        for name in names:
-            _events(name.split(".")[1]).unregister(name, answered)
+        for service in services or ("dynamodb",):
+            _events(service).unregister(f"needs-retry.{_SERVICES[service]}", answered)
+
+
+@contextmanager
+def meanwhile(operation: str, act: Callable[[], Any]) -> Iterator[None]:
+    """Somebody else acts right before the next call of a DynamoDB operation."""
+    acts = [act]
+
+    def interrupt(**_: Any) -> None:
+        while acts:
+            acts.pop()()
+
+    _events("dynamodb").register_first(f"before-call.dynamodb.{operation}", interrupt)
+    try:
+        yield
+    finally:
+        _events("dynamodb").unregister(f"before-call.dynamodb.{operation}", interrupt)
 
 
 class Died(BaseException):
@@ -275,16 +299,6 @@ class Fault(StrEnum):
     DIED_AFTER = "the caller died after it"
     REFUSED = "AWS refused it"
     ANSWER_LOST = "AWS did it, and no answer arrived"
-
-
-# The services by boto's names, and by those of their events.
-_SERVICES = {
-    "dynamodb": "dynamodb",
-    "s3": "s3",
-    "secretsmanager": "secrets-manager",
-    "ssm": "ssm",
-    "stepfunctions": "sfn",
-}
 
 
 @contextmanager

@@ -837,15 +837,21 @@ class TestSweep:
         assert submissions.sweep(10, lambda: next(left)) == 1
 
 
-def hold_token(table: PredictionsTable, prediction_id: str, token: str) -> None:
+def hold_token(
+    table: PredictionsTable, prediction_id: str, token: str, *, next_check_at: float | None = None
+) -> None:
     """What the state AwaitWebhook does."""
+    check = ", next_check_at = :next_check_at" if next_check_at else ""
+    values: dict[str, Any] = {":token": {"S": token}, ":terminal": {"N": "9"}}
+    if next_check_at:
+        values[":next_check_at"] = {"N": str(int(next_check_at))}
     aws.client("dynamodb").update_item(
         TableName="predictions",
         Key={"pk": {"S": f"prediction#{prediction_id}"}, "sk": {"S": "status"}},
-        UpdateExpression="SET task_token = :token",
+        UpdateExpression="SET task_token = :token" + check,
         ConditionExpression="attribute_exists(pk) AND #rank < :terminal",
         ExpressionAttributeNames={"#rank": "rank"},
-        ExpressionAttributeValues={":token": {"S": token}, ":terminal": {"N": "9"}},
+        ExpressionAttributeValues=values,
     )
 
 
