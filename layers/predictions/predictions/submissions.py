@@ -572,6 +572,7 @@ class Submissions:
         if merge.change is Change.ENDED:
             if not merged.awaits_copy:
                 count_ended(merged.visible, self._now() - merged.created)
+        if merge.change in (Change.ENDED, Change.CLOSED):
             wake(merged.task_token)
         return merged
 
@@ -580,7 +581,11 @@ class Submissions:
     ) -> Prediction:
         ended = self.table.end(prediction, status, error, self._now(), refusal=refusal)
         if ended is None:
-            return self.table.get(prediction.id) or prediction
+            there = self.table.get(prediction.id) or prediction
+            if there.terminal:
+                # By somebody else, who may have died before waking it; or by this very write, its answer lost.
+                wake(there.task_token)
+            return there
         logger.info("ended by the stack", status=status.value)
         count_ended(ended.visible, self._now() - ended.created)
         wake(ended.task_token)
