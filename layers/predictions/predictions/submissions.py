@@ -569,9 +569,8 @@ class Submissions:
         if merge.change is Change.ORPHAN:
             logger.warning("orphan: a second prediction of the same request", upstream_id=told.id)
             metrics.add_metric(name="Orphans", unit=MetricUnit.Count, value=1)
-        if merge.change is Change.ENDED:
-            if not merged.awaits_copy:
-                count_ended(merged.visible, self._now() - merged.created)
+        if merge.change is Change.ENDED and not merged.awaits_copy:
+            count_ended(merged.visible, self._now() - merged.created)
         if merge.change in (Change.ENDED, Change.CLOSED):
             wake(merged.task_token)
         return merged
