@@ -384,9 +384,10 @@ class VersionCache:
 
 def _location(told: httpx.Response) -> str | None:
     """Where an answer leads, which may be said relative to what was asked."""
+    location = told.headers.get("location")
     try:
-        return str(told.request.url.join(told.headers["location"]))
-    except (KeyError, httpx.InvalidURL, ValueError):
+        return str(told.request.url.join(location)) if location else None
+    except (httpx.InvalidURL, ValueError):
         return None
 
 
