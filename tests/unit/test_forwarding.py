@@ -9,7 +9,10 @@ from typing import Any
 import httpx
 import pytest
 from botocore.exceptions import ClientError
+from hypothesis import given
+from hypothesis import strategies as st
 from predictions import aws
+from predictions.errors import Problem
 from predictions.forwarding import (
     ANSWER_LIMIT_BYTES,
     CHANGE_LIMIT_BYTES,
@@ -18,8 +21,10 @@ from predictions.forwarding import (
     VERSION_CACHE_LIMIT_BYTES,
     VERSION_CACHE_SECONDS,
     Forwarding,
+    Method,
     VersionCache,
 )
+from predictions.forwarding import Call as ForwardedCall
 from predictions.observability import logger
 from predictions.upstream import Token
 
@@ -217,6 +222,26 @@ def test_a_version_that_is_none_is_not_passed_on(call: Call, upstream: Upstream,
 def test_what_the_router_leaves_out_behind_a_path_is_not_passed_on(call: Call, upstream: Upstream, end: str) -> None:
     assert call("GET", f"/models/acme/fox{end}")["statusCode"] == 200
     assert upstream.asked[0].url.raw_path == b"/v1/models/acme/fox"
+
+
+@given(
+    route=st.sampled_from(ROUTES),
+    names=st.fixed_dictionaries({name: st.text() | st.just(value) for name, value in NAMES.items()}),
+    query=st.dictionaries(st.text(), st.lists(st.text(), min_size=1)),
+)
+def test_whatever_is_in_path_and_query_stays_below_the_path_of_its_route(
+    route: tuple[Method, str], names: dict[str, str], query: dict[str, list[str]]
+) -> None:
+    method, template = route
+    used = {name: value for name, value in names.items() if f"{{{name}}}" in template}
+    try:
+        checked = ForwardedCall.check(method, template, used, query, b"{}", None)
+    except Problem:
+        return
+    url = httpx.URL(f"{URL}{checked.path}?{checked.query}")
+    assert (url.host, url.userinfo, url.fragment) == ("api.replicate.com", b"", "")
+    assert url.raw_path.partition(b"?")[0].decode() == "/v1" + template.format(**used)
+    assert url.params.multi_items() == [(name, value) for name, values in query.items() for value in values]
 
 
 BROKEN_BODIES: dict[str, tuple[dict[str, Any], int]] = {
