@@ -7,7 +7,8 @@ Under `/v1` it answers like https://replicate.com/docs/reference/http. Beside th
     GET  /_control/record        {"requests": […], "webhooks": […], "predictions": […]}, oldest first
     POST /_control/faults        one `Fault` of `local.replicate.faults` or a list; GET shows those left
     POST /_control/settings      some of `Settings`; GET shows all
-    POST /_control/reset         forgets record and faults, takes back the settings; predictions stay
+    POST /_control/reset         forgets record and faults, takes back the settings, and what was changed of models
+                                 and deployments; predictions stay
 
 Other than Replicate it also takes webhook URLs with http on the loopback interface.
 """
@@ -34,12 +35,29 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import (
+    FileResponse,
+    JSONResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from local.replicate.catalog import CREATED_AT, OWNER, Model, deployments, models, models_by_version
+from local.replicate.account import (
+    COLLECTIONS,
+    HARDWARE,
+    USER,
+    Account,
+    CreateDeployment,
+    CreateModel,
+    UpdateDeployment,
+    UpdateModel,
+)
+from local.replicate.catalog import OWNER, Model, models, models_by_version
 from local.replicate.faults import Control, Fault, FaultName, Settings, timestamp
 from local.replicate.predictions import Prediction, Predictions
 
@@ -51,7 +69,6 @@ PAGE = 100
 RECORDED_HEADERS = ("prefer", "cancel-after", "content-type", "user-agent", "range", "idempotency-key")
 RECORDED_BODY_BYTES = 64 * 1024
 SILENCE_SECONDS = 3600.0
-HARDWARE = [{"name": "CPU", "sku": "cpu"}]
 
 Value = TypeVar("Value")
 
@@ -100,7 +117,7 @@ class CreateByVersionRequest(CreateRequest):
     version: str = Field(min_length=1)
 
 
-Body = TypeVar("Body", bound=CreateRequest)
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class Connections(H11Protocol):
@@ -222,11 +239,22 @@ class Gate:
                 ]
                 if not allowed:
                     refusal = throttled(reset)
+                elif "predictions" not in scope["path"].split("/"):
+                    refusal = self._fault(scope["path"], entry)
         try:
             await (refusal or self._app)(scope, receive_and_record, send_and_record)
         except Exception:
             entry["status"] = 500  # Starlette's outermost layer answers it
             raise
+
+    def _fault(self, path: str, entry: JsonObject) -> Response | None:
+        for name in (FaultName.OTHER_ERROR, FaultName.OTHER_RESET, FaultName.OTHER_SILENCE):
+            if found := self._control.take(name, path=path):
+                entry["fault"] = found.fault
+                if name is FaultName.OTHER_ERROR:
+                    return problem_response(_fault_problem(found))
+                return Dropped(found.seconds or SILENCE_SECONDS if name is FaultName.OTHER_SILENCE else 0)
+        return None
 
     def _authorization(self, request: Request) -> str:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -276,6 +304,7 @@ class Front:
         self._origin = origin
         self._state_dir = state_dir
         self._control = Control(settings)
+        self._account = Account(origin)
         self._token = token
 
     def app(self) -> Starlette:
@@ -291,12 +320,24 @@ class Front:
                 route("/v1/predictions/{id}", self.get_prediction),
                 route("/v1/predictions/{id}/cancel", self.cancel_prediction, "POST"),
                 route("/v1/models", self.list_models),
+                route("/v1/models", self.create_model, "POST"),
                 route("/v1/models/{owner}/{name}", self.get_model),
+                route("/v1/models/{owner}/{name}", self.update_model, "PATCH"),
+                route("/v1/models/{owner}/{name}", self.delete_model, "DELETE"),
+                route("/v1/models/{owner}/{name}/examples", self.list_examples),
+                route("/v1/models/{owner}/{name}/readme", self.get_readme),
                 route("/v1/models/{owner}/{name}/predictions", self.create_by_model, "POST"),
                 route("/v1/models/{owner}/{name}/versions", self.list_versions),
                 route("/v1/models/{owner}/{name}/versions/{version}", self.get_version),
+                route("/v1/models/{owner}/{name}/versions/{version}", self.delete_version, "DELETE"),
+                route("/v1/collections", self.list_collections),
+                route("/v1/collections/{slug}", self.get_collection),
+                route("/v1/search", self.search),
                 route("/v1/deployments", self.list_deployments),
+                route("/v1/deployments", self.create_deployment, "POST"),
                 route("/v1/deployments/{owner}/{name}", self.get_deployment),
+                route("/v1/deployments/{owner}/{name}", self.update_deployment, "PATCH"),
+                route("/v1/deployments/{owner}/{name}", self.delete_deployment, "DELETE"),
                 route("/v1/deployments/{owner}/{name}/predictions", self.create_by_deployment, "POST"),
                 route("/v1/webhooks/default/secret", self.get_signing_secret),
                 route("/v1/account", self.get_account),
@@ -365,9 +406,9 @@ class Front:
     async def create_by_deployment(self, request: Request) -> Response:
         """`POST /v1/deployments/{owner}/{name}/predictions`."""
         path = "{owner}/{name}".format(**request.path_params)
-        if path not in deployments:
+        model = self._account.deployed(path)
+        if model is None:
             raise not_found()
-        model = deployments[path]
         body = await _parse(request, CreateRequest)
         return await self._create(request, body, model, version=model.version, deployment=path)
 
@@ -478,52 +519,145 @@ class Front:
     # Models
 
     async def list_models(self, request: Request) -> Response:
-        """`GET /v1/models`."""
-        return self._page(request, list(models), [self._model_json(model) for model in models.values()])
+        """`GET /v1/models`: the public ones."""
+        for name, allowed in {
+            "sort_by": ("model_created_at", "latest_version_created_at"),
+            "sort_direction": ("asc", "desc"),
+        }.items():
+            if request.query_params.get(name) not in (None, *allowed):
+                raise invalid([{"type": "enum", "field": name, "description": f"must be {' or '.join(allowed)}"}])
+        public = [path for path, model in self._account.models.items() if model["visibility"] == "public"]
+        return self._page(request, public, [self._model_json(path) for path in public])
+
+    async def create_model(self, request: Request) -> Response:
+        """`POST /v1/models`."""
+        body = await _parse(request, CreateModel)
+        if body.owner != OWNER:
+            raise Problem(403, "Forbidden", "The model's owner must be the account that the token belongs to.")
+        if f"{body.owner}/{body.name}" in self._account.models:
+            raise Problem(409, "Conflict", "A model with that name and owner already exists.")
+        return JSONResponse(self._account.create_model(body), 201)
 
     async def get_model(self, request: Request) -> Response:
         """`GET /v1/models/{owner}/{name}`."""
-        return JSONResponse(self._model_json(_model(request)))
+        return JSONResponse(self._model_json(self._model_path(request)))
+
+    async def update_model(self, request: Request) -> Response:
+        """`PATCH /v1/models/{owner}/{name}`."""
+        path = self._model_path(request)
+        return JSONResponse(self._account.update_model(path, await _parse(request, UpdateModel)))
+
+    async def delete_model(self, request: Request) -> Response:
+        """`DELETE /v1/models/{owner}/{name}`: private ones without versions. A refusal's status is not documented."""
+        path = self._model_path(request)
+        if self._account.models[path]["visibility"] != "private" or self._account.versions[path]:
+            raise Problem(403, "Forbidden", "You can only delete private models that have no versions.")
+        self._account.delete_model(path)
+        return Response(status_code=204)
+
+    async def list_examples(self, request: Request) -> Response:
+        """`GET /v1/models/{owner}/{name}/examples`."""
+        examples = self._account.examples(self._model_path(request))
+        return self._page(request, [example["id"] for example in examples], examples)
+
+    async def get_readme(self, request: Request) -> Response:
+        """`GET /v1/models/{owner}/{name}/readme`: Markdown, as plain text."""
+        readme = self._account.readmes.get(self._model_path(request))
+        if readme is None:
+            raise not_found()
+        return PlainTextResponse(readme)
 
     async def list_versions(self, request: Request) -> Response:
         """`GET /v1/models/{owner}/{name}/versions`."""
-        model = _model(request)
-        return self._page(request, [model.version], [model.version_json()])
+        versions = self._account.versions[self._model_path(request)]
+        return self._page(request, list(versions), list(versions.values()))
 
     async def get_version(self, request: Request) -> Response:
         """`GET /v1/models/{owner}/{name}/versions/{version}`."""
-        model = _model(request)
-        if request.path_params["version"] != model.version:
+        version = self._account.versions[self._model_path(request)].get(request.path_params["version"])
+        if version is None:
             raise not_found()
-        return JSONResponse(model.version_json())
+        return JSONResponse(version)
+
+    async def delete_version(self, request: Request) -> Response:
+        """`DELETE /v1/models/{owner}/{name}/versions/{version}`: of private models; accepted with 202, done at once."""
+        path = self._model_path(request)
+        if request.path_params["version"] not in self._account.versions[path]:
+            raise not_found()
+        if self._account.models[path]["visibility"] != "private":
+            raise Problem(403, "Forbidden", "You can only delete versions from private models.")
+        del self._account.versions[path][request.path_params["version"]]
+        return Response(status_code=202)
+
+    async def list_collections(self, request: Request) -> Response:
+        """`GET /v1/collections`."""
+        return self._page(request, list(COLLECTIONS), [self._account.collection(slug) for slug in COLLECTIONS])
+
+    async def get_collection(self, request: Request) -> Response:
+        """`GET /v1/collections/{slug}`."""
+        slug = request.path_params["slug"]
+        if slug not in COLLECTIONS:
+            raise not_found()
+        held = [self._model_json(f"{OWNER}/{name}") for name in COLLECTIONS[slug][2]]
+        return JSONResponse({**self._account.collection(slug), "full_description": None, "models": held})
+
+    async def search(self, request: Request) -> Response:
+        """`GET /v1/search?query=&limit=`."""
+        query = request.query_params.get("query", "")
+        if not query:
+            return JSONResponse({"detail": 'Query parameter "query" is required'}, 400)
+        limit = request.query_params.get("limit", "20")
+        if not re.fullmatch("[1-9]|[1-4][0-9]|50", limit):
+            return JSONResponse({"detail": 'Query parameter "limit" must be between 1 and 50'}, 400)
+        return JSONResponse(self._account.search(query, int(limit)))
 
     async def list_deployments(self, request: Request) -> Response:
         """`GET /v1/deployments`."""
-        return self._page(request, list(deployments), [_deployment_json(path) for path in deployments])
+        found = self._account.deployments
+        return self._page(request, list(found), list(found.values()))
+
+    async def create_deployment(self, request: Request) -> Response:
+        """`POST /v1/deployments`: answered with 200."""
+        body = await _parse(request, CreateDeployment)
+        if body.version not in self._account.versions.get(body.model, {}):
+            raise invalid([{"type": "value", "field": "version", "description": "is not a version of the model"}])
+        if f"{OWNER}/{body.name}" in self._account.deployments:
+            raise Problem(409, "Conflict", "A deployment with that name already exists.")
+        return JSONResponse(self._account.create_deployment(body))
 
     async def get_deployment(self, request: Request) -> Response:
         """`GET /v1/deployments/{owner}/{name}`."""
-        path = "{owner}/{name}".format(**request.path_params)
-        if path not in deployments:
-            raise not_found()
-        return JSONResponse(_deployment_json(path))
+        return JSONResponse(self._account.deployments[self._deployment_path(request)])
 
-    def _model_json(self, model: Model) -> JsonObject:
-        return {
-            "url": f"{self._origin}/{model.path}",
-            "owner": OWNER,
-            "name": model.name,
-            "description": model.description,
-            "visibility": "public",
-            "is_official": model.official,
-            "github_url": None,
-            "paper_url": None,
-            "license_url": None,
-            "run_count": sum(prediction.model is model for prediction in self._predictions.all()),
-            "cover_image_url": None,
-            "default_example": None,
-            "latest_version": model.version_json(),
-        }
+    async def update_deployment(self, request: Request) -> Response:
+        """`PATCH /v1/deployments/{owner}/{name}`: makes another release."""
+        path = self._deployment_path(request)
+        body = await _parse(request, UpdateDeployment)
+        model = self._account.deployments[path]["current_release"]["model"]
+        if body.version is not None and body.version not in self._account.versions.get(model, {}):
+            raise invalid([{"type": "value", "field": "version", "description": "is not a version of the model"}])
+        return JSONResponse(self._account.update_deployment(path, body))
+
+    async def delete_deployment(self, request: Request) -> Response:
+        """`DELETE /v1/deployments/{owner}/{name}`; Replicate first wants it to have been idle for 15 minutes."""
+        del self._account.deployments[self._deployment_path(request)]
+        return Response(status_code=204)
+
+    def _model_path(self, request: Request) -> str:
+        path = "{owner}/{name}".format(**request.path_params)
+        if path not in self._account.models:
+            raise not_found()
+        return path
+
+    def _deployment_path(self, request: Request) -> str:
+        path = "{owner}/{name}".format(**request.path_params)
+        if path not in self._account.deployments:
+            raise not_found()
+        return path
+
+    def _model_json(self, path: str) -> JsonObject:
+        runs = sum(prediction.model.path == path for prediction in self._predictions.all())
+        return {**(self._account.model(path) or {}), "run_count": runs}
 
     def _page(self, request: Request, keys: list[str], items: list[JsonObject]) -> Response:
         """One page; the cursor names the item before it by its key, so that new items do not shift pages."""
@@ -556,7 +690,7 @@ class Front:
 
     async def get_account(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
         """`GET /v1/account`."""
-        return JSONResponse({"type": "user", "username": OWNER, "name": "Local Replicate", "github_url": None})
+        return JSONResponse(USER)
 
     async def list_hardware(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
         """`GET /v1/hardware`: a plain array."""
@@ -653,6 +787,7 @@ class Front:
     async def reset(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
         """`POST /_control/reset`."""
         self._control.reset()
+        self._account.reset()
         return JSONResponse({})
 
 
@@ -710,22 +845,6 @@ def _model(request: Request) -> Model:
     if model is None:
         raise not_found()
     return model
-
-
-def _deployment_json(path: str) -> JsonObject:
-    owner, name = path.split("/")
-    return {
-        "owner": owner,
-        "name": name,
-        "current_release": {
-            "number": 1,
-            "model": deployments[path].path,
-            "version": deployments[path].version,
-            "created_at": CREATED_AT,
-            "created_by": {"type": "user", "username": owner, "name": "Local Replicate"},
-            "configuration": {"hardware": HARDWARE[0]["sku"], "min_instances": 0, "max_instances": 1},
-        },
-    }
 
 
 def _wait_seconds(prefer: str | None) -> int | None:

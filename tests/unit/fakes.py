@@ -42,6 +42,7 @@ class ReplicateInMemory:
     """Replicate's API and file host, as far as the protocol sees them.
 
     `faults` answers the next creates in its order, instead of or around `accept`; everything asked is in `asked`.
+    `others` answers what the protocol does not ask, by method and path.
     """
 
     URL = "https://api.replicate.com/v1"
@@ -55,6 +56,7 @@ class ReplicateInMemory:
         self.faults: list[Answer] = []
         self.read_faults: list[Answer] = []
         self.files: dict[str, Callable[[], httpx.Response]] = {}
+        self.others: dict[tuple[str, str], Callable[[], httpx.Response]] = {}
         self.models: dict[str, dict[str, Any]] = {
             "meta/llama": {"is_official": True, "latest_version": None},
             "stability-ai/sdxl": {"is_official": False, "latest_version": {"id": VERSION}},
@@ -133,6 +135,8 @@ class ReplicateInMemory:
         if request.headers.get("authorization") != f"Bearer {self.TOKEN}":
             return httpx.Response(401, json={"title": "Unauthenticated", "detail": "no", "status": 401})
         path = request.url.path.removeprefix("/v1")
+        if (request.method, path) in self.others:
+            return self.others[request.method, path]()
         create = request.method == "POST" and path.endswith("/predictions")
         if create:
             if self.faults:

@@ -8,9 +8,11 @@ from typing import Any
 import httpx
 import pytest
 from predictions import aws
+from predictions.forwarding import Forwarding, VersionCache
 from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
+from predictions.upstream import Token
 
 from tests.unit.apps import (
     EVENTS,
@@ -47,6 +49,10 @@ REFUSED = {
     ("read_predictions", "refused_cursor"): (422, ["cursor"]),
     ("read_predictions", "refused_without_scope"): (403, []),
     ("cancel_prediction", "refused_without_scope"): (403, []),
+    ("call_replicate", "refused_without_scope"): (403, []),
+    ("call_replicate", "refused_name"): (404, []),
+    ("call_replicate", "refused_version"): (404, []),
+    ("call_replicate", "refused_body"): (422, []),
 }
 """Refused for what the request itself says: status and fields."""
 
@@ -81,13 +87,36 @@ ANSWERED = {
     ("receive_webhook", "unknown_prediction"): 200,
     ("receive_webhook", "no_prediction_id"): 200,
 }
+FORWARDED = {
+    ("call_replicate", "account"): 200,
+    ("call_replicate", "collections"): 200,
+    ("call_replicate", "collection"): 200,
+    ("call_replicate", "deployments"): 200,
+    ("call_replicate", "deployment_create"): 200,
+    ("call_replicate", "deployment"): 200,
+    ("call_replicate", "deployment_update"): 200,
+    ("call_replicate", "deployment_delete"): 204,
+    ("call_replicate", "hardware"): 200,
+    ("call_replicate", "models"): 200,
+    ("call_replicate", "model_create"): 201,
+    ("call_replicate", "model"): 200,
+    ("call_replicate", "model_update"): 200,
+    ("call_replicate", "model_delete"): 204,
+    ("call_replicate", "model_examples"): 200,
+    ("call_replicate", "model_readme"): 200,
+    ("call_replicate", "model_versions"): 200,
+    ("call_replicate", "model_version"): 200,
+    ("call_replicate", "model_version_delete"): 202,
+    ("call_replicate", "search"): 200,
+}
+"""Answered by Replicate, with this status."""
 RUN = {
     ("submit_prediction", "execution"),
     ("poll_prediction", "execution"),
     ("copy_outputs", "first_execution"),
     ("sweep_predictions", "schedule"),
 }
-API_FUNCTIONS = {"start_prediction", "read_predictions", "cancel_prediction", "receive_webhook"}
+API_FUNCTIONS = {"call_replicate", "start_prediction", "read_predictions", "cancel_prediction", "receive_webhook"}
 
 Run = Callable[..., Any]
 
@@ -100,7 +129,7 @@ def test_every_sample_has_its_expected_outcome() -> None:
     found = {
         (path.parent.name, path.stem) for path in EVENTS.glob("*/*.json") if path.parent.name != "authorize_request"
     }
-    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | ANSWERED.keys() | RUN
+    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | ANSWERED.keys() | FORWARDED.keys() | RUN
 
 
 def test_every_function_has_a_sample() -> None:
@@ -123,10 +152,14 @@ def run(
     submissions: Submissions,
     table: PredictionsTable,
     outputs: OutputsBucket,
+    replicate: ReplicateInMemory,
     clock: Clock,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Run:
     """Runs an event through its handler, with Replicate and the time of the test."""
+
+    versions = VersionCache("predictions", aws.client("dynamodb"), clock.now)
+    forwarding = Forwarding(ReplicateInMemory.URL, Token("replicate-token"), replicate.client(), versions)
 
     def run(function: str, event: dict[str, Any]) -> Any:
         with pytest.MonkeyPatch.context() as only_here:
@@ -135,6 +168,7 @@ def run(
                 "submissions": submissions,
                 "table": table,
                 "outputs": outputs,
+                "forwarding": forwarding,
                 "time": clock_module(clock.now),
             }.items():
                 if hasattr(app, name):
@@ -208,6 +242,22 @@ def test_an_answered_sample_is_answered(run: Run, started: None, function: str, 
     answer = run(function, sample(function, case))
     assert answer["statusCode"] == ANSWERED[function, case], answer["body"]
     assert isinstance(json.loads(answer["body"]), dict)
+
+
+@pytest.mark.parametrize(("function", "case"), sorted(FORWARDED), ids=names(FORWARDED))
+def test_a_forwarded_sample_is_asked_of_replicate_and_answered_as_it_says(
+    run: Run, replicate: ReplicateInMemory, function: str, case: str
+) -> None:
+    event, status = sample(function, case), FORWARDED[function, case]
+    body = "" if status in (202, 204) else '{"name":"fox"}'
+    media_type = "text/plain" if case == "model_readme" else "application/json"
+    told = httpx.Response(status, content=body.encode(), headers={"Content-Type": media_type})
+    replicate.others[event["httpMethod"], event["path"]] = lambda: told
+    answer = run(function, event)
+    assert (answer["statusCode"], answer["body"]) == (status, body)
+    [request] = replicate.asked
+    assert dict(request.url.params) == (event["queryStringParameters"] or {})
+    assert request.content.decode() == (event["body"] or "")
 
 
 def test_the_started_sample_is_asked_for_once(run: Run, started: None, replicate: ReplicateInMemory) -> None:

@@ -211,6 +211,21 @@ def test_bad_header_is_refused(api: httpx.Client, headers: dict[str, str]) -> No
         ("POST", "/deployments/local/unknown/predictions", 404),
         ("GET", "/models/local/unknown", 404),
         ("GET", "/models/local/painter/versions/" + "0" * 64, 404),
+        ("DELETE", "/models/local/painter/versions/" + "0" * 64, 404),
+        ("DELETE", "/models/local/painter/versions/" + version["painter"], 403),
+        ("DELETE", "/models/local/painter", 403),
+        ("DELETE", "/models/local/relic", 403),
+        ("DELETE", "/models/local/unknown", 404),
+        ("PATCH", "/models/local/unknown", 404),
+        ("GET", "/models/local/relic/readme", 404),
+        ("GET", "/models/local/unknown/examples", 404),
+        ("GET", "/models?sort_by=stars", 422),
+        ("POST", "/models", 422),
+        ("GET", "/collections/unknown", 404),
+        ("GET", "/deployments/local/unknown", 404),
+        ("PATCH", "/deployments/local/unknown", 404),
+        ("DELETE", "/deployments/local/unknown", 404),
+        ("POST", "/deployments", 422),
         ("GET", "/predictions/unknown", 404),
         ("POST", "/predictions/unknown/cancel", 404),
         ("GET", "/nothing", 404),
@@ -400,6 +415,127 @@ def test_models_versions_and_deployments_can_be_read(api: httpx.Client) -> None:
     assert api.get("/deployments").json()["results"] == [deployment]
     assert isinstance(api.get("/hardware").json(), list)
     assert api.get("/account").json()["username"] == "local"
+
+
+DEPLOYMENT = {
+    "name": "harbour",
+    "model": "local/etcher",
+    "version": version["etcher"],
+    "hardware": "gpu-t4",
+    "min_instances": 0,
+    "max_instances": 2,
+}
+MODEL = {"owner": "local", "name": "sketch", "visibility": "private", "hardware": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/deployments", DEPLOYMENT | {"version": version["painter"]}, 422),
+        ("POST", "/deployments", DEPLOYMENT | {"max_instances": 21}, 422),
+        ("POST", "/deployments", DEPLOYMENT | {"hardware": "abacus"}, 422),
+        ("POST", "/deployments", DEPLOYMENT | {"name": "Not A Name"}, 422),
+        ("POST", "/deployments", DEPLOYMENT | {"owner": "local"}, 422),
+        ("POST", "/deployments", DEPLOYMENT | {"name": "painter-deployment"}, 409),
+        ("PATCH", "/deployments/local/painter-deployment", {"version": version["etcher"]}, 422),
+        ("PATCH", "/deployments/local/painter-deployment", {"name": "other"}, 422),
+        ("POST", "/models", MODEL | {"owner": "somebody"}, 403),
+        ("POST", "/models", MODEL | {"name": "painter"}, 409),
+        ("POST", "/models", MODEL | {"visibility": "secret"}, 422),
+        ("PATCH", "/models/local/painter", {"name": "other"}, 422),
+    ],
+)
+def test_bad_change_is_refused_and_changes_nothing(
+    api: httpx.Client, method: str, path: str, body: JsonObject, status: int
+) -> None:
+    def everything() -> list[Any]:
+        return [api.get(path).json() for path in ("/deployments", "/models", "/models/local/relic")]
+
+    before = everything()
+    answer = api.request(method, path, json=body)
+    assert (answer.status_code, answer.json()["status"]) == (status, status)
+    assert everything() == before
+
+
+def test_deployment_is_made_changed_run_and_deleted_until_a_reset(replicate: LocalReplicate, api: httpx.Client) -> None:
+    made = api.post("/deployments", json=DEPLOYMENT)
+    release = made.json()["current_release"]
+    assert (made.status_code, made.json()["owner"], release["number"]) == (200, "local", 1)
+    assert release["configuration"] == {"hardware": "gpu-t4", "min_instances": 0, "max_instances": 2}
+    assert api.post("/deployments", json=DEPLOYMENT).status_code == 409
+    changed = api.patch("/deployments/local/harbour", json={"max_instances": 5}).json()["current_release"]
+    assert (changed["number"], changed["version"]) == (2, version["etcher"])
+    assert changed["configuration"] == {"hardware": "gpu-t4", "min_instances": 0, "max_instances": 5}
+    assert api.get("/deployments/local/harbour").json()["current_release"] == changed
+    refused = api.post("/deployments/local/harbour/predictions", json={"input": {}})
+    assert (refused.status_code, "image" in refused.json()["detail"]) == (422, True)
+    deleted = api.delete("/deployments/local/harbour")
+    assert (deleted.status_code, deleted.content) == (204, b"")
+    assert api.get("/deployments/local/harbour").status_code == 404
+    assert api.delete("/deployments/local/painter-deployment").status_code == 204
+    replicate.reset()
+    assert [each["name"] for each in api.get("/deployments").json()["results"]] == ["painter-deployment"]
+
+
+def test_model_is_made_changed_and_deleted(api: httpx.Client) -> None:
+    made = api.post("/models", json=MODEL | {"description": "Draws."})
+    assert made.status_code == 201
+    assert (made.json()["description"], made.json()["latest_version"]) == ("Draws.", None)
+    assert api.get("/models/local/sketch/readme").status_code == 404
+    changed = api.patch("/models/local/sketch", json={"readme": "# Füchse", "paper_url": "https://arxiv.org/abs/1"})
+    assert (changed.status_code, changed.json()["paper_url"]) == (200, "https://arxiv.org/abs/1")
+    assert changed.json()["description"] == "Draws."
+    readme = api.get("/models/local/sketch/readme")
+    assert (readme.text, readme.headers["content-type"]) == ("# Füchse", "text/plain; charset=utf-8")
+    assert "sketch" not in {model["name"] for model in api.get("/models").json()["results"]}, "it is private"
+    assert api.delete("/models/local/sketch").status_code == 204
+    assert api.get("/models/local/sketch").status_code == 404
+
+
+def test_version_of_a_private_model_can_be_deleted_and_then_the_model(api: httpx.Client) -> None:
+    [pushed] = api.get("/models/local/relic/versions").json()["results"]
+    path = f"/models/local/relic/versions/{pushed['id']}"
+    assert api.get(path).json() == pushed == api.get("/models/local/relic").json()["latest_version"]
+    deleted = api.delete(path)
+    assert (deleted.status_code, deleted.content) == (202, b"")
+    assert api.get(path).status_code == 404
+    assert api.get("/models/local/relic").json()["latest_version"] is None
+    assert api.delete("/models/local/relic").status_code == 204
+
+
+def test_collections_examples_and_search_can_be_read(api: httpx.Client) -> None:
+    listed = api.get("/collections").json()["results"]
+    assert {"text-to-image", "language-models"} <= {collection["slug"] for collection in listed}
+    held = api.get("/collections/text-to-image").json()
+    assert [model["name"] for model in held["models"]] == ["painter", "series"]
+    [example] = api.get("/models/local/painter/examples").json()["results"]
+    assert api.get("/models/local/painter").json()["default_example"] == example
+    assert (example["status"], example["version"]) == ("succeeded", version["painter"])
+    assert api.get("/models/local/sleeper/examples").json()["results"] == []
+    found = api.get("/search", params={"query": "TEXT image"}).json()
+    assert {each["model"]["name"] for each in found["models"]} == {"painter"}
+    assert [collection["slug"] for collection in found["collections"]] == ["text-to-image"]
+    assert len(api.get("/search", params={"query": "local", "limit": 2}).json()["models"]) == 2
+    for query in ("", "query=", "query=x&limit=51", "query=x&limit=all"):
+        assert api.get(f"/search?{query}").status_code == 400
+
+
+def test_other_routes_can_fail_break_off_and_be_silent(replicate: LocalReplicate, api: httpx.Client) -> None:
+    replicate.fault("other_error", status=402, path="/account")
+    assert api.get("/hardware").status_code == 200
+    assert api.get("/account").status_code == 402
+    assert api.get("/account").status_code == 200
+    replicate.fault("other_error", path="/deployments")
+    assert api.post("/deployments", json=DEPLOYMENT).status_code == 500
+    assert api.get("/deployments/local/harbour").status_code == 404
+    replicate.fault("other_reset")
+    with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
+        api.get("/account")
+    replicate.fault("other_silence")
+    with pytest.raises(httpx.ReadTimeout):
+        api.get("/account", timeout=0.5)
+    replicate.fault("other_error", times=None)
+    assert api.get("/predictions").status_code == 200
 
 
 def test_list_has_pages_of_100_newest_first_with_absolute_urls(replicate: LocalReplicate, api: httpx.Client) -> None:

@@ -111,6 +111,30 @@ def test_tables_of_operation_name_every_alarm_and_every_metric() -> None:
 
 LIMITS = {
     "body of a request": ("layers/predictions/predictions/intents.py", "BODY_LIMIT_BYTES", 2**20, "{} MiB"),
+    "body of a change that is passed on": (
+        "layers/predictions/predictions/forwarding.py",
+        "CHANGE_LIMIT_BYTES",
+        2**20,
+        "{} MiB",
+    ),
+    "query that is passed on": (
+        "layers/predictions/predictions/forwarding.py",
+        "QUERY_LIMIT_CHARACTERS",
+        1,
+        "{} characters",
+    ),
+    "answer that is passed on": (
+        "layers/predictions/predictions/forwarding.py",
+        "ANSWER_LIMIT_BYTES",
+        1,
+        "{:,} bytes",
+    ),
+    "age of a kept version of a model": (
+        "layers/predictions/predictions/forwarding.py",
+        "VERSION_CACHE_SECONDS",
+        1,
+        "{} s",
+    ),
     "nesting of JSON": ("layers/predictions/predictions/intents.py", "DEPTH_LIMIT", 1, "{} levels"),
     "`Prefer: wait`": ("functions/start_prediction/app.py", "WAIT_LIMIT_SECONDS", 1, "{} s"),
     "deadline": ("layers/predictions/predictions/intents.py", "LIFETIME_LIMIT_SECONDS", 24 * 3600, "5 s to {} days"),

@@ -3,6 +3,7 @@ import re
 from typing import Any
 
 import pytest
+from predictions.forwarding import ROUTES
 
 from tests.unit.code_reach import reach
 from tests.unit.template import (
@@ -71,6 +72,7 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
         "PollPredictionFunction",
         "CancelPredictionFunction",
         "SweepPredictionsFunction",
+        "CallReplicateFunction",
     }
     assert {name for name in FUNCTIONS if "REPLICATE_TOKEN_SECRET_ARN" in variables(name)} == readers
 
@@ -106,7 +108,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                 assert (operator, keys) == ("ForAllValues:StringEquals", ["tokens"])
             else:
                 assert operator == "ForAllValues:StringLike"
-                assert set(keys) <= {"prediction#*", "recent#*", "upstream#*"}
+                assert set(keys) <= {"prediction#*", "recent#*", "upstream#*", "forwarded#*"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -303,6 +305,7 @@ def test_api_has_exactly_these_routes() -> None:
         ("GET", "/predictions/{id}"): "ReadPredictionsFunction",
         ("POST", "/predictions/{id}/cancel"): "CancelPredictionFunction",
         ("POST", "/webhooks/replicate/{id}"): "ReceiveWebhookFunction",
+        **dict.fromkeys(ROUTES, "CallReplicateFunction"),
     }
 
 

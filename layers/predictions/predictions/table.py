@@ -13,7 +13,8 @@ Every write of a status item is conditional; there is no other way to change one
 twice, late or out of order is refused by the condition, and the caller is told what is there instead.
 
 Besides, `pk` = `tokens` holds the access tokens (see `predictions.access`) and `pk` = `recent#{owner}#{fingerprint}`
-the latest request of a client that announced that it may send it again.
+the latest request of a client that announced that it may send it again; `pk` = `forwarded#{path}` holds an answer of
+Replicate that does not change (see `predictions.forwarding`).
 """
 
 import hashlib

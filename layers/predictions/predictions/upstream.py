@@ -175,7 +175,7 @@ class Replicate:
         except (httpx.HTTPError, AnswerTooLargeError) as error:
             raise OutcomeUnknown(f"the create was sent, but its answer was lost ({type(error).__name__})") from error
         if 400 <= answer.status_code < 500 and answer.status_code != 408:
-            raise _not_accepted(answer)
+            raise not_accepted(answer)
         if not 200 <= answer.status_code < 300:
             raise OutcomeUnknown(f"Replicate answered {answer.status_code} to the create")
         try:
@@ -346,7 +346,8 @@ def _prediction(answer: httpx.Response) -> UpstreamPrediction:
         raise Unavailable("Replicate's answer is not a prediction") from error
 
 
-def _not_accepted(answer: httpx.Response) -> NotAccepted:
+def not_accepted(answer: httpx.Response) -> NotAccepted:
+    """What a 4xx of Replicate means: `Throttled`, `Unauthorized` or `Refused`, with its explanation."""
     detail = _detail(answer)
     if answer.status_code == 429:
         return Throttled(detail, _retry_after_seconds(answer, detail))

@@ -1,0 +1,32 @@
+"""Routes of the API that are passed on to Replicate: account, collections, deployments, hardware, models, search."""
+
+from collections.abc import Callable
+
+from aws_lambda_powertools.event_handler import Response
+from predictions.api import answer_with, body_of, headers_of, owner_with, resolver
+from predictions.forwarding import ROUTES, Call, Forwarding, Method
+from predictions.observability import logger
+
+app = resolver()
+forwarding = Forwarding.from_env()
+
+
+def _route(method: Method, template: str) -> Callable[..., Response[str]]:
+    def pass_on(**names: str) -> Response[str]:
+        # Who changed what is nowhere else: to Replicate all callers are the stack.
+        logger.append_keys(owner=owner_with(app, "read" if method == "GET" else "manage"))
+        query = app.current_event.multi_value_query_string_parameters
+        body = body_of(app) if method in ("POST", "PATCH") else b""
+        call = Call.check(method, template, names, query, body, headers_of(app).get("content-type"))
+        answer = forwarding.forward(call)
+        # Nothing that Replicate's users wrote may run as a page under the API's name.
+        headers = {**answer.headers, "X-Content-Type-Options": "nosniff"}
+        return Response(answer.status, answer.content_type or None, answer.text, headers)
+
+    return pass_on
+
+
+for each_method, each_template in ROUTES:
+    app.route(each_template.replace("{", "<").replace("}", ">"), each_method)(_route(each_method, each_template))
+
+handler = answer_with(app)
