@@ -41,6 +41,7 @@ Answer = Callable[[httpx.Request, "ReplicateInMemory"], httpx.Response]
 class ReplicateInMemory:
     """Replicate's API and file host, as far as the protocol sees them.
 
+    `models` and `deployments` are described by `owner/name`, `versions` by `owner/name/versions/{id}`.
     `faults` answers the next creates in its order, instead of or around `accept`; everything asked is in `asked`.
     """
 
@@ -59,6 +60,8 @@ class ReplicateInMemory:
             "meta/llama": {"is_official": True, "latest_version": None},
             "stability-ai/sdxl": {"is_official": False, "latest_version": {"id": VERSION}},
         }
+        self.deployments: dict[str, dict[str, Any]] = {}
+        self.versions: dict[str, dict[str, Any]] = {}
         self._clients: list[httpx.Client] = []
 
     def __enter__(self) -> "ReplicateInMemory":
@@ -149,6 +152,9 @@ class ReplicateInMemory:
             return httpx.Response(200, json={"previous": None, "next": None, "results": listed})
         if path == "/webhooks/default/secret":
             return httpx.Response(200, json={"key": self.SECRET})
+        if "/versions/" in path or path.startswith("/deployments/"):
+            described = {**self.versions, **self.deployments}.get(path.partition("s/")[2])
+            return httpx.Response(200, json=described) if described else httpx.Response(404, json={"detail": "none"})
         if path.startswith("/models/"):
             model = self.models.get(path.removeprefix("/models/"))
             return httpx.Response(200, json=model) if model else httpx.Response(404, json={"detail": "no model"})
