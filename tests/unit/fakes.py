@@ -16,6 +16,22 @@ from predictions import aws
 
 API_URL = "https://api.example.com/v1"
 VERSION = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
+SCHEMA = {
+    "components": {
+        "schemas": {
+            "Input": {
+                "type": "object",
+                "required": ["prompt"],
+                "properties": {
+                    "prompt": {"type": "string", "x-order": 0},
+                    "aspect_ratio": {"allOf": [{"$ref": "#/components/schemas/aspect_ratio"}], "default": "1:1"},
+                    "num_outputs": {"type": "integer", "default": 1, "minimum": 1, "maximum": 4},
+                },
+            },
+            "aspect_ratio": {"type": "string", "enum": ["1:1", "16:9"]},
+        }
+    }
+}
 PNG = b"\x89PNG\r\n\x1a\n" + b"pixels" * 100
 
 
@@ -59,6 +75,10 @@ class ReplicateInMemory:
         self.models: dict[str, dict[str, Any]] = {
             "meta/llama": {"is_official": True, "latest_version": None},
             "stability-ai/sdxl": {"is_official": False, "latest_version": {"id": VERSION}},
+            "black-forest-labs/flux-schnell": {
+                "is_official": True,
+                "latest_version": {"id": VERSION, "openapi_schema": SCHEMA},
+            },
         }
         self.deployments: dict[str, dict[str, Any]] = {}
         self.versions: dict[str, dict[str, Any]] = {}
