@@ -9,6 +9,7 @@ from predictions import aws
 from predictions.executions import Executions
 from predictions.observability import metrics
 from predictions.outputs import OutputsBucket
+from predictions.schemas import ModelSchemas
 from predictions.submissions import Submissions, Timing
 from predictions.table import PredictionsTable
 from predictions.upstream import Replicate, Token
@@ -34,6 +35,7 @@ ENVIRONMENT = {
     "DEFAULT_LIFETIME_SECONDS": "86400",
     "SUBMIT_GRACE_SECONDS": "90",
     "UNKNOWN_SUBMISSION": "fail",
+    "VALIDATE_INPUT": "true",
     "RETENTION_DAYS": "30",
     "FIRST_POLL_SECONDS": "60",
     "POLL_SECONDS": "600",
@@ -128,10 +130,12 @@ def make_submissions(
     timing: Timing | None = None,
     **options: Any,
 ) -> Submissions:
-    """The protocol with other options."""
+    """The protocol with other options; `schemas=None` checks no input."""
+    upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
+    options = {"schemas": ModelSchemas(table, upstream, now=clock.now), **options}
     return Submissions(
         table,
-        Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client()),
+        upstream,
         Executions(executed.machine_arn, aws.client("stepfunctions")),
         timing or Timing(lifetime=86400, grace=90, first_poll=60, poll=600, retention=30 * 86400),
         now=clock.now,

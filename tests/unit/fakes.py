@@ -16,6 +16,22 @@ from predictions import aws
 
 API_URL = "https://api.example.com/v1"
 VERSION = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
+SCHEMA = {
+    "components": {
+        "schemas": {
+            "Input": {
+                "type": "object",
+                "required": ["prompt"],
+                "properties": {
+                    "prompt": {"type": "string", "x-order": 0},
+                    "aspect_ratio": {"allOf": [{"$ref": "#/components/schemas/aspect_ratio"}], "default": "1:1"},
+                    "num_outputs": {"type": "integer", "default": 1, "minimum": 1, "maximum": 4},
+                },
+            },
+            "aspect_ratio": {"type": "string", "enum": ["1:1", "16:9"]},
+        }
+    }
+}
 PNG = b"\x89PNG\r\n\x1a\n" + b"pixels" * 100
 
 
@@ -41,6 +57,7 @@ Answer = Callable[[httpx.Request, "ReplicateInMemory"], httpx.Response]
 class ReplicateInMemory:
     """Replicate's API and file host, as far as the protocol sees them.
 
+    `models` and `deployments` are described by `owner/name`, `versions` by `owner/name/versions/{id}`.
     `faults` answers the next creates in its order, instead of or around `accept`; everything asked is in `asked`.
     `others` answers what the protocol does not ask, by method and path.
     """
@@ -60,7 +77,13 @@ class ReplicateInMemory:
         self.models: dict[str, dict[str, Any]] = {
             "meta/llama": {"is_official": True, "latest_version": None},
             "stability-ai/sdxl": {"is_official": False, "latest_version": {"id": VERSION}},
+            "black-forest-labs/flux-schnell": {
+                "is_official": True,
+                "latest_version": {"id": VERSION, "openapi_schema": SCHEMA},
+            },
         }
+        self.deployments: dict[str, dict[str, Any]] = {}
+        self.versions: dict[str, dict[str, Any]] = {}
         self._clients: list[httpx.Client] = []
 
     def __enter__(self) -> "ReplicateInMemory":
@@ -153,6 +176,9 @@ class ReplicateInMemory:
             return httpx.Response(200, json={"previous": None, "next": None, "results": listed})
         if path == "/webhooks/default/secret":
             return httpx.Response(200, json={"key": self.SECRET})
+        if "/versions/" in path or path.startswith("/deployments/"):
+            described = {**self.versions, **self.deployments}.get(path.partition("s/")[2])
+            return httpx.Response(200, json=described) if described else httpx.Response(404, json={"detail": "none"})
         if path.startswith("/models/"):
             model = self.models.get(path.removeprefix("/models/"))
             return httpx.Response(200, json=model) if model else httpx.Response(404, json={"detail": "no model"})

@@ -58,6 +58,7 @@ REFUSED = {
 
 REFUSED_BY_WHAT_IS_THERE = {
     ("start_prediction", "refused_unknown_model"): 404,
+    ("start_prediction", "refused_by_schema"): 422,
     ("read_predictions", "refused_other_owner"): 404,
     ("read_predictions", "refused_unknown"): 404,
     ("cancel_prediction", "refused_other_owner"): 404,

@@ -141,6 +141,7 @@ LIMITS = {
     "page of a list": ("functions/read_predictions/app.py", "PAGE_SIZE", 1, "{} predictions"),
     "logs in an answer": ("layers/predictions/predictions/api.py", "_LOGS_LIMIT_CHARACTERS", 1024, "the last {} Ki "),
     "input or result in the table": ("layers/predictions/predictions/table.py", "PAYLOAD_LIMIT_BYTES", 1024, "{} KiB"),
+    "one check of an input": ("layers/predictions/predictions/input_schema.py", "STEPS_LIMIT", 1, "{} steps"),
     "an output file": ("layers/predictions/predictions/outputs.py", "FILE_MAX_BYTES", 2**30, "{} GiB, 600 s"),
     "one sweep": ("functions/sweep_predictions/app.py", "SWEEP_LIMIT", 1, "{} predictions"),
     "age of a webhook": ("layers/predictions/predictions/webhooks.py", "TOLERANCE_SECONDS", 1, "{} s"),

@@ -77,6 +77,11 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
     assert {name for name in FUNCTIONS if "REPLICATE_TOKEN_SECRET_ARN" in variables(name)} == readers
 
 
+def test_schemas_are_kept_only_by_functions_that_submit() -> None:
+    keepers = {name for name in FUNCTIONS if any("schema#*" in text(each) for each in statements(name))}
+    assert keepers == {"StartPredictionFunction", "SubmitPredictionFunction", "PollPredictionFunction"}
+
+
 def test_public_function_is_only_the_webhook_and_holds_no_token_of_replicate() -> None:
     public = {
         name
@@ -108,7 +113,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                 assert (operator, keys) == ("ForAllValues:StringEquals", ["tokens"])
             else:
                 assert operator == "ForAllValues:StringLike"
-                assert set(keys) <= {"prediction#*", "recent#*", "upstream#*", "forwarded#*"}
+                assert set(keys) <= {"prediction#*", "recent#*", "upstream#*", "forwarded#*", "schema#*"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -29,6 +29,7 @@ from predictions.errors import PredictionThrottled, Problem
 from predictions.executions import Executions, wake
 from predictions.intents import Intent, Reference, input_json_canonical
 from predictions.observability import MetricUnit, count_ended, logger, metrics
+from predictions.schemas import ModelSchemas
 from predictions.statuses import Status
 from predictions.table import AlreadyExists, Change, Prediction, PredictionsTable
 from predictions.upstream import (
@@ -43,6 +44,9 @@ from predictions.upstream import (
     Unavailable,
 )
 from predictions.upstream_prediction import UpstreamPrediction
+
+if TYPE_CHECKING:
+    from predictions.input_schema import InputSchema
 
 # A prediction whose submission nobody can account for is given up this long after Replicate must have ended it.
 _GIVE_UP_SECONDS = 300
@@ -60,6 +64,7 @@ _UNAUTHORIZED_WAIT_SECONDS = 300
 _STUCK_SECONDS = 600
 _WAIT_STEP_SECONDS = 0.2
 _MODEL_CACHE_SECONDS = 300
+_MODELS_CACHED = 64
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,13 @@ class Timing:
         )
 
 
+class _Model(NamedTuple):
+    """What is known of a model: its version (None: Replicate runs it without one) and its input's schema, if any."""
+
+    version: str | None
+    schema: "InputSchema | None"
+
+
 class Submissions:
     """Starts predictions, and moves on those that nobody else does.
 
@@ -100,6 +112,7 @@ class Submissions:
         replicate: Replicate.
         executions: The state machine.
         timing: The operator's choices.
+        schemas: Finds the schemas by which inputs are checked; None: they are not.
         resubmit: Whether a submission of unknown outcome is made anew, once, after its deadline has passed.
         now: The time, in seconds since 1970.
         sleep: Waits that many seconds.
@@ -112,6 +125,7 @@ class Submissions:
         executions: Executions,
         timing: Timing,
         *,
+        schemas: ModelSchemas | None = None,
         resubmit: bool = False,
         now: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
@@ -120,19 +134,23 @@ class Submissions:
         self._replicate = replicate
         self._executions = executions
         self._timing = timing
+        self._schemas = schemas
         self._resubmit = resubmit
         self._now = now
         self._sleep = sleep
-        self._versions: dict[str, tuple[float, str | None]] = {}
+        self._models: dict[str, tuple[float, _Model]] = {}
 
     @classmethod
     def from_env(cls) -> "Submissions":
         """From the environment of any function that may talk to Replicate."""
+        table = PredictionsTable.from_env()
+        replicate = Replicate.from_env()
         return cls(
-            PredictionsTable.from_env(),
-            Replicate.from_env(),
+            table,
+            replicate,
             Executions.from_env(),
             Timing.from_env(),
+            schemas=ModelSchemas(table, replicate) if os.environ["VALIDATE_INPUT"] == "true" else None,
             resubmit=os.environ["UNKNOWN_SUBMISSION"] == "resubmit",
         )
 
@@ -150,8 +168,9 @@ class Submissions:
             The prediction: new, or the one that the same request started before.
 
         Raises:
-            Problem: 404 or 422 (Replicate's refusal, or another request with the same key), 502 (Replicate refuses
-                the stack's token or credit), 503 (Replicate cannot be asked which version to run).
+            Problem: 404 or 422 (an input that is not the model's, Replicate's refusal, or another request with the same
+                key), 502 (Replicate refuses the stack's token or credit), 503 (Replicate cannot be asked which version
+                to run).
         """
         if intent.keyed and (existing := self.table.get(intent.id)):
             return _existing(existing, intent)
@@ -159,7 +178,9 @@ class Submissions:
             existing = self.table.recent(intent.owner, intent.fingerprint, self._now())
             if existing is not None:
                 return _existing(existing, intent)
-        version = self._version(intent.reference)
+        version, schema = self._look_up(intent.reference)
+        if invalid := self._violations(schema, intent.input_json):
+            raise Problem(422, _listed(invalid[:5]), title="Input validation failed", invalid_fields=invalid)
         now = self._now()
         deadline = int(now) + (intent.lifetime_seconds or self._timing.lifetime)
         # All that can fail on our side comes before the claim: after it, a POST that was never made is as unknown
@@ -258,19 +279,21 @@ class Submissions:
             return
         if prediction.submit_at and prediction.submit_at > now:
             raise PredictionThrottled(int(prediction.submit_at - now) + 1)
-        version = prediction.version
-        if version is None and prediction.kind == "model":
-            try:
-                version = self._version(Reference("model", prediction.name))
-            except Problem as problem:
-                if problem.status >= 500:
-                    raise PredictionThrottled(_NO_CONNECTION_WAIT_SECONDS) from None
-                self._end(prediction, Status.FAILED, problem.detail)
-                return
+        check = prediction.source != "http"  # what came over HTTP was checked before it was written down
+        try:
+            version, schema = self._look_up(_reference(prediction), check=check)
+        except Problem as problem:
+            if problem.status >= 500:
+                raise PredictionThrottled(_NO_CONNECTION_WAIT_SECONDS) from None
+            self._end(prediction, Status.FAILED, problem.detail)
+            return
         # As in `start`: what can fail on our side comes before the claim.
         input_json = self.table.input_json(prediction)
         if input_json is None:
             self._end(prediction, Status.FAILED, "Its input had expired before Replicate accepted it.")
+            return
+        if check and (invalid := self._violations(schema, input_json)):
+            self._end(prediction, Status.FAILED, _listed(invalid))
             return
         api_url()
         claimed = self.table.claim(prediction_id, version, now)
@@ -590,16 +613,27 @@ class Submissions:
         wake(ended.task_token)
         return ended
 
-    def _version(self, reference: Reference) -> str | None:
-        """The version that runs a reference: None where Replicate runs it without one (official models).
+    def _look_up(self, reference: Reference, *, check: bool = True) -> "_Model":
+        """The version that runs a reference, and by which schema to check its input.
+
+        Args:
+            reference: What is to be run.
+            check: Whether the schema is needed.
 
         Raises:
             Problem: 404 where there is no such model, 422 where it has no version, 503 where that is not known.
         """
-        if reference.kind != "model":
-            return reference.version
-        name = reference.name or ""
-        cached = self._versions.get(name)
+        name, version = reference.name or "", reference.version
+        if reference.kind == "model" and version is None:
+            return self._model(name)
+        if self._schemas is None or not check or not name:
+            return _Model(version, None)
+        if reference.kind == "deployment":
+            return _Model(version, self._schemas.of_deployment(name))
+        return _Model(version, self._schemas.of_version(name, version or ""))
+
+    def _model(self, name: str) -> "_Model":
+        cached = self._models.get(name)
         if cached and cached[0] > self._now():
             return cached[1]
         try:
@@ -612,8 +646,25 @@ class Submissions:
         version = None if model.is_official else model.latest_version
         if version is None and not model.is_official:
             raise Problem(422, f"The model {name} has no version that could be run.")
-        self._versions[name] = (self._now() + _MODEL_CACHE_SECONDS, version)
-        return version
+        schema = self._schemas.of_model(name, model.openapi_schema) if self._schemas else None
+        self._models.pop(name, None)
+        while len(self._models) >= _MODELS_CACHED:
+            del self._models[next(iter(self._models))]  # the oldest: schemas are large
+        found = _Model(version, schema)
+        self._models[name] = (self._now() + _MODEL_CACHE_SECONDS, found)
+        return found
+
+    def _violations(self, schema: "InputSchema | None", input_json: str) -> list[dict[str, str]]:
+        """What is wrong with an input, as far as it can be told; Replicate looks at it again."""
+        if schema is None:
+            return []
+        from predictions.input_schema import NotChecked  # loaded with the first schema
+
+        try:
+            return schema.violations(json.loads(input_json))
+        except NotChecked as error:
+            logger.info("input not checked", reason=str(error))
+            return []
 
     def _count_refused_token(self, error: Unauthorized) -> None:
         logger.error("Replicate refuses the stack's token or credit", status=error.status)
@@ -636,6 +687,15 @@ def _existing(prediction: Prediction, intent: Intent) -> Prediction:
 
 def _problem_of(refusal: dict[str, Any]) -> Problem:
     return Problem(refusal["status"], refusal["detail"], invalid_fields=refusal["invalid_fields"])
+
+
+def _listed(invalid: list[dict[str, str]]) -> str:
+    return " ".join(f"{field['field']}: {field['detail']}" for field in invalid)
+
+
+def _reference(prediction: Prediction) -> Reference:
+    kind: Any = prediction.kind
+    return Reference(kind, prediction.name, prediction.version)
 
 
 def _target(prediction: Prediction) -> Target:

@@ -14,7 +14,8 @@ twice, late or out of order is refused by the condition, and the caller is told 
 
 Besides, `pk` = `tokens` holds the access tokens (see `predictions.access`) and `pk` = `recent#{owner}#{fingerprint}`
 the latest request of a client that announced that it may send it again; `pk` = `forwarded#{path}` holds an answer of
-Replicate that does not change (see `predictions.forwarding`).
+Replicate that does not change (see `predictions.forwarding`); `pk` = `schema#{version}` holds the schema of a model's
+input.
 """
 
 import hashlib
@@ -685,6 +686,26 @@ class PredictionsTable:
         )["Items"]
         return str(_deserialize(found[0])["pk"]).removeprefix("prediction#") if found else None
 
+    # -- schemas of models' inputs ----------------------------------------------------------------------------
+
+    def kept_schema(self, version: str, now: float) -> str | None:
+        """What `keep_schema` kept for a version; None where that is nothing, or has expired."""
+        found = self._dynamodb.get_item(TableName=self._name, Key=_serialize(_schema_key(version))).get("Item")
+        item = _deserialize(found) if found else None
+        # What has expired stays there for some days.
+        return self._payload_text(item) if item and item["expires_at"] > now else None
+
+    def keep_schema(self, version: str, text: str, expires: int) -> None:
+        """Keeps the schema of a version's input, as JSON text; the last writer wins, since a version never changes."""
+        item: dict[str, Any] = {**_schema_key(version), "expires_at": expires}
+        body = text.encode()
+        if len(body) > PAYLOAD_LIMIT_BYTES:
+            item["s3_key"] = f"payloads/schemas/{version}/{hashlib.sha256(body).hexdigest()}.json"
+            self._outputs.put_payload(item["s3_key"], text)
+        else:
+            item["json"] = text
+        self._dynamodb.put_item(TableName=self._name, Item=_serialize(item))
+
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _change(
@@ -867,6 +888,10 @@ def is_id(text: str) -> bool:
 
 def _key(prediction_id: str) -> dict[str, str]:
     return {"pk": f"prediction#{prediction_id}", "sk": "status"}
+
+
+def _schema_key(version: str) -> dict[str, str]:
+    return {"pk": f"schema#{version}", "sk": "input"}
 
 
 def _timestamp(moment: float) -> str:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import httpx
 from aws_lambda_powertools.utilities.parameters import SecretsProvider
@@ -33,6 +33,10 @@ CREATE_TIMEOUT_SECONDS = 20
 
 # What is asked can be asked again; a caller of the API waits for it within API Gateway's 29 s, before the create.
 _ASK_TIMEOUT_SECONDS = 7
+
+# A schema is asked for while a caller waits, and can be done without.
+_SCHEMA_TIMEOUT_SECONDS = 2.5
+_SCHEMA_LIMIT_BYTES = 2 * 1024 * 1024
 
 # A prediction's JSON can hold data: URLs and long logs; a function's memory is what bounds it.
 _ANSWER_LIMIT_BYTES = 64 * 1024 * 1024
@@ -116,10 +120,17 @@ class Target:
 
 @dataclass(frozen=True)
 class Model:
-    """A model's description: whether Replicate runs it without a version, and its latest version's id."""
+    """A model's description.
+
+    Attributes:
+        is_official: Whether Replicate runs it without a version.
+        latest_version: The id of its latest version.
+        openapi_schema: That version's, whatever its author made of it.
+    """
 
     is_official: bool
     latest_version: str | None
+    openapi_schema: Any = None
 
 
 class Replicate:
@@ -247,8 +258,35 @@ class Replicate:
         version = latest.get("id") if isinstance(latest, dict) else None
         return Model(
             is_official=described.get("is_official") is True,
-            latest_version=version if isinstance(version, str) and re.fullmatch(r"[0-9a-f]{64}", version) else None,
+            latest_version=version if _is_version(version) else None,
+            openapi_schema=latest.get("openapi_schema") if isinstance(latest, dict) else None,
         )
+
+    def version_schema(self, name: str, version: str) -> Any:
+        """The `openapi_schema` of a version of the model `owner/name`, whatever its author made of it.
+
+        Raises:
+            NotFound: There is no such version, or the stack's token may not see it.
+            Unavailable: Replicate could not be asked, or not within seconds.
+        """
+        return self._describe(f"/models/{name}/versions/{version}").get("openapi_schema")
+
+    def release(self, deployment: str) -> tuple[str, str] | None:
+        """The model `owner/name` and the version that a deployment `owner/name` runs now, where Replicate names both.
+
+        Raises:
+            NotFound: There is no such deployment, or the stack's token may not see it.
+            Unavailable: Replicate could not be asked, or not within seconds.
+        """
+        current = self._describe(f"/deployments/{deployment}").get("current_release")
+        model, version = (current.get("model"), current.get("version")) if isinstance(current, dict) else (None, None)
+        # The model's name becomes part of a path.
+        if not isinstance(model, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model, re.ASCII):
+            return None
+        return (model, version) if _is_version(version) else None
+
+    def _describe(self, path: str) -> dict[str, Any]:
+        return self._json(self._ask("GET", path, timeout=_SCHEMA_TIMEOUT_SECONDS, limit_bytes=_SCHEMA_LIMIT_BYTES))
 
     def signing_secret(self) -> str:
         """The secret with which Replicate signs this account's webhooks (`whsec_…`).
@@ -263,7 +301,7 @@ class Replicate:
 
     def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
         try:
-            answer = self._request(method, path, timeout=_ASK_TIMEOUT_SECONDS, **request)
+            answer = self._request(method, path, **{"timeout": _ASK_TIMEOUT_SECONDS, **request})
         except TokenUnreadable as error:
             raise Unavailable(str(error)) from error
         except (httpx.HTTPError, httpx.InvalidURL, AnswerTooLargeError) as error:
@@ -277,15 +315,16 @@ class Replicate:
             raise Unavailable(f"Replicate answered {answer.status_code}")
         return answer
 
-    def _request(self, method: str, path: str, **request: Any) -> httpx.Response:
+    def _request(self, method: str, path: str, *, limit_bytes: int | None = None, **request: Any) -> httpx.Response:
+        most = _ANSWER_LIMIT_BYTES if limit_bytes is None else limit_bytes
         headers = {**request.pop("headers", {}), "Authorization": f"Bearer {self._token.value()}"}
         url = path if path.startswith(self._url + "/") else self._url + path
         with self._http.stream(method, url, headers=headers, **request) as answer:
             received = bytearray()
             for chunk in answer.iter_bytes():
                 received += chunk
-                if len(received) > _ANSWER_LIMIT_BYTES:
-                    raise AnswerTooLargeError(f"more than {_ANSWER_LIMIT_BYTES} bytes")
+                if len(received) > most:
+                    raise AnswerTooLargeError(f"more than {most} bytes")
             if answer.status_code in (401, 402, 403):
                 self._token.forget()
             return httpx.Response(
@@ -337,6 +376,10 @@ class Token:
     def forget(self) -> None:
         """Reads the secret anew for the next call: this token was refused."""
         self._secrets.clear_cache()  # type: ignore[no-untyped-call]  # Powertools leaves it untyped
+
+
+def _is_version(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def _prediction(answer: httpx.Response) -> UpstreamPrediction:
