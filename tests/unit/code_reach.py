@@ -30,6 +30,7 @@ _PREFIXES = {
     "stepfunctions": "states",
     "secretsmanager": "secretsmanager",
     "s3": "s3",
+    "sqs": "sqs",
     "ssm": "ssm",
 }
 # `seen.add(…)` is a set's, not an upload's.

@@ -30,6 +30,9 @@ ENVIRONMENT = {
     "REPLICATE_API_URL": ReplicateInMemory.URL,
     "REPLICATE_TOKEN_SECRET_ARN": "replicate-token",
     "SIGNING_SECRET_ARN": "signing-secret",
+    "WEBHOOK_MASTER_SECRET_ARN": "webhook-master",
+    "DELIVERIES_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/deliveries",
+    "DELIVERIES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-deliveries",
     "FILE_ORIGINS": "",
     "ALLOW_LOOPBACK_WEBHOOKS": "false",
     "DEFAULT_LIFETIME_SECONDS": "86400",
@@ -71,6 +74,9 @@ def cloud(environment: None) -> Iterator[None]:
         aws.client("ssm").put_parameter(Name="/replicate-serverless/api_url", Value=API_URL, Type="String")
         aws.client("secretsmanager").create_secret(Name="replicate-token", SecretString=ReplicateInMemory.TOKEN)
         aws.client("secretsmanager").create_secret(Name="signing-secret", SecretString="{}")
+        aws.client("secretsmanager").create_secret(Name="webhook-master", SecretString="m" * 64)
+        aws.client("sqs").create_queue(QueueName="deliveries")
+        aws.client("sqs").create_queue(QueueName="dead-deliveries")
         yield
     aws._client.cache_clear()
     aws._api_url = None

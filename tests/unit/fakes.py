@@ -249,6 +249,7 @@ _SERVICES = {
     "dynamodb": "dynamodb",
     "s3": "s3",
     "secretsmanager": "secrets-manager",
+    "sqs": "sqs",
     "ssm": "ssm",
     "stepfunctions": "sfn",
 }

@@ -138,6 +138,10 @@ def test_what_cannot_be_done_is_said(capsys: pytest.CaptureFixture[str], argv: t
         ("tokens", "revoke", "--stack", "demo"),
         ("tokens", "rename", "--stack", "demo"),
         ("tokens", "list", "--sta", "demo"),
+        ("webhooks",),
+        ("webhooks", "redeliver", "--stack", "demo"),
+        ("webhooks", "redeliver", "--stack", "demo", "a" * 26, "--event", "deleted"),
+        ("webhooks", "rotate", "--stack", "demo"),
     ],
 )
 def test_an_incomplete_command_shows_its_usage(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
@@ -149,7 +153,21 @@ def test_an_incomplete_command_shows_its_usage(capsys: pytest.CaptureFixture[str
     assert err.startswith("usage: replicate-serverless")
 
 
-@pytest.mark.parametrize("command", [(), ("tokens",), ("tokens", "create"), ("tokens", "list"), ("tokens", "revoke")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        (),
+        ("tokens",),
+        ("tokens", "create"),
+        ("tokens", "list"),
+        ("tokens", "revoke"),
+        ("webhooks",),
+        ("webhooks", "redeliver"),
+        ("webhooks", "failed"),
+        ("webhooks", "redrive"),
+        ("webhooks", "rotate"),
+    ],
+)
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])
@@ -248,3 +266,115 @@ def test_the_profile_decides_region_and_credentials(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     assert main([*LIST, "--profile", "here"]) == 0
     assert main([*LIST, "--profile", "there"]) == 2
+
+
+# -- webhooks ------------------------------------------------------------------------------------------------------
+
+ID = "a" * 26
+FAILED = {"id": ID, "event": "completed", "n": 1, "first_at": 1_750_000_000}
+
+
+@pytest.fixture
+def hooks(stack: AccessTokens) -> Any:
+    """The stack's queues, and predictions: `a…` has ended, `b…` runs, `c…` has no webhook."""
+    create_client: Any = botocore.session.Session().create_client
+    dynamodb, sqs, cloudformation = (
+        create_client(name, region_name=REGION) for name in ("dynamodb", "sqs", "cloudformation")
+    )
+    urls = {name: sqs.create_queue(QueueName=name)["QueueUrl"] for name in ("deliveries", "dead")}
+    cloudformation.create_stack(
+        StackName="hooks",
+        TemplateBody=template(
+            {
+                "TableName": "table-1",
+                "OutputsBucketName": "outputs",
+                "DeliveriesQueueUrl": urls["deliveries"],
+                "DeliveriesDeadLetterQueueUrl": urls["dead"],
+            }
+        ),
+    )
+    for id_, rank, visible, webhook in (
+        ("a", 9, "succeeded", "https://hooks.example.com/"),
+        ("b", 2, "processing", "https://hooks.example.com/"),
+        ("c", 9, "succeeded", None),
+        ("d", 9, "processing", "https://hooks.example.com/"),
+    ):
+        texts = {"id": id_ * 26, "owner": "alice", "created_at": "2025-06-15T15:06:40Z", "fingerprint": "f",
+                 "source": "http", "kind": "version", "status": visible, "visible": visible}  # fmt: skip
+        numbers = {"created": 1, "rank": rank, "deadline": 1, "execution_n": 1, "expires_at": 1}
+        dynamodb.put_item(
+            TableName="table-1",
+            Item={
+                "pk": {"S": f"prediction#{id_ * 26}"},
+                "sk": {"S": "status"},
+                "keyed": {"BOOL": False},
+                **{name: {"S": value} for name, value in texts.items()},
+                **{name: {"N": str(value)} for name, value in numbers.items()},
+                **({"webhook": {"S": webhook}} if webhook else {}),
+            },
+        )
+    return sqs
+
+
+def messages(sqs: Any, queue: str) -> list[dict[str, Any]]:
+    found = sqs.receive_message(
+        QueueUrl=sqs.get_queue_url(QueueName=queue)["QueueUrl"], MaxNumberOfMessages=10, VisibilityTimeout=0
+    )
+    return [json.loads(message["Body"]) for message in found.get("Messages", [])]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("redeliver", "z" * 26), "no prediction"),
+        (("redeliver", "../x"), "no prediction"),
+        (("redeliver", "b" * 26), "has not ended"),
+        (("redeliver", "d" * 26), "has not ended"),
+        (("redeliver", "c" * 26), "without a webhook"),
+        (("rotate", "--owner", "Alice"), "The owner 'Alice'"),
+    ],
+)
+def test_webhook_command_that_cannot_be_done_is_said_and_sends_nothing(
+    hooks: Any, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], said: str
+) -> None:
+    assert said in refused(capsys, "webhooks", *argv, "--stack", "hooks")
+    assert messages(hooks, "deliveries") == []
+
+
+def test_second_rotation_needs_force(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rotate = ("webhooks", "rotate", "--stack", "hooks", "--owner", "alice")
+    assert main(rotate) == 0
+    assert "version 2" in capsys.readouterr().err
+    assert "--force" in refused(capsys, *rotate)
+    assert main([*rotate, "--force"]) == 0
+    assert "version 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "event", "n"), [([], "completed", 1), (["--event", "output"], "output", 0)])
+def test_redelivery_is_queued_under_the_id_of_the_first(hooks: Any, options: list[str], event: str, n: int) -> None:
+    assert main(["webhooks", "redeliver", "--stack", "hooks", ID, *options]) == 0
+    (message,) = messages(hooks, "deliveries")
+    assert (message["id"], message["event"], message["n"]) == (ID, event, n)
+
+
+def test_failed_webhooks_are_listed_and_sent_again(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    dead = hooks.get_queue_url(QueueName="dead")["QueueUrl"]
+    hooks.send_message(QueueUrl=dead, MessageBody=json.dumps({**FAILED, "reason": "answered 500"}))
+    hooks.send_message(QueueUrl=dead, MessageBody="[]")
+    assert main(["webhooks", "failed", "--stack", "hooks"]) == 0
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["ID", "EVENT", "DUE", "REASON"]
+    assert [row.split(maxsplit=3) for row in rows] == [
+        [ID, "completed", "2025-06-15T15:06:40Z", "answered 500"],
+        ["-", "-", "-", "not a delivery"],
+    ]
+    assert main(["webhooks", "failed", "--stack", "hooks", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [], "what was listed is hidden for a while"
+    hooks.purge_queue(QueueUrl=dead)
+    hooks.send_message(QueueUrl=dead, MessageBody=json.dumps({**FAILED, "reason": "answered 500"}))
+    hooks.send_message(QueueUrl=dead, MessageBody="[]")
+    assert main(["webhooks", "redrive", "--stack", "hooks"]) == 0
+    assert "Queued again: 1" in capsys.readouterr().err
+    (again,) = messages(hooks, "deliveries")
+    assert {**again, "first_at": 0} == {**FAILED, "first_at": 0}
+    assert again["first_at"] > FAILED["first_at"], "it is tried for another day"

@@ -9,7 +9,9 @@ import httpx
 import pytest
 from predictions import aws
 from predictions.forwarding import Forwarding, VersionCache
+from predictions.deliveries import Delivery
 from predictions.outputs import OutputsBucket
+from predictions.owner_secrets import OwnerSecrets
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
 from predictions.upstream import Token
@@ -25,8 +27,9 @@ from tests.unit.apps import (
     load_app,
     sample,
 )
-from tests.unit.fakes import API_URL, PNG, Clock, Executed, ReplicateInMemory
+from tests.unit.fakes import API_URL, PNG, Clock, Executed, ReplicateInMemory, refusing
 from tests.unit.template import resources
+from tests.unit.test_deliveries import waiting
 
 FILE = "https://replicate.delivery/xezq/abc/out-0.png"
 
@@ -53,6 +56,7 @@ REFUSED = {
     ("call_replicate", "refused_name"): (404, []),
     ("call_replicate", "refused_version"): (404, []),
     ("call_replicate", "refused_body"): (422, []),
+    ("give_secret", "refused_without_scope"): (403, []),
 }
 """Refused for what the request itself says: status and fields."""
 
@@ -87,6 +91,7 @@ ANSWERED = {
     ("receive_webhook", "failed"): 200,
     ("receive_webhook", "unknown_prediction"): 200,
     ("receive_webhook", "no_prediction_id"): 200,
+    ("give_secret", "secret"): 200,
 }
 FORWARDED = {
     ("call_replicate", "account"): 200,
@@ -116,8 +121,18 @@ RUN = {
     ("poll_prediction", "execution"),
     ("copy_outputs", "first_execution"),
     ("sweep_predictions", "schedule"),
+    ("publish_changes", "nothing_visible"),
+    ("deliver_webhook", "completed"),
+    ("deliver_webhook", "start"),
 }
 API_FUNCTIONS = {"call_replicate", "start_prediction", "read_predictions", "cancel_prediction", "receive_webhook"}
+PUBLISHED = {
+    ("publish_changes", "start_and_output"): ["start"],
+    ("publish_changes", "files_stored"): ["output"],
+}
+"""What is queued at once of what each calls for; the rest follows a second later."""
+
+API_FUNCTIONS = {"start_prediction", "read_predictions", "cancel_prediction", "receive_webhook", "give_secret"}
 
 Run = Callable[..., Any]
 
@@ -131,6 +146,7 @@ def test_every_sample_has_its_expected_outcome() -> None:
         (path.parent.name, path.stem) for path in EVENTS.glob("*/*.json") if path.parent.name != "authorize_request"
     }
     assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | ANSWERED.keys() | FORWARDED.keys() | RUN
+    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | ANSWERED.keys() | RUN | PUBLISHED.keys()
 
 
 def test_every_function_has_a_sample() -> None:
@@ -163,6 +179,7 @@ def run(
     forwarding = Forwarding(ReplicateInMemory.URL, Token("replicate-token"), replicate.client(), versions)
 
     def run(function: str, event: dict[str, Any]) -> Any:
+    def run(function: str, event: dict[str, Any], **others: Any) -> Any:
         with pytest.MonkeyPatch.context() as only_here:
             app = load_app(function, only_here)
             for name, value in {
@@ -171,6 +188,7 @@ def run(
                 "outputs": outputs,
                 "forwarding": forwarding,
                 "time": clock_module(clock.now),
+                **others,
             }.items():
                 if hasattr(app, name):
                     only_here.setattr(app, name, value)
@@ -310,7 +328,7 @@ def test_the_sample_of_a_cancel_cancels_at_replicate(run: Run, started: None, re
 
 @pytest.mark.parametrize(("function", "case"), sorted(RUN), ids=names(RUN))
 def test_a_sample_for_nothing_to_do_does_nothing(run: Run, function: str, case: str) -> None:
-    assert run(function, sample(function, case)) in ({}, {"found": 0})
+    assert run(function, sample(function, case)) in ({}, {"found": 0}, {"batchItemFailures": []})
     assert items() == []
 
 
@@ -340,3 +358,39 @@ def test_the_sample_of_the_schedule_stores_the_signing_secret_and_restarts_what_
     stored = aws.client("secretsmanager").get_secret_value(SecretId="signing-secret")["SecretString"]
     assert json.loads(stored)["current"] == ReplicateInMemory.SECRET
     assert json.loads(stored)["previous"] == SAMPLE_SIGNING_SECRET
+
+
+@pytest.mark.parametrize(("function", "case"), sorted(PUBLISHED), ids=names(PUBLISHED))
+def test_a_sample_of_the_stream_is_queued_in_its_order(run: Run, cloud: None, function: str, case: str) -> None:
+    assert run(function, sample(function, case)) == {"batchItemFailures": []}
+    assert [(message["id"], message["event"]) for message in waiting("deliveries")] == [
+        (SAMPLE_ID, event) for event in PUBLISHED[function, case]
+    ]
+
+
+def test_a_sample_of_the_stream_that_cannot_be_queued_is_read_again(run: Run, cloud: None) -> None:
+    event = sample("publish_changes", "start_and_output")
+    with refusing("SendMessage", "AccessDenied", service="sqs"):
+        failed = run("publish_changes", event)["batchItemFailures"]
+    assert failed == [{"itemIdentifier": event["Records"][0]["dynamodb"]["SequenceNumber"]}]
+
+
+def test_the_sample_of_the_secret_gives_the_owners_own(run: Run, cloud: None) -> None:
+    event = sample("give_secret", "secret")
+    answer = run("give_secret", event)
+    key = json.loads(answer["body"])["key"]
+    assert key == OwnerSecrets.from_env().current_secret("alice")
+    assert answer["multiValueHeaders"]["Cache-Control"] == ["no-store"]
+    event["requestContext"]["authorizer"]["owner"] = "bob"
+    assert json.loads(run("give_secret", event)["body"])["key"] != key
+
+
+def test_the_sample_of_a_delivery_that_the_receiver_does_not_take_stays_in_the_queue(run: Run, cloud: None) -> None:
+    class Busy:
+        def deliver(self, delivery: Delivery, receipt_handle: str) -> bool:
+            return delivery.event != "completed" or not receipt_handle
+
+    event = sample("deliver_webhook", "completed")
+    assert run("deliver_webhook", event, receivers=Busy()) == {
+        "batchItemFailures": [{"itemIdentifier": event["Records"][0]["messageId"]}]
+    }

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 from predictions.forwarding import ROUTES
+from predictions.deliveries import LONGEST_WAIT_SECONDS, RETRY_SECONDS
+from predictions.receivers import TOTAL_SECONDS
 
 from tests.unit.code_reach import reach
 from tests.unit.template import (
@@ -27,6 +29,7 @@ PARAMETERS = load_template()["Parameters"]
 
 # Actions of AWS that know no resource types, and so take only "*".
 WITHOUT_RESOURCES = {
+    "dynamodb:ListStreams",
     "states:SendTaskSuccess",
     "logs:CreateLogDelivery",
     "logs:GetLogDelivery",
@@ -41,6 +44,28 @@ WITHOUT_RESOURCES = {
     "xray:GetSamplingRules",
     "xray:GetSamplingTargets",
 }
+
+# What Lambda asks for in the name of a function that a stream or a queue invokes, by the source's ARN.
+# https://docs.aws.amazon.com/lambda/latest/dg/services-dynamodb-eventsourcemapping.html
+# https://docs.aws.amazon.com/lambda/latest/dg/services-sqs-configure.html
+STREAM_ACTIONS = {
+    "dynamodb:DescribeStream",
+    "dynamodb:GetRecords",
+    "dynamodb:GetShardIterator",
+    "dynamodb:ListStreams",
+}
+QUEUE_ACTIONS = {"sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes"}
+SOURCES = resources("AWS::Lambda::EventSourceMapping")
+
+
+def source_actions(function: str) -> set[str]:
+    """The actions that the sources of a function need."""
+    needed: set[str] = set()
+    for source in SOURCES.values():
+        if source["Properties"]["FunctionName"] == {"Ref": function}:
+            stream = source["Properties"]["EventSourceArn"]["Fn::GetAtt"][1] == "StreamArn"
+            needed |= STREAM_ACTIONS if stream else QUEUE_ACTIONS
+    return needed
 
 
 def text(value: Any) -> str:
@@ -105,7 +130,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
     table = {"Fn::GetAtt": ["PredictionsTable", "Arn"]}
     for name in [*FUNCTIONS, "TrackPredictionStateMachine"]:
         on_table = [each for each in statements(name) if table in listed(each["Resource"])]
-        assert on_table
+        assert on_table or name == "PublishChangesFunction"  # which reads the stream only
         for statement in on_table:
             (operator,) = statement["Condition"]
             keys = statement["Condition"][operator]["dynamodb:LeadingKeys"]
@@ -113,12 +138,22 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                 assert (operator, keys) == ("ForAllValues:StringEquals", ["tokens"])
             else:
                 assert operator == "ForAllValues:StringLike"
-                assert set(keys) <= {"prediction#*", "recent#*", "upstream#*", "forwarded#*", "schema#*"}
+                assert set(keys) <= {"prediction#*", "recent#*", "upstream#*", "forwarded#*", "schema#*", "owner#*"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_nothing_is_ever_deleted_by_a_function(name: str) -> None:
-    assert not [action for action in actions(name) if "Delete" in action]
+    # Lambda deletes the messages that a function has dealt with.
+    assert not [action for action in actions(name) - source_actions(name) if "Delete" in action]
+
+
+def test_master_of_the_owners_secrets_is_readable_only_by_those_who_give_them_and_sign() -> None:
+    master = {"Fn::GetAtt": ["WebhookMasterSecret", "Id"]}
+    readers = {name for name in FUNCTIONS if any(master in listed(each["Resource"]) for each in statements(name))}
+    assert readers == {"GiveSecretFunction", "DeliverWebhookFunction"}
+    secret = load_template()["Resources"]["WebhookMasterSecret"]["Properties"]
+    assert secret["GenerateSecretString"] == {"PasswordLength": 64, "ExcludePunctuation": True}
+    assert "Ref" not in text(secret), "a new value would change every owner's secret"
 
 
 @pytest.mark.parametrize("name", BUCKETS)
@@ -271,7 +306,7 @@ def test_function_has_the_variables_that_its_code_reads_and_no_others(name: str)
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function_may_do_what_its_code_does_and_nothing_else(name: str) -> None:
-    assert actions(name) == reach(folder_name(name)).actions
+    assert actions(name) == reach(folder_name(name)).actions | source_actions(name)
 
 
 def test_functions_behind_the_api_end_before_it_gives_up() -> None:
@@ -311,6 +346,7 @@ def test_api_has_exactly_these_routes() -> None:
         ("POST", "/predictions/{id}/cancel"): "CancelPredictionFunction",
         ("POST", "/webhooks/replicate/{id}"): "ReceiveWebhookFunction",
         **dict.fromkeys(ROUTES, "CallReplicateFunction"),
+        ("GET", "/webhooks/default/secret"): "GiveSecretFunction",
     }
 
 
@@ -396,11 +432,79 @@ def test_bucket_keeps_files_for_the_retention_time_and_is_kept_itself(name: str)
     assert {"DaysAfterInitiation": 1} in [rule.get("AbortIncompleteMultipartUpload") for rule in rules]
 
 
-def test_requests_that_fail_again_and_again_are_kept() -> None:
-    queue = resources("AWS::SQS::Queue")["RequestsQueue"]["Properties"]
-    assert queue["RedrivePolicy"]["deadLetterTargetArn"] == {"Fn::GetAtt": ["RequestsDeadLetterQueue", "Arn"]}
-    dead_letters = resources("AWS::SQS::Queue")["RequestsDeadLetterQueue"]["Properties"]
-    assert dead_letters["MessageRetentionPeriod"] == 14 * 86400
+@pytest.mark.parametrize(
+    ("queue", "dead_letters"),
+    [("RequestsQueue", "RequestsDeadLetterQueue"), ("DeliveriesQueue", "DeliveriesDeadLetterQueue")],
+)
+def test_messages_that_fail_again_and_again_are_kept(queue: str, dead_letters: str) -> None:
+    queues = resources("AWS::SQS::Queue")
+    redrive = queues[queue]["Properties"]["RedrivePolicy"]
+    assert redrive["deadLetterTargetArn"] == {"Fn::GetAtt": [dead_letters, "Arn"]}
+    assert queues[dead_letters]["Properties"]["MessageRetentionPeriod"] == 14 * 86400
+    watched = [
+        alarm["Properties"]["Dimensions"][0]["Value"]
+        for alarm in resources("AWS::CloudWatch::Alarm").values()
+        if alarm["Properties"]["Namespace"] == "AWS/SQS"
+    ]
+    assert {"Fn::GetAtt": [dead_letters, "QueueName"]} in watched
+
+
+def test_delivery_outlives_its_tries_and_its_message_the_function() -> None:
+    queue = resources("AWS::SQS::Queue")["DeliveriesQueue"]["Properties"]
+    function = resources("AWS::Serverless::Function")["DeliverWebhookFunction"]["Properties"]
+    assert queue["MessageRetentionPeriod"] > RETRY_SECONDS + LONGEST_WAIT_SECONDS
+    assert queue["VisibilityTimeout"] >= 6 * function["Timeout"]
+    assert function["Timeout"] > 2 * TOTAL_SECONDS
+    source = SOURCES["DeliveriesEventSource"]["Properties"]
+    assert (source["BatchSize"], source["FunctionResponseTypes"]) == (1, ["ReportBatchItemFailures"])
+
+
+def test_stream_is_read_from_its_start_and_what_fails_is_noted() -> None:
+    source = SOURCES["ChangesEventSource"]["Properties"]
+    assert source["EventSourceArn"] == {"Fn::GetAtt": ["PredictionsTable", "StreamArn"]}
+    assert source["StartingPosition"] == "TRIM_HORIZON"
+    assert source["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
+    assert source["BisectBatchOnFunctionError"] is True
+    assert source["DestinationConfig"] == {
+        "OnFailure": {"Destination": {"Fn::GetAtt": ["ChangesDeadLetterQueue", "Arn"]}}
+    }
+
+
+def passes(pattern: Any, value: Any) -> bool:
+    """Whether a value passes a filter, as far as ours go: nested names, lists of texts, `exists`."""
+    if isinstance(pattern, dict):
+        return isinstance(value, dict) and all(passes(each, value.get(name)) for name, each in pattern.items())
+    return (value is not None) if pattern == [{"exists": True}] else value in pattern
+
+
+HOOK = {"S": "https://hooks.example.com/"}
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "passed"),
+    [
+        ("MODIFY", {"sk": {"S": "status"}, "visible": {"S": "succeeded"}}, False),
+        ("MODIFY", {"sk": {"S": "status"}, "visible": {"S": "starting"}, "webhook": HOOK}, False),
+        ("INSERT", {"sk": {"S": "status"}, "visible": {"S": "starting"}, "webhook": HOOK}, False),
+        ("REMOVE", None, False),
+        ("INSERT", {"sk": {"S": "input#1"}, "json": {"S": "{}"}}, False),
+        ("MODIFY", {"sk": {"S": "progress"}, "json": {"S": "{}"}}, False),
+        ("INSERT", {"sk": {"S": "result#1"}, "json": {"S": "{}"}}, False),
+        ("INSERT", {"sk": {"S": "0123abc"}, "owner": {"S": "alice"}}, False),
+        ("MODIFY", {"sk": {"S": "status"}, "visible": {"S": "processing"}, "webhook": HOOK}, True),
+        ("MODIFY", {"sk": {"S": "status"}, "visible": {"S": "succeeded"}, "webhook": HOOK}, True),
+        ("MODIFY", {"sk": {"S": "status"}, "visible": {"S": "failed"}, "webhook": HOOK}, True),
+        ("MODIFY", {"sk": {"S": "status"}, "visible": {"S": "canceled"}, "webhook": HOOK}, True),
+        ("INSERT", {"sk": {"S": "progress"}, "notify": {"S": "output"}}, True),
+        ("MODIFY", {"sk": {"S": "progress"}, "notify": {"S": "logs"}}, True),
+    ],
+)
+def test_stream_invokes_only_for_predictions_whose_caller_wants_to_be_told(
+    name: str, image: dict[str, Any] | None, passed: bool
+) -> None:
+    filters = SOURCES["ChangesEventSource"]["Properties"]["FilterCriteria"]["Filters"]
+    record = {"eventName": name, "dynamodb": {"NewImage": image} if image else {}}
+    assert any(passes(json.loads(each["Pattern"]), record) for each in filters) is passed
 
 
 def test_signing_secret_starts_empty_and_nothing_of_it_can_change_with_a_parameter() -> None:
@@ -446,8 +550,8 @@ def test_alarms_watch_what_loses_results_or_money() -> None:
             assert alarm["Dimensions"] == [{"Name": "service", "Value": common["POWERTOOLS_SERVICE_NAME"]}]
 
 
-@pytest.mark.parametrize("metric", ["CopiesFailed", "UpstreamRefusals"])
-def test_metric_that_an_alarm_watches_is_one_that_the_code_emits(metric: str) -> None:
+@pytest.mark.parametrize("metric", ["CopiesFailed", "DeliveriesFailed", "UpstreamRefusals"])
+def test_metric_that_is_watched_is_one_that_the_code_emits(metric: str) -> None:
     sources = "".join(path.read_text() for path in (ROOT / "layers/predictions/predictions").glob("*.py"))
     assert f'metrics.add_metric(name="{metric}"' in sources
 
@@ -459,6 +563,8 @@ def test_outputs_are_those_that_users_and_tools_rely_on() -> None:
         "OutputsBucketName",
         "InputsBucketName",
         "RequestsQueueUrl",
+        "DeliveriesQueueUrl",
+        "DeliveriesDeadLetterQueueUrl",
         "EventBusName",
         "TrackPredictionStateMachineArn",
         "ReplicateTokenSecretArn",

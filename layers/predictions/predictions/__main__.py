@@ -11,19 +11,33 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import botocore.session
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError
 
-from predictions.access import AccessTokens, Scope
+from predictions.access import AccessTokens, Scope, is_owner
+from predictions.deliveries import EVENTS, DeadLetters, DeliveriesQueue, Delivery
 from predictions.errors import PredictionsError
+from predictions.outputs import OutputsBucket
+from predictions.owner_secrets import SecretVersions
+from predictions.table import PredictionsTable, is_id
 
 
 class StackUnusable(PredictionsError):
     """The named stack is not there, or is not one of this project's."""
+
+
+class CannotDeliver(PredictionsError):
+    """There is nothing to deliver, or nobody to deliver it to; the message says which."""
+
+
+LOOK_SECONDS = 30
+"""For how long `webhooks failed` hides what it has shown from the next look."""
 
 
 class Stack:
@@ -96,7 +110,7 @@ def _list_tokens(stack: Stack, arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps([asdict(token) for token in tokens], indent=2))
         return
-    rows = [("ID", "OWNER", "SCOPES", "ENDS IN", "CREATED", "NAME")] + [
+    rows = [
         (
             token.id,
             token.owner,
@@ -107,9 +121,7 @@ def _list_tokens(stack: Stack, arguments: argparse.Namespace) -> None:
         )
         for token in tokens
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    _print_table(("ID", "OWNER", "SCOPES", "ENDS IN", "CREATED", "NAME"), rows)
 
 
 def _revoke_token(stack: Stack, arguments: argparse.Namespace) -> None:
@@ -118,6 +130,90 @@ def _revoke_token(stack: Stack, arguments: argparse.Namespace) -> None:
         f"Token {access.id} of {access.owner} is revoked; the API refuses it within 60 seconds.",
         file=sys.stderr,
     )
+
+
+def _redeliver(stack: Stack, arguments: argparse.Namespace) -> None:
+    outputs = OutputsBucket(stack.output("OutputsBucketName"))
+    table = PredictionsTable(stack.output("TableName"), outputs, stack.client("dynamodb"))
+    prediction = table.get(arguments.id) if is_id(arguments.id) else None
+    if prediction is None:
+        raise CannotDeliver(f"There is no prediction {arguments.id[:64]!r}.")
+    if not prediction.webhook:
+        raise CannotDeliver(f"The prediction {prediction.id} was asked for without a webhook.")
+    if arguments.event == "completed" and (not prediction.terminal or prediction.awaits_copy):
+        raise CannotDeliver(f"The prediction {prediction.id} has not ended: its webhook is sent when it has.")
+    # Numbered as the first time, or for what may come often as the last one: a receiver that has it can tell.
+    number = 1 if arguments.event in ("start", "completed") else 0
+    delivery = Delivery(prediction.id, arguments.event, number, int(time.time()))
+    _deliveries_queue(stack).send(delivery)
+    print(f"Queued, with the webhook-id {delivery.webhook_id}.", file=sys.stderr)
+
+
+def _list_failed(stack: Stack, arguments: argparse.Namespace) -> None:
+    letters = list(_dead_letters(stack).look(LOOK_SECONDS))
+    if arguments.json:
+        found = [
+            {**(asdict(letter.delivery) if letter.delivery else {"message": letter.body}), "reason": letter.reason}
+            for letter in letters
+        ]
+        print(json.dumps(found, indent=2))
+        return
+    _print_table(
+        ("ID", "EVENT", "DUE", "REASON"),
+        [
+            (each.delivery.id, each.delivery.event, _second(each.delivery.first_at), each.reason)
+            if each.delivery
+            else ("-", "-", "-", each.reason)
+            for each in letters
+        ],
+    )
+
+
+def _redrive(stack: Stack, arguments: argparse.Namespace) -> None:  # noqa: ARG001  # every command is called with both
+    queue, dead_letters = _deliveries_queue(stack), _dead_letters(stack)
+    count = left = 0
+    for letter in dead_letters.look(LOOK_SECONDS):
+        if letter.delivery is None:
+            left += 1
+            continue
+        # In this order: a crash in between delivers it twice, under one id, and loses nothing.
+        queue.send(replace(letter.delivery, first_at=int(time.time())))
+        dead_letters.forget(letter)
+        count += 1
+    print(f"Queued again: {count}. Each is tried for another 24 hours.", file=sys.stderr)
+    if left:
+        print(f"Left where they are, since they are no deliveries: {left}.", file=sys.stderr)
+
+
+def _rotate_secret(stack: Stack, arguments: argparse.Namespace) -> None:
+    if not is_owner(arguments.owner):
+        raise CannotDeliver(f"The owner {arguments.owner[:64]!r} must be 1 to 32 of a-z, 0-9 and '-'.")
+    versions = SecretVersions(stack.output("TableName"), stack.client("dynamodb"))
+    rotated = versions.rotate(arguments.owner, time.time(), force=arguments.force)
+    print(
+        f"The webhook secret of {arguments.owner} is now version {rotated.version}."
+        " GET /webhooks/default/secret gives it; webhooks carry a signature of the old one too for 24 hours.",
+        file=sys.stderr,
+    )
+
+
+def _deliveries_queue(stack: Stack) -> DeliveriesQueue:
+    return DeliveriesQueue(stack.output("DeliveriesQueueUrl"), stack.client("sqs"))
+
+
+def _dead_letters(stack: Stack) -> DeadLetters:
+    return DeadLetters(stack.output("DeliveriesDeadLetterQueueUrl"), stack.client("sqs"))
+
+
+def _second(moment: int) -> str:
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _print_table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    table = [heading, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _access_tokens(stack: Stack) -> AccessTokens:
@@ -165,6 +261,37 @@ def _parser() -> argparse.ArgumentParser:
     revoke = commands.add_parser("revoke", parents=[stack], help="revoke a token", allow_abbrev=False)
     revoke.add_argument("id", metavar="ID", help="the token's id as `tokens list` shows it")
     revoke.set_defaults(run=_revoke_token)
+
+    webhooks = groups.add_parser("webhooks", help="send webhooks again, list what failed, rotate secrets")
+    commands = webhooks.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    redeliver = commands.add_parser(
+        "redeliver", parents=[stack], help="send one prediction's webhook again", allow_abbrev=False
+    )
+    redeliver.add_argument("id", metavar="ID", help="the prediction's id")
+    redeliver.add_argument("--event", choices=EVENTS, default="completed", help="which one (default: %(default)s)")
+    redeliver.set_defaults(run=_redeliver)
+
+    failed = commands.add_parser(
+        "failed",
+        parents=[stack],
+        help=f"list the webhooks that were given up; each is then hidden for {LOOK_SECONDS} seconds",
+        allow_abbrev=False,
+    )
+    failed.add_argument("--json", action="store_true", help="as a JSON list of objects")
+    failed.set_defaults(run=_list_failed)
+
+    redrive = commands.add_parser(
+        "redrive", parents=[stack], help="send all webhooks that were given up again", allow_abbrev=False
+    )
+    redrive.set_defaults(run=_redrive)
+
+    rotate = commands.add_parser(
+        "rotate", parents=[stack], help="give an owner a new secret; the old one signs too for 24 h", allow_abbrev=False
+    )
+    rotate.add_argument("--owner", required=True, help="whose secret")
+    rotate.add_argument("--force", action="store_true", help="also within 24 hours of the last rotation")
+    rotate.set_defaults(run=_rotate_secret)
     return parser
 
 

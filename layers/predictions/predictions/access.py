@@ -68,6 +68,11 @@ class AccessToken:
     token_hint: str
 
 
+def is_owner(text: str) -> bool:
+    """Whether a text can be an owner's name."""
+    return _OWNER.fullmatch(text) is not None
+
+
 def parse_authorization(header: str | None) -> str | None:
     """The credentials in an Authorization header of the scheme `Bearer` or `Token` (any case), else None.
 

@@ -189,9 +189,11 @@ def guarded_client(
         A client, to be closed by its user. A request raises `AddressRefused` where the guard holds it back,
         and httpx's own errors otherwise.
     """
+    network = network or httpcore.SyncBackend()
     transport = _GuardedTransport(
         frozenset(_origin(httpx.URL(origin)) for origin in allowed_origins),
-        _CheckedNetwork(resolve, network or httpcore.SyncBackend()),
+        _CheckedNetwork(resolve, network),
+        network,
         httpx.create_ssl_context(verify=verify or True, trust_env=False),
     )
     return httpx.Client(
@@ -251,16 +253,22 @@ class _GuardedTransport(httpx.BaseTransport):
     the day httpx renames it.
     """
 
-    def __init__(self, allowed_origins: frozenset[str], network: _CheckedNetwork, tls: ssl.SSLContext) -> None:
-        def pool(network: httpcore.NetworkBackend | None) -> httpcore.ConnectionPool:
+    def __init__(
+        self,
+        allowed_origins: frozenset[str],
+        checked: _CheckedNetwork,
+        network: httpcore.NetworkBackend,
+        tls: ssl.SSLContext,
+    ) -> None:
+        def pool(network: httpcore.NetworkBackend) -> httpcore.ConnectionPool:
             return httpcore.ConnectionPool(
                 ssl_context=tls, max_connections=16, keepalive_expiry=5, network_backend=network
             )
 
         self._allowed_origins = allowed_origins
-        self._guarded = pool(network)
+        self._guarded = pool(checked)
         # A pool of its own: a connection that was opened without a check is never reused for another origin.
-        self._open = pool(None)
+        self._open = pool(network)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         if _origin(request.url) in self._allowed_origins:

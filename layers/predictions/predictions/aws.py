@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_secretsmanager import SecretsManagerClient
+    from mypy_boto3_sqs import SQSClient
     from mypy_boto3_ssm import SSMClient
     from mypy_boto3_stepfunctions import SFNClient
 
@@ -42,6 +43,8 @@ def client(name: Literal["s3"]) -> "S3Client": ...
 def client(name: Literal["stepfunctions"]) -> "SFNClient": ...
 @overload
 def client(name: Literal["secretsmanager"]) -> "SecretsManagerClient": ...
+@overload
+def client(name: Literal["sqs"]) -> "SQSClient": ...
 @overload
 def client(name: Literal["ssm"]) -> "SSMClient": ...
 @overload

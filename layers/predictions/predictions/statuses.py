@@ -18,6 +18,9 @@ class Status(StrEnum):
 TERMINAL_RANK = 9
 """The rank of every status that never changes again."""
 
+DEFAULT_WEBHOOK_EVENTS = ("output", "completed")
+"""What a caller who names no events is told of: https://replicate.com/docs/topics/webhooks/setup-webhook"""
+
 _WORDS = frozenset(status.value for status in Status)
 _RANKS = {Status.QUEUED: 0, Status.STARTING: 1, Status.PROCESSING: 2}
 

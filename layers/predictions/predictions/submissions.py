@@ -718,7 +718,5 @@ def _events(prediction: Prediction) -> list[str]:
 
     Replicate's default for a caller who names none is outputs and the end.
     """
-    wanted: tuple[str, ...] = ()
-    if prediction.webhook:
-        wanted = prediction.webhook_events_filter or ("output", "completed")
-    return [event for event in ("start", "output", "logs", "completed") if event in {"start", "completed", *wanted}]
+    wanted = {"start", "completed", *prediction.wanted_events}
+    return [event for event in ("start", "output", "logs", "completed") if event in wanted]

@@ -5,7 +5,8 @@ by its size. Payloads are items of their own under the same `pk`, written once e
 above `PAYLOAD_LIMIT_BYTES`:
 
     input#{fingerprint}     the model's input, written before the intent, so that an intent always has one
-    progress                output and logs of a prediction that runs; replaced by longer ones only
+    progress                output and logs of a prediction that runs; replaced by longer ones only. Where the caller
+                            wants to be told of them: `notify` and digests, for the table's stream
     result#{upstream_id}    output and logs at the end, written before the status turns terminal; the first one stays
     files                   where the outputs are stored, where there are too many for the status item
 
@@ -35,7 +36,7 @@ from botocore.exceptions import ClientError
 from predictions.aws import client
 from predictions.errors import PredictionsError
 from predictions.outputs import OutputsBucket, StoredFile
-from predictions.statuses import TERMINAL_RANK, Status, rank_of, visible
+from predictions.statuses import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status, rank_of, visible
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -136,6 +137,11 @@ class Prediction:
     def listed_at(self) -> str:
         """Its place in its owner's list."""
         return f"{self.created_at}#{self.id}"
+
+    @property
+    def wanted_events(self) -> tuple[str, ...]:
+        """The webhook events that its caller wants; none without a webhook, and by default those of Replicate."""
+        return (self.webhook_events_filter or DEFAULT_WEBHOOK_EVENTS) if self.webhook else ()
 
     @property
     def terminal(self) -> bool:
@@ -773,7 +779,13 @@ class PredictionsTable:
         if told.output is None and not told.logs:
             return
         text = json.dumps({"output": told.output, "logs": told.logs}, separators=(",", ":"))
-        self._put_payload(prediction.id, "progress", text, prediction.expires_at, only_longer=True)
+        notice: dict[str, str] = {}
+        if notify := [event for event in ("output", "logs") if event in prediction.wanted_events]:
+            # For the stream's reader, who sees no payload that is an object: who is told, and whether it is news.
+            output = None if self._outputs.holds_files(told.output) else told.output
+            digests = {"output_digest": _digest(output), "logs_digest": _digest(told.logs)}
+            notice = {"notify": ",".join(notify), **{name: digest for name, digest in digests.items() if digest}}
+        self._put_payload(prediction.id, "progress", text, prediction.expires_at, only_longer=True, notice=notice)
 
     def _put_payload(
         self,
@@ -784,8 +796,10 @@ class PredictionsTable:
         *,
         only_first: bool = False,
         only_longer: bool = False,
+        notice: Mapping[str, str] | None = None,
     ) -> None:
         item: dict[str, Any] = {"pk": _key(prediction_id)["pk"], "sk": sk, "expires_at": expires, "length": len(text)}
+        item |= notice or {}
         body = text.encode()
         if len(body) > PAYLOAD_LIMIT_BYTES:
             # Named by its content, so that a late writer can never replace what the item points to.
@@ -896,6 +910,10 @@ def _schema_key(version: str) -> dict[str, str]:
 
 def _timestamp(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _digest(value: Any) -> str | None:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16] if value not in (None, "") else None
 
 
 def _short(value: Any) -> str | None:

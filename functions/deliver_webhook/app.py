@@ -1,0 +1,31 @@
+"""The deliveries queue: each message is one try to send a caller a webhook."""
+
+from typing import Any
+
+from predictions.deliveries import Delivery
+from predictions.observability import handler_of
+from predictions.receivers import Receivers
+
+receivers = Receivers.from_env()
+
+
+@handler_of
+def handler(event: dict[str, Any], context: object) -> dict[str, Any]:  # noqa: ARG001  # Lambda passes both
+    """Makes one try for each message.
+
+    Args:
+        event: `{"Records": [{"messageId", "receiptHandle", "body": "{id, event, n, first_at}", …}]}`.
+        context: Not used.
+
+    Returns:
+        `{"batchItemFailures": […]}`: the messages that stay in the queue for another try.
+
+    Raises:
+        UnreadableDelivery: A message is none of ours; SQS moves it to the dead-letter queue in the end.
+    """
+    waiting = [
+        record["messageId"]
+        for record in event["Records"]
+        if not receivers.deliver(Delivery.read(record["body"]), record["receiptHandle"])
+    ]
+    return {"batchItemFailures": [{"itemIdentifier": message_id} for message_id in waiting]}

@@ -1,0 +1,18 @@
+"""The route by which an owner's receivers get the secret that the stack signs their webhooks with."""
+
+from aws_lambda_powertools.event_handler import Response
+from predictions.api import answer_with, json_response, owner_with, resolver
+from predictions.owner_secrets import OwnerSecrets
+
+app = resolver()
+secrets = OwnerSecrets.from_env()
+
+
+@app.get("/webhooks/default/secret")
+def secret() -> Response[str]:
+    """`GET /webhooks/default/secret`: `{"key": "whsec_…"}`, the owner's current one."""
+    # A secret does not belong into a cache between here and there.
+    return json_response(200, {"key": secrets.current_secret(owner_with(app, "read"))}, {"Cache-Control": "no-store"})
+
+
+handler = answer_with(app)

@@ -1,0 +1,257 @@
+"""Webhooks to callers, as messages: which ones a change of the table calls for, and the queue that holds them.
+
+A delivery is one webhook of one prediction. Its message holds ids and times only: what the receiver is sent is read
+from the table when it is sent, by `predictions.receivers`.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from predictions.aws import client
+from predictions.errors import PredictionsError
+from predictions.observability import logger
+from predictions.statuses import DEFAULT_WEBHOOK_EVENTS, Status
+
+if TYPE_CHECKING:
+    from mypy_boto3_sqs import SQSClient
+
+EVENTS = ("start", "output", "logs", "completed")
+
+RETRY_SECONDS = 24 * 3600
+"""How long `completed` is tried."""
+
+RUNNING_RETRY_SECONDS = 60
+"""How long the others are tried: later, `completed` tells more than they would."""
+
+FIRST_WAIT_SECONDS = 5
+LONGEST_WAIT_SECONDS = 4 * 3600
+"""Well below the 12 h for which SQS hides a message at most:
+https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/quotas-messages.html"""
+
+_ORDER_SECONDS = 1
+_ENDED = frozenset({Status.SUCCEEDED.value, Status.FAILED.value, Status.CANCELED.value})
+_ID = re.compile(r"[a-z0-9]{26}")
+
+
+class UnreadableDelivery(PredictionsError):
+    """A message that is no delivery of ours."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One webhook that is to be sent.
+
+    Attributes:
+        id: The prediction's id.
+        event: One of `EVENTS`.
+        n: Tells two deliveries of one event apart; the same for a stream record that comes twice.
+        first_at: When it was due first, in Unix seconds: retries are counted from there.
+    """
+
+    id: str
+    event: str
+    n: int
+    first_at: int
+
+    @property
+    def webhook_id(self) -> str:
+        """The header `webhook-id`: the same for each try and each repetition, so that receivers can tell."""
+        return f"{self.id}-{self.event}-{self.n}"
+
+    def wait_seconds(self, now: float, jitter: float) -> int | None:
+        """How long to wait before the next try; None where there is none.
+
+        The wait is twice the time that has passed, from 5 s up to 4 h, give or take a fifth: about 16 tries in 24 h.
+        It depends on nothing but the time of the first try, so a crash or a message that comes twice cannot upset it.
+
+        Args:
+            now: The time, in Unix seconds.
+            jitter: Random, from 0 to 1: receivers that failed together are not called together.
+        """
+        until = self.first_at + (RETRY_SECONDS if self.event == "completed" else RUNNING_RETRY_SECONDS)
+        if now >= until:
+            return None
+        wait = min(max(2 * (now - self.first_at), FIRST_WAIT_SECONDS), LONGEST_WAIT_SECONDS) * (0.8 + 0.4 * jitter)
+        # The last try is at the very end.
+        return max(1, round(min(wait, until - now)))
+
+    def message(self) -> str:
+        """The message's body."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def read(cls, body: str) -> "Delivery":
+        """Reads a message's body; what else is in it is passed over.
+
+        Raises:
+            UnreadableDelivery: It is none of ours.
+        """
+        try:
+            message = json.loads(body)
+            delivery = cls(str(message["id"]), str(message["event"]), int(message["n"]), int(message["first_at"]))
+        except (KeyError, TypeError, ValueError):
+            raise UnreadableDelivery("not a delivery: id, event, n and first_at are needed") from None
+        if not _ID.fullmatch(delivery.id) or delivery.event not in EVENTS:
+            raise UnreadableDelivery("not a delivery: the id or the event is unknown")
+        return delivery
+
+
+def deliveries_of(record: Mapping[str, Any]) -> Iterator[Delivery]:
+    """The webhooks that one record of the table's stream calls for, in their order.
+
+    `start` is sent when callers first see `processing`, or an end of what had run; `completed` when they first see
+    the end; `output` and `logs` when they grow, and `output` once more with its files when these are stored. A record
+    that changes nothing of that gives none, and the same record twice gives the same ones.
+
+    Args:
+        record: As Lambda passes it, with the images before and after.
+    """
+    change = record["dynamodb"]
+    new, old = change.get("NewImage") or {}, change.get("OldImage") or {}
+    due_at = int(change["ApproximateCreationDateTime"])
+    prediction_id = _text(change["Keys"], "pk").removeprefix("prediction#")
+    match _text(change["Keys"], "sk"):
+        case "status":
+            for event, n in _of_status(new, old):
+                yield Delivery(prediction_id, event, n, due_at)
+        case "progress":
+            for event in _text(new, "notify").split(","):
+                # An output that is no longer there, or whose files are still upstream's, is no news.
+                told = _value(new, f"{event}_digest")
+                if told and told != _value(old, f"{event}_digest"):
+                    yield Delivery(prediction_id, event, int(_value(new, "length")), due_at)
+
+
+def _of_status(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    if not _text(new, "webhook"):
+        return
+    named = [str(each.get("S")) for each in new.get("webhook_events_filter", {}).get("L", [])]
+    wanted = named or DEFAULT_WEBHOOK_EVENTS
+    before, after = _text(old, "visible"), _text(new, "visible")
+    ended = after in _ENDED and before not in _ENDED
+    began = before == Status.STARTING and (after == Status.PROCESSING or (ended and bool(_text(new, "started_at"))))
+    # Replicate was done before, so this is the end of the copying: only now there are URLs to show.
+    copied = ended and before == Status.PROCESSING and _value(old, "rank") == _value(new, "rank")
+    for event, happened, n in (("start", began, 1), ("output", copied, 0), ("completed", ended, 1)):
+        if happened and event in wanted:
+            yield event, n
+
+
+def _text(image: Mapping[str, Any], name: str) -> str:
+    return str(_value(image, name))
+
+
+def _value(image: Mapping[str, Any], name: str) -> str:
+    """A text or number of an image, as text; empty where there is none."""
+    value = image.get(name) or {}
+    return str(value.get("S") or value.get("N") or "")
+
+
+class DeliveriesQueue:
+    """The queue of deliveries.
+
+    A message that is not delivered stays in the queue, hidden until its next try: what crashes in between loses none.
+    """
+
+    def __init__(self, url: str, sqs: "SQSClient") -> None:
+        self._url = url
+        self._sqs = sqs
+
+    @classmethod
+    def from_env(cls) -> "DeliveriesQueue":
+        """The queue of `DELIVERIES_QUEUE_URL`."""
+        return cls(os.environ["DELIVERIES_QUEUE_URL"], client("sqs"))
+
+    def publish(self, records: Iterable[Mapping[str, Any]]) -> str | None:
+        """Queues what records of the stream call for. Twice: the same deliveries again, which receivers can tell.
+
+        Where two of one prediction come at once, the later one waits a second, so that they arrive in their order.
+
+        Returns:
+            The sequence number of the first record that failed, from which on all are to be read again; None where
+            none did.
+        """
+        told: set[str] = set()
+        for record in records:
+            try:
+                for delivery in deliveries_of(record):
+                    self.send(delivery, delay_seconds=_ORDER_SECONDS if delivery.id in told else 0)
+                    told.add(delivery.id)
+            except (ClientError, BotoCoreError):
+                failed = str(record["dynamodb"]["SequenceNumber"])
+                logger.exception("deliveries not queued", sequence_number=failed)
+                return failed
+        return None
+
+    def send(self, delivery: Delivery, delay_seconds: int = 0) -> None:
+        """Queues one delivery."""
+        self._sqs.send_message(QueueUrl=self._url, MessageBody=delivery.message(), DelaySeconds=delay_seconds)
+
+    def postpone(self, receipt_handle: str, seconds: int) -> None:
+        """Hides a received message until its next try."""
+        self._sqs.change_message_visibility(QueueUrl=self._url, ReceiptHandle=receipt_handle, VisibilityTimeout=seconds)
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """A delivery that was given up.
+
+    Attributes:
+        body: The message as it is.
+        delivery: What it was to deliver; None where the message is none of ours.
+        reason: Why it was given up, where that is known.
+        receipt_handle: Deletes it.
+    """
+
+    body: str
+    delivery: Delivery | None
+    reason: str
+    receipt_handle: str
+
+
+class DeadLetters:
+    """The deliveries that were given up; kept for 14 days."""
+
+    def __init__(self, url: str, sqs: "SQSClient") -> None:
+        self._url = url
+        self._sqs = sqs
+
+    @classmethod
+    def from_env(cls) -> "DeadLetters":
+        """The queue of `DELIVERIES_DEAD_LETTER_QUEUE_URL`."""
+        return cls(os.environ["DELIVERIES_DEAD_LETTER_QUEUE_URL"], client("sqs"))
+
+    def bury(self, delivery: Delivery, reason: str) -> None:
+        """Keeps a delivery that is given up, with the reason. Twice: it is listed twice, and sent as one webhook."""
+        body = json.dumps({**asdict(delivery), "reason": reason}, separators=(",", ":"))
+        self._sqs.send_message(QueueUrl=self._url, MessageBody=body)
+
+    def look(self, hidden_seconds: int) -> Iterator[DeadLetter]:
+        """All that are there. Each is hidden from another look for a while, so that none is met twice."""
+        while True:
+            messages = self._sqs.receive_message(
+                QueueUrl=self._url, MaxNumberOfMessages=10, VisibilityTimeout=hidden_seconds, WaitTimeSeconds=1
+            ).get("Messages", [])
+            if not messages:
+                return
+            for message in messages:
+                yield _dead_letter(message["Body"], message["ReceiptHandle"])
+
+    def forget(self, letter: DeadLetter) -> None:
+        """Deletes one."""
+        self._sqs.delete_message(QueueUrl=self._url, ReceiptHandle=letter.receipt_handle)
+
+
+def _dead_letter(body: str, receipt_handle: str) -> DeadLetter:
+    try:
+        # SQS moved it here, without a reason, after the function that delivers had died over it each time.
+        reason = json.loads(body).get("reason", "deliver_webhook failed each time: see its log")
+        return DeadLetter(body, Delivery.read(body), str(reason), receipt_handle)
+    except (AttributeError, ValueError, UnreadableDelivery):
+        return DeadLetter(body, None, "not a delivery", receipt_handle)

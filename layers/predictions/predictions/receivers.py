@@ -1,0 +1,260 @@
+"""Sends callers their webhooks: signed, to public addresses only, and again until they arrive."""
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+import httpcore
+import httpx
+
+from predictions.addresses import AddressRefused, guarded_client
+from predictions.api import Presenter
+from predictions.deliveries import FIRST_WAIT_SECONDS, DeadLetters, DeliveriesQueue, Delivery
+from predictions.observability import MetricUnit, logger, metrics
+from predictions.owner_secrets import OwnerSecrets
+from predictions.statuses import Status
+from predictions.table import PredictionsTable, Whole
+from predictions.webhooks import sign
+
+TOTAL_SECONDS = 10.0
+"""The most one try takes, whatever the receiver does."""
+
+ANSWER_LIMIT_BYTES = 1024
+"""No more of an answer is read: the status says all."""
+
+_CONNECT_SECONDS = 5.0
+_GONE = 410
+_LOOPBACK = ("127.0.0.1", "localhost")
+
+
+class _NotDelivered(Exception):
+    """The receiver did not take the webhook.
+
+    Attributes:
+        reason: Why, without anything that the receiver sent.
+        final: Whether trying again is of no use.
+    """
+
+    def __init__(self, reason: str, *, final: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.final = final
+
+
+class Receivers:
+    """Those who asked for webhooks.
+
+    Args:
+        table: The predictions.
+        presenter: Shows one as the API does.
+        secrets: What each owner's webhooks are signed with.
+        queue: Where a delivery waits for its next try.
+        dead_letters: Where one goes that is given up.
+        allow_loopback: Whether a receiver may be on this machine (the local cloud's setting).
+        open_client: Makes a guarded HTTP client; see `guarded_client`.
+        now: The time.
+        jitter: Gives random numbers from 0 to 1.
+        total_seconds: The most one try takes.
+    """
+
+    def __init__(
+        self,
+        table: PredictionsTable,
+        presenter: Presenter,
+        secrets: OwnerSecrets,
+        queue: DeliveriesQueue,
+        dead_letters: DeadLetters,
+        *,
+        allow_loopback: bool,
+        open_client: Callable[..., httpx.Client] = guarded_client,
+        now: Callable[[], float] = time.time,
+        jitter: Callable[[], float] = random.random,
+        total_seconds: float = TOTAL_SECONDS,
+    ) -> None:
+        self._table = table
+        self._presenter = presenter
+        self._secrets = secrets
+        self._queue = queue
+        self._dead_letters = dead_letters
+        self._allow_loopback = allow_loopback
+        self._open_client = open_client
+        self._now = now
+        self._jitter = jitter
+        self._total_seconds = total_seconds
+
+    @classmethod
+    def from_env(cls) -> "Receivers":
+        """From `ALLOW_LOOPBACK_WEBHOOKS` and what the parts' own `from_env` read."""
+        return cls(
+            PredictionsTable.from_env(),
+            Presenter.from_env(),
+            OwnerSecrets.from_env(),
+            DeliveriesQueue.from_env(),
+            DeadLetters.from_env(),
+            allow_loopback=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
+        )
+
+    def deliver(self, delivery: Delivery, receipt_handle: str) -> bool:
+        """Makes one try.
+
+        Twice at once, or again after a crash: the receiver is sent the same `webhook-id` again. 2xx is success, 410
+        ends the delivery; everything else, redirects too, is tried again later, or given up when its time is over.
+
+        Args:
+            delivery: What to deliver.
+            receipt_handle: Of its message, which hides until the next try.
+
+        Returns:
+            Whether the message is done with; else it must stay in the queue.
+        """
+        logger.set_correlation_id(delivery.id)
+        whole = self._table.read(delivery.id)
+        if whole is None or not whole.prediction.webhook:
+            logger.warning("nothing to deliver: the prediction is gone", webhook_event=delivery.event)
+            return True
+        shown = self._shown(whole, delivery)
+        if shown is None:
+            logger.info("not delivered: out of date", webhook_event=delivery.event)
+            return True
+        try:
+            status = self._post(whole.prediction.webhook, whole.prediction.owner, delivery, shown)
+        except _NotDelivered as failure:
+            return self._put_off(delivery, receipt_handle, failure)
+        logger.info("webhook delivered", webhook_id=delivery.webhook_id, answer=status)
+        return True
+
+    def _put_off(self, delivery: Delivery, receipt_handle: str, failure: _NotDelivered) -> bool:
+        wait_seconds = None if failure.final else delivery.wait_seconds(self._now(), self._jitter())
+        logger.warning(
+            "webhook not delivered", webhook_id=delivery.webhook_id, reason=failure.reason, wait_seconds=wait_seconds
+        )
+        if wait_seconds is not None:
+            self._queue.postpone(receipt_handle, wait_seconds)
+            return False
+        metrics.add_metric(name="DeliveriesFailed", unit=MetricUnit.Count, value=1)
+        if delivery.event == "completed":
+            self._dead_letters.bury(delivery, failure.reason)
+        return True
+
+    def _shown(self, whole: Whole, delivery: Delivery) -> dict[str, Any] | None:
+        """The prediction as the event tells it; None where it has nothing to tell (any more).
+
+        Replicate's receivers know the end by its status, so only `completed` may show one: what comes late of the
+        others shows the prediction as it ran.
+        """
+        prediction = whole.prediction
+        ended = prediction.terminal and not prediction.awaits_copy
+        if delivery.event == "completed":
+            return self._presenter.show(whole) if ended else None
+        if ended and "completed" in prediction.wanted_events and self._now() >= delivery.first_at + FIRST_WAIT_SECONDS:
+            return None
+        shown = self._presenter.show(whole)
+        shown |= {"status": Status.PROCESSING.value, "completed_at": None, "error": None, "metrics": {}}
+        if delivery.event == "start":
+            shown |= {"output": None, "logs": "", "output_files": []}
+        return None if delivery.event == "output" and shown["output"] is None else shown
+
+    def _post(self, url: str, owner: str, delivery: Delivery, shown: dict[str, Any]) -> int:
+        """Sends it; gives the status, 2xx or 410.
+
+        Raises:
+            _NotDelivered: The receiver did not take it.
+        """
+        body = json.dumps(shown, separators=(",", ":"), allow_nan=False).encode()
+        now = self._now()
+        signature = sign(
+            body,
+            webhook_id=delivery.webhook_id,
+            timestamp=int(now),
+            secrets=self._secrets.valid_secrets(owner, now),
+        )
+        headers = {"Content-Type": "application/json", "User-Agent": "replicate-serverless", **signature}
+        try:
+            with (
+                self._client(url) as http,
+                http.stream("POST", url, content=body, headers=headers) as answer,
+            ):
+                status = answer.status_code
+                _read_a_little(answer)
+        except AddressRefused as error:
+            raise _NotDelivered(f"the address {error}", final=True) from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise _NotDelivered(type(error).__name__) from error
+        if 200 <= status < 300 or status == _GONE:
+            return status
+        raise _NotDelivered(f"answered {status}")
+
+    def _client(self, url: str) -> httpx.Client:
+        # One for each try: a connection that was kept might end just then, and so might the time of another try.
+        target = httpx.URL(url)
+        local = self._allow_loopback and target.host in _LOOPBACK
+        return self._open_client(
+            allowed_origins=[f"{target.scheme}://{target.netloc.decode()}"] if local else [],
+            network=_TimedNetwork(time.monotonic() + self._total_seconds),
+            timeout=httpx.Timeout(self._total_seconds, connect=_CONNECT_SECONDS),
+        )
+
+
+def _read_a_little(answer: httpx.Response) -> None:
+    """Reads a small answer, as receivers expect; of a larger one the rest, and what breaks in it, is of no interest."""
+    length = 0
+    with suppress(httpx.HTTPError):
+        for piece in answer.iter_raw():
+            length += len(piece)
+            if length > ANSWER_LIMIT_BYTES:
+                return
+
+
+class _TimedNetwork(httpcore.NetworkBackend):
+    """A network whose connections end at a set time: a receiver that answers a byte a second must not last for ever."""
+
+    def __init__(self, until: float) -> None:
+        self._until = until
+        self._network = httpcore.SyncBackend()
+
+    def left(self, timeout: float | None) -> float:
+        """How long one step may take."""
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise httpcore.ReadTimeout("the time of this try is over")
+        return left if timeout is None else min(left, timeout)
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.NetworkStream:
+        stream = self._network.connect_tcp(host, port, self.left(timeout), local_address, socket_options)
+        return _TimedStream(stream, self)
+
+
+class _TimedStream(httpcore.NetworkStream):
+    """A connection of a `_TimedNetwork`."""
+
+    def __init__(self, stream: httpcore.NetworkStream, network: _TimedNetwork) -> None:
+        self._stream = stream
+        self._network = network
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, self._network.left(timeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        for start in range(0, len(buffer), 65536):
+            self._stream.write(buffer[start : start + 65536], self._network.left(timeout))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None) -> Any:
+        stream = self._stream.start_tls(ssl_context, server_hostname, self._network.left(timeout))
+        return _TimedStream(stream, self._network)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
