@@ -24,6 +24,8 @@ ENVIRONMENT = {
     "AWS_REGION": "us-east-1",
     "TABLE_NAME": "predictions",
     "OUTPUTS_BUCKET_NAME": "outputs",
+    "INPUTS_BUCKET_NAME": "inputs",
+    "FILE_RETENTION_DAYS": "1",
     "STATE_MACHINE_ARN": "arn:aws:states:us-east-1:123456789012:stateMachine:track-prediction",
     "API_URL_PARAMETER": "/replicate-serverless/api_url",
     "REPLICATE_API_URL": ReplicateInMemory.URL,
@@ -66,6 +68,7 @@ def cloud(environment: None) -> Iterator[None]:
         aws._api_url = None
         aws.client("dynamodb").create_table(TableName="predictions", **table_properties())
         aws.client("s3").create_bucket(Bucket="outputs")
+        aws.client("s3").create_bucket(Bucket="inputs")
         aws.client("ssm").put_parameter(Name="/replicate-serverless/api_url", Value=API_URL, Type="String")
         aws.client("secretsmanager").create_secret(Name="replicate-token", SecretString=ReplicateInMemory.TOKEN)
         aws.client("secretsmanager").create_secret(Name="signing-secret", SecretString="{}")

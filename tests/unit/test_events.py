@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from predictions import aws
+from predictions.files import Files
 from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
@@ -47,6 +48,16 @@ REFUSED = {
     ("read_predictions", "refused_cursor"): (422, ["cursor"]),
     ("read_predictions", "refused_without_scope"): (403, []),
     ("cancel_prediction", "refused_without_scope"): (403, []),
+    ("store_files", "refused_without_scope"): (403, []),
+    ("store_files", "refused_without_boundary"): (400, []),
+    ("store_files", "refused_cut_off"): (400, []),
+    ("store_files", "refused_media_type"): (415, []),
+    ("store_files", "refused_without_content"): (422, ["content"]),
+    ("store_files", "refused_metadata"): (422, ["metadata"]),
+    ("store_files", "refused_upload_size"): (422, ["size"]),
+    ("store_files", "refused_upload_field"): (422, ["key"]),
+    ("store_files", "refused_cursor"): (422, ["cursor"]),
+    ("serve_files", "refused_without_signature"): (404, []),
 }
 """Refused for what the request itself says: status and fields."""
 
@@ -56,6 +67,9 @@ REFUSED_BY_WHAT_IS_THERE = {
     ("read_predictions", "refused_unknown"): 404,
     ("cancel_prediction", "refused_other_owner"): 404,
     ("cancel_prediction", "refused_unknown"): 404,
+    ("store_files", "refused_unknown"): 404,
+    ("store_files", "refused_delete_unknown"): 404,
+    ("serve_files", "refused_unknown"): 404,
     ("receive_webhook", "refused_stale"): 401,
     ("receive_webhook", "refused_forged"): 401,
     ("receive_webhook", "refused_unsigned"): 401,
@@ -74,6 +88,10 @@ ANSWERED = {
     ("read_predictions", "list"): 200,
     ("read_predictions", "list_page"): 200,
     ("cancel_prediction", "open"): 200,
+    ("store_files", "create"): 201,
+    ("store_files", "create_as_text"): 201,
+    ("store_files", "upload"): 201,
+    ("store_files", "list"): 200,
     ("receive_webhook", "start"): 200,
     ("receive_webhook", "succeeded"): 200,
     ("receive_webhook", "succeeded_with_file"): 200,
@@ -87,7 +105,14 @@ RUN = {
     ("copy_outputs", "first_execution"),
     ("sweep_predictions", "schedule"),
 }
-API_FUNCTIONS = {"start_prediction", "read_predictions", "cancel_prediction", "receive_webhook"}
+API_FUNCTIONS = {
+    "start_prediction",
+    "read_predictions",
+    "cancel_prediction",
+    "receive_webhook",
+    "store_files",
+    "serve_files",
+}
 
 Run = Callable[..., Any]
 
@@ -135,6 +160,7 @@ def run(
                 "submissions": submissions,
                 "table": table,
                 "outputs": outputs,
+                "files": Files("predictions", "inputs", 86400, now=clock.now),
                 "time": clock_module(clock.now),
             }.items():
                 if hasattr(app, name):

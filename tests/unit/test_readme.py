@@ -112,6 +112,18 @@ def test_tables_of_operation_name_every_alarm_and_every_metric() -> None:
 LIMITS = {
     "body of a request": ("layers/predictions/predictions/intents.py", "BODY_LIMIT_BYTES", 2**20, "{} MiB"),
     "nesting of JSON": ("layers/predictions/predictions/intents.py", "DEPTH_LIMIT", 1, "{} levels"),
+    "a file in `POST /files`": (
+        "layers/predictions/predictions/file_uploads.py",
+        "CONTENT_LIMIT_BYTES",
+        100_000,
+        "4.4 MB",
+    ),
+    "a file by `POST /uploads`": (
+        "layers/predictions/predictions/file_uploads.py",
+        "UPLOAD_LIMIT_BYTES",
+        2**30,
+        "{} GiB",
+    ),
     "`Prefer: wait`": ("functions/start_prediction/app.py", "WAIT_LIMIT_SECONDS", 1, "{} s"),
     "deadline": ("layers/predictions/predictions/intents.py", "LIFETIME_LIMIT_SECONDS", 24 * 3600, "5 s to {} days"),
     "page of a list": ("functions/read_predictions/app.py", "PAGE_SIZE", 1, "{} predictions"),

@@ -75,15 +75,17 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
     assert {name for name in FUNCTIONS if "REPLICATE_TOKEN_SECRET_ARN" in variables(name)} == readers
 
 
-def test_public_function_is_only_the_webhook_and_holds_no_token_of_replicate() -> None:
+def test_public_functions_are_webhook_and_file_links_and_hold_no_token_of_replicate() -> None:
     public = {
         name
         for name, function in resources("AWS::Serverless::Function").items()
         for event in function["Properties"].get("Events", {}).values()
         if event["Type"] == "Api" and event["Properties"].get("Auth") == {"Authorizer": "NONE"}
     }
-    assert public == {"ReceiveWebhookFunction"}
-    assert "ReplicateToken" not in text(load_template()["Resources"]["ReceiveWebhookFunction"])
+    assert public == {"ReceiveWebhookFunction", "ServeFilesFunction"}
+    for name in public:
+        assert "ReplicateToken" not in text(load_template()["Resources"][name])
+    assert actions("ServeFilesFunction") == {"dynamodb:GetItem", "s3:GetObject"}
 
 
 def test_secret_values_are_given_to_functions_by_arn_only() -> None:
@@ -106,12 +108,27 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                 assert (operator, keys) == ("ForAllValues:StringEquals", ["tokens"])
             else:
                 assert operator == "ForAllValues:StringLike"
-                assert set(keys) <= {"prediction#*", "recent#*", "upstream#*"}
+                assert set(keys) <= {"prediction#*", "recent#*", "upstream#*", "file#*"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_nothing_is_ever_deleted_by_a_function(name: str) -> None:
-    assert not [action for action in actions(name) if "Delete" in action]
+def test_nothing_is_ever_deleted_by_a_function_but_files_by_their_owners(name: str) -> None:
+    deleting = [statement for statement in statements(name) if "Delete" in text(statement["Action"])]
+    if name != "StoreFilesFunction":
+        assert not deleting
+        return
+    on_table, on_bucket = deleting
+    assert on_table["Condition"] == {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["file#*"]}}
+    assert on_bucket["Resource"] == {"Fn::Sub": "${InputsBucket.Arn}/files/*"}
+
+
+def test_functions_of_files_see_nothing_but_files() -> None:
+    for name in ("StoreFilesFunction", "ServeFilesFunction"):
+        for statement in statements(name):
+            if "s3:" in text(statement["Action"]):
+                assert statement["Resource"] == {"Fn::Sub": "${InputsBucket.Arn}/files/*"}
+            if statement["Resource"] == {"Fn::GetAtt": ["PredictionsTable", "Arn"]}:
+                assert statement["Condition"] == {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["file#*"]}}
 
 
 @pytest.mark.parametrize("name", BUCKETS)
@@ -303,6 +320,12 @@ def test_api_has_exactly_these_routes() -> None:
         ("GET", "/predictions/{id}"): "ReadPredictionsFunction",
         ("POST", "/predictions/{id}/cancel"): "CancelPredictionFunction",
         ("POST", "/webhooks/replicate/{id}"): "ReceiveWebhookFunction",
+        ("POST", "/files"): "StoreFilesFunction",
+        ("POST", "/uploads"): "StoreFilesFunction",
+        ("GET", "/files"): "StoreFilesFunction",
+        ("GET", "/files/{id}"): "StoreFilesFunction",
+        ("DELETE", "/files/{id}"): "StoreFilesFunction",
+        ("GET", "/files/{id}/download"): "ServeFilesFunction",
     }
 
 
@@ -313,6 +336,7 @@ def test_api_asks_for_a_token_unless_a_route_says_otherwise() -> None:
     assert authorizer["FunctionArn"] == {"Fn::GetAtt": ["AuthorizeRequestFunction", "Arn"]}
     assert authorizer["FunctionPayloadType"] == "TOKEN"
     assert authorizer["Identity"] == {"Header": "Authorization", "ReauthorizeEvery": 60}
+    assert api["BinaryMediaTypes"] == ["multipart~1form-data"]
     (settings,) = api["MethodSettings"]
     assert settings["DataTraceEnabled"] is False
     assert settings["ThrottlingRateLimit"] > 0
@@ -384,8 +408,22 @@ def test_bucket_keeps_files_for_the_retention_time_and_is_kept_itself(name: str)
     assert (bucket["DeletionPolicy"], bucket["UpdateReplacePolicy"]) == ("Retain", "Retain")
     rules = bucket["Properties"]["LifecycleConfiguration"]["Rules"]
     assert all(rule["Status"] == "Enabled" for rule in rules)
-    assert [rule["ExpirationInDays"] for rule in rules if "ExpirationInDays" in rule] == [{"Ref": "RetentionDays"}]
+    whole = [rule for rule in rules if "ExpirationInDays" in rule and "Prefix" not in rule]
+    assert [rule["ExpirationInDays"] for rule in whole] == [{"Ref": "RetentionDays"}]
     assert {"DaysAfterInitiation": 1} in [rule.get("AbortIncompleteMultipartUpload") for rule in rules]
+
+
+def test_uploaded_files_are_kept_for_a_time_of_their_own_that_ends_before_the_retention_time() -> None:
+    rules = resources("AWS::S3::Bucket")["InputsBucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
+    assert [rule for rule in rules if "Prefix" in rule] == [
+        {
+            "Id": "expire-files",
+            "Status": "Enabled",
+            "Prefix": "files/",
+            "ExpirationInDays": {"Ref": "FileRetentionDays"},
+        }
+    ]
+    assert PARAMETERS["FileRetentionDays"]["MaxValue"] < PARAMETERS["RetentionDays"]["MinValue"]
 
 
 def test_requests_that_fail_again_and_again_are_kept() -> None:
