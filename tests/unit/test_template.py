@@ -144,10 +144,54 @@ def test_bucket_is_closed_to_the_public_and_to_plain_http(name: str) -> None:
         for found in resources("AWS::S3::BucketPolicy").values()
         if found["Properties"]["Bucket"] == {"Ref": name}
     ]
-    (statement,) = policy["PolicyDocument"]["Statement"]
+    statement, *others = policy["PolicyDocument"]["Statement"]
+    # The distribution is the one exception, on one condition: see below.
+    assert [other["Fn::If"][1]["Sid"] for other in others] == (["Distribution"] if name == "OutputsBucket" else [])
     assert (statement["Effect"], statement["Principal"], statement["Action"]) == ("Deny", "*", "s3:*")
     assert statement["Resource"] == [{"Fn::GetAtt": [name, "Arn"]}, {"Fn::Sub": f"${{{name}.Arn}}/*"}]
     assert_plain_http_only(statement["Condition"])
+
+
+def test_bucket_is_open_to_nobody_but_the_stacks_own_distribution_and_only_for_reading() -> None:
+    policy = load_template()["Resources"]["OutputsBucketPolicy"]["Properties"]["PolicyDocument"]
+    (condition, statement, nothing) = policy["Statement"][1]["Fn::If"]
+    assert (condition, nothing) == ("CloudFrontUrls", {"Ref": "AWS::NoValue"})
+    assert (statement["Principal"], statement["Action"]) == ({"Service": "cloudfront.amazonaws.com"}, "s3:GetObject")
+    source = "arn:${AWS::Partition}:cloudfront::${AWS::AccountId}:distribution/${OutputsDistribution}"
+    assert statement["Condition"] == {"StringEquals": {"aws:SourceArn": {"Fn::Sub": source}}}
+
+
+def test_distribution_serves_signed_urls_only_and_passes_nothing_of_a_callers_on() -> None:
+    template = load_template()["Resources"]
+    config = template["OutputsDistribution"]["Properties"]["DistributionConfig"]
+    behavior = config["DefaultCacheBehavior"]
+    assert "CacheBehaviors" not in config, "each would need the key group too"
+    assert behavior["TrustedKeyGroups"] == [{"Ref": "OutputUrlKeyGroup"}]
+    assert template["OutputUrlKeyGroup"]["Properties"]["KeyGroupConfig"]["Items"] == [{"Ref": "OutputUrlKey"}]
+    assert (behavior["ViewerProtocolPolicy"], behavior["AllowedMethods"]) == ("https-only", ["GET", "HEAD"])
+    assert "OriginRequestPolicyId" not in behavior
+    forwarded = template["OutputsCachePolicy"]["Properties"]["CachePolicyConfig"][
+        "ParametersInCacheKeyAndForwardedToOrigin"
+    ]
+    assert forwarded == {
+        "EnableAcceptEncodingGzip": False,
+        "HeadersConfig": {"HeaderBehavior": "none"},
+        "CookiesConfig": {"CookieBehavior": "none"},
+        "QueryStringsConfig": {"QueryStringBehavior": "none"},
+    }
+    access = template["OutputsAccessControl"]["Properties"]["OriginAccessControlConfig"]
+    assert (access["SigningBehavior"], access["SigningProtocol"]) == ("always", "sigv4")
+    headers = template["OutputsResponseHeadersPolicy"]["Properties"]["ResponseHeadersPolicyConfig"]
+    assert headers["SecurityHeadersConfig"]["ContentTypeOptions"] == {"Override": True}
+
+
+def test_everything_of_cloudfront_is_made_only_where_it_is_asked_for() -> None:
+    kinds = {name: found for name, found in load_template()["Resources"].items() if "CloudFront" in found["Type"]}
+    assert len(kinds) == 6
+    assert {found["Condition"] for found in kinds.values()} == {"CloudFrontUrls"}
+    (assertion,) = load_template()["Rules"]["KeysOfSignedUrls"]["Assertions"]
+    assert "OutputUrlPublicKey" in text(assertion["Assert"])
+    assert "OutputUrlSecretArn" in text(assertion["Assert"])
 
 
 @pytest.mark.parametrize("name", QUEUES)
@@ -206,6 +250,9 @@ def test_parameter_has_a_description_a_bound_a_default_and_a_group(name: str) ->
         ("FileOrigins", "http://169.254.169.254"),
         ("FileOrigins", "https://a.example/path"),
         ("FileOrigins", "https://a.example,"),
+        ("OutputUrlPublicKey", "-----BEGIN PRIVATE KEY-----\nAAAA\nAAAA\nAAAA\nAAAA\n-----END PRIVATE KEY-----\n"),
+        ("OutputUrlPublicKey", "MIIBIjANBgkqhkiG9w0BAQEFAAOCAQ8A"),
+        ("OutputUrlSecretArn", "output-urls"),
         ("AlarmTopicArn", "arn:aws:sqs:eu-central-1:123456789012:queue"),
     ],
 )
