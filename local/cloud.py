@@ -379,7 +379,10 @@ class LocalCloud:
         gateway = self.client("apigateway")
         for kind, response in api.get("GatewayResponses", {}).items():
             parameters = response.get("ResponseParameters", {})
-            headers = {f"gatewayresponse.header.{k}": v for k, v in parameters.get("Headers", {}).items()}
+            headers = {k: v for k, v in parameters.get("Headers", {}).items() if isinstance(v, str)}
+            if origin := self._parameters.get("CorsOrigin"):
+                headers["Access-Control-Allow-Origin"] = f"'{origin}'"
+            headers = {f"gatewayresponse.header.{k}": v for k, v in headers.items()}
             status = {"statusCode": str(response["StatusCode"])} if "StatusCode" in response else {}
             templates = response.get("ResponseTemplates", {})
             gateway.put_gateway_response(

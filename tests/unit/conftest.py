@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_REGION": "us-east-1",
     "TABLE_NAME": "predictions",
+    "CORS_ORIGIN": "",
     "OUTPUTS_BUCKET_NAME": "outputs",
     "INPUTS_BUCKET_NAME": "inputs",
     "FILE_RETENTION_DAYS": "1",

@@ -253,6 +253,15 @@ def test_parameter_has_a_description_a_bound_a_default_and_a_group(name: str) ->
         ("OutputUrlPublicKey", "-----BEGIN PRIVATE KEY-----\nAAAA\nAAAA\nAAAA\nAAAA\n-----END PRIVATE KEY-----\n"),
         ("OutputUrlPublicKey", "MIIBIjANBgkqhkiG9w0BAQEFAAOCAQ8A"),
         ("OutputUrlSecretArn", "output-urls"),
+        ("CorsOrigin", "https://app.example.com/"),
+        ("CorsOrigin", "https://*.example.com"),
+        ("CorsOrigin", "https://a.example.com,https://b.example.com"),
+        ("CorsOrigin", "null"),
+        ("CorsOrigin", "https://a'b.example.com"),
+        ("DomainName", "https://ai.example.com"),
+        ("DomainName", "ai.example.com/v1"),
+        ("DomainName", "localhost"),
+        ("CertificateArn", "arn:aws:iam::123456789012:server-certificate/x"),
         ("AlarmTopicArn", "arn:aws:sqs:eu-central-1:123456789012:queue"),
     ],
 )
@@ -387,6 +396,30 @@ def test_api_asks_for_a_token_unless_a_route_says_otherwise() -> None:
     (settings,) = api["MethodSettings"]
     assert settings["DataTraceEnabled"] is False
     assert settings["ThrottlingRateLimit"] > 0
+
+
+def test_an_origin_is_allowed_everywhere_or_nowhere() -> None:
+    template = load_template()["Resources"]
+    origin = {"Fn::If": ["AllowCors", {"Fn::Sub": "'${CorsOrigin}'"}, {"Ref": "AWS::NoValue"}]}
+    for answer in GATEWAY_RESPONSES.values():
+        assert answer["ResponseParameters"]["Headers"]["Access-Control-Allow-Origin"] == origin
+    preflight = template["Api"]["Properties"]["Cors"]
+    assert preflight["AllowOrigin"]["Fn::If"] == ["AllowCors", {"Fn::Sub": "'${CorsOrigin}'"}, "'https://none.invalid'"]
+    assert "AllowCredentials" not in preflight
+    for name in BUCKETS:
+        condition, rules, nothing = template[name]["Properties"]["CorsConfiguration"]["Fn::If"]
+        assert (condition, nothing) == ("AllowCors", {"Ref": "AWS::NoValue"})
+        assert [rule["AllowedOrigins"] for rule in rules["CorsRules"]] == [[{"Ref": "CorsOrigin"}]]
+
+
+def test_a_domain_name_leads_to_the_stage_under_its_own_path() -> None:
+    template = load_template()["Resources"]
+    mapping = template["ApiDomainMapping"]
+    assert mapping["Condition"] == template["ApiDomain"]["Condition"] == "CustomDomain"
+    assert mapping["Properties"]["BasePath"] == template["Api"]["Properties"]["StageName"]
+    url = load_template()["Outputs"]["ApiUrl"]["Value"]
+    assert url == template["ApiUrlParameter"]["Properties"]["Value"]
+    assert url["Fn::If"][:2] == ["CustomDomain", {"Fn::Sub": "https://${DomainName}/v1"}]
 
 
 GATEWAY_RESPONSES = load_template()["Resources"]["Api"]["Properties"]["GatewayResponses"]
@@ -541,6 +574,7 @@ def test_outputs_are_those_that_users_and_tools_rely_on() -> None:
         "ReplicateTokenSecretArn",
         "ApiUrlParameterName",
         "SigningSecretArn",
+        "DomainTarget",
     }
 
 

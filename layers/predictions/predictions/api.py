@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from aws_lambda_powertools.event_handler import APIGatewayRestResolver, Response
+from aws_lambda_powertools.event_handler import APIGatewayRestResolver, CORSConfig, Response
 from aws_lambda_powertools.event_handler.exceptions import NotFoundError
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -28,13 +28,19 @@ from predictions.table import Page, Prediction, PredictionsTable, Whole, is_id
 _ANSWER_LIMIT_BYTES = 5_500_000
 _LOGS_LIMIT_CHARACTERS = 256 * 1024
 
+# What a page's script may read of an answer, besides its body.
+_EXPOSED_HEADERS = ["Location", "Preference-Applied", "Retry-After"]
+
 _JSON = "application/json"
 _PROBLEM = "application/problem+json"
 
 
 def resolver() -> APIGatewayRestResolver:
     """A Powertools resolver that answers every error with a problem."""
-    app = APIGatewayRestResolver(debug=False)
+    origin = os.environ["CORS_ORIGIN"]
+    cors = CORSConfig(allow_origin=origin, expose_headers=_EXPOSED_HEADERS, max_age=600) if origin else None
+    # Under a domain name of its own the API's base path is part of the event's path.
+    app = APIGatewayRestResolver(debug=False, cors=cors, strip_prefixes=["/v1"])
 
     def refuse(problem: Problem) -> Response[str]:
         logger.info("refused", status=problem.status, title=problem.title)
@@ -64,9 +70,11 @@ def answer_with(app: APIGatewayRestResolver) -> Callable[[dict[str, Any], Any], 
             logger.exception("unexpected error")
             problem = Problem(500, "The stack made an error; its log has the details.")
         answer = _response(problem.status, problem.body(), _PROBLEM, problem.headers)
+        origin = os.environ["CORS_ORIGIN"]
+        allowed = {"Access-Control-Allow-Origin": origin} if origin else {}
         return {
             "statusCode": answer.status_code,
-            "headers": {"Content-Type": _PROBLEM, **problem.headers},
+            "headers": {"Content-Type": _PROBLEM, **allowed, **problem.headers},
             "body": answer.body,
             "isBase64Encoded": False,
         }
