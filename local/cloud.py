@@ -394,6 +394,7 @@ class LocalCloud:
             # value, which boto3 would refuse.
             operation = {"op": "replace", "path": "/binaryMediaTypes", "value": kinds}
             self._unchecked_client("apigateway").update_rest_api(restApiId=api_id, patchOperations=[operation])
+        self._complete_preflight(api.get("Cors") or {})
         gateway.create_deployment(restApiId=api_id, stageName="v1")
 
         # All functions share a log group, in which AWS names each stream for its function. Here nothing would tell.
@@ -406,6 +407,29 @@ class LocalCloud:
         answer = functions.invoke(FunctionName=self.resources["SweepPredictionsFunction"], Payload=b"{}")
         if "FunctionError" in answer:
             raise LocalCloudError(f"The first sweep failed: {answer['Payload'].read().decode()[:2000]}")
+
+    def _complete_preflight(self, cors: Mapping[str, Any]) -> None:
+        """Give the answers to OPTIONS their headers: the emulator imports those methods without them."""
+        origin = self._parameters.get("CorsOrigin")
+        if not origin:
+            return
+        values = {
+            "Access-Control-Allow-Origin": f"'{origin}'",
+            "Access-Control-Allow-Headers": cors["AllowHeaders"],
+            "Access-Control-Allow-Methods": cors["AllowMethods"],
+            "Access-Control-Max-Age": cors["MaxAge"],
+        }
+        gateway = self.client("apigateway")
+        for page in gateway.get_paginator("get_resources").paginate(restApiId=self.resources["Api"]):
+            for resource in page["items"]:
+                if "OPTIONS" in resource.get("resourceMethods", {}):
+                    gateway.put_integration_response(
+                        restApiId=self.resources["Api"],
+                        resourceId=resource["id"],
+                        httpMethod="OPTIONS",
+                        statusCode="200",
+                        responseParameters={f"method.response.header.{name}": value for name, value in values.items()},
+                    )
 
     def _describe(self) -> Stack:
         return Stack(

@@ -133,3 +133,47 @@ class TestFilesAsInputs:
         assert "/download?owner=alice&" in prediction.input["image"]
         prediction.wait()
         assert prediction.status == "succeeded", prediction.error
+
+
+class TestOutputUrls:
+    def test_file_output_reads_the_bytes_of_the_bucket(self, client: Client, cloud: LocalCloud) -> None:
+        prediction = client.predictions.create(version="local/painter", input={"prompt": "a harbour"})
+        prediction.wait()
+        shown = httpx.get(
+            f"{cloud.stack.api_url}/predictions/{prediction.id}",
+            headers={"Authorization": f"Bearer {cloud.create_token('alice')}"},
+            trust_env=False,
+        ).json()
+        (file,) = shown["output_files"]
+        stored = cloud.client("s3").get_object(Bucket=file["bucket"], Key=file["key"])["Body"].read()
+        url: Any = prediction.output
+        # Sent with the access token, which S3 itself would refuse: the emulator does not, and proves nothing of AWS.
+        assert FileOutput(url, client).read() == stored
+        assert fetched(url).content == stored
+
+
+class TestBrowsers:
+    PAGE = "https://app.example.com"
+
+    def test_a_preflight_needs_no_token(self, cloud: LocalCloud) -> None:
+        asked = {"Origin": self.PAGE, "Access-Control-Request-Method": "POST"}
+        for path in ("/predictions", "/files", "/predictions/x/cancel"):
+            answer = httpx.options(cloud.stack.api_url + path, headers=asked, trust_env=False)
+            assert answer.status_code == 200
+            assert answer.headers["access-control-allow-origin"] == self.PAGE
+            assert "Authorization" in answer.headers["access-control-allow-headers"]
+
+    def test_a_page_can_read_answers_refusals_and_the_gateways_own(self, cloud: LocalCloud, api: Api) -> None:
+        page = {"Origin": self.PAGE}
+        answers = [
+            api("alice").get("/predictions", headers=page),
+            api("alice").get("/files/x", headers=page),
+            api("alice").get("/nothing", headers=page),
+            httpx.get(cloud.stack.api_url + "/predictions", headers=page, trust_env=False),
+        ]
+        assert [answer.status_code for answer in answers] == [200, 404, 404, 401]
+        assert {answer.headers.get("access-control-allow-origin") for answer in answers} == {self.PAGE}
+
+    def test_another_page_cannot_read_an_answer(self, api: Api) -> None:
+        answer = api("alice").get("/predictions", headers={"Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in answer.headers
