@@ -216,6 +216,11 @@ class LocalCloud:
             self._clients[service] = session.client(service, endpoint_url=self.endpoint_url, config=config)
         return self._clients[service]
 
+    def _unchecked_client(self, service: str) -> Any:
+        session: Any = boto3.session.Session("test", "test", region_name=REGION)
+        config = Config(parameter_validation=False, proxies={})
+        return session.client(service, endpoint_url=self.endpoint_url, config=config)
+
     def create_token(self, owner: str, scopes: Sequence[str] = tuple(Scope)) -> str:
         """Create an access token of the API."""
         tokens = AccessTokens(self.outputs["TableName"], self.client("dynamodb"))
@@ -374,15 +379,22 @@ class LocalCloud:
         gateway = self.client("apigateway")
         for kind, response in api.get("GatewayResponses", {}).items():
             parameters = response.get("ResponseParameters", {})
-            headers = {f"gatewayresponse.header.{k}": v for k, v in parameters.get("Headers", {}).items()}
+            headers = {k: v for k, v in parameters.get("Headers", {}).items() if isinstance(v, str)}
+            if origin := self._parameters.get("CorsOrigin"):
+                headers["Access-Control-Allow-Origin"] = f"'{origin}'"
+            headers = {f"gatewayresponse.header.{k}": v for k, v in headers.items()}
             status = {"statusCode": str(response["StatusCode"])} if "StatusCode" in response else {}
             templates = response.get("ResponseTemplates", {})
             gateway.put_gateway_response(
                 restApiId=api_id, responseType=kind, responseParameters=headers, responseTemplates=templates, **status
             )
-        operations = [{"op": "add", "path": f"/binaryMediaTypes/{kind}"} for kind in api.get("BinaryMediaTypes", [])]
-        if operations:
-            gateway.update_rest_api(restApiId=api_id, patchOperations=operations)
+        kinds = [kind.replace("~1", "/") for kind in api.get("BinaryMediaTypes", [])]
+        if kinds:
+            # AWS takes /binaryMediaTypes/multipart~1form-data. The emulator does not know ~1, but takes the list as a
+            # value, which boto3 would refuse.
+            operation = {"op": "replace", "path": "/binaryMediaTypes", "value": kinds}
+            self._unchecked_client("apigateway").update_rest_api(restApiId=api_id, patchOperations=[operation])
+        self._complete_preflight(api.get("Cors") or {})
         gateway.create_deployment(restApiId=api_id, stageName="v1")
 
         # All functions share a log group, in which AWS names each stream for its function. Here nothing would tell.
@@ -395,6 +407,29 @@ class LocalCloud:
         answer = functions.invoke(FunctionName=self.resources["SweepPredictionsFunction"], Payload=b"{}")
         if "FunctionError" in answer:
             raise LocalCloudError(f"The first sweep failed: {answer['Payload'].read().decode()[:2000]}")
+
+    def _complete_preflight(self, cors: Mapping[str, Any]) -> None:
+        """Give the answers to OPTIONS their headers: the emulator imports those methods without them."""
+        origin = self._parameters.get("CorsOrigin")
+        if not origin:
+            return
+        values = {
+            "Access-Control-Allow-Origin": f"'{origin}'",
+            "Access-Control-Allow-Headers": cors["AllowHeaders"],
+            "Access-Control-Allow-Methods": cors["AllowMethods"],
+            "Access-Control-Max-Age": cors["MaxAge"],
+        }
+        gateway = self.client("apigateway")
+        for page in gateway.get_paginator("get_resources").paginate(restApiId=self.resources["Api"]):
+            for resource in page["items"]:
+                if "OPTIONS" in resource.get("resourceMethods", {}):
+                    gateway.put_integration_response(
+                        restApiId=self.resources["Api"],
+                        resourceId=resource["id"],
+                        httpMethod="OPTIONS",
+                        statusCode="200",
+                        responseParameters={f"method.response.header.{name}": value for name, value in values.items()},
+                    )
 
     def _describe(self) -> Stack:
         return Stack(

@@ -21,6 +21,7 @@ QUICK = {
     "PollSeconds": "3",
     "SubmitGraceSeconds": "3",
     "LogLevel": "DEBUG",
+    "CorsOrigin": "https://app.example.com",
 }
 
 

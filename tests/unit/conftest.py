@@ -24,7 +24,10 @@ ENVIRONMENT = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_REGION": "us-east-1",
     "TABLE_NAME": "predictions",
+    "CORS_ORIGIN": "",
     "OUTPUTS_BUCKET_NAME": "outputs",
+    "INPUTS_BUCKET_NAME": "inputs",
+    "FILE_RETENTION_DAYS": "1",
     "STATE_MACHINE_ARN": "arn:aws:states:us-east-1:123456789012:stateMachine:track-prediction",
     "API_URL_PARAMETER": "/replicate-serverless/api_url",
     "REPLICATE_API_URL": ReplicateInMemory.URL,
@@ -43,6 +46,9 @@ ENVIRONMENT = {
     "FIRST_POLL_SECONDS": "60",
     "POLL_SECONDS": "600",
     "OUTPUT_URL_SECONDS": "3600",
+    "OUTPUT_URL_DOMAIN": "",
+    "OUTPUT_URL_KEY_ID": "",
+    "OUTPUT_URL_SECRET_ARN": "",
     "POWERTOOLS_SERVICE_NAME": "replicate-serverless",
     "POWERTOOLS_METRICS_NAMESPACE": "ReplicateServerless",
     "POWERTOOLS_LOG_LEVEL": "INFO",
@@ -71,6 +77,7 @@ def cloud(environment: None) -> Iterator[None]:
         aws._api_url = None
         aws.client("dynamodb").create_table(TableName="predictions", **table_properties())
         aws.client("s3").create_bucket(Bucket="outputs")
+        aws.client("s3").create_bucket(Bucket="inputs")
         aws.client("ssm").put_parameter(Name="/replicate-serverless/api_url", Value=API_URL, Type="String")
         aws.client("secretsmanager").create_secret(Name="replicate-token", SecretString=ReplicateInMemory.TOKEN)
         aws.client("secretsmanager").create_secret(Name="signing-secret", SecretString="{}")

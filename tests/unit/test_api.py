@@ -890,3 +890,50 @@ def with_many_files(table: PredictionsTable, n: int, clock: Clock) -> str:
     files = [StoredFile(f"/{i}", i, f"alice/{prediction_id}/{i}", 10, "0" * 64, "image/png") for i in range(1000)]
     table.end_copy(ended, files, clock.now())
     return prediction_id
+# -- browsers and names --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def from_a_page(cloud: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """A function's answer to a page of some origin, deployed with another `CorsOrigin`."""
+
+    def call(allowed: str, origin: str, case: str = "list", **changes: Any) -> dict[str, Any]:
+        monkeypatch.setenv("CORS_ORIGIN", allowed)
+        event = sample("read_predictions", case) | changes
+        event["headers"] |= {"Origin": origin}
+        event["multiValueHeaders"] |= {"Origin": [origin]}
+        answer: dict[str, Any] = load_app("read_predictions", monkeypatch).handler(event, Context())
+        return answer
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin", "told"),
+    [
+        ("", "https://app.example.com", None),
+        ("https://app.example.com", "https://evil.example.com", None),
+        ("https://app.example.com", "https://app.example.com.evil.example", None),
+        ("https://app.example.com", "https://app.example.com", "https://app.example.com"),
+        ("*", "https://anything.example", "*"),
+    ],
+)
+@pytest.mark.parametrize(("case", "status"), [("list", 200), ("refused_unknown", 404), ("refused_without_scope", 403)])
+def test_only_pages_of_the_allowed_origin_may_read_an_answer(
+    from_a_page: Call, allowed: str, origin: str, told: str | None, case: str, status: int
+) -> None:
+    answer = from_a_page(allowed, origin, case)
+    assert (answer["statusCode"], header(answer, "Access-Control-Allow-Origin")) == (status, told)
+    assert header(answer, "Access-Control-Allow-Credentials") is None
+
+
+def test_an_error_of_our_own_can_be_read_by_the_allowed_page(from_a_page: Call) -> None:
+    AwsCalls().fail(EndpointConnectionError(endpoint_url="https://dynamodb"))
+    answer = from_a_page("https://app.example.com", "https://app.example.com")
+    told = (answer["statusCode"], header(answer, "Access-Control-Allow-Origin"))
+    assert told == (503, "https://app.example.com")
+
+
+def test_the_base_path_of_a_domain_name_is_not_part_of_the_route(from_a_page: Call) -> None:
+    assert from_a_page("", "https://app.example.com", path="/v1/predictions")["statusCode"] == 200
+    assert from_a_page("", "https://app.example.com", path="/v1/v1/predictions")["statusCode"] == 404

@@ -10,6 +10,7 @@ import pytest
 from predictions import aws
 from predictions.forwarding import Forwarding, VersionCache
 from predictions.deliveries import Delivery
+from predictions.files import Files
 from predictions.outputs import OutputsBucket
 from predictions.owner_secrets import OwnerSecrets
 from predictions.submissions import Submissions
@@ -57,6 +58,16 @@ REFUSED = {
     ("call_replicate", "refused_version"): (404, []),
     ("call_replicate", "refused_body"): (422, []),
     ("give_secret", "refused_without_scope"): (403, []),
+    ("store_files", "refused_without_scope"): (403, []),
+    ("store_files", "refused_without_boundary"): (400, []),
+    ("store_files", "refused_cut_off"): (400, []),
+    ("store_files", "refused_media_type"): (415, []),
+    ("store_files", "refused_without_content"): (422, ["content"]),
+    ("store_files", "refused_metadata"): (422, ["metadata"]),
+    ("store_files", "refused_upload_size"): (422, ["size"]),
+    ("store_files", "refused_upload_field"): (422, ["key"]),
+    ("store_files", "refused_cursor"): (422, ["cursor"]),
+    ("serve_files", "refused_without_signature"): (404, []),
 }
 """Refused for what the request itself says: status and fields."""
 
@@ -67,6 +78,9 @@ REFUSED_BY_WHAT_IS_THERE = {
     ("read_predictions", "refused_unknown"): 404,
     ("cancel_prediction", "refused_other_owner"): 404,
     ("cancel_prediction", "refused_unknown"): 404,
+    ("store_files", "refused_unknown"): 404,
+    ("store_files", "refused_delete_unknown"): 404,
+    ("serve_files", "refused_unknown"): 404,
     ("receive_webhook", "refused_stale"): 401,
     ("receive_webhook", "refused_forged"): 401,
     ("receive_webhook", "refused_unsigned"): 401,
@@ -85,6 +99,10 @@ ANSWERED = {
     ("read_predictions", "list"): 200,
     ("read_predictions", "list_page"): 200,
     ("cancel_prediction", "open"): 200,
+    ("store_files", "create"): 201,
+    ("store_files", "create_as_text"): 201,
+    ("store_files", "upload"): 201,
+    ("store_files", "list"): 200,
     ("receive_webhook", "start"): 200,
     ("receive_webhook", "succeeded"): 200,
     ("receive_webhook", "succeeded_with_file"): 200,
@@ -125,14 +143,22 @@ RUN = {
     ("deliver_webhook", "completed"),
     ("deliver_webhook", "start"),
 }
-API_FUNCTIONS = {"call_replicate", "start_prediction", "read_predictions", "cancel_prediction", "receive_webhook"}
+API_FUNCTIONS = {
+    "call_replicate",
+    "cancel_prediction",
+    "give_secret",
+    "read_predictions",
+    "receive_webhook",
+    "serve_files",
+    "start_prediction",
+    "store_files",
+}
 PUBLISHED = {
     ("publish_changes", "start_and_output"): ["start"],
     ("publish_changes", "files_stored"): ["output"],
 }
 """What is queued at once of what each calls for; the rest follows a second later."""
 
-API_FUNCTIONS = {"start_prediction", "read_predictions", "cancel_prediction", "receive_webhook", "give_secret"}
 
 Run = Callable[..., Any]
 
@@ -187,6 +213,7 @@ def run(
                 "table": table,
                 "outputs": outputs,
                 "forwarding": forwarding,
+                "files": Files("predictions", "inputs", 86400, now=clock.now),
                 "time": clock_module(clock.now),
                 **others,
             }.items():

@@ -136,6 +136,18 @@ LIMITS = {
         "{} s",
     ),
     "nesting of JSON": ("layers/predictions/predictions/intents.py", "DEPTH_LIMIT", 1, "{} levels"),
+    "a file in `POST /files`": (
+        "layers/predictions/predictions/file_uploads.py",
+        "CONTENT_LIMIT_BYTES",
+        100_000,
+        "4.4 MB",
+    ),
+    "a file by `POST /uploads`": (
+        "layers/predictions/predictions/file_uploads.py",
+        "UPLOAD_LIMIT_BYTES",
+        2**30,
+        "{} GiB",
+    ),
     "`Prefer: wait`": ("functions/start_prediction/app.py", "WAIT_LIMIT_SECONDS", 1, "{} s"),
     "deadline": ("layers/predictions/predictions/intents.py", "LIFETIME_LIMIT_SECONDS", 24 * 3600, "5 s to {} days"),
     "page of a list": ("functions/read_predictions/app.py", "PAGE_SIZE", 1, "{} predictions"),

@@ -107,15 +107,17 @@ def test_schemas_are_kept_only_by_functions_that_submit() -> None:
     assert keepers == {"StartPredictionFunction", "SubmitPredictionFunction", "PollPredictionFunction"}
 
 
-def test_public_function_is_only_the_webhook_and_holds_no_token_of_replicate() -> None:
+def test_public_functions_are_webhook_and_file_links_and_hold_no_token_of_replicate() -> None:
     public = {
         name
         for name, function in resources("AWS::Serverless::Function").items()
         for event in function["Properties"].get("Events", {}).values()
         if event["Type"] == "Api" and event["Properties"].get("Auth") == {"Authorizer": "NONE"}
     }
-    assert public == {"ReceiveWebhookFunction"}
-    assert "ReplicateToken" not in text(load_template()["Resources"]["ReceiveWebhookFunction"])
+    assert public == {"ReceiveWebhookFunction", "ServeFilesFunction"}
+    for name in public:
+        assert "ReplicateToken" not in text(load_template()["Resources"][name])
+    assert actions("ServeFilesFunction") == {"dynamodb:GetItem", "s3:GetObject"}
 
 
 def test_secret_values_are_given_to_functions_by_arn_only() -> None:
@@ -138,13 +140,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                 assert (operator, keys) == ("ForAllValues:StringEquals", ["tokens"])
             else:
                 assert operator == "ForAllValues:StringLike"
-                assert set(keys) <= {"prediction#*", "recent#*", "upstream#*", "forwarded#*", "schema#*", "owner#*"}
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_nothing_is_ever_deleted_by_a_function(name: str) -> None:
-    # Lambda deletes the messages that a function has dealt with.
-    assert not [action for action in actions(name) - source_actions(name) if "Delete" in action]
+                assert set(keys) <= {"prediction#*", "recent#*", "upstream#*", "forwarded#*", "schema#*", "owner#*", "file#*"}
 
 
 def test_master_of_the_owners_secrets_is_readable_only_by_those_who_give_them_and_sign() -> None:
@@ -154,6 +150,31 @@ def test_master_of_the_owners_secrets_is_readable_only_by_those_who_give_them_an
     secret = load_template()["Resources"]["WebhookMasterSecret"]["Properties"]
     assert secret["GenerateSecretString"] == {"PasswordLength": 64, "ExcludePunctuation": True}
     assert "Ref" not in text(secret), "a new value would change every owner's secret"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nothing_is_ever_deleted_by_a_function_but_files_by_their_owners(name: str) -> None:
+    # Lambda deletes the messages that a function has dealt with.
+    deleting = [
+        statement
+        for statement in statements(name)
+        if any("Delete" in action for action in set(listed(statement["Action"])) - source_actions(name))
+    ]
+    if name != "StoreFilesFunction":
+        assert not deleting
+        return
+    on_table, on_bucket = deleting
+    assert on_table["Condition"] == {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["file#*"]}}
+    assert on_bucket["Resource"] == {"Fn::Sub": "${InputsBucket.Arn}/files/*"}
+
+
+def test_functions_of_files_see_nothing_but_files() -> None:
+    for name in ("StoreFilesFunction", "ServeFilesFunction"):
+        for statement in statements(name):
+            if "s3:" in text(statement["Action"]):
+                assert statement["Resource"] == {"Fn::Sub": "${InputsBucket.Arn}/files/*"}
+            if statement["Resource"] == {"Fn::GetAtt": ["PredictionsTable", "Arn"]}:
+                assert statement["Condition"] == {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["file#*"]}}
 
 
 @pytest.mark.parametrize("name", BUCKETS)
@@ -169,10 +190,54 @@ def test_bucket_is_closed_to_the_public_and_to_plain_http(name: str) -> None:
         for found in resources("AWS::S3::BucketPolicy").values()
         if found["Properties"]["Bucket"] == {"Ref": name}
     ]
-    (statement,) = policy["PolicyDocument"]["Statement"]
+    statement, *others = policy["PolicyDocument"]["Statement"]
+    # The distribution is the one exception, on one condition: see below.
+    assert [other["Fn::If"][1]["Sid"] for other in others] == (["Distribution"] if name == "OutputsBucket" else [])
     assert (statement["Effect"], statement["Principal"], statement["Action"]) == ("Deny", "*", "s3:*")
     assert statement["Resource"] == [{"Fn::GetAtt": [name, "Arn"]}, {"Fn::Sub": f"${{{name}.Arn}}/*"}]
     assert_plain_http_only(statement["Condition"])
+
+
+def test_bucket_is_open_to_nobody_but_the_stacks_own_distribution_and_only_for_reading() -> None:
+    policy = load_template()["Resources"]["OutputsBucketPolicy"]["Properties"]["PolicyDocument"]
+    (condition, statement, nothing) = policy["Statement"][1]["Fn::If"]
+    assert (condition, nothing) == ("CloudFrontUrls", {"Ref": "AWS::NoValue"})
+    assert (statement["Principal"], statement["Action"]) == ({"Service": "cloudfront.amazonaws.com"}, "s3:GetObject")
+    source = "arn:${AWS::Partition}:cloudfront::${AWS::AccountId}:distribution/${OutputsDistribution}"
+    assert statement["Condition"] == {"StringEquals": {"aws:SourceArn": {"Fn::Sub": source}}}
+
+
+def test_distribution_serves_signed_urls_only_and_passes_nothing_of_a_callers_on() -> None:
+    template = load_template()["Resources"]
+    config = template["OutputsDistribution"]["Properties"]["DistributionConfig"]
+    behavior = config["DefaultCacheBehavior"]
+    assert "CacheBehaviors" not in config, "each would need the key group too"
+    assert behavior["TrustedKeyGroups"] == [{"Ref": "OutputUrlKeyGroup"}]
+    assert template["OutputUrlKeyGroup"]["Properties"]["KeyGroupConfig"]["Items"] == [{"Ref": "OutputUrlKey"}]
+    assert (behavior["ViewerProtocolPolicy"], behavior["AllowedMethods"]) == ("https-only", ["GET", "HEAD"])
+    assert "OriginRequestPolicyId" not in behavior
+    forwarded = template["OutputsCachePolicy"]["Properties"]["CachePolicyConfig"][
+        "ParametersInCacheKeyAndForwardedToOrigin"
+    ]
+    assert forwarded == {
+        "EnableAcceptEncodingGzip": False,
+        "HeadersConfig": {"HeaderBehavior": "none"},
+        "CookiesConfig": {"CookieBehavior": "none"},
+        "QueryStringsConfig": {"QueryStringBehavior": "none"},
+    }
+    access = template["OutputsAccessControl"]["Properties"]["OriginAccessControlConfig"]
+    assert (access["SigningBehavior"], access["SigningProtocol"]) == ("always", "sigv4")
+    headers = template["OutputsResponseHeadersPolicy"]["Properties"]["ResponseHeadersPolicyConfig"]
+    assert headers["SecurityHeadersConfig"]["ContentTypeOptions"] == {"Override": True}
+
+
+def test_everything_of_cloudfront_is_made_only_where_it_is_asked_for() -> None:
+    kinds = {name: found for name, found in load_template()["Resources"].items() if "CloudFront" in found["Type"]}
+    assert len(kinds) == 6
+    assert {found["Condition"] for found in kinds.values()} == {"CloudFrontUrls"}
+    (assertion,) = load_template()["Rules"]["KeysOfSignedUrls"]["Assertions"]
+    assert "OutputUrlPublicKey" in text(assertion["Assert"])
+    assert "OutputUrlSecretArn" in text(assertion["Assert"])
 
 
 @pytest.mark.parametrize("name", QUEUES)
@@ -231,6 +296,18 @@ def test_parameter_has_a_description_a_bound_a_default_and_a_group(name: str) ->
         ("FileOrigins", "http://169.254.169.254"),
         ("FileOrigins", "https://a.example/path"),
         ("FileOrigins", "https://a.example,"),
+        ("OutputUrlPublicKey", "-----BEGIN PRIVATE KEY-----\nAAAA\nAAAA\nAAAA\nAAAA\n-----END PRIVATE KEY-----\n"),
+        ("OutputUrlPublicKey", "MIIBIjANBgkqhkiG9w0BAQEFAAOCAQ8A"),
+        ("OutputUrlSecretArn", "output-urls"),
+        ("CorsOrigin", "https://app.example.com/"),
+        ("CorsOrigin", "https://*.example.com"),
+        ("CorsOrigin", "https://a.example.com,https://b.example.com"),
+        ("CorsOrigin", "null"),
+        ("CorsOrigin", "https://a'b.example.com"),
+        ("DomainName", "https://ai.example.com"),
+        ("DomainName", "ai.example.com/v1"),
+        ("DomainName", "localhost"),
+        ("CertificateArn", "arn:aws:iam::123456789012:server-certificate/x"),
         ("AlarmTopicArn", "arn:aws:sqs:eu-central-1:123456789012:queue"),
     ],
 )
@@ -347,6 +424,12 @@ def test_api_has_exactly_these_routes() -> None:
         ("POST", "/webhooks/replicate/{id}"): "ReceiveWebhookFunction",
         **dict.fromkeys(ROUTES, "CallReplicateFunction"),
         ("GET", "/webhooks/default/secret"): "GiveSecretFunction",
+        ("POST", "/files"): "StoreFilesFunction",
+        ("POST", "/uploads"): "StoreFilesFunction",
+        ("GET", "/files"): "StoreFilesFunction",
+        ("GET", "/files/{id}"): "StoreFilesFunction",
+        ("DELETE", "/files/{id}"): "StoreFilesFunction",
+        ("GET", "/files/{id}/download"): "ServeFilesFunction",
     }
 
 
@@ -357,9 +440,34 @@ def test_api_asks_for_a_token_unless_a_route_says_otherwise() -> None:
     assert authorizer["FunctionArn"] == {"Fn::GetAtt": ["AuthorizeRequestFunction", "Arn"]}
     assert authorizer["FunctionPayloadType"] == "TOKEN"
     assert authorizer["Identity"] == {"Header": "Authorization", "ReauthorizeEvery": 60}
+    assert api["BinaryMediaTypes"] == ["multipart~1form-data"]
     (settings,) = api["MethodSettings"]
     assert settings["DataTraceEnabled"] is False
     assert settings["ThrottlingRateLimit"] > 0
+
+
+def test_an_origin_is_allowed_everywhere_or_nowhere() -> None:
+    template = load_template()["Resources"]
+    origin = {"Fn::If": ["AllowCors", {"Fn::Sub": "'${CorsOrigin}'"}, {"Ref": "AWS::NoValue"}]}
+    for answer in GATEWAY_RESPONSES.values():
+        assert answer["ResponseParameters"]["Headers"]["Access-Control-Allow-Origin"] == origin
+    preflight = template["Api"]["Properties"]["Cors"]
+    assert preflight["AllowOrigin"]["Fn::If"] == ["AllowCors", {"Fn::Sub": "'${CorsOrigin}'"}, "'https://none.invalid'"]
+    assert "AllowCredentials" not in preflight
+    for name in BUCKETS:
+        condition, rules, nothing = template[name]["Properties"]["CorsConfiguration"]["Fn::If"]
+        assert (condition, nothing) == ("AllowCors", {"Ref": "AWS::NoValue"})
+        assert [rule["AllowedOrigins"] for rule in rules["CorsRules"]] == [[{"Ref": "CorsOrigin"}]]
+
+
+def test_a_domain_name_leads_to_the_stage_under_its_own_path() -> None:
+    template = load_template()["Resources"]
+    mapping = template["ApiDomainMapping"]
+    assert mapping["Condition"] == template["ApiDomain"]["Condition"] == "CustomDomain"
+    assert mapping["Properties"]["BasePath"] == template["Api"]["Properties"]["StageName"]
+    url = load_template()["Outputs"]["ApiUrl"]["Value"]
+    assert url == template["ApiUrlParameter"]["Properties"]["Value"]
+    assert url["Fn::If"][:2] == ["CustomDomain", {"Fn::Sub": "https://${DomainName}/v1"}]
 
 
 GATEWAY_RESPONSES = load_template()["Resources"]["Api"]["Properties"]["GatewayResponses"]
@@ -428,7 +536,8 @@ def test_bucket_keeps_files_for_the_retention_time_and_is_kept_itself(name: str)
     assert (bucket["DeletionPolicy"], bucket["UpdateReplacePolicy"]) == ("Retain", "Retain")
     rules = bucket["Properties"]["LifecycleConfiguration"]["Rules"]
     assert all(rule["Status"] == "Enabled" for rule in rules)
-    assert [rule["ExpirationInDays"] for rule in rules if "ExpirationInDays" in rule] == [{"Ref": "RetentionDays"}]
+    whole = [rule for rule in rules if "ExpirationInDays" in rule and "Prefix" not in rule]
+    assert [rule["ExpirationInDays"] for rule in whole] == [{"Ref": "RetentionDays"}]
     assert {"DaysAfterInitiation": 1} in [rule.get("AbortIncompleteMultipartUpload") for rule in rules]
 
 
@@ -505,6 +614,24 @@ def test_stream_invokes_only_for_predictions_whose_caller_wants_to_be_told(
     filters = SOURCES["ChangesEventSource"]["Properties"]["FilterCriteria"]["Filters"]
     record = {"eventName": name, "dynamodb": {"NewImage": image} if image else {}}
     assert any(passes(json.loads(each["Pattern"]), record) for each in filters) is passed
+def test_uploaded_files_are_kept_for_a_time_of_their_own_that_ends_before_the_retention_time() -> None:
+    rules = resources("AWS::S3::Bucket")["InputsBucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
+    assert [rule for rule in rules if "Prefix" in rule] == [
+        {
+            "Id": "expire-files",
+            "Status": "Enabled",
+            "Prefix": "files/",
+            "ExpirationInDays": {"Ref": "FileRetentionDays"},
+        }
+    ]
+    assert PARAMETERS["FileRetentionDays"]["MaxValue"] < PARAMETERS["RetentionDays"]["MinValue"]
+
+
+def test_requests_that_fail_again_and_again_are_kept() -> None:
+    queue = resources("AWS::SQS::Queue")["RequestsQueue"]["Properties"]
+    assert queue["RedrivePolicy"]["deadLetterTargetArn"] == {"Fn::GetAtt": ["RequestsDeadLetterQueue", "Arn"]}
+    dead_letters = resources("AWS::SQS::Queue")["RequestsDeadLetterQueue"]["Properties"]
+    assert dead_letters["MessageRetentionPeriod"] == 14 * 86400
 
 
 def test_signing_secret_starts_empty_and_nothing_of_it_can_change_with_a_parameter() -> None:
@@ -570,6 +697,7 @@ def test_outputs_are_those_that_users_and_tools_rely_on() -> None:
         "ReplicateTokenSecretArn",
         "ApiUrlParameterName",
         "SigningSecretArn",
+        "DomainTarget",
     }
 
 

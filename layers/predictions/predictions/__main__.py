@@ -1,6 +1,7 @@
 """The command `replicate-serverless`: what an operator does to a deployed stack.
 
     replicate-serverless tokens create --stack NAME --owner alice
+    replicate-serverless urls keys --stack NAME
 
 What a command makes goes to stdout, and nothing else does: `TOKEN=$(replicate-serverless tokens create …)`
 works.
@@ -38,6 +39,12 @@ class CannotDeliver(PredictionsError):
 
 LOOK_SECONDS = 30
 """For how long `webhooks failed` hides what it has shown from the next look."""
+class KeysExist(PredictionsError):
+    """There is a key pair for signed URLs already, and URLs may have been signed with it."""
+
+
+class CryptographyMissing(PredictionsError):
+    """A key pair cannot be made without the package `cryptography`."""
 
 
 class Stack:
@@ -214,6 +221,36 @@ def _print_table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> N
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+def _make_url_keys(stack: Stack, arguments: argparse.Namespace) -> None:
+    """Puts a private key into Secrets Manager; stdout gets what `sam deploy` needs to know of it."""
+    try:
+        from cryptography.hazmat.primitives.asymmetric import rsa
+        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+    except ImportError:
+        raise CryptographyMissing("Install the package with its extra: replicate-serverless[cli].") from None
+    from predictions.output_urls import PrivateKey
+
+    # The one size that CloudFront takes.
+    # https://docs.aws.amazon.com/AmazonCloudFront/latest/DeveloperGuide/private-content-trusted-signers.html
+    made = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    numbers = made.private_numbers()
+    name = f"{arguments.stack}/output-urls"
+    secretsmanager = stack.client("secretsmanager")
+    try:
+        secret = secretsmanager.create_secret(
+            Name=name,
+            Description=f"Private key of the signed URLs of {arguments.stack}.",
+            SecretString=PrivateKey(numbers.p, numbers.q, 65537).to_json(),
+        )
+    except secretsmanager.exceptions.ResourceExistsException:
+        raise KeysExist(
+            f"The secret {name} exists, and the stack may sign with it. For a new pair, deploy with"
+            " OutputUrls=presigned, delete that secret without recovery, and call this again."
+        ) from None
+    public_key = made.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    parameters = {"OutputUrls": "cloudfront", "OutputUrlPublicKey": public_key, "OutputUrlSecretArn": secret["ARN"]}
+    print(json.dumps(parameters, indent=2))  # which is YAML too, as `sam deploy` wants it
+    print(f"The private key is in the secret {name} and nowhere else. Deploy with these parameters.", file=sys.stderr)
 
 
 def _access_tokens(stack: Stack) -> AccessTokens:
@@ -292,6 +329,15 @@ def _parser() -> argparse.ArgumentParser:
     rotate.add_argument("--owner", required=True, help="whose secret")
     rotate.add_argument("--force", action="store_true", help="also within 24 hours of the last rotation")
     rotate.set_defaults(run=_rotate_secret)
+    urls = groups.add_parser("urls", help="make the key pair of signed URLs of output files")
+    commands = urls.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    keys = commands.add_parser(
+        "keys",
+        parents=[stack],
+        help="store a new private key in Secrets Manager; the parameters for `sam deploy` go to stdout",
+        allow_abbrev=False,
+    )
+    keys.set_defaults(run=_make_url_keys)
     return parser
 
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from aws_lambda_powertools.event_handler import APIGatewayRestResolver, Response
+from aws_lambda_powertools.event_handler import APIGatewayRestResolver, CORSConfig, Response
 from aws_lambda_powertools.event_handler.exceptions import NotFoundError
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws import api_url
 from predictions.errors import Problem
 from predictions.observability import handler_of, logger
+from predictions.output_urls import Distribution
 from predictions.outputs import OutputsBucket, StoredFile, replace_files
 from predictions.table import Page, Prediction, PredictionsTable, Whole, is_id
 
@@ -27,13 +28,19 @@ from predictions.table import Page, Prediction, PredictionsTable, Whole, is_id
 _ANSWER_LIMIT_BYTES = 5_500_000
 _LOGS_LIMIT_CHARACTERS = 256 * 1024
 
+# What a page's script may read of an answer, besides its body.
+_EXPOSED_HEADERS = ["Location", "Preference-Applied", "Retry-After"]
+
 _JSON = "application/json"
 _PROBLEM = "application/problem+json"
 
 
 def resolver() -> APIGatewayRestResolver:
     """A Powertools resolver that answers every error with a problem."""
-    app = APIGatewayRestResolver(debug=False)
+    origin = os.environ["CORS_ORIGIN"]
+    cors = CORSConfig(allow_origin=origin, expose_headers=_EXPOSED_HEADERS, max_age=600) if origin else None
+    # Under a domain name of its own the API's base path is part of the event's path.
+    app = APIGatewayRestResolver(debug=False, cors=cors, strip_prefixes=["/v1"])
 
     def refuse(problem: Problem) -> Response[str]:
         logger.info("refused", status=problem.status, title=problem.title)
@@ -63,9 +70,11 @@ def answer_with(app: APIGatewayRestResolver) -> Callable[[dict[str, Any], Any], 
             logger.exception("unexpected error")
             problem = Problem(500, "The stack made an error; its log has the details.")
         answer = _response(problem.status, problem.body(), _PROBLEM, problem.headers)
+        origin = os.environ["CORS_ORIGIN"]
+        allowed = {"Access-Control-Allow-Origin": origin} if origin else {}
         return {
             "statusCode": answer.status_code,
-            "headers": {"Content-Type": _PROBLEM, **problem.headers},
+            "headers": {"Content-Type": _PROBLEM, **allowed, **problem.headers},
             "body": answer.body,
             "isBase64Encoded": False,
         }
@@ -148,18 +157,20 @@ class Presenter:
     """Shows predictions as Replicate does, with every key present.
 
     Args:
-        outputs: Makes the URLs of stored files.
+        outputs: Makes the URLs of stored files, where no distribution does.
         url_seconds: How long those URLs work.
+        distribution: Makes URLs that any client can fetch.
     """
 
-    def __init__(self, outputs: OutputsBucket, url_seconds: int) -> None:
+    def __init__(self, outputs: OutputsBucket, url_seconds: int, distribution: Distribution | None = None) -> None:
         self._outputs = outputs
         self._url_seconds = url_seconds
+        self._distribution = distribution
 
     @classmethod
     def from_env(cls) -> "Presenter":
-        """From `OUTPUTS_BUCKET_NAME`, `FILE_ORIGINS` and `OUTPUT_URL_SECONDS`."""
-        return cls(OutputsBucket.from_env(), int(os.environ["OUTPUT_URL_SECONDS"]))
+        """From `OUTPUTS_BUCKET_NAME`, `FILE_ORIGINS`, `OUTPUT_URL_SECONDS` and what `Distribution.from_env` reads."""
+        return cls(OutputsBucket.from_env(), int(os.environ["OUTPUT_URL_SECONDS"]), Distribution.from_env())
 
     def show(self, whole: Whole, *, as_starting: bool = False) -> dict[str, Any]:
         """A prediction in Replicate's JSON; what is ours is `output_files`.
@@ -209,10 +220,10 @@ class Presenter:
                 shown["webhook_events_filter"] = list(prediction.webhook_events_filter)
         # What no answer can carry is linked: it is an object in the bucket then.
         if whole.input_key and _is_too_large(shown):
-            shown["input"] = {"url": self._outputs.url(whole.input_key, self._url_seconds)}
+            shown["input"] = {"url": self._url(whole.input_key)}
         if whole.result_key and output is not None and _is_too_large(shown):
             # A result with files names upstream's URLs, which end within the hour: it is not linked.
-            link = None if whole.files else self._outputs.url(whole.result_key, self._url_seconds)
+            link = None if whole.files else self._url(whole.result_key)
             shown |= {"output": link, "output_files": []}
             if link is None:
                 shown["error"] = f"The output with its {len(whole.files)} files is too large for an answer."
@@ -241,8 +252,11 @@ class Presenter:
             return None if self._outputs.holds_files(whole.output) else whole.output
         # A file that nobody copied, as after an end by our own word, is shown as missing: its URL is not ours.
         links: dict[str, Any] = {file.path: None for file in self._outputs.find_files(whole.output)}
-        links |= {f.path: self._outputs.url(f.key, self._url_seconds) for f in whole.files if f.key}
+        links |= {f.path: self._url(f.key) for f in whole.files if f.key}
         return replace_files(whole.output, links)
+
+    def _url(self, key: str) -> str:
+        return (self._distribution or self._outputs).url(key, self._url_seconds)
 
     def _file(self, file: StoredFile) -> dict[str, Any]:
         if file.error:

@@ -1,0 +1,350 @@
+"""The files that owners upload as inputs: an item of the table and an object in the inputs bucket each.
+
+`pk` = `file#{id}`, `sk` = `file`; the object is `files/{owner}/{id}`, so nothing of its key is a caller's to choose.
+A file's `urls.get` is a link that anyone who has it can open until the file expires or is deleted, since a model has
+no access token: `GET /files/{id}/download` with an unguessable `signature`, which redirects to S3. It is not a link to
+S3 itself, because that would end with the credentials of the function that signed it, within hours and perhaps before
+a prediction that waits its turn reads its input. And so an input stays the same text from the caller to Replicate.
+
+An object outlives its item: the bucket's lifecycle counts whole days from midnight. An object without an item (a crash
+between the two writes) is seen by nobody and goes the same way.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
+from botocore.exceptions import ClientError
+
+from predictions.aws import client
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+    from mypy_boto3_s3 import S3Client
+
+    from predictions.file_uploads import NewFile
+
+UPLOAD_URL_SECONDS = 3600
+"""How long an upload may begin; one that has begun may take longer."""
+
+_DOWNLOAD_URL_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class File:
+    """A file's item. Times are whole seconds since 1970, except `created_at`.
+
+    Attributes:
+        uploaded: Whether the object is known to be there.
+        signature: What opens its download link.
+    """
+
+    id: str
+    owner: str
+    name: str
+    content_type: str
+    size: int
+    metadata_json: str
+    created_at: str
+    expires_at: int
+    signature: str = field(repr=False)
+    uploaded: bool = True
+    etag: str = ""
+    checksums: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Its object's key."""
+        return f"files/{self.owner}/{self.id}"
+
+    def show(self, api_url: str) -> dict[str, Any]:
+        """This in Replicate's JSON; what is ours is `uploaded`."""
+        query = urlencode({"owner": self.owner, "expiry": self.expires_at, "signature": self.signature})
+        return {
+            "id": self.id,
+            "name": self.name,
+            "content_type": self.content_type,
+            "size": self.size,
+            "etag": self.etag,
+            "checksums": self.checksums,
+            "metadata": json.loads(self.metadata_json),
+            "created_at": self.created_at,
+            "expires_at": _rfc3339(self.expires_at),
+            "urls": {"get": f"{api_url}/files/{self.id}/download?{query}"},
+            "uploaded": self.uploaded,
+        }
+
+
+@dataclass(frozen=True)
+class UploadLink:
+    """Where and how to send a file to S3: `method` `url` with exactly these `headers`, until `expires_at`."""
+
+    method: str
+    url: str
+    headers: dict[str, str]
+    expires_at: str
+
+
+class Files:
+    """The files of all owners.
+
+    Args:
+        table_name: The table.
+        bucket_name: The inputs bucket.
+        lifetime_seconds: How long a file is kept.
+        now: The time, in seconds since 1970.
+    """
+
+    def __init__(
+        self, table_name: str, bucket_name: str, lifetime_seconds: int, *, now: Callable[[], float] = time.time
+    ) -> None:
+        self._table_name = table_name
+        self._bucket_name = bucket_name
+        self._lifetime_seconds = lifetime_seconds
+        self._now = now
+
+    @classmethod
+    def from_env(cls) -> "Files":
+        """From `TABLE_NAME`, `INPUTS_BUCKET_NAME` and `FILE_RETENTION_DAYS`."""
+        days = int(os.environ["FILE_RETENTION_DAYS"])
+        return cls(os.environ["TABLE_NAME"], os.environ["INPUTS_BUCKET_NAME"], days * 86400)
+
+    def store(self, owner: str, new: "NewFile") -> File:
+        """Stores a file that came with its content: the object first, so that an item never promises one."""
+        content = new.content or b""
+        file = self._file(owner, new)
+        stored = self._s3.put_object(
+            Bucket=self._bucket_name, Key=file.key, Body=content, ContentType=file.content_type
+        )
+        checksums = {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "md5": hashlib.md5(content, usedforsecurity=False).hexdigest(),
+        }
+        file = replace(file, etag=stored["ETag"].strip('"'), checksums=checksums)
+        self._put(file)
+        return file
+
+    def announce(self, owner: str, new: "NewFile") -> tuple[File, UploadLink]:
+        """Makes the link through which an owner uploads a file straight to S3, once.
+
+        S3 refuses another size than was announced, another type, another SHA-256 (where one was given), and a second
+        upload, because all of these are signed.
+        """
+        file = replace(self._file(owner, new), uploaded=False, checksums={"sha256": new.sha256} if new.sha256 else {})
+        parameters: dict[str, Any] = {"ContentType": file.content_type, "IfNoneMatch": "*"}
+        headers = {"Content-Type": file.content_type, "If-None-Match": "*"}
+        if new.sha256_base64:
+            parameters["ChecksumSHA256"] = headers["x-amz-checksum-sha256"] = new.sha256_base64
+        url = self._s3.generate_presigned_url(
+            "put_object",
+            Params={"Bucket": self._bucket_name, "Key": file.key, "ContentLength": file.size, **parameters},
+            ExpiresIn=UPLOAD_URL_SECONDS,
+        )
+        self._put(file)
+        # A client's HTTP library writes the length by itself; that it has to be this one must be said all the same.
+        headers["Content-Length"] = str(file.size)
+        return file, UploadLink("PUT", url, headers, _rfc3339(int(self._now()) + UPLOAD_URL_SECONDS))
+
+    def find(self, owner: str, file_id: str) -> File | None:
+        """One of an owner's files; None where there is none, or it is another owner's."""
+        file = self._read(file_id)
+        if file is None or file.owner != owner:
+            return None
+        if not file.uploaded and (found := self._uploaded(file)):
+            file = found
+            self._note_upload(file)
+        return file
+
+    def list(self, owner: str, start: str | None, *, older: bool, size: int) -> tuple[list[File], bool]:
+        """A page of an owner's files.
+
+        Args:
+            owner: Whose.
+            start: The place beside which the page starts (`place`), or None for the newest.
+            older: Whether the page lies on the older side of `start`.
+            size: The most files of a page.
+
+        Returns:
+            The files from the start of the page on, away from it, and whether there are further ones beyond.
+        """
+        condition, values = "#owner = :owner", {":owner": _listed_owner(owner)}
+        if start is not None:
+            condition += f" AND listed_at {'<' if older else '>'} :start"
+            values[":start"] = start
+        answer = self._dynamodb.query(
+            TableName=self._table_name,
+            IndexName="by_owner",
+            KeyConditionExpression=condition,
+            ExpressionAttributeNames={"#owner": "owner"},
+            ExpressionAttributeValues=_serialize(values),
+            ScanIndexForward=not older,
+            Limit=size + 1,
+        )
+        pks = [_deserialize(item)["pk"] for item in answer["Items"]]
+        found = self._batch(pks[:size])
+        return [found[pk] for pk in pks[:size] if pk in found], len(pks) > size
+
+    def delete(self, owner: str, file_id: str) -> bool:
+        """Deletes one of an owner's files; whether there was one.
+
+        The object goes first: a crash in between leaves an item, with which the owner can ask again.
+        """
+        file = self._read(file_id)
+        if file is None or file.owner != owner:
+            return False
+        self._s3.delete_object(Bucket=self._bucket_name, Key=file.key)
+        self._dynamodb.delete_item(TableName=self._table_name, Key=_key(file_id))
+        return True
+
+    def download_url(self, file_id: str, owner: str, expiry: str, signature: str) -> str | None:
+        """A link to S3, for whoever has a file's `urls.get`.
+
+        Returns:
+            The link, which works for five minutes and makes browsers save the file, not show it; None where any part
+            of the request is wrong, or the file is not there (any more, or yet).
+        """
+        file = self._read(file_id)
+        if file is None or file.owner != owner or expiry != str(file.expires_at):
+            return None
+        if not hmac.compare_digest(file.signature.encode(), signature.encode("utf-8", "replace")):
+            return None
+        if not file.uploaded and self._uploaded(file) is None:
+            return None
+        return self._s3.generate_presigned_url(
+            "get_object",
+            Params={"Bucket": self._bucket_name, "Key": file.key, "ResponseContentDisposition": "attachment"},
+            ExpiresIn=_DOWNLOAD_URL_SECONDS,
+        )
+
+    @property
+    def _s3(self) -> "S3Client":
+        return client("s3")
+
+    @property
+    def _dynamodb(self) -> "DynamoDBClient":
+        return client("dynamodb")
+
+    def _file(self, owner: str, new: "NewFile") -> File:
+        now = self._now()
+        return File(
+            id=new.id,
+            owner=owner,
+            name=new.name,
+            content_type=new.content_type,
+            size=new.size,
+            metadata_json=new.metadata_json,
+            created_at=datetime.fromtimestamp(now, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            expires_at=int(now) + self._lifetime_seconds,
+            signature=secrets.token_urlsafe(32),
+        )
+
+    def _put(self, file: File) -> None:
+        item = {
+            "pk": f"file#{file.id}",
+            "sk": "file",
+            "id": file.id,
+            # Another owner than that of predictions, so that their lists stay apart.
+            "owner": _listed_owner(file.owner),
+            "listed_at": place(file),
+            "name": file.name,
+            "content_type": file.content_type,
+            "size": file.size,
+            "metadata_json": file.metadata_json,
+            "created_at": file.created_at,
+            "expires_at": file.expires_at,
+            "signature": file.signature,
+            "uploaded": file.uploaded,
+            "etag": file.etag,
+            "checksums": file.checksums,
+        }
+        # The id is new and random: nothing can be there but this very item, of a write whose answer botocore missed.
+        self._dynamodb.put_item(TableName=self._table_name, Item=_serialize(item))
+
+    def _read(self, file_id: str) -> File | None:
+        found = self._dynamodb.get_item(TableName=self._table_name, Key=_key(file_id), ConsistentRead=True).get("Item")
+        return self._kept(_deserialize(found)) if found else None
+
+    def _batch(self, pks: Sequence[str]) -> dict[str, File]:
+        """Files by their `pk`, those that have not expired."""
+        files: dict[str, File] = {}
+        waiting: list[Any] = [_serialize({"pk": pk, "sk": "file"}) for pk in pks]
+        while waiting:
+            request = {self._table_name: {"Keys": waiting[:100], "ConsistentRead": True}}
+            waiting = waiting[100:]
+            answer = self._dynamodb.batch_get_item(RequestItems=request)  # type: ignore[arg-type]  # as TypeSerializer makes it
+            for raw in answer["Responses"].get(self._table_name, []):
+                item = _deserialize(raw)
+                if file := self._kept(item):
+                    files[item["pk"]] = file
+            unprocessed = answer.get("UnprocessedKeys", {})
+            waiting += unprocessed[self._table_name]["Keys"] if self._table_name in unprocessed else []
+        return files
+
+    def _kept(self, item: dict[str, Any]) -> File | None:
+        """The file of an item; None once it has expired, which DynamoDB may notice days later."""
+        values = {name: item[name] for name in File.__dataclass_fields__ if name in item}
+        file = File(**{**values, "owner": item["owner"].removeprefix("files#")})
+        return file if self._now() < file.expires_at else None
+
+    def _uploaded(self, file: File) -> File | None:
+        """An announced file as S3 has it, or None."""
+        try:
+            head = self._s3.head_object(Bucket=self._bucket_name, Key=file.key)
+        except ClientError as error:
+            # 403 is S3's answer for a missing object to those who may not list the bucket.
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (403, 404):
+                raise
+            return None
+        return replace(file, uploaded=True, size=head["ContentLength"], etag=head["ETag"].strip('"'))
+
+    def _note_upload(self, file: File) -> None:
+        try:
+            self._dynamodb.update_item(
+                TableName=self._table_name,
+                Key=_key(file.id),
+                UpdateExpression="SET uploaded = :uploaded, #size = :size, etag = :etag",
+                ConditionExpression="attribute_exists(pk)",
+                ExpressionAttributeNames={"#size": "size"},
+                ExpressionAttributeValues=_serialize({":uploaded": True, ":size": file.size, ":etag": file.etag}),
+            )
+        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            return  # deleted meanwhile
+
+
+def place(file: File) -> str:
+    """A file's place in its owner's list."""
+    return f"{file.created_at}#{file.id}"
+
+
+def _listed_owner(owner: str) -> str:
+    return f"files#{owner}"
+
+
+def _key(file_id: str) -> dict[str, Any]:
+    return _serialize({"pk": f"file#{file_id}", "sk": "file"})
+
+
+def _rfc3339(moment: int) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")
+
+
+_serializer = TypeSerializer()
+_deserializer = TypeDeserializer()
+
+
+def _serialize(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _serializer.serialize(value) for name, value in values.items()}
+
+
+def _deserialize(item: Any) -> dict[str, Any]:
+    values = {name: _deserializer.deserialize(value) for name, value in item.items()}
+    return {name: int(value) if hasattr(value, "to_integral") else value for name, value in values.items()}
