@@ -890,6 +890,8 @@ def with_many_files(table: PredictionsTable, n: int, clock: Clock) -> str:
     files = [StoredFile(f"/{i}", i, f"alice/{prediction_id}/{i}", 10, "0" * 64, "image/png") for i in range(1000)]
     table.end_copy(ended, files, clock.now())
     return prediction_id
+
+
 # -- browsers and names --------------------------------------------------------------------------------------
 
 

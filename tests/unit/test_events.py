@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 from predictions import aws
-from predictions.forwarding import Forwarding, VersionCache
 from predictions.deliveries import Delivery
 from predictions.files import Files
+from predictions.forwarding import Forwarding, VersionCache
 from predictions.outputs import OutputsBucket
 from predictions.owner_secrets import OwnerSecrets
 from predictions.submissions import Submissions
@@ -204,7 +204,6 @@ def run(
     versions = VersionCache("predictions", aws.client("dynamodb"), clock.now)
     forwarding = Forwarding(ReplicateInMemory.URL, Token("replicate-token"), replicate.client(), versions)
 
-    def run(function: str, event: dict[str, Any]) -> Any:
     def run(function: str, event: dict[str, Any], **others: Any) -> Any:
         with pytest.MonkeyPatch.context() as only_here:
             app = load_app(function, only_here)

@@ -3,8 +3,8 @@ import re
 from typing import Any
 
 import pytest
-from predictions.forwarding import ROUTES
 from predictions.deliveries import LONGEST_WAIT_SECONDS, RETRY_SECONDS
+from predictions.forwarding import ROUTES
 from predictions.receivers import TOTAL_SECONDS
 
 from tests.unit.code_reach import reach
@@ -140,7 +140,15 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                 assert (operator, keys) == ("ForAllValues:StringEquals", ["tokens"])
             else:
                 assert operator == "ForAllValues:StringLike"
-                assert set(keys) <= {"prediction#*", "recent#*", "upstream#*", "forwarded#*", "schema#*", "owner#*", "file#*"}
+                assert set(keys) <= {
+                    "prediction#*",
+                    "recent#*",
+                    "upstream#*",
+                    "forwarded#*",
+                    "schema#*",
+                    "owner#*",
+                    "file#*",
+                }
 
 
 def test_master_of_the_owners_secrets_is_readable_only_by_those_who_give_them_and_sign() -> None:
@@ -614,6 +622,8 @@ def test_stream_invokes_only_for_predictions_whose_caller_wants_to_be_told(
     filters = SOURCES["ChangesEventSource"]["Properties"]["FilterCriteria"]["Filters"]
     record = {"eventName": name, "dynamodb": {"NewImage": image} if image else {}}
     assert any(passes(json.loads(each["Pattern"]), record) for each in filters) is passed
+
+
 def test_uploaded_files_are_kept_for_a_time_of_their_own_that_ends_before_the_retention_time() -> None:
     rules = resources("AWS::S3::Bucket")["InputsBucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
     assert [rule for rule in rules if "Prefix" in rule] == [

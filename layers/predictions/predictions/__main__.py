@@ -39,6 +39,8 @@ class CannotDeliver(PredictionsError):
 
 LOOK_SECONDS = 30
 """For how long `webhooks failed` hides what it has shown from the next look."""
+
+
 class KeysExist(PredictionsError):
     """There is a key pair for signed URLs already, and URLs may have been signed with it."""
 
@@ -221,6 +223,8 @@ def _print_table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> N
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
 def _make_url_keys(stack: Stack, arguments: argparse.Namespace) -> None:
     """Puts a private key into Secrets Manager; stdout gets what `sam deploy` needs to know of it."""
     try:
