@@ -258,6 +258,22 @@ class TestSecrets:
             with pytest.raises(WebhookVerificationError):
                 verify(secret, headers, changed)
 
+    def test_no_secret_of_an_owner_and_no_address_of_a_receiver_is_in_any_log(
+        self, cloud: LocalCloud, alice: Caller, receiver: Receiver, replicate: LocalReplicate
+    ) -> None:
+        secret = alice.secret()
+        receiver.answers = [(500, {}, b"CANARY-ANSWER")]
+        prediction_id = alice.create(sleeper(0), ["completed"], "/hook?token=CANARY-PATH")
+        alice._wait_until(lambda: len(receiver.headers(prediction_id, "completed")) == 2, 40, "the second try")
+        logs = cloud.client("logs")
+        text = ""
+        for group in logs.describe_log_groups()["logGroups"]:
+            for page in logs.get_paginator("filter_log_events").paginate(logGroupName=group["logGroupName"]):
+                text += "".join(event["message"] for event in page["events"])
+        assert "webhook not delivered" in text
+        for hidden in (secret, secret.removeprefix("whsec_"), "CANARY"):
+            assert hidden not in text
+
     def test_old_and_new_secret_both_sign_after_a_rotation(
         self, cloud: LocalCloud, api: Api, receiver: Receiver, wait_until: WaitUntil, replicate: LocalReplicate
     ) -> None:

@@ -157,6 +157,7 @@ LIMITS = {
     "an output file": ("layers/predictions/predictions/outputs.py", "FILE_MAX_BYTES", 2**30, "{} GiB, 600 s"),
     "one sweep": ("functions/sweep_predictions/app.py", "SWEEP_LIMIT", 1, "{} predictions"),
     "age of a webhook": ("layers/predictions/predictions/webhooks.py", "TOLERANCE_SECONDS", 1, "{} s"),
+    "one try of a webhook to a caller": ("layers/predictions/predictions/receivers.py", "TOTAL_SECONDS", 1, "{} s;"),
 }
 
 
