@@ -41,7 +41,7 @@ class FaultName(StrEnum):
     CANCEL_ERROR = "cancel_error"
     """`POST /v1/predictions/{id}/cancel` answers `status` (500) and cancels nothing."""
     OTHER_ERROR = "other_error"
-    """Anything under /v1 that is about no prediction answers `status` (500), and does nothing."""
+    """Anything under /v1 that is about no prediction or training answers `status` (500), and does nothing."""
     OTHER_RESET = "other_reset"
     """The same, but the connection is closed without an answer."""
     OTHER_SILENCE = "other_silence"

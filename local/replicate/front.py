@@ -239,7 +239,7 @@ class Gate:
                 ]
                 if not allowed:
                     refusal = throttled(reset)
-                elif "predictions" not in scope["path"].split("/"):
+                elif {"predictions", "trainings"}.isdisjoint(scope["path"].split("/")):
                     refusal = self._fault(scope["path"], entry)
         try:
             await (refusal or self._app)(scope, receive_and_record, send_and_record)

@@ -101,7 +101,7 @@ def test_replicates_refusals_come_through_as_it_says_them(client: Client, replic
 def test_a_refusal_of_the_stacks_own_token_or_credit_is_no_fault_of_the_caller(
     api: Api, replicate: LocalReplicate, status: int
 ) -> None:
-    replicate.fault("other_error", status=status)
+    replicate.fault("other_error", status=status, path="/account")
     answer = api().get("/account")
     assert (answer.status_code, answer.headers["content-type"]) == (502, "application/problem+json")
     assert "operator" in answer.json()["detail"]
@@ -110,7 +110,7 @@ def test_a_refusal_of_the_stacks_own_token_or_credit_is_no_fault_of_the_caller(
 
 @pytest.mark.parametrize(("told", "given"), [(500, 502), (503, 503), (429, 429), (409, 409)])
 def test_a_failure_of_replicate_is_told_as_such(api: Api, replicate: LocalReplicate, told: int, given: int) -> None:
-    replicate.fault("other_error", status=told)
+    replicate.fault("other_error", status=told, path="/hardware")
     answer = api().get("/hardware")
     assert (answer.status_code, answer.json()["status"]) == (given, given)
     assert len(asked(replicate)) == 1
@@ -119,10 +119,10 @@ def test_a_failure_of_replicate_is_told_as_such(api: Api, replicate: LocalReplic
 
 
 def test_a_broken_connection_is_tried_again_for_a_read_only(api: Api, replicate: LocalReplicate) -> None:
-    replicate.fault("other_reset")
+    replicate.fault("other_reset", path="/account")
     assert api().get("/account").status_code == 200
     assert asked(replicate) == [("GET", "/v1/account")] * 2
-    replicate.fault("other_reset")
+    replicate.fault("other_reset", path="/deployments")
     answer = api().post("/deployments", json=DEPLOYMENT)
     assert answer.status_code == 502
     assert "not known" in answer.json()["detail"]
@@ -130,7 +130,7 @@ def test_a_broken_connection_is_tried_again_for_a_read_only(api: Api, replicate:
 
 
 def test_silence_of_replicate_ends_before_the_api_gives_up(api: Api, replicate: LocalReplicate) -> None:
-    replicate.fault("other_silence")
+    replicate.fault("other_silence", path="/hardware")
     answer = api().get("/hardware")
     assert (answer.status_code, answer.json()["title"]) == (504, "Gateway Timeout")
     assert "Replicate did not answer in time" in answer.json()["detail"]

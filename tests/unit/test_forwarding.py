@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from botocore.exceptions import ClientError
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from predictions import aws
 from predictions.errors import Problem
@@ -224,6 +224,7 @@ def test_what_the_router_leaves_out_behind_a_path_is_not_passed_on(call: Call, u
     assert upstream.asked[0].url.raw_path == b"/v1/models/acme/fox"
 
 
+@settings(deadline=None)  # a loaded machine is not a failure
 @given(
     route=st.sampled_from(ROUTES),
     names=st.fixed_dictionaries({name: st.text() | st.just(value) for name, value in NAMES.items()}),
