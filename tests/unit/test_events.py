@@ -171,8 +171,8 @@ def test_every_sample_has_its_expected_outcome() -> None:
     found = {
         (path.parent.name, path.stem) for path in EVENTS.glob("*/*.json") if path.parent.name != "authorize_request"
     }
-    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | ANSWERED.keys() | FORWARDED.keys() | RUN
-    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | ANSWERED.keys() | RUN | PUBLISHED.keys()
+    answered = ANSWERED.keys() | FORWARDED.keys()
+    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | answered | RUN | PUBLISHED.keys()
 
 
 def test_every_function_has_a_sample() -> None:
