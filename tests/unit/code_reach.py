@@ -19,9 +19,12 @@ _S3_ACTIONS = {
     "abort_multipart_upload": "s3:AbortMultipartUpload",
     "complete_multipart_upload": "s3:PutObject",
     "create_multipart_upload": "s3:PutObject",
+    "delete_object": "s3:DeleteObject",
     "generate_presigned_url": "s3:GetObject",
     "get_object": "s3:GetObject",
     "head_object": "s3:GetObject",
+    "list_multipart_uploads": "s3:ListBucketMultipartUploads",
+    "list_objects_v2": "s3:ListBucket",
     "put_object": "s3:PutObject",
     "upload_part": "s3:PutObject",
 }

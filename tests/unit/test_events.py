@@ -56,6 +56,7 @@ REFUSED_BY_WHAT_IS_THERE = {
     ("read_predictions", "refused_unknown"): 404,
     ("cancel_prediction", "refused_other_owner"): 404,
     ("cancel_prediction", "refused_unknown"): 404,
+    ("cancel_prediction", "refused_delete_open"): 409,
     ("receive_webhook", "refused_stale"): 401,
     ("receive_webhook", "refused_forged"): 401,
     ("receive_webhook", "refused_unsigned"): 401,
@@ -255,6 +256,15 @@ def test_the_sample_of_a_cancel_cancels_at_replicate(run: Run, started: None, re
     shown = json.loads(run("cancel_prediction", sample("cancel_prediction", "open"))["body"])
     assert (shown["id"], shown["status"]) == (SAMPLE_ID, "canceled")
     assert replicate.canceled == [SAMPLE_UPSTREAM_ID]
+
+
+def test_the_sample_of_a_deletion_removes_the_data_of_what_has_ended(run: Run, started: None) -> None:
+    run("receive_webhook", sample("receive_webhook", "succeeded"))
+    for _ in range(2):
+        answer = run("cancel_prediction", sample("cancel_prediction", "refused_delete_open"))
+        shown = json.loads(answer["body"])
+        assert (answer["statusCode"], shown["status"], shown["data_removed"]) == (200, "succeeded", True)
+        assert (shown["input"], shown["output"], shown["logs"], shown["output_files"]) == ({}, None, "", [])
 
 
 @pytest.mark.parametrize(("function", "case"), sorted(RUN), ids=names(RUN))

@@ -837,9 +837,7 @@ class TestSweep:
         assert submissions.sweep(10, lambda: next(left)) == 1
 
 
-def hold_token(
-    table: PredictionsTable, prediction_id: str, token: str, *, next_check_at: float | None = None
-) -> None:
+def hold_token(table: PredictionsTable, prediction_id: str, token: str, *, next_check_at: float | None = None) -> None:
     """What the state AwaitWebhook does."""
     check = ", next_check_at = :next_check_at" if next_check_at else ""
     values: dict[str, Any] = {":token": {"S": token}, ":terminal": {"N": "9"}}

@@ -4,6 +4,7 @@
     submit      claim and POST, for an intent that was only written down or whose POST was not accepted
     poll        what no webhook told: ask, reconcile, enforce the deadline
     cancel      the owner's flag, and Replicate's cancel
+    delete      the owner's flag, then the data of what has ended
     sweep       whatever stands still is moved on
 
 Each step may happen twice, late or never, and its function may die after any line. So each begins by reading what is
@@ -473,6 +474,24 @@ class Submissions:
             logger.warning("cancel without answer", reason=str(error))
             return prediction
 
+    # -- delete -----------------------------------------------------------------------------------------------
+
+    def delete_ended(self, prediction: Prediction) -> None:
+        """Removes input, output, files and logs of a prediction that has ended, for its owner.
+
+        The flag comes first, so that nobody is shown any of it from then on. Died half-way, or asked again: the next
+        call, or the sweep, removes the rest.
+
+        Raises:
+            Problem: 409, where it has not ended.
+        """
+        now = self._now()
+        there = self.table.request_delete(prediction.id, now) or self.table.get(prediction.id) or prediction
+        if not there.deleted:
+            raise Problem(409, _not_ended(there))
+        if there.next_check_at is not None:
+            self.table.delete_data(there, now)
+
     # -- sweep ------------------------------------------------------------------------------------------------
 
     def sweep(self, limit: int, remaining_seconds: Callable[[], float]) -> int:
@@ -510,10 +529,12 @@ class Submissions:
         if prediction.orphans:
             self._cancel_orphans(prediction)
             prediction = self.table.get(prediction_id) or prediction
+        if prediction.deleted:
+            self.table.delete_data(prediction, now)
         if prediction.terminal and not prediction.awaits_copy:
             if prediction.orphans:
                 self.table.check_again_at(prediction, now + _SUBMITTER_SECONDS)
-            else:
+            elif not prediction.deleted:
                 self.table.close(prediction)
             return
         execution = self._executions.status(prediction_id, prediction.execution_n)
@@ -628,6 +649,12 @@ def _existing(prediction: Prediction, intent: Intent) -> Prediction:
     if prediction.refusal_json:
         raise _problem_of(json.loads(prediction.refusal_json))
     return prediction
+
+
+def _not_ended(prediction: Prediction) -> str:
+    if prediction.terminal:
+        return f"Prediction {prediction.id} has ended, and its files are being stored: delete it when that is done."
+    return f"Prediction {prediction.id} has not ended: cancel it first, and delete it when it has ended."
 
 
 def _problem_of(refusal: dict[str, Any]) -> Problem:

@@ -60,6 +60,10 @@ _ERROR_LIMIT_CHARACTERS = 4000
 _METRICS_LIMIT_BYTES = 4000
 _RECENT_SECONDS = 120
 
+# No function lives longer that could have read a prediction while it was open: what such a one may still write after a
+# deletion is removed by then. The copier lives longest.
+_LATE_WRITER_SECONDS = COPY_LEASE_SECONDS
+
 
 class AlreadyExists(PredictionsError):
     """An intent's id is taken; `prediction` is what has it."""
@@ -128,6 +132,7 @@ class Prediction:
     copy_until: int | None = None
     copy_by: int | None = None
     data_removed: bool = False
+    deleted: int | None = None
     files_json: str | None = None
 
     @property
@@ -559,9 +564,62 @@ class PredictionsTable:
         self._change(
             prediction.id,
             remove=["open", "next_check_at"],
-            condition="#rank = :terminal AND #visible <> :processing AND attribute_not_exists(#orphans)",
+            condition="#rank = :terminal AND #visible <> :processing AND attribute_not_exists(#orphans) AND "
+            + ("#deleted = :deleted" if prediction.deleted else "attribute_not_exists(#deleted)"),
+            values={
+                ":processing": Status.PROCESSING.value,
+                **({":deleted": prediction.deleted} if prediction.deleted else {}),
+            },
+        )
+
+    # -- deleting -------------------------------------------------------------------------------------------------
+
+    def request_delete(self, prediction_id: str, now: float) -> Prediction | None:
+        """Flags a prediction that has visibly ended as deleted: from this write on nobody is shown its data.
+
+        Returns:
+            The prediction as it is then; None where it has not ended, was flagged before, or is not there.
+        """
+        return self._change(
+            prediction_id,
+            set={
+                "deleted": int(now),
+                "data_removed": True,
+                "open": "open",
+                "next_check_at": int(now) + _START_CHECK_SECONDS,
+            },
+            # They lead to data: places in the bucket, and Replicate's stream.
+            remove=["files_json", "stream_url"],
+            condition="#rank = :terminal AND #visible <> :processing AND attribute_not_exists(#deleted)",
             values={":processing": Status.PROCESSING.value},
         )
+
+    def delete_data(self, prediction: Prediction, now: float) -> None:
+        """Removes input, output, logs and files of a prediction that is flagged as deleted; the status item stays.
+
+        Twice does no harm. A function that read the item while it was open may write a payload or a file afterwards:
+        so it stays on the sweep's list until none of those can be alive, and is gone through once more.
+
+        Raises:
+            ClientError: Not all of it could be removed; it is still on the sweep's list.
+        """
+        self._outputs.delete_all(prediction.id, prediction.owner)
+        pk = _key(prediction.id)["pk"]
+        for page in self._dynamodb.get_paginator("query").paginate(
+            TableName=self._name,
+            KeyConditionExpression="pk = :pk",
+            ExpressionAttributeValues=_serialize({":pk": pk}),
+            ProjectionExpression="sk",
+            ConsistentRead=True,
+        ):
+            for item in map(_deserialize, page["Items"]):
+                if item["sk"] != "status":
+                    self._dynamodb.delete_item(TableName=self._name, Key=_serialize({"pk": pk, "sk": item["sk"]}))
+        last_look = (prediction.deleted or 0) + _LATE_WRITER_SECONDS
+        if now < last_look:
+            self.check_again_at(prediction, last_look)
+        elif not prediction.orphans:
+            self.close(prediction)
 
     # -- outputs ----------------------------------------------------------------------------------------------
 
@@ -809,6 +867,8 @@ class PredictionsTable:
         wanted = []
         for (pk, _), item in statuses.items():
             prediction = _prediction_of(item)
+            if prediction.deleted:
+                continue
             sks = [f"input#{prediction.fingerprint}"]
             if prediction.upstream_id:
                 sks.append(f"result#{prediction.upstream_id}" if prediction.terminal else "progress")
@@ -840,6 +900,9 @@ class PredictionsTable:
         if "status" not in items:
             return None
         prediction = _prediction_of(items["status"])
+        if prediction.deleted:
+            # Whatever is still there, or was written late.
+            return Whole(prediction, input={}, output=None, logs=None, files=[])
         asked = items.get(f"input#{prediction.fingerprint}")
         told = items.get(f"result#{prediction.upstream_id}" if prediction.terminal else "progress")
         said_json = self._payload_text(told) if told else None
