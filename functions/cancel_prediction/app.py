@@ -18,6 +18,14 @@ def cancel(prediction_id: str) -> Response[str]:
     return json_response(200, presenter.show(own_prediction(submissions.table, prediction_id, owner)))
 
 
+@app.post("/trainings/<training_id>/cancel")
+def cancel_training(training_id: str) -> Response[str]:
+    """`POST /trainings/{id}/cancel`: as for a prediction."""
+    owner = owner_with(app, "predict")
+    submissions.cancel(own_prediction(submissions.table, training_id, owner, "training").prediction)
+    return json_response(200, presenter.show(own_prediction(submissions.table, training_id, owner, "training")))
+
+
 @app.delete("/predictions/<prediction_id>")
 def delete(prediction_id: str) -> Response[str]:
     """`DELETE /predictions/{id}`: 200 with what is left of a prediction that has ended; 409 for an open one."""

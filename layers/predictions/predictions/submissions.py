@@ -1,5 +1,7 @@
 """The protocol: a wanted prediction is submitted to Replicate at most once, and followed until it has ended.
 
+A training is a prediction to it: another path at Replicate, a `destination`, and a deadline that we alone keep.
+
     start       intent and claim in one write, one POST, bind; an execution tracks it from there
     submit      claim and POST, for an intent that was only written down or whose POST was not accepted
     poll        what no webhook told: ask, reconcile, enforce the deadline
@@ -69,6 +71,7 @@ class Timing:
 
     Attributes:
         lifetime: The deadline of a prediction whose caller gives none.
+        training_lifetime: The deadline of a training.
         grace: How long after its claim a submission may still show up by itself, by webhook or in the list.
         first_poll: When the first poll is due, after the execution began to wait.
         poll: When each further poll is due.
@@ -76,6 +79,7 @@ class Timing:
     """
 
     lifetime: int
+    training_lifetime: int
     grace: int
     first_poll: int
     poll: int
@@ -86,6 +90,7 @@ class Timing:
         """From the variables with these names' long forms."""
         return cls(
             lifetime=int(os.environ["DEFAULT_LIFETIME_SECONDS"]),
+            training_lifetime=int(os.environ["TRAINING_LIFETIME_SECONDS"]),
             grace=int(os.environ["SUBMIT_GRACE_SECONDS"]),
             first_poll=int(os.environ["FIRST_POLL_SECONDS"]),
             poll=int(os.environ["POLL_SECONDS"]),
@@ -162,7 +167,8 @@ class Submissions:
                 return _existing(existing, intent)
         version = self._version(intent.reference)
         now = self._now()
-        deadline = int(now) + (intent.lifetime_seconds or self._timing.lifetime)
+        default_seconds = self._timing.training_lifetime if intent.object == "training" else self._timing.lifetime
+        deadline = int(now) + (intent.lifetime_seconds or default_seconds)
         # All that can fail on our side comes before the claim: after it, a POST that was never made is as unknown
         # as one whose answer was lost.
         api_url()
@@ -306,7 +312,10 @@ class Submissions:
             body |= {"webhook": webhook, "webhook_events_filter": _events(prediction)}
         if prediction.stream is not None:
             body["stream"] = prediction.stream
-        remaining_seconds = prediction.deadline - int(self._now())
+        remaining_seconds: int | None = prediction.deadline - int(self._now())
+        if prediction.destination is not None:
+            body["destination"] = prediction.destination
+            remaining_seconds = None  # the poll keeps a training's deadline
         told = self._replicate.create(_target(prediction), body, cancel_after_seconds=remaining_seconds)
         logger.info("submitted", upstream_id=told.id, status=told.status)
         return self._bind(prediction, told)
@@ -363,7 +372,7 @@ class Submissions:
         upstream_id = prediction.upstream_id or ""
         not_found = 0
         try:
-            prediction = self._merge(prediction, self._replicate.get(upstream_id))
+            prediction = self._merge(prediction, self._replicate.get(upstream_id, prediction.collection))
             if not prediction.terminal and (prediction.cancel_requested or now >= prediction.deadline):
                 prediction = self._cancel_upstream(prediction)
         except NotFound:
@@ -379,9 +388,11 @@ class Submissions:
         if prediction.terminal:
             return
         if not_found >= _NOT_FOUND_LIMIT:
-            self._end(prediction, Status.FAILED, f"Replicate does not know prediction {upstream_id} any more.")
+            self._end(prediction, Status.FAILED, f"Replicate does not know {prediction.object} {upstream_id} any more.")
         elif now >= prediction.deadline + _ABANDON_SECONDS:
-            why = f"No end of Replicate's prediction {upstream_id} could be had until an hour past its deadline."
+            why = (
+                f"No end of Replicate's {prediction.object} {upstream_id} could be had until an hour past its deadline."
+            )
             self._end(prediction, Status.FAILED, why)
         elif not_found != prediction.not_found_count:
             self.table.count_not_found(prediction, not_found)
@@ -416,7 +427,7 @@ class Submissions:
         start = datetime.fromtimestamp(claimed - _CLOCK_SKEW_SECONDS, UTC)
         end = datetime.fromtimestamp(claimed + _SUBMITTER_SECONDS + _CLOCK_SKEW_SECONDS, UTC)
         matches = []
-        for listed in self._replicate.created_between(start, end):
+        for listed in self._replicate.created_between(start, end, prediction.collection):
             if not target.ran(listed) or listed.id in prediction.orphans | prediction.orphans_canceled:
                 continue
             if listed.input is not None and not _same_input(listed.input, wanted):
@@ -424,7 +435,7 @@ class Submissions:
             if self.table.bound_to(listed.id) not in (None, prediction.id):
                 continue
             try:
-                told = self._replicate.get(listed.id)
+                told = self._replicate.get(listed.id, prediction.collection)
             except NotFound:
                 continue
             names_us = told.webhook is not None and told.webhook.endswith(f"/webhooks/replicate/{prediction.id}")
@@ -437,7 +448,8 @@ class Submissions:
     def _give_up(self, prediction: Prediction, now: float, *, nothing_started: bool) -> None:
         if prediction.cancel_requested:
             self._end(prediction, Status.CANCELED, None)
-        elif self._resubmit and nothing_started and not prediction.resubmitted:
+        elif self._resubmit and nothing_started and not prediction.resubmitted and prediction.object == "prediction":
+            # A training is not: with twice its lifetime it could outlast its own item.
             lifetime_seconds = prediction.deadline - prediction.created
             if self.table.resubmit(prediction, int(now) + lifetime_seconds, now):
                 self.submit(prediction.id)
@@ -468,7 +480,7 @@ class Submissions:
 
     def _cancel_upstream(self, prediction: Prediction) -> Prediction:
         try:
-            return self._merge(prediction, self._replicate.cancel(prediction.upstream_id or ""))
+            return self._merge(prediction, self._replicate.cancel(prediction.upstream_id or "", prediction.collection))
         except (NotFound, Unavailable) as error:
             # The flag or the deadline stays: the next poll, or the sweep in a minute, asks again.
             logger.warning("cancel without answer", reason=str(error))
@@ -556,7 +568,7 @@ class Submissions:
     def _cancel_orphans(self, prediction: Prediction) -> None:
         for upstream_id in sorted(prediction.orphans):
             try:
-                self._replicate.cancel(upstream_id)
+                self._replicate.cancel(upstream_id, prediction.collection)
             except NotFound:
                 logger.info("orphan is gone", upstream_id=upstream_id)
             except Unavailable as error:
@@ -662,6 +674,8 @@ def _problem_of(refusal: dict[str, Any]) -> Problem:
 
 
 def _target(prediction: Prediction) -> Target:
+    if prediction.object == "training":
+        return Target("training", prediction.name, prediction.version)
     if prediction.kind == "deployment":
         return Target("deployment", prediction.name)
     if prediction.version is None:

@@ -1,8 +1,8 @@
 """The table: every prediction's state, and the conditions under which it may change.
 
-One item per prediction (`pk` = `prediction#{id}`, `sk` = `status`) is small, because each of its updates is billed
-by its size. Payloads are items of their own under the same `pk`, written once each, or objects in the outputs bucket
-above `PAYLOAD_LIMIT_BYTES`:
+One item per prediction or training (`pk` = `prediction#{id}`, `sk` = `status`) is small, because each of its updates is
+billed by its size. Of a training it says `object` = `training`. Payloads are items of their own under the same `pk`,
+written once each, or objects in the outputs bucket above `PAYLOAD_LIMIT_BYTES`:
 
     input#{fingerprint}     the model's input, written before the intent, so that an intent always has one
     progress                output and logs of a prediction that runs; replaced by longer ones only
@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
 from botocore.exceptions import ClientError
@@ -105,6 +105,8 @@ class Prediction:
     name: str | None = None
     version: str | None = None
     deployment: str | None = None
+    object: str = "prediction"
+    destination: str | None = None
     model: str | None = None
     upstream_version: str | None = None
     webhook: str | None = None
@@ -139,6 +141,11 @@ class Prediction:
     def listed_at(self) -> str:
         """Its place in its owner's list."""
         return f"{self.created_at}#{self.id}"
+
+    @property
+    def collection(self) -> Literal["predictions", "trainings"]:
+        """Under which path it is, here and at Replicate."""
+        return "trainings" if self.object == "training" else "predictions"
 
     @property
     def terminal(self) -> bool:
@@ -236,7 +243,9 @@ class PredictionsTable:
         item: dict[str, Any] = {
             **_key(intent.id),
             "id": intent.id,
-            "owner": intent.owner,
+            "owner": _list_key(intent.owner, intent.object),
+            "object": intent.object if intent.object != "prediction" else None,
+            "destination": intent.destination,
             "listed_at": f"{created_at}#{intent.id}",
             "created_at": created_at,
             "created": int(now),
@@ -692,17 +701,20 @@ class PredictionsTable:
         text = self._payload(prediction.id, f"result#{prediction.upstream_id}")
         return json.loads(text)["output"] if text else None
 
-    def list(self, owner: str, start: str | None, *, older: bool, size: int) -> Page:
-        """A page of an owner's predictions.
+    def list(
+        self, owner: str, start: str | None, *, older: bool, size: int, object: str = "prediction"  # noqa: A002  # the API's word
+    ) -> Page:  # fmt: skip
+        """A page of an owner's predictions, or trainings.
 
         Args:
             owner: Whose.
             start: The place (`Prediction.listed_at`) beside which the page starts, or None for the newest.
             older: Whether the page lies on the older side of `start`.
             size: The most predictions of a page.
+            object: `prediction` or `training`: their lists are apart.
         """
         condition = "#owner = :owner"
-        values: dict[str, Any] = {":owner": owner}
+        values: dict[str, Any] = {":owner": _list_key(owner, object)}
         if start is not None:
             condition += f" AND listed_at {'<' if older else '>'} :start"
             values[":start"] = start
@@ -931,6 +943,14 @@ def _key(prediction_id: str) -> dict[str, str]:
     return {"pk": f"prediction#{prediction_id}", "sk": "status"}
 
 
+def _list_key(owner: str, kind: str) -> str:
+    """The key of the index `by_owner`: an owner's trainings are a list of their own. No owner's name holds a `#`."""
+    return owner if kind == "prediction" else f"{_TRAININGS_OF}{owner}"
+
+
+_TRAININGS_OF = "trainings#"
+
+
 def _timestamp(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
@@ -969,6 +989,7 @@ def _prediction_of(item: Mapping[str, Any]) -> Prediction:
     values = {name: value for name, value in item.items() if name in _FIELDS}
     for name in {"orphans", "orphans_canceled"} & values.keys():
         values[name] = frozenset(values[name])
+    values["owner"] = values["owner"].removeprefix(_TRAININGS_OF)
     if "webhook_events_filter" in values:
         values["webhook_events_filter"] = tuple(values["webhook_events_filter"])
     return Prediction(**values)

@@ -39,6 +39,8 @@ _ANSWER_LIMIT_BYTES = 64 * 1024 * 1024
 
 _TOKEN_CACHE_SECONDS = 60
 
+Collection = Literal["predictions", "trainings"]
+
 
 class UpstreamError(PredictionsError):
     """A call to Replicate did not give what was asked for."""
@@ -93,17 +95,27 @@ class Unavailable(UpstreamError):
 
 @dataclass(frozen=True)
 class Target:
-    """What runs a prediction, in one of Replicate's three forms.
+    """What runs a prediction, in one of Replicate's three forms, or is trained.
 
     Attributes:
-        kind: `version` (`POST /predictions`), `model` or `deployment` (`POST /{kind}s/{name}/predictions`).
+        kind: `version` (`POST /predictions`), `model` or `deployment` (`POST /{kind}s/{name}/predictions`), or
+            `training` (`POST /models/{name}/versions/{version}/trainings`).
         name: `owner/name` of the model or deployment; None for a bare version id.
         version: The version's 64 hexadecimal digits, where one is named.
     """
 
-    kind: Literal["version", "model", "deployment"]
+    kind: Literal["version", "model", "deployment", "training"]
     name: str | None = None
     version: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Where a create is posted."""
+        if self.kind == "version":
+            return "/predictions"
+        if self.kind == "training":
+            return f"/models/{self.name}/versions/{self.version}/trainings"
+        return f"/{self.kind}s/{self.name}/predictions"
 
     def ran(self, prediction: UpstreamPrediction) -> bool:
         """Whether this is what Replicate says ran a prediction."""
@@ -151,23 +163,25 @@ class Replicate:
         """Whether this Replicate takes a webhook URL: the real one refuses a local cloud's, which polls instead."""
         return webhook.startswith("https://") or self._url.startswith("http://")
 
-    def create(self, target: Target, body: Mapping[str, Any], *, cancel_after_seconds: int) -> UpstreamPrediction:
-        """Creates a prediction with one POST, never repeated.
+    def create(
+        self, target: Target, body: Mapping[str, Any], *, cancel_after_seconds: int | None
+    ) -> UpstreamPrediction:
+        """Creates a prediction or training with one POST, never repeated.
 
         Args:
             target: What is to run it.
-            body: `input`, `webhook`, `webhook_events_filter` and, where asked for, `stream`; Replicate refuses others.
-            cancel_after_seconds: Sent as `Cancel-After`; Replicate's minimum is 5.
+            body: `input`, `webhook`, `webhook_events_filter` and, where asked for, `stream`, or for a training
+                `destination`; Replicate refuses others.
+            cancel_after_seconds: Sent as `Cancel-After`; Replicate's minimum is 5. None for a training, which has none.
 
         Raises:
             NotAccepted: Nothing was started (`Throttled`, `Unauthorized`, `Refused`, or no connection).
             OutcomeUnknown: A prediction may have been started.
         """
-        path = "/predictions" if target.kind == "version" else f"/{target.kind}s/{target.name}/predictions"
         payload = {**body, "version": target.version} if target.kind == "version" else dict(body)
-        headers = {"Cancel-After": f"{max(5, cancel_after_seconds)}s"}
+        headers = {} if cancel_after_seconds is None else {"Cancel-After": f"{max(5, cancel_after_seconds)}s"}
         try:
-            answer = self._request("POST", path, json=payload, headers=headers)
+            answer = self._request("POST", target.path, json=payload, headers=headers)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
             raise NotAccepted(None, f"Replicate could not be reached ({type(error).__name__})") from error
         except TokenUnreadable as error:
@@ -183,39 +197,43 @@ class Replicate:
         except UnreadablePrediction as error:
             raise OutcomeUnknown("Replicate's answer to the create is not a prediction") from error
 
-    def get(self, upstream_id: str) -> UpstreamPrediction:
-        """Reads one prediction.
+    def get(self, upstream_id: str, collection: Collection = "predictions") -> UpstreamPrediction:
+        """Reads one prediction or training.
 
         Raises:
             NotFound: Replicate does not know it.
             Unavailable: Replicate could not be asked.
         """
-        return _prediction(self._ask("GET", f"/predictions/{upstream_id}"))
+        return _prediction(self._ask("GET", f"/{collection}/{upstream_id}"))
 
-    def cancel(self, upstream_id: str) -> UpstreamPrediction:
-        """Asks Replicate to cancel a prediction; one that has ended stays as it is.
+    def cancel(self, upstream_id: str, collection: Collection = "predictions") -> UpstreamPrediction:
+        """Asks Replicate to cancel a prediction or training; one that has ended stays as it is.
 
         Raises:
             NotFound: Replicate does not know it.
             Unavailable: Replicate could not be asked; asking again does no harm.
         """
-        return _prediction(self._ask("POST", f"/predictions/{upstream_id}/cancel"))
+        return _prediction(self._ask("POST", f"/{collection}/{upstream_id}/cancel"))
 
-    def created_between(self, start: datetime, end: datetime) -> Iterator[UpstreamPrediction]:
-        """The predictions this account created in a span of time, newest first, as the list tells them.
+    def created_between(
+        self, start: datetime, end: datetime, collection: Collection = "predictions"
+    ) -> Iterator[UpstreamPrediction]:
+        """The predictions or trainings this account created in a span of time, newest first, as the list tells them.
 
         Raises:
             Unavailable: Replicate could not be asked.
         """
-        url = "/predictions"
+        url = f"/{collection}"
         query: dict[str, str] | None = {
             "created_after": start.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "created_before": end.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         }
+        if collection == "trainings":
+            query = None  # their list has no such filters: it is read from the newest on
         asked: set[str] = set()
         while url:
             if url in asked:
-                raise Unavailable("Replicate's list of predictions leads back to a page that was read")
+                raise Unavailable(f"Replicate's list of {collection} leads back to a page that was read")
             asked.add(url)
             page = self._json(self._ask("GET", url, params=query))
             results = page.get("results")
