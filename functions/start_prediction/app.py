@@ -81,20 +81,27 @@ def _create(reference: Reference | None) -> Response[str]:
         reference=reference,
         allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
     )
-    prediction = _start(intent)
     if seconds is None:
-        return _answer(intent, prediction, {})
+        return _answer(intent, _start(intent), {})
+    allowed = min(seconds, _remaining_seconds() - ANSWER_SECONDS)
+    until = _remaining_seconds() - allowed
+    prediction = _start(intent, allowed)
     try:
-        remaining_seconds = app.lambda_context.get_remaining_time_in_millis() / 1000
-        submissions.wait_for_end(prediction.id, min(seconds, remaining_seconds - ANSWER_SECONDS))
+        submissions.wait_for_end(prediction.id, _remaining_seconds() - until)
     except (ClientError, BotoCoreError):
         logger.exception("started, but not waited for")
     return _answer(intent, prediction, {"Preference-Applied": f"wait={seconds}"})
 
 
-def _start(intent: Intent) -> Prediction:
+def _remaining_seconds() -> float:
+    milliseconds: int = app.lambda_context.get_remaining_time_in_millis()
+    return milliseconds / 1000
+
+
+def _start(intent: Intent, wait_seconds: float = 0) -> Prediction:
     attempt = headers_of(app).get("x-stainless-retry-count", "")
-    return submissions.start(intent, sdk_attempt=int(attempt) if attempt.isdecimal() and len(attempt) < 4 else None)
+    sdk_attempt = int(attempt) if attempt.isdecimal() and len(attempt) < 4 else None
+    return submissions.start(intent, sdk_attempt=sdk_attempt, wait_seconds=wait_seconds)
 
 
 def _answer(intent: Intent, prediction: Prediction, headers: dict[str, str]) -> Response[str]:

@@ -61,7 +61,7 @@ _SUBMITTER_SECONDS = 60
 _NO_CONNECTION_WAIT_SECONDS = 10
 _UNAUTHORIZED_WAIT_SECONDS = 300
 _STUCK_SECONDS = 600
-_WAIT_STEP_SECONDS = 0.2
+_WAIT_STEP_SECONDS = 0.1
 _MODEL_CACHE_SECONDS = 300
 
 
@@ -144,13 +144,15 @@ class Submissions:
 
     # -- start ------------------------------------------------------------------------------------------------
 
-    def start(self, intent: Intent, *, sdk_attempt: int | None = None) -> Prediction:
+    def start(self, intent: Intent, *, sdk_attempt: int | None = None, wait_seconds: float = 0) -> Prediction:
         """Starts the prediction that a caller waits for the beginning of.
 
         Args:
             intent: What is wanted.
             sdk_attempt: The caller's `x-stainless-retry-count`, where it sends one: such a client repeats a POST
                 whose answer it did not see, without a key, and counts how often.
+            wait_seconds: How long the caller waits for the end: as long, at most, Replicate is asked to hold its
+                answer.
 
         Returns:
             The prediction: new, or the one that the same request started before.
@@ -159,6 +161,7 @@ class Submissions:
             Problem: 404 or 422 (Replicate's refusal, or another request with the same key), 502 (Replicate refuses
                 the stack's token or credit), 503 (Replicate cannot be asked which version to run).
         """
+        wait_until = self._now() + wait_seconds
         if intent.keyed and (existing := self.table.get(intent.id)):
             return _existing(existing, intent)
         if sdk_attempt and not intent.keyed:
@@ -188,12 +191,12 @@ class Submissions:
             return _existing(error.prediction, intent)
         logger.set_correlation_id(prediction.id)
         metrics.add_metric(name="PredictionsStarted", unit=MetricUnit.Count, value=1)
-        return self._submit_for_caller(prediction, intent.input_json)
+        return self._submit_for_caller(prediction, intent.input_json, wait_until)
 
-    def _submit_for_caller(self, prediction: Prediction, input_json: str) -> Prediction:
+    def _submit_for_caller(self, prediction: Prediction, input_json: str, wait_until: float) -> Prediction:
         submit_later = False
         try:
-            prediction = self._submit(prediction, input_json)
+            prediction = self._submit(prediction, input_json, wait_until)
         except Refused as error:
             refusal = {"status": error.status, "detail": error.detail, "invalid_fields": error.invalid_fields}
             self._end(prediction, Status.FAILED, error.detail, refusal=refusal)
@@ -217,6 +220,8 @@ class Submissions:
             # Replicate has it: whatever failed on our side, the caller must not be told to try again. The claim keeps
             # anybody from submitting it twice, and webhook or poll bind it.
             logger.exception("submitted, but not bound")
+        if prediction.terminal and not prediction.awaits_copy:
+            return prediction  # there is nothing left to follow
         try:
             self._track(prediction, submit=submit_later)
         except (ClientError, BotoCoreError):
@@ -299,8 +304,12 @@ class Submissions:
         except OutcomeUnknown as error:
             logger.warning("submitted with unknown outcome", reason=str(error))
 
-    def _submit(self, prediction: Prediction, input_json: str) -> Prediction:
+    def _submit(self, prediction: Prediction, input_json: str, wait_until: float = 0) -> Prediction:
         """The one POST, for the holder of the claim, and the bind.
+
+        Where a caller waits, Replicate holds its answer (its sync mode). Meanwhile webhooks bind, merge and end the
+        item as ever, and a cancel flags it; what the answer tells is merged by the same rule, so that `processing`
+        with the whole output is no end.
 
         Raises:
             NotAccepted: The claim may be released.
@@ -316,7 +325,13 @@ class Submissions:
         if prediction.destination is not None:
             body["destination"] = prediction.destination
             remaining_seconds = None  # the poll keeps a training's deadline
-        told = self._replicate.create(_target(prediction), body, cancel_after_seconds=remaining_seconds)
+        wait_seconds = int(wait_until - self._now())
+        told = self._replicate.create(
+            _target(prediction),
+            body,
+            cancel_after_seconds=remaining_seconds,
+            wait_seconds=wait_seconds if wait_seconds >= 1 else None,
+        )
         logger.info("submitted", upstream_id=told.id, status=told.status)
         return self._bind(prediction, told)
 

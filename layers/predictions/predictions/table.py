@@ -818,9 +818,11 @@ class PredictionsTable:
         return told
 
     def _put_progress(self, prediction: Prediction, told: "UpstreamPrediction") -> None:
-        if told.output is None and not told.logs:
+        # Files are shown when they are ours: until then they are not kept, and the answer to a wait holds their bytes.
+        output = None if self._outputs.holds_files(told.output) else told.output
+        if output is None and not told.logs:
             return
-        text = json.dumps({"output": told.output, "logs": told.logs}, separators=(",", ":"))
+        text = json.dumps({"output": output, "logs": told.logs}, separators=(",", ":"))
         self._put_payload(prediction.id, "progress", text, prediction.expires_at, only_longer=True)
 
     def _put_payload(

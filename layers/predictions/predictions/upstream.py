@@ -29,7 +29,13 @@ from predictions.errors import PredictionsError
 from predictions.upstream_prediction import UnreadablePrediction, UpstreamPrediction, read_json
 
 CREATE_TIMEOUT_SECONDS = 20
-"""The longest a create may take; the reconciling grace has to be longer (see `SUBMIT_GRACE_SECONDS`)."""
+"""The longest a create may take that waits for no end; the reconciling grace has to be longer than any (see
+`SUBMIT_GRACE_SECONDS`)."""
+
+_CONNECT_SECONDS = 5
+
+# How much later than asked for an answer that was waited for may come; a function that waits has 5 s left then.
+_SYNC_MARGIN_SECONDS = 3
 
 # What is asked can be asked again; a caller of the API waits for it within API Gateway's 29 s, before the create.
 _ASK_TIMEOUT_SECONDS = 7
@@ -152,7 +158,7 @@ class Replicate:
     def from_env(cls) -> "Replicate":
         """From `REPLICATE_API_URL` and `REPLICATE_TOKEN_SECRET_ARN`."""
         http = httpx.Client(
-            timeout=httpx.Timeout(CREATE_TIMEOUT_SECONDS, connect=5),
+            timeout=httpx.Timeout(CREATE_TIMEOUT_SECONDS, connect=_CONNECT_SECONDS),
             follow_redirects=False,
             trust_env=False,
             headers={"User-Agent": "replicate-serverless", "Accept": "application/json"},
@@ -164,7 +170,12 @@ class Replicate:
         return webhook.startswith("https://") or self._url.startswith("http://")
 
     def create(
-        self, target: Target, body: Mapping[str, Any], *, cancel_after_seconds: int | None
+        self,
+        target: Target,
+        body: Mapping[str, Any],
+        *,
+        cancel_after_seconds: int | None,
+        wait_seconds: int | None = None,
     ) -> UpstreamPrediction:
         """Creates a prediction or training with one POST, never repeated.
 
@@ -173,6 +184,8 @@ class Replicate:
             body: `input`, `webhook`, `webhook_events_filter` and, where asked for, `stream`, or for a training
                 `destination`; Replicate refuses others.
             cancel_after_seconds: Sent as `Cancel-After`; Replicate's minimum is 5. None for a training, which has none.
+            wait_seconds: Sent as `Prefer: wait`, 1 to 60: Replicate holds its answer until the end, at most that long.
+                The answer may be `processing` with the whole output, its files as `data:` URLs.
 
         Raises:
             NotAccepted: Nothing was started (`Throttled`, `Unauthorized`, `Refused`, or no connection).
@@ -180,8 +193,13 @@ class Replicate:
         """
         payload = {**body, "version": target.version} if target.kind == "version" else dict(body)
         headers = {} if cancel_after_seconds is None else {"Cancel-After": f"{max(5, cancel_after_seconds)}s"}
+        read_seconds = CREATE_TIMEOUT_SECONDS
+        if wait_seconds is not None:
+            headers["Prefer"] = f"wait={wait_seconds}"
+            read_seconds = max(read_seconds, wait_seconds + _SYNC_MARGIN_SECONDS)
+        timeout = httpx.Timeout(read_seconds, connect=_CONNECT_SECONDS)
         try:
-            answer = self._request("POST", target.path, json=payload, headers=headers)
+            answer = self._request("POST", target.path, json=payload, headers=headers, timeout=timeout)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
             raise NotAccepted(None, f"Replicate could not be reached ({type(error).__name__})") from error
         except TokenUnreadable as error:
