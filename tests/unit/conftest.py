@@ -121,14 +121,21 @@ def submissions(
 
 
 def make_submissions(
-    table: PredictionsTable, replicate: ReplicateInMemory, executed: Executed, clock: Clock, **options: Any
+    table: PredictionsTable,
+    replicate: ReplicateInMemory,
+    executed: Executed,
+    clock: Clock,
+    *,
+    timing: Timing | None = None,
+    **options: Any,
 ) -> Submissions:
     """The protocol with other options."""
     return Submissions(
         table,
         Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client()),
         Executions(executed.machine_arn, aws.client("stepfunctions")),
-        Timing(lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, poll=600, retention=30 * 86400),
+        timing
+        or Timing(lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, poll=600, retention=30 * 86400),
         now=clock.now,
         sleep=clock.sleep,
         **options,

@@ -18,6 +18,7 @@ from predictions.outputs import OutputsBucket, StoredFile
 from predictions.statuses import Status, visible
 from predictions.submissions import Submissions
 from predictions.table import Prediction, PredictionsTable, Whole
+from predictions.upstream_prediction import UpstreamPrediction
 
 from tests.unit.apps import SAMPLE_SIGNING_SECRET, AwsCalls, Context, clock_module, load_app, sample
 from tests.unit.fakes import API_URL, VERSION, Clock, ReplicateInMemory, answer
@@ -788,3 +789,104 @@ def test_a_cursor_of_another_owner_shows_only_ones_own(call: Call, table: Predic
     cursor = parse_qs(urlsplit(following).query)["cursor"][0]
     page = call("read_predictions", "list", queryStringParameters={"cursor": cursor}, owner="bob")
     assert page["body"]["results"] == []
+
+
+# -- answers that Lambda can carry ----------------------------------------------------------------------------
+
+LAMBDA_ANSWER_BYTES = 6_291_556
+"""Of the whole answer, the body a string in it: https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html"""
+
+
+def lambda_bytes(answered: dict[str, Any]) -> int:
+    return len(json.dumps({**answered, "body": json.dumps(answered["body"], separators=(",", ":"))}))
+
+
+def bucket_has(link: str) -> Any:
+    """The document that a presigned link leads to."""
+    key = urlsplit(link).path.lstrip("/").removeprefix("outputs/")
+    return json.loads(aws.client("s3").get_object(Bucket="outputs", Key=key)["Body"].read())
+
+
+@pytest.mark.parametrize("prompt", ["\u4f60" * 1_600_000, '"' * 2_400_000], ids=["three bytes each", "escaped twice"])
+def test_a_large_input_is_linked(call: Call, replicate: ReplicateInMemory, prompt: str) -> None:
+    answered = start(call, json.dumps({**BODY, "input": {"prompt": prompt}}, ensure_ascii=False))
+    assert answered["statusCode"] == 201
+    for one in (answered, read(call, answered["body"]["id"])):
+        assert lambda_bytes(one) <= LAMBDA_ANSWER_BYTES
+        assert bucket_has(one["body"]["input"]["url"]) == {"prompt": prompt}
+    assert len(replicate.creates) == 1
+
+
+def test_an_input_that_an_answer_carries_is_shown_though_it_is_an_object(call: Call) -> None:
+    answered = start(call, {**BODY, "input": {"prompt": "x" * 200_000}})
+    assert answered["body"]["input"] == {"prompt": "x" * 200_000}
+
+
+def test_a_large_output_is_linked_at_the_end(
+    call: Call, replicate: ReplicateInMemory, submissions: Submissions
+) -> None:
+    prediction_id = start(call)["body"]["id"]
+    replicate.finish(next(iter(replicate.predictions)), output="y" * 7_000_000, logs="done")
+    submissions.poll(prediction_id)
+    [listed] = call("read_predictions", "list")["body"]["results"]
+    answered = read(call, prediction_id)
+    assert lambda_bytes(answered) <= LAMBDA_ANSWER_BYTES
+    for shown in (answered["body"], listed):
+        assert (shown["status"], shown["error"], shown["output_files"]) == ("succeeded", None, [])
+        assert bucket_has(shown["output"]) == {"output": "y" * 7_000_000, "logs": "done"}
+
+
+def test_a_large_output_with_files_is_null_and_says_why(
+    call: Call, replicate: ReplicateInMemory, submissions: Submissions, table: PredictionsTable, clock: Clock
+) -> None:
+    prediction_id = start(call)["body"]["id"]
+    replicate.finish(next(iter(replicate.predictions)), output=[FILE, "y" * 7_000_000])
+    submissions.poll(prediction_id)
+    copying = read(call, prediction_id)
+    ended = table.get(prediction_id)
+    assert ended is not None
+    table.end_copy(ended, [STORED], clock.now())
+    answered = read(call, prediction_id)
+    assert lambda_bytes(answered) <= LAMBDA_ANSWER_BYTES
+    assert "replicate.delivery" not in json.dumps([copying, answered])
+    assert (copying["body"]["status"], copying["body"]["output"]) == ("processing", None)
+    assert (answered["body"]["status"], answered["body"]["output"]) == ("succeeded", None)
+    assert "too large" in answered["body"]["error"]
+
+
+def test_a_large_input_shows_no_result_before_its_files_are_stored(
+    call: Call, replicate: ReplicateInMemory, submissions: Submissions
+) -> None:
+    prediction_id = start(call, {**BODY, "input": {"prompt": '"' * 2_400_000}})["body"]["id"]
+    replicate.finish(next(iter(replicate.predictions)), output=[FILE, "y" * 200_000])
+    submissions.poll(prediction_id)
+    shown = read(call, prediction_id)["body"]
+    assert (shown["status"], shown["output"]) == ("processing", None)
+
+
+def test_a_page_is_cut_by_the_size_of_what_is_shown_in_both_directions(
+    call: Call, table: PredictionsTable, clock: Clock
+) -> None:
+    # What callers are shown is many times as large as what the table holds: a file's link carries a signature.
+    made = [with_many_files(table, n, clock) for n in range(15)]
+    forward = list(pages(call, "next", f"{API_URL}/predictions"))
+    back = list(pages(call, "previous", forward[-1]["previous"]))[::-1]
+    assert [p["id"] for page in forward for p in page["results"]] == made[::-1]
+    assert [p["id"] for page in [*back, forward[-1]] for p in page["results"]] == made[::-1]
+    for page in forward + back:
+        assert page["results"]
+        assert lambda_bytes({"body": page}) <= LAMBDA_ANSWER_BYTES - 10_000
+    assert 1 < len(forward) < 15
+
+
+def with_many_files(table: PredictionsTable, n: int, clock: Clock) -> str:
+    """A prediction of alice's that ended with a thousand files."""
+    clock.advance(1)
+    prediction_id = put(table, n, clock.now())
+    output = [f"https://replicate.delivery/xezq/abc/{i}.png" for i in range(1000)]
+    told = UpstreamPrediction.parse({"id": f"{n:026}", "status": "succeeded", "output": output})
+    ended = table.merge(prediction_id, told, clock.now()).prediction
+    assert ended is not None
+    files = [StoredFile(f"/{i}", i, f"alice/{prediction_id}/{i}", 10, "0" * 64, "image/png") for i in range(1000)]
+    table.end_copy(ended, files, clock.now())
+    return prediction_id

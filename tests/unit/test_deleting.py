@@ -190,8 +190,15 @@ def test_repeated_deletion_changes_nothing(
     assert current(table, prediction.id).deleted == once.deleted
 
 
-@pytest.mark.parametrize("fault", Fault)
-@pytest.mark.parametrize("finished_by", ["the next call", "the sweep"])
+@pytest.mark.parametrize(
+    ("fault", "finished_by"),
+    [
+        (Fault.DIED_BEFORE, "the sweep"),
+        (Fault.DIED_AFTER, "the next call"),
+        (Fault.REFUSED, "the next call"),
+        (Fault.ANSWER_LOST, "the sweep"),
+    ],
+)
 def test_deletion_that_breaks_off_anywhere_is_finished_and_shows_nothing_after_its_first_write(
     submissions: Submissions,
     table: PredictionsTable,

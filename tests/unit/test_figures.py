@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from typing import Any
 
+import pytest
 from predictions import aws
 from predictions.copies import copy
 from predictions.outputs import OutputsBucket
@@ -40,16 +41,24 @@ def run(
     outputs: OutputsBucket,
     clock: Clock,
     output: Any,
+    *,
+    sdk_attempt: int | None = None,
+    polls: int = 0,
 ) -> Calls:
-    """One prediction from request to end, completed by its webhooks; the state machine's own write included."""
+    """One prediction from request to end, completed by its webhooks; the state machine's own writes included."""
     calls = Calls("dynamodb")
     replicate.files = {FILE: served(PNG)}
-    started = submissions.start(wanted())
+    started = submissions.start(wanted(), sdk_attempt=sdk_attempt)
     hold_token(table, started.id, "token-1")
     bound = table.get(started.id)
     assert bound is not None
     told = replicate.predictions[bound.upstream_id or ""]
-    receive(table, started.id, json.dumps(told | {"status": "processing"}).encode(), clock.now())
+    told["status"] = "processing"
+    receive(table, started.id, json.dumps(told).encode(), clock.now())
+    for n in range(polls):
+        clock.advance(60)
+        submissions.poll(started.id)
+        hold_token(table, started.id, f"token-{n + 2}")
     done = replicate.finish(told["id"], output=output, logs="done")
     receive(table, started.id, json.dumps(done).encode(), clock.now())
     copy(table, outputs, started.id, 1, remaining_seconds=lambda: 900, now=clock.now)
@@ -79,3 +88,19 @@ def test_webhook_completed_prediction_without_files_writes_seven(
     clock: Clock,
 ) -> None:
     assert run(submissions, table, replicate, outputs, clock, "text").writes == 7
+
+
+@pytest.mark.parametrize(("sdk_attempt", "polls", "writes"), [(0, 0, 9), (None, 1, 9), (None, 3, 11), (0, 1, 10)])
+def test_request_of_an_sdk_and_each_poll_write_one_item_more(
+    submissions: Submissions,
+    table: PredictionsTable,
+    replicate: ReplicateInMemory,
+    outputs: OutputsBucket,
+    wakes: Wakes,
+    clock: Clock,
+    sdk_attempt: int | None,
+    polls: int,
+    writes: int,
+) -> None:
+    calls = run(submissions, table, replicate, outputs, clock, [FILE], sdk_attempt=sdk_attempt, polls=polls)
+    assert calls.writes == writes

@@ -617,9 +617,9 @@ class Submissions:
         if merge.change is Change.ORPHAN:
             logger.warning("orphan: a second prediction of the same request", upstream_id=told.id)
             metrics.add_metric(name="Orphans", unit=MetricUnit.Count, value=1)
-        if merge.change is Change.ENDED:
-            if not merged.awaits_copy:
-                count_ended(merged.visible, self._now() - merged.created)
+        if merge.change is Change.ENDED and not merged.awaits_copy:
+            count_ended(merged.visible, self._now() - merged.created)
+        if merge.change in (Change.ENDED, Change.CLOSED):
             wake(merged.task_token)
         return merged
 
@@ -628,7 +628,11 @@ class Submissions:
     ) -> Prediction:
         ended = self.table.end(prediction, status, error, self._now(), refusal=refusal)
         if ended is None:
-            return self.table.get(prediction.id) or prediction
+            there = self.table.get(prediction.id) or prediction
+            if there.terminal:
+                # By somebody else, who may have died before waking it; or by this very write, its answer lost.
+                wake(there.task_token)
+            return there
         logger.info("ended by the stack", status=status.value)
         count_ended(ended.visible, self._now() - ended.created)
         wake(ended.task_token)
