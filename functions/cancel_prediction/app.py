@@ -1,4 +1,4 @@
-"""Cancel route of the API: flags the prediction, and cancels it at Replicate where it is known there."""
+"""Cancel and delete routes of the API: an open prediction is canceled, the data of one that has ended removed."""
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api import Presenter, answer_with, json_response, own_prediction, owner_with, resolver
@@ -15,6 +15,22 @@ def cancel(prediction_id: str) -> Response[str]:
     owner = owner_with(app, "predict")
     whole = own_prediction(submissions.table, prediction_id, owner)
     submissions.cancel(whole.prediction)
+    return json_response(200, presenter.show(own_prediction(submissions.table, prediction_id, owner)))
+
+
+@app.post("/trainings/<training_id>/cancel")
+def cancel_training(training_id: str) -> Response[str]:
+    """`POST /trainings/{id}/cancel`: as for a prediction."""
+    owner = owner_with(app, "predict")
+    submissions.cancel(own_prediction(submissions.table, training_id, owner, "training").prediction)
+    return json_response(200, presenter.show(own_prediction(submissions.table, training_id, owner, "training")))
+
+
+@app.delete("/predictions/<prediction_id>")
+def delete(prediction_id: str) -> Response[str]:
+    """`DELETE /predictions/{id}`: 200 with what is left of a prediction that has ended; 409 for an open one."""
+    owner = owner_with(app, "predict")
+    submissions.delete_ended(own_prediction(submissions.table, prediction_id, owner).prediction)
     return json_response(200, presenter.show(own_prediction(submissions.table, prediction_id, owner)))
 
 

@@ -15,10 +15,18 @@ from predictions.api import (
     owner_with,
     resolver,
 )
-from predictions.intents import Reference, create_intent, model_reference, wait_seconds
+from predictions.intents import (
+    Intent,
+    Reference,
+    create_intent,
+    create_training,
+    model_reference,
+    training_reference,
+    wait_seconds,
+)
 from predictions.observability import logger
 from predictions.submissions import Submissions
-from predictions.table import Whole
+from predictions.table import Prediction, Whole
 
 # API Gateway ends a request after 29 s; submitting and answering take the rest.
 # https://docs.aws.amazon.com/apigateway/latest/developerguide/limits.html
@@ -48,6 +56,20 @@ def create_with_deployment(owner: str, name: str) -> Response[str]:
     return _create(model_reference("deployment", owner, name))
 
 
+@app.post("/models/<owner>/<name>/versions/<version>/trainings")
+def create_training_of(owner: str, name: str, version: str) -> Response[str]:
+    """`POST /models/{owner}/{name}/versions/{id}/trainings`: trains a version into a new one of `destination`."""
+    token_owner = owner_with(app, "predict")
+    intent = create_training(
+        body_of(app),
+        headers_of(app),
+        owner=token_owner,
+        reference=training_reference(owner, name, version),
+        allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
+    )
+    return _answer(intent, _start(intent), {})
+
+
 def _create(reference: Reference | None) -> Response[str]:
     token_owner = owner_with(app, "predict")
     headers = headers_of(app)
@@ -59,17 +81,32 @@ def _create(reference: Reference | None) -> Response[str]:
         reference=reference,
         allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
     )
-    attempt = headers.get("x-stainless-retry-count", "")
-    prediction = submissions.start(
-        intent, sdk_attempt=int(attempt) if attempt.isdecimal() and len(attempt) < 4 else None
-    )
-    headers = {}
+    if seconds is None:
+        return _answer(intent, _start(intent), {})
+    allowed = min(seconds, _remaining_seconds() - ANSWER_SECONDS)
+    until = _remaining_seconds() - allowed
+    prediction = _start(intent, allowed)
     try:
-        if seconds is not None:
-            headers["Preference-Applied"] = f"wait={seconds}"
-            remaining_seconds = app.lambda_context.get_remaining_time_in_millis() / 1000
-            submissions.wait_for_end(prediction.id, min(seconds, remaining_seconds - ANSWER_SECONDS))
-        whole = own_prediction(submissions.table, prediction.id, token_owner)
+        submissions.wait_for_end(prediction.id, _remaining_seconds() - until)
+    except (ClientError, BotoCoreError):
+        logger.exception("started, but not waited for")
+    return _answer(intent, prediction, {"Preference-Applied": f"wait={seconds}"})
+
+
+def _remaining_seconds() -> float:
+    milliseconds: int = app.lambda_context.get_remaining_time_in_millis()
+    return milliseconds / 1000
+
+
+def _start(intent: Intent, wait_seconds: float = 0) -> Prediction:
+    attempt = headers_of(app).get("x-stainless-retry-count", "")
+    sdk_attempt = int(attempt) if attempt.isdecimal() and len(attempt) < 4 else None
+    return submissions.start(intent, sdk_attempt=sdk_attempt, wait_seconds=wait_seconds)
+
+
+def _answer(intent: Intent, prediction: Prediction, headers: dict[str, str]) -> Response[str]:
+    try:
+        whole = own_prediction(submissions.table, prediction.id, intent.owner, intent.object)
     except (ClientError, BotoCoreError):
         # It is started: a caller who is told of an error would start another one.
         logger.exception("started, but not read")

@@ -41,13 +41,22 @@ class Model:
 
     @cached_property
     def schema(self) -> JsonObject:
-        """The OpenAPI schema of the version."""
-        return openapi_schema(FOLDER / self.name / "predict.py")
+        """The OpenAPI schema of the version; it has that of a training too, where there is one."""
+        schema = openapi_schema(FOLDER / self.name / "predict.py")
+        if self.trainable:
+            training = openapi_schema(FOLDER / self.name / "train.py", "train")["components"]["schemas"]
+            schema["components"]["schemas"] |= {f"Training{name}": training[name] for name in ("Input", "Output")}
+        return schema
+
+    @property
+    def trainable(self) -> bool:
+        """Whether its versions can be trained."""
+        return (FOLDER / self.name / "train.py").exists()
 
     @cached_property
     def version(self) -> str:
         """64 hex digits, the same in every run until the model's code or schema changes."""
-        source = (FOLDER / self.name / "predict.py").read_bytes()
+        source = b"".join(path.read_bytes() for path in sorted((FOLDER / self.name).glob("*.py")))
         return hashlib.sha256(source + json.dumps(self.schema, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -60,12 +69,12 @@ class Model:
         """Whether the output is text that can be read as server-sent events."""
         return "x-cog-array-display" in self.schema["components"]["schemas"]["Output"]
 
-    def invalid_fields(self, input_: JsonObject) -> list[JsonObject]:
+    def invalid_fields(self, input_: JsonObject, *, training: bool = False) -> list[JsonObject]:
         """What is wrong with an input: `{"type", "field", "description"}` for each fault."""
-        schemas = self.schema["components"]["schemas"]
-        validator = Draft202012Validator({"$ref": "#/components/schemas/Input", "components": {"schemas": schemas}})
+        schemas, kind = self.schema["components"]["schemas"], "TrainingInput" if training else "Input"
+        validator = Draft202012Validator({"$ref": f"#/components/schemas/{kind}", "components": {"schemas": schemas}})
         found = [_invalid_field(error) for error in validator.iter_errors(input_)]
-        for name, described in schemas["Input"]["properties"].items():
+        for name, described in schemas[kind]["properties"].items():
             value = input_.get(name)
             is_url = isinstance(value, str) and value.startswith(("https://", "http://", "data:"))
             # Cog would open anything else as a path on this machine.
@@ -108,6 +117,7 @@ models = {
         Model("album", "An object with files at several depths."),
         Model("blob", "A file of any size, name and type, or a data: URL."),
         Model("sleeper", "Takes the time it is told to; sixteen at once.", slots=16),
+        Model("tuner", "Says sentences in the manner of the text that it was trained on: can be trained."),
         Model("crasher", "Fails: with an error, or by the end of its process."),
     )
 }

@@ -38,14 +38,16 @@ class CogServer:
         slots: How many predictions it runs at a time.
         upload_url: Where it puts output files: `PUT {upload_url}/{name}` with the header `x-prediction-id`.
         temporary: Folder for its temporary files.
+        trains: Whether it trains the model (`train` in `train.py`) instead of running it.
     """
 
-    def __init__(self, folder: Path, *, slots: int, upload_url: str, temporary: Path) -> None:
+    def __init__(self, folder: Path, *, slots: int, upload_url: str, temporary: Path, trains: bool = False) -> None:
         self.slots = asyncio.Semaphore(slots)
         self._folder = folder
         self._concurrency = slots
         self._upload_url = upload_url
         self._temporary = temporary
+        self._trains = trains
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
         self._url = ""
@@ -115,10 +117,33 @@ class CogServer:
             raise CogFailed(f"The model's process went away ({type(error).__name__})") from error
         raise CogFailed("The model's process went away before the prediction had ended")
 
+    async def train(self, training_id: str, input_: JsonObject) -> JsonObject:
+        """Runs one training to its end: Cog tells nothing of it before.
+
+        Returns:
+            `{"status", "output"?, "logs", "error"?, "metrics"}`.
+
+        Raises:
+            CogFailed: The server refused it or went away.
+        """
+        try:
+            for _ in range(200):
+                answer = await self._client.put(f"{self._url}/trainings/{training_id}", json={"input": input_})
+                if answer.status_code != 409:
+                    break
+                await asyncio.sleep(0.02)
+            ended: JsonObject = answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise CogFailed(f"The training's process went away ({type(error).__name__})") from error
+        if answer.status_code != 200:
+            raise CogFailed(f"Cog refused the training ({answer.status_code}): {answer.text[:500]}")
+        return ended
+
     async def cancel(self, prediction_id: str) -> None:
         """Asks the server to cancel; its last event is then `completed` with status `canceled`."""
+        collection = "trainings" if self._trains else "predictions"
         with contextlib.suppress(httpx.HTTPError):
-            await self._client.post(f"{self._url}/predictions/{prediction_id}/cancel", timeout=5)
+            await self._client.post(f"{self._url}/{collection}/{prediction_id}/cancel", timeout=5)
 
     async def stop(self) -> None:
         """Ends the process and its worker."""
@@ -139,7 +164,7 @@ class CogServer:
         with (self._folder / "cog.log").open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", str(Path(__file__).with_name("run_cog.py"))),
-                *(str(port), self._upload_url, str(self._temporary)),
+                *(str(port), self._upload_url, str(self._temporary), *(["train"] if self._trains else [])),
                 cwd=self._folder,
                 env=environment,
                 stdin=asyncio.subprocess.DEVNULL,

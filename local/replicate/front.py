@@ -117,6 +117,17 @@ class CreateByVersionRequest(CreateRequest):
     version: str = Field(min_length=1)
 
 
+class TrainRequest(BaseModel):
+    """The body of `POST /v1/models/{owner}/{name}/versions/{version}/trainings`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    destination: str
+    input: JsonObject
+    webhook: Annotated[str, AfterValidator(_webhook_url)] | None = None
+    webhook_events_filter: list[Literal["start", "output", "logs", "completed"]] | None = None
+
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -230,7 +241,7 @@ class Gate:
                 detail = "You did not pass a valid authentication token"
                 refusal = problem_response(Problem(401, "Unauthenticated", detail))
             else:
-                creates = scope["method"] == "POST" and scope["path"].endswith("/predictions")
+                creates = scope["method"] == "POST" and scope["path"].endswith(("/predictions", "/trainings"))
                 bucket = self._control.creates if creates else self._control.others
                 allowed, remaining, reset = bucket.take()
                 limits = [
@@ -333,6 +344,10 @@ class Front:
                 route("/v1/collections", self.list_collections),
                 route("/v1/collections/{slug}", self.get_collection),
                 route("/v1/search", self.search),
+                route("/v1/models/{owner}/{name}/versions/{version}/trainings", self.create_training, "POST"),
+                route("/v1/trainings", self.list_trainings),
+                route("/v1/trainings/{id}", self.get_prediction),
+                route("/v1/trainings/{id}/cancel", self.cancel_prediction, "POST"),
                 route("/v1/deployments", self.list_deployments),
                 route("/v1/deployments", self.create_deployment, "POST"),
                 route("/v1/deployments/{owner}/{name}", self.get_deployment),
@@ -412,18 +427,31 @@ class Front:
         body = await _parse(request, CreateRequest)
         return await self._create(request, body, model, version=model.version, deployment=path)
 
+    async def create_training(self, request: Request) -> Response:
+        """`POST /v1/models/{owner}/{name}/versions/{version}/trainings`: into one of the models here."""
+        model = _model(request)
+        if request.path_params["version"] != model.version or not model.trainable:
+            raise not_found()
+        body = await _parse(request, TrainRequest)
+        if body.destination not in models:
+            description = "The destination does not exist (or perhaps you don't have permission to use it?)"
+            raise invalid([{"type": "destination", "field": "destination", "description": description}])
+        return await self._create(request, body, model, version=model.version)
+
     async def _create(
         self,
         request: Request,
-        body: CreateRequest,
+        body: CreateRequest | TrainRequest,
         model: Model,
         *,
         version: str,
         deployment: str | None = None,
     ) -> Response:
-        wait_seconds = _wait_seconds(request.headers.get("prefer"))
-        lifetime_seconds = _lifetime_seconds(request.headers.get("cancel-after"))
-        if fields := model.invalid_fields(body.input):
+        destination = body.destination if isinstance(body, TrainRequest) else None
+        # A training knows neither a wait nor a deadline.
+        wait_seconds = None if destination else _wait_seconds(request.headers.get("prefer"))
+        lifetime_seconds = None if destination else _lifetime_seconds(request.headers.get("cancel-after"))
+        if fields := model.invalid_fields(body.input, training=destination is not None):
             raise invalid(fields)
 
         def fault(name: FaultName) -> Fault | None:
@@ -444,6 +472,7 @@ class Front:
             events=list(body.webhook_events_filter) if body.webhook_events_filter is not None else None,
             deployment=deployment,
             lifetime_seconds=lifetime_seconds,
+            destination=destination,
         )
         request.scope["record"]["prediction"] = prediction.id
         if found := fault(FaultName.CREATE_ACCEPTED_THEN_ERROR):
@@ -495,7 +524,8 @@ class Front:
         listed = [
             prediction
             for prediction in self._predictions.all()
-            if (now - prediction.created_at).total_seconds() >= lag
+            if prediction.collection == "predictions"
+            and (now - prediction.created_at).total_seconds() >= lag
             and (after is None or prediction.created_at >= after)
             and (before is None or prediction.created_at < before)
             and "source" not in query  # nothing here was made on the web site
@@ -503,9 +533,17 @@ class Front:
         ids = [prediction.id for prediction in listed]
         return self._page(request, ids, [prediction.to_json(self._origin) for prediction in listed])
 
+    async def list_trainings(self, request: Request) -> Response:
+        """`GET /v1/trainings`: pages of 100, newest first; it has no filters."""
+        if found := self._control.take(FaultName.LIST_ERROR, path=request.url.path):
+            request.scope["record"]["fault"] = found.fault
+            raise _fault_problem(found)
+        listed = [each for each in self._predictions.all() if each.collection == "trainings"]
+        return self._page(request, [each.id for each in listed], [each.to_json(self._origin) for each in listed])
+
     def _find(self, request: Request) -> Prediction:
         prediction = self._predictions.find(request.path_params["id"])
-        if prediction is None:
+        if prediction is None or prediction.collection not in request.url.path:
             raise not_found()
         request.scope["record"]["prediction"] = prediction.id
         return prediction

@@ -5,6 +5,8 @@ They are kept in memory; their files are in the state folder. Both start empty.
 
 import asyncio
 import base64
+import hashlib
+import json
 import logging
 import mimetypes
 import re
@@ -42,7 +44,7 @@ def new_id() -> str:
 
 @dataclass
 class Prediction:
-    """One prediction and what the front needs to know about it."""
+    """One prediction, or training where it has a `destination`, and what the front needs to know about it."""
 
     model: Model
     version: str
@@ -50,6 +52,7 @@ class Prediction:
     webhook: str | None = None
     events: frozenset[str] = frozenset(EVENTS)
     deployment: str | None = None
+    destination: str | None = None
     deadline: datetime | None = None
     id: str = field(default_factory=new_id)
     status: str = "starting"
@@ -72,6 +75,11 @@ class Prediction:
     cancel_requested: bool = False
 
     @property
+    def collection(self) -> str:
+        """Under which path the API has it."""
+        return "trainings" if self.destination else "predictions"
+
+    @property
     def terminal(self) -> bool:
         """Whether the status is final."""
         return self.status in TERMINAL
@@ -79,11 +87,11 @@ class Prediction:
     def to_json(self, origin: str) -> JsonObject:
         """The prediction as Replicate shows it; keys that have no value yet are left out, as there."""
         urls = {
-            "cancel": f"{origin}/v1/predictions/{self.id}/cancel",
-            "get": f"{origin}/v1/predictions/{self.id}",
+            "cancel": f"{origin}/v1/{self.collection}/{self.id}/cancel",
+            "get": f"{origin}/v1/{self.collection}/{self.id}",
             "web": f"{origin}/p/{self.id}",
         }
-        if self.model.streams:
+        if self.model.streams and not self.destination:
             urls["stream"] = f"{origin}/stream/{self.stream_key}"
         shown: JsonObject = {
             "id": self.id,
@@ -99,6 +107,8 @@ class Prediction:
             "created_at": timestamp(self.created_at),
             "urls": urls,
         }
+        if self.destination:
+            del shown["data_removed"]
         if self.deployment:
             shown["deployment"] = self.deployment
         for name in ("deadline", "started_at", "completed_at"):
@@ -140,6 +150,7 @@ class Predictions:
             shutil.rmtree(state_dir / left_over, ignore_errors=True)
         self._files_folder.mkdir(parents=True)
         self._servers = {}
+        self._trainers = {}
         for path, model in models.items():
             model.write_to(state_dir / "models" / model.name)
             self._servers[path] = CogServer(
@@ -148,6 +159,14 @@ class Predictions:
                 upload_url=f"{origin}/_cog/{self.upload_key}",
                 temporary=state_dir / "temporary" / model.name,
             )
+            if model.trainable:
+                self._trainers[path] = CogServer(
+                    state_dir / "models" / model.name,
+                    slots=model.slots,
+                    upload_url=f"{origin}/_cog/{self.upload_key}",
+                    temporary=state_dir / "temporary" / f"{model.name}-training",
+                    trains=True,
+                )
 
     # Life
 
@@ -161,12 +180,14 @@ class Predictions:
         events: list[str] | None,
         deployment: str | None,
         lifetime_seconds: int | None,
+        destination: str | None = None,
     ) -> Prediction:
-        """Makes a prediction and starts it; returns at once."""
+        """Makes a prediction, or a training where there is a destination, and starts it; returns at once."""
         # No filter means all events; an empty one is taken to mean the same.
         prediction = Prediction(
-            model, version, input_, webhook=webhook, events=frozenset(events or EVENTS), deployment=deployment
-        )
+            model, version, input_, webhook=webhook, events=frozenset(events or EVENTS), deployment=deployment,
+            destination=destination,
+        )  # fmt: skip
         if lifetime_seconds is not None:
             prediction.deadline = prediction.created_at + timedelta(seconds=lifetime_seconds)
             self._spawn(self._enforce_deadline(prediction, lifetime_seconds))
@@ -197,7 +218,7 @@ class Predictions:
             self._stop_before_start(prediction, "canceled")
         elif not prediction.terminal:
             prediction.cancel_requested = True
-            await self._servers[prediction.model.path].cancel(prediction.id)
+            await self._server(prediction).cancel(prediction.id)
 
     async def wait(self, prediction: Prediction, seconds: float) -> None:
         """Returns when the prediction has ended, or after `seconds`."""
@@ -211,7 +232,9 @@ class Predictions:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(self._webhooks.close(), *(server.stop() for server in self._servers.values()))
+        await asyncio.gather(
+            self._webhooks.close(), *(server.stop() for server in (*self._servers.values(), *self._trainers.values()))
+        )
 
     async def remove_when_due(self) -> None:
         """Removes the data of predictions whose time has come, for ever."""
@@ -225,8 +248,11 @@ class Predictions:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    def _server(self, prediction: Prediction) -> CogServer:
+        return (self._trainers if prediction.destination else self._servers)[prediction.model.path]
+
     async def _run(self, prediction: Prediction) -> None:
-        server = self._servers[prediction.model.path]
+        server = self._server(prediction)
         try:
             if late := self._control.take(
                 FaultName.START_LATE, model=prediction.model.path, webhook=prediction.webhook
@@ -238,7 +264,10 @@ class Predictions:
                 prediction.status = "processing"
                 prediction.started_at = datetime.now(UTC)
                 self._emit(prediction, "start")
-                await self._follow(prediction, server)
+                if prediction.destination:
+                    await self._train(prediction, server)
+                else:
+                    await self._follow(prediction, server)
         except CogFailed as error:
             self._end(prediction, "failed", error=str(error))
         except Exception:
@@ -271,6 +300,17 @@ class Predictions:
                 while error and error.startswith("Prediction failed: "):
                     error = error.removeprefix("Prediction failed: ")
                 self._end(prediction, data["status"], error=error)
+
+    async def _train(self, training: Prediction, server: CogServer) -> None:
+        ended = await server.train(training.id, training.input)
+        training.logs = ended.get("logs", "")
+        training.metrics = ended.get("metrics", {})
+        if ended["status"] == "succeeded":
+            # A file in the output is given as a data: URL; its bytes are what the new version is made of.
+            version = hashlib.sha256(json.dumps([training.version, ended["output"]]).encode()).hexdigest()
+            output = self._with_urls(training, ended["output"], nested=True)
+            training.output = {"version": f"{training.destination}:{version}", **output}
+        self._end(training, ended["status"], error=ended.get("error"))
 
     def _end(self, prediction: Prediction, status: str, *, error: str | None = None) -> None:
         if prediction.terminal:

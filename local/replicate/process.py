@@ -157,7 +157,7 @@ class LocalReplicate:
         creates = (
             request
             for request in self.record()["requests"]
-            if request["method"] == "POST" and request["path"].endswith("/predictions")
+            if request["method"] == "POST" and request["path"].endswith(("/predictions", "/trainings"))
         )
         if not webhook:
             return list(creates)

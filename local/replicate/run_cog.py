@@ -1,7 +1,7 @@
 """Runs one Cog server in the current folder, and ends it with the process that started it.
 
 Started by `local.replicate.cog_servers` as a script, so that a front that is killed leaves nothing behind.
-Arguments: port, upload URL, folder for temporary files.
+Arguments: port, upload URL, folder for temporary files, and `train` for a server that trains.
 """
 
 import os
@@ -21,10 +21,12 @@ def end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    port, upload_url, temporary = sys.argv[1:]
+    port, upload_url, temporary, *rest = sys.argv[1:]
+    trains = rest == ["train"]
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     coglet.server.serve(
-        predictor_ref="predict.py:Predictor",
+        predictor_ref="train.py:train" if trains else "predict.py:Predictor",
+        is_train=trains,
         host="127.0.0.1",
         port=int(port),
         upload_url=upload_url,

@@ -36,8 +36,8 @@ _limits = {
 }
 
 
-def openapi_schema(predictor: Path) -> JsonObject:
-    """The schema of the class `Predictor` in the file `predictor`.
+def openapi_schema(predictor: Path, function: str = "") -> JsonObject:
+    """The schema of the class `Predictor`, or of a function, in the file `predictor`.
 
     Returns:
         An OpenAPI 3.0 document with `components.schemas.Input`, `.Output` and one for each input with choices.
@@ -45,12 +45,14 @@ def openapi_schema(predictor: Path) -> JsonObject:
     Raises:
         TypeError: An input or the output has a type that this module cannot describe; the message names it.
     """
-    run = _load(predictor).Predictor.run
+    loaded = _load(predictor)
+    run = getattr(loaded, function) if function else loaded.Predictor.run
     hints = typing.get_type_hints(run)
     schemas: JsonObject = {}
     properties: JsonObject = {}
     required = []
-    for order, (name, parameter) in enumerate(list(inspect.signature(run).parameters.items())[1:]):
+    parameters = [(name, each) for name, each in inspect.signature(run).parameters.items() if name != "self"]
+    for order, (name, parameter) in enumerate(parameters):
         field = parameter.default
         if field is inspect.Parameter.empty:
             field = cog.Input()
@@ -92,7 +94,9 @@ def openapi_schema(predictor: Path) -> JsonObject:
 
 
 def _load(predictor: Path) -> Any:
-    specification = importlib.util.spec_from_file_location(f"local_model_{predictor.parent.name}", predictor)
+    specification = importlib.util.spec_from_file_location(
+        f"local_model_{predictor.parent.name}_{predictor.stem}", predictor
+    )
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
@@ -114,6 +118,9 @@ def _type(hint: Any) -> JsonObject:
     if origin is cog.ConcatenateIterator:
         concatenated = {"x-cog-array-type": "iterator", "x-cog-array-display": "concatenate"}
         return {"type": "array", "items": _type(arguments[0]), **concatenated}
+    if isinstance(hint, type) and issubclass(hint, cog.BaseModel):
+        hints = typing.get_type_hints(hint)
+        return {"type": "object", "properties": {name: _type(each) for name, each in hints.items()}}
     if is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         names = [field.name for field in fields(hint)]

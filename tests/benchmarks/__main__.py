@@ -13,13 +13,15 @@ from statistics import median
 from local.cloud import LocalCloudError
 from local.terminal import Terminal
 from tests.benchmarks import figures, imports, prices
-from tests.benchmarks.figures import Figures, Run
+from tests.benchmarks.figures import Figures, Run, Sync
 from tests.benchmarks.imports import EMPTY, ONE_CLIENT, OURS, PARTS, Loaded
 from tests.benchmarks.report import BenchmarkFailed, bars, note, table
 
 # What a prediction that a webhook completes takes at most, and what each poll adds: the poll's state, function and
 # question, then the wait whose new task token is a write.
 STATES, FUNCTIONS, WRITES = 4, 6, 8
+# What the stack may add to the time in which Replicate answers a create that waits.
+SYNC_MS = 100
 STATES_PER_POLL, FUNCTIONS_PER_POLL, WRITES_PER_POLL = 2, 1, 1
 
 # One whole virtual processor; a function has its memory's share of one.
@@ -37,8 +39,9 @@ def main() -> int:
         terminal.title("1. What a cold start imports")
         _show_imports(terminal, imports.measure(terminal.step))
         terminal.title("2. What a prediction takes")
-        found = figures.measure(terminal.step)
+        found, sync = figures.measure(terminal.step)
         _show_figures(terminal, found)
+        _show_sync(terminal, sync)
         kept = _show_promise(terminal, found)
         terminal.title(f"3. What 1,000 predictions cost on AWS ({prices.REGION}, arm64), without Replicate's own price")
         _show_costs(terminal, found)
@@ -150,6 +153,19 @@ def _show_figures(terminal: Terminal, found: list[Figures]) -> None:
     terminal.write()
     terminal.write(f"  Billed ms by function, {timed[0].case.name}")
     terminal.write(bars({name: median(values) for name, values in lambda_ms.items()}))
+
+
+def _show_sync(terminal: Terminal, sync: Sync) -> None:
+    added = [through - direct for direct, through in zip(sync.direct, sync.stack, strict=True)]
+    rows = [
+        (name, f"{median(times):,.0f}", f"{max(times):,.0f}")
+        for name, times in (("Replicate's stand-in", sync.direct), ("the stack", sync.stack), ("added", added))
+    ]
+    terminal.write()
+    terminal.write(table(("Prefer: wait, POST to the end without files, ms", "median", "slowest"), rows))
+    terminal.write(
+        note(f"{len(added)} pairs on warm functions. At most {SYNC_MS} ms are wanted; machine and emulator are in it.")
+    )
 
 
 def _show_promise(terminal: Terminal, found: list[Figures]) -> bool:

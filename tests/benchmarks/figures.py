@@ -29,6 +29,9 @@ ASK_SECONDS = 0.01
 NOT_COUNTED = "sweep_predictions"
 NOT_COUNTED_CALL = "/webhooks/default/secret"
 
+SYNC_RUNS = 20
+WAIT = {"Prefer": "wait=20"}
+
 PAINTER = {"prompt": "a lighthouse by the sea at dusk", "seed": 7}
 
 
@@ -125,7 +128,20 @@ class Figures:
         return (*self.timed, self.counted)
 
 
-def measure(say: Callable[[str], None]) -> list[Figures]:
+@dataclass(frozen=True)
+class Sync:
+    """Milliseconds from POST with `Prefer: wait` to the answer with the end, each pair one after the other.
+
+    Attributes:
+        direct: Asked of the stand-in for Replicate itself.
+        stack: Asked of the stack.
+    """
+
+    direct: tuple[float, ...]
+    stack: tuple[float, ...]
+
+
+def measure(say: Callable[[str], None]) -> tuple[list[Figures], Sync]:
     """Deploy to a local cloud of its own, and run every case.
 
     Raises:
@@ -141,6 +157,8 @@ def measure(say: Callable[[str], None]) -> list[Figures]:
             if case.runs:
                 say(f"timing: {case.name}, {case.runs} times")
                 timed[case.name] = tuple(bench.run(case) for _ in range(case.runs))
+        say(f"timing: answers that were waited for, {SYNC_RUNS} times")
+        sync = bench.sync()
         say("counting: the same once more, with every request to AWS recorded")
         functions = [name for name in cloud.functions if name != NOT_COUNTED]
         with recorded(cloud, functions) as bench.calls:
@@ -151,7 +169,7 @@ def measure(say: Callable[[str], None]) -> list[Figures]:
                 with bench.new_token():
                     found.append(Figures(case, timed.get(case.name, ()), bench.run(case)))
         say("stopping")
-    return found
+    return found, sync
 
 
 class _Bench:
@@ -234,6 +252,29 @@ class _Bench:
             file_bytes=sum(file["bytes"] for file in files),
             calls=new_calls,
         )
+
+    def sync(self) -> Sync:
+        """Ask for an end without files, of the stand-in and of the stack in turn.
+
+        Raises:
+            BenchmarkFailed: An answer was not the end.
+        """
+        replicate = self._cloud.replicate
+        replicate.reset()
+        direct = httpx.Client(base_url=replicate.url, headers=replicate.headers, timeout=30, trust_env=False)
+        with direct, self._api() as stack:
+            version = direct.get("/models/local/sleeper").json()["latest_version"]["id"]
+            body = {"version": version, "input": {"seconds": 0.3}}
+            took: dict[httpx.Client, list[float]] = {direct: [], stack: []}
+            for _ in range(SYNC_RUNS + 1):
+                for api, times in took.items():
+                    began = time.monotonic()
+                    answer = api.post("/predictions", json=body, headers=WAIT)
+                    times.append((time.monotonic() - began) * 1000)
+                    if answer.json().get("status") != "succeeded":
+                        raise BenchmarkFailed(f"Prefer: wait answered {answer.status_code}: {answer.text[:500]}")
+        # The first one of each opens the connection and fills what is kept.
+        return Sync(tuple(took[direct][1:]), tuple(took[stack][1:]))
 
     def _api(self) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self._token}"}

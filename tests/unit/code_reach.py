@@ -23,6 +23,8 @@ _S3_ACTIONS = {
     "generate_presigned_url": "s3:GetObject",
     "get_object": "s3:GetObject",
     "head_object": "s3:GetObject",
+    "list_multipart_uploads": "s3:ListBucketMultipartUploads",
+    "list_objects_v2": "s3:ListBucket",
     "put_object": "s3:PutObject",
     "upload_part": "s3:PutObject",
 }

@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "FILE_ORIGINS": "",
     "ALLOW_LOOPBACK_WEBHOOKS": "false",
     "DEFAULT_LIFETIME_SECONDS": "86400",
+    "TRAINING_LIFETIME_SECONDS": "604800",
     "SUBMIT_GRACE_SECONDS": "90",
     "UNKNOWN_SUBMISSION": "fail",
     "VALIDATE_INPUT": "true",
@@ -150,7 +151,8 @@ def make_submissions(
         table,
         upstream,
         Executions(executed.machine_arn, aws.client("stepfunctions")),
-        timing or Timing(lifetime=86400, grace=90, first_poll=60, poll=600, retention=30 * 86400),
+        timing
+        or Timing(lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, poll=600, retention=30 * 86400),
         now=clock.now,
         sleep=clock.sleep,
         **options,

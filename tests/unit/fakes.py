@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ class Clock:
     def advance(self, seconds: float) -> None:
         self.moment += seconds
 
+
+_CREATES = ("/predictions", "/trainings")
 
 Answer = Callable[[httpx.Request, "ReplicateInMemory"], httpx.Response]
 
@@ -102,9 +105,7 @@ class ReplicateInMemory:
     @property
     def creates(self) -> list[dict[str, Any]]:
         """The bodies of all creates that were asked, accepted or not."""
-        return [
-            json.loads(r.content) for r in self.asked if r.method == "POST" and r.url.path.endswith(("/predictions",))
-        ]
+        return [json.loads(r.content) for r in self.asked if r.method == "POST" and r.url.path.endswith(_CREATES)]
 
     @property
     def canceled(self) -> list[str]:
@@ -116,6 +117,9 @@ class ReplicateInMemory:
         body = json.loads(request.content)
         path = request.url.path.removeprefix("/v1/")
         kind, _, name = path.removesuffix("/predictions").partition("/")
+        training = re.fullmatch(r"models/(.+)/versions/(.+)/trainings", path)
+        if training:
+            name, body = training[1], body | {"version": training[2]}
         prediction_id = secrets.token_hex(13)
         prediction = {
             "id": prediction_id,
@@ -130,6 +134,7 @@ class ReplicateInMemory:
             "data_removed": False,
             "urls": {"get": f"{self.URL}/predictions/{prediction_id}"},
             **({"deployment": name} if kind == "deployments" else {}),
+            **({"destination": body["destination"]} if training else {}),
             **told,
         }
         self.predictions[prediction_id] = prediction
@@ -160,7 +165,7 @@ class ReplicateInMemory:
         path = request.url.path.removeprefix("/v1")
         if (request.method, path) in self.others:
             return self.others[request.method, path]()
-        create = request.method == "POST" and path.endswith("/predictions")
+        create = request.method == "POST" and path.endswith(_CREATES)
         if create:
             if self.faults:
                 return self.faults.pop(0)(request, self)
@@ -170,8 +175,10 @@ class ReplicateInMemory:
         return self._read(request, path)
 
     def _read(self, request: httpx.Request, path: str) -> httpx.Response:
-        if path == "/predictions":
-            newest_first = sorted(self.predictions.values(), key=lambda p: str(p["created_at"]), reverse=True)
+        collection = path.split("/")[1]
+        of_it = [p for p in self.predictions.values() if ("destination" in p) == (collection == "trainings")]
+        if path == f"/{collection}" and collection in ("predictions", "trainings"):
+            newest_first = sorted(of_it, key=lambda p: str(p["created_at"]), reverse=True)
             listed = [{k: v for k, v in p.items() if k != "webhook"} for p in newest_first]
             return httpx.Response(200, json={"previous": None, "next": None, "results": listed})
         if path == "/webhooks/default/secret":
@@ -183,7 +190,7 @@ class ReplicateInMemory:
             model = self.models.get(path.removeprefix("/models/"))
             return httpx.Response(200, json=model) if model else httpx.Response(404, json={"detail": "no model"})
         prediction = self.predictions.get(path.split("/")[2])
-        if prediction is None:
+        if prediction not in of_it:
             return httpx.Response(404, json={"detail": "not found", "status": 404})
         if path.endswith("/cancel") and prediction["status"] in ("starting", "processing"):
             prediction["status"] = "canceled"

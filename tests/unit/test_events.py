@@ -50,6 +50,7 @@ REFUSED = {
     ("start_prediction", "refused_idempotency_key"): (422, ["Idempotency-Key"]),
     ("start_prediction", "refused_model_route"): (404, []),
     ("start_prediction", "refused_version_on_model_route"): (422, ["version"]),
+    ("start_prediction", "refused_training_destination"): (422, ["destination"]),
     ("read_predictions", "refused_cursor"): (422, ["cursor"]),
     ("read_predictions", "refused_without_scope"): (403, []),
     ("cancel_prediction", "refused_without_scope"): (403, []),
@@ -76,11 +77,14 @@ REFUSED_BY_WHAT_IS_THERE = {
     ("start_prediction", "refused_by_schema"): 422,
     ("read_predictions", "refused_other_owner"): 404,
     ("read_predictions", "refused_unknown"): 404,
+    ("read_predictions", "refused_training"): 404,
+    ("cancel_prediction", "refused_training"): 404,
     ("cancel_prediction", "refused_other_owner"): 404,
     ("cancel_prediction", "refused_unknown"): 404,
     ("store_files", "refused_unknown"): 404,
     ("store_files", "refused_delete_unknown"): 404,
     ("serve_files", "refused_unknown"): 404,
+    ("cancel_prediction", "refused_delete_open"): 409,
     ("receive_webhook", "refused_stale"): 401,
     ("receive_webhook", "refused_forged"): 401,
     ("receive_webhook", "refused_unsigned"): 401,
@@ -95,7 +99,9 @@ ANSWERED = {
     ("start_prediction", "deployment_route"): 201,
     ("start_prediction", "sdk_retry"): 201,
     ("start_prediction", "base64_body"): 201,
+    ("start_prediction", "training"): 201,
     ("read_predictions", "one"): 200,
+    ("read_predictions", "trainings"): 200,
     ("read_predictions", "list"): 200,
     ("read_predictions", "list_page"): 200,
     ("cancel_prediction", "open"): 200,
@@ -350,6 +356,15 @@ def test_the_sample_of_a_cancel_cancels_at_replicate(run: Run, started: None, re
     shown = json.loads(run("cancel_prediction", sample("cancel_prediction", "open"))["body"])
     assert (shown["id"], shown["status"]) == (SAMPLE_ID, "canceled")
     assert replicate.canceled == [SAMPLE_UPSTREAM_ID]
+
+
+def test_the_sample_of_a_deletion_removes_the_data_of_what_has_ended(run: Run, started: None) -> None:
+    run("receive_webhook", sample("receive_webhook", "succeeded"))
+    for _ in range(2):
+        answer = run("cancel_prediction", sample("cancel_prediction", "refused_delete_open"))
+        shown = json.loads(answer["body"])
+        assert (answer["statusCode"], shown["status"], shown["data_removed"]) == (200, "succeeded", True)
+        assert (shown["input"], shown["output"], shown["logs"], shown["output_files"]) == ({}, None, "", [])
 
 
 @pytest.mark.parametrize(("function", "case"), sorted(RUN), ids=names(RUN))

@@ -704,7 +704,7 @@ def test_several_candidates_are_no_reason_to_submit_again(
 def test_longest_prediction_submitted_twice_ends_before_the_shortest_retention(
     table: PredictionsTable, replicate: ReplicateInMemory, executed: Executed, clock: Clock
 ) -> None:
-    timing = Timing(lifetime=86400, grace=90, first_poll=60, poll=600, retention=8 * 86400)
+    timing = Timing(lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, poll=600, retention=8 * 86400)
     submissions = make_submissions(table, replicate, executed, clock, resubmit=True, timing=timing)
     replicate.faults = [answer(500)]
     prediction = submissions.start(wanted(lifetime=str(LIFETIME_LIMIT_SECONDS)))

@@ -399,6 +399,46 @@ def test_deadline_cancels_what_runs_and_aborts_what_has_not_started(
     assert until(lambda: status_of(api, waiting.json()) == "aborted")
 
 
+TEXT = "data:text/plain,the%20sea%20is%20deep%20and%20the%20sea%20is%20calm"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"input": {"train_data": TEXT}}, 422),
+        ({"destination": "local/nothing", "input": {"train_data": TEXT}}, 422),
+        ({"destination": "local/tuner", "input": {}}, 422),
+        ({"destination": "local/tuner", "input": {"train_data": "/etc/passwd"}}, 422),
+        ({"destination": "local/tuner", "input": {"train_data": TEXT}, "stream": True}, 422),
+    ],
+)
+def test_bad_training_is_refused(api: httpx.Client, body: JsonObject, status: int) -> None:
+    assert api.post(f"/models/local/tuner/versions/{version['tuner']}/trainings", json=body).status_code == status
+    assert api.post(f"/models/local/painter/versions/{version['painter']}/trainings", json=body).status_code == 404
+
+
+def test_training_gives_a_version_and_weights_that_the_model_runs_with(
+    api: httpx.Client, receiver: Receiver, replicate: LocalReplicate
+) -> None:
+    body = {"destination": "local/tuner", "input": {"train_data": TEXT}, "webhook": receiver.url}
+    created = api.post(f"/models/local/tuner/versions/{version['tuner']}/trainings", json=body)
+    assert created.status_code == 201
+    path = f"/trainings/{created.json()['id']}"
+    assert created.json()["urls"]["get"] == f"{replicate.url}{path}"
+    replicate.wait_for_webhook(created.json()["id"])
+    training = api.get(path).json()
+    assert training["status"] == "succeeded", training["error"]
+    assert training["output"]["version"].startswith("local/tuner:")
+    assert "Epoch 3 of 3" in training["logs"]
+    weights = training["output"]["weights"]
+    assert httpx.get(weights, trust_env=False).json()["sea"] == {"is": 6}
+    ran = run(api, "tuner", {"weights": weights, "words": 4})
+    assert len(ran["output"].split()) == 4
+    assert api.get(path.replace("trainings", "predictions")).status_code == 404
+    assert training["id"] in [each["id"] for each in api.get("/trainings").json()["results"]]
+    assert training["id"] not in [each["id"] for each in api.get("/predictions").json()["results"]]
+
+
 def test_models_versions_and_deployments_can_be_read(api: httpx.Client) -> None:
     painter, etcher = (api.get(f"/models/local/{name}").json() for name in ("painter", "etcher"))
     assert (painter["is_official"], etcher["is_official"]) == (True, False)

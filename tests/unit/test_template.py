@@ -161,13 +161,19 @@ def test_master_of_the_owners_secrets_is_readable_only_by_those_who_give_them_an
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_nothing_is_ever_deleted_by_a_function_but_files_by_their_owners(name: str) -> None:
+def test_nothing_is_ever_deleted_by_a_function_but_what_its_owner_deletes(name: str) -> None:
     # Lambda deletes the messages that a function has dealt with.
     deleting = [
         statement
         for statement in statements(name)
         if any("Delete" in action for action in set(listed(statement["Action"])) - source_actions(name))
     ]
+    if name in ("CancelPredictionFunction", "SweepPredictionsFunction"):
+        # The route that deletes a prediction's data, and the sweep that finishes what it began.
+        on_table, on_bucket = deleting
+        assert on_table["Condition"]["ForAllValues:StringLike"] == {"dynamodb:LeadingKeys": ["prediction#*"]}
+        assert on_bucket["Resource"] == {"Fn::Sub": "${OutputsBucket.Arn}/*"}
+        return
     if name != "StoreFilesFunction":
         assert not deleting
         return
@@ -427,9 +433,14 @@ def test_api_has_exactly_these_routes() -> None:
         ("POST", "/predictions"): "StartPredictionFunction",
         ("POST", "/models/{owner}/{name}/predictions"): "StartPredictionFunction",
         ("POST", "/deployments/{owner}/{name}/predictions"): "StartPredictionFunction",
+        ("POST", "/models/{owner}/{name}/versions/{id}/trainings"): "StartPredictionFunction",
+        ("GET", "/trainings"): "ReadPredictionsFunction",
+        ("GET", "/trainings/{id}"): "ReadPredictionsFunction",
+        ("POST", "/trainings/{id}/cancel"): "CancelPredictionFunction",
         ("GET", "/predictions"): "ReadPredictionsFunction",
         ("GET", "/predictions/{id}"): "ReadPredictionsFunction",
         ("POST", "/predictions/{id}/cancel"): "CancelPredictionFunction",
+        ("DELETE", "/predictions/{id}"): "CancelPredictionFunction",
         ("POST", "/webhooks/replicate/{id}"): "ReceiveWebhookFunction",
         ("GET", "/webhooks/default/secret"): "GiveSecretFunction",
         ("POST", "/files"): "StoreFilesFunction",

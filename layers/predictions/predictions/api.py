@@ -121,21 +121,23 @@ def body_of(app: APIGatewayRestResolver) -> bytes:
     return (event.body or "").encode("utf-8", "surrogatepass")
 
 
-def own_prediction(table: PredictionsTable, prediction_id: str, owner: str) -> Whole:
-    """One of an owner's predictions.
+def own_prediction(
+    table: PredictionsTable, prediction_id: str, owner: str, kind: Literal["prediction", "training"] = "prediction"
+) -> Whole:
+    """One of an owner's predictions, or trainings.
 
     Raises:
-        Problem: 404, where there is none, or it is another owner's: nobody learns which.
+        Problem: 404, where there is none, it is of the other kind, or another owner's: nobody learns which.
     """
     whole = table.read(prediction_id) if is_id(prediction_id) else None
-    if whole is None or whole.prediction.owner != owner:
-        raise no_prediction(prediction_id)
+    if whole is None or whole.prediction.owner != owner or whole.prediction.object != kind:
+        raise no_prediction(prediction_id, kind)
     return whole
 
 
-def no_prediction(prediction_id: str) -> Problem:
-    """The 404 for a prediction that is not there, or not the caller's."""
-    return Problem(404, f"There is no prediction {prediction_id[:64]!r}.")
+def no_prediction(prediction_id: str, kind: str = "prediction") -> Problem:
+    """The 404 for a prediction or training that is not there, or not the caller's."""
+    return Problem(404, f"There is no {kind} {prediction_id[:64]!r}.")
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ class Presenter:
         output = self._output(whole)
         if as_starting and status == "processing":
             status, output = "starting", None
-        url = f"{api_url()}/predictions/{prediction.id}"
+        url = f"{api_url()}/{prediction.collection}/{prediction.id}"
         urls = {"get": url, "cancel": f"{url}/cancel", "web": url}
         if prediction.stream_url:
             urls["stream"] = prediction.stream_url
@@ -212,6 +214,8 @@ class Presenter:
             "urls": urls,
             "output_files": [self._file(file) for file in whole.files],
         }
+        if prediction.destination:
+            shown["destination"] = prediction.destination
         if prediction.deployment:
             shown["deployment"] = prediction.deployment
         if prediction.webhook:

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
@@ -50,19 +50,20 @@ class Reference:
     """What a caller names to run, not yet looked up.
 
     Attributes:
-        kind: `model` may still turn out to need a version (community models do); `deployment`, `version`.
+        kind: `model` may still turn out to need a version (community models do); `deployment`, `version`; `training`
+            for a version that is trained.
         name: `owner/name`, or None for a bare version id.
-        version: 64 hexadecimal digits, for kind `version`.
+        version: 64 hexadecimal digits, for the kinds `version` and `training`.
     """
 
-    kind: Literal["version", "model", "deployment"]
+    kind: Literal["version", "model", "deployment", "training"]
     name: str | None = None
     version: str | None = None
 
 
 @dataclass(frozen=True)
 class Intent:
-    """One prediction that somebody wants, whole and checked.
+    """One prediction or training that somebody wants, whole and checked.
 
     Attributes:
         id: 26 characters `[a-z0-9]`.
@@ -76,6 +77,8 @@ class Intent:
         webhook_events_filter: Which events, or None for Replicate's default.
         stream: The deprecated field, passed on where given.
         source: How it came: `http`.
+        object: `prediction` or `training`.
+        destination: The model, `owner/name`, that a training makes a version of.
     """
 
     id: str
@@ -89,6 +92,8 @@ class Intent:
     webhook_events_filter: tuple[WebhookEvent, ...] | None
     stream: bool | None
     source: str = "http"
+    object: Literal["prediction", "training"] = "prediction"
+    destination: str | None = None
 
 
 class _Body(BaseModel):
@@ -103,6 +108,20 @@ class _Body(BaseModel):
     webhook_events_filter: list[WebhookEvent] | None = Field(default=None, max_length=4)
     stream: StrictBool | None = None
     lifetime: str | int | None = None
+
+
+class _TrainingBody(BaseModel):
+    """The fields of `POST /models/{owner}/{name}/versions/{id}/trainings`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    destination: str
+    input: dict[str, Any]
+    webhook: str | None = None
+    webhook_events_filter: list[WebhookEvent] | None = Field(default=None, max_length=4)
+
+
+_AnyBody = TypeVar("_AnyBody", _Body, _TrainingBody)
 
 
 def create_intent(
@@ -125,15 +144,8 @@ def create_intent(
     Raises:
         Problem: 400 (not JSON), 413, 415 or 422 (with `invalid_fields`).
     """
-    value = parse_json(body, headers.get("content-type"))
-    if not isinstance(value, dict):
-        raise Problem(422, "The body has to be a JSON object with the key `input`.")
+    asked = _read(_Body, body, headers)
     invalid: list[dict[str, str]] = []
-    try:
-        asked = _Body.model_validate(value)
-    except ValidationError as error:
-        problems = [_field_problem(e) for e in error.errors(include_url=False, include_context=False)]
-        raise _invalid(list({problem["field"]: problem for problem in problems}.values())) from None
     if reference is not None and asked.version is not None:
         invalid.append({"field": "version", "detail": "The route names what to run: leave `version` out."})
     if reference is None:
@@ -167,6 +179,74 @@ def create_intent(
         webhook_events_filter=tuple(dict.fromkeys(events)) if events is not None else None,
         stream=asked.stream,
     )
+
+
+def create_training(
+    body: bytes,
+    headers: Mapping[str, str],
+    *,
+    owner: str,
+    reference: Reference,
+    allow_loopback_webhooks: bool,
+) -> Intent:
+    """Checks one request for a training.
+
+    Args:
+        body: The raw body.
+        headers: The request's headers, their names in lower case.
+        owner: Whose request it is.
+        reference: The version that is trained; see `training_reference`.
+        allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
+
+    Raises:
+        Problem: 400 (not JSON), 413, 415 or 422 (with `invalid_fields`).
+    """
+    asked = _read(_TrainingBody, body, headers)
+    invalid: list[dict[str, str]] = []
+    if not _MODEL_NAME.fullmatch(asked.destination):
+        detail = "An existing model of yours that the training makes a version of, as `owner/name`."
+        invalid.append({"field": "destination", "detail": detail})
+    if asked.webhook is not None:
+        _check_webhook(asked.webhook, "webhook", allow_loopback_webhooks, invalid)
+    if "cancel-after" in headers:
+        # Left out without a word, a training would run on, and be paid for, where its caller relies on the end.
+        detail = "Replicate has no deadline for trainings: leave this header out, and cancel the training."
+        invalid.append({"field": "Cancel-After", "detail": detail})
+    key = _idempotency_key(headers.get("idempotency-key"), invalid)
+    if invalid:
+        raise _invalid(invalid)
+    events = asked.webhook_events_filter
+    described = [
+        "training", reference.name, reference.version, asked.destination, input_json_canonical(asked.input),
+        asked.webhook, sorted(set(events)) if events is not None else None,
+    ]  # fmt: skip
+    return Intent(
+        # The same key may start a prediction too: that is another request to another route.
+        id=derived_id(f"trainings#{owner}", key) if key else random_id(),
+        owner=owner,
+        keyed=key is not None,
+        fingerprint=hashlib.sha256(json.dumps(described).encode()).hexdigest(),
+        reference=reference,
+        input_json=json.dumps(asked.input, separators=(",", ":"), ensure_ascii=False, allow_nan=False),
+        lifetime_seconds=None,
+        webhook=asked.webhook,
+        webhook_events_filter=tuple(dict.fromkeys(events)) if events is not None else None,
+        stream=None,
+        object="training",
+        destination=asked.destination,
+    )
+
+
+def training_reference(owner: str, name: str, version: str) -> Reference:
+    """The reference in the route `/models/{owner}/{name}/versions/{version}/trainings`.
+
+    Raises:
+        Problem: 404, where no version can have such a name.
+    """
+    model = model_reference("model", owner, name)
+    if not re.fullmatch(r"[0-9a-f]{64}", version, re.ASCII):
+        raise Problem(404, f"There is no version of {model.name} with that id: ids are 64 hexadecimal digits.")
+    return Reference("training", model.name, version)
 
 
 def model_reference(kind: Literal["model", "deployment"], owner: str, name: str) -> Reference:
@@ -289,12 +369,23 @@ def _check_json(value: Any) -> None:
                 raise Problem(400, "The body holds half of a surrogate pair, which is no character.") from None
 
 
-def _field_problem(error: Any) -> dict[str, str]:
+def _read(kind: type[_AnyBody], body: bytes, headers: Mapping[str, str]) -> _AnyBody:
+    value = parse_json(body, headers.get("content-type"))
+    if not isinstance(value, dict):
+        raise Problem(422, "The body has to be a JSON object with the key `input`.")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        problems = [_field_problem(e, kind) for e in error.errors(include_url=False, include_context=False)]
+        raise _invalid(list({problem["field"]: problem for problem in problems}.values())) from None
+
+
+def _field_problem(error: Any, kind: type[BaseModel]) -> dict[str, str]:
     # Beside a list's index, what follows the field's name is the name of a type.
     parts = [part for i, part in enumerate(error["loc"]) if i == 0 or isinstance(part, int)]
     field = ".".join(str(part) for part in parts)[:200] or "body"
     if error["type"] == "extra_forbidden":
-        known = ", ".join(f"`{name}`" for name in _Body.model_fields if name != "webhook_completed")
+        known = ", ".join(f"`{name}`" for name in kind.model_fields if name != "webhook_completed")
         return {"field": field, "detail": f"This field is not known. Known are {known}."}
     if error["type"] == "missing":
         return {"field": field, "detail": "This field is required."}

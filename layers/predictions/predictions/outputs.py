@@ -1,8 +1,9 @@
 """The outputs bucket: the files of a prediction's output, and payloads that are too large for the table.
 
-    find_files(output)     where files are in an output
-    OutputsBucket.store    copies them, each whole or not at all
-    replace_files(output)  the output with other values in the places of its files
+    find_files(output)        where files are in an output
+    OutputsBucket.store       copies them, each whole or not at all
+    replace_files(output)     the output with other values in the places of its files
+    OutputsBucket.delete_all  removes whatever the bucket has of one prediction
 
 An object is visible only when all of its bytes are there, and is never written twice (`If-None-Match: *`), so an
 object that exists is a finished copy: of an earlier attempt that crashed afterwards, or of one that runs now.
@@ -281,6 +282,31 @@ class OutputsBucket:
                 is not there, which the bucket's lifecycle rules can bring about.
         """
         return self._s3.get_object(Bucket=self.name, Key=_payload_key(key))["Body"].read().decode()
+
+    def delete_all(self, prediction_id: str, owner: str) -> None:
+        """Removes every object of one prediction: its files, its payloads, and the parts of uploads that broke off.
+
+        Found by listing, so that also what a function left behind that died before it wrote the key down is removed.
+        Twice does no harm.
+
+        Args:
+            prediction_id: Our id.
+            owner: Whose prediction it is.
+
+        Raises:
+            botocore.exceptions.ClientError: S3 did not remove all of it.
+            ValueError: An id or owner has other characters than those that we make.
+        """
+        for prefix in (f"{owner}/{prediction_id}/", f"{_PAYLOADS}{prediction_id}/"):
+            if not _PREFIX.fullmatch(prefix[:-1]):
+                raise ValueError(f"not a prefix of outputs: {prefix!r}")
+            for uploads in self._s3.get_paginator("list_multipart_uploads").paginate(Bucket=self.name, Prefix=prefix):
+                for upload in uploads.get("Uploads", []):
+                    self._s3.abort_multipart_upload(Bucket=self.name, Key=upload["Key"], UploadId=upload["UploadId"])
+            for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix):
+                # One call for each, since an error of one among many comes as a success.
+                for found in page.get("Contents", []):
+                    self._s3.delete_object(Bucket=self.name, Key=found["Key"])
 
     def store(
         self,

@@ -1,9 +1,12 @@
 """The protocol: a wanted prediction is submitted to Replicate at most once, and followed until it has ended.
 
+A training is a prediction to it: another path at Replicate, a `destination`, and a deadline that we alone keep.
+
     start       intent and claim in one write, one POST, bind; an execution tracks it from there
     submit      claim and POST, for an intent that was only written down or whose POST was not accepted
     poll        what no webhook told: ask, reconcile, enforce the deadline
     cancel      the owner's flag, and Replicate's cancel
+    delete      the owner's flag, then the data of what has ended
     sweep       whatever stands still is moved on
 
 Each step may happen twice, late or never, and its function may die after any line. So each begins by reading what is
@@ -62,7 +65,7 @@ _SUBMITTER_SECONDS = 60
 _NO_CONNECTION_WAIT_SECONDS = 10
 _UNAUTHORIZED_WAIT_SECONDS = 300
 _STUCK_SECONDS = 600
-_WAIT_STEP_SECONDS = 0.2
+_WAIT_STEP_SECONDS = 0.1
 _MODEL_CACHE_SECONDS = 300
 _MODELS_CACHED = 64
 
@@ -73,6 +76,7 @@ class Timing:
 
     Attributes:
         lifetime: The deadline of a prediction whose caller gives none.
+        training_lifetime: The deadline of a training.
         grace: How long after its claim a submission may still show up by itself, by webhook or in the list.
         first_poll: When the first poll is due, after the execution began to wait.
         poll: When each further poll is due.
@@ -80,6 +84,7 @@ class Timing:
     """
 
     lifetime: int
+    training_lifetime: int
     grace: int
     first_poll: int
     poll: int
@@ -90,6 +95,7 @@ class Timing:
         """From the variables with these names' long forms."""
         return cls(
             lifetime=int(os.environ["DEFAULT_LIFETIME_SECONDS"]),
+            training_lifetime=int(os.environ["TRAINING_LIFETIME_SECONDS"]),
             grace=int(os.environ["SUBMIT_GRACE_SECONDS"]),
             first_poll=int(os.environ["FIRST_POLL_SECONDS"]),
             poll=int(os.environ["POLL_SECONDS"]),
@@ -156,13 +162,15 @@ class Submissions:
 
     # -- start ------------------------------------------------------------------------------------------------
 
-    def start(self, intent: Intent, *, sdk_attempt: int | None = None) -> Prediction:
+    def start(self, intent: Intent, *, sdk_attempt: int | None = None, wait_seconds: float = 0) -> Prediction:
         """Starts the prediction that a caller waits for the beginning of.
 
         Args:
             intent: What is wanted.
             sdk_attempt: The caller's `x-stainless-retry-count`, where it sends one: such a client repeats a POST
                 whose answer it did not see, without a key, and counts how often.
+            wait_seconds: How long the caller waits for the end: as long, at most, Replicate is asked to hold its
+                answer.
 
         Returns:
             The prediction: new, or the one that the same request started before.
@@ -172,6 +180,7 @@ class Submissions:
                 key), 502 (Replicate refuses the stack's token or credit), 503 (Replicate cannot be asked which version
                 to run).
         """
+        wait_until = self._now() + wait_seconds
         if intent.keyed and (existing := self.table.get(intent.id)):
             return _existing(existing, intent)
         if sdk_attempt and not intent.keyed:
@@ -182,7 +191,8 @@ class Submissions:
         if invalid := self._violations(schema, intent.input_json):
             raise Problem(422, _listed(invalid[:5]), title="Input validation failed", invalid_fields=invalid)
         now = self._now()
-        deadline = int(now) + (intent.lifetime_seconds or self._timing.lifetime)
+        default_seconds = self._timing.training_lifetime if intent.object == "training" else self._timing.lifetime
+        deadline = int(now) + (intent.lifetime_seconds or default_seconds)
         # All that can fail on our side comes before the claim: after it, a POST that was never made is as unknown
         # as one whose answer was lost.
         api_url()
@@ -202,12 +212,12 @@ class Submissions:
             return _existing(error.prediction, intent)
         logger.set_correlation_id(prediction.id)
         metrics.add_metric(name="PredictionsStarted", unit=MetricUnit.Count, value=1)
-        return self._submit_for_caller(prediction, intent.input_json)
+        return self._submit_for_caller(prediction, intent.input_json, wait_until)
 
-    def _submit_for_caller(self, prediction: Prediction, input_json: str) -> Prediction:
+    def _submit_for_caller(self, prediction: Prediction, input_json: str, wait_until: float) -> Prediction:
         submit_later = False
         try:
-            prediction = self._submit(prediction, input_json)
+            prediction = self._submit(prediction, input_json, wait_until)
         except Refused as error:
             refusal = {"status": error.status, "detail": error.detail, "invalid_fields": error.invalid_fields}
             self._end(prediction, Status.FAILED, error.detail, refusal=refusal)
@@ -231,6 +241,8 @@ class Submissions:
             # Replicate has it: whatever failed on our side, the caller must not be told to try again. The claim keeps
             # anybody from submitting it twice, and webhook or poll bind it.
             logger.exception("submitted, but not bound")
+        if prediction.terminal and not prediction.awaits_copy:
+            return prediction  # there is nothing left to follow
         try:
             self._track(prediction, submit=submit_later)
         except (ClientError, BotoCoreError):
@@ -315,8 +327,12 @@ class Submissions:
         except OutcomeUnknown as error:
             logger.warning("submitted with unknown outcome", reason=str(error))
 
-    def _submit(self, prediction: Prediction, input_json: str) -> Prediction:
+    def _submit(self, prediction: Prediction, input_json: str, wait_until: float = 0) -> Prediction:
         """The one POST, for the holder of the claim, and the bind.
+
+        Where a caller waits, Replicate holds its answer (its sync mode). Meanwhile webhooks bind, merge and end the
+        item as ever, and a cancel flags it; what the answer tells is merged by the same rule, so that `processing`
+        with the whole output is no end.
 
         Raises:
             NotAccepted: The claim may be released.
@@ -328,8 +344,17 @@ class Submissions:
             body |= {"webhook": webhook, "webhook_events_filter": _events(prediction)}
         if prediction.stream is not None:
             body["stream"] = prediction.stream
-        remaining_seconds = prediction.deadline - int(self._now())
-        told = self._replicate.create(_target(prediction), body, cancel_after_seconds=remaining_seconds)
+        remaining_seconds: int | None = prediction.deadline - int(self._now())
+        if prediction.destination is not None:
+            body["destination"] = prediction.destination
+            remaining_seconds = None  # the poll keeps a training's deadline
+        wait_seconds = int(wait_until - self._now())
+        told = self._replicate.create(
+            _target(prediction),
+            body,
+            cancel_after_seconds=remaining_seconds,
+            wait_seconds=wait_seconds if wait_seconds >= 1 else None,
+        )
         logger.info("submitted", upstream_id=told.id, status=told.status)
         return self._bind(prediction, told)
 
@@ -385,7 +410,7 @@ class Submissions:
         upstream_id = prediction.upstream_id or ""
         not_found = 0
         try:
-            prediction = self._merge(prediction, self._replicate.get(upstream_id))
+            prediction = self._merge(prediction, self._replicate.get(upstream_id, prediction.collection))
             if not prediction.terminal and (prediction.cancel_requested or now >= prediction.deadline):
                 prediction = self._cancel_upstream(prediction)
         except NotFound:
@@ -401,9 +426,11 @@ class Submissions:
         if prediction.terminal:
             return
         if not_found >= _NOT_FOUND_LIMIT:
-            self._end(prediction, Status.FAILED, f"Replicate does not know prediction {upstream_id} any more.")
+            self._end(prediction, Status.FAILED, f"Replicate does not know {prediction.object} {upstream_id} any more.")
         elif now >= prediction.deadline + _ABANDON_SECONDS:
-            why = f"No end of Replicate's prediction {upstream_id} could be had until an hour past its deadline."
+            why = (
+                f"No end of Replicate's {prediction.object} {upstream_id} could be had until an hour past its deadline."
+            )
             self._end(prediction, Status.FAILED, why)
         elif not_found != prediction.not_found_count:
             self.table.count_not_found(prediction, not_found)
@@ -438,7 +465,7 @@ class Submissions:
         start = datetime.fromtimestamp(claimed - _CLOCK_SKEW_SECONDS, UTC)
         end = datetime.fromtimestamp(claimed + _SUBMITTER_SECONDS + _CLOCK_SKEW_SECONDS, UTC)
         matches = []
-        for listed in self._replicate.created_between(start, end):
+        for listed in self._replicate.created_between(start, end, prediction.collection):
             if not target.ran(listed) or listed.id in prediction.orphans | prediction.orphans_canceled:
                 continue
             if listed.input is not None and not _same_input(listed.input, wanted):
@@ -446,7 +473,7 @@ class Submissions:
             if self.table.bound_to(listed.id) not in (None, prediction.id):
                 continue
             try:
-                told = self._replicate.get(listed.id)
+                told = self._replicate.get(listed.id, prediction.collection)
             except NotFound:
                 continue
             names_us = told.webhook is not None and told.webhook.endswith(f"/webhooks/replicate/{prediction.id}")
@@ -459,7 +486,8 @@ class Submissions:
     def _give_up(self, prediction: Prediction, now: float, *, nothing_started: bool) -> None:
         if prediction.cancel_requested:
             self._end(prediction, Status.CANCELED, None)
-        elif self._resubmit and nothing_started and not prediction.resubmitted:
+        elif self._resubmit and nothing_started and not prediction.resubmitted and prediction.object == "prediction":
+            # A training is not: with twice its lifetime it could outlast its own item.
             lifetime_seconds = prediction.deadline - prediction.created
             if self.table.resubmit(prediction, int(now) + lifetime_seconds, now):
                 self.submit(prediction.id)
@@ -490,11 +518,29 @@ class Submissions:
 
     def _cancel_upstream(self, prediction: Prediction) -> Prediction:
         try:
-            return self._merge(prediction, self._replicate.cancel(prediction.upstream_id or ""))
+            return self._merge(prediction, self._replicate.cancel(prediction.upstream_id or "", prediction.collection))
         except (NotFound, Unavailable) as error:
             # The flag or the deadline stays: the next poll, or the sweep in a minute, asks again.
             logger.warning("cancel without answer", reason=str(error))
             return prediction
+
+    # -- delete -----------------------------------------------------------------------------------------------
+
+    def delete_ended(self, prediction: Prediction) -> None:
+        """Removes input, output, files and logs of a prediction that has ended, for its owner.
+
+        The flag comes first, so that nobody is shown any of it from then on. Died half-way, or asked again: the next
+        call, or the sweep, removes the rest.
+
+        Raises:
+            Problem: 409, where it has not ended.
+        """
+        now = self._now()
+        there = self.table.request_delete(prediction.id, now) or self.table.get(prediction.id) or prediction
+        if not there.deleted:
+            raise Problem(409, _not_ended(there))
+        if there.next_check_at is not None:
+            self.table.delete_data(there, now)
 
     # -- sweep ------------------------------------------------------------------------------------------------
 
@@ -533,10 +579,12 @@ class Submissions:
         if prediction.orphans:
             self._cancel_orphans(prediction)
             prediction = self.table.get(prediction_id) or prediction
+        if prediction.deleted:
+            self.table.delete_data(prediction, now)
         if prediction.terminal and not prediction.awaits_copy:
             if prediction.orphans:
                 self.table.check_again_at(prediction, now + _SUBMITTER_SECONDS)
-            else:
+            elif not prediction.deleted:
                 self.table.close(prediction)
             return
         execution = self._executions.status(prediction_id, prediction.execution_n)
@@ -558,7 +606,7 @@ class Submissions:
     def _cancel_orphans(self, prediction: Prediction) -> None:
         for upstream_id in sorted(prediction.orphans):
             try:
-                self._replicate.cancel(upstream_id)
+                self._replicate.cancel(upstream_id, prediction.collection)
             except NotFound:
                 logger.info("orphan is gone", upstream_id=upstream_id)
             except Unavailable as error:
@@ -685,6 +733,12 @@ def _existing(prediction: Prediction, intent: Intent) -> Prediction:
     return prediction
 
 
+def _not_ended(prediction: Prediction) -> str:
+    if prediction.terminal:
+        return f"Prediction {prediction.id} has ended, and its files are being stored: delete it when that is done."
+    return f"Prediction {prediction.id} has not ended: cancel it first, and delete it when it has ended."
+
+
 def _problem_of(refusal: dict[str, Any]) -> Problem:
     return Problem(refusal["status"], refusal["detail"], invalid_fields=refusal["invalid_fields"])
 
@@ -699,6 +753,8 @@ def _reference(prediction: Prediction) -> Reference:
 
 
 def _target(prediction: Prediction) -> Target:
+    if prediction.object == "training":
+        return Target("training", prediction.name, prediction.version)
     if prediction.kind == "deployment":
         return Target("deployment", prediction.name)
     if prediction.version is None:

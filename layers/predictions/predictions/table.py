@@ -1,8 +1,8 @@
 """The table: every prediction's state, and the conditions under which it may change.
 
-One item per prediction (`pk` = `prediction#{id}`, `sk` = `status`) is small, because each of its updates is billed
-by its size. Payloads are items of their own under the same `pk`, written once each, or objects in the outputs bucket
-above `PAYLOAD_LIMIT_BYTES`:
+One item per prediction or training (`pk` = `prediction#{id}`, `sk` = `status`) is small, because each of its updates is
+billed by its size. Of a training it says `object` = `training`. Payloads are items of their own under the same `pk`,
+written once each, or objects in the outputs bucket above `PAYLOAD_LIMIT_BYTES`:
 
     input#{fingerprint}     the model's input, written before the intent, so that an intent always has one
     progress                output and logs of a prediction that runs; replaced by longer ones only. Where the caller
@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
 from botocore.exceptions import ClientError
@@ -62,6 +62,10 @@ _FILES_LIMIT_BYTES = 16 * 1024
 _ERROR_LIMIT_CHARACTERS = 4000
 _METRICS_LIMIT_BYTES = 4000
 _RECENT_SECONDS = 120
+
+# No function lives longer that could have read a prediction while it was open: what such a one may still write after a
+# deletion is removed by then. The copier lives longest.
+_LATE_WRITER_SECONDS = COPY_LEASE_SECONDS
 
 
 class AlreadyExists(PredictionsError):
@@ -104,6 +108,8 @@ class Prediction:
     name: str | None = None
     version: str | None = None
     deployment: str | None = None
+    object: str = "prediction"
+    destination: str | None = None
     model: str | None = None
     upstream_version: str | None = None
     webhook: str | None = None
@@ -131,6 +137,7 @@ class Prediction:
     copy_until: int | None = None
     copy_by: int | None = None
     data_removed: bool = False
+    deleted: int | None = None
     files_json: str | None = None
 
     @property
@@ -142,6 +149,11 @@ class Prediction:
     def wanted_events(self) -> tuple[str, ...]:
         """The webhook events that its caller wants; none without a webhook, and by default those of Replicate."""
         return (self.webhook_events_filter or DEFAULT_WEBHOOK_EVENTS) if self.webhook else ()
+
+    @property
+    def collection(self) -> Literal["predictions", "trainings"]:
+        """Under which path it is, here and at Replicate."""
+        return "trainings" if self.object == "training" else "predictions"
 
     @property
     def terminal(self) -> bool:
@@ -239,7 +251,9 @@ class PredictionsTable:
         item: dict[str, Any] = {
             **_key(intent.id),
             "id": intent.id,
-            "owner": intent.owner,
+            "owner": _list_key(intent.owner, intent.object),
+            "object": intent.object if intent.object != "prediction" else None,
+            "destination": intent.destination,
             "listed_at": f"{created_at}#{intent.id}",
             "created_at": created_at,
             "created": int(now),
@@ -567,9 +581,62 @@ class PredictionsTable:
         self._change(
             prediction.id,
             remove=["open", "next_check_at"],
-            condition="#rank = :terminal AND #visible <> :processing AND attribute_not_exists(#orphans)",
+            condition="#rank = :terminal AND #visible <> :processing AND attribute_not_exists(#orphans) AND "
+            + ("#deleted = :deleted" if prediction.deleted else "attribute_not_exists(#deleted)"),
+            values={
+                ":processing": Status.PROCESSING.value,
+                **({":deleted": prediction.deleted} if prediction.deleted else {}),
+            },
+        )
+
+    # -- deleting -------------------------------------------------------------------------------------------------
+
+    def request_delete(self, prediction_id: str, now: float) -> Prediction | None:
+        """Flags a prediction that has visibly ended as deleted: from this write on nobody is shown its data.
+
+        Returns:
+            The prediction as it is then; None where it has not ended, was flagged before, or is not there.
+        """
+        return self._change(
+            prediction_id,
+            set={
+                "deleted": int(now),
+                "data_removed": True,
+                "open": "open",
+                "next_check_at": int(now) + _START_CHECK_SECONDS,
+            },
+            # They lead to data: places in the bucket, and Replicate's stream.
+            remove=["files_json", "stream_url"],
+            condition="#rank = :terminal AND #visible <> :processing AND attribute_not_exists(#deleted)",
             values={":processing": Status.PROCESSING.value},
         )
+
+    def delete_data(self, prediction: Prediction, now: float) -> None:
+        """Removes input, output, logs and files of a prediction that is flagged as deleted; the status item stays.
+
+        Twice does no harm. A function that read the item while it was open may write a payload or a file afterwards:
+        so it stays on the sweep's list until none of those can be alive, and is gone through once more.
+
+        Raises:
+            ClientError: Not all of it could be removed; it is still on the sweep's list.
+        """
+        self._outputs.delete_all(prediction.id, prediction.owner)
+        pk = _key(prediction.id)["pk"]
+        for page in self._dynamodb.get_paginator("query").paginate(
+            TableName=self._name,
+            KeyConditionExpression="pk = :pk",
+            ExpressionAttributeValues=_serialize({":pk": pk}),
+            ProjectionExpression="sk",
+            ConsistentRead=True,
+        ):
+            for item in map(_deserialize, page["Items"]):
+                if item["sk"] != "status":
+                    self._dynamodb.delete_item(TableName=self._name, Key=_serialize({"pk": pk, "sk": item["sk"]}))
+        last_look = (prediction.deleted or 0) + _LATE_WRITER_SECONDS
+        if now < last_look:
+            self.check_again_at(prediction, last_look)
+        elif not prediction.orphans:
+            self.close(prediction)
 
     # -- outputs ----------------------------------------------------------------------------------------------
 
@@ -642,17 +709,20 @@ class PredictionsTable:
         text = self._payload(prediction.id, f"result#{prediction.upstream_id}")
         return json.loads(text)["output"] if text else None
 
-    def list(self, owner: str, start: str | None, *, older: bool, size: int) -> Page:
-        """A page of an owner's predictions.
+    def list(
+        self, owner: str, start: str | None, *, older: bool, size: int, object: str = "prediction"  # noqa: A002  # the API's word
+    ) -> Page:  # fmt: skip
+        """A page of an owner's predictions, or trainings.
 
         Args:
             owner: Whose.
             start: The place (`Prediction.listed_at`) beside which the page starts, or None for the newest.
             older: Whether the page lies on the older side of `start`.
             size: The most predictions of a page.
+            object: `prediction` or `training`: their lists are apart.
         """
         condition = "#owner = :owner"
-        values: dict[str, Any] = {":owner": owner}
+        values: dict[str, Any] = {":owner": _list_key(owner, object)}
         if start is not None:
             condition += f" AND listed_at {'<' if older else '>'} :start"
             values[":start"] = start
@@ -776,13 +846,14 @@ class PredictionsTable:
         return told
 
     def _put_progress(self, prediction: Prediction, told: "UpstreamPrediction") -> None:
-        if told.output is None and not told.logs:
+        # Files are shown when they are ours: until then they are not kept, and the answer to a wait holds their bytes.
+        output = None if self._outputs.holds_files(told.output) else told.output
+        if output is None and not told.logs:
             return
-        text = json.dumps({"output": told.output, "logs": told.logs}, separators=(",", ":"))
+        text = json.dumps({"output": output, "logs": told.logs}, separators=(",", ":"))
         notice: dict[str, str] = {}
         if notify := [event for event in ("output", "logs") if event in prediction.wanted_events]:
             # For the stream's reader, who sees no payload that is an object: who is told, and whether it is news.
-            output = None if self._outputs.holds_files(told.output) else told.output
             digests = {"output_digest": _digest(output), "logs_digest": _digest(told.logs)}
             notice = {"notify": ",".join(notify), **{name: digest for name, digest in digests.items() if digest}}
         self._put_payload(prediction.id, "progress", text, prediction.expires_at, only_longer=True, notice=notice)
@@ -845,6 +916,8 @@ class PredictionsTable:
         wanted = []
         for (pk, _), item in statuses.items():
             prediction = _prediction_of(item)
+            if prediction.deleted:
+                continue
             sks = [f"input#{prediction.fingerprint}"]
             if prediction.upstream_id:
                 sks.append(f"result#{prediction.upstream_id}" if prediction.terminal else "progress")
@@ -876,6 +949,9 @@ class PredictionsTable:
         if "status" not in items:
             return None
         prediction = _prediction_of(items["status"])
+        if prediction.deleted:
+            # Whatever is still there, or was written late.
+            return Whole(prediction, input={}, output=None, logs=None, files=[])
         asked = items.get(f"input#{prediction.fingerprint}")
         told = items.get(f"result#{prediction.upstream_id}" if prediction.terminal else "progress")
         said_json = self._payload_text(told) if told else None
@@ -906,6 +982,14 @@ def _key(prediction_id: str) -> dict[str, str]:
 
 def _schema_key(version: str) -> dict[str, str]:
     return {"pk": f"schema#{version}", "sk": "input"}
+
+
+def _list_key(owner: str, kind: str) -> str:
+    """The key of the index `by_owner`: an owner's trainings are a list of their own. No owner's name holds a `#`."""
+    return owner if kind == "prediction" else f"{_TRAININGS_OF}{owner}"
+
+
+_TRAININGS_OF = "trainings#"
 
 
 def _timestamp(moment: float) -> str:
@@ -950,6 +1034,7 @@ def _prediction_of(item: Mapping[str, Any]) -> Prediction:
     values = {name: value for name, value in item.items() if name in _FIELDS}
     for name in {"orphans", "orphans_canceled"} & values.keys():
         values[name] = frozenset(values[name])
+    values["owner"] = values["owner"].removeprefix(_TRAININGS_OF)
     if "webhook_events_filter" in values:
         values["webhook_events_filter"] = tuple(values["webhook_events_filter"])
     return Prediction(**values)

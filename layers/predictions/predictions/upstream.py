@@ -29,7 +29,13 @@ from predictions.errors import PredictionsError
 from predictions.upstream_prediction import UnreadablePrediction, UpstreamPrediction, read_json
 
 CREATE_TIMEOUT_SECONDS = 20
-"""The longest a create may take; the reconciling grace has to be longer (see `SUBMIT_GRACE_SECONDS`)."""
+"""The longest a create may take that waits for no end; the reconciling grace has to be longer than any (see
+`SUBMIT_GRACE_SECONDS`)."""
+
+_CONNECT_SECONDS = 5
+
+# How much later than asked for an answer that was waited for may come; a function that waits has 5 s left then.
+_SYNC_MARGIN_SECONDS = 3
 
 # What is asked can be asked again; a caller of the API waits for it within API Gateway's 29 s, before the create.
 _ASK_TIMEOUT_SECONDS = 7
@@ -42,6 +48,8 @@ _SCHEMA_LIMIT_BYTES = 2 * 1024 * 1024
 _ANSWER_LIMIT_BYTES = 64 * 1024 * 1024
 
 _TOKEN_CACHE_SECONDS = 60
+
+Collection = Literal["predictions", "trainings"]
 
 
 class UpstreamError(PredictionsError):
@@ -97,17 +105,27 @@ class Unavailable(UpstreamError):
 
 @dataclass(frozen=True)
 class Target:
-    """What runs a prediction, in one of Replicate's three forms.
+    """What runs a prediction, in one of Replicate's three forms, or is trained.
 
     Attributes:
-        kind: `version` (`POST /predictions`), `model` or `deployment` (`POST /{kind}s/{name}/predictions`).
+        kind: `version` (`POST /predictions`), `model` or `deployment` (`POST /{kind}s/{name}/predictions`), or
+            `training` (`POST /models/{name}/versions/{version}/trainings`).
         name: `owner/name` of the model or deployment; None for a bare version id.
         version: The version's 64 hexadecimal digits, where one is named.
     """
 
-    kind: Literal["version", "model", "deployment"]
+    kind: Literal["version", "model", "deployment", "training"]
     name: str | None = None
     version: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Where a create is posted."""
+        if self.kind == "version":
+            return "/predictions"
+        if self.kind == "training":
+            return f"/models/{self.name}/versions/{self.version}/trainings"
+        return f"/{self.kind}s/{self.name}/predictions"
 
     def ran(self, prediction: UpstreamPrediction) -> bool:
         """Whether this is what Replicate says ran a prediction."""
@@ -151,7 +169,7 @@ class Replicate:
     def from_env(cls) -> "Replicate":
         """From `REPLICATE_API_URL` and `REPLICATE_TOKEN_SECRET_ARN`."""
         http = httpx.Client(
-            timeout=httpx.Timeout(CREATE_TIMEOUT_SECONDS, connect=5),
+            timeout=httpx.Timeout(CREATE_TIMEOUT_SECONDS, connect=_CONNECT_SECONDS),
             follow_redirects=False,
             trust_env=False,
             headers={"User-Agent": "replicate-serverless", "Accept": "application/json"},
@@ -162,23 +180,37 @@ class Replicate:
         """Whether this Replicate takes a webhook URL: the real one refuses a local cloud's, which polls instead."""
         return webhook.startswith("https://") or self._url.startswith("http://")
 
-    def create(self, target: Target, body: Mapping[str, Any], *, cancel_after_seconds: int) -> UpstreamPrediction:
-        """Creates a prediction with one POST, never repeated.
+    def create(
+        self,
+        target: Target,
+        body: Mapping[str, Any],
+        *,
+        cancel_after_seconds: int | None,
+        wait_seconds: int | None = None,
+    ) -> UpstreamPrediction:
+        """Creates a prediction or training with one POST, never repeated.
 
         Args:
             target: What is to run it.
-            body: `input`, `webhook`, `webhook_events_filter` and, where asked for, `stream`; Replicate refuses others.
-            cancel_after_seconds: Sent as `Cancel-After`; Replicate's minimum is 5.
+            body: `input`, `webhook`, `webhook_events_filter` and, where asked for, `stream`, or for a training
+                `destination`; Replicate refuses others.
+            cancel_after_seconds: Sent as `Cancel-After`; Replicate's minimum is 5. None for a training, which has none.
+            wait_seconds: Sent as `Prefer: wait`, 1 to 60: Replicate holds its answer until the end, at most that long.
+                The answer may be `processing` with the whole output, its files as `data:` URLs.
 
         Raises:
             NotAccepted: Nothing was started (`Throttled`, `Unauthorized`, `Refused`, or no connection).
             OutcomeUnknown: A prediction may have been started.
         """
-        path = "/predictions" if target.kind == "version" else f"/{target.kind}s/{target.name}/predictions"
         payload = {**body, "version": target.version} if target.kind == "version" else dict(body)
-        headers = {"Cancel-After": f"{max(5, cancel_after_seconds)}s"}
+        headers = {} if cancel_after_seconds is None else {"Cancel-After": f"{max(5, cancel_after_seconds)}s"}
+        read_seconds = CREATE_TIMEOUT_SECONDS
+        if wait_seconds is not None:
+            headers["Prefer"] = f"wait={wait_seconds}"
+            read_seconds = max(read_seconds, wait_seconds + _SYNC_MARGIN_SECONDS)
+        timeout = httpx.Timeout(read_seconds, connect=_CONNECT_SECONDS)
         try:
-            answer = self._request("POST", path, json=payload, headers=headers)
+            answer = self._request("POST", target.path, json=payload, headers=headers, timeout=timeout)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
             raise NotAccepted(None, f"Replicate could not be reached ({type(error).__name__})") from error
         except TokenUnreadable as error:
@@ -194,39 +226,43 @@ class Replicate:
         except UnreadablePrediction as error:
             raise OutcomeUnknown("Replicate's answer to the create is not a prediction") from error
 
-    def get(self, upstream_id: str) -> UpstreamPrediction:
-        """Reads one prediction.
+    def get(self, upstream_id: str, collection: Collection = "predictions") -> UpstreamPrediction:
+        """Reads one prediction or training.
 
         Raises:
             NotFound: Replicate does not know it.
             Unavailable: Replicate could not be asked.
         """
-        return _prediction(self._ask("GET", f"/predictions/{upstream_id}"))
+        return _prediction(self._ask("GET", f"/{collection}/{upstream_id}"))
 
-    def cancel(self, upstream_id: str) -> UpstreamPrediction:
-        """Asks Replicate to cancel a prediction; one that has ended stays as it is.
+    def cancel(self, upstream_id: str, collection: Collection = "predictions") -> UpstreamPrediction:
+        """Asks Replicate to cancel a prediction or training; one that has ended stays as it is.
 
         Raises:
             NotFound: Replicate does not know it.
             Unavailable: Replicate could not be asked; asking again does no harm.
         """
-        return _prediction(self._ask("POST", f"/predictions/{upstream_id}/cancel"))
+        return _prediction(self._ask("POST", f"/{collection}/{upstream_id}/cancel"))
 
-    def created_between(self, start: datetime, end: datetime) -> Iterator[UpstreamPrediction]:
-        """The predictions this account created in a span of time, newest first, as the list tells them.
+    def created_between(
+        self, start: datetime, end: datetime, collection: Collection = "predictions"
+    ) -> Iterator[UpstreamPrediction]:
+        """The predictions or trainings this account created in a span of time, newest first, as the list tells them.
 
         Raises:
             Unavailable: Replicate could not be asked.
         """
-        url = "/predictions"
+        url = f"/{collection}"
         query: dict[str, str] | None = {
             "created_after": start.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "created_before": end.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         }
+        if collection == "trainings":
+            query = None  # their list has no such filters: it is read from the newest on
         asked: set[str] = set()
         while url:
             if url in asked:
-                raise Unavailable("Replicate's list of predictions leads back to a page that was read")
+                raise Unavailable(f"Replicate's list of {collection} leads back to a page that was read")
             asked.add(url)
             page = self._json(self._ask("GET", url, params=query))
             results = page.get("results")

@@ -1,0 +1,54 @@
+"""`Prefer: wait` on the deployed stack: Replicate's own sync mode, through the claim."""
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from local.cloud import LocalCloud
+from local.replicate.process import LocalReplicate
+
+Api = Callable[..., httpx.Client]
+
+
+def create(client: httpx.Client, wait: int, model: str, **input_: Any) -> dict[str, Any]:
+    body = {"version": f"local/{model}", "input": input_}
+    answer = client.post("/predictions", json=body, headers={"Prefer": f"wait={wait}"})
+    assert answer.status_code == 201, answer.text
+    assert answer.headers["preference-applied"] == f"wait={wait}"
+    shown: dict[str, Any] = answer.json()
+    return shown
+
+
+def executions(cloud: LocalCloud, prediction_id: str) -> int:
+    listed = cloud.client("stepfunctions").list_executions(stateMachineArn=cloud.stack.state_machine_arn)
+    return sum(each["name"].startswith(prediction_id) for each in listed["executions"])
+
+
+def test_end_without_files_is_replicates_own_answer_and_needs_no_execution(
+    cloud: LocalCloud, api: Api, replicate: LocalReplicate
+) -> None:
+    replicate.fault("webhook_lost", times=None)
+    shown = create(api("alice"), 15, "sleeper", seconds=1)
+    assert (shown["status"], shown["output"]) == ("succeeded", "slept well")
+    [asked] = replicate.creates(shown["id"])
+    assert asked["headers"]["prefer"] in ("wait=15", "wait=14")
+    assert asked["seconds"] >= 1
+    assert executions(cloud, shown["id"]) == 0
+
+
+def test_processing_with_data_urls_ends_when_replicate_says_so_with_the_files_copied(
+    cloud: LocalCloud, api: Api, replicate: LocalReplicate
+) -> None:
+    replicate.fault("create_data_urls")
+    shown = create(api("alice"), 20, "painter", prompt="a lighthouse at dusk")
+    assert shown["status"] == "succeeded", shown
+    assert len(shown["output_files"]) == 1
+    assert not str(shown["output"]).startswith("data:")
+    assert len(replicate.creates(shown["id"])) == 1
+
+
+def test_wait_that_ends_early_is_answered_starting_and_can_be_canceled(api: Api, replicate: LocalReplicate) -> None:
+    shown = create(api("alice"), 1, "sleeper", seconds=30)
+    assert (shown["status"], shown["output"]) == ("starting", None)
+    assert api("alice").post(f"/predictions/{shown['id']}/cancel").status_code == 200
