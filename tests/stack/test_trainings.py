@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from replicate.client import Client
 
 from local.cloud import LocalCloud
 from local.replicate.process import LocalReplicate
@@ -110,3 +111,21 @@ def test_cancel_ends_it_at_replicate(
     asked = [request["path"] for request in replicate.record()["requests"] if request["path"].endswith("/cancel")]
     assert all(path.startswith("/v1/trainings/") for path in asked)
     assert asked
+
+
+def test_official_client_trains_lists_and_cancels(
+    cloud: LocalCloud, replicate: LocalReplicate, route: str, ended: Callable[[str], dict[str, Any]]
+) -> None:
+    version = route.split("/")[5]
+    client = Client(api_token=cloud.create_token("alice"), base_url=cloud.stack.api_url.removesuffix("/v1"))
+    training = client.trainings.create(
+        version=f"local/tuner:{version}", input={"train_data": DATA}, destination="local/tuner"
+    )
+    assert ended(training.id)["status"] == "succeeded"
+    training.reload()
+    assert training.output is not None
+    assert training.output["version"].startswith("local/tuner:")
+    assert training.id in [each.id for each in client.trainings.list().results]
+    client.trainings.cancel(training.id)
+    assert client.trainings.get(training.id).status == "succeeded"
+    client._client.close()

@@ -187,7 +187,8 @@ class Submissions:
             existing = self.table.recent(intent.owner, intent.fingerprint, self._now())
             if existing is not None:
                 return _existing(existing, intent)
-        version, schema = self._look_up(intent.reference)
+        # A version's schema says what it runs on, not what it is trained on.
+        version, schema = self._look_up(intent.reference, check=intent.object == "prediction")
         if invalid := self._violations(schema, intent.input_json):
             raise Problem(422, _listed(invalid[:5]), title="Input validation failed", invalid_fields=invalid)
         now = self._now()
@@ -291,7 +292,8 @@ class Submissions:
             return
         if prediction.submit_at and prediction.submit_at > now:
             raise PredictionThrottled(int(prediction.submit_at - now) + 1)
-        check = prediction.source != "http"  # what came over HTTP was checked before it was written down
+        # What came over HTTP was checked before it was written down; a training's input is not of its version's schema.
+        check = prediction.source != "http" and prediction.object == "prediction"
         try:
             version, schema = self._look_up(_reference(prediction), check=check)
         except Problem as problem:
