@@ -1,7 +1,5 @@
 """Read routes of the API: one prediction or training, and an owner's list of them; the table only, never Replicate."""
 
-import base64
-import re
 from typing import Literal
 
 from aws_lambda_powertools.event_handler import Response
@@ -13,8 +11,7 @@ from predictions.api import (
     owner_with,
     resolver,
 )
-from predictions.aws import api_url
-from predictions.errors import Problem
+from predictions.cursors import cursor_url, read_cursor
 from predictions.table import PredictionsTable
 
 PAGE_SIZE = 100
@@ -51,38 +48,16 @@ def list_trainings() -> Response[str]:
 
 def _page(kind: Literal["prediction", "training"]) -> Response[str]:
     owner = owner_with(app, "read")
-    older, start = _position(app.current_event.get_query_string_value("cursor", ""))
+    older, start = read_cursor(app.current_event.get_query_string_value("cursor", ""))
     shown = presenter.show_page(table.list(owner, start, older=older, size=PAGE_SIZE, object=kind))
     beyond, before = shown.beyond, shown.first if start else None
     newer, further = (before, beyond) if older else (beyond, before)
     results = shown.results if older else shown.results[::-1]
-    links = {"previous": _link(kind, "n", newer), "next": _link(kind, "o", further)}
+    links = {
+        "previous": cursor_url(f"/{kind}s", newer, older=False),
+        "next": cursor_url(f"/{kind}s", further, older=True),
+    }
     return json_response(200, {**links, "results": results})
-
-
-def _link(kind: str, direction: str, key: str | None) -> str | None:
-    if key is None:
-        return None
-    cursor = base64.urlsafe_b64encode(f"{direction}{key}".encode()).decode().rstrip("=")
-    return f"{api_url()}/{kind}s?cursor={cursor}"
-
-
-def _position(cursor: str) -> tuple[bool, str | None]:
-    """Where a page starts, and whether it goes to the older side of there.
-
-    A cursor is opaque to callers, and harmless if they make one up: the owner is not in it.
-    """
-    if not cursor:
-        return True, None
-    try:
-        text = base64.urlsafe_b64decode(cursor.encode() + b"=" * (-len(cursor) % 4)).decode("ascii")
-    except ValueError:
-        text = ""
-    found = re.fullmatch(r"([no])(\d{4}-\d\d-\d\dT[\d:.]{8,15}Z#[a-z0-9]{26})", text, re.ASCII)
-    if not found:
-        detail = "Not a cursor of this API: take it from `next` or `previous` as it is."
-        raise Problem(422, detail, invalid_fields=[{"field": "cursor", "detail": detail}])
-    return found[1] == "o", found[2]
 
 
 handler = answer_with(app)
