@@ -57,7 +57,14 @@ PARTS = {
     OURS: ("app", "predictions"),
 }
 
-_CONDITIONS = {"TracingActive": False, "CreateReplicateTokenSecret": True}  # as by the template's defaults
+# As by the template's defaults.
+_CONDITIONS = {
+    "AllowCors": False,
+    "CloudFrontUrls": False,
+    "CreateReplicateTokenSecret": True,
+    "CustomDomain": False,
+    "TracingActive": False,
+}
 
 
 @dataclass(frozen=True)
