@@ -38,6 +38,7 @@ _PREFIXES = {
 }
 # `seen.add(…)` is a set's, not an upload's.
 _OF_SETS = frozenset(dir(set))
+_OF_THE_STANDARD_LIBRARY = {"os.environ.get"}
 _POWERTOOLS = {"SecretsProvider": "secretsmanager:GetSecretValue"}
 
 
@@ -89,7 +90,7 @@ def reach(folder: str) -> Reach:
         called = {id(part.func) for part in ast.walk(code.node) if isinstance(part, ast.Call)}
         for part in ast.walk(code.node):
             _note(part, found)
-            if isinstance(part, ast.Name):
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load):
                 waiting += functions.get(part.id, [])
                 waiting += [method for owner, method in methods.get("__init__", {}).items() if owner == part.id]
             elif isinstance(part, ast.Attribute):
@@ -98,7 +99,11 @@ def reach(folder: str) -> Reach:
                 owner = owner if owner in candidates else code.types.get(owner, "")
                 if owner:
                     waiting += [candidates[owner]] if owner in candidates else []
-                elif part.attr != "from_env" and part.attr not in _OF_SETS:
+                elif (
+                    part.attr != "from_env"
+                    and part.attr not in _OF_SETS
+                    and ast.unparse(part) not in _OF_THE_STANDARD_LIBRARY
+                ):
                     # A method of nobody knows which class; what is not called can only be a property.
                     waiting += [
                         method
@@ -110,7 +115,7 @@ def reach(folder: str) -> Reach:
 
 def _made(tree: ast.Module) -> dict[str, str]:
     """`table = PredictionsTable.from_env()`, or `Class(…)`, at a module's top: `{"table": "PredictionsTable"}`."""
-    found: dict[str, str] = {}
+    found = _annotated_names(tree.body)
     for node in tree.body:
         match node:
             case ast.Assign(
@@ -124,7 +129,20 @@ def _made(tree: ast.Module) -> dict[str, str]:
 def _annotated(function: ast.FunctionDef) -> dict[str, str]:
     """`def f(table: PredictionsTable)`: `{"table": "PredictionsTable"}`; an annotation of another form says nothing."""
     arguments = [*function.args.args, *function.args.kwonlyargs]
-    return {each.arg: each.annotation.id for each in arguments if isinstance(each.annotation, ast.Name)}
+    found = {each.arg: each.annotation.id for each in arguments if isinstance(each.annotation, ast.Name)}
+    return found | _annotated_names(function.body)
+
+
+def _annotated_names(body: list[ast.stmt]) -> dict[str, str]:
+    """`names: Mapping[str, str] = …`: `{"names": "Mapping"}`, whose `get` is no method of ours."""
+    found: dict[str, str] = {}
+    for node in body:
+        match node:
+            case ast.AnnAssign(
+                target=ast.Name(id=name), annotation=ast.Subscript(value=ast.Name(id="Mapping" | "dict" as kind))
+            ):
+                found[name] = kind
+    return found
 
 
 def _note(node: ast.AST, found: Reach) -> None:

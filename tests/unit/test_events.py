@@ -28,6 +28,7 @@ from tests.unit.apps import (
     load_app,
     sample,
 )
+from tests.unit.described import check_answer, operation_of
 from tests.unit.fakes import API_URL, PNG, Clock, Executed, ReplicateInMemory, refusing
 from tests.unit.template import resources
 from tests.unit.test_deliveries import waiting
@@ -59,6 +60,7 @@ REFUSED = {
     ("call_replicate", "refused_version"): (404, []),
     ("call_replicate", "refused_body"): (422, []),
     ("give_secret", "refused_without_scope"): (403, []),
+    ("describe_api", "refused_without_scope"): (403, []),
     ("store_files", "refused_without_scope"): (403, []),
     ("store_files", "refused_without_boundary"): (400, []),
     ("store_files", "refused_cut_off"): (400, []),
@@ -116,6 +118,7 @@ ANSWERED = {
     ("receive_webhook", "unknown_prediction"): 200,
     ("receive_webhook", "no_prediction_id"): 200,
     ("give_secret", "secret"): 200,
+    ("describe_api", "document"): 200,
 }
 FORWARDED = {
     ("call_replicate", "account"): 200,
@@ -152,6 +155,7 @@ RUN = {
 API_FUNCTIONS = {
     "call_replicate",
     "cancel_prediction",
+    "describe_api",
     "give_secret",
     "read_predictions",
     "receive_webhook",
@@ -205,7 +209,10 @@ def run(
     clock: Clock,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Run:
-    """Runs an event through its handler, with Replicate and the time of the test."""
+    """Runs an event through its handler, with Replicate and the time of the test.
+
+    Every answer of the API is held against its OpenAPI document.
+    """
 
     versions = VersionCache("predictions", aws.client("dynamodb"), clock.now)
     forwarding = Forwarding(ReplicateInMemory.URL, Token("replicate-token"), replicate.client(), versions)
@@ -224,7 +231,10 @@ def run(
             }.items():
                 if hasattr(app, name):
                     only_here.setattr(app, name, value)
-            return app.handler(event, Context(remaining_seconds=280))
+            answer = app.handler(event, Context(remaining_seconds=280))
+            if function in API_FUNCTIONS:
+                check_answer(event, answer)
+            return answer
 
     return run
 
@@ -309,6 +319,23 @@ def test_a_forwarded_sample_is_asked_of_replicate_and_answered_as_it_says(
     [request] = replicate.asked
     assert dict(request.url.params) == (event["queryStringParameters"] or {})
     assert request.content.decode() == (event["body"] or "")
+
+
+@pytest.mark.parametrize(("function", "case"), sorted(ANSWERED | FORWARDED), ids=names(ANSWERED | FORWARDED))
+def test_a_sample_needs_the_scope_that_is_described_and_no_other(
+    run: Run, started: None, replicate: ReplicateInMemory, function: str, case: str
+) -> None:
+    event = sample(function, case)
+    if not (security := operation_of(event)["security"]):
+        assert event["requestContext"].get("authorizer") is None
+        return
+    [scope] = security[0]["accessToken"]
+    replicate.others[event["httpMethod"], event["path"]] = lambda: httpx.Response(204)
+    outcomes = {}
+    for scopes in (scope, " ".join({"predict", "read", "manage"} - {scope})):
+        event["requestContext"]["authorizer"]["scopes"] = scopes
+        outcomes[scopes == scope] = run(function, event)["statusCode"] == 403
+    assert outcomes == {True: False, False: True}
 
 
 def test_the_started_sample_is_asked_for_once(run: Run, started: None, replicate: ReplicateInMemory) -> None:

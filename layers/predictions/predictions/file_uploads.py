@@ -64,7 +64,9 @@ class NewFile:
         return base64.b64encode(bytes.fromhex(self.sha256)).decode() if self.sha256 else None
 
 
-class _Upload(BaseModel):
+class UploadBody(BaseModel):
+    """The fields of `POST /uploads`."""
+
     model_config = ConfigDict(extra="forbid")
 
     filename: StrictStr
@@ -122,7 +124,7 @@ def read_upload(body: bytes, content_type: str | None) -> NewFile:
         Problem: 400, 413, 415 (see `parse_json`) or 422 (a field).
     """
     try:
-        asked = _Upload.model_validate(parse_json(body, content_type))
+        asked = UploadBody.model_validate(parse_json(body, content_type))
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
         raise _invalid([(str((e["loc"] or ("body",))[0])[:200], e["msg"]) for e in problems[:50]]) from None

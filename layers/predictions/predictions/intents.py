@@ -96,7 +96,7 @@ class Intent:
     destination: str | None = None
 
 
-class _Body(BaseModel):
+class PredictionBody(BaseModel):
     """The fields of `POST /predictions`; Replicate refuses any other, so nothing may be guessed from one."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -110,7 +110,7 @@ class _Body(BaseModel):
     lifetime: str | int | None = None
 
 
-class _TrainingBody(BaseModel):
+class TrainingBody(BaseModel):
     """The fields of `POST /models/{owner}/{name}/versions/{id}/trainings`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -121,7 +121,7 @@ class _TrainingBody(BaseModel):
     webhook_events_filter: list[WebhookEvent] | None = Field(default=None, max_length=4)
 
 
-_AnyBody = TypeVar("_AnyBody", _Body, _TrainingBody)
+_AnyBody = TypeVar("_AnyBody", PredictionBody, TrainingBody)
 
 
 def create_intent(
@@ -144,7 +144,7 @@ def create_intent(
     Raises:
         Problem: 400 (not JSON), 413, 415 or 422 (with `invalid_fields`).
     """
-    asked = _read(_Body, body, headers)
+    asked = _read(PredictionBody, body, headers)
     invalid: list[dict[str, str]] = []
     if reference is not None and asked.version is not None:
         invalid.append({"field": "version", "detail": "The route names what to run: leave `version` out."})
@@ -201,7 +201,7 @@ def create_training(
     Raises:
         Problem: 400 (not JSON), 413, 415 or 422 (with `invalid_fields`).
     """
-    asked = _read(_TrainingBody, body, headers)
+    asked = _read(TrainingBody, body, headers)
     invalid: list[dict[str, str]] = []
     if not _MODEL_NAME.fullmatch(asked.destination):
         detail = "An existing model of yours that the training makes a version of, as `owner/name`."
