@@ -12,10 +12,10 @@ PYTHON := $(IN)python
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo local test lint types validate unit stack bench lock clean
+.PHONY: help setup demo local test lint types validate unit stack conformance bench lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make the environments (.venv and .local/emulator); quick when nothing changed
 	@python3 local/set_up.py
@@ -49,6 +49,9 @@ unit: setup ## Run the unit tests
 stack: setup ## Run the stack tests, on a local cloud of their own
 	$(call heading,stack tests)
 	@$(PYTHON) -m pytest tests/stack
+
+conformance: setup ## Run the official clients' flows (needs node) and write docs/conformance.md
+	@$(PYTHON) -m tests.conformance
 
 bench: setup ## Measure import times and the figures of a prediction
 	@$(PYTHON) -m tests.benchmarks
