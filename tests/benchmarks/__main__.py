@@ -231,8 +231,8 @@ def _show_costs(terminal: Terminal, found: list[Figures]) -> None:
             f"process. Files are stored for {prices.STORED_DAYS} days. A state transition is a state entered. API "
             "requests are the create and the webhooks; each GET of a caller adds one, and its function. Standard SSM "
             "parameters and sending task tokens are free. Not in it: downloads ($0.09 per GB to the internet), cold "
-            "starts, the free tier, and what the stack costs without predictions (three secrets, the sweep each minute, "
-            "metrics, alarms)."
+            "starts, the free tier, and what the stack costs without predictions (three secrets, the sweep each "
+            "minute, metrics, alarms)."
         )
     )
     terminal.write(note("Prices: " + ", ".join(sorted({price.source for price in prices.PRICES.values()}))))
