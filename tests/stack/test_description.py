@@ -18,7 +18,7 @@ from local.replicate.process import LocalReplicate
 
 Api = Callable[..., httpx.Client]
 
-SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
+SCHEMATHESIS = str(Path(sys.executable).with_name("schemathesis"))
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,"
     "response_schema_conformance,response_headers_conformance"
