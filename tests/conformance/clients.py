@@ -103,7 +103,7 @@ class Client:
         name: Its owner on the stack, too.
         title: The head of its column.
         needs: A program that may be missing on this machine, or nothing.
-        install: Brings it into a folder of its own under ``.local``; returns that folder.
+        install: Brings it onto this machine; returns the folder to run it in.
         command: Runs its flows there.
     """
 
@@ -194,6 +194,8 @@ CLIENTS = {
     for client in [
         Client("javascript", "JavaScript, `replicate` 1.4.0", "node", install_javascript,
                ("node", str(HERE / "flows.mjs"))),
+        Client("python1", "Python, `replicate` 1.0.7", "", lambda: HERE,
+               (sys.executable, str(HERE / "flows_python1.py"))),
         Client("python2", "Python, `replicate` 2.0.0b4", "", install_python2,
                (str(CHECKOUT / ".local" / "conformance" / "python2" / "bin" / "python"),
                 str(HERE / "flows_python2.py"))),

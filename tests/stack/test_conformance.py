@@ -50,7 +50,8 @@ def test_javascript_client_is_locked_by_hash_and_from_no_certain_registry() -> N
     assert not any("resolved" in package for package in installed.values())
 
 
-def test_python_client_2_is_the_one_that_is_locked() -> None:
-    locked = (CHECKOUT / "requirements" / "python2-client.txt").read_text()
-    version = CLIENTS["python2"].title.rpartition(" ")[2]
+@pytest.mark.parametrize(("name", "requirements"), [("python1", "dev.txt"), ("python2", "python2-client.txt")])
+def test_python_client_is_the_one_that_is_locked(name: str, requirements: str) -> None:
+    locked = (CHECKOUT / "requirements" / requirements).read_text()
+    version = CLIENTS[name].title.rpartition(" ")[2]
     assert f"\nreplicate=={version} " in locked
