@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class Client:
         name: Its owner on the stack, too.
         title: The head of its column.
         needs: A program that may be missing on this machine, or nothing.
-        install: Brings it into a folder of its own under ``.local``; returns that folder.
+        install: Brings it onto this machine; returns the folder to run it in.
         command: Runs its flows there.
     """
 
@@ -161,6 +162,27 @@ def install_javascript() -> Path:
     return folder
 
 
+def install_python2() -> Path:
+    """Install what requirements/python2-client.txt holds into ``.local/conformance/python2``, checked by hash; once.
+
+    Raises:
+        subprocess.CalledProcessError: uv failed, and said why.
+    """
+    folder = CHECKOUT / ".local" / "conformance" / "python2"
+    requirements = CHECKOUT / "requirements" / "python2-client.txt"
+    digest = hashlib.sha256(requirements.read_bytes() + sys.executable.encode()).hexdigest()
+    finished = folder / "finished"
+    if not finished.exists() or finished.read_text() != digest:
+        uv = str(Path(sys.executable).parent / "uv")
+        python = str(Path(sys.executable).resolve())
+        install = [uv, "pip", "install", "--quiet", "--require-hashes", "--python", str(folder / "bin" / "python")]
+        make = [uv, "venv", "--quiet", "--no-project", "--clear", "--python", python, str(folder)]
+        for command in (make, [*install, "--requirement", str(requirements)]):
+            subprocess.run(command, stdin=subprocess.DEVNULL, check=True)  # noqa: S603 - uv, with our own arguments
+        finished.write_text(digest)
+    return folder
+
+
 def _environment() -> dict[str, str]:
     # A client must find nothing but the stack: no token of the person who runs this, and no proxy on the way.
     hidden = re.compile(r"REPLICATE_.*|(https?|all)_proxy", re.IGNORECASE)
@@ -172,6 +194,11 @@ CLIENTS = {
     for client in [
         Client("javascript", "JavaScript, `replicate` 1.4.0", "node", install_javascript,
                ("node", str(HERE / "flows.mjs"))),
+        Client("python1", "Python, `replicate` 1.0.7", "", lambda: HERE,
+               (sys.executable, str(HERE / "flows_python1.py"))),
+        Client("python2", "Python, `replicate` 2.0.0b4", "", install_python2,
+               (str(CHECKOUT / ".local" / "conformance" / "python2" / "bin" / "python"),
+                str(HERE / "flows_python2.py"))),
     ]
 }  # fmt: skip
 

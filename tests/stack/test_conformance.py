@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from local.cloud import LocalCloud
-from tests.conformance.clients import CLIENTS, HERE, OPERATIONS, PAGE, Told, column
+from tests.conformance.clients import CHECKOUT, CLIENTS, HERE, OPERATIONS, PAGE, Told, column
 
 Run = Callable[[str], dict[str, Told]]
 
@@ -48,3 +48,10 @@ def test_javascript_client_is_locked_by_hash_and_from_no_certain_registry() -> N
     assert CLIENTS["javascript"].title.endswith(f" {installed['node_modules/replicate']['version']}")
     assert all(package["integrity"].startswith("sha512-") for package in installed.values())
     assert not any("resolved" in package for package in installed.values())
+
+
+@pytest.mark.parametrize(("name", "requirements"), [("python1", "dev.txt"), ("python2", "python2-client.txt")])
+def test_python_client_is_the_one_that_is_locked(name: str, requirements: str) -> None:
+    locked = (CHECKOUT / "requirements" / requirements).read_text()
+    version = CLIENTS[name].title.rpartition(" ")[2]
+    assert f"\nreplicate=={version} " in locked
