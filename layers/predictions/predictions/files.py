@@ -16,16 +16,16 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
 from botocore.exceptions import ClientError
 
 from predictions.aws import client
+from predictions.items import deserialize, list_page, read_items, serialize
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -176,22 +176,11 @@ class Files:
         Returns:
             The files from the start of the page on, away from it, and whether there are further ones beyond.
         """
-        condition, values = "#owner = :owner", {":owner": _listed_owner(owner)}
-        if start is not None:
-            condition += f" AND listed_at {'<' if older else '>'} :start"
-            values[":start"] = start
-        answer = self._dynamodb.query(
-            TableName=self._table_name,
-            IndexName="by_owner",
-            KeyConditionExpression=condition,
-            ExpressionAttributeNames={"#owner": "owner"},
-            ExpressionAttributeValues=_serialize(values),
-            ScanIndexForward=not older,
-            Limit=size + 1,
-        )
-        pks = [_deserialize(item)["pk"] for item in answer["Items"]]
-        found = self._batch(pks[:size])
-        return [found[pk] for pk in pks[:size] if pk in found], len(pks) > size
+        key = _listed_owner(owner)
+        pks, more = list_page(self._dynamodb, self._table_name, key, start, older=older, size=size)
+        found = read_items(self._dynamodb, self._table_name, [(pk, "file") for pk in pks])
+        kept = [self._kept(found[pk, "file"]) for pk in pks if (pk, "file") in found]
+        return [file for file in kept if file], more
 
     def delete(self, owner: str, file_id: str) -> bool:
         """Deletes one of an owner's files; whether there was one.
@@ -267,27 +256,11 @@ class Files:
             "checksums": file.checksums,
         }
         # The id is new and random: nothing can be there but this very item, of a write whose answer botocore missed.
-        self._dynamodb.put_item(TableName=self._table_name, Item=_serialize(item))
+        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
 
     def _read(self, file_id: str) -> File | None:
         found = self._dynamodb.get_item(TableName=self._table_name, Key=_key(file_id), ConsistentRead=True).get("Item")
-        return self._kept(_deserialize(found)) if found else None
-
-    def _batch(self, pks: Sequence[str]) -> dict[str, File]:
-        """Files by their `pk`, those that have not expired."""
-        files: dict[str, File] = {}
-        waiting: list[Any] = [_serialize({"pk": pk, "sk": "file"}) for pk in pks]
-        while waiting:
-            request = {self._table_name: {"Keys": waiting[:100], "ConsistentRead": True}}
-            waiting = waiting[100:]
-            answer = self._dynamodb.batch_get_item(RequestItems=request)  # type: ignore[arg-type]  # as TypeSerializer makes it
-            for raw in answer["Responses"].get(self._table_name, []):
-                item = _deserialize(raw)
-                if file := self._kept(item):
-                    files[item["pk"]] = file
-            unprocessed = answer.get("UnprocessedKeys", {})
-            waiting += unprocessed[self._table_name]["Keys"] if self._table_name in unprocessed else []
-        return files
+        return self._kept(deserialize(found)) if found else None
 
     def _kept(self, item: dict[str, Any]) -> File | None:
         """The file of an item; None once it has expired, which DynamoDB may notice days later."""
@@ -314,7 +287,7 @@ class Files:
                 UpdateExpression="SET uploaded = :uploaded, #size = :size, etag = :etag",
                 ConditionExpression="attribute_exists(pk)",
                 ExpressionAttributeNames={"#size": "size"},
-                ExpressionAttributeValues=_serialize({":uploaded": True, ":size": file.size, ":etag": file.etag}),
+                ExpressionAttributeValues=serialize({":uploaded": True, ":size": file.size, ":etag": file.etag}),
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
             return  # deleted meanwhile
@@ -330,21 +303,8 @@ def _listed_owner(owner: str) -> str:
 
 
 def _key(file_id: str) -> dict[str, Any]:
-    return _serialize({"pk": f"file#{file_id}", "sk": "file"})
+    return serialize({"pk": f"file#{file_id}", "sk": "file"})
 
 
 def _rfc3339(moment: int) -> str:
     return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")
-
-
-_serializer = TypeSerializer()
-_deserializer = TypeDeserializer()
-
-
-def _serialize(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: _serializer.serialize(value) for name, value in values.items()}
-
-
-def _deserialize(item: Any) -> dict[str, Any]:
-    values = {name: _deserializer.deserialize(value) for name, value in item.items()}
-    return {name: int(value) if hasattr(value, "to_integral") else value for name, value in values.items()}

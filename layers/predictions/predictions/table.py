@@ -30,11 +30,11 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
-from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
 from botocore.exceptions import ClientError
 
 from predictions.aws import client
 from predictions.errors import PredictionsError
+from predictions.items import deserialize, list_page, read_items, serialize
 from predictions.outputs import OutputsBucket, StoredFile
 from predictions.statuses import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status, rank_of, visible
 
@@ -283,12 +283,12 @@ class PredictionsTable:
         try:
             self._dynamodb.put_item(
                 TableName=self._name,
-                Item=_serialize(item),
+                Item=serialize(item),
                 ConditionExpression="attribute_not_exists(pk)",
                 ReturnValuesOnConditionCheckFailure="ALL_OLD",
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
-            there = _deserialize(_left_behind(error))
+            there = deserialize(_left_behind(error))
             # botocore repeats a write whose answer it did not see: then what is there is this very one.
             if there.get("written_by") != item["written_by"]:
                 raise AlreadyExists(_prediction_of(there)) from None
@@ -298,18 +298,18 @@ class PredictionsTable:
         """Notes the latest request of a client whose SDK says that it may send it again."""
         item = {"pk": f"recent#{owner}#{fingerprint}", "sk": "recent", "id": prediction_id, "created": int(now),
                 "expires_at": int(now) + 3600}  # fmt: skip
-        self._dynamodb.put_item(TableName=self._name, Item=_serialize(item))
+        self._dynamodb.put_item(TableName=self._name, Item=serialize(item))
 
     def recent(self, owner: str, fingerprint: str, now: float) -> Prediction | None:
         """The same owner's same request of the last two minutes, noted by `remember_recent`."""
         found = self._dynamodb.get_item(
             TableName=self._name,
-            Key=_serialize({"pk": f"recent#{owner}#{fingerprint}", "sk": "recent"}),
+            Key=serialize({"pk": f"recent#{owner}#{fingerprint}", "sk": "recent"}),
             ConsistentRead=True,
         ).get("Item")
         if not found:
             return None
-        noted = _deserialize(found)
+        noted = deserialize(found)
         return self.get(noted["id"]) if noted["created"] >= now - _RECENT_SECONDS else None
 
     def claim(self, prediction_id: str, version: str | None, now: float) -> Prediction | None:
@@ -546,9 +546,9 @@ class PredictionsTable:
         try:
             self._dynamodb.put_item(
                 TableName=self._name,
-                Item=_serialize(item),
+                Item=serialize(item),
                 ConditionExpression="attribute_not_exists(pk) OR id = :id",
-                ExpressionAttributeValues=_serialize({":id": prediction.id}),
+                ExpressionAttributeValues=serialize({":id": prediction.id}),
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
             return False
@@ -625,13 +625,13 @@ class PredictionsTable:
         for page in self._dynamodb.get_paginator("query").paginate(
             TableName=self._name,
             KeyConditionExpression="pk = :pk",
-            ExpressionAttributeValues=_serialize({":pk": pk}),
+            ExpressionAttributeValues=serialize({":pk": pk}),
             ProjectionExpression="sk",
             ConsistentRead=True,
         ):
-            for item in map(_deserialize, page["Items"]):
+            for item in map(deserialize, page["Items"]):
                 if item["sk"] != "status":
-                    self._dynamodb.delete_item(TableName=self._name, Key=_serialize({"pk": pk, "sk": item["sk"]}))
+                    self._dynamodb.delete_item(TableName=self._name, Key=serialize({"pk": pk, "sk": item["sk"]}))
         last_look = (prediction.deleted or 0) + _LATE_WRITER_SECONDS
         if now < last_look:
             self.check_again_at(prediction, last_look)
@@ -684,7 +684,7 @@ class PredictionsTable:
     def get(self, prediction_id: str) -> Prediction | None:
         """One status item, read consistently."""
         found = self._dynamodb.get_item(
-            TableName=self._name, Key=_serialize(_key(prediction_id)), ConsistentRead=True
+            TableName=self._name, Key=serialize(_key(prediction_id)), ConsistentRead=True
         ).get("Item")
         return _prediction(found) if found else None
 
@@ -694,10 +694,10 @@ class PredictionsTable:
         for page in self._dynamodb.get_paginator("query").paginate(
             TableName=self._name,
             KeyConditionExpression="pk = :pk",
-            ExpressionAttributeValues=_serialize({":pk": _key(prediction_id)["pk"]}),
+            ExpressionAttributeValues=serialize({":pk": _key(prediction_id)["pk"]}),
             ConsistentRead=True,
         ):
-            items += [_deserialize(item) for item in page["Items"]]
+            items += [deserialize(item) for item in page["Items"]]
         return self._whole({item["sk"]: item for item in items})
 
     def input_json(self, prediction: Prediction) -> str | None:
@@ -721,22 +721,9 @@ class PredictionsTable:
             size: The most predictions of a page.
             object: `prediction` or `training`: their lists are apart.
         """
-        condition = "#owner = :owner"
-        values: dict[str, Any] = {":owner": _list_key(owner, object)}
-        if start is not None:
-            condition += f" AND listed_at {'<' if older else '>'} :start"
-            values[":start"] = start
-        answer = self._dynamodb.query(
-            TableName=self._name,
-            IndexName="by_owner",
-            KeyConditionExpression=condition,
-            ExpressionAttributeNames={"#owner": "owner"},
-            ExpressionAttributeValues=_serialize(values),
-            ScanIndexForward=not older,
-            Limit=size + 1,
-        )
-        pks = [str(_deserialize(item)["pk"]) for item in answer["Items"]]
-        return Page(self._wholes(pks[:size]), more=len(pks) > size)
+        key = _list_key(owner, object)
+        pks, more = list_page(self._dynamodb, self._name, key, start, older=older, size=size)
+        return Page(self._wholes(pks), more=more)
 
     def due(self, now: float, limit: int) -> Iterator[str]:
         """Ids of open predictions whose `next_check_at` has passed, the longest overdue first."""
@@ -745,11 +732,11 @@ class PredictionsTable:
             IndexName="due",
             KeyConditionExpression="#open = :open AND next_check_at <= :now",
             ExpressionAttributeNames={"#open": "open"},
-            ExpressionAttributeValues=_serialize({":open": "open", ":now": int(now)}),
+            ExpressionAttributeValues=serialize({":open": "open", ":now": int(now)}),
             Limit=limit,
         )
         for item in found["Items"]:
-            yield str(_deserialize(item)["pk"]).removeprefix("prediction#")
+            yield str(deserialize(item)["pk"]).removeprefix("prediction#")
 
     def bound_to(self, upstream_id: str) -> str | None:
         """The id of the prediction that an upstream id is bound to, as far as the index knows."""
@@ -757,17 +744,17 @@ class PredictionsTable:
             TableName=self._name,
             IndexName="by_upstream_id",
             KeyConditionExpression="upstream_id = :upstream_id",
-            ExpressionAttributeValues=_serialize({":upstream_id": upstream_id}),
+            ExpressionAttributeValues=serialize({":upstream_id": upstream_id}),
             Limit=1,
         )["Items"]
-        return str(_deserialize(found[0])["pk"]).removeprefix("prediction#") if found else None
+        return str(deserialize(found[0])["pk"]).removeprefix("prediction#") if found else None
 
     # -- schemas of models' inputs ----------------------------------------------------------------------------
 
     def kept_schema(self, version: str, now: float) -> str | None:
         """What `keep_schema` kept for a version; None where that is nothing, or has expired."""
-        found = self._dynamodb.get_item(TableName=self._name, Key=_serialize(_schema_key(version))).get("Item")
-        item = _deserialize(found) if found else None
+        found = self._dynamodb.get_item(TableName=self._name, Key=serialize(_schema_key(version))).get("Item")
+        item = deserialize(found) if found else None
         # What has expired stays there for some days.
         return self._payload_text(item) if item and item["expires_at"] > now else None
 
@@ -780,7 +767,7 @@ class PredictionsTable:
             self._outputs.put_payload(item["s3_key"], text)
         else:
             item["json"] = text
-        self._dynamodb.put_item(TableName=self._name, Item=_serialize(item))
+        self._dynamodb.put_item(TableName=self._name, Item=serialize(item))
 
     # -- inside -----------------------------------------------------------------------------------------------
 
@@ -821,11 +808,11 @@ class PredictionsTable:
         try:
             answer = self._dynamodb.update_item(
                 TableName=self._name,
-                Key=_serialize(_key(prediction_id)),
+                Key=serialize(_key(prediction_id)),
                 UpdateExpression=expression,
                 ConditionExpression=condition,
                 ExpressionAttributeNames={name: name[1:] for name in names},
-                **({"ExpressionAttributeValues": _serialize(bound)} if bound else {}),  # type: ignore[arg-type]
+                **({"ExpressionAttributeValues": serialize(bound)} if bound else {}),  # type: ignore[arg-type]
                 ReturnValues="ALL_NEW",
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
@@ -885,18 +872,18 @@ class PredictionsTable:
             condition = {
                 "ConditionExpression": "attribute_not_exists(pk) OR #length < :length",
                 "ExpressionAttributeNames": {"#length": "length"},
-                "ExpressionAttributeValues": _serialize({":length": len(text)}),
+                "ExpressionAttributeValues": serialize({":length": len(text)}),
             }
         try:
-            self._dynamodb.put_item(TableName=self._name, Item=_serialize(item), **condition)
+            self._dynamodb.put_item(TableName=self._name, Item=serialize(item), **condition)
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
             return  # an earlier or longer one is there, and stays
 
     def _payload(self, prediction_id: str, sk: str) -> str | None:
         found = self._dynamodb.get_item(
-            TableName=self._name, Key=_serialize({**_key(prediction_id), "sk": sk}), ConsistentRead=True
+            TableName=self._name, Key=serialize({**_key(prediction_id), "sk": sk}), ConsistentRead=True
         ).get("Item")
-        return self._payload_text(_deserialize(found)) if found else None
+        return self._payload_text(deserialize(found)) if found else None
 
     def _payload_text(self, item: Mapping[str, Any]) -> str | None:
         """A payload's text; None where its object has expired, which may be some days before its item does."""
@@ -912,7 +899,7 @@ class PredictionsTable:
 
     def _wholes(self, pks: Sequence[str]) -> Iterator[Whole]:
         """Predictions with their payloads, in the order of `pks`, read in as few calls as the payloads' sizes allow."""
-        statuses = self._batch([{"pk": pk, "sk": "status"} for pk in pks])
+        statuses = read_items(self._dynamodb, self._name, [(pk, "status") for pk in pks])
         wanted = []
         for (pk, _), item in statuses.items():
             prediction = _prediction_of(item)
@@ -923,27 +910,14 @@ class PredictionsTable:
                 sks.append(f"result#{prediction.upstream_id}" if prediction.terminal else "progress")
             if prediction.terminal and not prediction.awaits_copy and not prediction.files_json:
                 sks.append("files")
-            wanted += [{"pk": pk, "sk": sk} for sk in sks]
-        payloads = self._batch(wanted)
+            wanted += [(pk, sk) for sk in sks]
+        payloads = read_items(self._dynamodb, self._name, wanted)
         for pk in pks:
             items = {sk: item for (p, sk), item in payloads.items() if p == pk}
             if (pk, "status") in statuses:
                 items["status"] = statuses[pk, "status"]
             if whole := self._whole(items):
                 yield whole
-
-    def _batch(self, keys: Sequence[Mapping[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
-        found: dict[tuple[str, str], dict[str, Any]] = {}
-        waiting = [_serialize(key) for key in keys]
-        while waiting:
-            request, waiting = waiting[:100], waiting[100:]  # the most one call takes
-            answer = self._dynamodb.batch_get_item(RequestItems={self._name: {"Keys": request, "ConsistentRead": True}})
-            for raw in answer["Responses"].get(self._name, []):
-                item = _deserialize(raw)
-                found[item["pk"], item["sk"]] = item
-            unprocessed = answer.get("UnprocessedKeys", {})
-            waiting += unprocessed[self._name]["Keys"] if self._name in unprocessed else []
-        return found
 
     def _whole(self, items: Mapping[str, Mapping[str, Any]]) -> Whole | None:
         if "status" not in items:
@@ -1004,27 +978,13 @@ def _short(value: Any) -> str | None:
     return value if isinstance(value, str) and len(value) <= 2048 else None
 
 
-_serializer = TypeSerializer()
-_deserializer = TypeDeserializer()
-
-
-def _serialize(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _serializer.serialize(value) for name, value in values.items()}
-
-
-def _deserialize(item: Mapping[str, Any]) -> dict[str, Any]:
-    values = {name: _deserializer.deserialize(value) for name, value in item.items()}
-    # Every number in this table is whole.
-    return {name: int(value) if hasattr(value, "to_integral") else value for name, value in values.items()}
-
-
 def _left_behind(error: Any) -> Mapping[str, Any]:
     item: Mapping[str, Any] = error.response["Item"]
     return item
 
 
 def _prediction(item: Mapping[str, Any]) -> Prediction:
-    return _prediction_of(_deserialize(item))
+    return _prediction_of(deserialize(item))
 
 
 _FIELDS = frozenset(Prediction.__dataclass_fields__)

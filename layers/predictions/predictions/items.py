@@ -1,0 +1,79 @@
+"""Items of the table in the form that DynamoDB's client speaks, and the two reads that lists are made of.
+
+What stands before every cold call (`access`) or keeps an item of two values (`owner_secrets`, `forwarding`) writes
+that form itself instead: importing the serializers imports boto3.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+# https://docs.aws.amazon.com/amazondynamodb/latest/APIReference/API_BatchGetItem.html
+_BATCH_LIMIT = 100
+
+_serializer = TypeSerializer()
+_deserializer = TypeDeserializer()
+
+
+def serialize(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes, a key or an expression's values: `{"rank": 1}` as `{"rank": {"N": "1"}}`."""
+    return {name: _serializer.serialize(value) for name, value in values.items()}
+
+
+def deserialize(item: Mapping[str, Any]) -> dict[str, Any]:
+    """What `serialize` made, as it was; numbers are ints, since every number in this table is whole."""
+    values = {name: _deserializer.deserialize(value) for name, value in item.items()}
+    return {name: int(value) if hasattr(value, "to_integral") else value for name, value in values.items()}
+
+
+def read_items(
+    dynamodb: "DynamoDBClient", table_name: str, keys: Iterable[tuple[str, str]]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """The items of these keys (`pk`, `sk`) that there are, by key, read consistently."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    waiting = [serialize({"pk": pk, "sk": sk}) for pk, sk in keys]
+    while waiting:
+        request, waiting = waiting[:_BATCH_LIMIT], waiting[_BATCH_LIMIT:]
+        answer = dynamodb.batch_get_item(RequestItems={table_name: {"Keys": request, "ConsistentRead": True}})
+        for item in map(deserialize, answer["Responses"].get(table_name, [])):
+            found[item["pk"], item["sk"]] = item
+        unprocessed = answer.get("UnprocessedKeys", {})
+        waiting += unprocessed[table_name]["Keys"] if table_name in unprocessed else []
+    return found
+
+
+def list_page(
+    dynamodb: "DynamoDBClient", table_name: str, owner: str, start: str | None, *, older: bool, size: int
+) -> tuple[list[str], bool]:
+    """A page of the index `by_owner`.
+
+    Args:
+        dynamodb: The client to use.
+        table_name: The table.
+        owner: The list's key in the index, which is not for every list the bare name of an owner.
+        start: The place (`listed_at`) beside which the page starts, or None for the newest.
+        older: Whether the page lies on the older side of `start`.
+        size: The most items of a page.
+
+    Returns:
+        Each item's `pk`, from the start of the page on, away from it, and whether there are further ones beyond.
+    """
+    condition, values = "#owner = :owner", {":owner": owner}
+    if start is not None:
+        condition += f" AND listed_at {'<' if older else '>'} :start"
+        values[":start"] = start
+    answer = dynamodb.query(
+        TableName=table_name,
+        IndexName="by_owner",
+        KeyConditionExpression=condition,
+        ExpressionAttributeNames={"#owner": "owner"},
+        ExpressionAttributeValues=serialize(values),
+        ScanIndexForward=not older,
+        Limit=size + 1,
+    )
+    pks = [str(deserialize(item)["pk"]) for item in answer["Items"]]
+    return pks[:size], len(pks) > size
