@@ -1,15 +1,21 @@
 """What a function's code can reach, read from the source: the variables it needs and the AWS calls it makes.
 
-A call is followed into the method of its object's class where that is written down (`self`, an annotation,
-`Class.from_env()`), else into every method of that name in the modules that the handler imports. So nothing that runs
-is missed, and a name that two classes share may add what does not run.
+A call is followed into the method of its object's class where that is written down (`self`, an annotation, `Class(…)`,
+`Class.from_env()`), else into every method of that name in the modules that the handler imports. So a name that two
+classes share may add what does not run. What may be missed, because following it would add too much that does not:
+
+- a method that is handed on, not called, where nothing says whose it is: `prediction.status` is no `Executions.status`;
+- a method that a set has too (`_OF_OTHERS`), likewise: most `add`, `pop` and `update` are sets' and dicts';
+- what only a library calls because it overrides a method of the library's class: transports, streams and networks of
+  ours, which are given all they need and call no AWS.
 """
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TypeGuard
 
 from tests.unit.template import ROOT
 
@@ -37,8 +43,7 @@ _PREFIXES = {
     "ssm": "ssm",
 }
 # `seen.add(…)` is a set's, not an upload's.
-_OF_SETS = frozenset(dir(set))
-_OF_THE_STANDARD_LIBRARY = {"os.environ.get"}
+_OF_OTHERS = frozenset(dir(set)) | {"from_env"}
 _POWERTOOLS = {"SecretsProvider": "secretsmanager:GetSecretValue"}
 
 
@@ -52,34 +57,55 @@ class Reach:
 
 @dataclass(frozen=True)
 class _Code:
-    """Some code, and what the names in it are known to be: instances of one of our classes."""
+    """Some code, the names that it may mean, and what classes the objects in it are known to be of."""
 
     node: ast.AST
+    names: Mapping[str, tuple[Path, str]]
     types: Mapping[str, str]
 
 
 def reach(folder: str) -> Reach:
     """What the handler in `functions/{folder}` needs."""
     app = ROOT / "functions" / folder / "app.py"
-    functions: dict[str, list[_Code]] = {}
-    methods: dict[str, dict[str, _Code]] = {}
+    modules = _imported(app)
+    functions: dict[tuple[Path, str], _Code] = {}
+    classes: dict[str, tuple[ast.ClassDef, dict[str, _Code]]] = {}
     waiting: list[_Code] = []
-    for tree in map(_tree, _imported(app)):
-        known = _made(tree)
+    for module in modules:
+        tree = _tree(module)
+        names = _names(module)
+        known = _types(tree.body)
         for scope in tree.body:
             if isinstance(scope, ast.FunctionDef):
-                functions.setdefault(scope.name, []).append(_Code(scope, known | _annotated(scope)))
-                if tree is _tree(app):  # the framework calls what is registered there
-                    waiting.append(functions[scope.name][-1])
+                functions[module, scope.name] = _Code(scope, names, known | _annotated(scope))
+                if module == app:  # the framework calls what is registered there
+                    waiting.append(functions[module, scope.name])
             elif isinstance(scope, ast.ClassDef):
+                assert scope.name not in classes, f"two classes are named {scope.name}: annotations are read by name"
+                methods: dict[str, _Code] = {}
+                classes[scope.name] = scope, methods
+                own = _attributes(scope) | {"self": scope.name, "cls": scope.name}
                 for member in scope.body:
                     if isinstance(member, ast.FunctionDef):
-                        code = _Code(member, known | _annotated(member) | {"self": scope.name, "cls": scope.name})
-                        methods.setdefault(member.name, {})[scope.name] = code
+                        methods[member.name] = _Code(member, names, known | _annotated(member) | own)
                     else:
-                        waiting.append(_Code(member, known))
+                        waiting.append(_Code(member, names, known))
             else:
-                waiting.append(_Code(scope, known))
+                waiting.append(_Code(scope, names, known))
+
+    def named(path: Path, name: str) -> list[_Code]:
+        """What runs when this is called, or made."""
+        if name not in classes:
+            return [functions[path, name]] if (path, name) in functions else []
+        return [code for each, code in classes[name][1].items() if each.startswith("__")]
+
+    def method(owner: str, name: str) -> list[_Code]:
+        if owner not in classes:
+            return []
+        scope, methods = classes[owner]
+        inherited = [code for base in scope.bases for code in method(ast.unparse(base), name)]
+        return [methods[name]] if name in methods else inherited
+
     found = Reach()
     seen: set[int] = set()
     while waiting:
@@ -90,59 +116,94 @@ def reach(folder: str) -> Reach:
         called = {id(part.func) for part in ast.walk(code.node) if isinstance(part, ast.Call)}
         for part in ast.walk(code.node):
             _note(part, found)
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load):
-                waiting += functions.get(part.id, [])
-                waiting += [method for owner, method in methods.get("__init__", {}).items() if owner == part.id]
+            # A name that is only assigned to is a variable of that name, and means nothing of the module's.
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load) and part.id in code.names:
+                waiting += named(*code.names[part.id])
             elif isinstance(part, ast.Attribute):
-                candidates = methods.get(part.attr, {})
-                owner = part.value.id if isinstance(part.value, ast.Name) else ""
-                owner = owner if owner in candidates else code.types.get(owner, "")
+                name = ast.unparse(part.value)
+                owner = code.types.get(name) or (name if name in classes else "")
                 if owner:
-                    waiting += [candidates[owner]] if owner in candidates else []
-                elif (
-                    part.attr != "from_env"
-                    and part.attr not in _OF_SETS
-                    and ast.unparse(part) not in _OF_THE_STANDARD_LIBRARY
-                ):
-                    # A method of nobody knows which class; what is not called can only be a property.
+                    waiting += method(owner, part.attr)
+                elif part.attr not in _OF_OTHERS and name != "os.environ":
+                    # A method of nobody knows which class. Where it is not called, only properties are followed: else
+                    # each `prediction.status` would be `Executions.status`.
                     waiting += [
-                        method
-                        for method in candidates.values()
-                        if id(part) in called or getattr(method.node, "decorator_list", [])
+                        methods[part.attr]
+                        for _, methods in classes.values()
+                        if part.attr in methods
+                        and (id(part) in called or getattr(methods[part.attr].node, "decorator_list", []))
                     ]
     return found
 
 
-def _made(tree: ast.Module) -> dict[str, str]:
-    """`table = PredictionsTable.from_env()`, or `Class(…)`, at a module's top: `{"table": "PredictionsTable"}`."""
-    found = _annotated_names(tree.body)
-    for node in tree.body:
+def _names(module: Path) -> dict[str, tuple[Path, str]]:
+    """What a module's names mean: its own functions and classes, and those that it imports from our package."""
+    found = {
+        each.asname or each.name: (_path(node.module), each.name)
+        for node in _running(_tree(module))
+        if isinstance(node, ast.ImportFrom) and _is_ours(node.module)
+        for each in node.names
+    }
+    own = (node for node in _tree(module).body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    return found | {node.name: (module, node.name) for node in own}
+
+
+def _types(body: list[ast.stmt]) -> dict[str, str]:
+    """`files = Files.from_env()`, `files = Files(…)` or `files: Files = …`: `{"files": "Files"}`."""
+    found: dict[str, str] = {}
+    for node in body:
         match node:
             case ast.Assign(
                 targets=[ast.Name(id=name)],
                 value=ast.Call(func=ast.Attribute(value=ast.Name(id=maker), attr="from_env") | ast.Name(id=maker)),
             ):
                 found[name] = maker
+            case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation):
+                found[name] = _class_of(annotation)
     return found
 
 
 def _annotated(function: ast.FunctionDef) -> dict[str, str]:
-    """`def f(table: PredictionsTable)`: `{"table": "PredictionsTable"}`; an annotation of another form says nothing."""
-    arguments = [*function.args.args, *function.args.kwonlyargs]
-    found = {each.arg: each.annotation.id for each in arguments if isinstance(each.annotation, ast.Name)}
-    return found | _annotated_names(function.body)
+    """`def f(table: PredictionsTable)`: `{"table": "PredictionsTable"}`, and what is annotated within."""
+    arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    found = {each.arg: _class_of(each.annotation) for each in arguments}
+    within = (node for node in ast.walk(function) if isinstance(node, ast.AnnAssign))
+    return found | _types(list(within))
 
 
-def _annotated_names(body: list[ast.stmt]) -> dict[str, str]:
-    """`names: Mapping[str, str] = …`: `{"names": "Mapping"}`, whose `get` is no method of ours."""
-    found: dict[str, str] = {}
-    for node in body:
-        match node:
-            case ast.AnnAssign(
-                target=ast.Name(id=name), annotation=ast.Subscript(value=ast.Name(id="Mapping" | "dict" as kind))
-            ):
-                found[name] = kind
+def _attributes(scope: ast.ClassDef) -> dict[str, str]:
+    """`self._table = table` in a class's `__init__`, or `table: PredictionsTable` in it: `{"self._table": …}`."""
+    found = {f"self.{name}": kind for name, kind in _types(scope.body).items()}
+    for member in scope.body:
+        if isinstance(member, ast.FunctionDef) and member.name == "__init__":
+            given = _annotated(member)
+            for node in ast.walk(member):
+                match node:
+                    case ast.Assign(
+                        targets=[ast.Attribute(value=ast.Name(id="self"), attr=name)], value=ast.Name(id=argument)
+                    ):
+                        found[f"self.{name}"] = given.get(argument, "")
     return found
+
+
+def _class_of(annotation: ast.expr | None) -> str:
+    """The class that an annotation names, ours or not: the `get` of a `Mapping[str, str]` is no method of ours.
+
+    Returns:
+        Its name; empty where any class may be meant.
+    """
+    match annotation:
+        case ast.Constant(value=str() as text):
+            return _class_of(ast.parse(text, mode="eval").body)
+        case ast.BinOp(left=left, op=ast.BitOr(), right=ast.Constant(value=None)):
+            return _class_of(left)
+        case ast.Subscript(value=value):
+            return _class_of(value)
+        case ast.Name(id=name) if name not in ("Any", "object"):
+            return name
+        case ast.Attribute():  # of a module of others
+            return ast.unparse(annotation)
+    return ""
 
 
 def _note(node: ast.AST, found: Reach) -> None:
@@ -150,6 +211,10 @@ def _note(node: ast.AST, found: Reach) -> None:
         case ast.Subscript(
             value=ast.Attribute(value=ast.Name(id="os"), attr="environ"), slice=ast.Constant(value=str() as name)
         ):
+            found.variables.add(name)
+        case ast.Call(
+            func=ast.Attribute(value=environment, attr="get"), args=[ast.Constant(value=str() as name), *_]
+        ) if ast.unparse(environment) == "os.environ":
             found.variables.add(name)
         case ast.Call(func=ast.Attribute(value=client, attr="get_paginator"), args=[ast.Constant(value=str() as call)]):
             _note_call(client, call, found)
@@ -176,7 +241,7 @@ def _tree(path: Path) -> ast.Module:
 
 
 def _imported(app: Path) -> list[Path]:
-    """The handler's file and every module of our package that it imports, through others too."""
+    """The handler's file and every module of our package that it imports when it runs, through others too."""
     modules: list[Path] = []
     waiting = [app]
     while waiting:
@@ -185,8 +250,25 @@ def _imported(app: Path) -> list[Path]:
             continue
         modules.append(path)
         waiting += [
-            PACKAGE / f"{node.module.removeprefix('predictions.')}.py"
-            for node in ast.walk(_tree(path))
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("predictions.")
+            _path(node.module)
+            for node in _running(_tree(path))
+            if isinstance(node, ast.ImportFrom) and _is_ours(node.module)
         ]
     return modules
+
+
+def _is_ours(module: str | None) -> TypeGuard[str]:
+    # `aws.client` of a module `aws` would not be followed.
+    assert module != "predictions", "import what is used, not its module: `from predictions.aws import client`"
+    return module is not None and module.startswith("predictions.")
+
+
+def _path(module: str) -> Path:
+    return PACKAGE / f"{module.removeprefix('predictions.')}.py"
+
+
+def _running(tree: ast.Module) -> Iterator[ast.AST]:
+    """All nodes, without what only type checkers import."""
+    for scope in tree.body:
+        if not (isinstance(scope, ast.If) and ast.unparse(scope.test) == "TYPE_CHECKING"):
+            yield from ast.walk(scope)
