@@ -13,7 +13,7 @@ import secrets
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
@@ -31,6 +31,10 @@ LIFETIME_LIMIT_SECONDS = 3 * 24 * 3600
 """The longest deadline: with one resubmission still shorter than the shortest retention, 8 days."""
 
 WebhookEvent = Literal["start", "output", "logs", "completed"]
+
+Source = Literal["http", "queue", "recipe", "batch", "pipeline", "run_job"]
+"""How a request came: by the API, as a message of its own, from an event by a recipe, as a batch's line, as a
+pipeline's step, or by a direct call of `run_prediction`."""
 
 _NUMBER_LIMIT = sys.float_info.max
 _INVALID_FIELDS_LIMIT = 50
@@ -76,9 +80,12 @@ class Intent:
         webhook: Where the caller wants events, or None.
         webhook_events_filter: Which events, or None for Replicate's default.
         stream: The deprecated field, passed on where given.
-        source: How it came: `http`.
+        source: How it came; see `Source`.
         object: `prediction` or `training`.
         destination: The model, `owner/name`, that a training makes a version of.
+        origin: What started it, by ids and names: `recipe`; `batch` and `line`; `pipeline`, `step` and `index`.
+        depth: How many results of this stack it descends from: 0 for one that no result of ours has started.
+        output_prefix: Where in its owner's part of the outputs bucket its files go; None for the usual place.
     """
 
     id: str
@@ -91,9 +98,12 @@ class Intent:
     webhook: str | None
     webhook_events_filter: tuple[WebhookEvent, ...] | None
     stream: bool | None
-    source: str = "http"
+    source: "Source" = "http"
     object: Literal["prediction", "training"] = "prediction"
     destination: str | None = None
+    origin: Mapping[str, str | int] = field(default_factory=dict)
+    depth: int = 0
+    output_prefix: str | None = None
 
 
 class PredictionBody(BaseModel):
@@ -110,6 +120,14 @@ class PredictionBody(BaseModel):
     lifetime: str | int | None = None
 
 
+class RequestBody(PredictionBody):
+    """The fields of a request without a route: those of `POST /predictions`, and what route and header say there."""
+
+    model: str | None = Field(default=None, max_length=256)
+    deployment: str | None = Field(default=None, max_length=256)
+    idempotency_key: str | None = None
+
+
 class TrainingBody(BaseModel):
     """The fields of `POST /models/{owner}/{name}/versions/{id}/trainings`."""
 
@@ -121,7 +139,7 @@ class TrainingBody(BaseModel):
     webhook_events_filter: list[WebhookEvent] | None = Field(default=None, max_length=4)
 
 
-_AnyBody = TypeVar("_AnyBody", PredictionBody, TrainingBody)
+_AnyBody = TypeVar("_AnyBody", PredictionBody, RequestBody, TrainingBody)
 
 
 def create_intent(
@@ -150,34 +168,87 @@ def create_intent(
         invalid.append({"field": "version", "detail": "The route names what to run: leave `version` out."})
     if reference is None:
         reference = _reference(asked.version, invalid)
-    field, webhook, events = "webhook", asked.webhook, asked.webhook_events_filter
-    if webhook is None and asked.webhook_completed is not None:
-        field, webhook, events = "webhook_completed", asked.webhook_completed, ["completed"]
-    if webhook is not None:
-        _check_webhook(webhook, field, allow_loopback_webhooks, invalid)
     lifetime_seconds = _lifetime_seconds(headers.get("cancel-after"), "Cancel-After", invalid)
+    key = _idempotency_key(headers.get("idempotency-key"), "Idempotency-Key", invalid)
+    prediction_id = derived_id(owner, key) if key else random_id()
+    return _intent(
+        asked, reference, invalid, prediction_id, owner=owner, keyed=key is not None,
+        lifetime_seconds=lifetime_seconds, allow_loopback_webhooks=allow_loopback_webhooks,
+    )  # fmt: skip
+
+
+def create_requested_intent(
+    value: Any,
+    *,
+    owner: str,
+    source: Source,
+    source_key: str,
+    allow_loopback_webhooks: bool,
+    origin: Mapping[str, str | int] | None = None,
+    depth: int = 0,
+    output_prefix: str | None = None,
+) -> Intent:
+    """Checks one request that came by another way than the API: as a message, a batch's line, or from a recipe.
+
+    Args:
+        value: A `RequestBody` as parsed JSON, from `parse_json` where a stranger wrote it.
+        owner: Whose request it is; never from `value`.
+        source: How it came.
+        source_key: What makes it the same request when it comes again, unique for `source` and `owner`. An
+            `idempotency_key` in the request takes its place, and is the same as that header of the API.
+        allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
+        origin: What started it.
+        depth: How many results of this stack it descends from.
+        output_prefix: Where its files go.
+
+    Raises:
+        Problem: 422 (with `invalid_fields`).
+    """
+    asked = _validated(RequestBody, value)
+    invalid: list[dict[str, str]] = []
+    reference = _named_reference(asked, invalid)
+    key = _idempotency_key(asked.idempotency_key, "idempotency_key", invalid)
+    # No owner's name holds a `#`.
+    prediction_id = derived_id(owner, key) if key else derived_id(f"{source}#{owner}", source_key)
+    return _intent(
+        asked, reference, invalid, prediction_id, owner=owner, keyed=True, source=source, origin=origin or {},
+        depth=depth, output_prefix=output_prefix, allow_loopback_webhooks=allow_loopback_webhooks,
+    )  # fmt: skip
+
+
+def _intent(
+    asked: PredictionBody,
+    reference: Reference | None,
+    invalid: list[dict[str, str]],
+    prediction_id: str,
+    *,
+    allow_loopback_webhooks: bool,
+    lifetime_seconds: int | None = None,
+    **known: Any,
+) -> Intent:
+    webhook_field, webhook, events = "webhook", asked.webhook, asked.webhook_events_filter
+    if webhook is None and asked.webhook_completed is not None:
+        webhook_field, webhook, events = "webhook_completed", asked.webhook_completed, ["completed"]
+    if webhook is not None:
+        _check_webhook(webhook, webhook_field, allow_loopback_webhooks, invalid)
     if lifetime_seconds is None and asked.lifetime is not None:
         lifetime_seconds = _lifetime_seconds(str(asked.lifetime), "lifetime", invalid)
-    key = _idempotency_key(headers.get("idempotency-key"), invalid)
     if invalid or reference is None:
         raise _invalid(invalid)
-    input_json = json.dumps(asked.input, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     described = [
         reference.kind, reference.name, reference.version, input_json_canonical(asked.input),
         webhook, sorted(set(events)) if events is not None else None, asked.stream, lifetime_seconds,
     ]  # fmt: skip
-    fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
     return Intent(
-        id=derived_id(owner, key) if key else random_id(),
-        owner=owner,
-        keyed=key is not None,
-        fingerprint=fingerprint,
+        id=prediction_id,
+        fingerprint=hashlib.sha256(json.dumps(described).encode()).hexdigest(),
         reference=reference,
-        input_json=input_json,
+        input_json=json.dumps(asked.input, separators=(",", ":"), ensure_ascii=False, allow_nan=False),
         lifetime_seconds=lifetime_seconds,
         webhook=webhook,
         webhook_events_filter=tuple(dict.fromkeys(events)) if events is not None else None,
         stream=asked.stream,
+        **known,
     )
 
 
@@ -212,7 +283,7 @@ def create_training(
         # Left out without a word, a training would run on, and be paid for, where its caller relies on the end.
         detail = "Replicate has no deadline for trainings: leave this header out, and cancel the training."
         invalid.append({"field": "Cancel-After", "detail": detail})
-    key = _idempotency_key(headers.get("idempotency-key"), invalid)
+    key = _idempotency_key(headers.get("idempotency-key"), "Idempotency-Key", invalid)
     if invalid:
         raise _invalid(invalid)
     events = asked.webhook_events_filter
@@ -371,6 +442,10 @@ def _check_json(value: Any) -> None:
 
 def _read(kind: type[_AnyBody], body: bytes, headers: Mapping[str, str]) -> _AnyBody:
     value = parse_json(body, headers.get("content-type"))
+    return _validated(kind, value)
+
+
+def _validated(kind: type[_AnyBody], value: Any) -> _AnyBody:
     if not isinstance(value, dict):
         raise Problem(422, "The body has to be a JSON object with the key `input`.")
     try:
@@ -400,17 +475,34 @@ def _invalid(fields: list[dict[str, str]]) -> Problem:
     return Problem(422, detail, title="Input validation failed", invalid_fields=fields[:_INVALID_FIELDS_LIMIT])
 
 
-def _reference(version: str | None, invalid: list[dict[str, str]]) -> Reference | None:
+def _named_reference(asked: RequestBody, invalid: list[dict[str, str]]) -> Reference | None:
+    """What a request without a route names, by the one of `version`, `model` and `deployment` that it gives."""
+    named = [name for name in ("version", "model", "deployment") if getattr(asked, name) is not None]
+    if len(named) != 1:
+        found = " and ".join(f"`{name}`" for name in named) or "none of them"
+        detail = f"Give exactly one of `version`, `model` and `deployment`: here is {found}."
+        invalid.append({"field": named[-1] if named else "model", "detail": detail})
+        return None
+    if asked.deployment is None:
+        # `model` may name a version as well: `owner/name:version` is what people copy.
+        return _reference(asked.version if asked.model is None else asked.model, invalid, named[0])
+    if not _MODEL_NAME.fullmatch(asked.deployment):
+        invalid.append({"field": "deployment", "detail": "Not a deployment's name, `owner/name`."})
+        return None
+    return Reference("deployment", asked.deployment)
+
+
+def _reference(version: str | None, invalid: list[dict[str, str]], field: str = "version") -> Reference | None:
     if version is None:
         invalid.append({
-            "field": "version",
+            "field": field,
             "detail": "Required: `owner/name`, `owner/name:version` or a version's 64 hexadecimal digits.",
         })  # fmt: skip
         return None
     found = _REFERENCE.fullmatch(version)
     if not found:
         invalid.append({
-            "field": "version",
+            "field": field,
             "detail": "Not `owner/name`, `owner/name:version` or a version's 64 hexadecimal digits.",
         })  # fmt: skip
         return None
@@ -444,7 +536,7 @@ def _lifetime_seconds(text: str | None, field: str, invalid: list[dict[str, str]
     return None
 
 
-def _idempotency_key(header: str | None, invalid: list[dict[str, str]]) -> str | None:
+def _idempotency_key(header: str | None, field: str, invalid: list[dict[str, str]]) -> str | None:
     """The key in an `Idempotency-Key` header, quoted (as the IETF draft has it) or bare (as many clients send it).
 
     https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/
@@ -456,7 +548,7 @@ def _idempotency_key(header: str | None, invalid: list[dict[str, str]]) -> str |
         key = key[1:-1]
     if not re.fullmatch(r"[\x21\x23-\x7e]{1,255}", key, re.ASCII):
         invalid.append({
-            "field": "Idempotency-Key",
+            "field": field,
             "detail": "1 to 255 printable ASCII characters without spaces or quotes, such as a UUID.",
         })  # fmt: skip
         return None

@@ -9,6 +9,7 @@ written once each, or objects in the outputs bucket above `PAYLOAD_LIMIT_BYTES`:
                             wants to be told of them: `notify` and digests, for the table's stream
     result#{upstream_id}    output and logs at the end, written before the status turns terminal; the first one stays
     files                   where the outputs are stored, where there are too many for the status item
+    caller#{token's hash}   the task token of another state machine that waits for the end
 
 Every write of a status item is conditional; there is no other way to change one than this module. What may happen
 twice, late or out of order is refused by the condition, and the caller is told what is there instead.
@@ -139,6 +140,9 @@ class Prediction:
     data_removed: bool = False
     deleted: int | None = None
     files_json: str | None = None
+    origin: Mapping[str, str | int] = field(default_factory=dict)
+    depth: int = 0
+    output_prefix: str | None = None
 
     @property
     def listed_at(self) -> str:
@@ -267,6 +271,9 @@ class PredictionsTable:
             "webhook": intent.webhook,
             "webhook_events_filter": list(intent.webhook_events_filter) if intent.webhook_events_filter else None,
             "stream": intent.stream,
+            "origin": dict(intent.origin) or None,
+            "depth": intent.depth or None,
+            "output_prefix": intent.output_prefix,
             "rank": 0,
             "status": Status.QUEUED.value,
             "visible": Status.STARTING.value,
@@ -749,6 +756,22 @@ class PredictionsTable:
         )["Items"]
         return str(deserialize(found[0])["pk"]).removeprefix("prediction#") if found else None
 
+    # -- state machines of others that wait for an end ---------------------------------------------------------------
+
+    def add_caller(self, prediction_id: str, task_token: str, expires: int) -> None:
+        """Notes that a state waits with this token for the end of a prediction, which may be yet to come or over.
+
+        The table's stream tells publish_changes of it, as it does of the end. Twice changes nothing.
+        """
+        digest = hashlib.sha256(task_token.encode()).hexdigest()
+        item = {
+            "pk": _key(prediction_id)["pk"],
+            "sk": f"caller#{digest}",
+            "task_token": task_token,
+            "expires_at": expires,
+        }
+        self._dynamodb.put_item(TableName=self._name, Item=serialize(item))
+
     # -- schemas of models' inputs ----------------------------------------------------------------------------
 
     def kept_schema(self, version: str, now: float) -> str | None:
@@ -995,6 +1018,8 @@ def _prediction_of(item: Mapping[str, Any]) -> Prediction:
     for name in {"orphans", "orphans_canceled"} & values.keys():
         values[name] = frozenset(values[name])
     values["owner"] = values["owner"].removeprefix(_TRAININGS_OF)
+    if "origin" in values:
+        values["origin"] = {n: v if isinstance(v, str) else int(v) for n, v in values["origin"].items()}
     if "webhook_events_filter" in values:
         values["webhook_events_filter"] = tuple(values["webhook_events_filter"])
     return Prediction(**values)

@@ -1,0 +1,197 @@
+"""The requests queue's door: every event but an HTTP call becomes an intent here, and is tracked from then on.
+
+A message's body is JSON, and one of these; which one it is, its keys tell:
+
+    {"recipe_id": …, "event": {…}}                             an event that a recipe's rule or schedule put here
+    {"batch_id": …, "n": …, "task_token": …, …}                a line of a batch
+    {"pipeline_id": …, "step": …, "index": …}                  a step of a pipeline
+    {"input": {…}, "model" | "version" | "deployment": …, …}   a request of its own: a `RequestBody`, and `task_token`
+
+None of them says whose request it is. A recipe, a batch and a pipeline are known by ids that nobody can guess, and
+what they start, and for whom, was written down when an owner asked for them. What has no such id belongs to the owner
+that the queue's configuration gives its sender.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from predictions.errors import PredictionsError, Problem
+from predictions.executions import Executions
+from predictions.intents import Intent, create_requested_intent, parse_json
+from predictions.observability import MetricUnit, logger, metrics
+from predictions.table import AlreadyExists, Prediction, PredictionsTable
+
+
+class RequestRefused(PredictionsError):
+    """A message that can start nothing, now or later; its text is the reason, for the person who finds it."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message of the requests queue.
+
+    Attributes:
+        id: What it is known by for good: its own id, or the first one's where it was redriven.
+        sender: The principal that sent it, as SQS says (`SenderId`).
+        body: Its text.
+        sent_at: When it was sent first, in Unix seconds: what depends on the time has to come out the same again.
+    """
+
+    id: str
+    sender: str
+    body: str
+    sent_at: int
+
+
+class Source(Protocol):
+    """What turns a message that names something stored into an intent: recipes, batches, pipelines."""
+
+    def intent(self, body: Mapping[str, Any], message: Message) -> Intent | None:
+        """The intent; None where it is no longer wanted, and nothing has to be said of that.
+
+        Twice, it gives an intent with the same id.
+
+        Raises:
+            RequestRefused: It never can.
+            Problem: 422, with the fields.
+        """
+
+
+class Requests:
+    """Turns messages into tracked intents.
+
+    Args:
+        table: The predictions.
+        executions: The state machine.
+        lifetime_seconds: The deadline of a request that names none.
+        retention_seconds: How long the table keeps a prediction.
+        queue_owner: Whose requests are those of a sender that `sender_owners` does not know.
+        sender_owners: Owners by the principal (`SenderId`) that sends for them.
+        allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
+        now: The time, in seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        table: PredictionsTable,
+        executions: Executions,
+        *,
+        lifetime_seconds: int,
+        retention_seconds: int,
+        queue_owner: str,
+        sender_owners: Mapping[str, str],
+        allow_loopback_webhooks: bool,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._table = table
+        self._executions = executions
+        self._lifetime_seconds = lifetime_seconds
+        self._retention_seconds = retention_seconds
+        self._queue_owner = queue_owner
+        self._sender_owners = sender_owners
+        self._allow_loopback_webhooks = allow_loopback_webhooks
+        self._now = now
+
+    @classmethod
+    def from_env(cls) -> "Requests":
+        """From the environment of start_from_queue."""
+        senders = [pair.partition("=") for pair in os.environ["QUEUE_SENDERS"].split(",") if pair]
+        return cls(
+            PredictionsTable.from_env(),
+            Executions.from_env(),
+            lifetime_seconds=int(os.environ["DEFAULT_LIFETIME_SECONDS"]),
+            retention_seconds=int(os.environ["RETENTION_DAYS"]) * 86400,
+            queue_owner=os.environ["QUEUE_OWNER"],
+            sender_owners={sender: owner for sender, _, owner in senders},
+            allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
+        )
+
+    def take(self, message: Message) -> Prediction | None:
+        """Starts what a message asks for. Twice, or redriven: the same prediction, and nothing is started again.
+
+        Returns:
+            The prediction; None where what the message names is no longer wanted.
+
+        Raises:
+            RequestRefused: It never can be started; nothing was written.
+        """
+        try:
+            body = parse_json(message.body.encode("utf-8", "surrogatepass"), None)
+            if not isinstance(body, dict):
+                raise RequestRefused("The message has to be a JSON object.")
+            task_token = _task_token(body)
+            intent = self._intent(body, message)
+        except Problem as problem:
+            raise RequestRefused(problem.detail) from None
+        if intent is None:
+            return None
+        if task_token is not None:
+            # First: the end of a prediction that has one is told to whoever is noted here, before it or after it.
+            self._table.add_caller(intent.id, task_token, int(self._now()) + self._retention_seconds)
+        return self.start(intent)
+
+    def start(self, intent: Intent) -> Prediction:
+        """Writes an intent down and has it tracked; one that is there already is left as it is.
+
+        Raises:
+            RequestRefused: Its idempotency key belongs to another request.
+        """
+        now = self._now()
+        logger.set_correlation_id(intent.id)
+        try:
+            prediction = self._table.put_intent(
+                intent,
+                version=intent.reference.version,
+                deadline=int(now) + (intent.lifetime_seconds or self._lifetime_seconds),
+                expires=int(now) + self._retention_seconds,
+                claim=False,
+                execution_arn=self._executions.arn(intent.id, 1),
+                now=now,
+            )
+            metrics.add_metric(name="PredictionsStarted", unit=MetricUnit.Count, value=1)
+        except AlreadyExists as error:
+            prediction = error.prediction
+            if prediction.owner != intent.owner or (
+                prediction.fingerprint != intent.fingerprint and intent.source == "queue"
+            ):
+                reason = "Its idempotency key belongs to another request: use a new key for a new request."
+                raise RequestRefused(reason) from None
+        if prediction.execution_n == 1 and not prediction.terminal:
+            # Whoever wrote it down may have died right after. A name that is used up is the sweep's to deal with.
+            self._executions.start(prediction.id, 1, submit=True)
+        return prediction
+
+    def _intent(self, body: dict[str, Any], message: Message) -> Intent | None:
+        if source := _source_of(body):
+            return source.intent(body, message)
+        owner = self._sender_owners.get(message.sender, self._queue_owner)
+        return create_requested_intent(
+            body,
+            owner=owner,
+            source="queue",
+            source_key=message.id,
+            allow_loopback_webhooks=self._allow_loopback_webhooks,
+        )
+
+
+def _source_of(body: Mapping[str, Any]) -> Source | None:  # noqa: ARG001  # recipes, batches and pipelines come here
+    """What the message names; each is imported with the first message that needs it."""
+    return None
+
+
+def _task_token(body: dict[str, Any]) -> str | None:
+    """Takes the task token of another state machine out of a message.
+
+    Raises:
+        RequestRefused: It cannot be one.
+    """
+    token = body.pop("task_token", None)
+    if token is None:
+        return None
+    # https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskSuccess.html
+    if not isinstance(token, str) or not 1 <= len(token) <= 2048:
+        raise RequestRefused("task_token: the token of a state that waits, of 1 to 2048 characters.")
+    return token
