@@ -1,4 +1,4 @@
-"""What a function's code can reach, read from the source: the variables it needs and the AWS calls it makes.
+"""What a function's code can reach, read from the source: its variables, its AWS calls, the statuses of its problems.
 
 A call is followed into the method of its object's class where that is written down (`self`, an annotation,
 `Class.from_env()`), else into every method of that name in the modules that the handler imports. So nothing that runs
@@ -48,6 +48,7 @@ class Reach:
 
     variables: set[str] = field(default_factory=set)
     actions: set[str] = field(default_factory=set)
+    statuses: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,8 @@ def _note(node: ast.AST, found: Reach) -> None:
             value=ast.Attribute(value=ast.Name(id="os"), attr="environ"), slice=ast.Constant(value=str() as name)
         ):
             found.variables.add(name)
+        case ast.Call(func=ast.Name(id="Problem"), args=[ast.Constant(value=int() as status), *_]):
+            found.statuses.add(status)
         case ast.Call(func=ast.Attribute(value=client, attr="get_paginator"), args=[ast.Constant(value=str() as call)]):
             _note_call(client, call, found)
         case ast.Call(func=ast.Attribute(value=client, attr=call)):
