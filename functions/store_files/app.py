@@ -21,7 +21,7 @@ files = Files.from_env()
 def create() -> Response[str]:
     """`POST /files`: a form with `content`, and optionally `filename`, `type`, `metadata`; 413 names `/uploads`."""
     owner = owner_with(app, "predict")
-    new = read_form(body_of(app), headers_of(app), mangled=not app.current_event.is_base64_encoded)
+    new = read_form(body_of(app), headers_of(app))
     shown = files.store(owner, new).show(api_url())
     return json_response(201, shown, {"Location": f"{api_url()}/files/{new.id}"})
 

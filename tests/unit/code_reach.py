@@ -1,4 +1,4 @@
-"""What a function's code can reach, read from the source: the variables it needs and the AWS calls it makes.
+"""What a function's code can reach, read from the source: its variables, its AWS calls, the statuses of its problems.
 
 A call is followed into the method of its object's class where that is written down (`self`, an annotation, `Class(…)`,
 `Class.from_env()`), else into every method of that name in the modules that the handler imports. So a name that two
@@ -53,6 +53,7 @@ class Reach:
 
     variables: set[str] = field(default_factory=set)
     actions: set[str] = field(default_factory=set)
+    statuses: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,8 @@ def _note(node: ast.AST, found: Reach) -> None:
             func=ast.Attribute(value=environment, attr="get"), args=[ast.Constant(value=str() as name), *_]
         ) if ast.unparse(environment) == "os.environ":
             found.variables.add(name)
+        case ast.Call(func=ast.Name(id="Problem"), args=[ast.Constant(value=int() as status), *_]):
+            found.statuses.add(status)
         case ast.Call(func=ast.Attribute(value=client, attr="get_paginator"), args=[ast.Constant(value=str() as call)]):
             _note_call(client, call, found)
         case ast.Call(func=ast.Attribute(value=client, attr=call)):

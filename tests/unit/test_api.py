@@ -146,6 +146,43 @@ def test_a_broken_body_is_a_problem_before_anything_is_asked_or_written(
     assert replicate.asked == []
 
 
+@pytest.mark.parametrize(
+    "coding", ["gzip", "GZIP", "br, gzip", "identity, gzip", "x" * 10_000, "é"], ids=lambda c: c[:20]
+)
+def test_a_body_that_is_said_to_be_encoded_is_a_problem_before_anything_is_asked_or_written(
+    call: Call, replicate: ReplicateInMemory, coding: str
+) -> None:
+    calls = AwsCalls()
+    refusal = start(call, headers={"Content-Encoding": coding})
+    assert len(problem_of(refusal, 415)["detail"]) < 300
+    assert header(refusal, "Accept-Encoding") == "identity"
+    assert calls.made == []
+    assert replicate.asked == []
+
+
+def test_a_body_whose_bytes_were_replaced_on_their_way_is_a_problem_before_anything_is_asked_or_written(
+    call: Call, replicate: ReplicateInMemory
+) -> None:
+    sent = json.dumps(BODY).encode().replace(b"red", b"\xff\xfe")
+    calls = AwsCalls()
+    refusal = start(call, sent.decode("utf-8", "replace"), headers={"Content-Length": str(len(sent))})
+    assert "no UTF-8" in problem_of(refusal, 400)["detail"]
+    assert calls.made == []
+    assert replicate.asked == []
+
+
+@pytest.mark.parametrize("length", ["", "many", "-1", "9" * 5000, None])
+def test_a_body_is_read_whatever_else_its_length_is_said_to_be(call: Call, length: str | None) -> None:
+    body = json.dumps({**BODY, "input": {"prompt": "Füchse 🦊"}}, ensure_ascii=False)
+    length = str(len(body.encode())) if length is None else length
+    assert start(call, body, headers={"Content-Length": length})["statusCode"] == 201
+
+
+@pytest.mark.parametrize("coding", ["", "identity", " Identity "])
+def test_a_body_that_is_said_to_be_as_it_is_is_read(call: Call, coding: str) -> None:
+    assert start(call, headers={"Content-Encoding": coding})["statusCode"] == 201
+
+
 BROKEN_NAMES = [
     ("..", "account"),
     ("%2e%2e", "account"),

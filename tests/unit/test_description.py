@@ -7,16 +7,23 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from predictions.description import VERSION, Operation, operations
 
 from tests.unit.apps import Context, load_app, sample
+from tests.unit.code_reach import reach
 from tests.unit.described import check_answer, complaints, document, operation_of
 from tests.unit.fakes import API_URL
-from tests.unit.template import ROOT, resources
+from tests.unit.template import ROOT, folder_name, resources
 
 ROUTES = {
-    (event["Properties"]["Method"], event["Properties"]["Path"]): event["Properties"]
-    for function in resources("AWS::Serverless::Function").values()
+    (event["Properties"]["Method"], event["Properties"]["Path"]): {**event["Properties"], "folder": folder_name(name)}
+    for name, function in resources("AWS::Serverless::Function").items()
     for event in function["Properties"].get("Events", {}).values()
     if event["Type"] == "Api"
 }
+GATEWAYS = {
+    name: answer["StatusCode"]
+    for name, answer in resources("AWS::Serverless::Api")["Api"]["Properties"]["GatewayResponses"].items()
+    if "StatusCode" in answer
+}
+"""The statuses of API Gateway's own answers, by what it answers them to."""
 PREDICTION: dict[str, Any] = {
     "id": "phbiy2aqvath546nlxzgyq5c3q",
     "model": "local/painter",
@@ -90,6 +97,58 @@ def test_operation_is_public_where_the_template_says_so(operation: Operation) ->
     described = document()["paths"][operation.path][operation.method.lower()]
     assert (described["security"] == []) == public
     assert {"401", "403"}.issubset(described["responses"]) or public
+
+
+def test_no_operation_describes_whatever_may_come() -> None:
+    for operation in operations():
+        described = document()["paths"][operation.path][operation.method.lower()]["responses"]
+        assert described.keys() == {str(status) for status in (operation.status, *operation.problems)}
+
+
+STATUSES = {
+    "openapi.get": {401, 403},
+    "predictions.create": {401, 403, 404, 413, 415, 422},
+    "predictions.list": {401, 403, 422},
+    "predictions.get": {401, 403, 404},
+    "predictions.delete": {401, 403, 404, 409},
+    "trainings.create": {401, 403, 404, 413, 415, 422},
+    "files.create": {401, 403, 413, 415, 422},
+    "files.download": {404},
+    "webhooks.replicate": {401, 404, 413, 415},
+    "account.get": {401, 403, 404, 414},
+    "models.list": {401, 403, 404, 414, 422},
+    "deployments.create": {401, 403, 404, 409, 413, 414, 415, 422},
+    "deployments.delete": {401, 403, 404, 409, 414},
+}
+
+
+@pytest.mark.parametrize(("name", "statuses"), STATUSES.items(), ids=STATUSES)
+def test_operation_describes_the_problems_that_it_can_answer(name: str, statuses: set[int]) -> None:
+    (operation,) = (each for each in operations() if each.id == name)
+    assert set(operation.problems) == statuses | {400, 429, 502, 503, 504}
+
+
+@pytest.mark.parametrize("operation", operations(), ids=lambda each: each.id)
+def test_operation_describes_what_api_gateway_answers_in_its_place(operation: Operation) -> None:
+    without_route = {"MISSING_AUTHENTICATION_TOKEN", "RESOURCE_NOT_FOUND"}
+    with_token = {"UNAUTHORIZED", "ACCESS_DENIED", "INVALID_SIGNATURE"}
+    with_token |= {"AUTHORIZER_FAILURE", "AUTHORIZER_CONFIGURATION_ERROR"}
+    with_body = {"BAD_REQUEST_BODY", "REQUEST_TOO_LARGE", "UNSUPPORTED_MEDIA_TYPE"}
+    assert without_route | with_token | with_body < GATEWAYS.keys()
+    others = without_route | (set() if operation.scope else with_token) | (set() if operation.body else with_body)
+    assert {status for name, status in GATEWAYS.items() if name not in others} <= set(operation.problems)
+
+
+@pytest.mark.parametrize("folder", sorted({route["folder"] for route in ROUTES.values()}))
+def test_problems_that_the_code_raises_are_described_and_others_are_not(folder: str) -> None:
+    raised = reach(folder).statuses
+    own = [each for each in operations() if ROUTES[each.method, each.path]["folder"] == folder]
+    described = {status for each in own for status in each.problems}
+    # A 500 is a defect. The 404 of any function is for paths that no route of the document has.
+    assert raised - {404, 500} <= described
+    by_replicate = {409} if any(each.forwarded for each in own) else set()
+    by_gateway = set(GATEWAYS.values()) - {404}
+    assert described - by_replicate <= raised | by_gateway
 
 
 def test_components_are_all_used_and_all_there() -> None:

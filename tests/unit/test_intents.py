@@ -151,16 +151,28 @@ def test_the_largest_body_is_taken() -> None:
         ";",
         "x" * 10_000,
         "\u00e9",
+        "application/json; charset=utf-16",
+        'application/json;Charset="ISO-8859-1"; x=y',
+        "application/json; charset=",
+        "application/json; charset=" + "\u00e9" * 10_000,
     ],
 )
-def test_another_media_type_is_refused(media_type: str) -> None:
+def test_another_media_type_or_charset_is_refused(media_type: str) -> None:
     problem = refused(BODY, content_type=media_type)
     assert problem.status == 415
     assert len(problem.detail) < 300
 
 
 @pytest.mark.parametrize(
-    "media_type", ["application/json", "APPLICATION/JSON; charset=utf-8", "application/ld+json", " application/json "]
+    "media_type",
+    [
+        "application/json",
+        "APPLICATION/JSON; charset=utf-8",
+        'application/json;charset="UTF8"',
+        "application/json; charset=us-ascii",
+        "application/ld+json",
+        " application/json ",
+    ],
 )
 def test_a_media_type_of_json_is_taken(media_type: str) -> None:
     assert intent_of(BODY, content_type=media_type).reference.version == VERSION

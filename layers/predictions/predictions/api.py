@@ -7,6 +7,7 @@ RFC 7807 problems here, once.
 import base64
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -110,15 +111,27 @@ def body_of(app: APIGatewayRestResolver) -> bytes:
     """The current request's body, as sent.
 
     Raises:
-        Problem: 400, where what API Gateway calls base64 is none.
+        Problem: 415, where it is said to be compressed or otherwise encoded; 400, where bytes that are no UTF-8 were
+            replaced on the way, or what API Gateway calls base64 is none.
     """
-    event = app.current_event
+    event, headers = app.current_event, headers_of(app)
+    coding = headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        # To unpack what a stranger packed has no bound; to read it as it is would take it for something else.
+        detail = f"The body is said to be encoded as {coding[:30]!a}: send it as it is, without Content-Encoding."
+        raise Problem(415, detail, headers={"Accept-Encoding": "identity"})
     if event.is_base64_encoded:
         try:
             return base64.b64decode(event.body or "", validate=True)
         except ValueError:
             raise Problem(400, "The body is not readable: it came as base64, and is none.") from None
-    return (event.body or "").encode("utf-8", "surrogatepass")
+    body = (event.body or "").encode("utf-8", "surrogatepass")
+    length, media_type = headers.get("content-length", ""), headers.get("content-type", "application/json")
+    # Other types are refused as such: nobody who sends one means text.
+    is_read = re.match(r"\s*(application/([^;]*\+)?json|multipart/form-data)\s*(;|$)", media_type, re.IGNORECASE)
+    if is_read and re.fullmatch(r"[0-9]{1,12}", length, re.ASCII) and int(length) != len(body):
+        raise Problem(400, "The body was altered on its way: it is no UTF-8, and was taken for text.")
+    return body
 
 
 def own_prediction(

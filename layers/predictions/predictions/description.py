@@ -45,15 +45,21 @@ _WORDS = {
     409: "Not in this state.",
     413: "The body is too large.",
     414: "The query is too long.",
-    415: "Another media type is needed.",
+    415: "Another media type, charset or encoding is needed.",
     422: "Fields are wrong: `invalid_fields` names each one.",
     429: "Too many requests: see `Retry-After`.",
-    500: "The stack made an error.",
     502: "The request failed, or Replicate did.",
     503: "Not now: try again.",
     504: "It took too long.",
 }
-_OF_EVERY_ROUTE = (400, 404, 429, 500, 502, 503, 504)
+# Which operation gives which. A 500 is none of them: it would be a defect, and a check of the answers has to find it.
+_OF_EVERY_ROUTE = (400, 429, 502, 503, 504)  # API Gateway's own, and 503 of a handler that AWS fails
+_OF_A_TOKEN = (401, 403)
+_OF_A_NAME_IN_THE_PATH = (404,)
+_OF_A_BODY = (413, 415)
+_OF_A_CHECKED_FIELD = (422,)  # of a body, or of the query: a cursor here, an order at Replicate
+_OF_A_FORWARDED_CALL = (404, 414)
+_OF_A_FORWARDED_CHANGE = (409,)
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,14 @@ class Operation:
         status: Of success.
         answer: Schema of the answer's body, by name or written out; None where there is no body.
         body: Schema of the body by name; None where the route takes none.
-        refusals: Statuses beside those of every route.
+        refusals: Statuses that nothing else here tells (see `problems`).
         parameters: Names in `components.parameters`, beside those of the path.
         headers: Names in `components.headers` that a success has.
         added: Whether Replicate has no such route.
         media_type: Of the answer.
         body_media_type: Of the body.
+        forwarded: Whether it is passed on to Replicate, of whose refusals the known ones are described: any other 4xx
+            comes through as it is.
     """
 
     method: str
@@ -91,24 +99,46 @@ class Operation:
     added: bool = False
     media_type: str = _JSON
     body_media_type: str = _JSON
+    forwarded: bool = False
 
     @property
     def names(self) -> list[str]:
         """The parameters of the path."""
         return [part[1:-1] for part in self.path.split("/") if part.startswith("{")]
 
+    @property
+    def problems(self) -> list[int]:
+        """The statuses of its answers other than success."""
+        families = [
+            (_OF_EVERY_ROUTE, True),
+            (_OF_A_TOKEN, self.scope is not None),
+            (_OF_A_NAME_IN_THE_PATH, bool(self.names)),
+            (_OF_A_BODY, self.body is not None),
+            (_OF_A_CHECKED_FIELD, self._checks_fields),
+            (_OF_A_FORWARDED_CALL, self.forwarded),
+            (_OF_A_FORWARDED_CHANGE, self.forwarded and self.method != "GET"),
+            (self.refusals, True),
+        ]
+        return sorted({status for family, given in families if given for status in family})
 
-_BODY_REFUSALS = (413, 415, 422)
+    @property
+    def _checks_fields(self) -> bool:
+        # Of a webhook only the signature is checked: what it says is for the protocol to judge.
+        checks_body = self.body is not None and self.scope is not None
+        return checks_body or "Cursor" in self.parameters or (self.forwarded and bool(self.parameters))
+
+
 _SIGNATURE = ("WebhookId", "WebhookTimestamp", "WebhookSignature")
-_CREATE: dict[str, Any] = {"scope": "predict", "status": 201, "refusals": _BODY_REFUSALS}
+_CREATE: dict[str, Any] = {"scope": "predict", "status": 201}
 _CREATE_PREDICTION: dict[str, Any] = {
     **_CREATE,
+    "refusals": (404,),  # a model that is not there, wherever it is named
     "answer": "Prediction",
     "parameters": ("Prefer", "CancelAfter", "IdempotencyKey", "RetryCount"),
     "headers": ("Location", "PreferenceApplied"),
 }
 _CREATE_FILE: dict[str, Any] = {**_CREATE, "headers": ("Location",)}
-_PAGE: dict[str, Any] = {"scope": "read", "refusals": (422,), "parameters": ("Cursor",)}
+_PAGE: dict[str, Any] = {"scope": "read", "parameters": ("Cursor",)}
 
 OWN: tuple[Operation, ...] = (
     Operation("GET", "/openapi.json", "openapi.get", "Get this document", "read", answer=_OBJECT, added=True),
@@ -289,7 +319,7 @@ def describe(api_url: str) -> dict[str, Any]:
             "version": VERSION,
             "description": (
                 "Replicate's HTTP API, as this stack speaks it. `x-added: true` marks what Replicate's own does not "
-                "have."
+                "have. Where Replicate is asked, a refusal of its that is not listed comes through with its own status."
             ),
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
@@ -300,8 +330,7 @@ def describe(api_url: str) -> dict[str, Any]:
             "schemas": _SCHEMAS | _bodies(),
             "parameters": _PARAMETERS,
             "headers": _HEADERS,
-            "responses": {f"Problem{status}": _problem(words) for status, words in _WORDS.items()}
-            | {"Problem": _problem("Refused, or failed, as the problem says.")},
+            "responses": {f"Problem{status}": _problem(words) for status, words in _WORDS.items()},
             "securitySchemes": {
                 "accessToken": {
                     "type": "http",
@@ -324,9 +353,9 @@ def _forwarded(method: str, path: str) -> Operation:
         status,
         answer,
         body,
-        refusals=(414, *(_BODY_REFUSALS if body else ())),
         parameters=_FORWARDED_PARAMETERS.get(path, ()) if method == "GET" else (),
         media_type="text/plain" if path.endswith("/readme") else _JSON,
+        forwarded=True,
     )
 
 
@@ -338,7 +367,6 @@ def _operation(operation: Operation) -> dict[str, Any]:
         success["headers"] = {
             _HEADER_NAMES[name]: {"$ref": f"#/components/headers/{name}"} for name in operation.headers
         }
-    refusals = {*_OF_EVERY_ROUTE, *operation.refusals, *((401, 403) if operation.scope else ())}
     described: dict[str, Any] = {
         "operationId": operation.id,
         "summary": operation.summary,
@@ -348,8 +376,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
         ],
         "responses": {
             str(operation.status): success,
-            **{str(status): {"$ref": f"#/components/responses/Problem{status}"} for status in sorted(refusals)},
-            "default": {"$ref": "#/components/responses/Problem"},
+            **{str(status): {"$ref": f"#/components/responses/Problem{status}"} for status in operation.problems},
         },
         "security": [{"accessToken": [operation.scope]}] if operation.scope else [],
     }

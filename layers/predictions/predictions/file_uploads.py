@@ -76,13 +76,12 @@ class UploadBody(BaseModel):
     sha256: StrictStr | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
 
-def read_form(body: bytes, headers: Mapping[str, str], *, mangled: bool) -> NewFile:
+def read_form(body: bytes, headers: Mapping[str, str]) -> NewFile:
     """A file from a `multipart/form-data` body: `content`, and optionally `filename`, `type`, `metadata`.
 
     Args:
         body: The body.
         headers: The request's headers, their names in lower case.
-        mangled: Whether the body came as text, in which bytes that are no UTF-8 have been replaced.
 
     Raises:
         Problem: 400 (no form, or a broken one), 413 (too large, with the way that takes it), 415 (another media type),
@@ -95,9 +94,6 @@ def read_form(body: bytes, headers: Mapping[str, str], *, mangled: bool) -> NewF
         raise Problem(
             415, f"The body has to be multipart/form-data with the file as `content`, not {media_type!a:.80}."
         )
-    length = headers.get("content-length", "")
-    if mangled and re.fullmatch(r"[0-9]{1,12}", length, re.ASCII) and int(length) != len(body):
-        raise Problem(400, "The body was altered on its way: it is binary, and arrived as text. Nothing was stored.")
     parts = _parts(body, options.get("boundary", ""))
     if "content" not in parts:
         raise _invalid([("content", "Required: the file itself.")])

@@ -44,6 +44,7 @@ _REFERENCE = re.compile(
     rf"(?P<name>{_NAME}/{_NAME})(?::(?P<version>[0-9a-f]{{64}}))?|(?P<bare_version>[0-9a-f]{{64}})", re.ASCII
 )
 _MODEL_NAME = re.compile(rf"{_NAME}/{_NAME}", re.ASCII)
+_CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([^;\"'\s]*)", re.IGNORECASE)
 _DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,8})s?)?", re.ASCII)
 _DURATION_DETAIL = "A duration from 5 seconds to 3 days, such as `30`, `30s`, `5m` or `1h30m45s`."
 _PREFER_WAIT = re.compile(r"wait(?:\s*=\s*\"?(?P<seconds>[^\";,\s]*)\"?)?\s*(?:;.*)?", re.IGNORECASE)
@@ -356,9 +357,9 @@ def parse_json(body: bytes, content_type: str | None) -> Any:
     """Parses a hostile body as JSON that can be stored and written again.
 
     Raises:
-        Problem: 413 above `BODY_LIMIT_BYTES`; 415 for another media type; 400 for what is not JSON (RFC 8259), is
-            nested deeper than `DEPTH_LIMIT`, gives one key twice (which of them is meant, readers disagree), or holds
-            numbers or text that JSON cannot carry on.
+        Problem: 413 above `BODY_LIMIT_BYTES`; 415 for another media type or charset; 400 for what is not JSON
+            (RFC 8259), is nested deeper than `DEPTH_LIMIT`, gives one key twice (which of them is meant, readers
+            disagree), or holds numbers or text that JSON cannot carry on.
     """
     if len(body) > BODY_LIMIT_BYTES:
         raise Problem(
@@ -368,6 +369,10 @@ def parse_json(body: bytes, content_type: str | None) -> Any:
     media_type = (content_type or "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise Problem(415, f"The body has to be application/json, not {media_type[:100]!r}.")
+    # JSON is UTF-8 (RFC 8259, 8.1), and names no charset; a sender that names another one means other text.
+    charset = _CHARSET.search(content_type or "")
+    if charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise Problem(415, f"The body has to be UTF-8, not {charset[1][:30]!a}.")
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_object)
     except UnicodeDecodeError:
