@@ -270,7 +270,7 @@ class Forwarding:
                 if self._clock() > deadline:
                     raise httpx.ReadTimeout("the answer does not end")
         # The body is decoded already; its length and encoding are no longer what these say.
-        kept = [(k, v) for k, v in told.headers.multi_items() if k not in ("content-length", "content-encoding")]
+        kept = [(k, v) for k, v in told.headers.raw if k.lower() not in (b"content-length", b"content-encoding")]
         return httpx.Response(told.status_code, headers=kept, content=bytes(received), request=told.request)
 
     def _answer(self, call: Call, told: httpx.Response, own_url: str) -> Answer:

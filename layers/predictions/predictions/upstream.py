@@ -371,7 +371,8 @@ class Replicate:
             return httpx.Response(
                 answer.status_code,
                 # The body is decoded already; its length and encoding are no longer what these say.
-                headers=[(k, v) for k, v in answer.headers.multi_items() if not k.startswith("content-")],
+                # As bytes: httpx would refuse text that is not ASCII, after a prediction was started.
+                headers=[(k, v) for k, v in answer.headers.raw if not k.lower().startswith(b"content-")],
                 content=bytes(received),
             )
 
