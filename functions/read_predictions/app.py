@@ -11,7 +11,8 @@ from predictions.api import (
     owner_with,
     resolver,
 )
-from predictions.cursors import cursor_url, read_cursor
+from predictions.cursors import cursor_url, read_cursor, read_moment
+from predictions.errors import Problem
 from predictions.table import PredictionsTable
 
 PAGE_SIZE = 100
@@ -36,26 +37,45 @@ def get_training(training_id: str) -> Response[str]:
 
 @app.get("/predictions")
 def list_() -> Response[str]:
-    """`GET /predictions?cursor=`: up to 100 predictions, newest first; a page of large ones ends earlier."""
-    return _page("prediction")
+    """`GET /predictions`: up to 100 predictions, newest first; a page of large ones ends earlier.
+
+    `created_after`, `created_before` and `source` narrow the list, and its links keep them.
+    """
+    asked = {name: _query(name) for name in ("created_after", "created_before", "source")}
+    filters = {name: text for name, text in asked.items() if text is not None}
+    if filters.get("source", "api") not in ("api", "web"):
+        detail = "Has to be `web`, or `api`, of which all of this stack's predictions are."
+        raise Problem(422, detail, invalid_fields=[{"field": "source", "detail": detail}])
+    return _page("prediction", filters)
 
 
 @app.get("/trainings")
 def list_trainings() -> Response[str]:
-    """`GET /trainings?cursor=`: as for predictions."""
-    return _page("training")
+    """`GET /trainings`: as for predictions, whole: Replicate's list of trainings has no filters either."""
+    return _page("training", {})
 
 
-def _page(kind: Literal["prediction", "training"]) -> Response[str]:
+def _query(name: str) -> str | None:
+    text: str | None = app.current_event.get_query_string_value(name)
+    return text
+
+
+def _page(kind: Literal["prediction", "training"], filters: dict[str, str]) -> Response[str]:
     owner = owner_with(app, "read")
-    older, start = read_cursor(app.current_event.get_query_string_value("cursor", ""))
-    shown = presenter.show_page(table.list(owner, start, older=older, size=PAGE_SIZE, object=kind))
+    older, start = read_cursor(_query("cursor") or "")
+    between = {
+        name: read_moment(name, filters[name]) for name in ("created_after", "created_before") if name in filters
+    }
+    if filters.get("source") == "web":
+        # Made on Replicate's web site: it has none of an owner of ours.
+        return json_response(200, {"previous": None, "next": None, "results": []})
+    shown = presenter.show_page(table.list(owner, start, older=older, size=PAGE_SIZE, object=kind, **between))
     beyond, before = shown.beyond, shown.first if start else None
     newer, further = (before, beyond) if older else (beyond, before)
     results = shown.results if older else shown.results[::-1]
     links = {
-        "previous": cursor_url(f"/{kind}s", newer, older=False),
-        "next": cursor_url(f"/{kind}s", further, older=True),
+        "previous": cursor_url(f"/{kind}s", newer, older=False, filters=filters),
+        "next": cursor_url(f"/{kind}s", further, older=True, filters=filters),
     }
     return json_response(200, {**links, "results": results})
 

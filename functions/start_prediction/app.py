@@ -67,7 +67,8 @@ def create_training_of(owner: str, name: str, version: str) -> Response[str]:
         reference=training_reference(owner, name, version),
         allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
     )
-    return _answer(intent, _start(intent), {})
+    headers: dict[str, str] = {}
+    return _answer(intent, _start(intent, headers), headers)
 
 
 def _create(reference: Reference | None) -> Response[str]:
@@ -81,16 +82,17 @@ def _create(reference: Reference | None) -> Response[str]:
         reference=reference,
         allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
     )
+    told: dict[str, str] = {}
     if seconds is None:
-        return _answer(intent, _start(intent), {})
+        return _answer(intent, _start(intent, told), told)
     allowed = min(seconds, _remaining_seconds() - ANSWER_SECONDS)
     until = _remaining_seconds() - allowed
-    prediction = _start(intent, allowed)
+    prediction = _start(intent, told, allowed)
     try:
         submissions.wait_for_end(prediction.id, _remaining_seconds() - until)
     except (ClientError, BotoCoreError):
         logger.exception("started, but not waited for")
-    return _answer(intent, prediction, {"Preference-Applied": f"wait={seconds}"})
+    return _answer(intent, prediction, {**told, "Preference-Applied": f"wait={seconds}"})
 
 
 def _remaining_seconds() -> float:
@@ -98,10 +100,10 @@ def _remaining_seconds() -> float:
     return milliseconds / 1000
 
 
-def _start(intent: Intent, wait_seconds: float = 0) -> Prediction:
+def _start(intent: Intent, rate_limit: dict[str, str], wait_seconds: float = 0) -> Prediction:
     attempt = headers_of(app).get("x-stainless-retry-count", "")
     sdk_attempt = int(attempt) if attempt.isdecimal() and len(attempt) < 4 else None
-    return submissions.start(intent, sdk_attempt=sdk_attempt, wait_seconds=wait_seconds)
+    return submissions.start(intent, sdk_attempt=sdk_attempt, wait_seconds=wait_seconds, rate_limit=rate_limit)
 
 
 def _answer(intent: Intent, prediction: Prediction, headers: dict[str, str]) -> Response[str]:

@@ -79,3 +79,48 @@ def test_schema_of_a_version_is_asked_for_once_and_kept_in_the_table(
     kept = cloud.client("dynamodb").get_item(TableName=cloud.stack.table_name, Key=key)["Item"]
     assert "after_seconds" in kept["json"]["S"]
     assert int(kept["expires_at"]["N"]) > 0
+
+
+def test_version_alone_is_checked_from_its_second_prediction_on(
+    api: Api, cloud: LocalCloud, replicate: LocalReplicate
+) -> None:
+    version = version_of(replicate, "local/etcher")
+    wrong = {"version": version, "input": {"image": 7}}
+    first = api("alice").post("/predictions", json=wrong)
+    # Replicate's own refusal says nothing of the model; what it accepts does.
+    assert first.status_code in (201, 422), first.text
+    right = {"version": version, "input": {"image": "https://127.0.0.1:1/fox.png"}}
+    accepted = api("alice").post("/predictions", json=right)
+    assert accepted.status_code == 201, accepted.text
+    assert accepted.headers["ratelimit-remaining"].isdigit()
+    assert accepted.headers["ratelimit-reset"].isdigit()
+    creates = len(replicate.creates())
+    second = api("alice").post("/predictions", json=wrong)
+    assert (second.status_code, second.json()["title"]) == (422, "Input validation failed")
+    assert len(replicate.creates()) == creates
+
+
+def test_schema_of_a_version_that_was_read_checks_the_version_alone(api: Api, replicate: LocalReplicate) -> None:
+    version = version_of(replicate, "local/blob")
+    assert api("alice").get(f"/models/local/blob/versions/{version}").status_code == 200
+    answer = api("alice").post("/predictions", json={"version": version, "input": {"name": "x" * 101}})
+    assert answer.status_code == 422, answer.text
+    assert [each["field"] for each in answer.json()["invalid_fields"]] == ["input.name"]
+    assert replicate.creates() == []
+
+
+def test_list_is_between_moments(api: Api) -> None:
+    client = api("filterer")
+    made = [
+        client.post("/predictions", json={"version": "local/crasher", "input": {"how": "exception"}}).json()
+        for _ in range(2)
+    ]
+    first, second = made
+    for query, ids in (
+        ({"created_after": second["created_at"]}, [second["id"]]),
+        ({"created_before": second["created_at"]}, [first["id"]]),
+        ({"created_after": first["created_at"], "source": "api"}, [second["id"], first["id"]]),
+        ({"source": "web"}, []),
+    ):
+        page = client.get("/predictions", params=query).raise_for_status().json()
+        assert [each["id"] for each in page["results"]] == ids

@@ -4,6 +4,7 @@ import base64
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -826,6 +827,144 @@ def test_a_cursor_of_another_owner_shows_only_ones_own(call: Call, table: Predic
     cursor = parse_qs(urlsplit(following).query)["cursor"][0]
     page = call("read_predictions", "list", queryStringParameters={"cursor": cursor}, owner="bob")
     assert page["body"]["results"] == []
+
+
+# -- Replicate's limit ----------------------------------------------------------------------------------------
+
+LIMITS = {"RateLimit-Limit": "600", "RateLimit-Remaining": "0", "RateLimit-Reset": "1", "X-Other": "x"}
+
+
+def limits_of(answered: dict[str, Any]) -> dict[str, str]:
+    """The headers of an answer that tell a limit, and any that must not be there."""
+    names = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset", "X-Other")
+    return {name: found for name in names if (found := header(answered, name)) is not None}
+
+
+@pytest.mark.parametrize("headers", [{}, {"Prefer": "wait=1"}])
+@pytest.mark.parametrize("status", [201, 429])
+def test_what_replicate_says_of_its_limit_is_told_to_the_caller(
+    call: Call, replicate: ReplicateInMemory, headers: dict[str, str], status: int
+) -> None:
+    def limited(request: httpx.Request, there: ReplicateInMemory) -> httpx.Response:
+        body = there.accept(request, status="succeeded") if status == 201 else {"detail": "Resets in ~30s."}
+        return httpx.Response(status, json=body, headers=LIMITS)
+
+    replicate.faults = [limited]
+    answered = start(call, headers=headers)
+    # One that is throttled is submitted later by itself: its caller sees why nothing moves yet.
+    assert answered["statusCode"] == 201
+    assert limits_of(answered) == {"ratelimit-limit": "600", "ratelimit-remaining": "0", "ratelimit-reset": "1"}
+    assert limits_of(start(call)) == {}, "the next one is told nothing of this one's"
+
+
+@pytest.mark.parametrize("value", ["", " ", "x" * 101, "\u00e9", "1\x7f", "1\x00"], ids=ascii)
+def test_limit_that_no_header_of_ours_may_have_is_left_out(
+    call: Call, replicate: ReplicateInMemory, value: str
+) -> None:
+    headers = [(b"ratelimit-remaining", value.encode("latin-1")), (b"ratelimit-reset", b"1")]
+    replicate.faults = [lambda request, there: httpx.Response(201, json=there.accept(request), headers=headers)]
+    assert limits_of(start(call)) == {"ratelimit-reset": "1"}
+
+
+# -- filters of the list --------------------------------------------------------------------------------------
+
+
+def listed(call: Call, **query: str) -> dict[str, Any]:
+    return call("read_predictions", "list", queryStringParameters=query)
+
+
+@pytest.mark.parametrize("name", ["created_after", "created_before"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "", "x", "2025", "2025-01", "2025-W01-1", "20250101", "1750000000", "2025-02-30", "2025-01-01T25:00:00Z",
+        "2025-01-01T00:00:00 00:00", "2025-01-01T00:00:00Z ", "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59",
+        "\uff12\uff10\uff12\uff15-01-01", "2025-01-01T00:00:00+99:00", "2025-01-01T00:00:00." + "0" * 10 + "Z",
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_a_moment_that_is_none_is_a_problem_that_names_it(call: Call, name: str, value: str) -> None:
+    calls = AwsCalls()
+    problem = problem_of(listed(call, **{name: value, "source": "web"}), 422)
+    assert [each["field"] for each in problem["invalid_fields"]] == [name]
+    assert calls.made == []
+
+
+@pytest.mark.parametrize("value", ["", "WEB", "api,web", "x" * 1000])
+def test_a_source_that_is_none_is_a_problem_that_names_it(call: Call, value: str) -> None:
+    problem = problem_of(listed(call, source=value), 422)
+    assert [each["field"] for each in problem["invalid_fields"]] == ["source"]
+
+
+def test_nothing_was_made_on_the_web_and_all_by_the_api(call: Call, table: PredictionsTable, clock: Clock) -> None:
+    made = put(table, 1, clock.now())
+    calls = AwsCalls()
+    assert listed(call, source="web")["body"] == {"previous": None, "next": None, "results": []}
+    assert "dynamodb.Query" not in calls.made
+    assert [each["id"] for each in listed(call, source="api")["body"]["results"]] == [made]
+
+
+def at(seconds: float) -> str:
+    return datetime.fromtimestamp(1_750_000_000 + seconds, UTC).isoformat()
+
+
+@pytest.mark.parametrize(
+    ("query", "seconds"),
+    [
+        ({"created_after": at(2)}, [4, 3, 2]),
+        ({"created_after": at(1.000001)}, [4, 3, 2]),
+        ({"created_before": at(2)}, [1, 0]),
+        ({"created_before": at(2.000001)}, [2, 1, 0]),
+        ({"created_after": at(1), "created_before": at(3)}, [2, 1]),
+        ({"created_after": at(3), "created_before": at(1)}, []),
+        ({"created_after": at(2), "created_before": at(2)}, []),
+        ({"created_after": "2025-06-15t17:06:42+02:00"}, [4, 3, 2]),
+        ({"created_after": "2025-06-15T15:06:42"}, [4, 3, 2]),
+        ({"created_after": "2025-06-15 15:06:42.000000000z"}, [4, 3, 2]),
+        ({"created_after": "2025-06-15"}, [4, 3, 2, 1, 0]),
+        ({"created_before": "2025-06-15"}, []),
+        ({"created_after": "0001-01-01", "created_before": "9999-12-31T23:59:59Z"}, [4, 3, 2, 1, 0]),
+    ],
+    ids=str,
+)
+def test_list_begins_at_a_moment_and_ends_before_another(
+    call: Call, table: PredictionsTable, clock: Clock, query: dict[str, str], seconds: list[int]
+) -> None:
+    made = {}
+    for n in range(5):
+        made[put(table, n, clock.now())] = n
+        clock.advance(1)
+    page = listed(call, **query)
+    assert page["statusCode"] == 200
+    assert [made[each["id"]] for each in page["body"]["results"]] == seconds
+    assert listed(call, **query, cursor="bzIwMjU")["statusCode"] == 422
+
+
+def test_pages_of_a_filtered_list_keep_its_filters(call: Call, table: PredictionsTable, clock: Clock) -> None:
+    made = []
+    for n in range(6):
+        made.append(put(table, n, clock.now()))
+        clock.advance(1)
+    listed(call)  # loads the module
+    query = {"created_after": at(1), "created_before": at(5), "source": "api"}
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr("functions.read_predictions.app.PAGE_SIZE", 3)
+        first = listed(call, **query)["body"]
+        onward = parse_qs(urlsplit(first["next"]).query)
+        assert {name: onward[name] for name in query} == {name: [value] for name, value in query.items()}
+        second = listed(call, **{name: value for name, (value,) in onward.items()})["body"]
+        back = parse_qs(urlsplit(second["previous"]).query)
+        third = listed(call, **{name: value for name, (value,) in back.items()})["body"]
+        beyond = listed(call, **{name: value for name, (value,) in onward.items()} | {"created_after": at(3)})["body"]
+    assert [each["id"] for each in first["results"]] == [made[4], made[3], made[2]]
+    assert ([each["id"] for each in second["results"]], second["next"]) == ([made[1]], None)
+    assert ([each["id"] for each in third["results"]], third["previous"]) == ([made[4], made[3], made[2]], None)
+    assert (beyond["results"], beyond["next"]) == ([], None)
+
+
+def test_list_of_trainings_has_no_filters(call: Call) -> None:
+    answered = call("read_predictions", "trainings", queryStringParameters={"created_after": "x", "source": "x"})
+    assert answered["statusCode"] == 200
 
 
 # -- answers that Lambda can carry ----------------------------------------------------------------------------

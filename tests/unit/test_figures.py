@@ -12,7 +12,7 @@ from predictions.receipts import receive
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
 
-from tests.unit.fakes import PNG, Clock, ReplicateInMemory, Wakes, served
+from tests.unit.fakes import PNG, VERSION, Clock, ReplicateInMemory, Wakes, served
 from tests.unit.test_submissions import hold_token, wanted
 from tests.unit.test_table import FILE
 
@@ -44,8 +44,14 @@ def run(
     *,
     sdk_attempt: int | None = None,
     polls: int = 0,
+    known: bool = True,
 ) -> Calls:
-    """One prediction from request to end, completed by its webhooks; the state machine's own writes included."""
+    """One prediction from request to end, completed by its webhooks; the state machine's own writes included.
+
+    What there is to know of its version is in the table, unless it is not `known`.
+    """
+    if known:
+        table.keep_schema(VERSION, "null", int(clock.now()) + 3600, "stability-ai/sdxl")
     calls = Calls("dynamodb")
     replicate.files = {FILE: served(PNG)}
     started = submissions.start(wanted(), sdk_attempt=sdk_attempt)
@@ -88,6 +94,20 @@ def test_webhook_completed_prediction_without_files_writes_seven(
     clock: Clock,
 ) -> None:
     assert run(submissions, table, replicate, outputs, clock, "text").writes == 7
+
+
+def test_version_of_which_nothing_is_known_costs_two_writes_once(
+    submissions: Submissions,
+    table: PredictionsTable,
+    replicate: ReplicateInMemory,
+    outputs: OutputsBucket,
+    wakes: Wakes,
+    clock: Clock,
+) -> None:
+    replicate.versions = {f"stability-ai/sdxl/versions/{VERSION}": {"id": VERSION, "openapi_schema": None}}
+    # Its model is noted, then its schema is kept.
+    for writes in (9, 9, 8, 8):
+        assert run(submissions, table, replicate, outputs, clock, [FILE], known=False).writes == writes
 
 
 @pytest.mark.parametrize(("sdk_attempt", "polls", "writes"), [(0, 0, 9), (None, 1, 9), (None, 3, 11), (0, 1, 10)])

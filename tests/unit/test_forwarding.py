@@ -25,11 +25,14 @@ from predictions.forwarding import (
     VersionCache,
 )
 from predictions.forwarding import Call as ForwardedCall
+from predictions.intents import create_intent
 from predictions.observability import logger
+from predictions.submissions import Submissions
+from predictions.table import KeptSchema, PredictionsTable
 from predictions.upstream import Token
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
-from tests.unit.fakes import API_URL, VERSION, Clock, ReplicateInMemory
+from tests.unit.fakes import API_URL, VERSION, Clock, ReplicateInMemory, refusing
 
 URL = ReplicateInMemory.URL
 NAMES = {"owner": "acme", "name": "fox-1.5", "slug": "text-to-image", "id": VERSION}
@@ -851,3 +854,76 @@ def test_the_access_of_the_cache_is_to_its_own_items_only(call: Call, upstream: 
     [item] = aws.client("dynamodb").scan(TableName="predictions")["Items"]
     assert item["pk"] == {"S": f"forwarded#{VERSION_PATH}"}
     assert item.keys() == {"pk", "sk", "json", "expires_at"}
+
+
+# -- schemas of versions that are read ----------------------------------------------------------------------------
+
+INPUT = {"type": "object", "required": ["prompt"], "properties": {"prompt": {"type": "string"}}}
+
+
+def described(given: Any) -> dict[str, Any]:
+    return {"id": VERSION, "openapi_schema": {"components": {"schemas": {"Input": given}}}}
+
+
+@pytest.fixture
+def read_version(cloud: None, upstream: Upstream, clock: Clock) -> Callable[[Any], str]:
+    """Reads a version through the forwarding, which keeps schemas."""
+    versions = VersionCache("predictions", aws.client("dynamodb"), clock.now, keeps_schemas=True)
+    forwarding = Forwarding(URL, Token("replicate-token"), upstream.client, versions, clock.now)
+
+    def read(told: Any) -> str:
+        upstream.answer(httpx.Response(200, json=told))
+        names = {"owner": "acme", "name": "fox-1.5", "id": VERSION}
+        template = "/models/{owner}/{name}/versions/{id}"
+        return forwarding.forward(ForwardedCall.check("GET", template, names, {}, b"", None)).text
+
+    return read
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, 7, [], {"$ref": "https://a.example/b"}, {"properties": 7}],
+    ids=str,
+)
+def test_schema_of_no_use_is_kept_as_such_and_the_answer_comes_through(
+    read_version: Callable[[Any], str], table: PredictionsTable, clock: Clock, given: Any
+) -> None:
+    assert json.loads(read_version(described(given))) == described(given)
+    assert table.kept_schema(VERSION, clock.now()) == KeptSchema("acme/fox-1.5", "null")
+    assert table.kept_schema(VERSION, clock.now() + 86400) is None
+
+
+def test_schema_of_a_version_that_is_read_checks_the_next_prediction_of_the_bare_version(
+    read_version: Callable[[Any], str], submissions: Submissions, replicate: ReplicateInMemory
+) -> None:
+    read_version(described(INPUT))
+    body = json.dumps({"version": VERSION, "input": {"prompt": 7}}).encode()
+    intent = create_intent(body, {}, owner="alice", reference=None, allow_loopback_webhooks=False)
+    with pytest.raises(Problem) as problem:
+        submissions.start(intent)
+    assert [each["field"] for each in problem.value.invalid_fields] == ["input.prompt"]
+    assert replicate.asked == []
+
+
+def test_of_a_schema_too_large_for_an_item_only_the_model_is_noted(
+    read_version: Callable[[Any], str], table: PredictionsTable, clock: Clock
+) -> None:
+    choices = {**INPUT["properties"], "choice": {"enum": [f"{n} " + "x" * 60 for n in range(3_000)]}}  # type: ignore[dict-item]
+    read_version(described({**INPUT, "properties": choices}))
+    assert table.kept_schema(VERSION, clock.now()) == KeptSchema("acme/fox-1.5", None)
+    table.keep_schema(VERSION, "{}", int(clock.now()) + 60, "acme/fox-1.5")
+    read_version(described({**INPUT, "properties": choices}))
+    assert table.kept_schema(VERSION, clock.now()) == KeptSchema("acme/fox-1.5", "{}")
+
+
+def test_table_that_takes_no_schema_does_not_matter(read_version: Callable[[Any], str]) -> None:
+    with refusing("PutItem", "ThrottlingException", service="dynamodb"):
+        assert json.loads(read_version(described(INPUT))) == described(INPUT)
+
+
+@pytest.mark.parametrize(("value", "keeps"), [("true", True), ("false", False)])
+def test_schemas_are_kept_where_inputs_are_checked(
+    cloud: None, monkeypatch: pytest.MonkeyPatch, value: str, keeps: bool
+) -> None:
+    monkeypatch.setenv("VALIDATE_INPUT", value)
+    assert Forwarding.from_env()._versions._keeps_schemas == keeps

@@ -12,7 +12,7 @@ from predictions.errors import PredictionThrottled, Problem
 from predictions.intents import Intent, Reference, create_intent, model_reference
 from predictions.observability import metrics
 from predictions.submissions import Submissions
-from predictions.table import PAYLOAD_LIMIT_BYTES, PredictionsTable
+from predictions.table import PAYLOAD_LIMIT_BYTES, KeptSchema, PredictionsTable
 
 from tests.unit.apps import AwsCalls
 from tests.unit.conftest import make_submissions
@@ -130,7 +130,7 @@ def test_parameter_turns_it_on_and_off(cloud: None, monkeypatch: pytest.MonkeyPa
     assert (Submissions.from_env()._schemas is not None) == checks
 
 
-def test_bare_version_cannot_be_looked_up_and_is_left_to_replicate(
+def test_bare_version_of_an_unknown_model_is_left_to_replicate(
     submissions: Submissions, replicate: ReplicateInMemory
 ) -> None:
     replicate.faults = [answer(422, {"detail": "no", "invalid_fields": [{"field": "input.seed", "detail": "no"}]})]
@@ -139,6 +139,84 @@ def test_bare_version_cannot_be_looked_up_and_is_left_to_replicate(
     assert problem.value.invalid_fields == [{"field": "input.seed", "detail": "no"}]
     assert len(replicate.creates) == 1
     assert asked(replicate) == []
+
+
+@pytest.mark.parametrize("same_function", [True, False])
+def test_second_prediction_of_a_bare_version_is_checked(
+    table: PredictionsTable, replicate: ReplicateInMemory, executed: Executed, clock: Clock, same_function: bool
+) -> None:
+    first = make_submissions(table, replicate, executed, clock)
+    first.start(wanted(BAD, VERSION))
+    assert table.kept_schema(VERSION, clock.now()) == KeptSchema("stability-ai/sdxl", None)
+    second = first if same_function else make_submissions(table, replicate, executed, clock)
+    with pytest.raises(Problem) as problem:
+        second.start(wanted(BAD, VERSION))
+    assert problem.value.invalid_fields == WRONG
+    second.start(wanted(GOOD, VERSION))
+    assert [body["input"] for body in replicate.creates] == [BAD, GOOD]
+    assert asked(replicate) == [f"/models/stability-ai/sdxl/versions/{VERSION}"]
+
+
+def test_event_of_a_bare_version_is_checked_and_teaches_as_well(
+    submissions: Submissions, table: PredictionsTable, clock: Clock
+) -> None:
+    submissions.submit(queued(table, clock, wanted(BAD, VERSION)))
+    second = queued(table, clock, wanted(BAD, VERSION))
+    submissions.submit(second)
+    ended = table.get(second)
+    assert ended is not None
+    assert (ended.visible, ended.error) == ("failed", " ".join(f"{each['field']}: {each['detail']}" for each in WRONG))
+
+
+def test_model_of_a_version_is_noted_once(
+    table: PredictionsTable, replicate: ReplicateInMemory, executed: Executed, clock: Clock
+) -> None:
+    both = [make_submissions(table, replicate, executed, clock) for _ in range(2)]
+    for each in both:
+        each._look_up(wanted(GOOD, VERSION).reference)  # before either has learned it
+    both[0].start(wanted(GOOD, VERSION))
+    clock.advance(1)
+    both[1].start(wanted(GOOD, VERSION))
+    kept = table.kept_schema(VERSION, clock.now() + 30 * 86400 - 2)
+    assert kept == KeptSchema("stability-ai/sdxl", None)
+    assert table.kept_schema(VERSION, clock.now() + 30 * 86400 - 1) is None, "the first note stays"
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"model": None}, {"model": 7}, {"model": "sdxl"}, {"model": "a/../b"}, {"model": "../.."},
+        {"model": "a/b?x="}, {"model": "a/" + "b" * 200}, {"model": "ä/b"}, {"version": "hidden"}, {"version": OTHER},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_answer_that_names_no_model_of_the_version_teaches_nothing(
+    submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock, told: dict[str, Any]
+) -> None:
+    replicate.faults = [lambda request, there: httpx.Response(201, json=there.accept(request, **told))]
+    submissions.start(wanted(BAD, VERSION))
+    assert table.kept_schema(VERSION, clock.now()) is None
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "named version"])
+def test_only_a_bare_version_is_noted(
+    submissions: Submissions, replicate: ReplicateInMemory, table: PredictionsTable, clock: Clock, way: str
+) -> None:
+    replicate.versions.clear()
+    submissions.start(wanted(GOOD, *WAYS[way]))
+    assert table.kept_schema(VERSION, clock.now()) is None
+
+
+def test_large_schema_whose_object_has_expired_is_asked_for_again_by_the_version_alone(
+    table: PredictionsTable, replicate: ReplicateInMemory, executed: Executed, clock: Clock
+) -> None:
+    large = document(choice={"enum": [f"choice {n} " + "x" * 50 for n in range(3_000)]})
+    replicate.versions[f"stability-ai/sdxl/versions/{VERSION}"]["openapi_schema"] = large
+    make_submissions(table, replicate, executed, clock).start(wanted(GOOD, NAMED))
+    (stored,) = aws.client("s3").list_objects_v2(Bucket="outputs", Prefix="payloads/schemas/")["Contents"]
+    aws.client("s3").delete_object(Bucket="outputs", Key=stored["Key"])
+    with pytest.raises(Problem):
+        make_submissions(table, replicate, executed, clock).start(wanted(BAD, VERSION))
 
 
 @pytest.mark.parametrize(
@@ -295,12 +373,13 @@ def test_unusable_schema_is_not_asked_for_by_the_next_cold_function_but_the_next
         clock.advance(50_000)
 
 
+@pytest.mark.parametrize("version", [NAMED, VERSION])
 @pytest.mark.parametrize("operation", ["GetItem", "PutItem"])
 def test_table_that_refuses_schemas_does_not_matter(
-    submissions: Submissions, replicate: ReplicateInMemory, operation: str
+    submissions: Submissions, replicate: ReplicateInMemory, operation: str, version: str
 ) -> None:
     with refusing(operation, "AccessDeniedException", lambda body: "schema#" in json.dumps(body), service="dynamodb"):
-        submissions.start(wanted(GOOD, NAMED))
+        submissions.start(wanted(GOOD, version))
     assert len(replicate.creates) == 1
 
 
@@ -383,15 +462,24 @@ def test_key_of_a_refused_input_is_free(submissions: Submissions, replicate: Rep
 
 
 def test_table_forgets_a_schema_by_its_time_to_live(table: PredictionsTable) -> None:
-    table.keep_schema(VERSION, "{}", 1_000)
+    table.keep_schema(VERSION, "{}", 1_000, "acme/fox")
     item = aws.client("dynamodb").get_item(
         TableName="predictions", Key={"pk": {"S": f"schema#{VERSION}"}, "sk": {"S": "input"}}
     )["Item"]
     assert item["expires_at"] == {"N": "1000"}
-    assert (table.kept_schema(VERSION, 999), table.kept_schema(VERSION, 1_000)) == ("{}", None)
+    assert table.kept_schema(VERSION, 999) == KeptSchema("acme/fox", "{}")
+    assert table.kept_schema(VERSION, 1_000) is None
+
+
+def test_note_never_takes_the_place_of_what_is_kept_until_that_expires(table: PredictionsTable) -> None:
+    table.keep_schema(VERSION, "{}", 1_000, "acme/fox")
+    table.note_model(VERSION, "acme/wolf", 5_000, 999)
+    assert table.kept_schema(VERSION, 999) == KeptSchema("acme/fox", "{}")
+    table.note_model(VERSION, "acme/wolf", 5_000, 1_000)
+    assert table.kept_schema(VERSION, 1_000) == KeptSchema("acme/wolf", None)
 
 
 def test_other_failure_of_the_bucket_is_told(table: PredictionsTable) -> None:
-    table.keep_schema(VERSION, json.dumps("x" * PAYLOAD_LIMIT_BYTES), 1_000)
+    table.keep_schema(VERSION, json.dumps("x" * PAYLOAD_LIMIT_BYTES), 1_000, "acme/fox")
     with refusing("GetObject", "SlowDown", service="s3"), pytest.raises(ClientError):
         table.kept_schema(VERSION, 1)

@@ -101,6 +101,7 @@ def test_end_without_files_is_the_end_and_nothing_is_left_to_follow(
     status: str,
     seen: str,
 ) -> None:
+    table.keep_schema(VERSION, "null", int(clock.now()) + 3600, "stability-ai/sdxl")
     calls = Calls("dynamodb")
     replicate.faults = [held(clock, 3, status=status, output="A fox." if status == "succeeded" else None)]
     started = submissions.start(wanted(), wait_seconds=10)

@@ -30,7 +30,9 @@ _ANSWER_LIMIT_BYTES = 5_500_000
 _LOGS_LIMIT_CHARACTERS = 256 * 1024
 
 # What a page's script may read of an answer, besides its body.
-_EXPOSED_HEADERS = ["Location", "Preference-Applied", "Retry-After"]
+_EXPOSED_HEADERS = [
+    "Location", "Preference-Applied", "Retry-After", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"
+]  # fmt: skip
 
 _JSON = "application/json"
 _PROBLEM = "application/problem+json"

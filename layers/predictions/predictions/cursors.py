@@ -1,24 +1,31 @@
-"""Cursors of pages: where one starts and on which side, opaque to callers and harmless when made up."""
+"""Pages of a list: cursors, opaque to callers and harmless when made up, and the moments that a list is between.
+
+A cursor says where a page starts and on which side.
+"""
 
 import base64
 import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from urllib.parse import urlencode
 
 from predictions.aws import api_url
 from predictions.errors import Problem
 
 
-def cursor_url(path: str, place: str | None, *, older: bool) -> str | None:
+def cursor_url(path: str, place: str | None, *, older: bool, filters: Mapping[str, str] | None = None) -> str | None:
     """The URL of the page beside a place in a list; None where there is no such page.
 
     Args:
         path: The list's route, such as `/files`.
         place: `{created_at}#{id}`.
         older: Whether the page lies on the older side of it.
+        filters: The list's other parameters, which its pages keep.
     """
     if place is None:
         return None
     cursor = base64.urlsafe_b64encode(f"{'o' if older else 'n'}{place}".encode()).decode().rstrip("=")
-    return f"{api_url()}{path}?cursor={cursor}"
+    return f"{api_url()}{path}?{urlencode({'cursor': cursor, **(filters or {})})}"
 
 
 def read_cursor(cursor: str) -> tuple[bool, str | None]:
@@ -38,3 +45,25 @@ def read_cursor(cursor: str) -> tuple[bool, str | None]:
         detail = "Not a cursor of this API: take it from `next` or `previous` as it is."
         raise Problem(422, detail, invalid_fields=[{"field": "cursor", "detail": detail}])
     return found[1] == "o", found[2]
+
+
+def read_moment(name: str, text: str) -> datetime:
+    """A moment in ISO 8601, in UTC; one without an offset is UTC's.
+
+    Args:
+        name: The parameter's.
+        text: Its value.
+
+    Raises:
+        Problem: 422, where it is none.
+    """
+    upper = text.upper()
+    form = r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d:?\d\d)?)?"
+    try:
+        if re.fullmatch(form, upper, re.ASCII):
+            moment = datetime.fromisoformat(upper)
+            return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass  # no such day, or before the first one
+    detail = "Has to be a date-time in ISO 8601, such as 2025-01-31T12:00:00Z; a `+` in a query is sent as %2B."
+    raise Problem(422, detail, invalid_fields=[{"field": name, "detail": detail}])

@@ -129,13 +129,14 @@ class Operation:
 
 
 _SIGNATURE = ("WebhookId", "WebhookTimestamp", "WebhookSignature")
+_RATE_LIMIT = ("RateLimitLimit", "RateLimitRemaining", "RateLimitReset")
 _CREATE: dict[str, Any] = {"scope": "predict", "status": 201}
 _CREATE_PREDICTION: dict[str, Any] = {
     **_CREATE,
     "refusals": (404,),  # a model that is not there, wherever it is named
     "answer": "Prediction",
     "parameters": ("Prefer", "CancelAfter", "IdempotencyKey", "RetryCount"),
-    "headers": ("Location", "PreferenceApplied"),
+    "headers": ("Location", "PreferenceApplied", *_RATE_LIMIT),
 }
 _CREATE_FILE: dict[str, Any] = {**_CREATE, "headers": ("Location",)}
 _PAGE: dict[str, Any] = {"scope": "read", "parameters": ("Cursor",)}
@@ -161,7 +162,14 @@ OWN: tuple[Operation, ...] = (
         body="InputBody",
         **_CREATE_PREDICTION,
     ),
-    Operation("GET", "/predictions", "predictions.list", "List predictions", answer="PredictionPage", **_PAGE),
+    Operation(
+        "GET",
+        "/predictions",
+        "predictions.list",
+        "List predictions",
+        answer="PredictionPage",
+        **{**_PAGE, "parameters": ("Cursor", "CreatedAfter", "CreatedBefore", "Source")},
+    ),
     Operation("GET", "/predictions/{id}", "predictions.get", "Get a prediction", "read", answer="Prediction"),
     Operation(
         "POST", "/predictions/{id}/cancel", "predictions.cancel", "Cancel a prediction", "predict", answer="Prediction"
@@ -184,7 +192,7 @@ OWN: tuple[Operation, ...] = (
         answer="Training",
         body="TrainingBody",
         parameters=("IdempotencyKey", "RetryCount"),
-        headers=("Location",),
+        headers=("Location", *_RATE_LIMIT),
         **_CREATE,
     ),
     Operation("GET", "/trainings", "trainings.list", "List trainings", answer="TrainingPage", **_PAGE),
@@ -330,7 +338,10 @@ def describe(api_url: str) -> dict[str, Any]:
             "schemas": _SCHEMAS | _bodies(),
             "parameters": _PARAMETERS,
             "headers": _HEADERS,
-            "responses": {f"Problem{status}": _problem(words) for status, words in _WORDS.items()},
+            "responses": {
+                f"Problem{status}": _problem(words, _RATE_LIMIT if status == 429 else ())
+                for status, words in _WORDS.items()
+            },
             "securitySchemes": {
                 "accessToken": {
                     "type": "http",
@@ -401,10 +412,10 @@ def _schema(schema: str | Schema) -> Schema:
     return {"$ref": f"#/components/schemas/{schema}"} if isinstance(schema, str) else schema
 
 
-def _problem(words: str) -> dict[str, Any]:
+def _problem(words: str, headers: tuple[str, ...] = ()) -> dict[str, Any]:
     return {
         "description": words,
-        "headers": {"Retry-After": {"$ref": "#/components/headers/RetryAfter"}},
+        "headers": {_HEADER_NAMES[name]: {"$ref": f"#/components/headers/{name}"} for name in ("RetryAfter", *headers)},
         "content": {"application/problem+json": {"schema": _schema("Problem")}},
     }
 
@@ -707,6 +718,19 @@ def _parameter(name: str, place: str, description: str, schema: Schema, **others
 
 _PARAMETERS: dict[str, dict[str, Any]] = {
     "Cursor": _parameter("cursor", "query", "From `next` or `previous`, as it is.", _TEXT),
+    "CreatedAfter": _parameter(
+        "created_after", "query", "Only what was created at or after this time; UTC without an offset.", _TIME
+    ),
+    "CreatedBefore": _parameter(
+        "created_before", "query", "Only what was created before this time; UTC without an offset.", _TIME
+    ),
+    "Source": _parameter(
+        "source",
+        "query",
+        "How it was made. All of this stack's predictions are of the `api` (which Replicate's own API does not take "
+        "here), and none of the `web`.",
+        {"type": "string", "enum": ["web", "api"]},
+    ),
     "Prefer": _parameter(
         "Prefer",
         "header",
@@ -749,9 +773,29 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
     "Limit": _parameter("limit", "query", "The most results; passed on to Replicate.", _INTEGER),
 }
 
-_HEADER_NAMES = {"Location": "Location", "PreferenceApplied": "Preference-Applied", "RetryAfter": "Retry-After"}
+_HEADER_NAMES = {
+    "Location": "Location",
+    "PreferenceApplied": "Preference-Applied",
+    "RetryAfter": "Retry-After",
+    "RateLimitLimit": "RateLimit-Limit",
+    "RateLimitRemaining": "RateLimit-Remaining",
+    "RateLimitReset": "RateLimit-Reset",
+}
 _HEADERS: dict[str, dict[str, Any]] = {
     "Location": {"description": "Where it is.", "schema": _URL},
     "PreferenceApplied": {"description": "How long it was waited at most.", "schema": _TEXT},
     "RetryAfter": {"description": "When to try again, in seconds.", "schema": _TEXT},
+    "RateLimitLimit": {
+        "description": "Of Replicate's limit, where Replicate tells it: how many calls.",
+        "schema": _TEXT,
+    },
+    "RateLimitRemaining": {
+        "description": "Of Replicate's limit, where Replicate tells it: how many calls the whole stack has left; 0 "
+        "where Replicate did not take this one yet, which is submitted again by itself.",
+        "schema": _TEXT,
+    },
+    "RateLimitReset": {
+        "description": "Of Replicate's limit, where Replicate tells it: in how many seconds it is whole again.",
+        "schema": _TEXT,
+    },
 }

@@ -31,7 +31,16 @@ from predictions.aws import api_url, client
 from predictions.errors import Problem
 from predictions.intents import parse_json
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.upstream import Throttled, Token, TokenUnreadable, not_accepted
+from predictions.schemas import KEEP_SECONDS, to_keep, usable_schema
+from predictions.table import PAYLOAD_LIMIT_BYTES, schema_key
+from predictions.upstream import (
+    RATE_LIMIT_HEADERS,
+    SCHEMA_LIMIT_BYTES,
+    Throttled,
+    Token,
+    TokenUnreadable,
+    not_accepted,
+)
 from predictions.upstream_prediction import read_json
 
 if TYPE_CHECKING:
@@ -63,7 +72,7 @@ ROUTES: tuple[tuple[Method, str], ...] = (
 )
 """What is passed on, as in Replicate's own document. `QUERY /models` is not: API Gateway knows no such method."""
 
-HEADERS = ("retry-after", "ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
+HEADERS = ("retry-after", *RATE_LIMIT_HEADERS)
 """Headers that come back as they are. No `etag`: it would name the body before its links were turned."""
 
 CHANGE_LIMIT_BYTES = 1024 * 1024
@@ -197,11 +206,12 @@ class Forwarding:
 
     @classmethod
     def from_env(cls) -> "Forwarding":
-        """From `REPLICATE_API_URL`, `REPLICATE_TOKEN_SECRET_ARN` and `TABLE_NAME`."""
+        """From `REPLICATE_API_URL`, `REPLICATE_TOKEN_SECRET_ARN`, `TABLE_NAME` and `VALIDATE_INPUT`."""
         http = httpx.Client(
             timeout=_TIMEOUT, follow_redirects=False, trust_env=False, headers={"User-Agent": "replicate-serverless"}
         )
-        versions = VersionCache(os.environ["TABLE_NAME"], client("dynamodb"))
+        keeps_schemas = os.environ["VALIDATE_INPUT"] == "true"
+        versions = VersionCache(os.environ["TABLE_NAME"], client("dynamodb"), keeps_schemas=keeps_schemas)
         return cls(os.environ["REPLICATE_API_URL"], Token(os.environ["REPLICATE_TOKEN_SECRET_ARN"]), http, versions)
 
     def forward(self, call: Call) -> Answer:
@@ -260,7 +270,7 @@ class Forwarding:
                 if self._clock() > deadline:
                     raise httpx.ReadTimeout("the answer does not end")
         # The body is decoded already; its length and encoding are no longer what these say.
-        kept = [(k, v) for k, v in told.headers.multi_items() if k not in ("content-length", "content-encoding")]
+        kept = [(k, v) for k, v in told.headers.raw if k.lower() not in (b"content-length", b"content-encoding")]
         return httpx.Response(told.status_code, headers=kept, content=bytes(received), request=told.request)
 
     def _answer(self, call: Call, told: httpx.Response, own_url: str) -> Answer:
@@ -340,12 +350,22 @@ class VersionCache:
         table_name: The table's name.
         dynamodb: The client to use.
         now: Seconds since 1970.
+        keeps_schemas: Whether to keep the schemas of their inputs too, by which `predictions.schemas` checks a
+            prediction that names nothing but the version's id.
     """
 
-    def __init__(self, table_name: str, dynamodb: "DynamoDBClient", now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        table_name: str,
+        dynamodb: "DynamoDBClient",
+        now: Callable[[], float] = time.time,
+        *,
+        keeps_schemas: bool = False,
+    ) -> None:
         self._table_name = table_name
         self._dynamodb = dynamodb
         self._now = now
+        self._keeps_schemas = keeps_schemas
 
     def find(self, call: Call) -> str | None:
         """The answer to a call, where it is kept and not too old."""
@@ -360,9 +380,13 @@ class VersionCache:
     def keep(self, call: Call, text: str) -> None:
         """Keeps the answer to a call, if it is the version that was asked for and not too large."""
         value = read_json(text.encode())
-        is_version = isinstance(value, dict) and value.get("id") == call.version_id
-        if is_version and len(text.encode()) <= VERSION_CACHE_LIMIT_BYTES:
+        if call.version_id is None or not isinstance(value, dict) or value.get("id") != call.version_id:
+            return
+        size = len(text.encode())
+        if size <= VERSION_CACHE_LIMIT_BYTES:
             self._put(call, text, int(self._now()) + VERSION_CACHE_SECONDS)
+        if self._keeps_schemas and size <= SCHEMA_LIMIT_BYTES:
+            self._keep_schema(call.version_id, "/".join(call.path.split("/")[2:4]), value.get("openapi_schema"))
 
     def forget(self, call: Call) -> None:
         """Forgets a version that was deleted: no function may delete items, so an expired one replaces it.
@@ -371,10 +395,30 @@ class VersionCache:
         """
         self._put(call, "{}", int(self._now()))
 
+    def _keep_schema(self, version: str, model: str, openapi_schema: Any) -> None:
+        """As `PredictionsTable.keep_schema`; of a schema that is too large for an item only whose it is."""
+        text, seconds = to_keep(usable_schema(openapi_schema, version))
+        kept: dict[str, Any] = {"model": {"S": model}, "json": {"S": text}}
+        options: dict[str, Any] = {}
+        if len(text.encode()) > PAYLOAD_LIMIT_BYTES:
+            # The next prediction asks for it, and keeps it in the bucket: this function has nothing to do there.
+            del kept["json"]
+            options = {
+                "ConditionExpression": "attribute_not_exists(pk) OR expires_at <= :now",
+                "ExpressionAttributeValues": {":now": {"N": str(int(self._now()))}},
+            }
+            seconds = KEEP_SECONDS
+        key = {name: {"S": value} for name, value in schema_key(version).items()}
+        self._write({**key, **kept, "expires_at": {"N": str(int(self._now()) + seconds)}}, **options)
+
     def _put(self, call: Call, text: str, expires_at: int) -> None:
-        item: dict[str, Any] = {**self._key(call), "json": {"S": text}, "expires_at": {"N": str(expires_at)}}
+        self._write({**self._key(call), "json": {"S": text}, "expires_at": {"N": str(expires_at)}})
+
+    def _write(self, item: dict[str, Any], **options: Any) -> None:
         try:
-            self._dynamodb.put_item(TableName=self._table_name, Item=item)
+            self._dynamodb.put_item(TableName=self._table_name, Item=item, **options)
+        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            return  # what is there knows more
         except (ClientError, BotoCoreError):
             logger.exception("the cache of versions cannot be written")
 

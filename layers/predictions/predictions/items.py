@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 # https://docs.aws.amazon.com/amazondynamodb/latest/APIReference/API_BatchGetItem.html
 _BATCH_LIMIT = 100
 
+# Before and after every place of a list, each of which begins with a year.
+_FIRST_PLACE, _LAST_PLACE = "0", "9~"
+
 _serializer = TypeSerializer()
 _deserializer = TypeDeserializer()
 
@@ -47,7 +50,14 @@ def read_items(
 
 
 def list_page(
-    dynamodb: "DynamoDBClient", table_name: str, owner: str, start: str | None, *, older: bool, size: int
+    dynamodb: "DynamoDBClient",
+    table_name: str,
+    owner: str,
+    start: str | None,
+    *,
+    older: bool,
+    size: int,
+    between: tuple[str | None, str | None] = (None, None),
 ) -> tuple[list[str], bool]:
     """A page of the index `by_owner`.
 
@@ -58,20 +68,27 @@ def list_page(
         start: The place (`listed_at`) beside which the page starts, or None for the newest.
         older: Whether the page lies on the older side of `start`.
         size: The most items of a page.
+        between: Two timestamps in the form of `listed_at`: only what was created from the first on and before the
+            second.
 
     Returns:
         Each item's `pk`, from the start of the page on, away from it, and whether there are further ones beyond.
     """
-    condition, values = "#owner = :owner", {":owner": owner}
-    if start is not None:
-        condition += f" AND listed_at {'<' if older else '>'} :start"
-        values[":start"] = start
+    # A place is a timestamp, `#` and an id: none of either is a timestamp alone, so both bounds can be inclusive.
+    first, last = between[0] or _FIRST_PLACE, between[1] or _LAST_PLACE
+    if start is not None and older:
+        # All places have the same length: this is before `start`, and after whatever comes before it.
+        last = min(last, f"{start[:-1]}{chr(ord(start[-1]) - 1)}~")
+    elif start is not None:
+        first = max(first, f"{start} ")
+    if first > last:  # which DynamoDB refuses
+        return [], False
     answer = dynamodb.query(
         TableName=table_name,
         IndexName="by_owner",
-        KeyConditionExpression=condition,
+        KeyConditionExpression="#owner = :owner AND listed_at BETWEEN :first AND :last",
         ExpressionAttributeNames={"#owner": "owner"},
-        ExpressionAttributeValues=serialize(values),
+        ExpressionAttributeValues=serialize({":owner": owner, ":first": first, ":last": last}),
         ScanIndexForward=not older,
         Limit=size + 1,
     )

@@ -162,7 +162,14 @@ class Submissions:
 
     # -- start ------------------------------------------------------------------------------------------------
 
-    def start(self, intent: Intent, *, sdk_attempt: int | None = None, wait_seconds: float = 0) -> Prediction:
+    def start(
+        self,
+        intent: Intent,
+        *,
+        sdk_attempt: int | None = None,
+        wait_seconds: float = 0,
+        rate_limit: dict[str, str] | None = None,
+    ) -> Prediction:
         """Starts the prediction that a caller waits for the beginning of.
 
         Args:
@@ -171,6 +178,8 @@ class Submissions:
                 whose answer it did not see, without a key, and counts how often.
             wait_seconds: How long the caller waits for the end: as long, at most, Replicate is asked to hold its
                 answer.
+            rate_limit: Takes what Replicate's answer to the create says of its limit, as headers; nothing where no
+                create was made, or none was answered.
 
         Returns:
             The prediction: new, or the one that the same request started before.
@@ -213,12 +222,14 @@ class Submissions:
             return _existing(error.prediction, intent)
         logger.set_correlation_id(prediction.id)
         metrics.add_metric(name="PredictionsStarted", unit=MetricUnit.Count, value=1)
-        return self._submit_for_caller(prediction, intent.input_json, wait_until)
+        return self._submit_for_caller(prediction, intent.input_json, wait_until, rate_limit)
 
-    def _submit_for_caller(self, prediction: Prediction, input_json: str, wait_until: float) -> Prediction:
+    def _submit_for_caller(
+        self, prediction: Prediction, input_json: str, wait_until: float, rate_limit: dict[str, str] | None
+    ) -> Prediction:
         submit_later = False
         try:
-            prediction = self._submit(prediction, input_json, wait_until)
+            prediction = self._submit(prediction, input_json, wait_until, rate_limit)
         except Refused as error:
             refusal = {"status": error.status, "detail": error.detail, "invalid_fields": error.invalid_fields}
             self._end(prediction, Status.FAILED, error.detail, refusal=refusal)
@@ -329,7 +340,13 @@ class Submissions:
         except OutcomeUnknown as error:
             logger.warning("submitted with unknown outcome", reason=str(error))
 
-    def _submit(self, prediction: Prediction, input_json: str, wait_until: float = 0) -> Prediction:
+    def _submit(
+        self,
+        prediction: Prediction,
+        input_json: str,
+        wait_until: float = 0,
+        rate_limit: dict[str, str] | None = None,
+    ) -> Prediction:
         """The one POST, for the holder of the claim, and the bind.
 
         Where a caller waits, Replicate holds its answer (its sync mode). Meanwhile webhooks bind, merge and end the
@@ -356,9 +373,13 @@ class Submissions:
             body,
             cancel_after_seconds=remaining_seconds,
             wait_seconds=wait_seconds if wait_seconds >= 1 else None,
+            rate_limit=rate_limit,
         )
         logger.info("submitted", upstream_id=told.id, status=told.status)
-        return self._bind(prediction, told)
+        bound = self._bind(prediction, told)
+        if self._schemas and prediction.version and not prediction.name:
+            self._schemas.learn(prediction.version, told)
+        return bound
 
     def _bind(self, prediction: Prediction, told: UpstreamPrediction) -> Prediction:
         now = self._now()
@@ -676,11 +697,11 @@ class Submissions:
         name, version = reference.name or "", reference.version
         if reference.kind == "model" and version is None:
             return self._model(name)
-        if self._schemas is None or not check or not name:
+        if self._schemas is None or not check:
             return _Model(version, None)
         if reference.kind == "deployment":
             return _Model(version, self._schemas.of_deployment(name))
-        return _Model(version, self._schemas.of_version(name, version or ""))
+        return _Model(version, self._schemas.of_version(reference.name, version or ""))
 
     def _model(self, name: str) -> "_Model":
         cached = self._models.get(name)

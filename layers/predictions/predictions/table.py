@@ -17,9 +17,10 @@ twice, late or out of order is refused by the condition, and the caller is told 
 Besides, `pk` = `tokens` holds the access tokens (see `predictions.access`) and `pk` = `recent#{owner}#{fingerprint}`
 the latest request of a client that announced that it may send it again; `pk` = `forwarded#{path}` holds an answer of
 Replicate that does not change (see `predictions.forwarding`); `pk` = `schema#{version}` holds the schema of a model's
-input.
+input, or only which model's version it is.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -194,6 +195,19 @@ class Whole:
     files: Sequence[StoredFile]
     input_key: str | None = None
     result_key: str | None = None
+
+
+@dataclass(frozen=True)
+class KeptSchema:
+    """What is known of a version.
+
+    Attributes:
+        model: Whose it is, `owner/name`.
+        text: The schema of its input as it was kept; None where only the model is known.
+    """
+
+    model: str | None
+    text: str | None
 
 
 @dataclass(frozen=True)
@@ -717,9 +731,12 @@ class PredictionsTable:
         return json.loads(text)["output"] if text else None
 
     def list(
-        self, owner: str, start: str | None, *, older: bool, size: int, object: str = "prediction"  # noqa: A002  # the API's word
+        self, owner: str, start: str | None, *, older: bool, size: int, object: str = "prediction",  # noqa: A002  # the API's word
+        created_after: datetime | None = None, created_before: datetime | None = None,
     ) -> Page:  # fmt: skip
         """A page of an owner's predictions, or trainings.
+
+        Filters are bounds of the index's range key: what they leave out is not read.
 
         Args:
             owner: Whose.
@@ -727,9 +744,15 @@ class PredictionsTable:
             older: Whether the page lies on the older side of `start`.
             size: The most predictions of a page.
             object: `prediction` or `training`: their lists are apart.
+            created_after: Only those created then or later.
+            created_before: Only those created earlier.
         """
         key = _list_key(owner, object)
-        pks, more = list_page(self._dynamodb, self._name, key, start, older=older, size=size)
+        between = (
+            _timestamp_of(created_after) if created_after else None,
+            _timestamp_of(created_before) if created_before else None,
+        )
+        pks, more = list_page(self._dynamodb, self._name, key, start, older=older, size=size, between=between)
         return Page(self._wholes(pks), more=more)
 
     def due(self, now: float, limit: int) -> Iterator[str]:
@@ -774,16 +797,18 @@ class PredictionsTable:
 
     # -- schemas of models' inputs ----------------------------------------------------------------------------
 
-    def kept_schema(self, version: str, now: float) -> str | None:
-        """What `keep_schema` kept for a version; None where that is nothing, or has expired."""
-        found = self._dynamodb.get_item(TableName=self._name, Key=serialize(_schema_key(version))).get("Item")
+    def kept_schema(self, version: str, now: float) -> KeptSchema | None:
+        """What was kept or noted of a version; None where that is nothing, or has expired."""
+        found = self._dynamodb.get_item(TableName=self._name, Key=serialize(schema_key(version))).get("Item")
         item = deserialize(found) if found else None
         # What has expired stays there for some days.
-        return self._payload_text(item) if item and item["expires_at"] > now else None
+        if not item or item["expires_at"] <= now:
+            return None
+        return KeptSchema(item.get("model"), self._payload_text(item) if {"json", "s3_key"} & item.keys() else None)
 
-    def keep_schema(self, version: str, text: str, expires: int) -> None:
+    def keep_schema(self, version: str, text: str, expires: int, model: str) -> None:
         """Keeps the schema of a version's input, as JSON text; the last writer wins, since a version never changes."""
-        item: dict[str, Any] = {**_schema_key(version), "expires_at": expires}
+        item: dict[str, Any] = {**schema_key(version), "expires_at": expires, "model": model}
         body = text.encode()
         if len(body) > PAYLOAD_LIMIT_BYTES:
             item["s3_key"] = f"payloads/schemas/{version}/{hashlib.sha256(body).hexdigest()}.json"
@@ -791,6 +816,17 @@ class PredictionsTable:
         else:
             item["json"] = text
         self._dynamodb.put_item(TableName=self._name, Item=serialize(item))
+
+    def note_model(self, version: str, model: str, expires: int, now: float) -> None:
+        """Notes whose version it is, where nothing is known of it: what is kept stays."""
+        # What another one wrote meanwhile is as good.
+        with contextlib.suppress(self._dynamodb.exceptions.ConditionalCheckFailedException):
+            self._dynamodb.put_item(
+                TableName=self._name,
+                Item=serialize({**schema_key(version), "expires_at": expires, "model": model}),
+                ConditionExpression="attribute_not_exists(pk) OR expires_at <= :now",
+                ExpressionAttributeValues=serialize({":now": int(now)}),
+            )
 
     # -- inside -----------------------------------------------------------------------------------------------
 
@@ -977,7 +1013,8 @@ def _key(prediction_id: str) -> dict[str, str]:
     return {"pk": f"prediction#{prediction_id}", "sk": "status"}
 
 
-def _schema_key(version: str) -> dict[str, str]:
+def schema_key(version: str) -> dict[str, str]:
+    """The key of the item that holds what is known of a version: see `PredictionsTable.kept_schema`."""
     return {"pk": f"schema#{version}", "sk": "input"}
 
 
@@ -990,7 +1027,11 @@ _TRAININGS_OF = "trainings#"
 
 
 def _timestamp(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return _timestamp_of(datetime.fromtimestamp(moment, UTC))
+
+
+def _timestamp_of(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _digest(value: Any) -> str | None:

@@ -42,12 +42,16 @@ _ASK_TIMEOUT_SECONDS = 7
 
 # A schema is asked for while a caller waits, and can be done without.
 _SCHEMA_TIMEOUT_SECONDS = 2.5
-_SCHEMA_LIMIT_BYTES = 2 * 1024 * 1024
+SCHEMA_LIMIT_BYTES = 2 * 1024 * 1024
+"""The largest answer that a schema is taken from."""
 
 # A prediction's JSON can hold data: URLs and long logs; a function's memory is what bounds it.
 _ANSWER_LIMIT_BYTES = 64 * 1024 * 1024
 
 _TOKEN_CACHE_SECONDS = 60
+
+RATE_LIMIT_HEADERS = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
+"""What Replicate says of its limit in the answer to a create."""
 
 Collection = Literal["predictions", "trainings"]
 
@@ -187,6 +191,7 @@ class Replicate:
         *,
         cancel_after_seconds: int | None,
         wait_seconds: int | None = None,
+        rate_limit: dict[str, str] | None = None,
     ) -> UpstreamPrediction:
         """Creates a prediction or training with one POST, never repeated.
 
@@ -197,6 +202,7 @@ class Replicate:
             cancel_after_seconds: Sent as `Cancel-After`; Replicate's minimum is 5. None for a training, which has none.
             wait_seconds: Sent as `Prefer: wait`, 1 to 60: Replicate holds its answer until the end, at most that long.
                 The answer may be `processing` with the whole output, its files as `data:` URLs.
+            rate_limit: Takes the answer's `RATE_LIMIT_HEADERS`, also of one that is no prediction.
 
         Raises:
             NotAccepted: Nothing was started (`Throttled`, `Unauthorized`, `Refused`, or no connection).
@@ -217,6 +223,8 @@ class Replicate:
             raise Unauthorized(None, str(error)) from error
         except (httpx.HTTPError, AnswerTooLargeError) as error:
             raise OutcomeUnknown(f"the create was sent, but its answer was lost ({type(error).__name__})") from error
+        if rate_limit is not None:
+            rate_limit |= _rate_limit(answer)
         if 400 <= answer.status_code < 500 and answer.status_code != 408:
             raise not_accepted(answer)
         if not 200 <= answer.status_code < 300:
@@ -316,13 +324,10 @@ class Replicate:
         """
         current = self._describe(f"/deployments/{deployment}").get("current_release")
         model, version = (current.get("model"), current.get("version")) if isinstance(current, dict) else (None, None)
-        # The model's name becomes part of a path.
-        if not isinstance(model, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model, re.ASCII):
-            return None
-        return (model, version) if _is_version(version) else None
+        return (model, version) if is_model_name(model) and _is_version(version) else None
 
     def _describe(self, path: str) -> dict[str, Any]:
-        return self._json(self._ask("GET", path, timeout=_SCHEMA_TIMEOUT_SECONDS, limit_bytes=_SCHEMA_LIMIT_BYTES))
+        return self._json(self._ask("GET", path, timeout=_SCHEMA_TIMEOUT_SECONDS, limit_bytes=SCHEMA_LIMIT_BYTES))
 
     def signing_secret(self) -> str:
         """The secret with which Replicate signs this account's webhooks (`whsec_…`).
@@ -366,7 +371,8 @@ class Replicate:
             return httpx.Response(
                 answer.status_code,
                 # The body is decoded already; its length and encoding are no longer what these say.
-                headers=[(k, v) for k, v in answer.headers.multi_items() if not k.startswith("content-")],
+                # As bytes: httpx would refuse text that is not ASCII, after a prediction was started.
+                headers=[(k, v) for k, v in answer.headers.raw if not k.lower().startswith(b"content-")],
                 content=bytes(received),
             )
 
@@ -414,6 +420,13 @@ class Token:
         self._secrets.clear_cache()  # type: ignore[no-untyped-call]  # Powertools leaves it untyped
 
 
+def is_model_name(value: Any) -> TypeGuard[str]:
+    """Whether a value can be a model's `owner/name`, which becomes part of a path."""
+    return (
+        isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]{0,127}/[\w-][\w.-]{0,127}", value, re.ASCII) is not None
+    )
+
+
 def _is_version(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
@@ -433,6 +446,12 @@ def not_accepted(answer: httpx.Response) -> NotAccepted:
     if answer.status_code in (401, 402, 403):
         return Unauthorized(answer.status_code, detail)
     return Refused(answer.status_code, detail, _invalid_fields(answer))
+
+
+def _rate_limit(answer: httpx.Response) -> dict[str, str]:
+    told = {name: answer.headers.get(name, "") for name in RATE_LIMIT_HEADERS}
+    # They become headers of our own answer.
+    return {name: value for name, value in told.items() if re.fullmatch(r"[!-~][ -~]{0,99}", value)}
 
 
 def _problem_of(answer: httpx.Response) -> dict[str, Any]:
