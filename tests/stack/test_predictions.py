@@ -374,9 +374,8 @@ class TestSubmission:
         assert len(replicate.creates(created["id"])) == 1
 
     def test_refusal_of_replicate_is_the_callers_answer(self, stack: Stack, replicate: LocalReplicate) -> None:
-        # By its id alone: then only Replicate knows the version's schema.
-        version = replicate_get(replicate, "/models/local/painter")["latest_version"]["id"]
-        answer = stack.alice.post("/predictions", json={"version": version, "input": {"prompt": 7}})
+        # Only Replicate knows that there is no such version.
+        answer = stack.alice.post("/predictions", json={"version": "0" * 64, "input": {"prompt": "a fox"}})
         assert answer.status_code == 422
         assert answer.headers["content-type"].startswith("application/problem+json")
         assert [c["status"] for c in replicate.creates()] == [422]
