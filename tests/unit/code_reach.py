@@ -36,6 +36,7 @@ _S3_ACTIONS = {
 }
 _PREFIXES = {
     "dynamodb": "dynamodb",
+    "events": "events",
     "stepfunctions": "states",
     "secretsmanager": "secretsmanager",
     "s3": "s3",
@@ -125,7 +126,7 @@ def reach(folder: str) -> Reach:
                 owner = code.types.get(name) or (name if name in classes else "")
                 if owner:
                     waiting += method(owner, part.attr)
-                elif part.attr not in _OF_OTHERS and name != "os.environ":
+                elif part.attr not in _OF_OTHERS and name != "os.environ" and not isinstance(part.value, ast.Dict):
                     # A method of nobody knows which class. Where it is not called, only properties are followed: else
                     # each `prediction.status` would be `Executions.status`.
                     waiting += [

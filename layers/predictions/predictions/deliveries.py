@@ -7,15 +7,13 @@ from the table when it is sent, by `predictions.receivers`.
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import BotoCoreError, ClientError
-
 from predictions.aws import client
+from predictions.dead_letters import DeadLetterQueue
 from predictions.errors import PredictionsError
-from predictions.observability import logger
 from predictions.statuses import DEFAULT_WEBHOOK_EVENTS, Status
 
 if TYPE_CHECKING:
@@ -115,7 +113,9 @@ def deliveries_of(record: Mapping[str, Any]) -> Iterator[Delivery]:
     change = record["dynamodb"]
     new, old = change.get("NewImage") or {}, change.get("OldImage") or {}
     due_at = int(change["ApproximateCreationDateTime"])
-    prediction_id = _text(change["Keys"], "pk").removeprefix("prediction#")
+    kind, _, prediction_id = _text(change["Keys"], "pk").partition("#")
+    if kind != "prediction":
+        return
     match _text(change["Keys"], "sk"):
         case "status":
             for event, n in _of_status(new, old):
@@ -168,26 +168,18 @@ class DeliveriesQueue:
         """The queue of `DELIVERIES_QUEUE_URL`."""
         return cls(os.environ["DELIVERIES_QUEUE_URL"], client("sqs"))
 
-    def publish(self, records: Iterable[Mapping[str, Any]]) -> str | None:
-        """Queues what records of the stream call for. Twice: the same deliveries again, which receivers can tell.
+    def send_for(self, record: Mapping[str, Any], told: set[str]) -> None:
+        """Queues what a record of the stream calls for. Twice: the same deliveries again, which receivers can tell.
 
         Where two of one prediction come at once, the later one waits a second, so that they arrive in their order.
 
-        Returns:
-            The sequence number of the first record that failed, from which on all are to be read again; None where
-            none did.
+        Args:
+            record: As Lambda passes it.
+            told: Predictions for which this reading of the stream has queued something; what is queued is added.
         """
-        told: set[str] = set()
-        for record in records:
-            try:
-                for delivery in deliveries_of(record):
-                    self.send(delivery, delay_seconds=_ORDER_SECONDS if delivery.id in told else 0)
-                    told.add(delivery.id)
-            except (ClientError, BotoCoreError):
-                failed = str(record["dynamodb"]["SequenceNumber"])
-                logger.exception("deliveries not queued", sequence_number=failed)
-                return failed
-        return None
+        for delivery in deliveries_of(record):
+            self.send(delivery, delay_seconds=_ORDER_SECONDS if delivery.id in told else 0)
+            told.add(delivery.id)
 
     def send(self, delivery: Delivery, delay_seconds: int = 0) -> None:
         """Queues one delivery."""
@@ -219,8 +211,7 @@ class DeadLetters:
     """The deliveries that were given up; kept for 14 days."""
 
     def __init__(self, url: str, sqs: "SQSClient") -> None:
-        self._url = url
-        self._sqs = sqs
+        self._queue = DeadLetterQueue(url, sqs)
 
     @classmethod
     def from_env(cls) -> "DeadLetters":
@@ -229,23 +220,16 @@ class DeadLetters:
 
     def bury(self, delivery: Delivery, reason: str) -> None:
         """Keeps a delivery that is given up, with the reason. Twice: it is listed twice, and sent as one webhook."""
-        body = json.dumps({**asdict(delivery), "reason": reason}, separators=(",", ":"))
-        self._sqs.send_message(QueueUrl=self._url, MessageBody=body)
+        self._queue.bury(json.dumps({**asdict(delivery), "reason": reason}, separators=(",", ":")))
 
     def look(self, hidden_seconds: int) -> Iterator[DeadLetter]:
         """All that are there. Each is hidden from another look for a while, so that none is met twice."""
-        while True:
-            messages = self._sqs.receive_message(
-                QueueUrl=self._url, MaxNumberOfMessages=10, VisibilityTimeout=hidden_seconds, WaitTimeSeconds=1
-            ).get("Messages", [])
-            if not messages:
-                return
-            for message in messages:
-                yield _dead_letter(message["Body"], message["ReceiptHandle"])
+        for letter in self._queue.look(hidden_seconds):
+            yield _dead_letter(letter.body, letter.receipt_handle)
 
     def forget(self, letter: DeadLetter) -> None:
         """Deletes one."""
-        self._sqs.delete_message(QueueUrl=self._url, ReceiptHandle=letter.receipt_handle)
+        self._queue.forget(letter.receipt_handle)
 
 
 def _dead_letter(body: str, receipt_handle: str) -> DeadLetter:
