@@ -64,6 +64,7 @@ def reach(folder: str) -> Reach:
     functions: dict[str, list[_Code]] = {}
     methods: dict[str, dict[str, _Code]] = {}
     waiting: list[_Code] = []
+    protocols: set[str] = set()
     for tree in map(_tree, _imported(app)):
         known = _made(tree)
         for scope in tree.body:
@@ -72,9 +73,12 @@ def reach(folder: str) -> Reach:
                 if tree is _tree(app):  # the framework calls what is registered there
                     waiting.append(functions[scope.name][-1])
             elif isinstance(scope, ast.ClassDef):
+                held = known | _held(scope)
+                if any(ast.unparse(base) == "Protocol" for base in scope.bases):
+                    protocols.add(scope.name)
                 for member in scope.body:
                     if isinstance(member, ast.FunctionDef):
-                        code = _Code(member, known | _annotated(member) | {"self": scope.name, "cls": scope.name})
+                        code = _Code(member, held | _annotated(member) | {"self": scope.name, "cls": scope.name})
                         methods.setdefault(member.name, {})[scope.name] = code
                     else:
                         waiting.append(_Code(member, known))
@@ -95,8 +99,10 @@ def reach(folder: str) -> Reach:
                 waiting += [method for owner, method in methods.get("__init__", {}).items() if owner == part.id]
             elif isinstance(part, ast.Attribute):
                 candidates = methods.get(part.attr, {})
-                owner = part.value.id if isinstance(part.value, ast.Name) else ""
+                owner = ast.unparse(part.value)
                 owner = owner if owner in candidates else code.types.get(owner, "")
+                if owner in protocols:
+                    owner = ""  # any class may be behind it
                 if owner:
                     waiting += [candidates[owner]] if owner in candidates else []
                 elif (
@@ -123,6 +129,19 @@ def _made(tree: ast.Module) -> dict[str, str]:
                 value=ast.Call(func=ast.Attribute(value=ast.Name(id=maker), attr="from_env") | ast.Name(id=maker)),
             ):
                 found[name] = maker
+    return found
+
+
+def _held(scope: ast.ClassDef) -> dict[str, str]:
+    """`def __init__(self, table: Table)` with `self._table = table`: `{"self._table": "Table"}`."""
+    found: dict[str, str] = {}
+    for member in scope.body:
+        if isinstance(member, ast.FunctionDef) and member.name == "__init__":
+            given = _annotated(member)
+            for node in member.body:
+                match node:
+                    case ast.Assign(targets=[ast.Attribute() as held], value=ast.Name(id=name)) if name in given:
+                        found[ast.unparse(held)] = given[name]
     return found
 
 
