@@ -227,11 +227,12 @@ class OwnersUsage:
                 ReturnValuesOnConditionCheckFailure="ALL_OLD",
             ).get("Attributes", {})
         except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
-            there: Any = error.response
-            if there.get("Item"):
+            refusal: Any = error.response
+            if refusal.get("Item"):
                 return None
         else:
-            return int(before["ids"]["M"][prediction_id]["N"]) if before else 0
+            there = before.get("ids", {}).get("M", {})
+            return int(there[prediction_id]["N"]) if prediction_id in there else 0
         try:
             self._dynamodb.put_item(
                 TableName=self._table_name,
