@@ -47,10 +47,10 @@ _WORDS = {
     414: "The query is too long.",
     415: "Another media type is needed.",
     422: "Fields are wrong: `invalid_fields` names each one.",
-    429: "Too many requests: see `Retry-After`.",
+    429: "Too many requests, or a limit of the owner's is used up: see `Retry-After`.",
     500: "The stack made an error.",
     502: "The request failed, or Replicate did.",
-    503: "Not now: try again.",
+    503: "Not now, as in a pause: see `Retry-After`, or try again.",
     504: "It took too long.",
 }
 _OF_EVERY_ROUTE = (400, 404, 429, 500, 502, 503, 504)

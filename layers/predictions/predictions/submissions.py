@@ -229,7 +229,7 @@ class Submissions:
         if limits:
             self._take_place(intent, limits)
         start = self._limiter.reserve_for_caller()
-        submit_at = math.ceil(start) if start > now + _SOON_SECONDS else None
+        submit_at = math.ceil(start) if start > self._now() + _SOON_SECONDS else None
         if sdk_attempt is not None and not intent.keyed:
             self.table.remember_recent(intent.id, intent.owner, intent.fingerprint, now)
         try:
