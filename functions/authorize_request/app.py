@@ -6,8 +6,10 @@ It stands before every cold call, so it imports nothing but the table's client; 
 from typing import Any
 
 from predictions.access import AccessTokens, parse_authorization
+from predictions.limits import OwnersLimits
 
 access_tokens = AccessTokens.from_env()
+owners_limits = OwnersLimits.from_env()
 
 
 def handler(event: dict[str, str], context: object) -> dict[str, Any]:  # noqa: ARG001  # Lambda passes both
@@ -20,7 +22,7 @@ def handler(event: dict[str, str], context: object) -> dict[str, Any]:  # noqa: 
 
     Returns:
         `{"principalId": owner, "policyDocument": …, "context": {"owner", "scopes", "token_id"}}`, the scopes
-        separated by spaces.
+        separated by spaces; and `in_flight_limit` and `per_day_limit`, where its owner has such a limit.
 
     Raises:
         Exception: `Unauthorized`, for which API Gateway answers 401. Any other error, as when the table
@@ -39,5 +41,10 @@ def handler(event: dict[str, str], context: object) -> dict[str, Any]:  # noqa: 
             "Version": "2012-10-17",
             "Statement": [{"Action": "execute-api:Invoke", "Effect": "Allow", "Resource": f"{stage_arn}/*"}],
         },
-        "context": {"owner": access.owner, "scopes": " ".join(access.scopes), "token_id": access.id},
+        "context": {
+            "owner": access.owner,
+            "scopes": " ".join(access.scopes),
+            "token_id": access.id,
+            **owners_limits.limits_of(access.owner).context(),
+        },
     }

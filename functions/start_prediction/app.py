@@ -24,6 +24,7 @@ from predictions.intents import (
     training_reference,
     wait_seconds,
 )
+from predictions.limits import OwnerLimits
 from predictions.observability import logger
 from predictions.submissions import Submissions
 from predictions.table import Prediction, Whole
@@ -103,7 +104,10 @@ def _remaining_seconds() -> float:
 def _start(intent: Intent, rate_limit: dict[str, str], wait_seconds: float = 0) -> Prediction:
     attempt = headers_of(app).get("x-stainless-retry-count", "")
     sdk_attempt = int(attempt) if attempt.isdecimal() and len(attempt) < 4 else None
-    return submissions.start(intent, sdk_attempt=sdk_attempt, wait_seconds=wait_seconds, rate_limit=rate_limit)
+    limits = OwnerLimits.of_context(app.current_event.request_context.authorizer.raw_event)
+    return submissions.start(
+        intent, sdk_attempt=sdk_attempt, wait_seconds=wait_seconds, limits=limits, rate_limit=rate_limit
+    )
 
 
 def _answer(intent: Intent, prediction: Prediction, headers: dict[str, str]) -> Response[str]:

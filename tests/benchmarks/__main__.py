@@ -120,6 +120,7 @@ def _show_figures(terminal: Terminal, found: list[Figures]) -> None:
         ("states entered", *(str(len(run.states)) for run in counted)),
         ("  of it for polls", *(_count(run.polls * STATES_PER_POLL) for run in counted)),
         ("item writes (stream)", *(str(run.writes) for run in counted)),
+        ("  of the limiter, besides", *(_count(run.limiter_writes) for run in counted)),
         ("  asked for, refused included", *(str(run.asked_writes) for run in counted)),
         ("  bytes of the items", *(f"{run.written_bytes:,}" for run in counted)),
         ("  billed units, with indexes", *(str(_write_units(run)) for run in counted)),
@@ -189,7 +190,8 @@ def _show_promise(terminal: Terminal, found: list[Figures]) -> bool:
             f"A prediction that a webhook completes enters at most {STATES} states, runs at most {FUNCTIONS} "
             f"functions, the authorizer not counted, and writes at most {WRITES} items. Each poll adds "
             f"{STATES_PER_POLL} states, {FUNCTIONS_PER_POLL} function and {WRITES_PER_POLL} write. Here are the most "
-            "of all runs, without what their polls added."
+            "of all runs, without what their polls added, and without the one of the limiter that a create makes "
+            "within ten seconds of another."
         )
     )
     rows.append(("at most", "", str(STATES), str(FUNCTIONS), str(WRITES), ""))

@@ -77,7 +77,8 @@ class Run:
         gigabyte_seconds: The same times memory.
         log_bytes: What the functions logged, as CloudWatch counts it.
         states: Those entered, in order.
-        writes: Items written, from the table's stream.
+        writes: Items of the prediction written, from the table's stream.
+        limiter_writes: The limiter's item, written by each create that follows another one within seconds.
         written_bytes: The sum of their sizes.
         write_units: What DynamoDB bills for them, indexes included, refused writes not.
         upstream: Requests to Replicate.
@@ -95,6 +96,7 @@ class Run:
     log_bytes: int
     states: tuple[str, ...]
     writes: int
+    limiter_writes: int
     written_bytes: int
     write_units: int
     upstream: Counter[str]
@@ -234,6 +236,7 @@ class _Bench:
         for function, *_, message in logged:
             if message.startswith("REPORT RequestId"):
                 reports[function].append(_report(message))
+        limiter_writes = sum(change["Keys"]["pk"]["S"] == "limiter" for change in new_changes)
         return Run(
             created_ms=(created - began) * 1000,
             ended_ms=(ended - began) * 1000,
@@ -244,7 +247,8 @@ class _Bench:
             # https://docs.aws.amazon.com/AmazonCloudWatchLogs/latest/APIReference/API_PutLogEvents.html
             log_bytes=sum(len(message.encode()) + 26 for *_, message in logged),
             states=self._states(item),
-            writes=len(new_changes),
+            writes=len(new_changes) - limiter_writes,
+            limiter_writes=limiter_writes,
             written_bytes=sum(_size(change.get("NewImage", {})) for change in new_changes),
             write_units=sum(map(_write_units, new_changes)),
             upstream=_upstream(record, item["upstream_id"]),

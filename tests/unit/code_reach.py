@@ -72,6 +72,7 @@ def reach(folder: str) -> Reach:
     modules = _imported(app)
     functions: dict[tuple[Path, str], _Code] = {}
     classes: dict[str, tuple[ast.ClassDef, dict[str, _Code]]] = {}
+    protocols: set[str] = set()
     waiting: list[_Code] = []
     for module in modules:
         tree = _tree(module)
@@ -86,6 +87,8 @@ def reach(folder: str) -> Reach:
                 assert scope.name not in classes, f"two classes are named {scope.name}: annotations are read by name"
                 methods: dict[str, _Code] = {}
                 classes[scope.name] = scope, methods
+                if any(ast.unparse(base) == "Protocol" for base in scope.bases):
+                    protocols.add(scope.name)
                 own = _attributes(scope) | {"self": scope.name, "cls": scope.name}
                 for member in scope.body:
                     if isinstance(member, ast.FunctionDef):
@@ -124,7 +127,7 @@ def reach(folder: str) -> Reach:
             elif isinstance(part, ast.Attribute):
                 name = ast.unparse(part.value)
                 owner = code.types.get(name) or (name if name in classes else "")
-                if owner:
+                if owner and owner not in protocols:  # behind which any class may be
                     waiting += method(owner, part.attr)
                 elif part.attr not in _OF_OTHERS and name != "os.environ" and not isinstance(part.value, ast.Dict):
                     # A method of nobody knows which class. Where it is not called, only properties are followed: else

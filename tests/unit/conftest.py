@@ -7,6 +7,8 @@ import moto  # before anything that makes a client
 import pytest
 from predictions import aws
 from predictions.executions import Executions
+from predictions.limiter import Limiter
+from predictions.limits import OwnersUsage
 from predictions.observability import metrics
 from predictions.outputs import OutputsBucket
 from predictions.schemas import ModelSchemas
@@ -48,6 +50,7 @@ ENVIRONMENT = {
     "SUBMIT_GRACE_SECONDS": "90",
     "UNKNOWN_SUBMISSION": "fail",
     "VALIDATE_INPUT": "true",
+    "CREATES_PER_MINUTE": "600",
     "RETENTION_DAYS": "30",
     "FIRST_POLL_SECONDS": "60",
     "POLL_SECONDS": "600",
@@ -153,7 +156,13 @@ def make_submissions(
 ) -> Submissions:
     """The protocol with other options; `schemas=None` checks no input."""
     upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
-    options = {"schemas": ModelSchemas(table, upstream, now=clock.now), **options}
+    dynamodb = aws.client("dynamodb")
+    options = {
+        "schemas": ModelSchemas(table, upstream, now=clock.now),
+        "limiter": Limiter("predictions", dynamodb, now=clock.now),
+        "usage": OwnersUsage("predictions", dynamodb, now=clock.now),
+        **options,
+    }
     return Submissions(
         table,
         upstream,

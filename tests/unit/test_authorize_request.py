@@ -12,6 +12,7 @@ import pytest
 from botocore.exceptions import ClientError
 from predictions import aws
 from predictions.access import AccessTokens
+from predictions.limits import OwnerLimits, OwnersLimits
 
 EVENTS = Path(__file__).parents[2] / "events" / "authorize_request"
 SAMPLE_TOKEN = "rs_" + "A" * 43
@@ -121,6 +122,19 @@ def test_a_created_token_is_allowed_until_it_is_revoked(handler: Handler) -> Non
     tokens.revoke(access.id)
     with pytest.raises(Exception, match=r"^Unauthorized$"):
         handler(event, None)
+
+
+def test_limits_of_the_owner_are_passed_on_as_texts(handler: Handler) -> None:
+    limits = OwnersLimits("predictions", aws.client("dynamodb"))
+    for given, passed in (
+        (OwnerLimits(in_flight=20, per_day=0), {"in_flight_limit": "20", "per_day_limit": "0"}),
+        (OwnerLimits(per_day=7), {"per_day_limit": "7"}),
+    ):
+        limits.set_limits("alice", given)
+        context = handler(sample("bearer_token"), None)["context"]
+        assert context.items() >= passed.items()
+        assert OwnerLimits.of_context(context) == given
+        assert len(context) == 3 + len(passed)
 
 
 def test_a_table_that_cannot_be_read_is_not_answered_401(handler: Handler) -> None:

@@ -11,7 +11,11 @@ import pytest
 from predictions.__main__ import Stack, main
 from predictions.access import AccessTokens
 from predictions.dead_requests import DeadRequests
+from predictions.limiter import Limiter
+from predictions.limits import OwnerLimits, OwnersLimits
 from predictions.requests import Message
+
+from tests.unit.template import table_properties
 
 REGION = "us-east-1"
 ENVIRONMENT = (
@@ -125,6 +129,15 @@ def test_an_endpoint_where_nothing_listens_is_tried_and_said(
         ((*CREATE, "--name", "a\tb"), "name"),
         (("tokens", "revoke", "--stack", "demo", "nothex"), "'nothex'"),
         (("tokens", "revoke", "--stack", "demo", "abcdef123456"), "No token has the id abcdef123456"),
+        (("pause", "--stack", "absent"), "no stack 'absent'"),
+        (("pause", "--stack", "demo", "--reason", " "), "reason"),
+        (("pause", "--stack", "demo", "--reason", "x" * 201), "reason"),
+        (("pause", "--stack", "demo", "--reason", "a\tb"), "reason"),
+        (("limits", "set", "alice", "--stack", "demo"), "--in-flight"),
+        (("limits", "set", "Alice", "--stack", "demo", "--per-day", "1"), "The owner 'Alice'"),
+        (("limits", "set", "alice", "--stack", "demo", "--per-day", "-1"), "--per-day"),
+        (("limits", "set", "alice", "--stack", "demo", "--in-flight", "1001"), "--in-flight"),
+        (("limits", "remove", "#limits", "--stack", "demo"), "The owner '#limits'"),
     ],
 )
 def test_what_cannot_be_done_is_said(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], said: str) -> None:
@@ -147,6 +160,12 @@ def test_what_cannot_be_done_is_said(capsys: pytest.CaptureFixture[str], argv: t
         ("webhooks", "rotate", "--stack", "demo"),
         ("requests",),
         ("requests", "redrive", "--stack", "demo", "--id"),
+        ("pause",),
+        ("status", "--sta", "demo"),
+        ("limits",),
+        ("limits", "set", "--stack", "demo"),
+        ("limits", "set", "alice", "--stack", "demo", "--per-day", "many"),
+        ("limits", "remove", "--stack", "demo"),
     ],
 )
 def test_an_incomplete_command_shows_its_usage(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
@@ -174,6 +193,13 @@ def test_an_incomplete_command_shows_its_usage(capsys: pytest.CaptureFixture[str
         ("requests",),
         ("requests", "list"),
         ("requests", "redrive"),
+        ("pause",),
+        ("resume",),
+        ("status",),
+        ("limits",),
+        ("limits", "set"),
+        ("limits", "list"),
+        ("limits", "remove"),
     ],
 )
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
@@ -274,6 +300,73 @@ def test_the_profile_decides_region_and_credentials(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     assert main([*LIST, "--profile", "here"]) == 0
     assert main([*LIST, "--profile", "there"]) == 2
+
+
+# -- limits and pause ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def limited() -> Iterator[Any]:
+    """A stack with the template's own table."""
+    with moto.mock_aws():
+        create_client: Any = botocore.session.Session().create_client
+        create_client("cloudformation", region_name=REGION).create_stack(
+            StackName="demo", TemplateBody=template({"TableName": "predictions"})
+        )
+        dynamodb = create_client("dynamodb", region_name=REGION)
+        dynamodb.create_table(TableName="predictions", **table_properties())
+        yield dynamodb
+
+
+def test_status_tells_of_a_pause_from_its_command_to_its_end(limited: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def status() -> Any:
+        assert main(["status", "--json", "--stack", "demo", "--region", REGION]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert status() == {
+        "paused": False,
+        "paused_by": None,
+        "pause_reason": None,
+        "paused_since": None,
+        "paused_until": None,
+        "throttled_seconds": 0,
+        "queue_reserved_seconds": 0,
+        "http_reserved_seconds": 0,
+    }
+    limiter = Limiter("predictions", limited)
+    limiter.block(30)
+    limiter.pause_automatically("Replicate refuses it.")
+    found = status()
+    assert (found["paused"], found["paused_by"], found["pause_reason"]) == (True, "Replicate", "Replicate refuses it.")
+    assert found["paused_until"] > found["paused_since"]
+    assert (found["throttled_seconds"], found["http_reserved_seconds"]) == (30, 40)
+    assert main(["pause", "--reason", "Moving.", "--stack", "demo", "--region", REGION]) == 0
+    assert capsys.readouterr().out == ""
+    found = status()
+    assert (found["paused_by"], found["pause_reason"], found["paused_until"]) == ("command", "Moving.", None)
+    assert main(["status", "--stack", "demo", "--region", REGION]) == 0
+    assert "until `resume`" in capsys.readouterr().out
+    assert main(["resume", "--stack", "demo", "--region", REGION]) == 0
+    assert status()["paused"] is False
+
+
+def test_limits_are_set_listed_and_removed(limited: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*argv: str) -> str:
+        assert main(["limits", *argv, "--stack", "demo", "--region", REGION]) == 0
+        return capsys.readouterr().out
+
+    run("set", "bob", "--in-flight", "20", "--per-day", "5000")
+    run("set", "alice", "--per-day", "0")
+    run("set", "bob", "--in-flight", "30")
+    assert json.loads(run("list", "--json")) == [
+        {"owner": "alice", "in_flight": None, "per_day": 0},
+        {"owner": "bob", "in_flight": 30, "per_day": None},
+    ]
+    assert run("list").splitlines()[1:] == ["alice  -          0", "bob    30         -"]
+    run("remove", "bob")
+    run("remove", "bob")
+    assert [each["owner"] for each in json.loads(run("list", "--json"))] == ["alice"]
+    assert OwnersLimits("predictions", limited).limits_of("bob") == OwnerLimits()
 
 
 # -- webhooks ------------------------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ REFUSED = {
 REFUSED_BY_WHAT_IS_THERE = {
     ("start_prediction", "refused_unknown_model"): 404,
     ("start_prediction", "refused_by_schema"): 422,
+    ("start_prediction", "refused_over_limit"): 429,
     ("read_predictions", "refused_other_owner"): 404,
     ("read_predictions", "refused_unknown"): 404,
     ("read_predictions", "refused_training"): 404,

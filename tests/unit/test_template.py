@@ -141,7 +141,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
             (operator,) = statement["Condition"]
             keys = statement["Condition"][operator]["dynamodb:LeadingKeys"]
             if name == "AuthorizeRequestFunction":
-                assert (operator, keys) == ("ForAllValues:StringEquals", ["tokens"])
+                assert (operator, keys) == ("ForAllValues:StringLike", ["tokens", "owner#*"])
             else:
                 assert operator == "ForAllValues:StringLike"
                 assert set(keys) <= {
@@ -151,6 +151,8 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                     "forwarded#*",
                     "schema#*",
                     "owner#*",
+                    "usage#*",
+                    "limiter",
                     "file#*",
                 }
 
@@ -289,7 +291,7 @@ def test_parameter_has_a_description_a_bound_a_default_and_a_group(name: str) ->
     if "MinValue" in parameter:
         assert parameter["MinValue"] <= parameter["Default"] <= parameter["MaxValue"]
         # Its unit is in its name, its bounds in its description.
-        assert re.search(r"(Seconds|Days)$", name)
+        assert re.search(r"(Seconds|Days|PerMinute)$", name)
         assert f"{parameter['MinValue']} to {parameter['MaxValue']}" in parameter["Description"]
     if "AllowedValues" in parameter:
         assert parameter["Default"] in parameter["AllowedValues"]

@@ -2,6 +2,8 @@
 
     replicate-serverless tokens create --stack NAME --owner alice
     replicate-serverless urls keys --stack NAME
+    replicate-serverless pause --stack NAME --reason "The model is being changed."
+    replicate-serverless limits set alice --stack NAME --in-flight 20 --per-day 5000
 
 What a command makes goes to stdout, and nothing else does: `TOKEN=$(replicate-serverless tokens create …)`
 works.
@@ -26,6 +28,8 @@ from predictions.access import AccessTokens, Scope, is_owner
 from predictions.dead_requests import DeadRequests
 from predictions.deliveries import EVENTS, DeadLetters, DeliveriesQueue, Delivery
 from predictions.errors import PredictionsError
+from predictions.limiter import Limiter
+from predictions.limits import IN_FLIGHT_MAX, PER_DAY_MAX, LimitInvalid, OwnerLimits, OwnersLimits
 from predictions.outputs import OutputsBucket
 from predictions.owner_secrets import SecretVersions
 from predictions.table import PredictionsTable, is_id
@@ -47,6 +51,10 @@ _BODY_SHOWN_CHARACTERS = 60
 
 class CannotRedrive(PredictionsError):
     """There is no such dead letter, or what tries it once more fails; the message says which."""
+
+
+class ReasonUnusable(PredictionsError):
+    """The reason given for a pause cannot be shown to callers."""
 
 
 class KeysExist(PredictionsError):
@@ -269,6 +277,90 @@ def _rotate_secret(stack: Stack, arguments: argparse.Namespace) -> None:
     )
 
 
+def _pause(stack: Stack, arguments: argparse.Namespace) -> None:
+    reason = arguments.reason.strip()
+    if not 1 <= len(reason) <= 200 or not reason.isprintable():
+        raise ReasonUnusable("The reason must be 1 to 200 printable characters: callers are shown it.")
+    _limiter(stack).pause_by_command(reason)
+    print("Nothing is submitted from now on (within a second or two). `resume` ends that.", file=sys.stderr)
+
+
+def _resume(stack: Stack, arguments: argparse.Namespace) -> None:  # noqa: ARG001  # every command is called with both
+    _limiter(stack).resume()
+    print("Submissions go on; what waited follows within 5 minutes.", file=sys.stderr)
+
+
+def _show_status(stack: Stack, arguments: argparse.Namespace) -> None:
+    now = time.time()
+    state = _limiter(stack).limiter_state()
+    pause = state.pause(now)
+    shown = {
+        "paused": pause is not None,
+        "paused_by": pause.by if pause else None,
+        "pause_reason": pause.reason if pause else None,
+        "paused_since": _second(int(pause.since)) if pause else None,
+        "paused_until": _second(int(pause.until)) if pause and pause.until else None,
+        "throttled_seconds": max(0, round(state.blocked_until / 1000 - now)),
+        "queue_reserved_seconds": max(0, round(state.queue_at / 1000 - now)),
+        "http_reserved_seconds": max(0, round(state.http_at / 1000 - now)),
+    }
+    if arguments.json:
+        print(json.dumps(shown, indent=2))
+        return
+    until = f"until {shown['paused_until']}" if shown["paused_until"] else "until `resume`"
+    rows = [
+        ("submissions", f"paused by {pause.by} since {shown['paused_since']}, {until}" if pause else "go on"),
+        *([("reason", pause.reason)] if pause else []),
+        ("Replicate's own limit", f"holds creates for {shown['throttled_seconds']} s"),
+        ("reserved by others", f"for {shown['queue_reserved_seconds']} s"),
+        ("reserved over HTTP", f"for {shown['http_reserved_seconds']} s"),
+    ]
+    _print_table(("WHAT", "IS"), rows)
+
+
+def _set_limits(stack: Stack, arguments: argparse.Namespace) -> None:
+    limits = OwnerLimits(arguments.in_flight, arguments.per_day)
+    _owners_limits(stack).set_limits(_owner_of_limits(arguments), limits)
+    print(f"The limits of {arguments.owner} are {_limits_text(limits)}, within a minute.", file=sys.stderr)
+
+
+def _list_limits(stack: Stack, arguments: argparse.Namespace) -> None:
+    found = list(_owners_limits(stack).list_limits())
+    if arguments.json:
+        print(json.dumps([{"owner": owner, **asdict(limits)} for owner, limits in found], indent=2))
+        return
+    texts = [
+        (owner, *("-" if limit is None else str(limit) for limit in (limits.in_flight, limits.per_day)))
+        for owner, limits in found
+    ]
+    _print_table(("OWNER", "IN FLIGHT", "PER DAY"), texts)
+
+
+def _remove_limits(stack: Stack, arguments: argparse.Namespace) -> None:
+    _owners_limits(stack).remove_limits(_owner_of_limits(arguments))
+    print(f"{arguments.owner} has no limits any more, within a minute.", file=sys.stderr)
+
+
+def _limits_text(limits: OwnerLimits) -> str:
+    given = ((limits.in_flight, "in flight"), (limits.per_day, "a day"))
+    return " and ".join(f"{limit} {name}" for limit, name in given if limit is not None)
+
+
+def _owner_of_limits(arguments: argparse.Namespace) -> str:
+    owner: str = arguments.owner
+    if not is_owner(owner):
+        raise LimitInvalid(f"The owner {owner[:64]!r} must be 1 to 32 of a-z, 0-9 and '-'.")
+    return owner
+
+
+def _owners_limits(stack: Stack) -> OwnersLimits:
+    return OwnersLimits(stack.output("TableName"), stack.client("dynamodb"))
+
+
+def _limiter(stack: Stack) -> Limiter:
+    return Limiter(stack.output("TableName"), stack.client("dynamodb"))
+
+
 def _deliveries_queue(stack: Stack) -> DeliveriesQueue:
     return DeliveriesQueue(stack.output("DeliveriesQueueUrl"), stack.client("sqs"))
 
@@ -427,6 +519,41 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     keys.set_defaults(run=_make_url_keys)
+
+    pause = groups.add_parser(
+        "pause", parents=[stack], help="hold all new submissions until `resume`", allow_abbrev=False
+    )
+    pause.add_argument(
+        "--reason",
+        default="Its operator has paused it.",
+        help="a sentence that callers are shown, at most 200 characters (default: %(default)s)",
+    )
+    pause.set_defaults(run=_pause)
+    resume = groups.add_parser(
+        "resume", parents=[stack], help="end a pause, by command or automatic", allow_abbrev=False
+    )
+    resume.set_defaults(run=_resume)
+    status = groups.add_parser(
+        "status", parents=[stack], help="show whether submissions are paused, and what waits", allow_abbrev=False
+    )
+    status.add_argument("--json", action="store_true", help="as a JSON object")
+    status.set_defaults(run=_show_status)
+
+    limits = groups.add_parser("limits", help="limit owners: predictions in flight, and per day")
+    commands = limits.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    set_ = commands.add_parser(
+        "set", parents=[stack], help="give an owner these limits, and no others", allow_abbrev=False
+    )
+    set_.add_argument("owner", metavar="OWNER", help="whose")
+    set_.add_argument("--in-flight", type=int, help=f"started and not ended at once, 0 to {IN_FLIGHT_MAX}")
+    set_.add_argument("--per-day", type=int, help=f"started in a day (UTC), 0 to {PER_DAY_MAX}")
+    set_.set_defaults(run=_set_limits)
+    listed = commands.add_parser("list", parents=[stack], help="list the owners with limits", allow_abbrev=False)
+    listed.add_argument("--json", action="store_true", help="as a JSON list of objects")
+    listed.set_defaults(run=_list_limits)
+    remove = commands.add_parser("remove", parents=[stack], help="take an owner's limits away", allow_abbrev=False)
+    remove.add_argument("owner", metavar="OWNER", help="whose")
+    remove.set_defaults(run=_remove_limits)
     return parser
 
 

@@ -18,6 +18,7 @@ binds the prediction it started, or `poll` finds it among what Replicate lists, 
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from predictions.aws import api_url
 from predictions.errors import PredictionThrottled, Problem
 from predictions.executions import Executions, wake
 from predictions.intents import Intent, Reference, input_json_canonical
+from predictions.limiter import Limiter, Pause
+from predictions.limits import LimitReached, OwnerLimits, OwnersUsage
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.schemas import ModelSchemas
 from predictions.statuses import Status
@@ -65,6 +68,14 @@ _SUBMITTER_SECONDS = 60
 _NO_CONNECTION_WAIT_SECONDS = 10
 _UNAUTHORIZED_WAIT_SECONDS = 300
 _STUCK_SECONDS = 600
+
+# The most that is waited while submissions are paused: then somebody looks whether they still are.
+_PAUSE_STEP_SECONDS = 300
+# A start that is as near as this is not waited for.
+_SOON_SECONDS = 1
+# How long an owner's other predictions are waited for: a quarter of the time that has passed, within these bounds.
+_OWN_LIMIT_WAITS = (10, 60)
+
 _WAIT_STEP_SECONDS = 0.1
 _MODEL_CACHE_SECONDS = 300
 _MODELS_CACHED = 64
@@ -118,6 +129,8 @@ class Submissions:
         replicate: Replicate.
         executions: The state machine.
         timing: The operator's choices.
+        limiter: When a create may start.
+        usage: What owners use of their limits.
         schemas: Finds the schemas by which inputs are checked; None: they are not.
         resubmit: Whether a submission of unknown outcome is made anew, once, after its deadline has passed.
         now: The time, in seconds since 1970.
@@ -131,6 +144,8 @@ class Submissions:
         executions: Executions,
         timing: Timing,
         *,
+        limiter: Limiter,
+        usage: OwnersUsage,
         schemas: ModelSchemas | None = None,
         resubmit: bool = False,
         now: Callable[[], float] = time.time,
@@ -140,6 +155,8 @@ class Submissions:
         self._replicate = replicate
         self._executions = executions
         self._timing = timing
+        self._limiter = limiter
+        self._usage = usage
         self._schemas = schemas
         self._resubmit = resubmit
         self._now = now
@@ -156,6 +173,8 @@ class Submissions:
             replicate,
             Executions.from_env(),
             Timing.from_env(),
+            limiter=Limiter.from_env(),
+            usage=OwnersUsage.from_env(),
             schemas=ModelSchemas(table, replicate) if os.environ["VALIDATE_INPUT"] == "true" else None,
             resubmit=os.environ["UNKNOWN_SUBMISSION"] == "resubmit",
         )
@@ -168,6 +187,7 @@ class Submissions:
         *,
         sdk_attempt: int | None = None,
         wait_seconds: float = 0,
+        limits: OwnerLimits = OwnerLimits(),  # noqa: B008  # frozen
         rate_limit: dict[str, str] | None = None,
     ) -> Prediction:
         """Starts the prediction that a caller waits for the beginning of.
@@ -178,6 +198,7 @@ class Submissions:
                 whose answer it did not see, without a key, and counts how often.
             wait_seconds: How long the caller waits for the end: as long, at most, Replicate is asked to hold its
                 answer.
+            limits: The owner's.
             rate_limit: Takes what Replicate's answer to the create says of its limit, as headers; nothing where no
                 create was made, or none was answered.
 
@@ -186,8 +207,8 @@ class Submissions:
 
         Raises:
             Problem: 404 or 422 (an input that is not the model's, Replicate's refusal, or another request with the same
-                key), 502 (Replicate refuses the stack's token or credit), 503 (Replicate cannot be asked which version
-                to run).
+                key), 429 (one of the owner's limits is used up), 502 (Replicate refuses the stack's token or credit),
+                503 (submissions are paused, or Replicate cannot be asked which version to run).
         """
         wait_until = self._now() + wait_seconds
         if intent.keyed and (existing := self.table.get(intent.id)):
@@ -196,6 +217,8 @@ class Submissions:
             existing = self.table.recent(intent.owner, intent.fingerprint, self._now())
             if existing is not None:
                 return _existing(existing, intent)
+        if pause := self._limiter.pause_now():
+            raise _paused(pause, self._now())
         # A version's schema says what it runs on, not what it is trained on.
         version, schema = self._look_up(intent.reference, check=intent.object == "prediction")
         if invalid := self._violations(schema, intent.input_json):
@@ -206,6 +229,10 @@ class Submissions:
         # All that can fail on our side comes before the claim: after it, a POST that was never made is as unknown
         # as one whose answer was lost.
         api_url()
+        if limits:
+            self._take_place(intent, limits)
+        start = self._limiter.reserve_for_caller()
+        submit_at = math.ceil(start) if start > self._now() + _SOON_SECONDS else None
         if sdk_attempt is not None and not intent.keyed:
             self.table.remember_recent(intent.id, intent.owner, intent.fingerprint, now)
         try:
@@ -214,15 +241,25 @@ class Submissions:
                 version=version,
                 deadline=deadline,
                 expires=int(now) + self._timing.retention,
-                claim=True,
+                claim=submit_at is None,
                 execution_arn=self._executions.arn(intent.id, 1),
                 now=now,
+                submit_at=submit_at,
             )
         except AlreadyExists as error:
             return _existing(error.prediction, intent)
         logger.set_correlation_id(prediction.id)
         metrics.add_metric(name="PredictionsStarted", unit=MetricUnit.Count, value=1)
+        if submit_at is not None:
+            logger.info("not yet: more creates than the limiter lets start at once", submit_at=submit_at)
+            return self._track_for_caller(prediction, submit=True)
         return self._submit_for_caller(prediction, intent.input_json, wait_until, rate_limit)
+
+    def _take_place(self, intent: Intent, limits: OwnerLimits) -> None:
+        try:
+            self._usage.take_place(intent.owner, intent.id, limits)
+        except LimitReached as reached:
+            raise Problem(429, reached.detail, headers={"Retry-After": str(reached.seconds)}) from None
 
     def _submit_for_caller(
         self, prediction: Prediction, input_json: str, wait_until: float, rate_limit: dict[str, str] | None
@@ -240,12 +277,12 @@ class Submissions:
             refusal = {"status": 502, "detail": f"{why} Its operator has to mend that.", "invalid_fields": []}
             if prediction.keyed:
                 # Its caller can ask again by its key; the sweep submits it once the operator has mended the token.
-                self._give_back(prediction, _UNAUTHORIZED_WAIT_SECONDS)
+                self._give_back(prediction, error)
             else:
                 self._end(prediction, Status.FAILED, why, refusal=refusal)
             raise _problem_of(refusal) from None
         except NotAccepted as error:
-            prediction = self._give_back(prediction, self._wait_seconds(prediction, error))
+            prediction, _ = self._give_back(prediction, error)
             submit_later = not prediction.terminal
         except OutcomeUnknown as error:
             logger.warning("submitted with unknown outcome", reason=str(error))
@@ -255,11 +292,14 @@ class Submissions:
             logger.exception("submitted, but not bound")
         if prediction.terminal and not prediction.awaits_copy:
             return prediction  # there is nothing left to follow
+        return self._track_for_caller(prediction, submit=submit_later)
+
+    def _track_for_caller(self, prediction: Prediction, *, submit: bool) -> Prediction:
         try:
-            self._track(prediction, submit=submit_later)
+            self._track(prediction, submit=submit)
         except (ClientError, BotoCoreError):
             logger.exception("not tracked yet")
-            if submit_later and not prediction.keyed:
+            if submit and not prediction.keyed:
                 # Nobody would submit it. Ended first, so that an execution that did start submits nothing.
                 self._end(prediction, Status.FAILED, "The state machine could not be reached.")
                 detail = "The prediction was not started, since a part of the stack could not be reached: try again."
@@ -303,6 +343,8 @@ class Submissions:
             return
         if prediction.submit_at and prediction.submit_at > now:
             raise PredictionThrottled(int(prediction.submit_at - now) + 1)
+        if pause := self._limiter.pause_now():
+            raise PredictionThrottled(self._within_lifetime(prediction, pause.remaining(now, _PAUSE_STEP_SECONDS)))
         # What came over HTTP was checked before it was written down; a training's input is not of its version's schema.
         check = prediction.source != "http" and prediction.object == "prediction"
         try:
@@ -321,10 +363,56 @@ class Submissions:
             self._end(prediction, Status.FAILED, _listed(invalid))
             return
         api_url()
-        claimed = self.table.claim(prediction_id, version, now)
+        counted = self._take_turn(prediction)
+        claimed = self.table.claim(prediction_id, version, now, counted=counted)
         if claimed is None:
             return
         self._submit_for_execution(claimed, input_json)
+
+    def _take_turn(self, prediction: Prediction) -> bool:
+        """Takes a place in the owner's limits, and a start at the limiter, unless it has them.
+
+        A place is taken before a start: who has to wait for the one must not use up the other.
+
+        Returns:
+            Whether it has a place that its item does not tell of yet.
+
+        Raises:
+            PredictionThrottled: It has to wait; for a start, this once.
+        """
+        counted = False
+        if prediction.source != "http" and not prediction.counted:
+            limits = self._usage.known_limits(prediction.owner)
+            if limits:
+                self._take_place_in_queue(prediction, limits)
+                counted = True
+        if prediction.reserved and prediction.submit_at and self._limiter.is_reserved(prediction.submit_at):
+            return counted
+        start, now = self._reserve_start(prediction), self._now()
+        if start > now + _SOON_SECONDS:
+            submit_at = math.ceil(start)
+            # Where it moved on meanwhile, the next look finds out.
+            self.table.put_off(prediction, submit_at, counted=counted)
+            raise PredictionThrottled(self._within_lifetime(prediction, int(submit_at - now) + 1))
+        return counted
+
+    def _take_place_in_queue(self, prediction: Prediction, limits: OwnerLimits) -> None:
+        try:
+            self._usage.take_place(prediction.owner, prediction.id, limits)
+        except LimitReached as reached:
+            least, most = _OWN_LIMIT_WAITS
+            seconds = max(reached.seconds, min(most, max(least, (int(self._now()) - prediction.created) // 4)))
+            logger.info("waits for its owner's limit", reason=reached.detail, wait_seconds=seconds)
+            raise PredictionThrottled(self._within_lifetime(prediction, seconds)) from None
+
+    def _reserve_start(self, prediction: Prediction) -> float:
+        if prediction.source == "http":
+            return self._limiter.reserve_for_caller()
+        return self._limiter.reserve_for_queue()
+
+    def _within_lifetime(self, prediction: Prediction, seconds: int) -> int:
+        """That long, but not longer than until just after the deadline, which ends it."""
+        return max(1, min(seconds, int(prediction.deadline - self._now()) + 1))
 
     def _submit_for_execution(self, prediction: Prediction, input_json: str) -> None:
         try:
@@ -334,8 +422,8 @@ class Submissions:
         except NotAccepted as error:
             if isinstance(error, Unauthorized):
                 self._count_refused_token(error)
-            wait_seconds = self._wait_seconds(prediction, error)
-            if not self._give_back(prediction, wait_seconds).terminal:
+            released, wait_seconds = self._give_back(prediction, error)
+            if not released.terminal:
                 raise PredictionThrottled(wait_seconds) from None
         except OutcomeUnknown as error:
             logger.warning("submitted with unknown outcome", reason=str(error))
@@ -392,20 +480,28 @@ class Submissions:
     def _wait_seconds(self, prediction: Prediction, error: NotAccepted) -> int:
         """How long to wait after a submission that was not accepted."""
         if isinstance(error, Throttled):
-            return error.seconds
+            # Those that wait with it start one after another then, as do all others.
+            self._limiter.block(error.seconds)
+            start = self._reserve_start(prediction)
+            return max(error.seconds, math.ceil(round(start - self._now(), 3)))
         if isinstance(error, Unauthorized):
             return _UNAUTHORIZED_WAIT_SECONDS
         # The longer it lasts, the rarer: a quarter of the time that has passed.
         waited = (int(self._now()) - prediction.created) // 4
         return min(_UNAUTHORIZED_WAIT_SECONDS, max(_NO_CONNECTION_WAIT_SECONDS, waited))
 
-    def _give_back(self, prediction: Prediction, wait_seconds: int) -> Prediction:
-        """Releases a claim whose submission was certainly not accepted; a cancel of meanwhile ends the prediction."""
+    def _give_back(self, prediction: Prediction, error: NotAccepted) -> tuple[Prediction, int]:
+        """Releases a claim whose submission was certainly not accepted; a cancel of meanwhile ends the prediction.
+
+        Returns:
+            The prediction, and how many seconds it has to wait.
+        """
+        wait_seconds = self._wait_seconds(prediction, error)
         logger.warning("not accepted, submitted again later", wait_seconds=wait_seconds)
-        released = self.table.release(prediction, self._now(), wait_seconds)
+        released = self.table.release(prediction, self._now(), wait_seconds, reserved=isinstance(error, Throttled))
         if released and released.cancel_requested:
-            return self._end(released, Status.CANCELED, None)
-        return released or prediction
+            return self._end(released, Status.CANCELED, None), wait_seconds
+        return released or prediction, wait_seconds
 
     # -- poll -------------------------------------------------------------------------------------------------
 
@@ -740,6 +836,9 @@ class Submissions:
     def _count_refused_token(self, error: Unauthorized) -> None:
         logger.error("Replicate refuses the stack's token or credit", status=error.status)
         metrics.add_metric(name="UpstreamRefusals", unit=MetricUnit.Count, value=1)
+        if error.status in (401, 402):  # 403 may be of this one model
+            why = "token" if error.status == 401 else "credit"
+            self._limiter.pause_automatically(f"Replicate refuses this stack's {why} ({error.status}).")
 
 
 def _existing(prediction: Prediction, intent: Intent) -> Prediction:
@@ -754,6 +853,12 @@ def _existing(prediction: Prediction, intent: Intent) -> Prediction:
     if prediction.refusal_json:
         raise _problem_of(json.loads(prediction.refusal_json))
     return prediction
+
+
+def _paused(pause: Pause, now: float) -> Problem:
+    detail = f"This stack submits nothing now: {pause.reason} Nothing was started or written: try again later."
+    seconds = pause.remaining(now, _PAUSE_STEP_SECONDS)
+    return Problem(503, detail, title="Paused", headers={"Retry-After": str(seconds)})
 
 
 def _not_ended(prediction: Prediction) -> str:

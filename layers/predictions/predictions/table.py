@@ -17,7 +17,8 @@ twice, late or out of order is refused by the condition, and the caller is told 
 Besides, `pk` = `tokens` holds the access tokens (see `predictions.access`) and `pk` = `recent#{owner}#{fingerprint}`
 the latest request of a client that announced that it may send it again; `pk` = `forwarded#{path}` holds an answer of
 Replicate that does not change (see `predictions.forwarding`); `pk` = `schema#{version}` holds the schema of a model's
-input, or only which model's version it is.
+input, or only which model's version it is; `pk` = `limiter` when the next create may start (see `predictions.limiter`),
+and `pk` = `usage#{owner}` what an owner uses of its limits (see `predictions.limits`).
 """
 
 import contextlib
@@ -120,6 +121,8 @@ class Prediction:
     claimed: int | None = None
     written_by: str | None = None
     submit_at: int | None = None
+    reserved: bool = False
+    counted: bool = False
     resubmitted: bool = False
     cancel_requested: int | None = None
     upstream_id: str | None = None
@@ -246,7 +249,7 @@ class PredictionsTable:
 
     def put_intent(
         self, intent: "Intent", *, version: str | None, deadline: int, expires: int, claim: bool, execution_arn: str,
-        now: float,
+        now: float, submit_at: int | None = None,
     ) -> Prediction:  # fmt: skip
         """Writes down that a prediction is wanted and, in the same write, that the writer is about to submit it.
 
@@ -260,6 +263,7 @@ class PredictionsTable:
             claim: Whether the caller of this method submits it now.
             execution_arn: The execution that will track it, `{id}-1`.
             now: The time.
+            submit_at: When it may be submitted, where that start is reserved for it (see `predictions.limiter`).
 
         Raises:
             AlreadyExists: The id is taken.
@@ -293,11 +297,13 @@ class PredictionsTable:
             "visible": Status.STARTING.value,
             "deadline": deadline,
             "claimed": int(now) if claim else None,
+            "submit_at": submit_at,
+            "reserved": True if submit_at else None,
             "written_by": secrets.token_hex(8),
             "execution_n": 1,
             "execution_arn": execution_arn,
             "open": "open",
-            "next_check_at": int(now) + _START_CHECK_SECONDS,
+            "next_check_at": (submit_at or int(now)) + _START_CHECK_SECONDS,
             "expires_at": expires,
         }
         item = {name: value for name, value in item.items() if value is not None}
@@ -333,12 +339,24 @@ class PredictionsTable:
         noted = deserialize(found)
         return self.get(noted["id"]) if noted["created"] >= now - _RECENT_SECONDS else None
 
-    def claim(self, prediction_id: str, version: str | None, now: float) -> Prediction | None:
-        """Takes the right to submit `version`; None where somebody has it, it was canceled, or it has ended."""
+    def claim(self, prediction_id: str, version: str | None, now: float, *, counted: bool = False) -> Prediction | None:
+        """Takes the right to submit `version`; None where somebody has it, it was canceled, or it has ended.
+
+        Args:
+            prediction_id: Our id.
+            version: The version that will run, where it is known.
+            now: The time.
+            counted: Whether it has its place in its owner's limits (see `predictions.limits`).
+        """
         written_by = secrets.token_hex(8)
         claimed = self._change(
             prediction_id,
-            set={"claimed": int(now), "written_by": written_by, **({"version": version} if version else {})},
+            set={
+                "claimed": int(now),
+                "written_by": written_by,
+                **({"version": version} if version else {}),
+                **({"counted": True} if counted else {}),
+            },
             condition="attribute_not_exists(#claimed) AND attribute_not_exists(#cancel_requested) "
             "AND attribute_not_exists(#upstream_id) AND #rank < :terminal",
         )
@@ -348,18 +366,40 @@ class PredictionsTable:
             claimed = there if there and there.claimed and there.written_by == written_by else None
         return claimed
 
-    def release(self, prediction: Prediction, now: float, wait_seconds: int) -> Prediction | None:
+    def put_off(self, prediction: Prediction, submit_at: int, *, counted: bool) -> Prediction | None:
+        """Notes the start that is reserved for a prediction nobody has claimed; None where it moved on meanwhile.
+
+        Args:
+            prediction: The prediction.
+            submit_at: The start; nobody submits it before.
+            counted: Whether it has its place in its owner's limits.
+        """
+        return self._change(
+            prediction.id,
+            set={
+                "submit_at": submit_at,
+                "reserved": True,
+                "next_check_at": submit_at + _START_CHECK_SECONDS,
+                **({"counted": True} if counted else {}),
+            },
+            condition="attribute_not_exists(#claimed) AND attribute_not_exists(#upstream_id) AND #rank < :terminal",
+        )
+
+    def release(
+        self, prediction: Prediction, now: float, wait_seconds: int, *, reserved: bool = False
+    ) -> Prediction | None:
         """Gives the claim back: it is certain that nothing was started. None where the item moved on meanwhile.
 
-        Nobody submits it before `wait_seconds` have passed.
+        Nobody submits it before `wait_seconds` have passed; `reserved` says whether that start is reserved for it.
         """
         return self._change(
             prediction.id,
             set={
                 "submit_at": int(now) + wait_seconds,
                 "next_check_at": int(now) + wait_seconds + _START_CHECK_SECONDS,
+                **({"reserved": True} if reserved else {}),
             },
-            remove=["claimed"],
+            remove=["claimed", *([] if reserved else ["reserved"])],
             condition="#claimed = :claimed AND attribute_not_exists(#upstream_id) AND #rank < :terminal",
             values={":claimed": prediction.claimed},
         )
