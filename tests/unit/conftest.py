@@ -38,6 +38,9 @@ ENVIRONMENT = {
     "SOURCE_BUCKET_NAME": "source",
     "DELIVERIES_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/deliveries",
     "DELIVERIES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-deliveries",
+    "REQUESTS_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests",
+    "QUEUE_OWNER": "queue",
+    "QUEUE_SENDERS": "AROAALICE0000=alice",
     "FILE_ORIGINS": "",
     "ALLOW_LOOPBACK_WEBHOOKS": "false",
     "DEFAULT_LIFETIME_SECONDS": "86400",
@@ -88,6 +91,7 @@ def cloud(environment: None) -> Iterator[None]:
         aws.client("secretsmanager").create_secret(Name="link-secret", SecretString="l" * 64)
         aws.client("sqs").create_queue(QueueName="deliveries")
         aws.client("sqs").create_queue(QueueName="dead-deliveries")
+        aws.client("sqs").create_queue(QueueName="dead-requests")
         yield
     aws._client.cache_clear()
     aws._api_url = None
