@@ -30,6 +30,8 @@ _S3_ACTIONS = {
 }
 _PREFIXES = {
     "dynamodb": "dynamodb",
+    "events": "events",
+    "scheduler": "scheduler",
     "stepfunctions": "states",
     "secretsmanager": "secretsmanager",
     "s3": "s3",
@@ -170,6 +172,8 @@ def _note_call(client: ast.expr, call: str, found: Reach) -> None:
     if service == "s3":
         found.actions.add(_S3_ACTIONS[call])
     else:
+        if call == "create_schedule":
+            found.actions.add("iam:PassRole")
         found.actions.add(f"{service}:{''.join(word.capitalize() for word in call.split('_'))}")
 
 

@@ -254,7 +254,9 @@ class Executed:
 # The services by boto's names, and by those of their events.
 _SERVICES = {
     "dynamodb": "dynamodb",
+    "events": "eventbridge",
     "s3": "s3",
+    "scheduler": "scheduler",
     "secretsmanager": "secrets-manager",
     "sqs": "sqs",
     "ssm": "ssm",

@@ -2,7 +2,7 @@
 
 An expression is JMESPath (https://jmespath.org/specification.html) over the context. A text that is exactly one
 placeholder becomes what its expression finds, of whatever type; else what it finds is put into the text. What finds
-nothing (null) is refused: `{{ object.metadata.title || `"untitled"` }}` is how to write a default. A placeholder ends
+nothing (null) is refused: `{{ object.metadata.title || 'untitled' }}` is how to write a default. A placeholder ends
 at its first `}}`, so two braces that an expression needs get a space between them. Names of fields are never filled.
 
 Templates and what they are filled from are both strangers' text. JMESPath runs no code and finds everything in the
@@ -181,7 +181,7 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
             reason = " ".join(str(error).split())[:300]
             raise PlaceholderError(field, f"{expression.shown} cannot be filled: {reason}") from None
         if found is None:
-            detail = f'{expression.shown} finds nothing here; `{{{{ {expression.text} || `"default"` }}}}` would.'
+            detail = f"{expression.shown} finds nothing here; `{{{{ {expression.text} || 'default' }}}}` would."
             raise NothingFound(field, detail)
         return found
 
@@ -241,10 +241,11 @@ def _parts(text: str, field: str) -> Iterator[str | _Expression]:
     for count, placeholder in enumerate(_PLACEHOLDER.finditer(text)):
         if count >= PLACEHOLDERS_LIMIT:
             raise PlaceholderError(field, f"A text has at most {PLACEHOLDERS_LIMIT} placeholders.")
-        if placeholder.start() > end:
-            yield text[end : placeholder.start()]
+        start, following = placeholder.span()
+        if start > end:
+            yield text[end:start]
         yield _Expression(placeholder[1], field)
-        end = placeholder.end()
+        end = following
     if "{{" in text[end:]:
         raise PlaceholderError(field, "A placeholder begins with `{{` and does not end with `}}`.")
     if end < len(text) or end == 0:

@@ -5,6 +5,7 @@ half-way is mended by asking for it again. Deleting goes the other way: `deletin
 nothing any more, then the rule, then the item.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -48,7 +49,6 @@ _SCHEDULE = re.compile(
     r"|at\(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\)",
     re.ASCII,
 )
-_LITERAL_FIELDS = ("defaults", "model", "version", "deployment")
 _INVALID_FIELDS_LIMIT = 50
 
 
@@ -208,24 +208,26 @@ class RecipeChanges:
     def _delete(self, recipe: Recipe) -> None:
         if not self._items.set_state(recipe, "deleting"):
             raise _changed_meanwhile(recipe.name)
-        self._rules.remove(recipe)
-        if not self._items.remove(recipe):
+        self._rules.withdraw(recipe)
+        if not self._items.erase(recipe):
             self._mend(recipe)
             raise _changed_meanwhile(recipe.name)
 
     def _restore(self, existing: Recipe | None, recipe: Recipe) -> None:
         """Takes back what EventBridge did not take."""
         if existing is None:
-            self._rules.remove(recipe)
-            self._items.remove(recipe)
+            self._rules.withdraw(recipe)
+            self._items.erase(recipe)
         elif self._items.put(existing, replaces=recipe):
-            self._rules.put(existing)
+            # Most often it is still there as it was.
+            with contextlib.suppress(RuleRefused):
+                self._rules.put(existing)
 
     def _mend(self, recipe: Recipe) -> None:
         """Two calls at once: brings what starts a recipe in line with the item, whoever wrote that last."""
         current = self._items.find(recipe.id)
         if current is None or current.state == "deleting":
-            self._rules.remove(recipe)
+            self._rules.withdraw(recipe)
         else:
             self._rules.put(current)
 
@@ -377,10 +379,9 @@ def _check_placeholders(asked: RecipeBody) -> list[dict[str, str]]:
             list(expressions({name: getattr(asked, name)}))
         except PlaceholderError as error:
             invalid.append({"field": error.field, "detail": error.detail})
-    literal = [
-        name for name in ("defaults", "model", "version", "deployment") if holds_placeholders(getattr(asked, name))
-    ]
-    return [*invalid, *({"field": name, "detail": "No placeholders are filled here."} for name in literal)]
+    if holds_placeholders(asked.defaults):
+        invalid.append({"field": "defaults", "detail": "No placeholders are filled here."})
+    return invalid
 
 
 def _field_problem(error: Mapping[str, Any]) -> dict[str, str]:

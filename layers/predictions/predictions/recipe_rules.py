@@ -108,26 +108,26 @@ class RecipeRules:
             if error.response["Error"]["Code"] not in _REFUSALS:
                 raise
             raise RuleRefused(error.response["Error"]["Message"]) from None
-        self._remove(name, keep_bus=bus, keep_schedule=recipe.kind == "schedule")
+        self._remove_others(name, keep_bus=bus, keep_schedule=recipe.kind == "schedule")
 
-    def remove(self, recipe: Recipe) -> None:
+    def withdraw(self, recipe: Recipe) -> None:
         """Removes whatever starts a recipe. Twice does no harm."""
-        self._remove(self._name(recipe), keep_bus=None, keep_schedule=False)
+        self._remove_others(self._name(recipe), keep_bus=None, keep_schedule=False)
 
     def pattern(self, recipe: Recipe) -> dict[str, Any]:
         """The event pattern of a recipe for objects or events."""
         if recipe.kind == "pattern":
             pattern: dict[str, Any] = recipe.definition["pattern"]
             return pattern
-        s3 = recipe.definition["s3"]
-        prefix, suffix = s3["prefix"], s3.get("suffix")
+        asked: dict[str, Any] = recipe.definition["s3"]
+        prefix, suffix = asked["prefix"], asked.get("suffix")
         key: list[Any] = [{"wildcard": f"{_escaped(prefix)}*{_escaped(suffix)}"}] if suffix else [{"prefix": prefix}]
-        bounds: list[Any] = [">=", s3["min_bytes"]] if "min_bytes" in s3 else []
-        bounds += ["<=", s3["max_bytes"]] if "max_bytes" in s3 else []
+        bounds: list[Any] = [">=", asked["min_bytes"]] if "min_bytes" in asked else []
+        bounds += ["<=", asked["max_bytes"]] if "max_bytes" in asked else []
         matched: dict[str, Any] = {"key": key} if prefix or suffix else {}
         if bounds:
             matched["size"] = [{"numeric": bounds}]
-        detail: dict[str, Any] = {"bucket": {"name": [self._buckets[s3.get("bucket", "inputs")]]}}
+        detail: dict[str, Any] = {"bucket": {"name": [self._buckets[asked.get("bucket", "inputs")]]}}
         if matched:
             detail["object"] = matched
         return {"source": ["aws.s3"], "detail-type": ["Object Created"], "detail": detail}
@@ -187,7 +187,7 @@ class RecipeRules:
                 # Made by another call just now, or by this very one, whose answer botocore missed.
                 self._scheduler.update_schedule(**described)
 
-    def _remove(self, name: str, *, keep_bus: str | None, keep_schedule: bool) -> None:
+    def _remove_others(self, name: str, *, keep_bus: str | None, keep_schedule: bool) -> None:
         for bus in set(self._buses.values()) - {keep_bus}:
             try:
                 # A rule with targets cannot be deleted.

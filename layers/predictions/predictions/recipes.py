@@ -233,7 +233,7 @@ class RecipeItems:
             return False
         return True
 
-    def remove(self, recipe: Recipe) -> bool:
+    def erase(self, recipe: Recipe) -> bool:
         """Removes a recipe that nobody has changed meanwhile, then its name; whether it is gone."""
         try:
             self._dynamodb.delete_item(
@@ -419,9 +419,9 @@ class Recipes:
 
     def _is_of(self, recipe: Recipe, bucket: str, key: str) -> bool:
         """Whether an object is below a recipe's prefix, which its owner may have changed since the event."""
-        s3 = recipe.definition["s3"]
-        named = self._source_bucket_name if s3.get("bucket") == "source" else self._inputs_bucket_name
-        return bucket == named and key.startswith(s3["prefix"]) and key.endswith(s3.get("suffix") or "")
+        asked: Mapping[str, Any] = recipe.definition["s3"]
+        named = self._source_bucket_name if asked.get("bucket") == "source" else self._inputs_bucket_name
+        return bucket == named and key.startswith(asked["prefix"]) and key.endswith(asked.get("suffix", ""))
 
     def _is_readable(self, bucket: str, key: str) -> bool:
         """Whether an object may be handed to a model: not what owners have uploaded for themselves."""
