@@ -42,10 +42,11 @@ ENVIRONMENT = {
     "REQUESTS_DEAD_LETTER_QUEUE_ARN": "arn:aws:sqs:us-east-1:123456789012:dead-requests",
     "REQUESTS_QUEUE_ARN": "arn:aws:sqs:us-east-1:123456789012:requests",
     "RECIPE_NAME_PREFIX": "replicate-serverless-recipe-",
-    "EVENT_BUS_NAME": "replicate-serverless",
     "SCHEDULE_GROUP_NAME": "replicate-serverless",
     "SCHEDULER_ROLE_ARN": "arn:aws:iam::123456789012:role/scheduler",
     "MAX_ORIGIN_DEPTH": "3",
+    "EVENT_BUS_NAME": "bus",
+    "PROCESSING_EVENTS": "false",
     "QUEUE_OWNER": "queue",
     "QUEUE_SENDERS": "AROAALICE0000=alice",
     "FILE_ORIGINS": "",
@@ -100,8 +101,8 @@ def cloud(environment: None) -> Iterator[None]:
         aws.client("sqs").create_queue(QueueName="dead-deliveries")
         aws.client("sqs").create_queue(QueueName="dead-requests")
         aws.client("s3").create_bucket(Bucket="source")
-        aws.client("events").create_event_bus(Name="replicate-serverless")
         aws.client("scheduler").create_schedule_group(Name="replicate-serverless")
+        aws.client("events").create_event_bus(Name="bus")
         yield
     aws._client.cache_clear()
     aws._api_url = None

@@ -228,15 +228,15 @@ class TestChanges:
         recipe_id = call("PUT", "mine", RECIPE)[1]["id"]
         without = {name: part for name, part in RECIPE.items() if name != "s3"}
         call("PUT", "mine", {**without, "pattern": {"source": ["shop"]}, "bus": "stack"})
-        assert (rules(), list(rules("replicate-serverless")), schedules()) == ({}, [recipe_id], [])
+        assert (rules(), list(rules("bus")), schedules()) == ({}, [recipe_id], [])
         call("PUT", "mine", {**without, "schedule": {"expression": "rate(1 day)", "time_zone": "Europe/Berlin"}})
-        assert (rules(), rules("replicate-serverless"), schedules()) == ({}, {}, [recipe_id])
+        assert (rules(), rules("bus"), schedules()) == ({}, {}, [recipe_id])
         call("PUT", "mine", {**without, "schedule": {"expression": "rate(2 days)"}})
         schedule = aws.client("scheduler").get_schedule(Name=RULE + recipe_id, GroupName="replicate-serverless")
         assert (schedule["ScheduleExpression"], schedule["ScheduleExpressionTimezone"]) == ("rate(2 days)", "UTC")
         assert json.loads(schedule["Target"]["Input"])["event"]["time"] == "<aws.scheduler.scheduled-time>"
         call("PUT", "mine", without)
-        assert (rules(), rules("replicate-serverless"), schedules()) == ({}, {}, [])
+        assert (rules(), rules("bus"), schedules()) == ({}, {}, [])
         assert call("DELETE", "mine")[0] == 204
 
     @pytest.mark.parametrize("operation", ["PutRule", "PutTargets"])
@@ -376,6 +376,7 @@ class TestDoor:
             ({"source": "replicate-serverless", "detail": {"owner": "alice", "depth": True}}, "refused"),
             ({"source": "replicate-serverless", "detail": {"owner": "bob", "depth": 0}}, None),
             ({"source": "replicate-serverless", "detail": "x"}, None),
+            ({"source": "replicate-serverless", "detail": {"owner": "alice", "depth": 0, "event_id": 3}}, 1),
             ({"source": "shop", "detail": {"depth": 5000}}, 0),
             ({"source": "shop", "detail": {"origin-depth": 1}}, 2),
             ({"source": "shop", "detail": {"origin-depth": 9}}, "refused"),
@@ -445,6 +446,17 @@ class TestDoor:
         assert intent(definition, {"time": "2025-06-16T09:00:00Z"}).id != first.id
         literal = intent(definition, {"time": "<aws.scheduler.scheduled-time>"})
         assert json.loads(literal.input_json) == {"prompt": "2025-06-15T15:06:40Z"}
+
+    def test_the_stacks_own_event_that_comes_twice_is_one_request(self, intent: Callable[..., Any]) -> None:
+        definition = {
+            "s3": None,
+            "pattern": {"source": ["replicate-serverless"]},
+            "bus": "stack",
+            "input": {"prompt": "x"},
+        }
+        detail = {"owner": "alice", "depth": 0, "event_id": "x-succeeded"}
+        told = [{"id": each, "source": "replicate-serverless", "detail": detail} for each in ("e1", "e2")]
+        assert intent(definition, told[0]).id == intent(definition, told[1]).id
 
     def test_a_placeholder_that_finds_nothing_is_refused_with_recipe_and_field(
         self, intent: Callable[..., Any]

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from predictions.file_uploads import UploadBody
 from predictions.intents import PredictionBody, TrainingBody
-from predictions.recipe_changes import RecipeBody
+from predictions.recipe_bodies import RecipeBody
 
 VERSION = "0.1.0"
 

@@ -14,14 +14,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from predictions.errors import Problem
-from predictions.intents import Reference, WebhookEvent, create_requested_intent, parse_json, random_id
+from predictions.intents import Reference, create_requested_intent, parse_json, random_id
 from predictions.observability import logger
 from predictions.placeholders import PlaceholderError, expressions, holds_placeholders
+from predictions.recipe_bodies import NAME, RecipeBody
 from predictions.recipe_rules import RecipeRules, RuleRefused
 from predictions.recipes import KEPT_APART, Recipe, RecipeItems
 from predictions.schemas import ModelSchemas
@@ -38,10 +39,6 @@ PATTERN_LIMIT_CHARACTERS = 2048
 """The largest event pattern that EventBridge takes.
 https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-quota.html"""
 
-# EventBridge compares numbers up to this.
-# https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-create-pattern-operators.html#filtering-numeric-matching
-_BYTES_LIMIT = 5_000_000_000
-_NAME = r"[a-z0-9][a-z0-9-]{0,62}"
 # https://docs.aws.amazon.com/scheduler/latest/UserGuide/schedule-types.html
 _SCHEDULE = re.compile(
     r"rate\([1-9][0-9]{0,5} (?:minutes?|hours?|days?)\)"
@@ -50,48 +47,6 @@ _SCHEDULE = re.compile(
     re.ASCII,
 )
 _INVALID_FIELDS_LIMIT = 50
-
-
-class S3Body(BaseModel):
-    """Objects that start a recipe."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    bucket: Literal["inputs", "source"] = "inputs"
-    prefix: str = Field(max_length=512)
-    suffix: str | None = Field(default=None, min_length=1, max_length=256)
-    min_bytes: int | None = Field(default=None, ge=0, le=_BYTES_LIMIT)
-    max_bytes: int | None = Field(default=None, ge=0, le=_BYTES_LIMIT)
-
-
-class ScheduleBody(BaseModel):
-    """Times that start a recipe."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    expression: str = Field(max_length=256)
-    time_zone: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_+/-]{1,50}$")
-
-
-class RecipeBody(BaseModel):
-    """The fields of `PUT /recipes/{name}`; `POST /recipes` has `name` in it too."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    name: str | None = Field(default=None, pattern=f"^{_NAME}$")
-    model: str | None = Field(default=None, max_length=256)
-    version: str | None = Field(default=None, max_length=256)
-    deployment: str | None = Field(default=None, max_length=256)
-    input: dict[str, Any]
-    defaults: dict[str, Any] | None = None
-    webhook: str | None = Field(default=None, max_length=2048)
-    webhook_events_filter: list[WebhookEvent] | None = Field(default=None, max_length=4)
-    lifetime: str | int | None = None
-    output_prefix: str | None = Field(default=None, max_length=512)
-    s3: S3Body | None = None
-    pattern: dict[str, Any] | None = None
-    bus: Literal["default", "stack"] | None = None
-    schedule: ScheduleBody | None = None
 
 
 class RecipeChanges:
@@ -250,7 +205,7 @@ class RecipeChanges:
             found = error.errors(include_url=False, include_context=False)
             raise _invalid([_field_problem(each) for each in found]) from None
         named = asked.name or name or ""
-        if not re.fullmatch(_NAME, named, re.ASCII) or named != (name or named):
+        if not re.fullmatch(NAME, named, re.ASCII) or named != (name or named):
             detail = "1 to 63 of `a` to `z`, digits and `-`; the same in the body as in the route."
             raise _invalid([{"field": "name", "detail": detail}])
         definition = {field: part for field, part in value.items() if part is not None and field != "name"}
@@ -341,7 +296,7 @@ class RecipeChanges:
 
 def is_name(text: str) -> bool:
     """Whether a text can be a recipe's name."""
-    return re.fullmatch(_NAME, text, re.ASCII) is not None
+    return re.fullmatch(NAME, text, re.ASCII) is not None
 
 
 def _check_source(asked: RecipeBody) -> list[dict[str, str]]:

@@ -393,6 +393,9 @@ class Recipes:
             raise _NotWanted("the event is another owner's")
         else:
             depth = _next_depth(detail.get("depth", 0), "event.detail.depth")
+            # The stream may tell of one change twice, and EventBridge gives each its own id.
+            told = detail.get("event_id")
+            event_id = told if isinstance(told, str) and 1 <= len(told) <= 256 else event_id
         return _Occurrence({"event": event}, f"event {event_id}", depth)
 
     def _object_created(self, recipe: Recipe, event: dict[str, Any], message: Message) -> _Occurrence:
