@@ -14,14 +14,14 @@ PAGE_SIZE = 50
 
 app = resolver()
 recipes = RecipeItems.from_env()
-changes = RecipeChanges.from_env()
+recipe_changes = RecipeChanges.from_env()
 
 
 @app.post("/recipes")
 def create() -> Response[str]:
     """`POST /recipes`: 201; 409 where the name is taken."""
     owner = owner_with(app, "manage")
-    recipe, _ = changes.put(owner, body_of(app), headers_of(app).get("content-type"))
+    recipe, _ = recipe_changes.put(owner, body_of(app), headers_of(app).get("content-type"))
     return json_response(201, _show(recipe), {"Location": _url(recipe)})
 
 
@@ -56,7 +56,7 @@ def get(name: str) -> Response[str]:
 def put(name: str) -> Response[str]:
     """`PUT /recipes/{name}`: 201 for a new one, 200 for one that is replaced."""
     owner = owner_with(app, "manage")
-    recipe, new = changes.put(owner, body_of(app), headers_of(app).get("content-type"), name=name)
+    recipe, new = recipe_changes.put(owner, body_of(app), headers_of(app).get("content-type"), name=name)
     return json_response(201 if new else 200, _show(recipe), {"Location": _url(recipe)})
 
 
@@ -64,7 +64,7 @@ def put(name: str) -> Response[str]:
 def delete(name: str) -> Response[str]:
     """`DELETE /recipes/{name}`: 204; it starts nothing from then on."""
     owner = owner_with(app, "manage")
-    if not (is_name(name) and changes.delete(owner, name)):
+    if not (is_name(name) and recipe_changes.delete(owner, name)):
         raise _not_found(name)
     return Response(status_code=204, body="")
 

@@ -302,7 +302,7 @@ def run(
                 "table": table,
                 "outputs": outputs,
                 "forwarding": forwarding,
-                "changes": changes,
+                "recipe_changes": changes,
                 "files": Files("predictions", "inputs", 86400, now=clock.now),
                 "time": clock_module(clock.now),
                 **others,

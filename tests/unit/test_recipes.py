@@ -67,7 +67,7 @@ def call(changes: RecipeChanges, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Calls manage_recipes as API Gateway does: status and parsed body."""
     with pytest.MonkeyPatch.context() as template_only:
         app = load_app("manage_recipes", template_only)
-    monkeypatch.setattr(app, "changes", changes)
+    monkeypatch.setattr(app, "recipe_changes", changes)
 
     def call(method: str, name: str | None = None, body: Any = None, owner: str = "alice") -> tuple[int, Any]:
         event = sample("manage_recipes", "list")

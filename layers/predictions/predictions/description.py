@@ -768,7 +768,7 @@ def _bodies() -> dict[str, Schema]:
 
 
 def _body(model: type[BaseModel], *, added: tuple[str, ...] = ()) -> Schema:
-    made = model.model_json_schema()
+    made: dict[str, Any] = model.model_json_schema()
     within = {f"#/$defs/{name}": schema for name, schema in made.get("$defs", {}).items()}
     properties = {}
     for name, schema in made["properties"].items():
@@ -788,7 +788,7 @@ def _inlined(schema: Any, within: Mapping[str, Schema]) -> Any:
         return [_inlined(part, within) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    if schema.get("$ref") in within:
+    if "$ref" in schema and schema["$ref"] in within:
         return _inlined(within[schema["$ref"]], within)
     return {key: _inlined(value, within) for key, value in schema.items()}
 
