@@ -36,9 +36,17 @@ ENVIRONMENT = {
     "REPLICATE_TOKEN_SECRET_ARN": "replicate-token",
     "SIGNING_SECRET_ARN": "signing-secret",
     "WEBHOOK_MASTER_SECRET_ARN": "webhook-master",
+    "LINK_SECRET_ARN": "link-secret",
+    "SOURCE_BUCKET_NAME": "source",
     "DELIVERIES_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/deliveries",
     "DELIVERIES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-deliveries",
     "REQUESTS_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests",
+    "REQUESTS_DEAD_LETTER_QUEUE_ARN": "arn:aws:sqs:us-east-1:123456789012:dead-requests",
+    "REQUESTS_QUEUE_ARN": "arn:aws:sqs:us-east-1:123456789012:requests",
+    "RECIPE_NAME_PREFIX": "replicate-serverless-recipe-",
+    "SCHEDULE_GROUP_NAME": "replicate-serverless",
+    "SCHEDULER_ROLE_ARN": "arn:aws:iam::123456789012:role/scheduler",
+    "MAX_ORIGIN_DEPTH": "3",
     "EVENT_BUS_NAME": "bus",
     "PROCESSING_EVENTS": "false",
     "QUEUE_OWNER": "queue",
@@ -91,9 +99,12 @@ def cloud(environment: None) -> Iterator[None]:
         aws.client("secretsmanager").create_secret(Name="replicate-token", SecretString=ReplicateInMemory.TOKEN)
         aws.client("secretsmanager").create_secret(Name="signing-secret", SecretString="{}")
         aws.client("secretsmanager").create_secret(Name="webhook-master", SecretString="m" * 64)
+        aws.client("secretsmanager").create_secret(Name="link-secret", SecretString="l" * 64)
         aws.client("sqs").create_queue(QueueName="deliveries")
         aws.client("sqs").create_queue(QueueName="dead-deliveries")
         aws.client("sqs").create_queue(QueueName="dead-requests")
+        aws.client("s3").create_bucket(Bucket="source")
+        aws.client("scheduler").create_schedule_group(Name="replicate-serverless")
         aws.client("events").create_event_bus(Name="bus")
         yield
     aws._client.cache_clear()

@@ -256,6 +256,7 @@ _SERVICES = {
     "dynamodb": "dynamodb",
     "events": "eventbridge",
     "s3": "s3",
+    "scheduler": "scheduler",
     "secretsmanager": "secrets-manager",
     "sqs": "sqs",
     "ssm": "ssm",

@@ -15,9 +15,13 @@ from predictions.forwarding import Forwarding, VersionCache
 from predictions.items import deserialize
 from predictions.outputs import OutputsBucket
 from predictions.owner_secrets import OwnerSecrets
+from predictions.recipe_changes import RecipeChanges
+from predictions.recipe_rules import RecipeRules
+from predictions.recipes import Recipe, RecipeItems
+from predictions.schemas import ModelSchemas
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
-from predictions.upstream import Token
+from predictions.upstream import Replicate, Token
 
 from tests.unit.apps import (
     EVENTS,
@@ -74,6 +78,12 @@ REFUSED = {
     ("store_files", "refused_upload_field"): (422, ["key"]),
     ("store_files", "refused_cursor"): (422, ["cursor"]),
     ("serve_files", "refused_without_signature"): (404, []),
+    ("serve_files", "refused_object_without_key"): (404, []),
+    ("manage_recipes", "refused_without_scope"): (403, []),
+    ("manage_recipes", "refused_cursor"): (422, ["cursor"]),
+    ("manage_recipes", "refused_placeholder"): (422, ["input.prompt"]),
+    ("manage_recipes", "refused_prefix"): (422, ["s3.prefix"]),
+    ("manage_recipes", "refused_two_sources"): (422, ["schedule"]),
 }
 """Refused for what the request itself says: status and fields."""
 
@@ -90,6 +100,9 @@ REFUSED_BY_WHAT_IS_THERE = {
     ("store_files", "refused_unknown"): 404,
     ("store_files", "refused_delete_unknown"): 404,
     ("serve_files", "refused_unknown"): 404,
+    ("serve_files", "refused_forged_object"): 404,
+    ("manage_recipes", "refused_unknown"): 404,
+    ("manage_recipes", "refused_delete_unknown"): 404,
     ("cancel_prediction", "refused_delete_open"): 409,
     ("receive_webhook", "refused_stale"): 401,
     ("receive_webhook", "refused_forged"): 401,
@@ -121,6 +134,10 @@ ANSWERED = {
     ("receive_webhook", "failed"): 200,
     ("receive_webhook", "unknown_prediction"): 200,
     ("receive_webhook", "no_prediction_id"): 200,
+    ("manage_recipes", "list"): 200,
+    ("manage_recipes", "create"): 201,
+    ("manage_recipes", "put_schedule"): 201,
+    ("manage_recipes", "put_event"): 201,
     ("give_secret", "secret"): 200,
     ("describe_api", "document"): 200,
 }
@@ -155,12 +172,17 @@ RUN = {
     ("publish_changes", "nothing_visible"),
     ("deliver_webhook", "completed"),
     ("deliver_webhook", "start"),
+    # Of a recipe that is not there.
+    ("start_from_queue", "s3"),
+    ("start_from_queue", "schedule"),
+    ("start_from_queue", "event"),
 }
 API_FUNCTIONS = {
     "call_replicate",
     "cancel_prediction",
     "describe_api",
     "give_secret",
+    "manage_recipes",
     "read_predictions",
     "receive_webhook",
     "serve_files",
@@ -260,6 +282,17 @@ def run(
     """
 
     versions = VersionCache("predictions", aws.client("dynamodb"), clock.now)
+    upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
+    changes = RecipeChanges(
+        RecipeItems.from_env(),
+        RecipeRules.from_env(),
+        upstream,
+        ModelSchemas(table, upstream, now=clock.now),
+        source_bucket_name="source",
+        outputs_bucket_name="outputs",
+        allow_loopback_webhooks=False,
+        now=clock.now,
+    )
     forwarding = Forwarding(ReplicateInMemory.URL, Token("replicate-token"), replicate.client(), versions)
 
     def run(function: str, event: dict[str, Any], **others: Any) -> Any:
@@ -270,6 +303,7 @@ def run(
                 "table": table,
                 "outputs": outputs,
                 "forwarding": forwarding,
+                "recipe_changes": changes,
                 "files": Files("predictions", "inputs", 86400, now=clock.now),
                 "time": clock_module(clock.now),
                 **others,
@@ -530,3 +564,30 @@ def test_the_sample_of_a_delivery_that_the_receiver_does_not_take_stays_in_the_q
     assert run("deliver_webhook", event, receivers=Busy()) == {
         "batchItemFailures": [{"itemIdentifier": event["Records"][0]["messageId"]}]
     }
+
+
+@pytest.mark.parametrize(
+    ("case", "source", "asked"),
+    [
+        ("s3", {"s3": {"prefix": "postcards/"}}, "lisbon.json"),
+        ("schedule", {"schedule": {"expression": "rate(1 day)"}}, "2025-06-15T09:00:00Z"),
+        ("event", {"pattern": {"source": ["shop"]}}, "a fox with a hat"),
+    ],
+)
+def test_a_sample_of_an_event_starts_its_recipe_once(
+    run: Run, executed: Executed, case: str, source: Any, asked: str
+) -> None:
+    prompt = {"s3": "{{ object.name }}", "schedule": "{{ schedule.time }}", "event": "{{ event.detail.text }}"}[case]
+    event = sample("start_from_queue", case)
+    recipe_id = json.loads(event["Records"][0]["body"])["recipe_id"]
+    definition = {"model": "black-forest-labs/flux-schnell", "input": {"prompt": prompt}, **source}
+    at = "2025-06-15T15:00:00.000000Z"
+    RecipeItems.from_env().put(Recipe(recipe_id, "alice", "mine", definition, "active", "1", at, at), replaces=None)
+    aws.client("s3").put_object(Bucket="inputs", Key="postcards/lisbon.json", Body=b"hello\n")
+    for _ in range(2):
+        assert run("start_from_queue", event) == {"batchItemFailures": []}
+    assert len(executed.inputs) == 1
+    started = [item for item in items() if item["sk"]["S"] == "status"]
+    assert [(item["owner"]["S"], item["source"]["S"]) for item in started] == [("alice", "recipe")]
+    (written,) = [item["json"]["S"] for item in items() if item["sk"]["S"].startswith("input#")]
+    assert asked in written

@@ -13,6 +13,7 @@ out, so that an end costs no write. What goes wrong in between counts too much f
 little.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -245,7 +246,11 @@ class OwnersUsage:
         return 0
 
     def _take_out_ended(self, owner: str) -> int:
-        """Gives back the places of predictions that have ended, or never came to be; how many."""
+        """Gives back the places of predictions that have ended, or never came to be.
+
+        Returns:
+            How many there were; somebody else may have given them back just now.
+        """
         from predictions.items import read_items  # the authorizer, which needs the limits only, goes without
         from predictions.statuses import TERMINAL_RANK
 
@@ -264,12 +269,14 @@ class OwnersUsage:
                 gone[prediction_id] = began
         ids = list(gone)
         chunks = [{each: gone[each] for each in ids[n : n + _CHUNK]} for n in range(0, len(ids), _CHUNK)]
-        return sum(len(chunk) for chunk in chunks if self._take_out(owner, chunk))
+        for chunk in chunks:
+            self._take_out(owner, chunk)
+        return len(gone)
 
-    def _take_out(self, owner: str, places: Mapping[str, int]) -> bool:
+    def _take_out(self, owner: str, places: Mapping[str, int]) -> None:
         """Gives places back, unless one of them was taken anew meanwhile."""
         named = dict(enumerate(places.items()))
-        try:
+        with contextlib.suppress(self._dynamodb.exceptions.ConditionalCheckFailedException):
             self._dynamodb.update_item(
                 TableName=self._table_name,
                 Key=_usage_key(owner, "in_flight"),
@@ -278,9 +285,6 @@ class OwnersUsage:
                 ExpressionAttributeNames={f"#p{n}": prediction_id for n, (prediction_id, _) in named.items()},
                 ExpressionAttributeValues={f":p{n}": {"N": str(began)} for n, (_, began) in named.items()},
             )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
-            return False
-        return True
 
     def _count_in_day(self, owner: str, limit: int) -> bool:
         """Whether the day had a place, which is taken then."""

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 from predictions.errors import PredictionsError, Problem
@@ -188,9 +189,18 @@ class Requests:
         )
 
 
-def _source_of(body: Mapping[str, Any]) -> Source | None:  # noqa: ARG001  # recipes, batches and pipelines come here
+def _source_of(body: Mapping[str, Any]) -> Source | None:
     """What the message names; each is imported with the first message that needs it."""
+    if "recipe_id" in body:
+        return _recipes()
     return None
+
+
+@cache
+def _recipes() -> Source:
+    from predictions.recipes import Recipes
+
+    return Recipes.from_env()
 
 
 def task_token_of(text: str) -> str | None:

@@ -681,7 +681,7 @@ class PredictionsTable:
         Raises:
             ClientError: Not all of it could be removed; it is still on the sweep's list.
         """
-        self._outputs.delete_all(prediction.id, prediction.owner)
+        self._outputs.delete_all(prediction.id, prediction.owner, prediction.output_prefix)
         pk = _key(prediction.id)["pk"]
         for page in self._dynamodb.get_paginator("query").paginate(
             TableName=self._name,

@@ -1,0 +1,56 @@
+"""What callers send to write a recipe, as the routes check it and the API's description shows it."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from predictions.intents import WebhookEvent
+
+NAME = r"[a-z0-9][a-z0-9-]{0,62}"
+"""What a recipe's name matches as a whole."""
+
+# EventBridge compares numbers up to this.
+# https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-create-pattern-operators.html#filtering-numeric-matching
+_BYTES_LIMIT = 5_000_000_000
+
+
+class S3Body(BaseModel):
+    """Objects that start a recipe."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    bucket: Literal["inputs", "source"] = "inputs"
+    prefix: str = Field(max_length=512)
+    suffix: str | None = Field(default=None, min_length=1, max_length=256)
+    min_bytes: int | None = Field(default=None, ge=0, le=_BYTES_LIMIT)
+    max_bytes: int | None = Field(default=None, ge=0, le=_BYTES_LIMIT)
+
+
+class ScheduleBody(BaseModel):
+    """Times that start a recipe."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    expression: str = Field(max_length=256)
+    time_zone: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_+/-]{1,50}$")
+
+
+class RecipeBody(BaseModel):
+    """The fields of `PUT /recipes/{name}`; `POST /recipes` has `name` in it too."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str | None = Field(default=None, pattern=f"^{NAME}$")
+    model: str | None = Field(default=None, max_length=256)
+    version: str | None = Field(default=None, max_length=256)
+    deployment: str | None = Field(default=None, max_length=256)
+    input: dict[str, Any]
+    defaults: dict[str, Any] | None = None
+    webhook: str | None = Field(default=None, max_length=2048)
+    webhook_events_filter: list[WebhookEvent] | None = Field(default=None, max_length=4)
+    lifetime: str | int | None = None
+    output_prefix: str | None = Field(default=None, max_length=512)
+    s3: S3Body | None = None
+    pattern: dict[str, Any] | None = None
+    bus: Literal["default", "stack"] | None = None
+    schedule: ScheduleBody | None = None
