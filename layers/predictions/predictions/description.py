@@ -267,7 +267,6 @@ OWN: tuple[Operation, ...] = (
         "List recipes",
         "manage",
         answer="RecipePage",
-        refusals=(),
         parameters=("Cursor",),
         added=True,
     ),
