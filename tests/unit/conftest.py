@@ -46,6 +46,7 @@ ENVIRONMENT = {
     "RETENTION_DAYS": "30",
     "FIRST_POLL_SECONDS": "60",
     "POLL_SECONDS": "600",
+    "QUEUE_OWNER": "queue",
     "OUTPUT_URL_SECONDS": "3600",
     "OUTPUT_URL_DOMAIN": "",
     "OUTPUT_URL_KEY_ID": "",

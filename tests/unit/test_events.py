@@ -8,11 +8,13 @@ from typing import Any
 import httpx
 import pytest
 from predictions import aws
+from predictions.api import Presenter
 from predictions.deliveries import Delivery
 from predictions.files import Files
 from predictions.forwarding import Forwarding, VersionCache
 from predictions.outputs import OutputsBucket
 from predictions.owner_secrets import OwnerSecrets
+from predictions.run_jobs import RunJobs
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
 from predictions.upstream import Token
@@ -152,6 +154,17 @@ RUN = {
     ("deliver_webhook", "completed"),
     ("deliver_webhook", "start"),
 }
+RUN_JOBS = {
+    ("run_prediction", "prompt"): None,
+    ("run_prediction", "scheduled"): None,
+    ("run_prediction", "waiting"): None,
+    ("run_prediction", "not_waiting"): None,
+    ("run_prediction", "refused_both_inputs"): "input_data: Give `prompt` or `input_data`, not both.",
+    ("run_prediction", "refused_without_input"): "prompt: This field is required (or `input_data`).",
+    ("run_prediction", "refused_private_webhook"): "webhook_url: ",
+    ("run_prediction", "refused_poll_interval"): "poll_interval: Input should be greater than or equal to 0.1",
+}
+"""How the error begins with which a direct invocation is answered."""
 API_FUNCTIONS = {
     "call_replicate",
     "cancel_prediction",
@@ -182,7 +195,8 @@ def test_every_sample_has_its_expected_outcome() -> None:
         (path.parent.name, path.stem) for path in EVENTS.glob("*/*.json") if path.parent.name != "authorize_request"
     }
     answered = ANSWERED.keys() | FORWARDED.keys()
-    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | answered | RUN | PUBLISHED.keys()
+    others = RUN | PUBLISHED.keys() | RUN_JOBS.keys()
+    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | answered | others
 
 
 def test_every_function_has_a_sample() -> None:
@@ -434,6 +448,26 @@ def test_a_sample_of_the_stream_is_queued_in_its_order(run: Run, cloud: None, fu
     assert [(message["id"], message["event"]) for message in waiting("deliveries")] == [
         (SAMPLE_ID, event) for event in PUBLISHED[function, case]
     ]
+
+
+@pytest.mark.parametrize(("function", "case"), sorted(RUN_JOBS), ids=names(RUN_JOBS))
+def test_a_sample_of_a_run_job_is_answered(
+    run: Run,
+    submissions: Submissions,
+    outputs: OutputsBucket,
+    replicate: ReplicateInMemory,
+    clock: Clock,
+    function: str,
+    case: str,
+) -> None:
+    jobs = RunJobs(
+        submissions, Presenter(outputs, 3600), owner="queue", allow_loopback_webhooks=False, sleep=clock.sleep
+    )
+    answer = run(function, sample(function, case), run_jobs=jobs)
+    error = RUN_JOBS[function, case]
+    assert (answer["status"], answer["prediction_id"] is None) == (None if error else "starting", bool(error))
+    assert (answer["error"] or "").startswith(error or "")
+    assert len(replicate.creates) == (0 if error else 1)
 
 
 def test_a_sample_of_the_stream_that_cannot_be_queued_is_read_again(run: Run, cloud: None) -> None:

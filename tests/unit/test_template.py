@@ -93,6 +93,7 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
     readers = {name for name in FUNCTIONS if any("ReplicateToken" in text(each) for each in statements(name))}
     assert readers == {
         "StartPredictionFunction",
+        "RunPredictionFunction",
         "SubmitPredictionFunction",
         "PollPredictionFunction",
         "CancelPredictionFunction",
@@ -104,7 +105,12 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
 
 def test_schemas_are_kept_only_by_functions_that_submit() -> None:
     keepers = {name for name in FUNCTIONS if any("schema#*" in text(each) for each in statements(name))}
-    assert keepers == {"StartPredictionFunction", "SubmitPredictionFunction", "PollPredictionFunction"}
+    assert keepers == {
+        "StartPredictionFunction",
+        "RunPredictionFunction",
+        "SubmitPredictionFunction",
+        "PollPredictionFunction",
+    }
 
 
 def test_public_functions_are_webhook_and_file_links_and_hold_no_token_of_replicate() -> None:
@@ -600,6 +606,17 @@ def test_stream_is_read_from_its_start_and_what_fails_is_noted() -> None:
     }
 
 
+def test_invocation_that_nobody_waits_for_is_repeated_and_kept_where_it_fails_for_good() -> None:
+    properties = resources("AWS::Serverless::Function")["RunPredictionFunction"]["Properties"]
+    dead_letters = {"Type": "SQS", "Destination": {"Fn::GetAtt": ["RunJobsDeadLetterQueue", "Arn"]}}
+    assert properties["EventInvokeConfig"]["DestinationConfig"] == {"OnFailure": dead_letters}
+    assert properties["EventInvokeConfig"]["MaximumRetryAttempts"] == 2
+    queue = resources("AWS::SQS::Queue")["RunJobsDeadLetterQueue"]["Properties"]
+    assert queue["MessageRetentionPeriod"] == 14 * 86400
+    alarm = resources("AWS::CloudWatch::Alarm")["DeadRunJobsAlarm"]["Properties"]
+    assert alarm["Dimensions"][0]["Value"] == {"Fn::GetAtt": ["RunJobsDeadLetterQueue", "QueueName"]}
+
+
 def passes(pattern: Any, value: Any) -> bool:
     """Whether a value passes a filter, as far as ours go: nested names, lists of texts, `exists`."""
     if isinstance(pattern, dict):
@@ -715,6 +732,9 @@ def test_outputs_are_those_that_users_and_tools_rely_on() -> None:
         "RequestsQueueUrl",
         "DeliveriesQueueUrl",
         "DeliveriesDeadLetterQueueUrl",
+        "RunPredictionFunctionName",
+        "RunPredictionFunctionArn",
+        "RunJobsDeadLetterQueueUrl",
         "EventBusName",
         "TrackPredictionStateMachineArn",
         "ReplicateTokenSecretArn",
