@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
-import struct
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from urllib.parse import unquote_plus, urlsplit
 
 import httpx
 from botocore.exceptions import BotoCoreError, ClientError
+from PIL import Image
 from predictions.outputs import OutputsBucket
 from predictions.table import Prediction, PredictionsTable
 
@@ -41,6 +41,8 @@ FROM_INSIDE = {
     "deliver_webhook": "Its messages name webhooks of the stack's own predictions: start one that has a webhook.",
     "publish_changes": "Its records are those of the table's stream: start a prediction.",
 }
+# How the paths end whose POST starts predictions.
+STARTING = {"predictions", "trainings", "batches", "pipelines"}
 # What belongs to the sample's own connection and token; the rest says what is asked for.
 LEFT_OUT = {"accept-encoding", "authorization", "content-length", "host"}
 
@@ -138,6 +140,9 @@ def with_model(shipment: Shipment, model: str) -> tuple[Shipment, str | None]:
             return replace(shipment, body=body), before
         case Call(method="POST", path="/predictions", body=content):
             text, before = _body_with_model(content.decode(errors="replace"), model, field="version")
+            return (replace(shipment, body=text.encode()), before) if before else (shipment, None)
+        case Call(method="POST" | "PUT", path=path, body=content) if path.split("/")[1] == "recipes":
+            text, before = _body_with_model(content.decode(errors="replace"), model)
             return (replace(shipment, body=text.encode()), before) if before else (shipment, None)
         case Call(method="POST", path=path) if path.endswith("/predictions") and path.count("/") == 4:
             kind, owner, name = path.split("/")[1:4]
@@ -245,11 +250,12 @@ def _record(record: Mapping[str, Any]) -> Shipment:
         case {"eventSource": "aws:s3", "s3": {"object": {"key": str(key)}}}:
             return Object(unquote_plus(key))
         case {"eventSource": "aws:sqs", "body": str(body)}:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, NotSendable):
                 asked = json.loads(body)
-                # What a recipe's rule puts into the queue: the event comes first.
-                if isinstance(asked, dict) and isinstance(asked.get("event"), dict) and "source" in asked["event"]:
-                    return _event(asked["event"])
+                # What a recipe's rule puts into the queue begins as an event. A schedule puts it there itself.
+                event = asked.get("event") if isinstance(asked, dict) else None
+                if isinstance(event, dict):
+                    return _event(event)
             return Message(body)
     raise NotSendable(
         f"Its records are those of {record.get('eventSource', 'no known source')}, which nobody sends by hand."
@@ -380,7 +386,8 @@ class _Sender:
         if answer.is_redirect:
             self._terminal.detail("leads to", answer.headers["Location"])
         self._tell(answer.text)
-        if call.method != "POST" or not answer.is_success or not call.authorized:
+        starts = call.method == "POST" and call.path.rpartition("/")[2] in STARTING
+        if not starts or not answer.is_success:
             return None
         return self._named(answer.text, "id")
 
@@ -455,17 +462,8 @@ def _content(key: str) -> bytes:
     return _picture()
 
 
-def _picture(side: int = 64) -> bytes:
-    """A PNG with a gradient, so that a model has something to see."""
-    rows = b"".join(
-        b"\0" + b"".join(bytes((4 * x, 4 * y, 255 - 4 * x)) for x in range(side)) for y in range(side)
-    )  # fmt: skip
-    chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(rows)),
-        (b"IEND", b""),
-    )
-    parts = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+def _picture() -> bytes:
+    """A picture with something to see in it."""
+    drawn = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").save(drawn, "PNG")
+    return drawn.getvalue()

@@ -1,12 +1,13 @@
 """How event samples are sent by hand."""
 
+import io
 import json
-import zlib
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from local.send import (
     BusEvent,
@@ -61,6 +62,8 @@ CREATED = {
     "detail": {"bucket": {"name": "inputs"}, "object": {"key": "photos/a fox+1.png", "size": 7}},
 }
 OWN = {"source": "shop", "detail-type": "Order Placed", "detail": {"n": 7}, "resources": ["arn:x"]}
+
+SCHEDULED = '{"recipe_id": "r", "event": {"source": "aws.scheduler", "detail-type": "Scheduled Event"}}'
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------
@@ -120,7 +123,6 @@ def test_without_a_running_stack_nothing_is_sent(
         ("deliver_webhook", sqs("{}"), "Its messages name webhooks"),
         ("other", {"source": "aws.ec2", "detail-type": "x"}, "Only AWS itself sends events of aws.ec2"),
         ("other", {"detail-type": "x"}, "without a source"),
-        ("other", sqs(json.dumps({"recipe_id": "r", "event": {"source": "aws.ec2"}})), "Only AWS itself"),
         ("other", {"Records": [{"eventSource": "aws:kinesis"}]}, "Its records are those of aws:kinesis"),
         ("other", {"Records": []}, "A state machine calls other"),
         ("other", {"pipeline_id": "x"}, "A state machine calls other"),
@@ -175,6 +177,7 @@ def test_request_is_sent_with_what_it_asks_for_and_without_its_own_connection_an
         (sqs("{", '{"input": {}}'), [Message("{"), Message('{"input": {}}')]),
         (sqs('{"batch_id": "b", "n": 1}'), [Message('{"batch_id": "b", "n": 1}')]),
         (sqs(json.dumps({"recipe_id": "r", "event": CREATED})), [Object("photos/a fox+1.png")]),
+        (sqs(SCHEDULED), [Message(SCHEDULED)]),
         (CREATED, [Object("photos/a fox+1.png")]),
         (
             {"Records": [{"eventSource": "aws:s3", "s3": {"object": {"key": "photos/a+fox%2B1.png"}}}]},
@@ -183,7 +186,16 @@ def test_request_is_sent_with_what_it_asks_for_and_without_its_own_connection_an
         (OWN, [BusEvent("shop", "Order Placed", '{"n": 7}', ("arn:x",))]),
         (sqs(json.dumps({"recipe_id": "r", "event": OWN})), [BusEvent("shop", "Order Placed", '{"n": 7}', ("arn:x",))]),
     ],
-    ids=["queue", "line", "object by a recipe", "object", "object of a notification", "event", "event by a recipe"],
+    ids=[
+        "queue",
+        "line",
+        "object by a recipe",
+        "schedule of a recipe",
+        "object",
+        "object of a notification",
+        "event",
+        "event by a recipe",
+    ],
 )
 def test_event_is_sent_to_where_it_comes_from(event: Any, shipments: list[Any]) -> None:
     assert plan("start_from_queue", event) == shipments
@@ -206,10 +218,12 @@ def call(path: str, body: str = "{}", method: str = "POST") -> Call:
         ),
         (Message('{"deployment": "a/b", "input": {}}'), {"model": "local/painter", "input": {}}, "a/b"),
         (call("/predictions", '{"version": "a/b:1", "input": {}}'), {"version": "local/painter", "input": {}}, "a/b:1"),
+        (call("/recipes", '{"model": "a/b", "input": {}}'), {"model": "local/painter", "input": {}}, "a/b"),
+        (call("/recipes/x", '{"model": "a/b"}', "PUT"), {"model": "local/painter"}, "a/b"),
         (call("/models/a/b/predictions"), "/models/local/painter/predictions", "a/b"),
         (call("/deployments/a/b/predictions"), "/models/local/painter/predictions", "a/b"),
     ],
-    ids=["job", "message", "version", "model", "deployment"],
+    ids=["job", "message", "version", "recipe", "recipe that is there", "model", "deployment"],
 )
 def test_another_model_takes_the_place_of_the_samples(shipment: Any, replaced: Any, named: str) -> None:
     other, found = with_model(shipment, "local/painter")
@@ -219,7 +233,7 @@ def test_another_model_takes_the_place_of_the_samples(shipment: Any, replaced: A
             assert payload == replaced
         case Message(body=body):
             assert json.loads(body) == replaced
-        case Call(path="/predictions", body=content):
+        case Call(path="/predictions" | "/recipes" | "/recipes/x", body=content):
             assert json.loads(content) == replaced
         case Call(path=path):
             assert path == replaced
@@ -248,18 +262,9 @@ def test_what_names_no_model_is_left_as_it_is(shipment: Any) -> None:
     assert with_model(shipment, "local/painter") == (shipment, None)
 
 
-@pytest.fixture
-def chunks() -> bytes:
-    """The pixels of the picture that is sent where there is no file."""
-    content = _content("photos/fox.png")
-    assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    start = content.index(b"IDAT") + 4
-    length = int.from_bytes(content[start - 8 : start - 4])
-    return zlib.decompress(content[start : start + length])
-
-
-def test_object_without_a_file_has_content_that_fits_its_key(chunks: bytes) -> None:
-    assert len(chunks) == 64 * (1 + 3 * 64)
+def test_object_without_a_file_has_content_that_fits_its_key() -> None:
+    with Image.open(io.BytesIO(_content("photos/fox.png"))) as picture:
+        assert (picture.format, picture.mode) == ("PNG", "RGB")
     assert len([json.loads(line) for line in _content("batches/x.jsonl").splitlines()]) == 2
     assert _content("batches/x.CSV").splitlines()[0] == b"prompt"
     assert json.loads(_content("x.json"))["model"] == "local/painter"
