@@ -5,10 +5,13 @@ share it.
 
 The emulator reports every error of a function as `Runtime.HandlerError`. AWS reports the class of the exception, and a
 state machine catches it by that name. The class is in the traceback that the emulator keeps for the function's log.
+
+It checks permissions on EventBridge's rules and on schedules by other ARNs than AWS has for them.
 """
 
 import functools
 import hashlib
+import json
 import re
 import tempfile
 import threading
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ministack.app import main
-from ministack.core import lambda_runtime
+from ministack.core import iam_actions, lambda_runtime
 from ministack.services import lambda_svc
 
 # The last line of a traceback: `package.module.ClassName: message`.
@@ -64,6 +67,33 @@ class Archive(zipfile.ZipFile):
         return None
 
 
+def addressed(find: Callable[..., str]) -> Callable[..., str]:
+    """Makes the emulator check permissions on rules and schedules by the ARNs that AWS checks them by.
+
+    https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazoneventbridge.html
+    https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazoneventbridgescheduler.html
+    """
+
+    @functools.wraps(find)
+    def resource(
+        service: str, method: str, path: str, headers: Any, body: bytes, query: Any, region: str, account: str
+    ) -> str:
+        found = find(service, method, path, headers, body, query, region, account)
+        if service == "events":
+            asked = json.loads(body or b"{}")
+            name, bus = asked.get("Rule") or asked.get("Name"), asked.get("EventBusName") or "default"
+            action = next((str(headers[each]) for each in headers if each.lower() == "x-amz-target"), "")
+            if name and action.endswith(("Rule", "Targets")):
+                return f"arn:aws:events:{region}:{account}:rule/{name if bus == 'default' else f'{bus}/{name}'}"
+        elif service == "scheduler" and ":schedule/default/" in found:
+            group = json.loads(body or b"{}").get("GroupName") or query.get("groupName") or "default"
+            return found.replace("/default/", f"/{group[0] if isinstance(group, list) else group}/")
+        return found
+
+    return resource
+
+
+iam_actions.extract_resource_arn = addressed(iam_actions.extract_resource_arn)
 lambda_runtime.zipfile = types.SimpleNamespace(**{**vars(zipfile), "ZipFile": Archive})
 lambda_svc._execute_function_warm = named(lambda_svc._execute_function_warm)
 main()

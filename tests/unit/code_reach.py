@@ -30,6 +30,8 @@ _S3_ACTIONS = {
 }
 _PREFIXES = {
     "dynamodb": "dynamodb",
+    "events": "events",
+    "scheduler": "scheduler",
     "stepfunctions": "states",
     "secretsmanager": "secretsmanager",
     "s3": "s3",
@@ -102,6 +104,7 @@ def reach(folder: str) -> Reach:
                 elif (
                     part.attr != "from_env"
                     and part.attr not in _OF_SETS
+                    and not isinstance(part.value, ast.Dict)  # `{…}.get(…)`
                     and ast.unparse(part) not in _OF_THE_STANDARD_LIBRARY
                 ):
                     # A method of nobody knows which class; what is not called can only be a property.
@@ -155,6 +158,8 @@ def _note(node: ast.AST, found: Reach) -> None:
             _note_call(client, call, found)
         case ast.Call(func=ast.Attribute(value=client, attr=call)):
             _note_call(client, call, found)
+        case ast.Constant(value="VersionId"):
+            found.actions.add("s3:GetObjectVersion")
         case ast.Call(func=ast.Name(id=name)) if name in _POWERTOOLS:
             found.actions.add(_POWERTOOLS[name])
 
@@ -167,6 +172,8 @@ def _note_call(client: ast.expr, call: str, found: Reach) -> None:
     if service == "s3":
         found.actions.add(_S3_ACTIONS[call])
     else:
+        if call == "create_schedule":
+            found.actions.add("iam:PassRole")
         found.actions.add(f"{service}:{''.join(word.capitalize() for word in call.split('_'))}")
 
 

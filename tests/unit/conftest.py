@@ -34,8 +34,20 @@ ENVIRONMENT = {
     "REPLICATE_TOKEN_SECRET_ARN": "replicate-token",
     "SIGNING_SECRET_ARN": "signing-secret",
     "WEBHOOK_MASTER_SECRET_ARN": "webhook-master",
+    "LINK_SECRET_ARN": "link-secret",
+    "SOURCE_BUCKET_NAME": "source",
     "DELIVERIES_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/deliveries",
     "DELIVERIES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-deliveries",
+    "REQUESTS_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests",
+    "REQUESTS_DEAD_LETTER_QUEUE_ARN": "arn:aws:sqs:us-east-1:123456789012:dead-requests",
+    "REQUESTS_QUEUE_ARN": "arn:aws:sqs:us-east-1:123456789012:requests",
+    "RECIPE_NAME_PREFIX": "replicate-serverless-recipe-",
+    "EVENT_BUS_NAME": "replicate-serverless",
+    "SCHEDULE_GROUP_NAME": "replicate-serverless",
+    "SCHEDULER_ROLE_ARN": "arn:aws:iam::123456789012:role/scheduler",
+    "MAX_ORIGIN_DEPTH": "3",
+    "QUEUE_OWNER": "queue",
+    "QUEUE_SENDERS": "AROAALICE0000=alice",
     "FILE_ORIGINS": "",
     "ALLOW_LOOPBACK_WEBHOOKS": "false",
     "DEFAULT_LIFETIME_SECONDS": "86400",
@@ -46,7 +58,6 @@ ENVIRONMENT = {
     "RETENTION_DAYS": "30",
     "FIRST_POLL_SECONDS": "60",
     "POLL_SECONDS": "600",
-    "QUEUE_OWNER": "queue",
     "OUTPUT_URL_SECONDS": "3600",
     "OUTPUT_URL_DOMAIN": "",
     "OUTPUT_URL_KEY_ID": "",
@@ -84,8 +95,13 @@ def cloud(environment: None) -> Iterator[None]:
         aws.client("secretsmanager").create_secret(Name="replicate-token", SecretString=ReplicateInMemory.TOKEN)
         aws.client("secretsmanager").create_secret(Name="signing-secret", SecretString="{}")
         aws.client("secretsmanager").create_secret(Name="webhook-master", SecretString="m" * 64)
+        aws.client("secretsmanager").create_secret(Name="link-secret", SecretString="l" * 64)
         aws.client("sqs").create_queue(QueueName="deliveries")
         aws.client("sqs").create_queue(QueueName="dead-deliveries")
+        aws.client("sqs").create_queue(QueueName="dead-requests")
+        aws.client("s3").create_bucket(Bucket="source")
+        aws.client("events").create_event_bus(Name="replicate-serverless")
+        aws.client("scheduler").create_schedule_group(Name="replicate-serverless")
         yield
     aws._client.cache_clear()
     aws._api_url = None

@@ -9,15 +9,21 @@ import httpx
 import pytest
 from predictions import aws
 from predictions.api import Presenter
+from predictions.dead_requests import DeadRequests
 from predictions.deliveries import Delivery
 from predictions.files import Files
 from predictions.forwarding import Forwarding, VersionCache
+from predictions.items import deserialize
 from predictions.outputs import OutputsBucket
 from predictions.owner_secrets import OwnerSecrets
+from predictions.recipe_changes import RecipeChanges
+from predictions.recipe_rules import RecipeRules
+from predictions.recipes import Recipe, RecipeItems
 from predictions.run_jobs import RunJobs
+from predictions.schemas import ModelSchemas
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
-from predictions.upstream import Token
+from predictions.upstream import Replicate, Token
 
 from tests.unit.apps import (
     EVENTS,
@@ -31,7 +37,7 @@ from tests.unit.apps import (
     sample,
 )
 from tests.unit.described import check_answer, operation_of
-from tests.unit.fakes import API_URL, PNG, Clock, Executed, ReplicateInMemory, refusing
+from tests.unit.fakes import API_URL, PNG, Clock, Executed, ReplicateInMemory, Wakes, refusing
 from tests.unit.template import resources
 from tests.unit.test_deliveries import waiting
 
@@ -73,6 +79,12 @@ REFUSED = {
     ("store_files", "refused_upload_field"): (422, ["key"]),
     ("store_files", "refused_cursor"): (422, ["cursor"]),
     ("serve_files", "refused_without_signature"): (404, []),
+    ("serve_files", "refused_object_without_key"): (404, []),
+    ("manage_recipes", "refused_without_scope"): (403, []),
+    ("manage_recipes", "refused_cursor"): (422, ["cursor"]),
+    ("manage_recipes", "refused_placeholder"): (422, ["input.prompt"]),
+    ("manage_recipes", "refused_prefix"): (422, ["s3.prefix"]),
+    ("manage_recipes", "refused_two_sources"): (422, ["schedule"]),
 }
 """Refused for what the request itself says: status and fields."""
 
@@ -88,6 +100,9 @@ REFUSED_BY_WHAT_IS_THERE = {
     ("store_files", "refused_unknown"): 404,
     ("store_files", "refused_delete_unknown"): 404,
     ("serve_files", "refused_unknown"): 404,
+    ("serve_files", "refused_forged_object"): 404,
+    ("manage_recipes", "refused_unknown"): 404,
+    ("manage_recipes", "refused_delete_unknown"): 404,
     ("cancel_prediction", "refused_delete_open"): 409,
     ("receive_webhook", "refused_stale"): 401,
     ("receive_webhook", "refused_forged"): 401,
@@ -119,6 +134,10 @@ ANSWERED = {
     ("receive_webhook", "failed"): 200,
     ("receive_webhook", "unknown_prediction"): 200,
     ("receive_webhook", "no_prediction_id"): 200,
+    ("manage_recipes", "list"): 200,
+    ("manage_recipes", "create"): 201,
+    ("manage_recipes", "put_schedule"): 201,
+    ("manage_recipes", "put_event"): 201,
     ("give_secret", "secret"): 200,
     ("describe_api", "document"): 200,
 }
@@ -153,6 +172,10 @@ RUN = {
     ("publish_changes", "nothing_visible"),
     ("deliver_webhook", "completed"),
     ("deliver_webhook", "start"),
+    # Of a recipe that is not there.
+    ("start_from_queue", "s3"),
+    ("start_from_queue", "schedule"),
+    ("start_from_queue", "event"),
 }
 RUN_JOBS = {
     ("run_prediction", "prompt"): None,
@@ -170,6 +193,7 @@ API_FUNCTIONS = {
     "cancel_prediction",
     "describe_api",
     "give_secret",
+    "manage_recipes",
     "read_predictions",
     "receive_webhook",
     "serve_files",
@@ -181,6 +205,29 @@ PUBLISHED = {
     ("publish_changes", "files_stored"): ["output"],
 }
 """What is queued at once of what each calls for; the rest follows a second later."""
+
+
+TAKEN = {
+    ("start_from_queue", "request"): [("queue", "starting")],
+    ("start_from_queue", "idempotency_key"): [("queue", "starting")],
+    ("start_from_queue", "task_token"): [("queue", "starting")],
+    ("start_from_queue", "of_a_sender"): [("alice", "starting")],
+    ("start_from_queue", "put_back"): [("queue", "starting")],
+    ("start_from_queue", "poison_among_good"): [("queue", "starting"), ("queue", "starting")],
+}
+"""Started by the queue: whose, and as what they are shown."""
+BURIED = {
+    ("start_from_queue", "poison_among_good"): "The body is not JSON at line 1, column 11.",
+    ("start_from_queue", "refused_not_json"): "The body is not JSON at line 1, column 1.",
+    ("start_from_queue", "refused_not_an_object"): "The message has to be a JSON object.",
+    ("start_from_queue", "refused_unknown_field"): "num_outputs: This field is not known.",
+    ("start_from_queue", "refused_without_model"): "model: Give exactly one of",
+    ("start_from_queue", "refused_owner"): "owner: This field is not known.",
+    ("start_from_queue", "refused_private_webhook"): "webhook: ",
+    ("start_from_queue", "refused_with_token"): "input: This field is required.",
+    ("start_from_queue", "refused_task_token"): "task_token: ",
+}
+"""Kept in the dead-letter queue, with this reason."""
 
 
 Run = Callable[..., Any]
@@ -195,8 +242,8 @@ def test_every_sample_has_its_expected_outcome() -> None:
         (path.parent.name, path.stem) for path in EVENTS.glob("*/*.json") if path.parent.name != "authorize_request"
     }
     answered = ANSWERED.keys() | FORWARDED.keys()
-    others = RUN | PUBLISHED.keys() | RUN_JOBS.keys()
-    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | answered | others
+    of_queues = RUN_JOBS.keys() | TAKEN.keys() | BURIED.keys() | RUN | PUBLISHED.keys()
+    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | answered | of_queues
 
 
 def test_every_function_has_a_sample() -> None:
@@ -229,6 +276,17 @@ def run(
     """
 
     versions = VersionCache("predictions", aws.client("dynamodb"), clock.now)
+    upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
+    changes = RecipeChanges(
+        RecipeItems.from_env(),
+        RecipeRules.from_env(),
+        upstream,
+        ModelSchemas(table, upstream, now=clock.now),
+        source_bucket_name="source",
+        outputs_bucket_name="outputs",
+        allow_loopback_webhooks=False,
+        now=clock.now,
+    )
     forwarding = Forwarding(ReplicateInMemory.URL, Token("replicate-token"), replicate.client(), versions)
 
     def run(function: str, event: dict[str, Any], **others: Any) -> Any:
@@ -239,6 +297,7 @@ def run(
                 "table": table,
                 "outputs": outputs,
                 "forwarding": forwarding,
+                "changes": changes,
                 "files": Files("predictions", "inputs", 86400, now=clock.now),
                 "time": clock_module(clock.now),
                 **others,
@@ -442,6 +501,22 @@ def test_the_sample_of_the_schedule_stores_the_signing_secret_and_restarts_what_
     assert json.loads(stored)["previous"] == SAMPLE_SIGNING_SECRET
 
 
+@pytest.mark.parametrize(
+    ("function", "case"), sorted(TAKEN.keys() | BURIED.keys()), ids=names(TAKEN.keys() | BURIED.keys())
+)
+def test_a_sample_of_the_queue_is_started_or_kept_with_its_reason(
+    run: Run, executed: Executed, wakes: Wakes, replicate: ReplicateInMemory, function: str, case: str
+) -> None:
+    assert run(function, sample(function, case)) == {"batchItemFailures": []}
+    statuses = [deserialize(item) for item in items() if item["sk"]["S"] == "status"]
+    assert [(item["owner"], item["visible"]) for item in statuses] == TAKEN.get((function, case), [])
+    assert executed.inputs == {f"{item['id']}-1": {"id": item["id"], "submit": True} for item in statuses}
+    reasons = [request.reason for request in DeadRequests.from_env().look(30)]
+    expected = [BURIED[function, case]] if (function, case) in BURIED else []
+    assert [reason[: len(start)] for reason, start in zip(reasons, expected, strict=True)] == expected
+    assert replicate.asked == []
+
+
 @pytest.mark.parametrize(("function", "case"), sorted(PUBLISHED), ids=names(PUBLISHED))
 def test_a_sample_of_the_stream_is_queued_in_its_order(run: Run, cloud: None, function: str, case: str) -> None:
     assert run(function, sample(function, case)) == {"batchItemFailures": []}
@@ -496,3 +571,30 @@ def test_the_sample_of_a_delivery_that_the_receiver_does_not_take_stays_in_the_q
     assert run("deliver_webhook", event, receivers=Busy()) == {
         "batchItemFailures": [{"itemIdentifier": event["Records"][0]["messageId"]}]
     }
+
+
+@pytest.mark.parametrize(
+    ("case", "source", "asked"),
+    [
+        ("s3", {"s3": {"prefix": "postcards/"}}, "lisbon.json"),
+        ("schedule", {"schedule": {"expression": "rate(1 day)"}}, "2025-06-15T09:00:00Z"),
+        ("event", {"pattern": {"source": ["shop"]}}, "a fox with a hat"),
+    ],
+)
+def test_a_sample_of_an_event_starts_its_recipe_once(
+    run: Run, executed: Executed, case: str, source: Any, asked: str
+) -> None:
+    prompt = {"s3": "{{ object.name }}", "schedule": "{{ schedule.time }}", "event": "{{ event.detail.text }}"}[case]
+    event = sample("start_from_queue", case)
+    recipe_id = json.loads(event["Records"][0]["body"])["recipe_id"]
+    definition = {"model": "black-forest-labs/flux-schnell", "input": {"prompt": prompt}, **source}
+    at = "2025-06-15T15:00:00.000000Z"
+    RecipeItems.from_env().put(Recipe(recipe_id, "alice", "mine", definition, "active", "1", at, at), replaces=None)
+    aws.client("s3").put_object(Bucket="inputs", Key="postcards/lisbon.json", Body=b"hello\n")
+    for _ in range(2):
+        assert run("start_from_queue", event) == {"batchItemFailures": []}
+    assert len(executed.inputs) == 1
+    started = [item for item in items() if item["sk"]["S"] == "status"]
+    assert [(item["owner"]["S"], item["source"]["S"]) for item in started] == [("alice", "recipe")]
+    (written,) = [item["json"]["S"] for item in items() if item["sk"]["S"].startswith("input#")]
+    assert asked in written

@@ -30,6 +30,7 @@ PARAMETERS = load_template()["Parameters"]
 # Actions of AWS that know no resource types, and so take only "*".
 WITHOUT_RESOURCES = {
     "dynamodb:ListStreams",
+    "states:SendTaskFailure",
     "states:SendTaskSuccess",
     "logs:CreateLogDelivery",
     "logs:GetLogDelivery",
@@ -99,6 +100,7 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
         "CancelPredictionFunction",
         "SweepPredictionsFunction",
         "CallReplicateFunction",
+        "ManageRecipesFunction",  # asks for models' schemas
     }
     assert {name for name in FUNCTIONS if "REPLICATE_TOKEN_SECRET_ARN" in variables(name)} == readers
 
@@ -110,6 +112,7 @@ def test_schemas_are_kept_only_by_functions_that_submit() -> None:
         "RunPredictionFunction",
         "SubmitPredictionFunction",
         "PollPredictionFunction",
+        "ManageRecipesFunction",  # which checks inputs as well
     }
 
 
@@ -123,7 +126,14 @@ def test_public_functions_are_webhook_and_file_links_and_hold_no_token_of_replic
     assert public == {"ReceiveWebhookFunction", "ServeFilesFunction"}
     for name in public:
         assert "ReplicateToken" not in text(load_template()["Resources"][name])
-    assert actions("ServeFilesFunction") == {"dynamodb:GetItem", "s3:GetObject"}
+    assert actions("ServeFilesFunction") == {
+        "dynamodb:GetItem",
+        "s3:GetObject",
+        "s3:GetObjectVersion",
+        "secretsmanager:GetSecretValue",
+    }
+    (secret,) = [each for each in statements("ServeFilesFunction") if "secretsmanager" in text(each)]
+    assert secret["Resource"] == {"Fn::GetAtt": ["LinkSecret", "Id"]}, "which signs nothing but links"
 
 
 def test_secret_values_are_given_to_functions_by_arn_only() -> None:
@@ -155,6 +165,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                     "schema#*",
                     "owner#*",
                     "file#*",
+                    "recipe#*",
                 }
 
 
@@ -181,6 +192,12 @@ def test_nothing_is_ever_deleted_by_a_function_but_what_its_owner_deletes(name: 
         assert on_table["Condition"]["ForAllValues:StringLike"] == {"dynamodb:LeadingKeys": ["prediction#*"]}
         assert on_bucket["Resource"] == {"Fn::Sub": "${OutputsBucket.Arn}/*"}
         return
+    if name == "ManageRecipesFunction":
+        on_table, on_rules, on_schedules = deleting
+        assert on_table["Condition"] == {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["recipe#*"]}}
+        for resource in [*on_rules["Resource"], on_schedules["Resource"]]:
+            assert resource["Fn::Sub"].endswith("/${AWS::StackName}-recipe-*")
+        return
     if name != "StoreFilesFunction":
         assert not deleting
         return
@@ -192,7 +209,8 @@ def test_nothing_is_ever_deleted_by_a_function_but_what_its_owner_deletes(name: 
 def test_functions_of_files_see_nothing_but_files() -> None:
     for name in ("StoreFilesFunction", "ServeFilesFunction"):
         for statement in statements(name):
-            if "s3:" in text(statement["Action"]):
+            # Links lead to objects of any key.
+            if "s3:" in text(statement["Action"]) and name == "StoreFilesFunction":
                 assert statement["Resource"] == {"Fn::Sub": "${InputsBucket.Arn}/files/*"}
             if statement["Resource"] == {"Fn::GetAtt": ["PredictionsTable", "Arn"]}:
                 assert statement["Condition"] == {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["file#*"]}}
@@ -266,10 +284,15 @@ def test_queue_is_encrypted_and_closed_to_plain_http(name: str) -> None:
     assert resources("AWS::SQS::Queue")[name]["Properties"]["SqsManagedSseEnabled"] is True
     (policy,) = resources("AWS::SQS::QueuePolicy").values()
     assert {"Ref": name} in policy["Properties"]["Queues"]
-    (statement,) = policy["Properties"]["PolicyDocument"]["Statement"]
+    statement, recipes = policy["Properties"]["PolicyDocument"]["Statement"]
     assert (statement["Effect"], statement["Principal"], statement["Action"]) == ("Deny", "*", "sqs:*")
     assert {"Fn::GetAtt": [name, "Arn"]} in statement["Resource"]
     assert_plain_http_only(statement["Condition"])
+    # Besides, EventBridge may send for the rules of this stack's recipes, which have these names.
+    assert (recipes["Principal"], recipes["Action"]) == ({"Service": "events.amazonaws.com"}, "sqs:SendMessage")
+    assert [each["Fn::GetAtt"][0] for each in recipes["Resource"]] == ["RequestsQueue", "RequestsDeadLetterQueue"]
+    for source in recipes["Condition"]["ArnLike"]["aws:SourceArn"]:
+        assert source["Fn::Sub"].endswith("/${AWS::StackName}-recipe-*")
 
 
 def assert_plain_http_only(condition: dict[str, Any]) -> None:
@@ -292,7 +315,7 @@ def test_parameter_has_a_description_a_bound_a_default_and_a_group(name: str) ->
     if "MinValue" in parameter:
         assert parameter["MinValue"] <= parameter["Default"] <= parameter["MaxValue"]
         # Its unit is in its name, its bounds in its description.
-        assert re.search(r"(Seconds|Days)$", name)
+        assert re.search(r"(Seconds|Days|Depth)$", name)
         assert f"{parameter['MinValue']} to {parameter['MaxValue']}" in parameter["Description"]
     if "AllowedValues" in parameter:
         assert parameter["Default"] in parameter["AllowedValues"]
@@ -457,6 +480,12 @@ def test_api_has_exactly_these_routes() -> None:
         ("GET", "/files/{id}"): "StoreFilesFunction",
         ("DELETE", "/files/{id}"): "StoreFilesFunction",
         ("GET", "/files/{id}/download"): "ServeFilesFunction",
+        ("GET", "/objects/{bucket}/{name}"): "ServeFilesFunction",
+        ("POST", "/recipes"): "ManageRecipesFunction",
+        ("GET", "/recipes"): "ManageRecipesFunction",
+        ("GET", "/recipes/{name}"): "ManageRecipesFunction",
+        ("PUT", "/recipes/{name}"): "ManageRecipesFunction",
+        ("DELETE", "/recipes/{name}"): "ManageRecipesFunction",
     }
 
 
@@ -730,6 +759,9 @@ def test_outputs_are_those_that_users_and_tools_rely_on() -> None:
         "OutputsBucketName",
         "InputsBucketName",
         "RequestsQueueUrl",
+        "RequestsQueueArn",
+        "RequestsDeadLetterQueueUrl",
+        "StartFromQueueFunctionName",
         "DeliveriesQueueUrl",
         "DeliveriesDeadLetterQueueUrl",
         "RunPredictionFunctionName",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from predictions.errors import CopyInterrupted
 from predictions.observability import MetricUnit, count_ended, logger, metrics
-from predictions.outputs import OutputsBucket
+from predictions.outputs import OutputsBucket, folder
 from predictions.table import PredictionsTable
 
 # Replicate removes files about an hour after the end; beyond this a host that still fails is taken at its word.
@@ -44,8 +44,9 @@ def copy(
     files = outputs.find_files(table.result_output(prediction))
     stored = outputs.store(
         files,
-        prefix=f"{prediction.owner}/{prediction.id}/{prediction.upstream_id}",
+        prefix=f"{folder(prediction.owner, prediction.id, prediction.output_prefix)}/{prediction.upstream_id}",
         remaining_seconds=remaining_seconds,
+        depth=prediction.depth,
         final=now() >= (prediction.ended or 0) + _GIVE_UP_SECONDS,
     )
     failed = [file for file in stored if file.error]

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from predictions.file_uploads import UploadBody
 from predictions.intents import PredictionBody, TrainingBody
+from predictions.recipe_changes import RecipeBody
 
 VERSION = "0.1.0"
 
@@ -26,6 +27,8 @@ _JSON = "application/json"
 _ADDED = {"x-added": True}
 _NAME = {"type": "string", "pattern": "^[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_])?$"}
 _ID = {"type": "string", "pattern": "^[a-z0-9]{26}$"}
+_BUCKET = {"type": "string", "enum": ["inputs", "outputs", "source"]}
+_RECIPE_NAME = {"type": "string", "pattern": "^[a-z0-9][a-z0-9-]{0,62}$"}
 _VERSION_ID = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _TEXT = {"type": "string"}
 _TEXT_OR_NULL = {"type": ["string", "null"]}
@@ -73,6 +76,7 @@ class Operation:
         parameters: Names in `components.parameters`, beside those of the path.
         headers: Names in `components.headers` that a success has.
         added: Whether Replicate has no such route.
+        also: Another status of success, with the same answer.
         media_type: Of the answer.
         body_media_type: Of the body.
     """
@@ -89,6 +93,7 @@ class Operation:
     parameters: tuple[str, ...] = ()
     headers: tuple[str, ...] = ()
     added: bool = False
+    also: int | None = None
     media_type: str = _JSON
     body_media_type: str = _JSON
 
@@ -192,6 +197,58 @@ OWN: tuple[Operation, ...] = (
         302,
         parameters=("LinkOwner", "LinkExpiry", "LinkSignature"),
         headers=("Location",),
+    ),
+    Operation(
+        "GET",
+        "/objects/{bucket}/{name}",
+        "objects.get",
+        "Get an object's bytes, by redirection: the link, which models are given, is the secret",
+        None,
+        302,
+        parameters=("ObjectKey", "ObjectVersion", "ObjectExpires", "LinkSignature"),
+        headers=("Location",),
+        added=True,
+    ),
+    Operation(
+        "POST",
+        "/recipes",
+        "recipes.create",
+        "Create a recipe: a template of a request, and what starts it",
+        "manage",
+        201,
+        "Recipe",
+        body="NamedRecipeBody",
+        refusals=(*_BODY_REFUSALS, 409),
+        headers=("Location",),
+        added=True,
+    ),
+    Operation(
+        "GET",
+        "/recipes",
+        "recipes.list",
+        "List recipes",
+        "manage",
+        answer="RecipePage",
+        refusals=(422,),
+        parameters=("Cursor",),
+        added=True,
+    ),
+    Operation("GET", "/recipes/{name}", "recipes.get", "Get a recipe", "manage", answer="Recipe", added=True),
+    Operation(
+        "PUT",
+        "/recipes/{name}",
+        "recipes.put",
+        "Create a recipe (201), or replace the one of that name (200)",
+        "manage",
+        answer="Recipe",
+        body="RecipeBody",
+        refusals=(*_BODY_REFUSALS, 409),
+        headers=("Location",),
+        also=201,
+        added=True,
+    ),
+    Operation(
+        "DELETE", "/recipes/{name}", "recipes.delete", "Delete a recipe", "manage", 204, refusals=(409,), added=True
     ),
     Operation(
         "GET",
@@ -348,6 +405,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
         ],
         "responses": {
             str(operation.status): success,
+            **({str(operation.also): success} if operation.also else {}),
             **{str(status): {"$ref": f"#/components/responses/Problem{status}"} for status in sorted(refusals)},
             "default": {"$ref": "#/components/responses/Problem"},
         },
@@ -365,6 +423,10 @@ def _path(operation: Operation, name: str) -> dict[str, Any]:
         schema: Schema = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,127}$"}
     elif name == "id":
         schema = _VERSION_ID if "/versions/" in operation.path else _ID
+    elif operation.path.startswith("/objects/"):
+        schema = _BUCKET if name == "bucket" else _TEXT
+    elif operation.path.startswith("/recipes/"):
+        schema = _RECIPE_NAME
     else:
         schema = _NAME
     return {"name": name, "in": "path", "required": True, "schema": schema}
@@ -468,6 +530,31 @@ _FILE: dict[str, Schema] = {
     "urls": _object({"get": _URL}),
     "uploaded": {**_FLAG, "description": "False for an upload that S3 does not have yet."},
 }
+_RECIPE: dict[str, Schema] = {
+    "id": _ID,
+    "name": _RECIPE_NAME,
+    "model": _TEXT,
+    "version": _TEXT,
+    "deployment": _TEXT,
+    "input": _OBJECT,
+    "defaults": _OBJECT,
+    "webhook": _TEXT,
+    "webhook_events_filter": _EVENTS,
+    "lifetime": {"type": ["string", "integer"]},
+    "output_prefix": _TEXT,
+    "s3": _OBJECT,
+    "pattern": _OBJECT,
+    "bus": {"type": "string", "enum": ["default", "stack"]},
+    "schedule": _OBJECT,
+    "state": {
+        "type": "string",
+        "enum": ["pending", "active", "deleting"],
+        "description": "`pending`: what starts it may not be there yet; put it again.",
+    },
+    "created_at": _TIME,
+    "updated_at": _TIME,
+    "urls": _object({"get": _URL}),
+}
 _UPLOAD_LINK = _object(
     {
         "method": {"type": "string", "enum": ["PUT"]},
@@ -532,6 +619,13 @@ _SCHEMAS: dict[str, Schema] = {
     "File": _object(_FILE, added=("uploaded",)),
     "FilePage": _page("File"),
     "Upload": _object({**_FILE, "upload": _UPLOAD_LINK}, added=("uploaded", "upload")),
+    "Recipe": _object(
+        _RECIPE,
+        optional=tuple(
+            name for name in _RECIPE if name not in {"id", "name", "input", "state", "created_at", "updated_at", "urls"}
+        ),
+    ),
+    "RecipePage": _page("Recipe"),
     "FileForm": _object(
         {
             "content": {"type": "string", "contentMediaType": "application/octet-stream"},
@@ -627,9 +721,18 @@ _SCHEMAS: dict[str, Schema] = {
 }
 
 _FIELDS = {
+    "bus": "Where the `pattern` looks: the account's default bus, or the stack's own.",
+    "defaults": "Values for fields of `input` that are not there, or whose placeholder finds nothing.",
+    "deployment": "`owner/name`.",
     "destination": "An existing model that the training makes a version of, as `owner/name`.",
     "filename": "Shown again, and used for nothing else.",
     "input": "What the model takes, checked against its own schema where that is known.",
+    "model": "`owner/name`, or `owner/name:version`.",
+    "name": "Unique among its owner's.",
+    "output_prefix": "Where results go in the owner's part of the outputs bucket; by default the object's key.",
+    "pattern": "An event pattern of EventBridge.",
+    "s3": "Objects of the inputs bucket, or of the source bucket, that start it.",
+    "schedule": "A schedule of EventBridge Scheduler that starts it.",
     "lifetime": "As the header Cancel-After, which goes first.",
     "metadata": "Any JSON object of up to 16 KiB.",
     "sha256": "In hexadecimal: S3 refuses other bytes.",
@@ -652,7 +755,11 @@ def _bodies() -> dict[str, Schema]:
     }  # fmt: skip
     input_body = _body(PredictionBody, added=("lifetime", "webhook_completed"))
     del input_body["properties"]["version"]
+    named_recipe_body = _body(RecipeBody)
+    named_recipe_body["required"] = ["name", *named_recipe_body["required"]]
     return {
+        "RecipeBody": _body(RecipeBody),
+        "NamedRecipeBody": named_recipe_body,
         "VersionBody": version_body,
         "InputBody": input_body,
         "TrainingBody": _body(TrainingBody),
@@ -662,9 +769,10 @@ def _bodies() -> dict[str, Schema]:
 
 def _body(model: type[BaseModel], *, added: tuple[str, ...] = ()) -> Schema:
     made = model.model_json_schema()
+    within = {f"#/$defs/{name}": schema for name, schema in made.get("$defs", {}).items()}
     properties = {}
     for name, schema in made["properties"].items():
-        kept = {key: value for key, value in schema.items() if key != "title"}
+        kept = {key: _inlined(value, within) for key, value in schema.items() if key != "title"}
         properties[name] = {**kept, "description": _FIELDS[name], **(_ADDED if name in added else {})}
     return {
         "type": "object",
@@ -672,6 +780,17 @@ def _body(model: type[BaseModel], *, added: tuple[str, ...] = ()) -> Schema:
         "properties": properties,
         "additionalProperties": made["additionalProperties"],
     }
+
+
+def _inlined(schema: Any, within: Mapping[str, Schema]) -> Any:
+    """A schema with the ones that it refers to in their places; a model's are never within themselves."""
+    if isinstance(schema, list):
+        return [_inlined(part, within) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("$ref") in within:
+        return _inlined(within[schema["$ref"]], within)
+    return {key: _inlined(value, within) for key, value in schema.items()}
 
 
 def _parameter(name: str, place: str, description: str, schema: Schema, **others: Any) -> dict[str, Any]:
@@ -709,6 +828,9 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
     "LinkOwner": _parameter("owner", "query", "Of the link.", _TEXT, required=True),
     "LinkExpiry": _parameter("expiry", "query", "Of the link.", _TEXT, required=True),
     "LinkSignature": _parameter("signature", "query", "Of the link.", _TEXT, required=True),
+    "ObjectKey": _parameter("key", "query", "Of the link.", _TEXT, required=True),
+    "ObjectVersion": _parameter("version_id", "query", "Of the link, where it has one.", _TEXT),
+    "ObjectExpires": _parameter("expires", "query", "Of the link.", _TEXT, required=True),
     "WebhookId": _parameter("webhook-id", "header", "The same for every try.", _TEXT, required=True),
     "WebhookTimestamp": _parameter(
         "webhook-timestamp", "header", "Seconds since 1970.", {"type": "string", "pattern": "^[0-9]+$"}, required=True

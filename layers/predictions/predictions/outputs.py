@@ -70,6 +70,11 @@ _OTHER_TYPE = "application/octet-stream"
 # One owner's files are below one segment; a segment is what our own ids are made of, and cannot climb.
 _PREFIX = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._@+=-]*(?:/[A-Za-z0-9_-][A-Za-z0-9._@+=-]*)*")
 _PAYLOADS = "payloads/"
+_UNSAFE = re.compile(r"[^A-Za-z0-9._@+=-]")
+_OUTPUT_PREFIX_LIMIT_CHARACTERS = 512
+
+ORIGIN_DEPTH = "origin-depth"
+"""Metadata of a stored file: how many results of this stack the prediction that made it descends from."""
 
 _URL = re.compile(
     r"(https?)://([a-z0-9.-]+)(?::([0-9]{1,5}))?(?=[/?#]|\Z)[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]*",
@@ -127,6 +132,31 @@ class StoredFile:
     def from_item(cls, item: Mapping[str, Any]) -> "StoredFile":
         """The inverse of `to_item`; names it does not know are passed over."""
         return cls(**{field.name: item[field.name] for field in fields(cls) if field.name in item})
+
+
+def safe_prefix(text: str) -> str:
+    """A place for files below their owner's, from a text of anybody's, such as the key of another object.
+
+    Returns:
+        Segments of harmless characters with slashes between them, none of which climbs or is a prediction's own
+        folder; at most 512 characters. Empty where nothing is left.
+    """
+    segments = [_UNSAFE.sub("_", segment) for segment in text[:_OUTPUT_PREFIX_LIMIT_CHARACTERS].split("/") if segment]
+    safe = [segment if re.match(r"[A-Za-z0-9_-]", segment) else f"_{segment[1:]}" for segment in segments]
+    if safe and re.fullmatch(r"[a-z0-9]{26}", safe[0]):
+        safe[0] = f"_{safe[0]}"
+    return "/".join(safe)
+
+
+def folder(owner: str, prediction_id: str, output_prefix: str | None = None) -> str:
+    """Where the files of a prediction are, without a slash at the end.
+
+    Args:
+        owner: Whose prediction it is.
+        prediction_id: Our id.
+        output_prefix: From `safe_prefix`, or None for the usual place.
+    """
+    return f"{owner}/{output_prefix}/{prediction_id}" if output_prefix else f"{owner}/{prediction_id}"
 
 
 def find_files(output: JSON, is_file_url: Callable[[str], bool]) -> list[OutputFile]:
@@ -283,7 +313,7 @@ class OutputsBucket:
         """
         return self._s3.get_object(Bucket=self.name, Key=_payload_key(key))["Body"].read().decode()
 
-    def delete_all(self, prediction_id: str, owner: str) -> None:
+    def delete_all(self, prediction_id: str, owner: str, output_prefix: str | None = None) -> None:
         """Removes every object of one prediction: its files, its payloads, and the parts of uploads that broke off.
 
         Found by listing, so that also what a function left behind that died before it wrote the key down is removed.
@@ -292,12 +322,13 @@ class OutputsBucket:
         Args:
             prediction_id: Our id.
             owner: Whose prediction it is.
+            output_prefix: As in `folder`.
 
         Raises:
             botocore.exceptions.ClientError: S3 did not remove all of it.
             ValueError: An id or owner has other characters than those that we make.
         """
-        for prefix in (f"{owner}/{prediction_id}/", f"{_PAYLOADS}{prediction_id}/"):
+        for prefix in (f"{folder(owner, prediction_id, output_prefix)}/", f"{_PAYLOADS}{prediction_id}/"):
             if not _PREFIX.fullmatch(prefix[:-1]):
                 raise ValueError(f"not a prefix of outputs: {prefix!r}")
             for uploads in self._s3.get_paginator("list_multipart_uploads").paginate(Bucket=self.name, Prefix=prefix):
@@ -315,6 +346,7 @@ class OutputsBucket:
         prefix: str,
         remaining_seconds: Callable[[], float],
         final: bool = False,
+        depth: int = 0,
     ) -> list[StoredFile]:
         """Copies files into the bucket, as objects `{prefix}/{index}`, several at once.
 
@@ -324,9 +356,10 @@ class OutputsBucket:
 
         Args:
             files: As `find_files` gave them for this prediction.
-            prefix: `{owner}/{id}/{upstream_id}`; only from ids that we made or checked.
+            prefix: `{folder(…)}/{upstream_id}`; only from ids that we made or checked.
             remaining_seconds: How long the function may still run. Copying stops with 30 seconds left.
             final: There will be no further call: what may succeed later counts as failed.
+            depth: Of the prediction: each object carries it as `ORIGIN_DEPTH`.
 
         Returns:
             One `StoredFile` for each file, in their order. One with an `error` cannot succeed: gone, too
@@ -343,7 +376,7 @@ class OutputsBucket:
             return []
         with self._open_client() as http, ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             outcomes = list(
-                pool.map(lambda file: self._copy(file, f"{prefix}/{file.index}", http, remaining_seconds), files)
+                pool.map(lambda file: self._copy(file, f"{prefix}/{file.index}", http, remaining_seconds, depth), files)
             )
         interrupted = [outcome for outcome in outcomes if isinstance(outcome, _Interrupted)]
         if interrupted and not final:
@@ -371,7 +404,12 @@ class OutputsBucket:
         return guarded_client(allowed_origins=self._file_origins, timeout=15)
 
     def _copy(
-        self, file: OutputFile, key: str, http: "httpx.Client", remaining_seconds: Callable[[], float]
+        self,
+        file: OutputFile,
+        key: str,
+        http: "httpx.Client",
+        remaining_seconds: Callable[[], float],
+        depth: int,
     ) -> "StoredFile | _Interrupted":
         """Copies one file with all its attempts; an interruption is returned, so that the others go on."""
         end = self._clock() + FILE_SECONDS
@@ -388,7 +426,7 @@ class OutputsBucket:
                 if attempt:
                     self._sleep(2.0 ** (attempt - 1))
                 check_time()
-                return self._copy_once(file, key, http, check_time)
+                return self._copy_once(file, key, http, check_time, depth)
             except _Refused as refusal:
                 return StoredFile(file.path, file.index, error=str(refusal))
             except _OutOfTime as interruption:
@@ -403,15 +441,15 @@ class OutputsBucket:
         return _Interrupted(f"{reason}, {_ATTEMPTS} times")
 
     def _copy_once(
-        self, file: OutputFile, key: str, http: "httpx.Client", check_time: Callable[[], None]
+        self, file: OutputFile, key: str, http: "httpx.Client", check_time: Callable[[], None], depth: int
     ) -> StoredFile:
         if file.source[:5].lower() == "data:":
-            return self._upload(file, key, _open_data_url(file.source), check_time)
+            return self._upload(file, key, _open_data_url(file.source), check_time, depth)
         there = self._size(key)
         try:
             with self._open_url(file.source, http) as body:
                 if there is None or body.length is None:
-                    return self._upload(file, key, body, check_time)
+                    return self._upload(file, key, body, check_time, depth)
                 if there != body.length:
                     raise _Refused(_OTHER_OBJECT)
         except _Gone:
@@ -420,9 +458,11 @@ class OutputsBucket:
         # An earlier attempt has stored it. Its object is whole, or it would not be visible.
         return self._stored(file, key, check_time)
 
-    def _upload(self, file: OutputFile, key: str, body: "_Body", check_time: Callable[[], None]) -> StoredFile:
+    def _upload(
+        self, file: OutputFile, key: str, body: "_Body", check_time: Callable[[], None], depth: int
+    ) -> StoredFile:
         """Writes one object: at once if it is one part, else in parts that show nothing until the end."""
-        headers: dict[str, Any] = _served_as(body.content_type)
+        headers: dict[str, Any] = {**_served_as(body.content_type), "Metadata": {ORIGIN_DEPTH: str(depth)}}
         sha256 = hashlib.sha256()
         size = 0
         part = io.BytesIO()

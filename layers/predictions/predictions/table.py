@@ -295,10 +295,10 @@ class PredictionsTable:
                 ReturnValuesOnConditionCheckFailure="ALL_OLD",
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
-            there = deserialize(_left_behind(error))
+            there = _prediction(_left_behind(error))
             # botocore repeats a write whose answer it did not see: then what is there is this very one.
-            if there.get("written_by") != item["written_by"]:
-                raise AlreadyExists(_prediction_of(there)) from None
+            if there.written_by != item["written_by"]:
+                raise AlreadyExists(there) from None
         return _prediction_of(item)
 
     def remember_recent(self, prediction_id: str, owner: str, fingerprint: str, now: float) -> None:
@@ -627,7 +627,7 @@ class PredictionsTable:
         Raises:
             ClientError: Not all of it could be removed; it is still on the sweep's list.
         """
-        self._outputs.delete_all(prediction.id, prediction.owner)
+        self._outputs.delete_all(prediction.id, prediction.owner, prediction.output_prefix)
         pk = _key(prediction.id)["pk"]
         for page in self._dynamodb.get_paginator("query").paginate(
             TableName=self._name,

@@ -1,0 +1,218 @@
+"""What starts recipes: rules of EventBridge for objects and events, schedules of EventBridge Scheduler.
+
+Each has the requests queue as its target, and a message that names the recipe and holds the event. All matching is
+EventBridge's. A recipe has one of them at most, always of the same name, `{name_prefix}{recipe id}`, so that putting it
+twice is putting it once, and functions and queue can be limited to these.
+"""
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import ClientError
+
+from predictions.aws import client
+from predictions.errors import PredictionsError
+from predictions.recipes import Recipe
+
+if TYPE_CHECKING:
+    from mypy_boto3_events import EventBridgeClient
+    from mypy_boto3_scheduler import EventBridgeSchedulerClient
+
+_TARGET = "requests-queue"
+_NAME_LIMIT_CHARACTERS = 64
+# What EventBridge Scheduler puts in: https://docs.aws.amazon.com/scheduler/latest/UserGuide/managing-schedule-context-attributes.html
+_SCHEDULED_EVENT = {
+    "id": "<aws.scheduler.execution-id>",
+    "source": "aws.scheduler",
+    "detail-type": "Scheduled Event",
+    "time": "<aws.scheduler.scheduled-time>",
+}
+_RETRY: Any = {"MaximumRetryAttempts": 185, "MaximumEventAgeInSeconds": 86400}
+_REFUSALS = {
+    "InvalidEventPatternException",
+    "ValidationException",
+    "LimitExceededException",
+    "ServiceQuotaExceededException",
+}
+
+
+class RuleRefused(PredictionsError):
+    """EventBridge does not take a recipe's pattern or schedule, or takes no more; its text is EventBridge's reason."""
+
+
+class RecipeRules:
+    """The rules and schedules of this stack's recipes.
+
+    Args:
+        name_prefix: Of all their names.
+        bus_name: The stack's bus.
+        schedule_group: The stack's group of schedules.
+        scheduler_role_arn: The role by which schedules send.
+        queue_arn: The requests queue.
+        dead_letter_queue_arn: Where goes what could not be sent there.
+        buckets: Names of the buckets by how recipes call them, `inputs` and `source`.
+    """
+
+    def __init__(
+        self,
+        *,
+        name_prefix: str,
+        bus_name: str,
+        schedule_group: str,
+        scheduler_role_arn: str,
+        queue_arn: str,
+        dead_letter_queue_arn: str,
+        buckets: dict[str, str],
+    ) -> None:
+        self._name_prefix = name_prefix
+        self._buses = {"default": "default", "stack": bus_name}
+        self._schedule_group = schedule_group
+        self._scheduler_role_arn = scheduler_role_arn
+        self._queue_arn = queue_arn
+        self._dead_letter_queue_arn = dead_letter_queue_arn
+        self._buckets = buckets
+
+    @classmethod
+    def from_env(cls) -> "RecipeRules":
+        """From the environment of manage_recipes."""
+        return cls(
+            name_prefix=os.environ["RECIPE_NAME_PREFIX"],
+            bus_name=os.environ["EVENT_BUS_NAME"],
+            schedule_group=os.environ["SCHEDULE_GROUP_NAME"],
+            scheduler_role_arn=os.environ["SCHEDULER_ROLE_ARN"],
+            queue_arn=os.environ["REQUESTS_QUEUE_ARN"],
+            dead_letter_queue_arn=os.environ["REQUESTS_DEAD_LETTER_QUEUE_ARN"],
+            buckets={"inputs": os.environ["INPUTS_BUCKET_NAME"], "source": os.environ["SOURCE_BUCKET_NAME"]},
+        )
+
+    def put(self, recipe: Recipe) -> None:
+        """Makes what starts a recipe, or brings it up to date; then removes what started it before.
+
+        Twice does no harm. A crash in between leaves both for a while: what the old one sends is dropped at the door.
+
+        Raises:
+            RuleRefused: EventBridge refuses it; what was there before is still there.
+        """
+        name = self._name(recipe)
+        if len(name) > _NAME_LIMIT_CHARACTERS and recipe.kind:
+            limit = _NAME_LIMIT_CHARACTERS - len(name) + len(self._name_prefix) - len("-recipe-")
+            raise RuleRefused(f"The stack's name is too long for rules: at most {limit} characters.")
+        bus = self._bus(recipe)
+        try:
+            if bus is not None:
+                self._put_rule(name, bus, recipe)
+            elif recipe.kind == "schedule":
+                self._put_schedule(name, recipe)
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in _REFUSALS:
+                raise
+            raise RuleRefused(error.response["Error"]["Message"]) from None
+        self._remove_others(name, keep_bus=bus, keep_schedule=recipe.kind == "schedule")
+
+    def withdraw(self, recipe: Recipe) -> None:
+        """Removes whatever starts a recipe. Twice does no harm."""
+        self._remove_others(self._name(recipe), keep_bus=None, keep_schedule=False)
+
+    def pattern(self, recipe: Recipe) -> dict[str, Any]:
+        """The event pattern of a recipe for objects or events."""
+        if recipe.kind == "pattern":
+            pattern: dict[str, Any] = recipe.definition["pattern"]
+            return pattern
+        asked: dict[str, Any] = recipe.definition["s3"]
+        prefix, suffix = asked["prefix"], asked.get("suffix")
+        key: list[Any] = [{"wildcard": f"{_escaped(prefix)}*{_escaped(suffix)}"}] if suffix else [{"prefix": prefix}]
+        bounds: list[Any] = [">=", asked["min_bytes"]] if "min_bytes" in asked else []
+        bounds += ["<=", asked["max_bytes"]] if "max_bytes" in asked else []
+        matched: dict[str, Any] = {"key": key} if prefix or suffix else {}
+        if bounds:
+            matched["size"] = [{"numeric": bounds}]
+        detail: dict[str, Any] = {"bucket": {"name": [self._buckets[asked.get("bucket", "inputs")]]}}
+        if matched:
+            detail["object"] = matched
+        return {"source": ["aws.s3"], "detail-type": ["Object Created"], "detail": detail}
+
+    def _name(self, recipe: Recipe) -> str:
+        return f"{self._name_prefix}{recipe.id}"
+
+    def _bus(self, recipe: Recipe) -> str | None:
+        if recipe.kind == "s3":
+            return self._buses["default"]  # where S3's events come, and no other
+        return self._buses[recipe.definition.get("bus", "default")] if recipe.kind == "pattern" else None
+
+    def _put_rule(self, name: str, bus: str, recipe: Recipe) -> None:
+        pattern = json.dumps(self.pattern(recipe), separators=(",", ":"))
+        # Without its target it fires at nothing.
+        self._events.put_rule(Name=name, EventBusName=bus, EventPattern=pattern, State="ENABLED")
+        answer = self._events.put_targets(
+            Rule=name,
+            EventBusName=bus,
+            Targets=[
+                {
+                    "Id": _TARGET,
+                    "Arn": self._queue_arn,
+                    "InputTransformer": {
+                        "InputTemplate": f'{{"recipe_id": "{recipe.id}", "event": <aws.events.event.json>}}'
+                    },
+                    "DeadLetterConfig": {"Arn": self._dead_letter_queue_arn},
+                    "RetryPolicy": _RETRY,
+                }
+            ],
+        )
+        if answer["FailedEntryCount"]:
+            raise RuleRefused(f"The rule takes no target: {answer['FailedEntries'][0].get('ErrorMessage', '')}")
+
+    def _put_schedule(self, name: str, recipe: Recipe) -> None:
+        schedule = recipe.definition["schedule"]
+        described: dict[str, Any] = {
+            "Name": name,
+            "GroupName": self._schedule_group,
+            "ScheduleExpression": schedule["expression"],
+            "ScheduleExpressionTimezone": schedule.get("time_zone", "UTC"),
+            "FlexibleTimeWindow": {"Mode": "OFF"},
+            "Target": {
+                "Arn": self._queue_arn,
+                "RoleArn": self._scheduler_role_arn,
+                "Input": json.dumps({"recipe_id": recipe.id, "event": _SCHEDULED_EVENT}),
+                "DeadLetterConfig": {"Arn": self._dead_letter_queue_arn},
+                "RetryPolicy": _RETRY,
+            },
+        }
+        try:
+            self._scheduler.update_schedule(**described)
+        except self._scheduler.exceptions.ResourceNotFoundException:
+            try:
+                self._scheduler.create_schedule(**described)
+            except self._scheduler.exceptions.ConflictException:
+                # Made by another call just now, or by this very one, whose answer botocore missed.
+                self._scheduler.update_schedule(**described)
+
+    def _remove_others(self, name: str, *, keep_bus: str | None, keep_schedule: bool) -> None:
+        for bus in set(self._buses.values()) - {keep_bus}:
+            try:
+                # A rule with targets cannot be deleted.
+                self._events.remove_targets(Rule=name, EventBusName=bus, Ids=[_TARGET])
+                self._events.delete_rule(Name=name, EventBusName=bus)
+            except self._events.exceptions.ResourceNotFoundException:
+                continue
+        if not keep_schedule:
+            try:
+                self._scheduler.delete_schedule(Name=name, GroupName=self._schedule_group)
+            except self._scheduler.exceptions.ResourceNotFoundException:
+                return
+
+    @property
+    def _events(self) -> "EventBridgeClient":
+        return client("events")
+
+    @property
+    def _scheduler(self) -> "EventBridgeSchedulerClient":
+        return client("scheduler")
+
+
+def _escaped(text: str) -> str:
+    """A text that a wildcard pattern takes for itself.
+
+    https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-create-pattern-operators.html#eb-filtering-wildcard-matching-escape
+    """
+    return text.replace("\\", "\\\\").replace("*", "\\*")
