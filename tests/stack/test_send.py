@@ -70,6 +70,16 @@ def test_sample_of_a_run_job_is_an_invocation(sent: Send) -> None:
     assert re.search(r"^ +[0-9.]+ s  succeeded", told, re.MULTILINE), told
 
 
+def test_samples_of_the_queue_and_of_s3_start_what_a_recipe_and_a_message_ask_for(sent: Send) -> None:
+    told = sent("start_from_queue/request")
+    assert "message to the requests queue" in told
+    assert re.search(r"^ +[0-9.]+ s  succeeded", told, re.MULTILINE), told
+    assert " 201 Created" in sent("manage_recipes/create")
+    told = sent("start_from_queue/s3")
+    assert "/postcards/lisbon.json" in told.replace("\n", "")
+    assert re.search(r"^ +[0-9.]+ s  succeeded", told, re.MULTILINE), told
+
+
 def test_command_says_what_went_wrong_and_fails(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "local", "send", str(EVENTS / "run_prediction" / "prompt.json")]
     environment = {"PATH": "/usr/bin:/bin", "LOCAL_DIR": str(tmp_path)}
