@@ -12,7 +12,7 @@ PYTHON := $(IN)python
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo local test lint types validate unit stack conformance bench lock clean
+.PHONY: help setup demo local send test lint types validate unit stack conformance bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: setup ## Run predictions through a local cloud and tell what happens (LIVE
 
 local: setup ## Keep a local cloud running: .local/stack.json says where (LOCAL_DIR=… for a second one)
 	@exec $(PYTHON) -m local run
+
+send: setup ## Send EVENT=events/… to the stack of "make local", and follow what it starts (MODEL=…, FILE=…)
+	@$(PYTHON) -m local send "$(EVENT)" $(if $(MODEL),--model "$(MODEL)") $(if $(FILE),--file "$(FILE)")
 
 test: lint types validate unit stack ## Check everything, in this order; what fails stops it
 

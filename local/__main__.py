@@ -1,4 +1,4 @@
-"""The commands behind ``make``: ``python -m local run|demo|validate``."""
+"""The commands behind ``make``: ``python -m local run|demo|send|validate``."""
 
 import argparse
 import os
@@ -11,6 +11,7 @@ from types import FrameType
 
 from local.cloud import LocalCloud, LocalCloudError, Upstream, local_directory, stack_parameters, validate
 from local.demo import DemoFailed, demonstrate
+from local.send import SendFailed, send
 from local.terminal import Terminal
 
 
@@ -21,6 +22,10 @@ def main() -> int:
     commands.add_parser("run", help="keep a local cloud running until SIGINT or SIGTERM")
     demo = commands.add_parser("demo", help="run predictions through a local cloud and tell what happens")
     demo.add_argument("--live", action="store_true", help="run them on the real Replicate, which costs money")
+    sending = commands.add_parser("send", help="send an event sample to the local cloud that runs")
+    sending.add_argument("sample", type=Path, help="a file below events/")
+    sending.add_argument("--model", help="what the sample is to run, as owner/name")
+    sending.add_argument("--file", type=Path, help="the content of the object that a sample of S3 names")
     commands.add_parser("validate", help="check template.yaml")
     arguments = parser.parse_args()
 
@@ -33,9 +38,11 @@ def main() -> int:
                 run(terminal, os.environ)
             case "demo":
                 demonstrate(terminal, os.environ, live=arguments.live)
+            case "send":
+                send(terminal, arguments.sample, model=arguments.model, file=arguments.file)
             case "validate":
                 return validate()
-    except (LocalCloudError, DemoFailed) as error:
+    except (LocalCloudError, DemoFailed, SendFailed) as error:
         terminal.refuse(str(error))
         return 1
     return 0

@@ -210,10 +210,7 @@ class LocalCloud:
     def client(self, service: str) -> Any:
         """Return a client of an AWS service of this cloud, with all rights."""
         if service not in self._clients:
-            # More attempts would hide what the emulator refused.
-            config = Config(retries={"total_max_attempts": 2}, proxies={}, s3={"addressing_style": "path"})
-            session: Any = boto3.session.Session("test", "test", region_name=REGION)
-            self._clients[service] = session.client(service, endpoint_url=self.endpoint_url, config=config)
+            self._clients[service] = aws_client(self.endpoint_url, service)
         return self._clients[service]
 
     def _unchecked_client(self, service: str) -> Any:
@@ -523,6 +520,14 @@ def _unresolved(_loader: yaml.SafeLoader, _suffix: str, _node: yaml.Node) -> Non
 
 
 _TemplateLoader.add_multi_constructor("!", _unresolved)
+
+
+def aws_client(endpoint_url: str, service: str) -> Any:
+    """Make a client of an AWS service of the local cloud at an address, with all rights."""
+    # More attempts would hide what the emulator refused.
+    config = Config(retries={"total_max_attempts": 2}, proxies={}, s3={"addressing_style": "path"})
+    session: Any = boto3.session.Session("test", "test", region_name=REGION)
+    return session.client(service, endpoint_url=endpoint_url, config=config)
 
 
 def _log_group(function: str) -> str:

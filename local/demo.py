@@ -1,6 +1,7 @@
-"""The demonstration: two predictions through the HTTP API of a local cloud, told as they happen, and checked.
+"""The demonstration: predictions on a local cloud, told as they happen, and checked.
 
-One paints a picture, one fails. What is told is read where it was recorded: the prediction's item, its execution's
+First act, through the HTTP API: one paints a picture, one fails. Second act: the picture is dropped into a bucket, and
+a recipe redraws it. What is told is read where it was recorded: the prediction's item, its execution's
 history, the stand-in's record, the bucket. Whatever does not agree ends the demonstration with an error.
 """
 
@@ -25,7 +26,7 @@ REPLICATE_API_URL = "https://api.replicate.com/v1"
 SECONDS = 60.0
 SECONDS_LIVE = 600.0  # a model that nobody used for a while has to start first
 # Runs each minute for the whole stack, and answers this program: neither is part of a prediction.
-NOT_COUNTED = {"sweep_predictions", "read_predictions"}
+NOT_COUNTED = {"sweep_predictions", "read_predictions", "manage_recipes"}
 _STREAM_SECONDS = 1.5  # the emulator reads the table's stream each second
 NOT_COUNTED_CALL = "/webhooks/default/secret"  # the sweep's, too
 SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp", "image/gif": ".gif"}
@@ -58,9 +59,13 @@ FAILURE_LIVE = Task(
     {"image": "https://www.example.com/"}, "failed",
 )  # fmt: skip
 
+DROPPED = Task("A file that is dropped into a bucket", "local/etcher", {"image": "{{ object.url }}"}, "succeeded")
+
 
 def demonstrate(terminal: Terminal, environment: Mapping[str, str], *, live: bool = False) -> None:
-    """Run both predictions on a fresh local cloud.
+    """Run the predictions on a fresh local cloud; the second act is left out on the real Replicate.
+
+    Replicate could not open a link to this machine.
 
     Args:
         terminal: Where the story is told.
@@ -83,12 +88,18 @@ def demonstrate(terminal: Terminal, environment: Mapping[str, str], *, live: boo
         upstream = Upstream(environment.get("REPLICATE_API_URL") or REPLICATE_API_URL, token)
         # Replicate's webhooks do not reach this machine: it has to be asked.
         parameters = {"FirstPollSeconds": "5", "PollSeconds": "5"}
-    terminal.title("replicate-serverless: two predictions on a local cloud")
+    terminal.title("replicate-serverless: predictions on a local cloud")
     with LocalCloud(parameters=parameters, upstream=upstream, say=terminal.step) as cloud:
         headers = {"Authorization": f"Bearer {cloud.stack.access_token}"}
         with httpx.Client(base_url=cloud.stack.api_url, headers=headers, timeout=30, trust_env=False) as api:
-            for task in (PICTURE_LIVE, FAILURE_LIVE) if live else (PICTURE, FAILURE):
-                _Run(cloud, api, terminal, task, live=live).tell()
+            runs = [
+                _Run(cloud, api, terminal, task, live=live)
+                for task in ((PICTURE_LIVE, FAILURE_LIVE) if live else (PICTURE, FAILURE))
+            ]
+            for run in runs:
+                run.tell()
+            if not live:
+                _DroppedRun(cloud, api, terminal, DROPPED, live=False, content=runs[0].files[0]).tell()
         terminal.write()
         terminal.step("stopping")
     terminal.succeed("all of it was checked")
@@ -105,6 +116,7 @@ class _Run:
     live: bool
     id: str = ""
     item: dict[str, Any] = field(default_factory=dict)
+    files: list[bytes] = field(default_factory=list)
 
     def tell(self) -> None:
         """Run it, tell it, check it.
@@ -199,6 +211,7 @@ class _Run:
         path = local_directory() / "demo" / f"{name}{SUFFIXES.get(file['content_type'], '')}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(downloaded)
+        self.files.append(downloaded)
         self._event("checked", "its URL and the bucket give the same bytes")
         self._event("saved", _shown(path))
 
@@ -273,6 +286,41 @@ class _Run:
                 keys += [record["dynamodb"]["Keys"]["pk"]["S"] for record in page["Records"]]
                 iterator = page.get("NextShardIterator") if page["Records"] else None
         return keys.count(f"prediction#{self.id}")
+
+
+@dataclass
+class _DroppedRun(_Run):
+    """One prediction that a file starts."""
+
+    content: bytes = b""
+
+    def _request(self) -> None:
+        recipe = {"name": "etchings", "model": self.task.model, "input": self.task.input, "s3": {"prefix": "photos/"}}
+        self._event("recipe", f"POST /recipes {json.dumps(recipe)}")
+        answer = self.api.post("/recipes", json=recipe)
+        _check(answer.status_code == 201, f"POST /recipes answered {answer.status_code}: {answer.text[:500]}")
+        known = {prediction["id"] for prediction in self._list()}
+        bucket, key = self.cloud.stack.inputs_bucket, "photos/lighthouse.png"
+        self.cloud.client("s3").put_object(Bucket=bucket, Key=key, Body=self.content, ContentType="image/png")
+        self._event("dropped", f"{len(self.content):,} bytes as s3://{bucket}/{key}")
+        started: list[dict[str, Any]] = []
+        deadline = time.monotonic() + SECONDS
+        while not started:
+            _check(time.monotonic() < deadline, "the file started nothing")
+            time.sleep(0.2)
+            started = [prediction for prediction in self._list() if prediction["id"] not in known]
+        _check(len(started) == 1, f"the file started {len(started)} predictions")
+        self.id = started[0]["id"]
+        self._event("started", f"by the object's event, through the bus and the requests queue, as {self.id}")
+        with httpx.Client(trust_env=False, timeout=60, follow_redirects=True) as http:  # as the model does, no token
+            opened = http.get(started[0]["input"]["image"]).raise_for_status().content
+        _check(opened == self.content, "the link to the file gives other bytes")
+        self._event("link", "the model's link to the file gives the same bytes, without a token")
+
+    def _list(self) -> list[dict[str, Any]]:
+        answer = self.api.get("/predictions")
+        _check(answer.status_code == 200, f"GET /predictions answered {answer.status_code}: {answer.text[:500]}")
+        return list(answer.json()["results"])
 
 
 def _check(holds: object, otherwise: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from predictions import aws
+from predictions.api import Presenter
 from predictions.dead_requests import DeadRequests
 from predictions.deliveries import Delivery
 from predictions.files import Files
@@ -18,6 +19,7 @@ from predictions.owner_secrets import OwnerSecrets
 from predictions.recipe_changes import RecipeChanges
 from predictions.recipe_rules import RecipeRules
 from predictions.recipes import Recipe, RecipeItems
+from predictions.run_jobs import RunJobs
 from predictions.schemas import ModelSchemas
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
@@ -177,6 +179,17 @@ RUN = {
     ("start_from_queue", "schedule"),
     ("start_from_queue", "event"),
 }
+RUN_JOBS = {
+    ("run_prediction", "prompt"): None,
+    ("run_prediction", "scheduled"): None,
+    ("run_prediction", "waiting"): None,
+    ("run_prediction", "not_waiting"): None,
+    ("run_prediction", "refused_both_inputs"): "input_data: Give `prompt` or `input_data`, not both.",
+    ("run_prediction", "refused_without_input"): "prompt: This field is required (or `input_data`).",
+    ("run_prediction", "refused_private_webhook"): "webhook_url: ",
+    ("run_prediction", "refused_poll_interval"): "poll_interval: Input should be greater than or equal to 0.1",
+}
+"""How the error begins with which a direct invocation is answered."""
 API_FUNCTIONS = {
     "call_replicate",
     "cancel_prediction",
@@ -248,7 +261,7 @@ def test_every_sample_has_its_expected_outcome() -> None:
         (path.parent.name, path.stem) for path in EVENTS.glob("*/*.json") if path.parent.name != "authorize_request"
     }
     answered = ANSWERED.keys() | FORWARDED.keys()
-    of_queues = TAKEN.keys() | BURIED.keys() | RUN | PUBLISHED.keys()
+    of_queues = RUN_JOBS.keys() | TAKEN.keys() | BURIED.keys() | RUN | PUBLISHED.keys()
     assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | answered | of_queues
 
 
@@ -536,6 +549,26 @@ def test_a_sample_of_the_stream_is_told_to_the_bus(run: Run, cloud: None, case: 
     bus = Bus()
     assert run("publish_changes", sample("publish_changes", case)) == {"batchItemFailures": []}
     assert bus.types == TOLD_TO_THE_BUS[case]
+
+
+@pytest.mark.parametrize(("function", "case"), sorted(RUN_JOBS), ids=names(RUN_JOBS))
+def test_a_sample_of_a_run_job_is_answered(
+    run: Run,
+    submissions: Submissions,
+    outputs: OutputsBucket,
+    replicate: ReplicateInMemory,
+    clock: Clock,
+    function: str,
+    case: str,
+) -> None:
+    jobs = RunJobs(
+        submissions, Presenter(outputs, 3600), owner="queue", allow_loopback_webhooks=False, sleep=clock.sleep
+    )
+    answer = run(function, sample(function, case), run_jobs=jobs)
+    error = RUN_JOBS[function, case]
+    assert (answer["status"], answer["prediction_id"] is None) == (None if error else "starting", bool(error))
+    assert (answer["error"] or "").startswith(error or "")
+    assert len(replicate.creates) == (0 if error else 1)
 
 
 def test_a_sample_of_the_stream_that_cannot_be_queued_is_read_again(run: Run, cloud: None) -> None:

@@ -96,6 +96,7 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
     readers = {name for name in FUNCTIONS if any("ReplicateToken" in text(each) for each in statements(name))}
     assert readers == {
         "StartPredictionFunction",
+        "RunPredictionFunction",
         "SubmitPredictionFunction",
         "PollPredictionFunction",
         "CancelPredictionFunction",
@@ -108,7 +109,7 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
 
 def test_schemas_are_kept_only_by_functions_that_submit_or_are_told_them() -> None:
     keepers = {name for name in FUNCTIONS if any("schema#*" in text(each) for each in statements(name))}
-    submitting = {"StartPredictionFunction", "SubmitPredictionFunction", "PollPredictionFunction"}
+    submitting = {f"{name}PredictionFunction" for name in ("Start", "Run", "Submit", "Poll")}
     checking = {"ManageRecipesFunction"}
     assert keepers == {*submitting, *checking, "CallReplicateFunction"}
 
@@ -647,6 +648,17 @@ def test_stream_is_read_from_its_start_and_what_fails_is_noted() -> None:
     }
 
 
+def test_invocation_that_nobody_waits_for_is_repeated_and_kept_where_it_fails_for_good() -> None:
+    properties = resources("AWS::Serverless::Function")["RunPredictionFunction"]["Properties"]
+    dead_letters = {"Type": "SQS", "Destination": {"Fn::GetAtt": ["RunJobsDeadLetterQueue", "Arn"]}}
+    assert properties["EventInvokeConfig"]["DestinationConfig"] == {"OnFailure": dead_letters}
+    assert properties["EventInvokeConfig"]["MaximumRetryAttempts"] == 2
+    queue = resources("AWS::SQS::Queue")["RunJobsDeadLetterQueue"]["Properties"]
+    assert queue["MessageRetentionPeriod"] == 14 * 86400
+    alarm = resources("AWS::CloudWatch::Alarm")["DeadRunJobsAlarm"]["Properties"]
+    assert alarm["Dimensions"][0]["Value"] == {"Fn::GetAtt": ["RunJobsDeadLetterQueue", "QueueName"]}
+
+
 def passes(pattern: Any, value: Any) -> bool:
     """Whether a value passes a filter, as far as ours go: nested names, lists of texts, `prefix`, `exists`."""
     if isinstance(pattern, dict):
@@ -796,6 +808,9 @@ def test_outputs_are_those_that_users_and_tools_rely_on() -> None:
         "StartFromQueueFunctionName",
         "DeliveriesQueueUrl",
         "DeliveriesDeadLetterQueueUrl",
+        "RunPredictionFunctionName",
+        "RunPredictionFunctionArn",
+        "RunJobsDeadLetterQueueUrl",
         "EventBusName",
         "TrackPredictionStateMachineArn",
         "ReplicateTokenSecretArn",

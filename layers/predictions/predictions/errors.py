@@ -27,6 +27,7 @@ class Problem(PredictionsError):
         title: A short name of the kind of problem; by default the status's standard phrase.
         invalid_fields: One `{"field": …, "detail": …}` for each field that was refused.
         headers: Headers of the answer, such as `Retry-After`.
+        upstream_status: The HTTP status with which Replicate refused it, where that is why.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Problem(PredictionsError):
         title: str | None = None,
         invalid_fields: Sequence[Mapping[str, str]] = (),
         headers: Mapping[str, str] | None = None,
+        upstream_status: int | None = None,
     ) -> None:
         super().__init__(f"{status}: {detail}")
         self.status = status
@@ -45,6 +47,7 @@ class Problem(PredictionsError):
         self.title = title or (HTTPStatus(status).phrase if status in set(HTTPStatus) else "Request refused")
         self.invalid_fields = list(invalid_fields)
         self.headers = dict(headers or {})
+        self.upstream_status = upstream_status
 
     def body(self) -> dict[str, Any]:
         """The problem as the JSON of `application/problem+json`."""

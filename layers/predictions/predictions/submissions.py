@@ -187,7 +187,7 @@ class Submissions:
         *,
         sdk_attempt: int | None = None,
         wait_seconds: float = 0,
-        limits: OwnerLimits = OwnerLimits(),  # noqa: B008  # frozen
+        limits: OwnerLimits | None = None,
         rate_limit: dict[str, str] | None = None,
     ) -> Prediction:
         """Starts the prediction that a caller waits for the beginning of.
@@ -198,7 +198,7 @@ class Submissions:
                 whose answer it did not see, without a key, and counts how often.
             wait_seconds: How long the caller waits for the end: as long, at most, Replicate is asked to hold its
                 answer.
-            limits: The owner's.
+            limits: The owner's, where an authorizer has told them; None: they are looked up.
             rate_limit: Takes what Replicate's answer to the create says of its limit, as headers; nothing where no
                 create was made, or none was answered.
 
@@ -211,7 +211,9 @@ class Submissions:
                 503 (submissions are paused, or Replicate cannot be asked which version to run).
         """
         wait_until = self._now() + wait_seconds
-        if intent.keyed and (existing := self.table.get(intent.id)):
+        # Without a key, the id of an HTTP request is random; any other is made of the event that it came with.
+        comes_again = intent.keyed or intent.source != "http"
+        if comes_again and (existing := self.table.get(intent.id)):
             return _existing(existing, intent)
         if sdk_attempt and not intent.keyed:
             existing = self.table.recent(intent.owner, intent.fingerprint, self._now())
@@ -229,6 +231,8 @@ class Submissions:
         # All that can fail on our side comes before the claim: after it, a POST that was never made is as unknown
         # as one whose answer was lost.
         api_url()
+        if limits is None:
+            limits = self._usage.known_limits(intent.owner)
         if limits:
             self._take_place(intent, limits)
         start = self._limiter.reserve_for_caller()
@@ -268,13 +272,23 @@ class Submissions:
         try:
             prediction = self._submit(prediction, input_json, wait_until, rate_limit)
         except Refused as error:
-            refusal = {"status": error.status, "detail": error.detail, "invalid_fields": error.invalid_fields}
+            refusal: dict[str, Any] = {
+                "status": error.status,
+                "detail": error.detail,
+                "invalid_fields": error.invalid_fields,
+                "upstream_status": error.status,
+            }
             self._end(prediction, Status.FAILED, error.detail, refusal=refusal)
             raise _problem_of(refusal) from None
         except Unauthorized as error:
             self._count_refused_token(error)
             why = f"Replicate refuses this stack's token or credit ({error.status or 'no token'})."
-            refusal = {"status": 502, "detail": f"{why} Its operator has to mend that.", "invalid_fields": []}
+            refusal = {
+                "status": 502,
+                "detail": f"{why} Its operator has to mend that.",
+                "invalid_fields": [],
+                "upstream_status": error.status,
+            }
             if prediction.keyed:
                 # Its caller can ask again by its key; the sweep submits it once the operator has mended the token.
                 self._give_back(prediction, error)
@@ -381,7 +395,8 @@ class Submissions:
             PredictionThrottled: It has to wait; for a start, this once.
         """
         counted = False
-        if prediction.source != "http" and not prediction.counted:
+        # What `start` has put off has its place.
+        if prediction.source not in ("http", "run_job") and not prediction.counted:
             limits = self._usage.known_limits(prediction.owner)
             if limits:
                 self._take_place_in_queue(prediction, limits)
@@ -806,10 +821,11 @@ class Submissions:
         try:
             model = self._replicate.model(name)
         except NotFound:
-            raise Problem(404, f"There is no model {name}, or this stack's Replicate token may not use it.") from None
+            detail = f"There is no model {name}, or this stack's Replicate token may not use it."
+            raise Problem(404, detail, upstream_status=404) from None
         except Unavailable as error:
             detail = f"Replicate could not be asked for the version of {name}: {error}. Nothing was started: try again."
-            raise Problem(503, detail, headers={"Retry-After": "5"}) from None
+            raise Problem(503, detail, headers={"Retry-After": "5"}, upstream_status=error.status) from None
         version = None if model.is_official else model.latest_version
         if version is None and not model.is_official:
             raise Problem(422, f"The model {name} has no version that could be run.")
@@ -868,7 +884,12 @@ def _not_ended(prediction: Prediction) -> str:
 
 
 def _problem_of(refusal: dict[str, Any]) -> Problem:
-    return Problem(refusal["status"], refusal["detail"], invalid_fields=refusal["invalid_fields"])
+    return Problem(
+        refusal["status"],
+        refusal["detail"],
+        invalid_fields=refusal["invalid_fields"],
+        upstream_status=refusal.get("upstream_status"),
+    )
 
 
 def _listed(invalid: list[dict[str, str]]) -> str:

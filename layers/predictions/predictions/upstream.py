@@ -104,7 +104,15 @@ class NotFound(UpstreamError):
 
 
 class Unavailable(UpstreamError):
-    """A read failed in a way that says nothing about what was asked: try again later."""
+    """A read failed in a way that says nothing about what was asked: try again later.
+
+    Attributes:
+        status: The HTTP status, or None where there was no answer to go by.
+    """
+
+    def __init__(self, reason: str, status: int | None = None) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -351,9 +359,10 @@ class Replicate:
             raise NotFound(_detail(answer))
         if answer.status_code in (401, 402, 403):
             self._token.forget()
-            raise Unavailable(f"Replicate refuses the stack's token or credit ({answer.status_code})")
+            reason = f"Replicate refuses the stack's token or credit ({answer.status_code})"
+            raise Unavailable(reason, answer.status_code)
         if not 200 <= answer.status_code < 300:
-            raise Unavailable(f"Replicate answered {answer.status_code}")
+            raise Unavailable(f"Replicate answered {answer.status_code}", answer.status_code)
         return answer
 
     def _request(self, method: str, path: str, *, limit_bytes: int | None = None, **request: Any) -> httpx.Response:

@@ -1,0 +1,28 @@
+"""Runs a prediction for who invokes this function: a person, a service, a schedule."""
+
+from typing import Any
+
+from predictions.observability import handler_of
+from predictions.run_jobs import RunJobs
+
+run_jobs = RunJobs.from_env()
+
+
+@handler_of
+def handler(event: Any, context: Any) -> dict[str, Any]:
+    """Starts one prediction, however often this invocation is repeated, and waits for its end where that is asked for.
+
+    Args:
+        event: `{"model", "prompt", "webhook_url"?}`, or `{"model", "input_data", "wait_for_completion"?,
+            "poll_interval"?, "max_poll_attempts"?}`; each with `idempotency_key`?.
+        context: Lambda's.
+
+    Returns:
+        `{"success", "prediction_id", "status", "output", "urls", "logs", "error"}` for the first, `{"prediction_id",
+        "status", "model", "input", "output", "error", "created_at", "completed_at", "urls", "metrics"}` for the
+        second, refusals too.
+
+    Raises:
+        ClientError, BotoCoreError: AWS failed before anything was started.
+    """
+    return run_jobs.run(event, context.aws_request_id, lambda: context.get_remaining_time_in_millis() / 1000)
