@@ -177,8 +177,12 @@ class Requests:
         )
 
 
-def _source_of(body: Mapping[str, Any]) -> Source | None:  # noqa: ARG001  # recipes, batches and pipelines come here
+def _source_of(body: Mapping[str, Any]) -> Source | None:
     """What the message names; each is imported with the first message that needs it."""
+    if "pipeline_id" in body:
+        from predictions.pipelines import Pipelines
+
+        return Pipelines.from_env()
     return None
 
 
