@@ -1,20 +1,34 @@
-"""Download route of files: public, since models have no access token; the unguessable link is the proof."""
+"""Download routes: public, since models have no access token; the unguessable link is the proof."""
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api import answer_with, resolver
 from predictions.errors import Problem
 from predictions.files import Files
+from predictions.links import Links
 from predictions.table import is_id
 
 app = resolver()
 files = Files.from_env()
+links = Links.from_env()
 
 
 @app.get("/files/<file_id>/download")
 def download(file_id: str) -> Response[str]:
     """`GET /files/{id}/download?owner=&expiry=&signature=`: 302 to S3; one 404 for everything that is wrong."""
     asked = {name: app.current_event.get_query_string_value(name, "") for name in ("owner", "expiry", "signature")}
-    url = files.download_url(file_id, **asked) if is_id(file_id) and all(asked.values()) else None
+    return _redirect(files.download_url(file_id, **asked) if is_id(file_id) and all(asked.values()) else None)
+
+
+@app.get("/objects/<bucket>/<name>")
+def open_object(bucket: str, name: str) -> Response[str]:  # noqa: ARG001  # the name is for whoever reads the URL
+    """`GET /objects/{bucket}/{name}?key=&expires=&signature=`, and `version_id`: as above."""
+    query = app.current_event.get_query_string_value
+    asked = {name: query(name, "") for name in ("key", "expires", "signature")}
+    url = links.open(bucket, version_id=query("version_id"), **asked)
+    return _redirect(url)
+
+
+def _redirect(url: str | None) -> Response[str]:
     if url is None:
         raise Problem(404, "There is no such file, or this is not its link: it may have expired.")
     return Response(status_code=302, body="", headers={"Location": url, "Cache-Control": "no-store"})

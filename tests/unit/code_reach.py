@@ -155,6 +155,8 @@ def _note(node: ast.AST, found: Reach) -> None:
             _note_call(client, call, found)
         case ast.Call(func=ast.Attribute(value=client, attr=call)):
             _note_call(client, call, found)
+        case ast.Constant(value="VersionId"):
+            found.actions.add("s3:GetObjectVersion")
         case ast.Call(func=ast.Name(id=name)) if name in _POWERTOOLS:
             found.actions.add(_POWERTOOLS[name])
 

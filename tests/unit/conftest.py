@@ -34,6 +34,8 @@ ENVIRONMENT = {
     "REPLICATE_TOKEN_SECRET_ARN": "replicate-token",
     "SIGNING_SECRET_ARN": "signing-secret",
     "WEBHOOK_MASTER_SECRET_ARN": "webhook-master",
+    "LINK_SECRET_ARN": "link-secret",
+    "SOURCE_BUCKET_NAME": "source",
     "DELIVERIES_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/deliveries",
     "DELIVERIES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-deliveries",
     "FILE_ORIGINS": "",
@@ -83,6 +85,7 @@ def cloud(environment: None) -> Iterator[None]:
         aws.client("secretsmanager").create_secret(Name="replicate-token", SecretString=ReplicateInMemory.TOKEN)
         aws.client("secretsmanager").create_secret(Name="signing-secret", SecretString="{}")
         aws.client("secretsmanager").create_secret(Name="webhook-master", SecretString="m" * 64)
+        aws.client("secretsmanager").create_secret(Name="link-secret", SecretString="l" * 64)
         aws.client("sqs").create_queue(QueueName="deliveries")
         aws.client("sqs").create_queue(QueueName="dead-deliveries")
         yield

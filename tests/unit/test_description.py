@@ -107,6 +107,7 @@ def test_what_replicate_does_not_have_is_marked() -> None:
         ("POST", "/uploads"),
         ("DELETE", "/predictions/{id}"),
         ("POST", "/webhooks/replicate/{id}"),
+        ("GET", "/objects/{bucket}/{name}"),
     }
     parameters = document()["components"]["parameters"]
     assert {name for name, each in parameters.items() if each.get("x-added")} == {"IdempotencyKey", "RetryCount"}

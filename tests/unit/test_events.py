@@ -71,6 +71,7 @@ REFUSED = {
     ("store_files", "refused_upload_field"): (422, ["key"]),
     ("store_files", "refused_cursor"): (422, ["cursor"]),
     ("serve_files", "refused_without_signature"): (404, []),
+    ("serve_files", "refused_object_without_key"): (404, []),
 }
 """Refused for what the request itself says: status and fields."""
 
@@ -86,6 +87,7 @@ REFUSED_BY_WHAT_IS_THERE = {
     ("store_files", "refused_unknown"): 404,
     ("store_files", "refused_delete_unknown"): 404,
     ("serve_files", "refused_unknown"): 404,
+    ("serve_files", "refused_forged_object"): 404,
     ("cancel_prediction", "refused_delete_open"): 409,
     ("receive_webhook", "refused_stale"): 401,
     ("receive_webhook", "refused_forged"): 401,

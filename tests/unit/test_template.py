@@ -117,7 +117,14 @@ def test_public_functions_are_webhook_and_file_links_and_hold_no_token_of_replic
     assert public == {"ReceiveWebhookFunction", "ServeFilesFunction"}
     for name in public:
         assert "ReplicateToken" not in text(load_template()["Resources"][name])
-    assert actions("ServeFilesFunction") == {"dynamodb:GetItem", "s3:GetObject"}
+    assert actions("ServeFilesFunction") == {
+        "dynamodb:GetItem",
+        "s3:GetObject",
+        "s3:GetObjectVersion",
+        "secretsmanager:GetSecretValue",
+    }
+    (secret,) = [each for each in statements("ServeFilesFunction") if "secretsmanager" in text(each)]
+    assert secret["Resource"] == {"Fn::GetAtt": ["LinkSecret", "Id"]}, "which signs nothing but links"
 
 
 def test_secret_values_are_given_to_functions_by_arn_only() -> None:
@@ -186,7 +193,8 @@ def test_nothing_is_ever_deleted_by_a_function_but_what_its_owner_deletes(name: 
 def test_functions_of_files_see_nothing_but_files() -> None:
     for name in ("StoreFilesFunction", "ServeFilesFunction"):
         for statement in statements(name):
-            if "s3:" in text(statement["Action"]):
+            # Links lead to objects of any key.
+            if "s3:" in text(statement["Action"]) and name == "StoreFilesFunction":
                 assert statement["Resource"] == {"Fn::Sub": "${InputsBucket.Arn}/files/*"}
             if statement["Resource"] == {"Fn::GetAtt": ["PredictionsTable", "Arn"]}:
                 assert statement["Condition"] == {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["file#*"]}}
@@ -451,6 +459,7 @@ def test_api_has_exactly_these_routes() -> None:
         ("GET", "/files/{id}"): "StoreFilesFunction",
         ("DELETE", "/files/{id}"): "StoreFilesFunction",
         ("GET", "/files/{id}/download"): "ServeFilesFunction",
+        ("GET", "/objects/{bucket}/{name}"): "ServeFilesFunction",
     }
 
 

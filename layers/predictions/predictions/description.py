@@ -26,6 +26,7 @@ _JSON = "application/json"
 _ADDED = {"x-added": True}
 _NAME = {"type": "string", "pattern": "^[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_])?$"}
 _ID = {"type": "string", "pattern": "^[a-z0-9]{26}$"}
+_BUCKET = {"type": "string", "enum": ["inputs", "outputs", "source"]}
 _VERSION_ID = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _TEXT = {"type": "string"}
 _TEXT_OR_NULL = {"type": ["string", "null"]}
@@ -192,6 +193,17 @@ OWN: tuple[Operation, ...] = (
         302,
         parameters=("LinkOwner", "LinkExpiry", "LinkSignature"),
         headers=("Location",),
+    ),
+    Operation(
+        "GET",
+        "/objects/{bucket}/{name}",
+        "objects.get",
+        "Get an object's bytes, by redirection: the link, which models are given, is the secret",
+        None,
+        302,
+        parameters=("ObjectKey", "ObjectVersion", "ObjectExpires", "LinkSignature"),
+        headers=("Location",),
+        added=True,
     ),
     Operation(
         "GET",
@@ -365,6 +377,8 @@ def _path(operation: Operation, name: str) -> dict[str, Any]:
         schema: Schema = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,127}$"}
     elif name == "id":
         schema = _VERSION_ID if "/versions/" in operation.path else _ID
+    elif operation.path.startswith("/objects/"):
+        schema = _BUCKET if name == "bucket" else _TEXT
     else:
         schema = _NAME
     return {"name": name, "in": "path", "required": True, "schema": schema}
@@ -709,6 +723,9 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
     "LinkOwner": _parameter("owner", "query", "Of the link.", _TEXT, required=True),
     "LinkExpiry": _parameter("expiry", "query", "Of the link.", _TEXT, required=True),
     "LinkSignature": _parameter("signature", "query", "Of the link.", _TEXT, required=True),
+    "ObjectKey": _parameter("key", "query", "Of the link.", _TEXT, required=True),
+    "ObjectVersion": _parameter("version_id", "query", "Of the link, where it has one.", _TEXT),
+    "ObjectExpires": _parameter("expires", "query", "Of the link.", _TEXT, required=True),
     "WebhookId": _parameter("webhook-id", "header", "The same for every try.", _TEXT, required=True),
     "WebhookTimestamp": _parameter(
         "webhook-timestamp", "header", "Seconds since 1970.", {"type": "string", "pattern": "^[0-9]+$"}, required=True
