@@ -158,9 +158,9 @@ class Progress:
             reasons = [f"`{name}` {s.status}{f' ({s.error})' if s.error else ''}" for name, s in unsuccessful.items()]
             passed = "Its deadline passed. " if late else ""
             error = f"{passed}Steps: {'; '.join(reasons)}"
-        counts = Counter(state.status for state in states.values())
+        counts = Counter[str](state.status for state in states.values())
         if self._pipelines.table.end_pipeline(pipeline, status, error, counts, self._now()):
-            logger.info("pipeline ended", status=status, **counts)
+            logger.info("pipeline ended", status=status, steps=dict(counts))
 
 
 class PipelineExecutions:
@@ -172,9 +172,7 @@ class PipelineExecutions:
         now: The time, in seconds since 1970.
     """
 
-    def __init__(
-        self, table: PipelinesTable, executions: Executions, *, now: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, table: PipelinesTable, executions: Executions, *, now: Callable[[], float] = time.time) -> None:
         self._table = table
         self._executions = executions
         self._now = now

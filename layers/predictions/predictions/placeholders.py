@@ -221,10 +221,11 @@ def _parts(text: str, field: str) -> Iterator[str | _Expression]:
     for count, placeholder in enumerate(_PLACEHOLDER.finditer(text)):
         if count >= PLACEHOLDERS_LIMIT:
             raise PlaceholderError(field, f"A text has at most {PLACEHOLDERS_LIMIT} placeholders.")
-        if placeholder.start() > end:
-            yield text[end : placeholder.start()]
+        begin, following = placeholder.span()
+        if begin > end:
+            yield text[end:begin]
         yield _Expression(placeholder[1], field)
-        end = placeholder.end()
+        end = following
     if "{{" in text[end:]:
         raise PlaceholderError(field, "A placeholder begins with `{{` and does not end with `}}`.")
     if end < len(text) or end == 0:
