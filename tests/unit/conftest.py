@@ -40,6 +40,9 @@ ENVIRONMENT = {
     "SOURCE_BUCKET_NAME": "source",
     "DELIVERIES_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/deliveries",
     "DELIVERIES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-deliveries",
+    "REQUESTS_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests",
+    "QUEUE_OWNER": "queue",
+    "QUEUE_SENDERS": "AROAALICE0000=alice",
     "FILE_ORIGINS": "",
     "ALLOW_LOOPBACK_WEBHOOKS": "false",
     "DEFAULT_LIFETIME_SECONDS": "86400",
@@ -91,6 +94,7 @@ def cloud(environment: None) -> Iterator[None]:
         aws.client("sqs").create_queue(QueueName="requests")
         aws.client("sqs").create_queue(QueueName="deliveries")
         aws.client("sqs").create_queue(QueueName="dead-deliveries")
+        aws.client("sqs").create_queue(QueueName="dead-requests")
         yield
     aws._client.cache_clear()
     aws._api_url = None
