@@ -173,7 +173,8 @@ def create_definition(value: Any, check: Check) -> Definition:
     for number, step in enumerate(steps):
         invalid += [_of_step(number, step.name, found) for found in _by_schema(step, asked.input, check)]
     if invalid:
-        raise _refused(list({(each["field"], each["detail"]): each for each in invalid}.values()))
+        # The first reason of each place: others follow from it.
+        raise _refused(list({each["field"]: each for each in reversed(invalid)}.values())[::-1])
     return Definition(asked.input, tuple(steps))
 
 
