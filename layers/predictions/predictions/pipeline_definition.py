@@ -117,6 +117,14 @@ class Definition:
         needed = {name for step in self.steps for name in step.needs}
         return [step for step in self.steps if step.name not in needed]
 
+    def before(self, step: Step) -> list[Step]:
+        """The steps that have to succeed before a step can run: what it needs, what that needs, and so on."""
+        found: list[Step] = []
+        for each in reversed(self.in_order):
+            if each.name in step.needs or any(each.name in other.needs for other in found):
+                found.append(each)
+        return found
+
     def step(self, name: str) -> Step | None:
         """The step of that name."""
         return next((step for step in self.steps if step.name == name), None)

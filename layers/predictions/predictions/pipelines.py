@@ -94,6 +94,8 @@ def event_of(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
         return None
     detail = {
         "version": "1",
+        # An event may come twice: by this it is known.
+        "event_id": f"{new['id']}-completed",
         "id": new["id"],
         "owner": new["owner"].removeprefix("pipelines#"),
         "status": new["status"],
@@ -147,11 +149,13 @@ class Pipelines:
         pipeline = stored.pipeline
         if pipeline.ended or pipeline.cancel_requested:
             return None
-        ids = [each for needed in step.needs for each in run_ids(stored)[needed]]
-        states = states_of(stored, self.predictions.get_many(ids))
+        ids = run_ids(stored)
+        # A step's state rests on those of all before it.
+        before = [each for other in stored.definition.before(step) for each in ids[other.name]]
+        states = states_of(stored, self.predictions.get_many(before))
         if not all(states[needed].status == "succeeded" for needed in step.needs):
             return None  # it came too early: the pipeline sends another one in time
-        if index >= len(run_ids(stored)[name]):
+        if index >= len(ids[name]):
             raise RequestRefused(f"index: step {name!r} of pipeline {pipeline_id} has no run {index}.")
         try:
             return self._intent(stored, step, index)

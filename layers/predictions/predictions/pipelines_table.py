@@ -268,7 +268,8 @@ class PipelinesTable:
             values[":error"] = error[:_ERROR_LIMIT_CHARACTERS]
         return self._change(
             pipeline.id,
-            f"SET #status = :status, completed_at = :at, counts = :counts{', #error = :error' if error else ''} "
+            # `visible` is what the stream's filter asks for.
+            f"SET #status = :status, visible = :status, completed_at = :at, counts = :counts{', #error = :error' if error else ''} "
             "REMOVE #open, next_check_at, task_token",
             "#status = :running",
             values,
