@@ -16,7 +16,7 @@ SWEEP_LIMIT = 1000
 SECRET_REFRESH_SECONDS = 600
 
 submissions = Submissions.from_env()
-pipelines = PipelineExecutions.from_env()
+pipeline_executions = PipelineExecutions.from_env()
 secrets = SigningSecrets.from_env()
 _refreshed_at = 0.0
 
@@ -36,7 +36,7 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:  # noqa: ARG
     found = submissions.sweep(
         SWEEP_LIMIT,
         lambda: context.get_remaining_time_in_millis() / 1000,
-        {"pipeline": pipelines.restart},
+        {"pipeline": pipeline_executions.restart},
     )
     metrics.add_metric(name="SweepFound", unit=MetricUnit.Count, value=found)
     return {"found": found}

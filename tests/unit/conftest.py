@@ -135,6 +135,12 @@ def executed(cloud: None) -> Executed:
 
 
 @pytest.fixture
+def pipeline_executed(cloud: None) -> Executed:
+    """The executions of pipelines that were started."""
+    return Executed("run-pipeline")
+
+
+@pytest.fixture
 def wakes(cloud: None) -> Wakes:
     """The task tokens that were sent."""
     return Wakes()

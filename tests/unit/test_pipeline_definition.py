@@ -220,15 +220,15 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         ("join(', ', [steps.image.output, input.prompt])", ("image",)),
         ("{a: steps.image.output, b: input}", ("image",)),
         ("steps.image.output || steps.other.output", ("image", "other")),
-        ("input.style || `\"etching\"`", ()),
+        ('input.style || `"etching"`', ()),
         ("input.prompt", ()),
-        ("`\"steps.image.output\"`", ()),
+        ('`"steps.image.output"`', ()),
     ],
 )
 def test_what_an_expression_needs_is_read_from_it(expression: str, needs: tuple[str, ...]) -> None:
     definition = create_definition({"input": INPUT, "steps": [needing(expression), step(), step("other")]}, check)
     assert definition.steps[0].needs == needs
-    assert [each.name for each in definition.in_order][0] == ("image" if "image" in needs else "caption")
+    assert next(each.name for each in definition.in_order) == ("image" if "image" in needs else "caption")
 
 
 def test_last_steps_are_those_that_no_other_one_needs() -> None:

@@ -220,7 +220,13 @@ OWN: tuple[Operation, ...] = (
     ),
     Operation("GET", "/pipelines", "pipelines.list", "List pipelines", answer="PipelinePage", added=True, **_PAGE),
     Operation(
-        "GET", "/pipelines/{id}", "pipelines.get", "Get a pipeline with its steps", "read", answer="Pipeline", added=True
+        "GET",
+        "/pipelines/{id}",
+        "pipelines.get",
+        "Get a pipeline with its steps",
+        "read",
+        answer="Pipeline",
+        added=True,
     ),
     Operation(
         "POST",
@@ -614,7 +620,7 @@ _SCHEMAS: dict[str, Schema] = {
             "output": {
                 "type": ["object", "null"],
                 "additionalProperties": {},
-                "description": "By name, the outputs of the steps that no other one needs; null until the pipeline ends.",
+                "description": "By name, the outputs of the steps that no other one needs; null until the end.",
             },
             "outputs_left_out": {
                 "type": "array",

@@ -269,8 +269,8 @@ class PipelinesTable:
         return self._change(
             pipeline.id,
             # `visible` is what the stream's filter asks for.
-            f"SET #status = :status, visible = :status, completed_at = :at, counts = :counts{', #error = :error' if error else ''} "
-            "REMOVE #open, next_check_at, task_token",
+            "SET #status = :status, visible = :status, completed_at = :at, counts = :counts"
+            f"{', #error = :error' if error else ''} REMOVE #open, next_check_at, task_token",
             "#status = :running",
             values,
         )
