@@ -24,8 +24,8 @@ FLUX = "black-forest-labs/flux-schnell"
 INPUT = {"prompt": "a fox", "count": 2, "styles": ["etching", "mosaic"]}
 
 
-_closed = copy.deepcopy(SCHEMA)
-_closed["components"]["schemas"]["Input"]["additionalProperties"] = False  # type: ignore[assignment]  # as Cog writes it
+_closed: dict[str, Any] = copy.deepcopy(SCHEMA)
+_closed["components"]["schemas"]["Input"]["additionalProperties"] = False  # as Cog writes it
 SCHEMA_OF_FLUX = InputSchema.from_openapi(_closed)
 
 
