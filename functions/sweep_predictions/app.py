@@ -5,6 +5,7 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 from predictions.observability import MetricUnit, handler_of, logger, metrics
+from predictions.pipeline_progress import PipelineExecutions
 from predictions.submissions import Submissions
 from predictions.upstream import UpstreamError
 from predictions.webhooks import SigningSecrets, SigningSecretUnavailable
@@ -15,6 +16,7 @@ SWEEP_LIMIT = 1000
 SECRET_REFRESH_SECONDS = 600
 
 submissions = Submissions.from_env()
+pipeline_executions = PipelineExecutions.from_env()
 secrets = SigningSecrets.from_env()
 _refreshed_at = 0.0
 
@@ -28,10 +30,14 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:  # noqa: ARG
         context: Tells how long the function may still run.
 
     Returns:
-        `{"found": …}`, how many predictions stood still.
+        `{"found": …}`, how many predictions and pipelines stood still.
     """
     _refresh_signing_secret()
-    found = submissions.sweep(SWEEP_LIMIT, lambda: context.get_remaining_time_in_millis() / 1000)
+    found = submissions.sweep(
+        SWEEP_LIMIT,
+        lambda: context.get_remaining_time_in_millis() / 1000,
+        {"pipeline": pipeline_executions.restart},
+    )
     metrics.add_metric(name="SweepFound", unit=MetricUnit.Count, value=found)
     return {"found": found}
 

@@ -31,6 +31,8 @@ ENVIRONMENT = {
     "INPUTS_BUCKET_NAME": "inputs",
     "FILE_RETENTION_DAYS": "1",
     "STATE_MACHINE_ARN": "arn:aws:states:us-east-1:123456789012:stateMachine:track-prediction",
+    "PIPELINE_STATE_MACHINE_ARN": "arn:aws:states:us-east-1:123456789012:stateMachine:run-pipeline",
+    "REQUESTS_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/requests",
     "API_URL_PARAMETER": "/replicate-serverless/api_url",
     "REPLICATE_API_URL": ReplicateInMemory.URL,
     "REPLICATE_TOKEN_SECRET_ARN": "replicate-token",
@@ -100,6 +102,7 @@ def cloud(environment: None) -> Iterator[None]:
         aws.client("secretsmanager").create_secret(Name="signing-secret", SecretString="{}")
         aws.client("secretsmanager").create_secret(Name="webhook-master", SecretString="m" * 64)
         aws.client("secretsmanager").create_secret(Name="link-secret", SecretString="l" * 64)
+        aws.client("sqs").create_queue(QueueName="requests")
         aws.client("sqs").create_queue(QueueName="deliveries")
         aws.client("sqs").create_queue(QueueName="dead-deliveries")
         aws.client("sqs").create_queue(QueueName="dead-requests")
@@ -140,6 +143,12 @@ def table(cloud: None, outputs: OutputsBucket) -> PredictionsTable:
 def executed(cloud: None) -> Executed:
     """The executions that were started."""
     return Executed()
+
+
+@pytest.fixture
+def pipeline_executed(cloud: None) -> Executed:
+    """The executions of pipelines that were started."""
+    return Executed("run-pipeline")
 
 
 @pytest.fixture

@@ -164,6 +164,10 @@ def test_what_replicate_does_not_have_is_marked() -> None:
     assert added == {
         ("GET", "/openapi.json"),
         ("POST", "/uploads"),
+        ("POST", "/pipelines"),
+        ("GET", "/pipelines"),
+        ("GET", "/pipelines/{id}"),
+        ("POST", "/pipelines/{id}/cancel"),
         ("DELETE", "/predictions/{id}"),
         ("POST", "/webhooks/replicate/{id}"),
         ("GET", "/objects/{bucket}/{name}"),

@@ -11,11 +11,17 @@ from predictions import aws
 from predictions.api import Presenter
 from predictions.dead_requests import DeadRequests
 from predictions.deliveries import Delivery
+from predictions.executions import Executions
 from predictions.files import Files
 from predictions.forwarding import Forwarding, VersionCache
 from predictions.items import deserialize
+from predictions.links import Links
 from predictions.outputs import OutputsBucket
 from predictions.owner_secrets import OwnerSecrets
+from predictions.pipeline_api import PipelineApi
+from predictions.pipeline_progress import PipelineExecutions, Progress
+from predictions.pipelines import Pipelines
+from predictions.pipelines_table import PipelinesTable
 from predictions.recipe_changes import RecipeChanges
 from predictions.recipe_rules import RecipeRules
 from predictions.recipes import Recipe, RecipeItems
@@ -80,6 +86,9 @@ REFUSED = {
     ("store_files", "refused_upload_field"): (422, ["key"]),
     ("store_files", "refused_cursor"): (422, ["cursor"]),
     ("serve_files", "refused_without_signature"): (404, []),
+    ("manage_pipelines", "refused_without_scope"): (403, []),
+    ("manage_pipelines", "refused_without_steps"): (422, ["steps"]),
+    ("manage_pipelines", "refused_cursor"): (422, ["cursor"]),
     ("serve_files", "refused_object_without_key"): (404, []),
     ("manage_recipes", "refused_without_scope"): (403, []),
     ("manage_recipes", "refused_cursor"): (422, ["cursor"]),
@@ -100,6 +109,9 @@ REFUSED_BY_WHAT_IS_THERE = {
     ("cancel_prediction", "refused_other_owner"): 404,
     ("cancel_prediction", "refused_unknown"): 404,
     ("store_files", "refused_unknown"): 404,
+    ("manage_pipelines", "refused_cycle"): 422,
+    ("manage_pipelines", "refused_unknown"): 404,
+    ("manage_pipelines", "refused_cancel_unknown"): 404,
     ("store_files", "refused_delete_unknown"): 404,
     ("serve_files", "refused_unknown"): 404,
     ("serve_files", "refused_forged_object"): 404,
@@ -130,6 +142,8 @@ ANSWERED = {
     ("store_files", "create_as_text"): 201,
     ("store_files", "upload"): 201,
     ("store_files", "list"): 200,
+    ("manage_pipelines", "create"): 201,
+    ("manage_pipelines", "list"): 200,
     ("receive_webhook", "start"): 200,
     ("receive_webhook", "succeeded"): 200,
     ("receive_webhook", "succeeded_with_file"): 200,
@@ -169,6 +183,7 @@ FORWARDED = {
 RUN = {
     ("submit_prediction", "execution"),
     ("poll_prediction", "execution"),
+    ("advance_pipeline", "execution"),
     ("copy_outputs", "first_execution"),
     ("sweep_predictions", "schedule"),
     ("publish_changes", "nothing_visible"),
@@ -195,6 +210,7 @@ API_FUNCTIONS = {
     "cancel_prediction",
     "describe_api",
     "give_secret",
+    "manage_pipelines",
     "manage_recipes",
     "read_predictions",
     "receive_webhook",
@@ -211,6 +227,7 @@ PUBLISHED = {
     ("publish_changes", "failed"): [],
     ("publish_changes", "canceled"): [],
     ("publish_changes", "deleted"): [],
+    ("publish_changes", "pipeline_succeeded"): [],
 }
 """What is queued at once of what each calls for; the rest follows a second later."""
 TOLD_TO_THE_BUS = {
@@ -221,6 +238,7 @@ TOLD_TO_THE_BUS = {
     "failed": ["Prediction Failed"],
     "files_stored": ["Prediction Succeeded"],
     "nothing_visible": [],
+    "pipeline_succeeded": ["Pipeline Completed"],
     "start_and_output": [],
     "succeeded": ["Prediction Succeeded"],
 }
@@ -245,6 +263,7 @@ BURIED = {
     ("start_from_queue", "refused_private_webhook"): "webhook: ",
     ("start_from_queue", "refused_with_token"): "input: This field is required.",
     ("start_from_queue", "refused_task_token"): "task_token: ",
+    ("start_from_queue", "refused_step_of_no_pipeline"): "pipeline_id: there is no pipeline",
 }
 """Kept in the dead-letter queue, with this reason."""
 
@@ -286,6 +305,7 @@ def run(
     table: PredictionsTable,
     outputs: OutputsBucket,
     replicate: ReplicateInMemory,
+    pipeline_executed: Executed,
     clock: Clock,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Run:
@@ -308,6 +328,13 @@ def run(
     )
     forwarding = Forwarding(ReplicateInMemory.URL, Token("replicate-token"), replicate.client(), versions)
 
+    pipelines = PipelinesTable("predictions", outputs, aws.client("dynamodb"))
+    pipeline_executions = PipelineExecutions(
+        pipelines, Executions(pipeline_executed.machine_arn, aws.client("stepfunctions")), now=clock.now
+    )
+    steps = Pipelines(pipelines, table, outputs, Links({"outputs": "outputs"}, "link-secret", now=clock.now))
+    queue_url = aws.client("sqs").get_queue_url(QueueName="requests")["QueueUrl"]
+
     def run(function: str, event: dict[str, Any], **others: Any) -> Any:
         with pytest.MonkeyPatch.context() as only_here:
             app = load_app(function, only_here)
@@ -317,6 +344,17 @@ def run(
                 "outputs": outputs,
                 "forwarding": forwarding,
                 "recipe_changes": changes,
+                "pipelines": PipelineApi(
+                    pipelines,
+                    table,
+                    submissions,
+                    pipeline_executions,
+                    Presenter(outputs, 3600),
+                    30 * 86400,
+                    now=clock.now,
+                ),
+                "pipeline_executions": pipeline_executions,
+                "progress": Progress(steps, submissions, queue_url, aws.client("sqs"), now=clock.now),
                 "files": Files("predictions", "inputs", 86400, now=clock.now),
                 "time": clock_module(clock.now),
                 **others,
@@ -486,9 +524,38 @@ def test_the_sample_of_a_deletion_removes_the_data_of_what_has_ended(run: Run, s
         assert (shown["input"], shown["output"], shown["logs"], shown["output_files"]) == ({}, None, "", [])
 
 
+def test_the_samples_of_a_pipeline_tell_it_to_its_cancel(
+    run: Run, pipeline_executed: Executed, replicate: ReplicateInMemory
+) -> None:
+    def shown(case: str) -> dict[str, Any]:
+        pipeline: dict[str, Any] = json.loads(run("manage_pipelines", sample("manage_pipelines", case))["body"])
+        return pipeline
+
+    created = shown("create")
+    assert [step["status"] for step in created["steps"]] == ["starting", "waiting", "waiting"]
+    assert pipeline_executed.inputs == {f"{created['id']}-1": {"id": created["id"]}}
+    assert run("advance_pipeline", sample("advance_pipeline", "execution")) == {"done": False, "seen": 0}
+    assert run("start_from_queue", sample("start_from_queue", "refused_step_of_no_pipeline")) == {
+        "batchItemFailures": []
+    }
+    assert shown("refused_unknown")["steps"][0]["predictions"] != []
+    assert [each["id"] for each in shown("list")["results"]] == [created["id"]]
+    assert shown("refused_cancel_unknown")["cancel_requested_at"]
+    # The first turn cancels; the end of what it canceled is an event, which the second turn sees.
+    assert run("advance_pipeline", sample("advance_pipeline", "execution")) == {"done": False, "seen": 2}
+    assert run("advance_pipeline", sample("advance_pipeline", "execution")) == {"done": True, "seen": -1}
+    assert shown("refused_unknown")["status"] == "canceled"
+    assert replicate.creates == []
+
+
 @pytest.mark.parametrize(("function", "case"), sorted(RUN), ids=names(RUN))
 def test_a_sample_for_nothing_to_do_does_nothing(run: Run, function: str, case: str) -> None:
-    assert run(function, sample(function, case)) in ({}, {"found": 0}, {"batchItemFailures": []})
+    assert run(function, sample(function, case)) in (
+        {},
+        {"found": 0},
+        {"batchItemFailures": []},
+        {"done": True, "seen": -1},
+    )
     assert items() == []
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from predictions import errors
+from predictions.pipeline_api import LIFETIME_SECONDS
+from predictions.pipeline_definition import FAN_OUTS_LIMIT, ITEMS_LIMIT, STEPS_LIMIT
 
 from tests.unit.template import ROOT, listed, load_template, resources, statements
 
@@ -130,7 +132,7 @@ def test_state_carries_ids_and_waiting_times_only(path: Path, name: str, state: 
     assert not caught, "without Output a Catch hands on the error and its cause"
     assert state["Type"] == "Choice" or state.get("Output"), "without Output a state hands on all that it was given"
     for output in filter(None, outputs):
-        assert output.keys() <= {"id", "wait_seconds"}
+        assert output.keys() <= {"id", "wait_seconds", "done", "seen"}
         assert output["id"] == "{% $states.input.id %}"
 
 
@@ -320,3 +322,42 @@ def test_functions_are_given_ids_only(states: dict[str, Any]) -> None:
             "execution": "{% $states.context.Execution.Name %}",
         },
     }
+
+
+# -- run_pipeline --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline_states() -> dict[str, Any]:
+    states: dict[str, Any] = definition_of(ROOT / "statemachine/run_pipeline.asl.json")["States"]
+    return states
+
+
+@pytest.mark.parametrize("error", ["DynamoDb.ConditionalCheckFailedException", "States.Timeout"])
+def test_pipeline_is_looked_at_again_however_the_wait_ends(pipeline_states: dict[str, Any], error: str) -> None:
+    assert caught(pipeline_states["AwaitStep"], error) == "AdvancePipeline"
+    assert pipeline_states["AwaitStep"]["Next"] == "AdvancePipeline"
+
+
+def test_pipeline_waits_only_while_nothing_has_ended_since_it_was_looked_at(pipeline_states: dict[str, Any]) -> None:
+    arguments = pipeline_states["AwaitStep"]["Arguments"]
+    assert arguments["ConditionExpression"] == "#status = :running AND #events = :seen"
+    values = arguments["ExpressionAttributeValues"]
+    assert values[":seen"] == {"N": "{% $string($states.input.seen) %}"}
+    # The sweep looks two minutes after the wait is over.
+    check = f"{{% $string($floor($millis() / 1000) + {pipeline_states['AwaitStep']['TimeoutSeconds']} + 120) %}}"
+    assert values[":next_check_at"] == {"N": check}
+
+
+def test_pipeline_ends_only_when_its_function_says_so(pipeline_states: dict[str, Any]) -> None:
+    (choice,) = pipeline_states["IsDone"]["Choices"]
+    assert (choice["Condition"], choice["Next"]) == ("{% $states.input.done = true %}", "Done")
+    assert pipeline_states["AdvancePipeline"]["Arguments"]["Payload"] == {"id": "{% $states.input.id %}"}
+
+
+def test_history_holds_the_largest_pipeline_that_takes_as_long_as_it_may(pipeline_states: dict[str, Any]) -> None:
+    # A turn: a task that is entered, scheduled, started, succeeded and left; a choice; a task that waits.
+    events_of_a_turn = 5 + 2 + 6
+    predictions = (STEPS_LIMIT - FAN_OUTS_LIMIT) + FAN_OUTS_LIMIT * ITEMS_LIMIT
+    polls = LIFETIME_SECONDS // pipeline_states["AwaitStep"]["TimeoutSeconds"]
+    assert (predictions + polls) * events_of_a_turn < 25_000

@@ -23,6 +23,7 @@ from tests.unit.template import (
 
 FOLDERS = sorted(path.parent.name for path in (ROOT / "functions").glob("*/app.py"))
 FUNCTIONS = sorted(resources("AWS::Serverless::Function"))
+MACHINES = sorted(resources("AWS::Serverless::StateMachine"))
 BUCKETS = sorted(resources("AWS::S3::Bucket"))
 QUEUES = sorted(resources("AWS::SQS::Queue"))
 PARAMETERS = load_template()["Parameters"]
@@ -78,7 +79,7 @@ def text(value: Any) -> str:
 # -- what must not be ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, "TrackPredictionStateMachine"])
+@pytest.mark.parametrize("name", [*FUNCTIONS, *MACHINES])
 def test_policy_with_a_wildcard_is_one_that_aws_offers_no_narrower_form_of(name: str) -> None:
     for statement in statements(name):
         assert not [action for action in listed(statement["Action"]) if "*" in action]
@@ -103,6 +104,10 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
         "SweepPredictionsFunction",
         "CallReplicateFunction",
         "ManageRecipesFunction",  # asks for models' schemas
+        # It looks at the models that a pipeline names.
+        "ManagePipelinesFunction",
+        # It cancels the predictions of a canceled pipeline.
+        "AdvancePipelineFunction",
     }
     assert {name for name in FUNCTIONS if "REPLICATE_TOKEN_SECRET_ARN" in variables(name)} == readers
 
@@ -110,7 +115,7 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
 def test_schemas_are_kept_only_by_functions_that_submit_or_are_told_them() -> None:
     keepers = {name for name in FUNCTIONS if any("schema#*" in text(each) for each in statements(name))}
     submitting = {f"{name}PredictionFunction" for name in ("Start", "Run", "Submit", "Poll")}
-    checking = {"ManageRecipesFunction"}
+    checking = {"ManageRecipesFunction", "ManagePipelinesFunction"}
     assert keepers == {*submitting, *checking, "CallReplicateFunction"}
 
 
@@ -144,7 +149,7 @@ def test_secret_values_are_given_to_functions_by_arn_only() -> None:
 
 def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() -> None:
     table = {"Fn::GetAtt": ["PredictionsTable", "Arn"]}
-    for name in [*FUNCTIONS, "TrackPredictionStateMachine"]:
+    for name in [*FUNCTIONS, *MACHINES]:
         on_table = [each for each in statements(name) if table in listed(each["Resource"])]
         assert on_table or name == "DescribeApiFunction"
         for statement in on_table:
@@ -165,6 +170,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                     "limiter",
                     "file#*",
                     "recipe#*",
+                    "pipeline#*",
                 }
 
 
@@ -485,6 +491,10 @@ def test_api_has_exactly_these_routes() -> None:
         ("GET", "/recipes/{name}"): "ManageRecipesFunction",
         ("PUT", "/recipes/{name}"): "ManageRecipesFunction",
         ("DELETE", "/recipes/{name}"): "ManageRecipesFunction",
+        ("POST", "/pipelines"): "ManagePipelinesFunction",
+        ("GET", "/pipelines"): "ManagePipelinesFunction",
+        ("GET", "/pipelines/{id}"): "ManagePipelinesFunction",
+        ("POST", "/pipelines/{id}/cancel"): "ManagePipelinesFunction",
     }
 
 
@@ -821,26 +831,33 @@ def test_outputs_are_those_that_users_and_tools_rely_on() -> None:
 
 
 def test_names_that_replace_references_agree() -> None:
-    # Functions get the machine's ARN and the parameter's name as text, since a reference would be circular.
-    machine = load_template()["Resources"]["TrackPredictionStateMachine"]["Properties"]["Name"]["Fn::Sub"]
+    # Functions get the machines' ARNs and the parameter's name as text, since a reference would be circular.
+    machines = {
+        "STATE_MACHINE_ARN": load_template()["Resources"]["TrackPredictionStateMachine"]["Properties"]["Name"],
+        "PIPELINE_STATE_MACHINE_ARN": load_template()["Resources"]["RunPipelineStateMachine"]["Properties"]["Name"],
+    }
     parameter = load_template()["Resources"]["ApiUrlParameter"]["Properties"]["Name"]
     prefix = "arn:${AWS::Partition}:states:${AWS::Region}:${AWS::AccountId}"
     seen = set()
     for name in FUNCTIONS:
         given = variables(name)
-        if "STATE_MACHINE_ARN" in given:
-            assert given["STATE_MACHINE_ARN"] == {"Fn::Sub": f"{prefix}:stateMachine:{machine}"}
-            seen.add("machine")
+        for variable in machines.keys() & given.keys():
+            assert given[variable] == {"Fn::Sub": f"{prefix}:stateMachine:{machines[variable]['Fn::Sub']}"}
+            seen.add(variable)
         if "API_URL_PARAMETER" in given:
             assert given["API_URL_PARAMETER"] == parameter
             seen.add("parameter")
         for statement in statements(name):
             for resource in listed(statement["Resource"]):
                 if "states:" in text(resource):
-                    assert resource["Fn::Sub"] in (
-                        f"{prefix}:stateMachine:{machine}",
-                        f"{prefix}:execution:{machine}:*",
-                    )
+                    assert resource["Fn::Sub"] in {
+                        arn
+                        for machine in machines.values()
+                        for arn in (
+                            f"{prefix}:stateMachine:{machine['Fn::Sub']}",
+                            f"{prefix}:execution:{machine['Fn::Sub']}:*",
+                        )
+                    }
                 if ":ssm:" in text(resource):
                     assert resource["Fn::Sub"].endswith(f":parameter{parameter['Fn::Sub']}")
-    assert seen == {"machine", "parameter"}
+    assert seen == {*machines, "parameter"}

@@ -26,7 +26,7 @@ from predictions.table import Page, Prediction, PredictionsTable, Whole, is_id
 
 # Lambda answers with at most 6 MB, in which the body is a string: JSON within JSON.
 # https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
-_ANSWER_LIMIT_BYTES = 5_500_000
+ANSWER_LIMIT_BYTES = 5_500_000
 _LOGS_LIMIT_CHARACTERS = 256 * 1024
 
 # What a page's script may read of an answer, besides its body.
@@ -252,10 +252,10 @@ class Presenter:
         """As many predictions of a page as one answer carries, but at least one, from its start on."""
         results: list[dict[str, Any]] = []
         places: list[str] = []
-        room, more = _ANSWER_LIMIT_BYTES, page.more
+        room, more = ANSWER_LIMIT_BYTES, page.more
         for whole in page.predictions:
             shown = self.show(whole)
-            room -= _answer_bytes(shown)
+            room -= answer_bytes(shown)
             if results and room < 0:
                 more = True
                 break
@@ -290,13 +290,13 @@ class Presenter:
         }
 
 
-def _answer_bytes(shown: Any) -> int:
+def answer_bytes(shown: Any) -> int:
     """How much of Lambda's answer a JSON value takes."""
     return len(json.dumps(json.dumps(shown)))
 
 
 def _is_too_large(shown: Any) -> bool:
-    return _answer_bytes(shown) > _ANSWER_LIMIT_BYTES
+    return answer_bytes(shown) > ANSWER_LIMIT_BYTES
 
 
 def _error(prediction: Prediction, files: Any) -> str | None:

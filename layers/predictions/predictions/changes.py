@@ -117,7 +117,12 @@ class Changes:
                 return self._status_changed(change)
             case "prediction" if sk.startswith("caller#"):
                 self._caller_came(id_, str(change["NewImage"]["task_token"]["S"]))
-        # Here come the items of batches and pipelines: their modules know the events of their changes.
+            case "pipeline":
+                from predictions.pipelines import event_of  # with the first record of a pipeline
+
+                if told := event_of(record):
+                    return Event(*told, at=float(change["ApproximateCreationDateTime"]))
+        # Here come the items of batches: their module knows the events of their changes.
         return None
 
     def _status_changed(self, change: Mapping[str, Any]) -> Event | None:
@@ -137,7 +142,11 @@ class Changes:
         """The visible end: whoever waits for it is told."""
         if tokens := list(self._table.callers(prediction.id)):
             self._tell(prediction, tokens)
-        # Here come batches and pipelines, by what `prediction.origin` names.
+        if "pipeline" in prediction.origin:
+            from predictions.pipelines import prediction_ended  # with the first step of a pipeline
+
+            prediction_ended(prediction.id, prediction.origin, prediction.visible)
+        # Here come batches, by what `prediction.origin` names.
 
     def _caller_came(self, prediction_id: str, token: str) -> None:
         prediction = self._table.get(prediction_id)

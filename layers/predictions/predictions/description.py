@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from predictions.file_uploads import UploadBody
 from predictions.intents import PredictionBody, TrainingBody
+from predictions.pipeline_definition import STEPS_LIMIT, PipelineBody, StepBody
 from predictions.recipe_bodies import RecipeBody
 
 VERSION = "0.1.0"
@@ -286,6 +287,37 @@ OWN: tuple[Operation, ...] = (
     ),
     Operation(
         "DELETE", "/recipes/{name}", "recipes.delete", "Delete a recipe", "manage", 204, refusals=(409,), added=True
+    ),
+    Operation(
+        "POST",
+        "/pipelines",
+        "pipelines.create",
+        "Start a pipeline: steps that use each other's outputs",
+        answer="Pipeline",
+        body="PipelineBody",
+        parameters=("IdempotencyKey",),
+        headers=("Location",),
+        added=True,
+        **_CREATE,
+    ),
+    Operation("GET", "/pipelines", "pipelines.list", "List pipelines", answer="PipelinePage", added=True, **_PAGE),
+    Operation(
+        "GET",
+        "/pipelines/{id}",
+        "pipelines.get",
+        "Get a pipeline with its steps",
+        "read",
+        answer="Pipeline",
+        added=True,
+    ),
+    Operation(
+        "POST",
+        "/pipelines/{id}/cancel",
+        "pipelines.cancel",
+        "Cancel a pipeline",
+        "predict",
+        answer="Pipeline",
+        added=True,
     ),
     Operation(
         "GET",
@@ -616,6 +648,31 @@ _VISIBILITY = {"type": "string", "enum": ["public", "private"]}
 _ACCOUNT = _open({"type": _TEXT, "username": _TEXT, "name": _TEXT, "github_url": _TEXT_OR_NULL})
 _LISTED_COLLECTION: dict[str, Schema] = {"name": _TEXT, "slug": _TEXT, "description": _TEXT_OR_NULL}
 
+_PIPELINE: dict[str, Schema] = {
+    "id": _ID,
+    "status": {"type": "string", "enum": ["running", "succeeded", "failed", "canceled"]},
+    "error": _TEXT_OR_NULL,
+    "created_at": _TIME,
+    "completed_at": _TIME_OR_NULL,
+    "cancel_requested_at": _TIME_OR_NULL,
+    "deadline": _TIME,
+    "urls": _object({"get": _URL, "cancel": _URL}),
+}
+_PIPELINE_STEP = _object(
+    {
+        "name": _TEXT,
+        "status": {
+            "type": "string",
+            "enum": ["waiting", "starting", "processing", "succeeded", "failed", "canceled", "skipped"],
+        },
+        "needs": {"type": "array", "items": _TEXT},
+        "predictions": {"type": "array", "items": _ID},
+        "output": {"description": "What the model made; with `for_each` a list, in its order."},
+        "error": _TEXT_OR_NULL,
+        "seconds": {"type": ["integer", "null"]},
+    }
+)
+
 _SCHEMAS: dict[str, Schema] = {
     "Problem": {
         **_object(
@@ -672,6 +729,25 @@ _SCHEMAS: dict[str, Schema] = {
         },
         optional=("filename", "type", "metadata"),
     ),
+    "Pipeline": _object(
+        {
+            **_PIPELINE,
+            "input": _OBJECT,
+            "steps": {"type": "array", "items": _PIPELINE_STEP},
+            "output": {
+                "type": ["object", "null"],
+                "additionalProperties": {},
+                "description": "By name, the outputs of the steps that no other one needs; null until the end.",
+            },
+            "outputs_left_out": {
+                "type": "array",
+                "items": _TEXT,
+                "description": "Steps whose outputs no answer can carry; each prediction has its own.",
+            },
+        }
+    ),
+    "PipelinePage": _page("ListedPipeline"),
+    "ListedPipeline": _object(_PIPELINE),
     "WebhookSecret": _object({"key": {"type": "string", "pattern": "^whsec_"}}),
     "Receipt": _object({"received": _TEXT}),
     "ReplicateWebhook": _open({"id": _TEXT, "status": _STATUS}),
@@ -763,9 +839,10 @@ _FIELDS = {
     "deployment": "`owner/name`.",
     "destination": "An existing model that the training makes a version of, as `owner/name`.",
     "filename": "Shown again, and used for nothing else.",
+    "for_each": "A list, or a placeholder that finds one: the step runs once for each of its elements.",
     "input": "What the model takes, checked against its own schema where that is known.",
     "model": "`owner/name`, or `owner/name:version`.",
-    "name": "Unique among its owner's.",
+    "name": "Unique among its owner's recipes, or in its pipeline.",
     "output_prefix": "Where results go in the owner's part of the outputs bucket; by default the object's key.",
     "pattern": "An event pattern of EventBridge.",
     "s3": "Objects of the inputs bucket, or of the source bucket, that start it.",
@@ -801,14 +878,22 @@ def _bodies() -> dict[str, Schema]:
         "InputBody": input_body,
         "TrainingBody": _body(TrainingBody),
         "UploadBody": _body(UploadBody),
+        "PipelineBody": _body(
+            PipelineBody,
+            input={**_OBJECT, "description": "What steps refer to as `input`."},
+            steps={"type": "array", "minItems": 1, "maxItems": STEPS_LIMIT, "items": _body(StepBody)},
+        ),
     }
 
 
-def _body(model: type[BaseModel], *, added: tuple[str, ...] = ()) -> Schema:
+def _body(model: type[BaseModel], *, added: tuple[str, ...] = (), **written_out: Schema) -> Schema:
     made: dict[str, Any] = model.model_json_schema()
     within = {f"#/$defs/{name}": schema for name, schema in made.get("$defs", {}).items()}
     properties = {}
     for name, schema in made["properties"].items():
+        if name in written_out:
+            properties[name] = written_out[name]
+            continue
         kept = {key: _inlined(value, within) for key, value in schema.items() if key != "title"}
         properties[name] = {**kept, "description": _FIELDS[name], **(_ADDED if name in added else {})}
     return {

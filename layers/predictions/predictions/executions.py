@@ -1,4 +1,4 @@
-"""Executions of `track_prediction`: one runs for every open prediction, named `{id}-{n}`."""
+"""Executions: one runs for everything that has not ended, named `{id}-{n}`."""
 
 import json
 import os
@@ -31,13 +31,13 @@ class Executions:
         """The ARN of a prediction's nth execution, whether it exists or not."""
         return f"{self._machine_arn.replace(':stateMachine:', ':execution:')}:{prediction_id}-{n}"
 
-    def start(self, prediction_id: str, n: int, *, submit: bool) -> bool:
-        """Starts a prediction's nth execution.
+    def start(self, prediction_id: str, n: int, *, submit: bool | None) -> bool:
+        """Starts a prediction's nth execution, or a pipeline's.
 
         Args:
             prediction_id: Our id.
             n: Which one.
-            submit: Whether it has to submit the prediction first.
+            submit: Whether it has to submit the prediction first; None for what is none.
 
         Returns:
             True where it runs now, whoever started it; False where the name belongs to one that has ended.
@@ -48,7 +48,7 @@ class Executions:
             self._stepfunctions.start_execution(
                 stateMachineArn=self._machine_arn,
                 name=f"{prediction_id}-{n}",
-                input=json.dumps({"id": prediction_id, "submit": submit}),
+                input=json.dumps({"id": prediction_id} | ({} if submit is None else {"submit": submit})),
             )
         except self._stepfunctions.exceptions.ExecutionAlreadyExists:
             return self.status(prediction_id, n) == "RUNNING"

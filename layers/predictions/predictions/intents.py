@@ -253,6 +253,22 @@ def _intent(
     )
 
 
+def idempotency_key(headers: Mapping[str, str]) -> str | None:
+    """The caller's key; None without the header.
+
+    Args:
+        headers: The request's headers, their names in lower case.
+
+    Raises:
+        Problem: 422, where it is none.
+    """
+    invalid: list[dict[str, str]] = []
+    key = _idempotency_key(headers.get("idempotency-key"), "Idempotency-Key", invalid)
+    if invalid:
+        raise _invalid(invalid)
+    return key
+
+
 def create_training(
     body: bytes,
     headers: Mapping[str, str],

@@ -241,9 +241,9 @@ def _parts(text: str, field: str) -> Iterator[str | _Expression]:
     for count, placeholder in enumerate(_PLACEHOLDER.finditer(text)):
         if count >= PLACEHOLDERS_LIMIT:
             raise PlaceholderError(field, f"A text has at most {PLACEHOLDERS_LIMIT} placeholders.")
-        start, following = placeholder.span()
-        if start > end:
-            yield text[end:start]
+        begin, following = placeholder.span()
+        if begin > end:
+            yield text[end:begin]
         yield _Expression(placeholder[1], field)
         end = following
     if "{{" in text[end:]:

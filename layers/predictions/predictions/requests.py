@@ -193,6 +193,10 @@ def _source_of(body: Mapping[str, Any]) -> Source | None:
     """What the message names; each is imported with the first message that needs it."""
     if "recipe_id" in body:
         return _recipes()
+    if "pipeline_id" in body:
+        from predictions.pipelines import Pipelines
+
+        return Pipelines.from_env()
     return None
 
 

@@ -21,7 +21,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -337,6 +337,14 @@ class Submissions:
                 return False
             self._sleep(min(_WAIT_STEP_SECONDS, remaining))
 
+    def violations(self, reference: Reference, asked: Any) -> list[dict[str, str]]:
+        """What is wrong with an input by its model's schema, for what is to be started later; nothing is written.
+
+        Raises:
+            Problem: 404 where there is no such model, 422 where it has no version, 503 where that is not known.
+        """
+        return self._violations(self._look_up(reference).schema, json.dumps(asked))
+
     # -- submit -----------------------------------------------------------------------------------------------
 
     def submit(self, prediction_id: str) -> None:
@@ -349,7 +357,7 @@ class Submissions:
         if prediction is None or prediction.terminal or prediction.claimed or prediction.upstream_id:
             return
         now = self._now()
-        if prediction.cancel_requested:
+        if prediction.cancel_requested or _unwanted(prediction):
             self._end(prediction, Status.CANCELED, None)
             return
         if now >= prediction.deadline:
@@ -678,28 +686,36 @@ class Submissions:
 
     # -- sweep ------------------------------------------------------------------------------------------------
 
-    def sweep(self, limit: int, remaining_seconds: Callable[[], float]) -> int:
+    def sweep(
+        self,
+        limit: int,
+        remaining_seconds: Callable[[], float],
+        others: Mapping[str, Callable[[str], None]] | None = None,
+    ) -> int:
         """Moves on every prediction whose check is due; stops in time, since the next sweep goes on.
 
         Args:
-            limit: The most predictions of one sweep.
+            limit: The most items of one sweep.
             remaining_seconds: How long the function may still run.
+            others: What moves on items of other kinds, such as `pipeline`, by the id that follows in their key.
 
         Returns:
             How many it looked at.
         """
         looked_at = 0
-        for prediction_id in self.table.due(self._now(), limit):
+        sweepers = {"prediction": self._sweep, **(others or {})}
+        for pk in self.table.due(self._now(), limit):
             if remaining_seconds() < _SUBMITTER_SECONDS:
                 break
             looked_at += 1
+            kind, _, each = pk.partition("#")
             try:
-                self._sweep(prediction_id)
+                sweepers[kind](each)
             except Exception:  # noqa: BLE001  # one that cannot be mended must not keep the sweep from the others
-                logger.exception("swept without success", prediction_id=prediction_id)
+                logger.exception("swept without success", pk=pk)
                 # Nor stay before them in the queue.
                 with contextlib.suppress(ClientError, BotoCoreError):
-                    if stuck := self.table.get(prediction_id):
+                    if stuck := self.table.get(each):
                         self.table.check_again_at(stuck, self._now() + _STUCK_SECONDS)
         return looked_at
 
@@ -875,6 +891,15 @@ def _paused(pause: Pause, now: float) -> Problem:
     detail = f"This stack submits nothing now: {pause.reason} Nothing was started or written: try again later."
     seconds = pause.remaining(now, _PAUSE_STEP_SECONDS)
     return Problem(503, detail, title="Paused", headers={"Retry-After": str(seconds)})
+
+
+def _unwanted(prediction: Prediction) -> bool:
+    """Whether what asked for a prediction was canceled after its request was read, and before it was written down."""
+    if "pipeline" not in prediction.origin:
+        return False
+    from predictions.pipelines import is_canceled  # only steps of pipelines pay for it
+
+    return is_canceled(str(prediction.origin["pipeline"]))
 
 
 def _not_ended(prediction: Prediction) -> str:

@@ -18,7 +18,8 @@ Besides, `pk` = `tokens` holds the access tokens (see `predictions.access`) and 
 the latest request of a client that announced that it may send it again; `pk` = `forwarded#{path}` holds an answer of
 Replicate that does not change (see `predictions.forwarding`); `pk` = `schema#{version}` holds the schema of a model's
 input, or only which model's version it is; `pk` = `limiter` when the next create may start (see `predictions.limiter`),
-and `pk` = `usage#{owner}` what an owner uses of its limits (see `predictions.limits`).
+and `pk` = `usage#{owner}` what an owner uses of its limits (see `predictions.limits`). Below
+`pk` = `pipeline#{id}` are pipelines (see `predictions.pipelines_table`).
 """
 
 import contextlib
@@ -27,7 +28,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
@@ -167,6 +168,11 @@ class Prediction:
     def terminal(self) -> bool:
         """Whether Replicate's part is over; callers may still see `processing` while files are copied."""
         return self.rank >= TERMINAL_RANK
+
+    @property
+    def ended_visibly(self) -> bool:
+        """Whether callers see that it has ended."""
+        return self.terminal and not self.awaits_copy
 
     @property
     def awaits_copy(self) -> bool:
@@ -762,6 +768,16 @@ class PredictionsTable:
             items += [deserialize(item) for item in page["Items"]]
         return self._whole({item["sk"]: item for item in items})
 
+    def read_many(self, prediction_ids: Sequence[str]) -> Iterator[Whole]:
+        """Those of these predictions that there are, with their payloads, in this order."""
+        return self._wholes([_key(prediction_id)["pk"] for prediction_id in prediction_ids])
+
+    def get_many(self, prediction_ids: Iterable[str]) -> dict[str, Prediction]:
+        """Those of these predictions that there are, by id, read consistently."""
+        keys = [(_key(prediction_id)["pk"], "status") for prediction_id in prediction_ids]
+        found = map(_prediction_of, read_items(self._dynamodb, self._name, keys).values())
+        return {prediction.id: prediction for prediction in found}
+
     def input_json(self, prediction: Prediction) -> str | None:
         """A prediction's input as it was asked for, as JSON text; None where it is gone."""
         return self._payload(prediction.id, f"input#{prediction.fingerprint}")
@@ -804,7 +820,7 @@ class PredictionsTable:
         return Page(self._wholes(pks), more=more)
 
     def due(self, now: float, limit: int) -> Iterator[str]:
-        """Ids of open predictions whose `next_check_at` has passed, the longest overdue first."""
+        """Keys (`pk`) of open items whose `next_check_at` has passed, the longest overdue first."""
         found = self._dynamodb.query(
             TableName=self._name,
             IndexName="due",
@@ -814,7 +830,7 @@ class PredictionsTable:
             Limit=limit,
         )
         for item in found["Items"]:
-            yield str(deserialize(item)["pk"]).removeprefix("prediction#")
+            yield str(deserialize(item)["pk"])
 
     def bound_to(self, upstream_id: str) -> str | None:
         """The id of the prediction that an upstream id is bound to, as far as the index knows."""

@@ -1,0 +1,52 @@
+"""Pipeline routes of the API: owners start, read, list and cancel pipelines."""
+
+from aws_lambda_powertools.event_handler import Response
+from predictions.api import answer_with, body_of, headers_of, json_response, owner_with, resolver
+from predictions.cursors import cursor_url, read_cursor
+from predictions.pipeline_api import PipelineApi
+
+PAGE_SIZE = 100
+
+app = resolver()
+pipelines = PipelineApi.from_env()
+
+
+@app.post("/pipelines")
+def create() -> Response[str]:
+    """`POST /pipelines`: 201 with the pipeline; 422 with everything that is wrong with its steps."""
+    owner = owner_with(app, "predict")
+    shown = pipelines.create_pipeline(owner, body_of(app), headers_of(app))
+    return json_response(201, shown, {"Location": shown["urls"]["get"]})
+
+
+@app.get("/pipelines/<pipeline_id>")
+def get(pipeline_id: str) -> Response[str]:
+    """`GET /pipelines/{id}`: 404 also for another owner's."""
+    owner = owner_with(app, "read")
+    return json_response(200, pipelines.show_pipeline(pipelines.own_pipeline(pipeline_id, owner)))
+
+
+@app.get("/pipelines")
+def list_() -> Response[str]:
+    """`GET /pipelines?cursor=`: up to 100 pipelines without their steps, newest first."""
+    owner = owner_with(app, "read")
+    older, start = read_cursor(app.current_event.get_query_string_value("cursor", ""))
+    results, first, beyond = pipelines.list_pipelines(owner, start, older=older, size=PAGE_SIZE)
+    before = first if start else None
+    newer, further = (before, beyond) if older else (beyond, before)
+    answer = {
+        "previous": cursor_url("/pipelines", newer, older=False),
+        "next": cursor_url("/pipelines", further, older=True),
+        "results": results if older else results[::-1],
+    }
+    return json_response(200, answer)
+
+
+@app.post("/pipelines/<pipeline_id>/cancel")
+def cancel(pipeline_id: str) -> Response[str]:
+    """`POST /pipelines/{id}/cancel`: 200 with the pipeline as it is then; it ends when all that ran has ended."""
+    owner = owner_with(app, "predict")
+    return json_response(200, pipelines.cancel_pipeline(pipeline_id, owner))
+
+
+handler = answer_with(app)

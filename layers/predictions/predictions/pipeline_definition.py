@@ -1,0 +1,483 @@
+"""What a pipeline consists of, checked as far as it can be before anything of it is started.
+
+A step's input may hold placeholders (see `predictions.placeholders`), over
+
+    input               the pipeline's own input
+    steps.NAME.output   what another step gave: that step has to succeed first
+    item, index         in a step with `for_each`: the element that this run is for, and its place from 0
+
+So steps and what they need make a graph, which has to be without cycles. Which steps an expression needs is read from
+its syntax tree, never guessed from its text: an expression that could reach steps that it does not name is refused.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jmespath.parser import Parser
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from predictions.errors import Problem
+from predictions.intents import Reference, create_requested_intent, input_json_canonical
+from predictions.placeholders import PlaceholderError, expressions, fill, holds_placeholders
+
+STEPS_LIMIT = 50
+"""The most steps of a pipeline."""
+
+ITEMS_LIMIT = 100
+"""The most elements of a `for_each`."""
+
+FAN_OUTS_LIMIT = 5
+"""The most steps with a `for_each`: with the limits above 545 predictions, each of which wakes the execution once. Its
+history holds 25,000 events: https://docs.aws.amazon.com/step-functions/latest/dg/service-quotas.html"""
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
+_INVALID_FIELDS_LIMIT = 50
+_UNKNOWN_FIELD = "The model does not know this field."
+
+Violations = list[dict[str, str]]
+Check = Callable[[Reference, Mapping[str, Any]], Violations]
+"""What is wrong with an input by its model's own schema, as `[{"field": "input.prompt", "detail": …}]`.
+
+Raises:
+    Problem: 404 or 422, where there is nothing to run; 503, where that cannot be known now.
+"""
+
+
+class StepBody(BaseModel):
+    """A step as it is asked for."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(max_length=256)
+    model: str | None = Field(default=None, max_length=256)
+    version: str | None = Field(default=None, max_length=256)
+    deployment: str | None = Field(default=None, max_length=256)
+    input: dict[str, Any]
+    for_each: str | list[Any] | None = None
+    lifetime: str | int | None = None
+
+
+class PipelineBody(BaseModel):
+    """The fields of `POST /pipelines`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    input: dict[str, Any] = Field(default_factory=dict)
+    steps: list[StepBody] = Field(min_length=1, max_length=STEPS_LIMIT)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a pipeline, checked.
+
+    Attributes:
+        name: `[a-z][a-z0-9_]{0,31}`.
+        request: `model`, `version` or `deployment`, and perhaps `lifetime`, as in a `RequestBody`.
+        input: The template of the model's input.
+        for_each: The template of the list over whose elements the step runs; None where it runs once.
+        needs: The steps whose outputs it refers to.
+    """
+
+    name: str
+    request: Mapping[str, Any]
+    input: Mapping[str, Any]
+    for_each: Any
+    needs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A pipeline, checked.
+
+    Attributes:
+        input: The pipeline's own input.
+        steps: In the order in which they were given.
+    """
+
+    input: Mapping[str, Any]
+    steps: tuple[Step, ...]
+
+    @property
+    def in_order(self) -> list[Step]:
+        """The steps, each after those that it needs."""
+        done: dict[str, Step] = {}
+        while len(done) < len(self.steps):
+            ready = [step for step in self.steps if step.name not in done and done.keys() >= set(step.needs)]
+            assert ready, "a definition has no cycles"
+            done |= {step.name: step for step in ready}
+        return list(done.values())
+
+    @property
+    def last(self) -> list[Step]:
+        """The steps that no other one needs: their outputs are the pipeline's."""
+        needed = {name for step in self.steps for name in step.needs}
+        return [step for step in self.steps if step.name not in needed]
+
+    def before(self, step: Step) -> list[Step]:
+        """The steps that have to succeed before a step can run: what it needs, what that needs, and so on."""
+        found: list[Step] = []
+        for each in reversed(self.in_order):
+            if each.name in step.needs or any(each.name in other.needs for other in found):
+                found.append(each)
+        return found
+
+    def step(self, name: str) -> Step | None:
+        """The step of that name."""
+        return next((step for step in self.steps if step.name == name), None)
+
+    def to_json(self) -> str:
+        """This as JSON text."""
+        return json.dumps(asdict(self), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Definition":
+        """The inverse of `to_json`."""
+        value = json.loads(text)
+        steps = tuple(Step(**{**step, "needs": tuple(step["needs"])}) for step in value["steps"])
+        return cls(value["input"], steps)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """What an expression refers to: `("input", "prompt")`, `("steps", "image", "output")`, `("item",)`.
+
+    Attributes:
+        optional: Whether it stands left of a `||`, which gives a default.
+    """
+
+    path: tuple[str, ...]
+    optional: bool
+
+
+class _Unclear(Exception):
+    """An expression does not say by name what it refers to."""
+
+
+def fingerprint(value: Any) -> str:
+    """Tells two different bodies apart, whatever the order of their keys."""
+    return hashlib.sha256(input_json_canonical(value).encode()).hexdigest()
+
+
+def create_definition(value: Any, check: Check) -> Definition:
+    """Checks the body of `POST /pipelines`.
+
+    Args:
+        value: The body as parsed JSON.
+        check: Finds what is wrong with an input.
+
+    Raises:
+        Problem: 422, with everything that is wrong in `invalid_fields`, each by its place and its step's name; 503,
+            where a model cannot be asked for now.
+    """
+    asked = _validated(value)
+    invalid: Violations = []
+    steps = [_step(asked, number, invalid) for number in range(len(asked.steps))]
+    invalid += _fan_outs(asked)
+    invalid += _cycles(steps)
+    for number, step in enumerate(steps):
+        invalid += [_of_step(number, step.name, found) for found in _by_schema(step, asked.input, check)]
+    if invalid:
+        # The first reason of each place: others follow from it.
+        raise _refused(list({each["field"]: each for each in reversed(invalid)}.values())[::-1])
+    return Definition(asked.input, tuple(steps))
+
+
+def _validated(value: Any) -> PipelineBody:
+    if not isinstance(value, dict):
+        raise Problem(422, "The body has to be a JSON object with the key `steps`.")
+    try:
+        return PipelineBody.model_validate(value)
+    except ValidationError as error:
+        found = [_shape(e, value) for e in error.errors(include_url=False, include_context=False)]
+        raise _refused(list({each["field"]: each for each in found}.values())) from None
+
+
+def _shape(error: Any, value: Mapping[str, Any]) -> dict[str, str]:
+    parts = error["loc"][:3] if error["loc"][:1] == ("steps",) else error["loc"][:1]
+    field = ".".join(str(part) for part in parts)[:200] or "body"
+    of: type[BaseModel] = StepBody if len(parts) == 3 else PipelineBody
+    details = {
+        "extra_forbidden": f"This field is not known. Known are {', '.join(f'`{n}`' for n in of.model_fields)}.",
+        "missing": "This field is required.",
+        "too_long": f"A pipeline has at most {STEPS_LIMIT} steps.",
+        "too_short": "A pipeline has at least one step.",
+    }
+    detail = details.get(error["type"], error["msg"])
+    if len(parts) == 3 and isinstance(step := value["steps"][parts[1]], dict) and isinstance(step.get("name"), str):
+        detail = f"Step `{step['name'][:32]}`: {detail}"
+    return {"field": field, "detail": detail}
+
+
+def _step(asked: PipelineBody, number: int, invalid: Violations) -> Step:
+    """One step by itself; what it needs may still be a cycle."""
+    body = asked.steps[number]
+    found: Violations = []
+    if not _NAME.fullmatch(body.name):
+        detail = "A name is 1 to 32 small letters, digits and `_`, and begins with a letter."
+        found.append({"field": "name", "detail": detail})
+    elif any(other.name == body.name for other in asked.steps[:number]):
+        found.append({"field": "name", "detail": "Another step has this name."})
+    request = body.model_dump(include={"model", "version", "deployment", "lifetime"}, exclude_none=True)
+    try:
+        _reference(request)
+    except Problem as problem:
+        found += [dict(field) for field in problem.invalid_fields]
+    needs: dict[str, None] = {}
+    for name, template in [("input", body.input), ("for_each", body.for_each)]:
+        for field, uses, unclear in _uses(name, template):
+            if unclear:
+                found.append({"field": field, "detail": unclear})
+            for use in uses:
+                if wrong := _wrong(use, asked, body, within_for_each=name == "for_each"):
+                    found.append({"field": field, "detail": wrong})
+                elif use.path[0] == "steps":
+                    needs[use.path[1]] = None
+    found += _for_each(body, asked.input)
+    invalid += [_of_step(number, body.name, each) for each in found]
+    return Step(body.name, request, body.input, body.for_each, tuple(needs))
+
+
+def _uses(name: str, template: Any) -> Iterator[tuple[str, list[_Use], str | None]]:
+    """The place of each expression in a template, what it refers to, and what is wrong with it."""
+    parts = template.items() if isinstance(template, dict) else [("", template)]
+    for key, part in parts:
+        field = f"{name}.{key}" if key else name
+        try:
+            found = list(expressions({field: part}))
+        except PlaceholderError as error:
+            yield error.field, [], error.detail
+            continue
+        for place, expression in found:
+            uses: list[_Use] = []
+            try:
+                _as_value(_walk(Parser().parse(expression).parsed, (), uses, optional=False))
+            except _Unclear as error:
+                yield place, [], f"`{expression}`: {error}"
+            else:
+                yield place, uses, None
+
+
+# The path of what is below anything that has a name: whatever is found there, it needs nothing more.
+_BELOW = ("*",)
+
+
+def _walk(node: Any, at: tuple[str, ...], uses: list[_Use], *, optional: bool) -> tuple[str, ...]:
+    """What a node finds, as a path from the context; adds to `uses` what it refers to.
+
+    Args:
+        node: Of JMESPath's syntax tree.
+        at: The path of what it looks into.
+        uses: What the expression refers to.
+        optional: Whether there is a default for what it finds.
+
+    Raises:
+        _Unclear: It reaches steps that it does not name.
+    """
+    kind, children = node["type"], node["children"]
+    match kind:
+        case "field":
+            return _field((*at, node["value"]), uses, optional=optional)
+        case "identity" | "current":
+            return at
+        case "literal":
+            return _BELOW
+        case "subexpression" | "pipe" | "index_expression":
+            for child in children:
+                at = _below(at) if child["type"] in ("index", "slice") else _walk(child, at, uses, optional=optional)
+            return at
+        case "projection" | "value_projection" | "filter_projection":
+            left, *others = children
+            within = _below(_walk(left, at, uses, optional=optional))
+            for child in others:
+                _walk(child, within, uses, optional=optional)
+            return _BELOW
+        case "or_expression":
+            first, *others = children
+            _as_value(_walk(first, at, uses, optional=True))
+            for child in others:
+                _as_value(_walk(child, at, uses, optional=optional))
+            return _BELOW
+        case "expref":
+            _walk(children[0], _BELOW, uses, optional=optional)
+            return _BELOW
+        case _:  # functions, comparisons, lists and objects: each part is a value of its own
+            for child in children:
+                _as_value(_walk(child, at, uses, optional=optional))
+            return _BELOW
+
+
+def _field(path: tuple[str, ...], uses: list[_Use], *, optional: bool) -> tuple[str, ...]:
+    if path[0] == "*":
+        return _BELOW
+    if path[0] == "steps" and len(path) < 3:
+        return path
+    if path == ("input",):
+        uses.append(_Use(path, optional))
+        return path
+    uses.append(_Use(path, optional))
+    return _BELOW
+
+
+def _below(path: tuple[str, ...]) -> tuple[str, ...]:
+    return _as_value(path) and _BELOW
+
+
+def _as_value(path: tuple[str, ...]) -> tuple[str, ...]:
+    if path == () or path[0] == "steps":
+        raise _Unclear("Name the step and its output, as in `steps.image.output`.")
+    return path
+
+
+def _wrong(use: _Use, asked: PipelineBody, step: StepBody, *, within_for_each: bool) -> str | None:
+    """Why a step cannot refer to something; None where it can."""
+    root, *rest = use.path
+    if root == "steps":
+        name, what = rest
+        if name == step.name:
+            return "A step cannot need its own output."
+        if all(other.name != name for other in asked.steps):
+            return f"There is no step `{name[:32]}`."
+        return None if what == "output" else f"Of a step there is `output`, and no `{what[:32]}`."
+    if root == "input":
+        if not rest or rest[0] in asked.input or use.optional:
+            return None
+        return f"The pipeline's input has no `{rest[0][:32]}`."
+    if root in ("item", "index"):
+        return None if step.for_each is not None and not within_for_each else f"`{root}` is there with `for_each` only."
+    known = "`input`, `steps`" + (", `item` or `index`" if step.for_each is not None else "")
+    return f"An expression begins with {known}, not with `{root[:32]}`."
+
+
+def _for_each(step: StepBody, pipeline_input: Mapping[str, Any]) -> Violations:
+    if step.for_each is None:
+        return []
+    if isinstance(step.for_each, str):
+        try:
+            whole = len(list(expressions(step.for_each))) == 1
+        except PlaceholderError:
+            return []  # it is named already
+        if not whole or not (step.for_each.startswith("{{") and step.for_each.endswith("}}")):
+            return [{"field": "for_each", "detail": "A list, or one placeholder that finds a list, and nothing else."}]
+    if not _needs_nothing(step.for_each):
+        return []
+    try:
+        elements(fill(step.for_each, {"input": pipeline_input}))
+    except PlaceholderError as error:
+        return [{"field": "for_each", "detail": error.detail}]
+    return []
+
+
+def elements(found: Any) -> list[Any]:
+    """What a `for_each` found, which has to be a list.
+
+    Raises:
+        PlaceholderError: It is none, or too long.
+    """
+    if not isinstance(found, list):
+        raise PlaceholderError("for_each", f"It has to find a list, and finds {_kind(found)}.")
+    if len(found) > ITEMS_LIMIT:
+        raise PlaceholderError("for_each", f"It finds {len(found)} elements; {ITEMS_LIMIT} are taken.")
+    return found
+
+
+def _kind(value: Any) -> str:
+    kinds = {str: "a text", bool: "true or false", dict: "an object", type(None): "nothing"}
+    return kinds.get(type(value), "a number")
+
+
+def _needs_nothing(template: Any) -> bool:
+    """Whether a template can be filled from the pipeline's input alone."""
+    return all(not unclear and all(use.path[0] == "input" for use in uses) for _, uses, unclear in _uses("", template))
+
+
+def _fan_outs(asked: PipelineBody) -> Iterator[dict[str, str]]:
+    fanned = [number for number, step in enumerate(asked.steps) if step.for_each is not None]
+    for number in fanned[FAN_OUTS_LIMIT:]:
+        detail = f"At most {FAN_OUTS_LIMIT} steps of a pipeline have `for_each`."
+        yield _of_step(number, asked.steps[number].name, {"field": "for_each", "detail": detail})
+
+
+def _cycles(steps: Sequence[Step]) -> Iterator[dict[str, str]]:
+    """One refusal for each step that needs itself by way of others."""
+    needs = {step.name: step.needs for step in steps}
+    for number, step in enumerate(steps):
+        if way := _way(step.name, needs):
+            detail = f"It needs itself: {' needs '.join(f'`{name}`' for name in way)}."
+            yield _of_step(number, step.name, {"field": "input", "detail": detail})
+
+
+def _way(start: str, needs: Mapping[str, Sequence[str]]) -> list[str] | None:
+    """The shortest way from a step back to itself."""
+    ways = [[start, name] for name in needs[start]]
+    seen: set[str] = set()
+    while ways:
+        way = ways.pop(0)
+        if way[-1] == start:
+            return way
+        if way[-1] not in seen:
+            seen.add(way[-1])
+            ways += [[*way, name] for name in needs.get(way[-1], ())]
+    return None
+
+
+def _by_schema(step: Step, pipeline_input: Mapping[str, Any], check: Check) -> Violations:
+    """What is wrong with a step's input for certain: what depends on other steps is known when those have ended."""
+    try:
+        reference = _reference(step.request)
+    except Problem:
+        return []  # it is named already
+    known: dict[str, Any] = {}
+    open_fields: list[str] = []
+    found: Violations = []
+    for name, template in step.input.items():
+        known[name] = template
+        try:
+            if step.for_each is None and holds_placeholders(template) and _needs_nothing(template):
+                known |= fill({name: template}, {"input": pipeline_input})
+            else:
+                open_fields += [place for place, _ in expressions({"input": {name: template}})]
+        except PlaceholderError as error:
+            open_fields.append(f"input.{name}")
+            if _needs_nothing(template):
+                found.append({"field": f"input.{error.field}", "detail": error.detail})
+    try:
+        violations = check(reference, known)
+    except Problem as problem:
+        if problem.status >= 500:
+            raise
+        kind = next(name for name in ("model", "version", "deployment") if name in step.request)
+        return [*found, {"field": kind, "detail": problem.detail}]
+    return found + [
+        each
+        for each in violations
+        if each["detail"].startswith(_UNKNOWN_FIELD) or not any(_overlap(each["field"], field) for field in open_fields)
+    ]
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+
+
+def _reference(request: Mapping[str, Any]) -> Reference:
+    """What a step runs.
+
+    Raises:
+        Problem: 422.
+    """
+    intent = create_requested_intent(
+        {**request, "input": {}}, owner="", source="pipeline", source_key="", allow_loopback_webhooks=False
+    )
+    return intent.reference
+
+
+def _of_step(number: int, name: str, found: Mapping[str, str]) -> dict[str, str]:
+    return {"field": f"steps.{number}.{found['field']}"[:300], "detail": f"Step `{name[:32]}`: {found['detail']}"}
+
+
+def _refused(invalid: Violations) -> Problem:
+    detail = " ".join(f"{each['field']}: {each['detail']}" for each in invalid[:5])
+    return Problem(422, detail, title="Input validation failed", invalid_fields=invalid[:_INVALID_FIELDS_LIMIT])

@@ -1,0 +1,135 @@
+"""How far a pipeline is: the state of each step, as its predictions tell.
+
+Nothing in here reads or writes anything: the same facts give the same states, whoever looks and how often.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from predictions.intents import derived_id
+from predictions.pipeline_definition import Step
+from predictions.pipelines_table import Notes, StoredPipeline
+from predictions.statuses import Status
+from predictions.table import Prediction
+
+StepStatus = Literal["waiting", "starting", "processing", "succeeded", "failed", "canceled", "skipped"]
+
+_OVER = ("succeeded", "failed", "canceled", "skipped")
+_REASONS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class StepState:
+    """How far a step is.
+
+    Attributes:
+        step: Which.
+        status: `waiting` for others, `starting`, `processing`, or how it ended; `skipped` for one that needs what
+            did not succeed.
+        predictions: Its predictions that there are, by index.
+        missing: The indexes that have to be started.
+        uncounted: Whether it has to be found out over how many elements it runs.
+        error: Why it did not succeed.
+    """
+
+    step: Step
+    status: StepStatus
+    predictions: Mapping[int, Prediction]
+    missing: tuple[int, ...] = ()
+    uncounted: bool = False
+    error: str | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of it changes any more."""
+        return self.status in _OVER
+
+    @property
+    def seconds(self) -> int | None:
+        """How long it took, from its first request to its last end; None while it is not over, or never began."""
+        ends = [prediction.ended for prediction in self.predictions.values() if prediction.ended]
+        if not self.over or not ends:
+            return None
+        return max(ends) - min(prediction.created for prediction in self.predictions.values())
+
+
+def run_id(owner: str, pipeline_id: str, step: str, index: int) -> str:
+    """The prediction's id of one run of a step: as `create_requested_intent` derives it from `run_key`."""
+    return derived_id(f"pipeline#{owner}", run_key(pipeline_id, step, index))
+
+
+def run_key(pipeline_id: str, step: str, index: int) -> str:
+    """What makes a run of a step the same request when it comes again."""
+    return f"{pipeline_id}/{step}/{index}"
+
+
+def run_ids(stored: StoredPipeline) -> dict[str, list[str]]:
+    """The ids of the predictions that each step can have by now."""
+    pipeline, found = stored.pipeline, {}
+    for step in stored.definition.steps:
+        count = _count(step, stored.notes.get(step.name, Notes())) or 0
+        found[step.name] = [run_id(pipeline.owner, pipeline.id, step.name, index) for index in range(count)]
+    return found
+
+
+def states_of(stored: StoredPipeline, predictions: Mapping[str, Prediction]) -> dict[str, StepState]:
+    """Every step's state by its name, each after those that it needs.
+
+    Args:
+        stored: The pipeline.
+        predictions: Its predictions that there are, by id.
+    """
+    ids = run_ids(stored)
+    states: dict[str, StepState] = {}
+    for step in stored.definition.in_order:
+        there = {index: predictions[each] for index, each in enumerate(ids[step.name]) if each in predictions}
+        notes = stored.notes.get(step.name, Notes())
+        states[step.name] = _state(step, notes, there, states, canceled=stored.pipeline.cancel_requested is not None)
+    return states
+
+
+def _count(step: Step, notes: Notes) -> int | None:
+    """How often a step runs; None where that is not known yet."""
+    return 1 if step.for_each is None else notes.count
+
+
+def _state(
+    step: Step, notes: Notes, there: Mapping[int, Prediction], states: Mapping[str, StepState], *, canceled: bool
+) -> StepState:
+    needed = [states[name] for name in step.needs]
+    lost = [state for state in needed if state.over and state.status != "succeeded"]
+    if -1 in notes.errors:
+        return StepState(step, "failed", there, error=notes.errors[-1])
+    if canceled and not there and not notes.errors and not (step.for_each is not None and notes.count == 0):
+        return StepState(step, "canceled", there)
+    if lost:
+        why = ", ".join(f"`{state.step.name}`, which {_ended_how(state.status)}" for state in lost)
+        return StepState(step, "skipped", there, error=f"It needs {why}.")
+    if not all(state.over for state in needed):
+        return StepState(step, "waiting", there)
+    count = _count(step, notes)
+    if count is None:
+        return StepState(step, "starting", there, uncounted=True)
+    absent = tuple(index for index in range(count) if index not in there and index not in notes.errors)
+    missing = () if canceled else absent
+    if missing or not all(prediction.ended_visibly for prediction in there.values()):
+        begun = any(prediction.visible != Status.STARTING for prediction in there.values())
+        return StepState(step, "processing" if begun else "starting", there, missing)
+    reasons = {index: notes.errors[index] for index in notes.errors}
+    reasons |= {i: p.error or f"It was {p.visible}." for i, p in there.items() if p.visible != Status.SUCCEEDED}
+    if not reasons and not absent:
+        return StepState(step, "succeeded", there)
+    failed = notes.errors or any(prediction.visible == Status.FAILED for prediction in there.values())
+    return StepState(step, "failed" if failed else "canceled", there, error=_listed(step, reasons, count))
+
+
+def _ended_how(status: str) -> str:
+    return {"failed": "failed", "canceled": "was canceled", "skipped": "was skipped"}[status]
+
+
+def _listed(step: Step, reasons: Mapping[int, str], count: int) -> str | None:
+    if step.for_each is None:
+        return next(iter(reasons.values()), None)
+    shown = [f"{index}: {reasons[index]}" for index in sorted(reasons)[:_REASONS_SHOWN]]
+    return f"{len(reasons)} of {count} did not succeed. {' '.join(shown)}" if reasons else None

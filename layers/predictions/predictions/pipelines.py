@@ -1,0 +1,243 @@
+"""Pipelines at the requests queue's door and in the table's stream: steps become intents, and ends wake the execution.
+
+A message of the queue says which run of which step is due, and nothing else. What it asks for was written down with
+the pipeline; the outputs that its input refers to are read when it comes, their files as links of this stack that work
+until the pipeline's deadline. So the message may come twice, late or too early: the same message gives the same
+intent, or none.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from predictions.aws import client
+from predictions.errors import PredictionsError, Problem
+from predictions.executions import wake
+from predictions.intents import BODY_LIMIT_BYTES, Intent, create_requested_intent
+from predictions.items import deserialize, serialize
+from predictions.links import Links
+from predictions.observability import logger
+from predictions.outputs import OutputsBucket, replace_files
+from predictions.pipeline_definition import Step, elements
+from predictions.pipeline_runs import run_ids, run_key, states_of
+from predictions.pipelines_table import PipelinesTable, StoredPipeline
+from predictions.placeholders import PlaceholderError, fill
+from predictions.requests import Message, RequestRefused
+from predictions.table import PredictionsTable, Whole
+
+_ID = re.compile(r"[a-z0-9]{26}", re.ASCII)
+
+
+class CannotRun(PredictionsError):
+    """A run of a step can never be started; its text is the reason, for the person who wrote the pipeline."""
+
+
+def prediction_ended(prediction_id: str, origin: Mapping[str, str | int], status: str) -> None:
+    """Tells the pipeline whose step a prediction was that it has ended. Twice: the pipeline looks once more.
+
+    Args:
+        prediction_id: Our id.
+        origin: What started it, with the pipeline's id as `pipeline`.
+        status: How it ended.
+    """
+    logger.info("a step's prediction ended", prediction_id=prediction_id, pipeline_id=origin["pipeline"], status=status)
+    wake_pipeline(str(origin["pipeline"]))
+
+
+def wake_pipeline(pipeline_id: str) -> None:
+    """Has a running pipeline's execution look at it.
+
+    The number is raised first: an execution that has looked already, and is about to wait, sees that and looks again.
+    """
+    dynamodb = client("dynamodb")
+    try:
+        answer = dynamodb.update_item(
+            TableName=os.environ["TABLE_NAME"],
+            Key=serialize({"pk": f"pipeline#{pipeline_id}", "sk": "status"}),
+            UpdateExpression="ADD events :one",
+            ConditionExpression="#status = :running",
+            ExpressionAttributeNames={"#status": "status"},
+            ExpressionAttributeValues=serialize({":one": 1, ":running": "running"}),
+            ReturnValues="ALL_NEW",
+        )
+    except dynamodb.exceptions.ConditionalCheckFailedException:
+        return  # it has ended, or expired
+    wake(deserialize(answer["Attributes"]).get("task_token"))
+
+
+def is_canceled(pipeline_id: str) -> bool:
+    """Whether nothing of a pipeline is to be started any more: it was canceled, has ended, or expired."""
+    dynamodb = client("dynamodb")
+    found = dynamodb.get_item(
+        TableName=os.environ["TABLE_NAME"],
+        Key=serialize({"pk": f"pipeline#{pipeline_id}", "sk": "status"}),
+        ConsistentRead=True,
+    ).get("Item")
+    item = deserialize(found) if found else {}
+    return item.get("status") != "running" or "cancel_requested" in item
+
+
+def event_of(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The event that a record of the table's stream calls for: a pipeline has ended.
+
+    Args:
+        record: Of an item whose `pk` begins with `pipeline#`.
+
+    Returns:
+        `("Pipeline Completed", detail)`, or None.
+    """
+    images = record["dynamodb"]
+    new, old = (deserialize(images.get(name, {})) for name in ("NewImage", "OldImage"))
+    if new.get("sk") != "status" or new["status"] == "running" or old.get("status") == new["status"]:
+        return None
+    detail = {
+        "version": "1",
+        # An event may come twice: by this it is known.
+        "event_id": f"{new['id']}-completed",
+        "id": new["id"],
+        "owner": new["owner"].removeprefix("pipelines#"),
+        "status": new["status"],
+        "error": new.get("error"),
+        "depth": new["depth"],
+        "created_at": new["created_at"],
+        "completed_at": new["completed_at"],
+        "steps": {name: int(count) for name, count in new["counts"].items()},
+    }
+    return "Pipeline Completed", detail
+
+
+class Pipelines:
+    """Turns steps that are due into intents.
+
+    Args:
+        pipelines: The pipelines.
+        predictions: The predictions of their steps.
+        outputs: Knows which strings in an output are files.
+        links: Makes URLs of those files.
+    """
+
+    def __init__(
+        self, pipelines: PipelinesTable, predictions: PredictionsTable, outputs: OutputsBucket, links: Links
+    ) -> None:
+        self.table = pipelines
+        self.predictions = predictions
+        self._outputs = outputs
+        self._links = links
+
+    @classmethod
+    def from_env(cls) -> "Pipelines":
+        """From what the tables, the bucket and the links read."""
+        return cls(PipelinesTable.from_env(), PredictionsTable.from_env(), OutputsBucket.from_env(), Links.from_env())
+
+    def intent(self, body: Mapping[str, Any], message: Message) -> Intent | None:  # noqa: ARG002  # of every source
+        """The intent of one run of a step; see `predictions.requests.Source`.
+
+        A run whose input cannot be filled is noted as failed, which wakes the pipeline.
+
+        Raises:
+            RequestRefused: There is no such pipeline, step or run.
+        """
+        pipeline_id, name, index = _named(body)
+        stored = self.table.read_pipeline(pipeline_id)
+        if stored is None:
+            raise RequestRefused(f"pipeline_id: there is no pipeline {pipeline_id}, or it has expired.")
+        step = stored.definition.step(name)
+        if step is None:
+            raise RequestRefused(f"step: pipeline {pipeline_id} has no step {name[:32]!r}.")
+        pipeline = stored.pipeline
+        if pipeline.ended or pipeline.cancel_requested:
+            return None
+        ids = run_ids(stored)
+        # A step's state rests on those of all before it.
+        before = [each for other in stored.definition.before(step) for each in ids[other.name]]
+        states = states_of(stored, self.predictions.get_many(before))
+        if not all(states[needed].status == "succeeded" for needed in step.needs):
+            return None  # it came too early: the pipeline sends another one in time
+        if index >= len(ids[name]):
+            raise RequestRefused(f"index: step {name!r} of pipeline {pipeline_id} has no run {index}.")
+        try:
+            return self._intent(stored, step, index)
+        except CannotRun as error:
+            logger.info("a step's input cannot be filled", pipeline_id=pipeline_id, step=name, index=index)
+            self.table.note_error(pipeline, name, index, str(error))
+            wake_pipeline(pipeline_id)
+            return None
+
+    def elements(self, stored: StoredPipeline, step: Step) -> list[Any]:
+        """What a step's `for_each` finds, once all that it needs has succeeded.
+
+        Raises:
+            CannotRun: No list, or one that is too long.
+        """
+        try:
+            return elements(fill({"for_each": step.for_each}, self._context(stored, step))["for_each"])
+        except PlaceholderError as error:
+            raise CannotRun(f"Step `{step.name}`: {error.field}: {error.detail}") from None
+
+    def _intent(self, stored: StoredPipeline, step: Step, index: int) -> Intent:
+        """One run's intent: the same whenever it is asked for.
+
+        Raises:
+            CannotRun: Its input cannot be filled.
+        """
+        pipeline, context = stored.pipeline, self._context(stored, step)
+        try:
+            if step.for_each is not None:
+                found = elements(fill({"for_each": step.for_each}, context)["for_each"])
+                if index >= len(found):
+                    raise PlaceholderError("for_each", f"It finds {len(found)} elements now, and found more before.")
+                context |= {"item": found[index], "index": index}
+            filled = fill({"input": dict(step.input)}, context)
+        except PlaceholderError as error:
+            raise CannotRun(f"Step `{step.name}`: {error.field}: {error.detail}") from None
+        if len(json.dumps(filled)) > BODY_LIMIT_BYTES:
+            raise CannotRun(f"Step `{step.name}`: input: It has more than {BODY_LIMIT_BYTES} bytes when it is filled.")
+        try:
+            return create_requested_intent(
+                {**step.request, **filled},
+                owner=pipeline.owner,
+                source="pipeline",
+                source_key=run_key(pipeline.id, step.name, index),
+                allow_loopback_webhooks=False,
+                origin={"pipeline": pipeline.id, "step": step.name, "index": index},
+                depth=pipeline.depth,
+            )
+        except Problem as problem:
+            raise CannotRun(f"Step `{step.name}`: {problem.detail}") from None
+
+    def _context(self, stored: StoredPipeline, step: Step) -> dict[str, Any]:
+        """What a step's templates are filled from."""
+        ids = run_ids(stored)
+        steps: dict[str, Any] = {}
+        for name in step.needs:
+            found = {whole.prediction.id: whole for whole in self.predictions.read_many(ids[name])}
+            outputs = [self._output(found[each], stored.pipeline.deadline) for each in ids[name]]
+            needed = stored.definition.step(name)
+            steps[name] = {"output": outputs[0] if needed and needed.for_each is None else outputs}
+        return {"input": stored.definition.input, "steps": steps}
+
+    def _output(self, whole: Whole, expires: int) -> Any:
+        """An output whose files are links; null for one that was not stored."""
+        values: dict[str, Any] = {file.path: None for file in self._outputs.find_files(whole.output)}
+        values |= {f.path: self._links.url("outputs", f.key, expires=expires) for f in whole.files if f.key}
+        return replace_files(whole.output, values)
+
+
+def _named(body: Mapping[str, Any]) -> tuple[str, str, int]:
+    """Which run a message names.
+
+    Raises:
+        RequestRefused: None.
+    """
+    pipeline_id, name, index = body.get("pipeline_id"), body.get("step"), body.get("index")
+    if unknown := body.keys() - {"pipeline_id", "step", "index"}:
+        raise RequestRefused(f"{min(unknown)[:100]}: a message of a pipeline has no such field.")
+    if not isinstance(pipeline_id, str) or not _ID.fullmatch(pipeline_id):
+        raise RequestRefused("pipeline_id: an id has 26 characters [a-z0-9].")
+    if not isinstance(name, str):
+        raise RequestRefused("step: the name of a step is a text.")
+    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+        raise RequestRefused("index: a whole number from 0.")
+    return pipeline_id, name, index

@@ -1,0 +1,290 @@
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from predictions.errors import Problem
+from predictions.input_schema import InputSchema
+from predictions.intents import Reference
+from predictions.pipeline_definition import (
+    FAN_OUTS_LIMIT,
+    ITEMS_LIMIT,
+    STEPS_LIMIT,
+    Definition,
+    create_definition,
+    fingerprint,
+)
+
+from tests.unit.fakes import SCHEMA
+
+FLUX = "black-forest-labs/flux-schnell"
+INPUT = {"prompt": "a fox", "count": 2, "styles": ["etching", "mosaic"]}
+
+
+_closed: dict[str, Any] = copy.deepcopy(SCHEMA)
+_closed["components"]["schemas"]["Input"]["additionalProperties"] = False  # as Cog writes it
+SCHEMA_OF_FLUX = InputSchema.from_openapi(_closed)
+
+
+def check(reference: Reference, asked: Mapping[str, Any]) -> list[dict[str, str]]:
+    """As the stack does it, with two models."""
+    if reference.name == "local/none":
+        raise Problem(404, "There is no model local/none.")
+    if reference.name == "local/late":
+        raise Problem(503, "Replicate could not be asked.")
+    return SCHEMA_OF_FLUX.violations(asked) if reference.name == FLUX else []
+
+
+def step(name: Any = "image", input: Any = None, **others: Any) -> dict[str, Any]:  # noqa: A002  # the body's word
+    model = {} if others.keys() & {"model", "version", "deployment"} else {"model": "meta/llama"}
+    return {"name": name, **model, "input": {} if input is None else input, **others}
+
+
+def refused(*steps: Any, **others: Any) -> dict[str, str]:
+    """What is wrong, by field."""
+    with pytest.raises(Problem) as caught:
+        create_definition({"input": INPUT, "steps": list(steps), **others}, check)
+    assert caught.value.status == 422
+    return {each["field"]: each["detail"] for each in caught.value.invalid_fields}
+
+
+def needing(expression: str) -> dict[str, Any]:
+    return step("caption", {"image": f"{{{{ {expression} }}}}"})
+
+
+@pytest.mark.parametrize(
+    ("body", "fields"),
+    [
+        ({}, ["steps"]),
+        ({"steps": []}, ["steps"]),
+        ({"steps": [step(f"s{n}") for n in range(STEPS_LIMIT + 1)]}, ["steps"]),
+        ({"steps": "all"}, ["steps"]),
+        ({"steps": ["image"]}, ["steps.0"]),
+        ({"steps": [step()], "webhook": "https://example.com"}, ["webhook"]),
+        ({"steps": [step()], "input": []}, ["input"]),
+        ({"steps": [step(webhook="https://example.com")]}, ["steps.0.webhook"]),
+        ({"steps": [step(idempotency_key="a")]}, ["steps.0.idempotency_key"]),
+        ({"steps": [{"name": "image", "model": "meta/llama"}, step(7)]}, ["steps.0.input", "steps.1.name"]),
+        ({"steps": [step(for_each=3)]}, ["steps.0.for_each"]),
+    ],
+)
+def test_body_of_another_shape_is_refused(body: dict[str, Any], fields: list[str]) -> None:
+    with pytest.raises(Problem) as caught:
+        create_definition(body, check)
+    assert [each["field"] for each in caught.value.invalid_fields] == fields
+
+
+def test_refusal_of_a_shape_names_the_step() -> None:
+    with pytest.raises(Problem, match="Step `image`: This field is not known"):
+        create_definition({"steps": [step(webhook="https://example.com")]}, check)
+
+
+@pytest.mark.parametrize("name", ["", "Image", "1st", "my-step", "a" * 33, "a.b", "bild\n", "größe"])
+def test_step_with_a_name_that_no_expression_could_use_is_refused(name: str) -> None:
+    assert refused(step(name)).keys() == {"steps.0.name"}
+
+
+def test_second_step_of_a_name_is_refused() -> None:
+    assert refused(step(), step()) == {"steps.1.name": "Step `image`: Another step has this name."}
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        ({"model": "llama"}, "model"),
+        ({"model": "meta/llama", "version": "meta/llama"}, "model"),
+        ({"deployment": "one"}, "deployment"),
+        ({"model": "meta/llama", "lifetime": "soon"}, "lifetime"),
+        ({"model": "local/none"}, "model"),
+    ],
+)
+def test_step_that_nothing_can_run_is_refused_with_its_name(request_: dict[str, Any], field: str) -> None:
+    found = refused(step(), step("second", **request_))
+    assert found.keys() == {f"steps.1.{field}"}
+    assert found[f"steps.1.{field}"].startswith("Step `second`: ")
+
+
+def test_model_that_cannot_be_asked_for_now_is_no_fault_of_the_pipeline() -> None:
+    with pytest.raises(Problem) as caught:
+        create_definition({"steps": [step(model="local/late")]}, check)
+    assert caught.value.status == 503
+
+
+@pytest.mark.parametrize(
+    ("expression", "reason"),
+    [
+        ("steps.painting.output", "There is no step `painting`."),
+        ("steps.caption.output", "A step cannot need its own output."),
+        ("steps.image.logs", "Of a step there is `output`, and no `logs`."),
+        ("steps.image", "Name the step and its output"),
+        ("steps.*.output", "Name the step and its output"),
+        ("keys(steps)", "Name the step and its output"),
+        ("@", "Name the step and its output"),
+        ("[@]", "Name the step and its output"),
+        ("steps | *", "Name the step and its output"),
+        ("{a: steps.image}", "Name the step and its output"),
+        ("values(@)[0]", "Name the step and its output"),
+        ("steps || `1`", "Name the step and its output"),
+        ("input.promt", "The pipeline's input has no `promt`."),
+        ("inptu.prompt", "An expression begins with `input`, `steps`, not with `inptu`."),
+        ("item", "`item` is there with `for_each` only."),
+        ("index", "`index` is there with `for_each` only."),
+        ("a b", "is not JMESPath"),
+    ],
+)
+def test_expression_that_refers_to_what_is_not_there_is_refused(expression: str, reason: str) -> None:
+    found = refused(step(), needing(expression))
+    assert found.keys() == {"steps.1.input.image"}
+    assert found["steps.1.input.image"].startswith("Step `caption`: ")
+    assert reason in found["steps.1.input.image"]
+
+
+@pytest.mark.parametrize(
+    ("for_each", "reason"),
+    [
+        ("etching", "A list, or one placeholder"),
+        ("a {{ input.styles }}", "A list, or one placeholder"),
+        ("{{ input.styles }}{{ input.styles }}", "A list, or one placeholder"),
+        ("{{ input.prompt }}", "It has to find a list, and finds a text."),
+        ("{{ input.count }}", "It has to find a list, and finds a number."),
+        ("{{ input.styles[5] }}", "finds nothing"),
+        ("{{ item }}", "`item` is there with `for_each` only."),
+        ("{{ steps.none.output }}", "There is no step `none`."),
+        ([0] * (ITEMS_LIMIT + 1), f"It finds {ITEMS_LIMIT + 1} elements; {ITEMS_LIMIT} are taken."),
+        (["{{ input.none }}"], "The pipeline's input has no `none`."),
+    ],
+)
+def test_fan_out_over_no_list_is_refused(for_each: Any, reason: str) -> None:
+    detail, *_ = refused(step(for_each=for_each)).values()
+    assert reason in detail
+
+
+def test_more_fan_outs_than_a_history_can_hold_are_refused() -> None:
+    steps = [step(f"s{n}", for_each=[1]) for n in range(FAN_OUTS_LIMIT + 1)]
+    assert refused(*steps).keys() == {f"steps.{FAN_OUTS_LIMIT}.for_each"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({}, "input.prompt"),
+        ({"prompt": 7}, "input.prompt"),
+        ({"prompt": "{{ input.count }}"}, "input.prompt"),
+        ({"prompt": "a", "num_outputs": "{{ input.prompt }}"}, "input.num_outputs"),
+        ({"prompt": "a", "num_outputs": 9}, "input.num_outputs"),
+        ({"prompt": "{{ steps.image.output }}", "steps": 3}, "input.steps"),
+        ({"prompt": "a", "image": "{{ steps.image.output }}"}, "input.image"),
+        ({"prompt": "{{ input.styles[7] }}"}, "input.prompt"),
+    ],
+)
+def test_value_that_the_model_does_not_take_is_refused_before_anything_is_started(
+    asked: dict[str, Any], field: str
+) -> None:
+    found = refused(step(), step("large", asked, model=FLUX))
+    assert found.keys() == {f"steps.1.{field}"}
+    assert found[f"steps.1.{field}"].startswith("Step `large`: ")
+
+
+def test_everything_that_is_wrong_is_said_at_once() -> None:
+    found = refused(
+        step("a", {"x": "{{ steps.b.output }}"}),
+        step("b", {"x": "{{ steps.a.output }}", "y": "{{ input.none }}"}),
+        step("c", model="local/none"),
+        step("d", {"prompt": 1}, model=FLUX),
+        step("d"),
+    )
+    assert found == {
+        "steps.0.input": "Step `a`: It needs itself: `a` needs `b` needs `a`.",
+        "steps.1.input": "Step `b`: It needs itself: `b` needs `a` needs `b`.",
+        "steps.1.input.y": "Step `b`: The pipeline's input has no `none`.",
+        "steps.2.model": "Step `c`: There is no model local/none.",
+        "steps.3.input.prompt": "Step `d`: Has to be a string, not a number.",
+        "steps.4.name": "Step `d`: Another step has this name.",
+    }
+
+
+# -- taken ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expression", "needs"),
+    [
+        ("steps.image.output", ("image",)),
+        ('steps."image".output[0]', ("image",)),
+        ("steps | image.output", ("image",)),
+        ("steps.image.output[?size > `3`].url | [0]", ("image",)),
+        ("sort_by(steps.image.output, &steps)", ("image",)),
+        ("join(', ', [steps.image.output, input.prompt])", ("image",)),
+        ("{a: steps.image.output, b: input}", ("image",)),
+        ("steps.image.output || steps.other.output", ("image", "other")),
+        ('input.style || `"etching"`', ()),
+        ("input.prompt", ()),
+        ('`"steps.image.output"`', ()),
+    ],
+)
+def test_what_an_expression_needs_is_read_from_it(expression: str, needs: tuple[str, ...]) -> None:
+    definition = create_definition({"input": INPUT, "steps": [needing(expression), step(), step("other")]}, check)
+    assert definition.steps[0].needs == needs
+    assert next(each.name for each in definition.in_order) == ("image" if "image" in needs else "caption")
+
+
+def test_last_steps_are_those_that_no_other_one_needs() -> None:
+    definition = create_definition({"steps": [step(), needing("steps.image.output"), step("other")]}, check)
+    assert [each.name for each in definition.last] == ["caption", "other"]
+
+
+def test_step_with_for_each_has_its_item() -> None:
+    fanned = step("each", {"prompt": "{{ item }} {{ index }}"}, for_each="{{ steps.image.output }}", model=FLUX)
+    assert create_definition({"steps": [step(), fanned]}, check).steps[1].needs == ("image",)
+
+
+def test_definition_survives_being_stored() -> None:
+    definition = create_definition(
+        {"input": INPUT, "steps": [step(), needing("steps.image.output"), step("each", for_each=[1])]}, check
+    )
+    assert Definition.from_json(definition.to_json()) == definition
+    assert json.loads(definition.to_json())["input"] == INPUT
+
+
+def test_fingerprint_is_the_same_whatever_the_order_of_keys() -> None:
+    assert fingerprint({"a": 1, "b": [1.0]}) == fingerprint({"b": [1], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+@st.composite
+def graphs(draw: st.DrawFn, *, cyclic: bool) -> list[dict[str, Any]]:
+    """Steps in any order; `cyclic` ones have a way from one step back to itself."""
+    count = draw(st.integers(2, 7))
+    needs: dict[int, set[int]] = {
+        number: draw(st.sets(st.integers(0, number - 1), max_size=3)) if number else set() for number in range(count)
+    }
+    if cyclic:
+        ring = draw(st.permutations(range(count)))[: draw(st.integers(2, count))]
+        for one, other in zip(ring, [*ring[1:], ring[0]], strict=True):
+            needs[one].add(other)
+    steps = [
+        step(f"s{number}", {f"n{each}": f"{{{{ steps.s{each}.output }}}}" for each in needs[number]})
+        for number in range(count)
+    ]
+    return draw(st.permutations(steps))
+
+
+@given(graphs(cyclic=True))
+@settings(max_examples=100, deadline=None)
+def test_cycle_is_always_refused(steps: list[dict[str, Any]]) -> None:
+    with pytest.raises(Problem, match="It needs itself"):
+        create_definition({"steps": steps}, check)
+
+
+@given(graphs(cyclic=False))
+@settings(max_examples=100, deadline=None)
+def test_steps_without_a_cycle_have_an_order(steps: list[dict[str, Any]]) -> None:
+    definition = create_definition({"steps": steps}, check)
+    done: set[str] = set()
+    for each in definition.in_order:
+        assert set(each.needs) <= done
+        done.add(each.name)
+    assert len(done) == len(steps)

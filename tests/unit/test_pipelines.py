@@ -1,0 +1,741 @@
+"""Pipelines from their request to their end: the state machine, the queue and the stream are played by the test."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from predictions import aws
+from predictions.api import Presenter
+from predictions.copies import copy
+from predictions.errors import Problem
+from predictions.executions import Executions
+from predictions.intents import create_requested_intent
+from predictions.items import deserialize, serialize
+from predictions.links import Links
+from predictions.outputs import OutputsBucket
+from predictions.pipeline_api import LIFETIME_SECONDS, PipelineApi
+from predictions.pipeline_definition import ITEMS_LIMIT
+from predictions.pipeline_progress import RESEND_SECONDS, PipelineExecutions, Progress, Turn
+from predictions.pipeline_runs import run_id, run_key
+from predictions.pipelines import Pipelines, event_of, is_canceled, prediction_ended
+from predictions.pipelines_table import Pipeline, PipelinesTable
+from predictions.requests import Message, RequestRefused, Requests
+from predictions.submissions import Submissions
+from predictions.table import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
+
+from tests.unit.fakes import API_URL, PNG, Clock, Died, Executed, Fault, ReplicateInMemory, Wakes, faulty, served
+from tests.unit.test_pipeline_definition import FLUX, INPUT, graphs, step
+
+FILE = "https://replicate.delivery/xezq/abc/out-0.png"
+FAILED = object()
+
+
+class World:
+    """A stack whose queue, state machines and stream the test moves by hand."""
+
+    def __init__(
+        self,
+        submissions: Submissions,
+        table: PredictionsTable,
+        outputs: OutputsBucket,
+        replicate: ReplicateInMemory,
+        executed: Executed,
+        clock: Clock,
+    ) -> None:
+        self.clock, self.replicate, self.submissions, self.predictions = clock, replicate, submissions, table
+        self._outputs = outputs
+        self.table = PipelinesTable("predictions", outputs, aws.client("dynamodb"))
+        links = Links({"outputs": "outputs"}, "link-secret", now=clock.now)
+        self.pipelines = Pipelines(self.table, table, outputs, links)
+        self.executions = PipelineExecutions(
+            self.table, Executions(executed.machine_arn, aws.client("stepfunctions")), now=clock.now
+        )
+        self.queue_url = aws.client("sqs").get_queue_url(QueueName="requests")["QueueUrl"]
+        self.progress = Progress(self.pipelines, submissions, self.queue_url, aws.client("sqs"), now=clock.now)
+        presenter = Presenter(outputs, 3600)
+        self.api = PipelineApi(
+            self.table, table, submissions, self.executions, presenter, 30 * 86400, now=clock.now
+        )  # fmt: skip
+        self.requests = Requests(
+            table,
+            Executions(executed.machine_arn, aws.client("stepfunctions")),
+            lifetime_seconds=86400,
+            retention_seconds=30 * 86400,
+            queue_owner="queue",
+            sender_owners={},
+            allow_loopback_webhooks=False,
+            now=clock.now,
+        )
+
+    def create(self, *steps: dict[str, Any], key: str | None = None, **others: Any) -> str:
+        """A pipeline of alice's, after its first turn."""
+        body = json.dumps({"input": INPUT, "steps": list(steps), **others}).encode()
+        headers = {"idempotency-key": key} if key else {}
+        shown = self.api.create_pipeline("alice", body, headers)
+        self.turn(shown["id"])
+        return str(shown["id"])
+
+    def turn(self, pipeline_id: str, remaining_seconds: float = 100) -> Turn:
+        return self.progress.advance(pipeline_id, lambda: remaining_seconds)
+
+    def sent(self) -> list[dict[str, Any]]:
+        """The messages of the requests queue, which are gone then."""
+        sqs, found = aws.client("sqs"), []
+        while messages := sqs.receive_message(QueueUrl=self.queue_url, MaxNumberOfMessages=10).get("Messages"):
+            for each in messages:
+                found.append(json.loads(each["Body"]))
+                sqs.delete_message(QueueUrl=self.queue_url, ReceiptHandle=each["ReceiptHandle"])
+        return found
+
+    def deliver(self, *messages: dict[str, Any]) -> list[Prediction]:
+        """What the queue's function and the track machines make of messages, by default of those that were sent."""
+        started = []
+        for body in messages or self.sent():
+            prediction = self.requests.take(Message("m", "AIDA", json.dumps(body), int(self.clock.now())))
+            if prediction is not None:
+                self.submissions.submit(prediction.id)
+                started.append(prediction)
+        return started
+
+    def run_id(self, pipeline_id: str, name: str, index: int = 0) -> str:
+        return run_id("alice", pipeline_id, name, index)
+
+    def end(self, pipeline_id: str, name: str, output: Any, index: int = 0) -> None:
+        """A step's prediction ends at Replicate, and everybody hears of it."""
+        prediction = self.predictions.get(self.run_id(pipeline_id, name, index))
+        assert prediction is not None
+        assert prediction.upstream_id
+        told = {"status": "failed", "error": "out of paint"} if output is FAILED else {"output": output}
+        self.replicate.finish(prediction.upstream_id, **told)
+        self.submissions.poll(prediction.id)
+        copy(self.predictions, self._outputs, prediction.id, 1, remaining_seconds=lambda: 900, now=self.clock.now)
+        self.hear(prediction.id)
+
+    def hear(self, prediction_id: str) -> None:
+        """The record of a prediction's end in the stream."""
+        ended = self.predictions.get(prediction_id)
+        assert ended is not None
+        prediction_ended(ended.id, ended.origin, ended.visible)
+
+    def shown(self, pipeline_id: str) -> dict[str, Any]:
+        return self.api.show_pipeline(self.api.own_pipeline(pipeline_id, "alice"))
+
+    def statuses(self, pipeline_id: str) -> dict[str, str]:
+        return {each["name"]: each["status"] for each in self.shown(pipeline_id)["steps"]}
+
+    def inputs(self) -> list[Any]:
+        """The inputs that Replicate was given, in their order."""
+        return [each["input"] for each in self.replicate.creates]
+
+
+@pytest.fixture
+def world(
+    submissions: Submissions,
+    table: PredictionsTable,
+    outputs: OutputsBucket,
+    replicate: ReplicateInMemory,
+    executed: Executed,
+    clock: Clock,
+) -> World:
+    return World(submissions, table, outputs, replicate, executed, clock)
+
+
+IMAGE = step("image", {"prompt": "{{ input.prompt }}"}, model=FLUX)
+LARGE = step("large", {"image": "{{ steps.image.output }}"})
+CAPTION = step("caption", {"about": "{{ steps.large.output }} of {{ input.prompt }}"})
+EACH = step("each", {"style": "{{ item }}", "n": "{{ index }}"}, for_each="{{ input.styles }}")
+MANY = step("many", {"x": "{{ item }}"}, for_each="{{ steps.image.output }}")
+
+
+class TestRefused:
+    def test_refused_pipeline_leaves_nothing(self, world: World, executed: Executed) -> None:
+        with pytest.raises(Problem, match="Step `large`"):
+            world.create(LARGE)
+        with pytest.raises(Problem, match="Idempotency-Key"):
+            world.create(IMAGE, key="with space")
+        assert aws.client("dynamodb").scan(TableName="predictions")["Items"] == []
+        assert executed.inputs == {}
+
+    def test_model_that_is_not_there_is_refused_with_its_step(self, world: World) -> None:
+        with pytest.raises(Problem) as caught:
+            world.create(step("image", model="nobody/nothing"))
+        assert [each["field"] for each in caught.value.invalid_fields] == ["steps.0.model"]
+
+    def test_key_of_another_pipeline_is_refused_and_changes_nothing(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE, key="k")
+        with pytest.raises(Problem, match="another pipeline"):
+            world.create(EACH, key="k")
+        assert list(world.statuses(pipeline_id)) == ["image"]
+
+    @pytest.mark.parametrize("other", ["bob", ""])
+    def test_pipeline_of_another_owner_is_not_there(self, world: World, other: str) -> None:
+        pipeline_id = world.create(IMAGE)
+        for ask in (world.api.own_pipeline, world.api.cancel_pipeline):
+            with pytest.raises(Problem, match="404"):
+                ask(pipeline_id, other)
+        assert world.table.get_pipeline(pipeline_id).cancel_requested is None  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"pipeline_id": "x"}, "pipeline_id: an id has"),
+            ({"pipeline_id": 7}, "pipeline_id: an id has"),
+            ({"pipeline_id": "a" * 26}, "there is no pipeline"),
+            ({"step": "none"}, "has no step 'none'"),
+            ({"step": None}, "step: the name"),
+            ({"index": 1}, "has no run 1"),
+            ({"index": -1}, "index: a whole number"),
+            ({"index": True}, "index: a whole number"),
+            ({"index": "0"}, "index: a whole number"),
+            ({"owner": "bob"}, "owner: a message of a pipeline has no such field"),
+        ],
+    )
+    def test_message_that_names_no_run_is_refused(self, world: World, change: dict[str, Any], reason: str) -> None:
+        pipeline_id = world.create(IMAGE)
+        with pytest.raises(RequestRefused, match=reason):
+            world.deliver({"pipeline_id": pipeline_id, "step": "image", "index": 0, **change})
+        assert world.inputs() == []
+
+    def test_message_that_comes_too_early_starts_nothing(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE, LARGE)
+        assert world.deliver({"pipeline_id": pipeline_id, "step": "large", "index": 0}) == []
+        assert world.statuses(pipeline_id)["large"] == "waiting"
+
+
+class TestRun:
+    def test_steps_run_one_after_the_other_with_each_others_outputs(self, world: World) -> None:
+        world.replicate.files[FILE] = served(PNG)
+        pipeline_id = world.create(CAPTION, LARGE, IMAGE)
+        assert world.sent() == [{"pipeline_id": pipeline_id, "step": "image", "index": 0}]
+        [image] = world.deliver({"pipeline_id": pipeline_id, "step": "image", "index": 0})
+        assert (image.source, image.owner, image.depth) == ("pipeline", "alice", 0)
+        assert image.origin == {"pipeline": pipeline_id, "step": "image", "index": 0}
+        assert world.turn(pipeline_id) == Turn(done=False, seen=0)
+        assert world.statuses(pipeline_id) == {"caption": "waiting", "large": "waiting", "image": "starting"}
+        world.clock.advance(7)
+        world.end(pipeline_id, "image", FILE)
+        assert world.turn(pipeline_id) == Turn(done=False, seen=1)
+        world.deliver()
+        [link] = [each["image"] for each in world.inputs()[1:]]
+        deadline = 1_750_000_000 + LIFETIME_SECONDS
+        assert link.startswith(f"{API_URL}/objects/outputs/0?")
+        assert f"expires={deadline}" in link
+        world.end(pipeline_id, "large", "large one")
+        world.turn(pipeline_id)
+        world.deliver()
+        assert world.inputs()[2] == {"about": "large one of a fox"}
+        assert world.shown(pipeline_id)["output"] is None
+        world.end(pipeline_id, "caption", ["A", " fox"])
+        assert world.turn(pipeline_id) == Turn(done=True, seen=-1)
+        shown = world.shown(pipeline_id)
+        assert (shown["status"], shown["error"], shown["output"]) == ("succeeded", None, {"caption": ["A", " fox"]})
+        assert [each["seconds"] for each in shown["steps"]] == [0, 0, 7]
+        assert "X-Amz-Signature" in shown["steps"][2]["output"]
+        assert shown["steps"][2]["predictions"] == [image.id]
+        assert len(world.inputs()) == 3
+
+    def test_independent_steps_are_sent_at_once(self, world: World) -> None:
+        pipeline_id = world.create(step("one"), step("two"), IMAGE)
+        assert {each["step"] for each in world.sent()} == {"one", "two", "image"}
+        world.turn(pipeline_id)
+        assert world.sent() == []
+
+    def test_message_gives_the_same_input_however_late_it_comes_again(self, world: World) -> None:
+        world.replicate.files[FILE] = served(PNG)
+        pipeline_id = world.create(IMAGE, LARGE)
+        world.deliver()
+        world.end(pipeline_id, "image", FILE)
+        world.turn(pipeline_id)
+        [body] = world.sent()
+        message = Message("m", "AIDA", json.dumps(body), 0)
+        first = world.pipelines.intent(body, message)
+        world.clock.advance(86400)
+        assert world.pipelines.intent(body, message) == first
+
+    def test_id_of_a_run_is_that_of_its_intent(self, world: World) -> None:
+        intent = create_requested_intent(
+            {"model": "meta/llama", "input": {}}, owner="alice", source="pipeline",
+            source_key=run_key("p" * 26, "image", 3), allow_loopback_webhooks=False,
+        )  # fmt: skip
+        assert intent.id == run_id("alice", "p" * 26, "image", 3)
+
+    def test_same_key_is_the_same_pipeline(self, world: World, executed: Executed) -> None:
+        assert world.create(IMAGE, key="k") == world.create(IMAGE, key="k")
+        assert len(world.sent()) == 1
+        assert list(executed.inputs.values()) == [{"id": world.create(IMAGE, key="k")}]
+
+    def test_large_definition_is_an_object(self, world: World) -> None:
+        large = step("large", {"text": "x" * PAYLOAD_LIMIT_BYTES})
+        pipeline_id = world.create(large)
+        assert len(world.deliver()) == 1
+        listed = aws.client("s3").list_objects_v2(Bucket="outputs", Prefix=f"payloads/pipelines/{pipeline_id}/")
+        assert listed["KeyCount"] == 1
+
+    def test_pipelines_of_an_owner_are_listed_newest_first(self, world: World) -> None:
+        ids = []
+        for _ in range(3):
+            ids.append(world.create(IMAGE))
+            world.clock.advance(1)
+        results, first, beyond = world.api.list_pipelines("alice", None, older=True, size=2)
+        assert [each["id"] for each in results] == [ids[2], ids[1]]
+        assert first is not None
+        assert beyond is not None
+        rest, _, none = world.api.list_pipelines("alice", beyond, older=True, size=2)
+        assert ([each["id"] for each in rest], none) == ([ids[0]], None)
+        assert world.api.list_pipelines("bob", None, older=True, size=2) == ([], None, None)
+
+    def test_outputs_that_no_answer_can_carry_are_left_out_and_named(self, world: World) -> None:
+        pipeline_id = world.create(step("a"), step("b"))
+        world.deliver()
+        world.end(pipeline_id, "a", "x" * 2_000_000)
+        world.end(pipeline_id, "b", "y" * 2_000_000)
+        world.turn(pipeline_id)
+        shown = world.shown(pipeline_id)
+        assert shown["outputs_left_out"] == ["b"]
+        assert (len(shown["output"]["a"]), shown["output"]["b"]) == (2_000_000, None)
+
+
+class TestFanOut:
+    def test_step_runs_once_for_each_element_and_gives_the_outputs_in_their_order(self, world: World) -> None:
+        pipeline_id = world.create(EACH, step("after", {"all": "{{ steps.each.output }}"}))
+        world.deliver()
+        assert sorted(world.inputs(), key=str) == [{"style": "etching", "n": 0}, {"style": "mosaic", "n": 1}]
+        world.end(pipeline_id, "each", "second", index=1)
+        assert not world.turn(pipeline_id).done
+        assert world.sent() == []
+        world.end(pipeline_id, "each", "first", index=0)
+        world.turn(pipeline_id)
+        world.deliver()
+        assert world.inputs()[-1] == {"all": ["first", "second"]}
+        assert world.shown(pipeline_id)["steps"][0]["output"] == ["first", "second"]
+
+    def test_files_of_a_step_are_its_followers_elements(self, world: World) -> None:
+        files = [FILE, FILE.replace("0.png", "1.png")]
+        world.replicate.files |= {each: served(PNG) for each in files}
+        pipeline_id = world.create(IMAGE, MANY)
+        world.deliver()
+        world.end(pipeline_id, "image", files)
+        world.turn(pipeline_id)
+        assert len(world.deliver()) == 2
+        assert all(each["x"].startswith(f"{API_URL}/objects/outputs/") for each in world.inputs()[1:])
+
+    def test_element_that_fails_fails_the_step_and_the_others_finish(self, world: World) -> None:
+        pipeline_id = world.create(EACH, step("after", {"all": "{{ steps.each.output }}"}))
+        world.deliver()
+        world.end(pipeline_id, "each", FAILED, index=0)
+        assert not world.turn(pipeline_id).done
+        world.end(pipeline_id, "each", "second", index=1)
+        assert world.turn(pipeline_id).done
+        shown = world.shown(pipeline_id)
+        assert [(each["status"], each["error"]) for each in shown["steps"]] == [
+            ("failed", "1 of 2 did not succeed. 0: out of paint"),
+            ("skipped", "It needs `each`, which failed."),
+        ]
+        assert shown["status"] == "failed"
+        assert "`each` failed (1 of 2 did not succeed. 0: out of paint)" in shown["error"]
+
+    def test_empty_list_succeeds_with_an_empty_list(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE, MANY, step("after", {"all": "{{ steps.many.output }}"}))
+        world.deliver()
+        world.end(pipeline_id, "image", [])
+        world.turn(pipeline_id)
+        world.deliver()
+        assert world.inputs()[-1] == {"all": []}
+        world.end(pipeline_id, "after", "done")
+        assert world.turn(pipeline_id).done
+        assert world.shown(pipeline_id)["steps"][1]["output"] == []
+
+    @pytest.mark.parametrize(
+        ("output", "reason"),
+        [
+            ("one text", "finds a text"),
+            (["x"] * (ITEMS_LIMIT + 1), f"{ITEMS_LIMIT} are taken"),
+            (None, "finds nothing"),
+        ],
+    )
+    def test_output_that_is_no_list_fails_the_step_that_needs_one(self, world: World, output: Any, reason: str) -> None:
+        pipeline_id = world.create(IMAGE, MANY)
+        world.deliver()
+        world.end(pipeline_id, "image", output)
+        assert world.turn(pipeline_id).done
+        many = world.shown(pipeline_id)["steps"][1]
+        assert (many["status"], many["predictions"]) == ("failed", [])
+        assert reason in many["error"]
+        assert "Step `many`: for_each" in many["error"]
+
+
+class TestFailure:
+    def test_failed_step_ends_what_needs_it_and_nothing_else(self, world: World) -> None:
+        pipeline_id = world.create(
+            IMAGE, LARGE, CAPTION, step("other"), step("last", {"x": "{{ steps.other.output }}"})
+        )
+        world.deliver()
+        world.end(pipeline_id, "image", FAILED)
+        world.end(pipeline_id, "other", "fine")
+        assert not world.turn(pipeline_id).done
+        world.deliver()
+        world.end(pipeline_id, "last", "fine too")
+        assert world.turn(pipeline_id).done
+        assert world.statuses(pipeline_id) == {
+            "image": "failed", "large": "skipped", "caption": "skipped", "other": "succeeded", "last": "succeeded",
+        }  # fmt: skip
+        shown = world.shown(pipeline_id)
+        assert shown["status"] == "failed"
+        assert shown["error"].startswith(
+            "Steps: `image` failed (out of paint); `large` skipped (It needs `image`, which"
+        )
+        assert shown["output"] == {"caption": None, "last": "fine too"}
+
+    @pytest.mark.parametrize("output", [None, {"other": 1}])
+    def test_input_that_cannot_be_filled_fails_the_step_with_its_field(
+        self, world: World, wakes: Wakes, output: Any
+    ) -> None:
+        pipeline_id = world.create(step("one"), step("two", {"deep": [{"x": "{{ steps.one.output.title }}"}]}))
+        world.deliver()
+        world.end(pipeline_id, "one", output)
+        seen = world.turn(pipeline_id).seen
+        assert world.deliver() == []
+        there = world.table.get_pipeline(pipeline_id)
+        assert there is not None
+        assert there.events == seen + 1, "the pipeline is told"
+        assert world.turn(pipeline_id).done
+        two = world.shown(pipeline_id)["steps"][1]
+        assert two["status"] == "failed"
+        assert two["error"].startswith("Step `two`: input.deep.0.x: ")
+
+    def test_element_that_cannot_be_filled_does_not_end_the_others(self, world: World) -> None:
+        pipeline_id = world.create(step("one"), step("two", {"x": "{{ item.x }}"}, for_each="{{ steps.one.output }}"))
+        world.deliver()
+        world.end(pipeline_id, "one", [{"x": 1}, {}])
+        world.turn(pipeline_id)
+        assert len(world.deliver()) == 1
+        assert not world.turn(pipeline_id).done
+        world.end(pipeline_id, "two", "fine", index=0)
+        assert world.turn(pipeline_id).done
+        assert "1 of 2 did not succeed. 1: Step `two`: input.x" in world.shown(pipeline_id)["steps"][1]["error"]
+
+    def test_output_of_another_type_than_the_model_takes_fails_the_step(self, world: World) -> None:
+        pipeline_id = world.create(step("one"), step("two", {"prompt": "{{ steps.one.output }}"}, model=FLUX))
+        world.deliver()
+        world.end(pipeline_id, "one", {"no": "text"})
+        world.turn(pipeline_id)
+        [prediction] = world.deliver()
+        world.hear(prediction.id)
+        assert world.turn(pipeline_id).done
+        assert "input.prompt: Has to be a string" in world.shown(pipeline_id)["steps"][1]["error"]
+
+    def test_deleted_output_fails_the_step_that_needs_it(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE, LARGE)
+        world.deliver()
+        world.end(pipeline_id, "image", "text")
+        image = world.predictions.get(world.run_id(pipeline_id, "image"))
+        assert image is not None
+        world.submissions.delete_ended(image)
+        world.turn(pipeline_id)
+        assert world.deliver() == []
+        assert world.turn(pipeline_id).done
+        assert "Step `large`: input.image" in world.shown(pipeline_id)["steps"][1]["error"]
+
+
+class TestCancel:
+    def test_canceled_pipeline_cancels_what_runs_and_starts_nothing(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE, LARGE, step("other"))
+        world.deliver()
+        world.end(pipeline_id, "image", "text")
+        shown = world.api.cancel_pipeline(pipeline_id, "alice")
+        assert (shown["status"], bool(shown["cancel_requested_at"])) == ("running", True)
+        world.turn(pipeline_id)
+        other = world.predictions.get(world.run_id(pipeline_id, "other"))
+        assert other is not None
+        assert world.replicate.canceled == [other.upstream_id]
+        assert world.sent() == []
+        world.hear(other.id)
+        assert world.turn(pipeline_id).done
+        assert world.shown(pipeline_id)["status"] == "canceled"
+        assert world.statuses(pipeline_id) == {"image": "succeeded", "large": "canceled", "other": "canceled"}
+
+    def test_message_that_waited_in_the_queue_starts_nothing(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE)
+        world.api.cancel_pipeline(pipeline_id, "alice")
+        assert world.deliver() == []
+        assert world.turn(pipeline_id).done
+        assert world.deliver({"pipeline_id": pipeline_id, "step": "image", "index": 0}) == []
+        assert world.inputs() == []
+
+    def test_intent_that_was_read_before_the_cancel_and_written_after_it_is_not_submitted(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE)
+        [body] = world.sent()
+        intent = world.pipelines.intent(body, Message("m", "AIDA", json.dumps(body), 0))
+        assert intent is not None
+        world.api.cancel_pipeline(pipeline_id, "alice")
+        assert world.turn(pipeline_id).done
+        late = world.requests.start(intent)
+        world.submissions.submit(late.id)
+        assert world.predictions.get(late.id).status == "canceled"  # type: ignore[union-attr]
+        assert world.inputs() == []
+
+    def test_cancel_without_time_goes_on_in_the_next_turn(self, world: World) -> None:
+        pipeline_id = world.create(EACH)
+        world.deliver()
+        world.api.cancel_pipeline(pipeline_id, "alice")
+        assert world.turn(pipeline_id, remaining_seconds=1) == Turn(done=False, seen=-1)
+        assert world.replicate.canceled == []
+        world.turn(pipeline_id)
+        assert len(world.replicate.canceled) == 2
+
+    def test_cancel_of_what_has_ended_changes_nothing(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE)
+        world.deliver()
+        world.end(pipeline_id, "image", "text")
+        world.turn(pipeline_id)
+        before = world.shown(pipeline_id)
+        assert world.api.cancel_pipeline(pipeline_id, "alice") == before
+        assert before["status"] == "succeeded"
+
+    def test_pipeline_past_its_deadline_is_canceled_and_fails(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE, LARGE)
+        world.deliver()
+        world.clock.advance(LIFETIME_SECONDS)
+        assert world.turn(pipeline_id) == Turn(done=False, seen=-1)
+        world.turn(pipeline_id)
+        assert len(world.replicate.canceled) == 1
+        assert world.turn(pipeline_id).done
+        shown = world.shown(pipeline_id)
+        assert shown["status"] == "failed"
+        assert shown["error"].startswith("Its deadline passed.")
+
+    def test_prediction_that_its_owner_cancels_ends_what_needs_it(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE, LARGE)
+        [image] = world.deliver()
+        world.submissions.cancel(image)
+        world.submissions.poll(image.id)
+        world.turn(pipeline_id)
+        shown = world.shown(pipeline_id)
+        assert (shown["status"], [each["status"] for each in shown["steps"]]) == ("failed", ["canceled", "skipped"])
+
+
+class TestTwiceLateNever:
+    def test_turn_that_comes_twice_sends_once(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE, EACH)
+        world.turn(pipeline_id)
+        world.turn(pipeline_id)
+        assert len(world.sent()) == 3
+
+    def test_message_that_comes_twice_starts_once(self, world: World) -> None:
+        world.create(IMAGE)
+        [body] = world.sent()
+        first, second = world.deliver(body, body)
+        assert first.id == second.id
+        assert len(world.inputs()) == 1
+
+    def test_record_of_the_stream_that_comes_twice_is_one_more_look(self, world: World, wakes: Wakes) -> None:
+        pipeline_id = world.create(IMAGE, LARGE)
+        world.deliver()
+        self.wait(pipeline_id, "token")
+        world.end(pipeline_id, "image", "text")
+        world.hear(world.run_id(pipeline_id, "image"))
+        assert wakes.tokens.count("token") == 2
+        world.turn(pipeline_id)
+        world.turn(pipeline_id)
+        assert len(world.sent()) == 1
+
+    def test_record_that_comes_after_the_end_changes_nothing(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE)
+        world.deliver()
+        world.end(pipeline_id, "image", "text")
+        world.turn(pipeline_id)
+        before = world.table.get_pipeline(pipeline_id)
+        world.hear(world.run_id(pipeline_id, "image"))
+        assert world.table.get_pipeline(pipeline_id) == before
+        prediction_ended("p", {"pipeline": "b" * 26}, "succeeded")
+        assert world.table.get_pipeline("b" * 26) is None
+
+    def test_wake_that_is_lost_is_made_good_by_the_next_look(self, world: World, wakes: Wakes) -> None:
+        pipeline_id = world.create(IMAGE)
+        world.deliver()
+        self.wait(pipeline_id, "gone")
+        wakes.stale.add("gone")
+        world.end(pipeline_id, "image", "text")
+        assert world.turn(pipeline_id).done
+
+    def test_end_between_a_look_and_the_wait_is_not_waited_for(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE)
+        world.deliver()
+        seen = world.turn(pipeline_id).seen
+        world.end(pipeline_id, "image", "text")
+        assert not self.wait(pipeline_id, "token", seen)
+
+    def test_request_that_started_nothing_is_sent_again_after_an_hour(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE)
+        assert len(world.sent()) == 1
+        world.clock.advance(RESEND_SECONDS - 1)
+        world.turn(pipeline_id)
+        assert world.sent() == []
+        world.clock.advance(1)
+        world.turn(pipeline_id)
+        assert len(world.sent()) == 1
+
+    @pytest.mark.parametrize("fault", Fault)
+    def test_turn_that_dies_anywhere_is_made_good_by_the_next(self, world: World, fault: Fault) -> None:
+        for n in range(40):
+            body = {"steps": [IMAGE, EACH, step("after", {"x": "{{ steps.each.output }}"})], "input": INPUT}
+            pipeline_id = world.api.create_pipeline("alice", json.dumps(body).encode(), {})["id"]
+            # Died is no Exception; how else a turn fails, depends on the fault.
+            with faulty(fault, n) as made, contextlib.suppress(Died, Exception):
+                world.turn(pipeline_id)
+            struck = len(made) > n
+            world.turn(pipeline_id)
+            started = world.deliver()
+            assert len({each.id for each in started}) == 3
+            world.turn(pipeline_id)
+            assert world.sent() == []
+            if not struck:
+                break
+        assert not struck
+        assert len(world.inputs()) == 3 * (n + 1)
+
+    def test_pipeline_whose_execution_is_gone_is_started_again(self, world: World, executed: Executed) -> None:
+        pipeline_id = world.create(IMAGE)
+        executed.stop(f"{pipeline_id}-1")
+        world.clock.advance(3600)
+        assert world.submissions.sweep(10, lambda: 100, {"pipeline": world.executions.restart}) == 1
+        assert executed.inputs[f"{pipeline_id}-2"] == {"id": pipeline_id}
+        assert world.submissions.sweep(10, lambda: 100, {"pipeline": world.executions.restart}) == 0
+
+    def test_pipeline_that_has_ended_is_not_swept(self, world: World) -> None:
+        pipeline_id = world.create(step("none", for_each=[]))
+        assert world.shown(pipeline_id)["status"] == "succeeded"
+        world.clock.advance(3600)
+        assert world.submissions.sweep(10, lambda: 100, {"pipeline": world.executions.restart}) == 0
+
+    def test_item_of_a_kind_that_nobody_sweeps_does_not_stop_the_sweep(self, world: World) -> None:
+        world.create(IMAGE)
+        world.clock.advance(3600)
+        assert world.submissions.sweep(10, lambda: 100) == 1
+
+    def test_create_that_died_after_it_was_written_down_is_started_by_its_repetition(
+        self, world: World, executed: Executed
+    ) -> None:
+        body = json.dumps({"steps": [step()]}).encode()
+        with faulty(Fault.REFUSED, 10_000) as made:
+            world.api.create_pipeline("alice", body, {"idempotency-key": "counted"})
+        start = made.index("stepfunctions.StartExecution")
+        with faulty(Fault.DIED_BEFORE, start), pytest.raises(Died):
+            world.api.create_pipeline("alice", body, {"idempotency-key": "k"})
+        shown = world.api.create_pipeline("alice", body, {"idempotency-key": "k"})
+        assert f"{shown['id']}-1" in executed.inputs
+
+    def wait(self, pipeline_id: str, token: str, seen: int | None = None) -> bool:
+        """What AwaitStep writes; whether it waits."""
+        dynamodb = aws.client("dynamodb")
+        condition, values = "#status = :running", {":token": token, ":running": "running"}
+        try:
+            dynamodb.update_item(
+                TableName="predictions",
+                Key=serialize({"pk": f"pipeline#{pipeline_id}", "sk": "status"}),
+                UpdateExpression="SET task_token = :token",
+                ConditionExpression=condition + ("" if seen is None else " AND #events = :seen"),
+                ExpressionAttributeNames={"#status": "status"} | ({} if seen is None else {"#events": "events"}),
+                ExpressionAttributeValues=serialize(values | ({} if seen is None else {":seen": seen})),
+            )
+        except dynamodb.exceptions.ConditionalCheckFailedException:
+            return False
+        return True
+
+
+@given(graphs(cyclic=False), st.data())
+@settings(
+    max_examples=12,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # to shrink takes minutes
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_every_step_runs_once_and_after_what_it_needs(
+    world: World, steps: list[dict[str, Any]], data: st.DataObject
+) -> None:
+    before = len(world.inputs())
+    pipeline_id = world.create(*steps)
+    needs = {each["name"]: {name.replace("n", "s") for name in each["input"]} for each in steps}
+    ended: dict[str, bool] = {}
+    running: set[str] = set()
+    while True:
+        for message in world.sent():
+            for prediction in world.deliver(*([message] * data.draw(st.integers(1, 2)))):
+                name = str(prediction.origin["step"])
+                assert all(ended.get(other) for other in needs[name])
+                running |= {name} - ended.keys()
+        if not running:
+            break
+        name = data.draw(st.sampled_from(sorted(running)))
+        running.remove(name)
+        ended[name] = data.draw(st.integers(0, 9)) > 0
+        world.end(pipeline_id, name, "fine" if ended[name] else FAILED)
+        for _ in range(data.draw(st.integers(1, 2))):
+            world.turn(pipeline_id)
+    expected = {name for name in needs if all(ended.get(other) for other in needs[name])}
+    assert ended.keys() == expected
+    assert len(world.inputs()) - before == len(ended)
+    assert world.turn(pipeline_id).done
+    assert world.shown(pipeline_id)["status"] == ("succeeded" if all(ended.get(name) for name in needs) else "failed")
+
+
+class TestEvent:
+    def records(self, world: World, *steps: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        key = {"pk": {"S": ""}, "sk": {"S": "status"}}
+        pipeline_id = world.create(*steps)
+        before = self.item(pipeline_id)
+        yield {"dynamodb": {"Keys": key, "NewImage": before}}
+        yield {"dynamodb": {"Keys": key, "OldImage": before, "NewImage": before}}
+        world.deliver()
+        world.end(pipeline_id, "image", "text")
+        world.turn(pipeline_id)
+        after = self.item(pipeline_id)
+        yield {"dynamodb": {"Keys": key, "OldImage": before, "NewImage": after}}
+        yield {"dynamodb": {"Keys": key, "OldImage": after, "NewImage": after}}
+        yield {"dynamodb": {"Keys": key, "OldImage": after}}
+
+    def item(self, pipeline_id: str) -> Any:
+        return aws.client("dynamodb").get_item(
+            TableName="predictions", Key=serialize({"pk": f"pipeline#{pipeline_id}", "sk": "status"})
+        )["Item"]
+
+    def test_only_the_end_is_an_event(self, world: World) -> None:
+        events = [event_of(record) for record in self.records(world, IMAGE, step("none", for_each=[]))]
+        assert [event is not None for event in events] == [False, False, True, False, False]
+        kind, detail = events[2]  # type: ignore[misc]
+        assert kind == "Pipeline Completed"
+        assert json.loads(json.dumps(detail)) == {
+            "version": "1",
+            "event_id": f"{detail['id']}-completed",
+            "id": detail["id"],
+            "owner": "alice",
+            "status": "succeeded",
+            "error": None,
+            "depth": 0,
+            "created_at": "2025-06-15T15:06:40.000000Z",
+            "completed_at": "2025-06-15T15:06:40.000000Z",
+            "steps": {"succeeded": 2},
+        }
+
+    def test_what_is_noted_of_a_step_is_no_event(self, world: World) -> None:
+        world.create(EACH)
+        for item in aws.client("dynamodb").scan(TableName="predictions")["Items"]:
+            if deserialize(item)["sk"] != "status":
+                assert event_of({"dynamodb": {"NewImage": item}}) is None
+
+
+def test_pipeline_that_is_not_there_counts_as_canceled(world: World) -> None:
+    assert is_canceled("a" * 26)
+    pipeline_id = world.create(IMAGE)
+    assert not is_canceled(pipeline_id)
+    world.api.cancel_pipeline(pipeline_id, "alice")
+    assert is_canceled(pipeline_id)
+
+
+def test_token_is_not_shown_where_a_pipeline_is_logged() -> None:
+    pipeline = Pipeline("a" * 26, "alice", "running", "", 0, 0, 0, "", 1, task_token="secret")
+    assert "secret" not in repr(pipeline)
