@@ -5,6 +5,9 @@ share it.
 
 The emulator reports every error of a function as `Runtime.HandlerError`. AWS reports the class of the exception, and a
 state machine catches it by that name. The class is in the traceback that the emulator keeps for the function's log.
+
+Of a Distributed Map it knows `MaxConcurrency` and `ToleratedFailurePercentage`, and not the fields that say where these
+are in the input.
 """
 
 import functools
@@ -20,7 +23,7 @@ from typing import Any
 
 from ministack.app import main
 from ministack.core import lambda_runtime
-from ministack.services import lambda_svc
+from ministack.services import lambda_svc, stepfunctions
 
 # The last line of a traceback: `package.module.ClassName: message`.
 RAISED = re.compile(r"^(?:[\w.]+\.)?(\w+)(?::|$)", re.MULTILINE | re.ASCII)
@@ -39,6 +42,21 @@ def named(execute: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
             if raised := RAISED.match(last):
                 body["errorType"] = raised[1]
         return result
+
+    return run
+
+
+def with_paths(run_map: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the emulator's Distributed Map take its numbers from the input."""
+
+    @functools.wraps(run_map)
+    def run(state: dict[str, Any], raw_input: Any, effective: Any, *others: Any) -> Any:
+        numbers = {
+            name: stepfunctions._resolve_path_or_ctx(state[f"{name}Path"], effective, None)
+            for name in ("MaxConcurrency", "ToleratedFailurePercentage")
+            if f"{name}Path" in state
+        }
+        return run_map({**state, **numbers}, raw_input, effective, *others)
 
     return run
 
@@ -66,4 +84,5 @@ class Archive(zipfile.ZipFile):
 
 lambda_runtime.zipfile = types.SimpleNamespace(**{**vars(zipfile), "ZipFile": Archive})
 lambda_svc._execute_function_warm = named(lambda_svc._execute_function_warm)
+stepfunctions._run_distributed_map = with_paths(stepfunctions._run_distributed_map)
 main()

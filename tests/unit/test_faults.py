@@ -734,7 +734,7 @@ def test_orphan_that_is_recorded_while_the_prediction_ends_stays_on_the_sweeps_l
     ended = current(table, prediction.id)
     assert ended.visible in ("succeeded", "failed")
     assert ended.orphans == {"v" * 26}
-    assert prediction.id in list(table.due(clock.now() + 1e6, 10))
+    assert f"prediction#{prediction.id}" in list(table.due(clock.now() + 1e6, 10))
 
 
 def test_webhook_of_a_bound_prediction_at_anothers_address_cancels_nothing(

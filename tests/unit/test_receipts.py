@@ -90,7 +90,7 @@ def test_second_upstream_prediction_is_an_orphan(table: PredictionsTable, clock:
     prediction = put(table, clock)
     receive(table, prediction.id, body("processing"), clock.now())
     assert receive(table, prediction.id, body("processing", "v" * 26), clock.now()) is Receipt.ORPHAN
-    assert list(table.due(clock.now(), 10)) == [prediction.id]
+    assert list(table.due(clock.now(), 10)) == [f"prediction#{prediction.id}"]
 
 
 def test_output_that_json_does_not_have_becomes_null(table: PredictionsTable, clock: Clock) -> None:

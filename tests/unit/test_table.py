@@ -142,7 +142,7 @@ class TestMerge:
         assert merge.prediction is not None
         assert merge.prediction.upstream_id == "u" * 26
         assert merge.prediction.orphans == {"v" * 26}
-        assert list(table.due(clock.now(), 10)) == [prediction.id]
+        assert list(table.due(clock.now(), 10)) == [f"prediction#{prediction.id}"]
 
     def test_prediction_for_an_item_that_ended_unbound_is_an_orphan(
         self, table: PredictionsTable, clock: Clock
@@ -246,7 +246,7 @@ class TestMerge:
     def test_end_leaves_the_sweeps_list(self, table: PredictionsTable, clock: Clock) -> None:
         prediction = put(table, clock)
         clock.advance(100)
-        assert list(table.due(clock.now(), 10)) == [prediction.id]
+        assert list(table.due(clock.now(), 10)) == [f"prediction#{prediction.id}"]
         table.merge(prediction.id, told("succeeded", output="text"), clock.now())
         assert list(table.due(clock.now() + 1e6, 10)) == []
 
@@ -254,7 +254,7 @@ class TestMerge:
         prediction = put(table, clock)
         table.request_cancel(prediction.id, clock.now())
         table.merge(prediction.id, told("processing"), clock.now())
-        assert list(table.due(clock.now(), 10)) == [prediction.id]
+        assert list(table.due(clock.now(), 10)) == [f"prediction#{prediction.id}"]
 
 
 class TestOwnWord:

@@ -352,6 +352,19 @@ def wait_seconds(prefer: str | None, limit: int) -> int | None:
     return None
 
 
+def idempotency_key(header: str | None) -> str | None:
+    """The key in an `Idempotency-Key` header; None where there is no such header.
+
+    Raises:
+        Problem: 422, where it is no key.
+    """
+    invalid: list[dict[str, str]] = []
+    key = _idempotency_key(header, "Idempotency-Key", invalid)
+    if invalid:
+        raise _invalid(invalid)
+    return key
+
+
 def parse_json(body: bytes, content_type: str | None) -> Any:
     """Parses a hostile body as JSON that can be stored and written again.
 

@@ -20,7 +20,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -290,6 +290,9 @@ class Submissions:
         if now >= prediction.deadline:
             self._end(prediction, Status.FAILED, "Its deadline passed before Replicate accepted it.")
             return
+        if not self.table.line_wanted(prediction):
+            self._end(prediction, Status.CANCELED, "It was not started: its batch has stopped.")
+            return
         if prediction.submit_at and prediction.submit_at > now:
             raise PredictionThrottled(int(prediction.submit_at - now) + 1)
         # What came over HTTP was checked before it was written down; a training's input is not of its version's schema.
@@ -546,21 +549,35 @@ class Submissions:
 
     # -- sweep ------------------------------------------------------------------------------------------------
 
-    def sweep(self, limit: int, remaining_seconds: Callable[[], float]) -> int:
+    def sweep(
+        self,
+        limit: int,
+        remaining_seconds: Callable[[], float],
+        others: Mapping[str, Callable[[str], None]] | None = None,
+    ) -> int:
         """Moves on every prediction whose check is due; stops in time, since the next sweep goes on.
 
         Args:
-            limit: The most predictions of one sweep.
+            limit: The most items of one sweep.
             remaining_seconds: How long the function may still run.
+            others: Moves on what is no prediction, by the kind of its key (`batch`), and is given its id. It puts the
+                next check off before anything else.
 
         Returns:
             How many it looked at.
         """
         looked_at = 0
-        for prediction_id in self.table.due(self._now(), limit):
+        for pk in self.table.due(self._now(), limit):
             if remaining_seconds() < _SUBMITTER_SECONDS:
                 break
             looked_at += 1
+            kind, _, prediction_id = pk.partition("#")
+            if kind != "prediction":
+                try:
+                    (others or {})[kind](prediction_id)
+                except Exception:  # noqa: BLE001  # as below
+                    logger.exception("swept without success", pk=pk)
+                continue
             try:
                 self._sweep(prediction_id)
             except Exception:  # noqa: BLE001  # one that cannot be mended must not keep the sweep from the others
