@@ -102,6 +102,7 @@ def reach(folder: str) -> Reach:
                 elif (
                     part.attr != "from_env"
                     and part.attr not in _OF_SETS
+                    and not isinstance(part.value, ast.Dict)  # `{…}.get(…)`
                     and ast.unparse(part) not in _OF_THE_STANDARD_LIBRARY
                 ):
                     # A method of nobody knows which class; what is not called can only be a property.

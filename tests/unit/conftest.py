@@ -36,6 +36,9 @@ ENVIRONMENT = {
     "WEBHOOK_MASTER_SECRET_ARN": "webhook-master",
     "DELIVERIES_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/deliveries",
     "DELIVERIES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-deliveries",
+    "REQUESTS_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests",
+    "QUEUE_OWNER": "queue",
+    "QUEUE_SENDERS": "AROAALICE0000=alice",
     "FILE_ORIGINS": "",
     "ALLOW_LOOPBACK_WEBHOOKS": "false",
     "DEFAULT_LIFETIME_SECONDS": "86400",
@@ -85,6 +88,7 @@ def cloud(environment: None) -> Iterator[None]:
         aws.client("secretsmanager").create_secret(Name="webhook-master", SecretString="m" * 64)
         aws.client("sqs").create_queue(QueueName="deliveries")
         aws.client("sqs").create_queue(QueueName="dead-deliveries")
+        aws.client("sqs").create_queue(QueueName="dead-requests")
         yield
     aws._client.cache_clear()
     aws._api_url = None

@@ -382,24 +382,33 @@ def _refusal(code: str) -> tuple[Any, dict[str, Any]]:
 
 
 class Wakes:
-    """The tokens that were sent to Step Functions; those in `stale` are answered as timed out."""
+    """The tokens that were sent to Step Functions; those in `stale` are answered as timed out.
+
+    `tokens` are those of successes; `told` holds all calls: token, and the output or the pair of error and cause.
+    """
 
     def __init__(self) -> None:
         self.tokens: list[str] = []
+        self.told: list[tuple[str, Any]] = []
         self.stale: set[str] = set()
         answered: Any = self._send  # the stubs do not know that a handler may answer in AWS's place
         # Not by the operation's name, and not first: botocore would ask this before any fault.
         _events("stepfunctions").register("before-call.sfn", answered)
 
     def _send(self, params: dict[str, Any], model: Any, **_: Any) -> tuple[Any, dict[str, Any]] | None:
-        if model.name != "SendTaskSuccess":
+        if model.name not in ("SendTaskSuccess", "SendTaskFailure"):
             return None
-        token = json.loads(params["body"])["taskToken"]
-        self.tokens.append(token)
-        status, body = 200, {}
+        body = json.loads(params["body"])
+        token = body["taskToken"]
+        if model.name == "SendTaskSuccess":
+            self.tokens.append(token)
+            self.told.append((token, json.loads(body["output"])))
+        else:
+            self.told.append((token, (body["error"], body["cause"])))
+        status, answer = 200, {}
         if token in self.stale:
-            status, body = 400, {"Error": {"Code": "TaskTimedOut", "Message": "the task timed out"}}
-        return type("Http", (), {"status_code": status})(), body
+            status, answer = 400, {"Error": {"Code": "TaskTimedOut", "Message": "the task timed out"}}
+        return type("Http", (), {"status_code": status})(), answer
 
 
 def served(body: bytes, status: int = 200, content_type: str = "image/png") -> Callable[[], httpx.Response]:

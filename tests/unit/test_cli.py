@@ -1,3 +1,4 @@
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -7,8 +8,10 @@ from typing import Any
 import botocore.session
 import moto  # before predictions: it must see every client being made
 import pytest
-from predictions.__main__ import main
+from predictions.__main__ import Stack, main
 from predictions.access import AccessTokens
+from predictions.dead_requests import DeadRequests
+from predictions.requests import Message
 
 REGION = "us-east-1"
 ENVIRONMENT = (
@@ -142,6 +145,8 @@ def test_what_cannot_be_done_is_said(capsys: pytest.CaptureFixture[str], argv: t
         ("webhooks", "redeliver", "--stack", "demo"),
         ("webhooks", "redeliver", "--stack", "demo", "a" * 26, "--event", "deleted"),
         ("webhooks", "rotate", "--stack", "demo"),
+        ("requests",),
+        ("requests", "redrive", "--stack", "demo", "--id"),
     ],
 )
 def test_an_incomplete_command_shows_its_usage(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
@@ -166,6 +171,9 @@ def test_an_incomplete_command_shows_its_usage(capsys: pytest.CaptureFixture[str
         ("webhooks", "failed"),
         ("webhooks", "redrive"),
         ("webhooks", "rotate"),
+        ("requests",),
+        ("requests", "list"),
+        ("requests", "redrive"),
     ],
 )
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
@@ -378,3 +386,116 @@ def test_failed_webhooks_are_listed_and_sent_again(hooks: Any, capsys: pytest.Ca
     (again,) = messages(hooks, "deliveries")
     assert {**again, "first_at": 0} == {**FAILED, "first_at": 0}
     assert again["first_at"] > FAILED["first_at"], "it is tried for another day"
+
+
+# -- requests ------------------------------------------------------------------------------------------------------
+
+
+class Queue:
+    """The stack's dead requests, and start_from_queue, which answers what it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        create_client: Any = botocore.session.Session().create_client
+        self._sqs = create_client("sqs", region_name=REGION)
+        self._url = self._sqs.create_queue(QueueName="dead-requests")["QueueUrl"]
+        self.dead = DeadRequests(self._url, self._sqs)
+        self.asked: list[dict[str, Any]] = []
+        self.answers: list[tuple[dict[str, Any], str | None]] = []
+        create_client("cloudformation", region_name=REGION).create_stack(
+            StackName="queue",
+            TemplateBody=template({"RequestsDeadLetterQueueUrl": self._url, "StartFromQueueFunctionName": "start"}),
+        )
+        make: Any = Stack.client
+
+        def client(stack: Stack, service_name: str) -> Any:
+            made = make(stack, service_name)
+            if service_name == "lambda":
+                made.meta.events.register("before-call.lambda.Invoke", self._invoked)
+            return made
+
+        # moto runs functions in Docker only: this answers in AWS's place, at the client's own door.
+        monkeypatch.setattr(Stack, "client", client)
+
+    def bury(self, id_: str, body: str, reason: str = "model: not a name") -> None:
+        self.dead.bury(Message(id_, "AROAALICE0000", body, 1_750_000_000), reason)
+
+    @property
+    def left(self) -> int:
+        attributes = self._sqs.get_queue_attributes(QueueUrl=self._url, AttributeNames=["All"])["Attributes"]
+        return int(attributes["ApproximateNumberOfMessages"]) + int(attributes["ApproximateNumberOfMessagesNotVisible"])
+
+    def _invoked(self, params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]]:
+        self.asked.append(json.loads(params["body"]))
+        said, error = self.answers.pop(0) if self.answers else ({"batchItemFailures": []}, None)
+        answer = {"StatusCode": 200, "Payload": io.BytesIO(json.dumps(said).encode())}
+        return type("Http", (), {"status_code": 200})(), answer | ({"FunctionError": error} if error else {})
+
+
+@pytest.fixture
+def queue(stack: AccessTokens, monkeypatch: pytest.MonkeyPatch) -> Queue:
+    return Queue(monkeypatch)
+
+
+REQUESTS = ("requests", "list", "--stack", "queue")
+PUT_BACK = ("requests", "redrive", "--stack", "queue")
+
+
+def test_dead_requests_are_listed_with_their_reasons_and_no_token(
+    queue: Queue, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue.bury("message-1", '{"task_token": "AQC/secret==", "model": "\x1b[2J"}')
+    assert main(REQUESTS) == 0
+    heading, row = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["ID", "SENT", "REASON", "BODY"]
+    assert row.split(maxsplit=2)[:2] == ["message-1", "2025-06-15T15:06:40Z"]
+    assert "model: not a name" in row
+    assert "secret" not in row
+    assert "\x1b" not in row
+    assert main([*REQUESTS, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [], "what was listed is hidden for a while"
+
+
+def test_dead_requests_as_json_are_whole(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
+    queue.bury("message-1", "x" * 1000)
+    assert main([*REQUESTS, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {
+            "id": "message-1",
+            "sender": "AROAALICE0000",
+            "sent_at": 1_750_000_000,
+            "reason": "model: not a name",
+            "body": "x" * 1000,
+        }
+    ]
+
+
+def test_dead_request_is_tried_as_the_message_that_it_was_and_forgotten(
+    queue: Queue, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue.bury("message-1", "{}")
+    queue.bury("message-2", "{}")
+    assert main([*PUT_BACK, "--id", "message-2"]) == 0
+    assert "Tried once more: 1." in capsys.readouterr().err
+    ((record,),) = [event["Records"] for event in queue.asked]
+    assert (record["messageId"], record["body"]) == ("message-2", "{}")
+    assert record["attributes"] == {"SenderId": "AROAALICE0000", "SentTimestamp": "1750000000000"}
+    assert queue.left == 1
+
+
+def test_dead_request_that_cannot_be_started_stays(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
+    queue.bury("message-1", "{}")
+    queue.answers = [({"batchItemFailures": [{"itemIdentifier": "message-1"}]}, None)]
+    assert main(PUT_BACK) == 0
+    assert "Left where they are" in capsys.readouterr().err
+    assert queue.left == 1
+
+
+def test_function_that_fails_over_a_dead_request_is_said(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
+    queue.bury("message-1", "{}")
+    queue.answers = [({"errorMessage": "no memory"}, "Unhandled")]
+    assert "no memory" in refused(capsys, *PUT_BACK)
+    assert queue.left == 1
+
+
+def test_unknown_dead_request_is_said(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no dead letter 'message-9'" in refused(capsys, *PUT_BACK, "--id", "message-9")

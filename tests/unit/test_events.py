@@ -8,9 +8,11 @@ from typing import Any
 import httpx
 import pytest
 from predictions import aws
+from predictions.dead_requests import DeadRequests
 from predictions.deliveries import Delivery
 from predictions.files import Files
 from predictions.forwarding import Forwarding, VersionCache
+from predictions.items import deserialize
 from predictions.outputs import OutputsBucket
 from predictions.owner_secrets import OwnerSecrets
 from predictions.submissions import Submissions
@@ -29,7 +31,7 @@ from tests.unit.apps import (
     sample,
 )
 from tests.unit.described import check_answer, operation_of
-from tests.unit.fakes import API_URL, PNG, Clock, Executed, ReplicateInMemory, refusing
+from tests.unit.fakes import API_URL, PNG, Clock, Executed, ReplicateInMemory, Wakes, refusing
 from tests.unit.template import resources
 from tests.unit.test_deliveries import waiting
 
@@ -170,6 +172,29 @@ PUBLISHED = {
 """What is queued at once of what each calls for; the rest follows a second later."""
 
 
+TAKEN = {
+    ("start_from_queue", "request"): [("queue", "starting")],
+    ("start_from_queue", "idempotency_key"): [("queue", "starting")],
+    ("start_from_queue", "task_token"): [("queue", "starting")],
+    ("start_from_queue", "of_a_sender"): [("alice", "starting")],
+    ("start_from_queue", "put_back"): [("queue", "starting")],
+    ("start_from_queue", "poison_among_good"): [("queue", "starting"), ("queue", "starting")],
+}
+"""Started by the queue: whose, and as what they are shown."""
+BURIED = {
+    ("start_from_queue", "poison_among_good"): "The body is not JSON at line 1, column 11.",
+    ("start_from_queue", "refused_not_json"): "The body is not JSON at line 1, column 1.",
+    ("start_from_queue", "refused_not_an_object"): "The message has to be a JSON object.",
+    ("start_from_queue", "refused_unknown_field"): "num_outputs: This field is not known.",
+    ("start_from_queue", "refused_without_model"): "model: Give exactly one of",
+    ("start_from_queue", "refused_owner"): "owner: This field is not known.",
+    ("start_from_queue", "refused_private_webhook"): "webhook: ",
+    ("start_from_queue", "refused_with_token"): "input: This field is required.",
+    ("start_from_queue", "refused_task_token"): "task_token: ",
+}
+"""Kept in the dead-letter queue, with this reason."""
+
+
 Run = Callable[..., Any]
 
 
@@ -182,7 +207,8 @@ def test_every_sample_has_its_expected_outcome() -> None:
         (path.parent.name, path.stem) for path in EVENTS.glob("*/*.json") if path.parent.name != "authorize_request"
     }
     answered = ANSWERED.keys() | FORWARDED.keys()
-    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | answered | RUN | PUBLISHED.keys()
+    of_queues = TAKEN.keys() | BURIED.keys() | RUN | PUBLISHED.keys()
+    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | answered | of_queues
 
 
 def test_every_function_has_a_sample() -> None:
@@ -426,6 +452,22 @@ def test_the_sample_of_the_schedule_stores_the_signing_secret_and_restarts_what_
     stored = aws.client("secretsmanager").get_secret_value(SecretId="signing-secret")["SecretString"]
     assert json.loads(stored)["current"] == ReplicateInMemory.SECRET
     assert json.loads(stored)["previous"] == SAMPLE_SIGNING_SECRET
+
+
+@pytest.mark.parametrize(
+    ("function", "case"), sorted(TAKEN.keys() | BURIED.keys()), ids=names(TAKEN.keys() | BURIED.keys())
+)
+def test_a_sample_of_the_queue_is_started_or_kept_with_its_reason(
+    run: Run, executed: Executed, wakes: Wakes, replicate: ReplicateInMemory, function: str, case: str
+) -> None:
+    assert run(function, sample(function, case)) == {"batchItemFailures": []}
+    statuses = [deserialize(item) for item in items() if item["sk"]["S"] == "status"]
+    assert [(item["owner"], item["visible"]) for item in statuses] == TAKEN.get((function, case), [])
+    assert executed.inputs == {f"{item['id']}-1": {"id": item["id"], "submit": True} for item in statuses}
+    reasons = [request.reason for request in DeadRequests.from_env().look(30)]
+    expected = [BURIED[function, case]] if (function, case) in BURIED else []
+    assert [reason[: len(start)] for reason, start in zip(reasons, expected, strict=True)] == expected
+    assert replicate.asked == []
 
 
 @pytest.mark.parametrize(("function", "case"), sorted(PUBLISHED), ids=names(PUBLISHED))

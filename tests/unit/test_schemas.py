@@ -64,7 +64,7 @@ def wanted(given: dict[str, Any], version: str | None = None, reference: Referen
 def queued(table: PredictionsTable, clock: Clock, intent: Intent) -> str:
     """An intent of an event, only written down."""
     return table.put_intent(
-        replace(intent, source="sqs"),
+        replace(intent, source="queue"),
         version=intent.reference.version,
         deadline=int(clock.now()) + 3600,
         expires=int(clock.now()) + 864000,

@@ -30,6 +30,7 @@ PARAMETERS = load_template()["Parameters"]
 # Actions of AWS that know no resource types, and so take only "*".
 WITHOUT_RESOURCES = {
     "dynamodb:ListStreams",
+    "states:SendTaskFailure",
     "states:SendTaskSuccess",
     "logs:CreateLogDelivery",
     "logs:GetLogDelivery",
@@ -713,6 +714,9 @@ def test_outputs_are_those_that_users_and_tools_rely_on() -> None:
         "OutputsBucketName",
         "InputsBucketName",
         "RequestsQueueUrl",
+        "RequestsQueueArn",
+        "RequestsDeadLetterQueueUrl",
+        "StartFromQueueFunctionName",
         "DeliveriesQueueUrl",
         "DeliveriesDeadLetterQueueUrl",
         "EventBusName",

@@ -11,6 +11,7 @@ Exit codes: 0 done; 2 not done, and stderr says why and what to do.
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ import botocore.session
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError
 
 from predictions.access import AccessTokens, Scope, is_owner
+from predictions.dead_requests import DeadRequests
 from predictions.deliveries import EVENTS, DeadLetters, DeliveriesQueue, Delivery
 from predictions.errors import PredictionsError
 from predictions.outputs import OutputsBucket
@@ -38,7 +40,13 @@ class CannotDeliver(PredictionsError):
 
 
 LOOK_SECONDS = 30
-"""For how long `webhooks failed` hides what it has shown from the next look."""
+"""For how long `webhooks failed` and `requests list` hide what they have shown from the next look."""
+
+_BODY_SHOWN_CHARACTERS = 60
+
+
+class CannotRedrive(PredictionsError):
+    """There is no such dead letter, or what tries it once more fails; the message says which."""
 
 
 class KeysExist(PredictionsError):
@@ -194,6 +202,61 @@ def _redrive(stack: Stack, arguments: argparse.Namespace) -> None:  # noqa: ARG0
         print(f"Left where they are, since they are no deliveries: {left}.", file=sys.stderr)
 
 
+def _list_requests(stack: Stack, arguments: argparse.Namespace) -> None:
+    letters = sorted(_dead_requests(stack).look(LOOK_SECONDS), key=lambda letter: letter.sent_at)
+    if arguments.json:
+        shown = ("id", "sender", "sent_at", "reason", "body")
+        print(json.dumps([{name: getattr(letter, name) for name in shown} for letter in letters], indent=2))
+        return
+    _print_table(
+        ("ID", "SENT", "REASON", "BODY"),
+        [(each.id, _second(each.sent_at), _line(each.reason, 100), _line(_hidden(each.body), _BODY_SHOWN_CHARACTERS))
+         for each in letters],
+    )  # fmt: skip
+
+
+def _redrive_requests(stack: Stack, arguments: argparse.Namespace) -> None:
+    dead_requests, function = _dead_requests(stack), stack.output("StartFromQueueFunctionName")
+    lambda_ = stack.client("lambda")
+    count = left = 0
+    # Before any is tried: one that is refused again comes back as a new letter, which would be met once more.
+    for letter in list(dead_requests.look(LOOK_SECONDS)):
+        if arguments.id not in (None, letter.id):
+            continue
+        answer = lambda_.invoke(FunctionName=function, Payload=json.dumps(letter.event()).encode())
+        said = answer["Payload"].read().decode()
+        if answer.get("FunctionError"):
+            raise CannotRedrive(f"start_from_queue fails over {letter.id}, which stays where it is: {said[:500]}")
+        if json.loads(said)["batchItemFailures"]:
+            left += 1
+            continue
+        # In this order: a crash in between tries it twice, which starts nothing twice, and loses nothing.
+        dead_requests.forget(letter)
+        count += 1
+    if arguments.id is not None and not count + left:
+        raise CannotRedrive(
+            f"There is no dead letter {arguments.id[:100]!r}. One that was listed is hidden for {LOOK_SECONDS} seconds."
+        )
+    print(f"Tried once more: {count}. What is refused again is listed again.", file=sys.stderr)
+    if left:
+        print(f"Left where they are, since AWS did not let them start (see the log): {left}.", file=sys.stderr)
+
+
+def _dead_requests(stack: Stack) -> DeadRequests:
+    return DeadRequests(stack.output("RequestsDeadLetterQueueUrl"), stack.client("sqs"))
+
+
+def _hidden(body: str) -> str:
+    """A body without the token of a state that waits, which is somebody's to keep."""
+    return re.sub(r'("task_token"\s*:\s*")[^"]*', r"\1…", body)
+
+
+def _line(text: str, characters: int) -> str:
+    """A text of strangers as a part of a line: nothing in it moves the terminal's cursor."""
+    shown = "".join(each if each.isprintable() else " " for each in text[: characters + 1])
+    return shown if len(shown) <= characters else shown[: characters - 1] + "…"
+
+
 def _rotate_secret(stack: Stack, arguments: argparse.Namespace) -> None:
     if not is_owner(arguments.owner):
         raise CannotDeliver(f"The owner {arguments.owner[:64]!r} must be 1 to 32 of a-z, 0-9 and '-'.")
@@ -333,6 +396,28 @@ def _parser() -> argparse.ArgumentParser:
     rotate.add_argument("--owner", required=True, help="whose secret")
     rotate.add_argument("--force", action="store_true", help="also within 24 hours of the last rotation")
     rotate.set_defaults(run=_rotate_secret)
+
+    requests = groups.add_parser("requests", help="list and put back what the requests queue could not start")
+    commands = requests.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    dead = commands.add_parser(
+        "list",
+        parents=[stack],
+        help=f"list the messages that started nothing, and why; each is then hidden for {LOOK_SECONDS} seconds",
+        allow_abbrev=False,
+    )
+    dead.add_argument("--json", action="store_true", help="as a JSON list of objects, with whole bodies")
+    dead.set_defaults(run=_list_requests)
+
+    back = commands.add_parser(
+        "redrive",
+        parents=[stack],
+        help="try them once more, as the requests that they were: nothing is started twice",
+        allow_abbrev=False,
+    )
+    back.add_argument("--id", help="only this one, by the id that `requests list` shows")
+    back.set_defaults(run=_redrive_requests)
+
     urls = groups.add_parser("urls", help="make the key pair of signed URLs of output files")
     commands = urls.add_subparsers(title="commands", required=True, metavar="COMMAND")
     keys = commands.add_parser(

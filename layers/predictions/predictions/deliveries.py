@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws import client
+from predictions.dead_letters import DeadLetterQueue
 from predictions.errors import PredictionsError
 from predictions.observability import logger
 from predictions.statuses import DEFAULT_WEBHOOK_EVENTS, Status
@@ -219,8 +220,7 @@ class DeadLetters:
     """The deliveries that were given up; kept for 14 days."""
 
     def __init__(self, url: str, sqs: "SQSClient") -> None:
-        self._url = url
-        self._sqs = sqs
+        self._queue = DeadLetterQueue(url, sqs)
 
     @classmethod
     def from_env(cls) -> "DeadLetters":
@@ -229,23 +229,16 @@ class DeadLetters:
 
     def bury(self, delivery: Delivery, reason: str) -> None:
         """Keeps a delivery that is given up, with the reason. Twice: it is listed twice, and sent as one webhook."""
-        body = json.dumps({**asdict(delivery), "reason": reason}, separators=(",", ":"))
-        self._sqs.send_message(QueueUrl=self._url, MessageBody=body)
+        self._queue.bury(json.dumps({**asdict(delivery), "reason": reason}, separators=(",", ":")))
 
     def look(self, hidden_seconds: int) -> Iterator[DeadLetter]:
         """All that are there. Each is hidden from another look for a while, so that none is met twice."""
-        while True:
-            messages = self._sqs.receive_message(
-                QueueUrl=self._url, MaxNumberOfMessages=10, VisibilityTimeout=hidden_seconds, WaitTimeSeconds=1
-            ).get("Messages", [])
-            if not messages:
-                return
-            for message in messages:
-                yield _dead_letter(message["Body"], message["ReceiptHandle"])
+        for letter in self._queue.look(hidden_seconds):
+            yield _dead_letter(letter.body, letter.receipt_handle)
 
     def forget(self, letter: DeadLetter) -> None:
         """Deletes one."""
-        self._sqs.delete_message(QueueUrl=self._url, ReceiptHandle=letter.receipt_handle)
+        self._queue.forget(letter.receipt_handle)
 
 
 def _dead_letter(body: str, receipt_handle: str) -> DeadLetter:

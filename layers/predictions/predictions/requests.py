@@ -12,6 +12,7 @@ what they start, and for whom, was written down when an owner asked for them. Wh
 that the queue's configuration gives its sender.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +24,9 @@ from predictions.executions import Executions
 from predictions.intents import Intent, create_requested_intent, parse_json
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.table import AlreadyExists, Prediction, PredictionsTable
+
+_TASK_TOKEN_LIMIT = 2048
+"""https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskSuccess.html"""
 
 
 class RequestRefused(PredictionsError):
@@ -128,13 +132,14 @@ class Requests:
             raise RequestRefused(problem.detail) from None
         if intent is None:
             return None
-        if task_token is not None:
-            # First: the end of a prediction that has one is told to whoever is noted here, before it or after it.
-            self._table.add_caller(intent.id, task_token, int(self._now()) + self._retention_seconds)
-        return self.start(intent)
+        return self.start(intent, task_token)
 
-    def start(self, intent: Intent) -> Prediction:
+    def start(self, intent: Intent, task_token: str | None = None) -> Prediction:
         """Writes an intent down and has it tracked; one that is there already is left as it is.
+
+        Args:
+            intent: What is wanted.
+            task_token: Of a state that waits for its end.
 
         Raises:
             RequestRefused: Its idempotency key belongs to another request.
@@ -159,6 +164,10 @@ class Requests:
             ):
                 reason = "Its idempotency key belongs to another request: use a new key for a new request."
                 raise RequestRefused(reason) from None
+        if task_token is not None:
+            # Not before it is known to be the same request. It may have ended: publish_changes sees both, this and the
+            # end, and tells the state with the later one.
+            self._table.add_caller(prediction.id, task_token, int(now) + self._retention_seconds)
         if prediction.execution_n == 1 and not prediction.terminal:
             # Whoever wrote it down may have died right after. A name that is used up is the sweep's to deal with.
             self._executions.start(prediction.id, 1, submit=True)
@@ -167,7 +176,9 @@ class Requests:
     def _intent(self, body: dict[str, Any], message: Message) -> Intent | None:
         if source := _source_of(body):
             return source.intent(body, message)
-        owner = self._sender_owners.get(message.sender, self._queue_owner)
+        # Of a role that is assumed, SQS gives the session's name too: `AROA…:name`.
+        owners: Mapping[str, str] = self._sender_owners
+        owner = owners.get(message.sender.partition(":")[0], self._queue_owner)
         return create_requested_intent(
             body,
             owner=owner,
@@ -182,6 +193,16 @@ def _source_of(body: Mapping[str, Any]) -> Source | None:  # noqa: ARG001  # rec
     return None
 
 
+def task_token_of(text: str) -> str | None:
+    """The task token in a message that was refused, whatever else is wrong with it; None where there is none."""
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    token = body["task_token"] if isinstance(body, dict) and "task_token" in body else None
+    return token if isinstance(token, str) and 1 <= len(token) <= _TASK_TOKEN_LIMIT else None
+
+
 def _task_token(body: dict[str, Any]) -> str | None:
     """Takes the task token of another state machine out of a message.
 
@@ -191,7 +212,6 @@ def _task_token(body: dict[str, Any]) -> str | None:
     token = body.pop("task_token", None)
     if token is None:
         return None
-    # https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskSuccess.html
-    if not isinstance(token, str) or not 1 <= len(token) <= 2048:
+    if not isinstance(token, str) or not 1 <= len(token) <= _TASK_TOKEN_LIMIT:
         raise RequestRefused("task_token: the token of a state that waits, of 1 to 2048 characters.")
     return token

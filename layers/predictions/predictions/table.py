@@ -314,10 +314,10 @@ class PredictionsTable:
                 ReturnValuesOnConditionCheckFailure="ALL_OLD",
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
-            there = deserialize(_left_behind(error))
+            there = _prediction(_left_behind(error))
             # botocore repeats a write whose answer it did not see: then what is there is this very one.
-            if there.get("written_by") != item["written_by"]:
-                raise AlreadyExists(_prediction_of(there)) from None
+            if there.written_by != item["written_by"]:
+                raise AlreadyExists(there) from None
         return _prediction_of(item)
 
     def remember_recent(self, prediction_id: str, owner: str, fingerprint: str, now: float) -> None:

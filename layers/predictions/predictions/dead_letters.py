@@ -1,0 +1,83 @@
+"""Messages that were given up, in a queue of their own: to be looked at, put back, and forgotten."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mypy_boto3_sqs import SQSClient
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A message of a dead-letter queue.
+
+    Attributes:
+        id: The message's own id; one that SQS moved here keeps that of the queue it comes from.
+        body: Its text.
+        sender: The principal that sent it (`SenderId`).
+        sent_at: When it was sent, in Unix seconds.
+        moved: Whether SQS moved it here, after it had been received too often, so that all of it is its sender's;
+            else one of our functions put it here.
+        attributes: The message attributes of its sender that are texts.
+        receipt_handle: Deletes it.
+    """
+
+    id: str
+    body: str
+    sender: str
+    sent_at: int
+    moved: bool
+    attributes: Mapping[str, str]
+    receipt_handle: str
+
+
+class DeadLetterQueue:
+    """A dead-letter queue; it keeps messages for 14 days."""
+
+    def __init__(self, url: str, sqs: "SQSClient") -> None:
+        self._url = url
+        self._sqs = sqs
+
+    def bury(self, body: str, attributes: Mapping[str, str] | None = None) -> None:
+        """Keeps a message, with message attributes."""
+        self._sqs.send_message(
+            QueueUrl=self._url,
+            MessageBody=body,
+            MessageAttributes={
+                name: {"DataType": "String", "StringValue": value} for name, value in (attributes or {}).items()
+            },
+        )
+
+    def look(self, hidden_seconds: int) -> Iterator[Letter]:
+        """All that are there. Each is hidden from another look for a while, so that none is met twice."""
+        while True:
+            messages = self._sqs.receive_message(
+                QueueUrl=self._url,
+                MaxNumberOfMessages=10,
+                VisibilityTimeout=hidden_seconds,
+                WaitTimeSeconds=1,
+                MessageSystemAttributeNames=["SenderId", "SentTimestamp", "DeadLetterQueueSourceArn"],
+                MessageAttributeNames=["All"],
+            ).get("Messages", [])
+            if not messages:
+                return
+            for message in messages:
+                known = {str(name): value for name, value in message.get("Attributes", {}).items()}
+                yield Letter(
+                    id=message["MessageId"],
+                    body=message["Body"],
+                    sender=known.get("SenderId", ""),
+                    sent_at=int(known.get("SentTimestamp", "0")) // 1000,
+                    moved="DeadLetterQueueSourceArn" in known,
+                    attributes={
+                        name: each["StringValue"]
+                        for name, each in message.get("MessageAttributes", {}).items()
+                        if "StringValue" in each
+                    },
+                    receipt_handle=message["ReceiptHandle"],
+                )
+
+    def forget(self, receipt_handle: str) -> None:
+        """Deletes one that was looked at."""
+        self._sqs.delete_message(QueueUrl=self._url, ReceiptHandle=receipt_handle)

@@ -1,0 +1,317 @@
+"""The requests queue's door: what a message starts, whose it is, and what becomes of one that starts nothing."""
+
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from predictions import aws
+from predictions.dead_requests import DeadRequest, DeadRequests
+from predictions.executions import Executions
+from predictions.items import deserialize
+from predictions.observability import logger
+from predictions.requests import Message, RequestRefused, Requests, task_token_of
+from predictions.table import PredictionsTable
+
+from tests.unit.apps import Context, load_app
+from tests.unit.fakes import Clock, Executed, Wakes, refusing
+
+MODEL = "black-forest-labs/flux-schnell"
+BODY = {"model": MODEL, "input": {"prompt": "a fox"}}
+SENT = 1_749_999_990
+
+
+def message(body: Any = BODY, *, id: str = "message-1", sender: str = "AIDANOBODY00") -> Message:  # noqa: A002
+    return Message(id, sender, body if isinstance(body, str) else json.dumps(body), SENT)
+
+
+@pytest.fixture
+def requests(table: PredictionsTable, executed: Executed, clock: Clock) -> Requests:
+    return Requests(
+        table,
+        Executions(executed.machine_arn, aws.client("stepfunctions")),
+        lifetime_seconds=3600,
+        retention_seconds=30 * 86400,
+        queue_owner="queue",
+        sender_owners={"AROAALICE0000": "alice"},
+        allow_loopback_webhooks=False,
+        now=clock.now,
+    )
+
+
+def items(sk: str) -> list[dict[str, Any]]:
+    found = map(deserialize, aws.client("dynamodb").scan(TableName="predictions")["Items"])
+    return [item for item in found if item["sk"].startswith(sk)]
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("body", "reason"),
+        [
+            ("", "The body is not JSON"),
+            ("[]", "has to be a JSON object"),
+            ('{"model": "a/b", "model": "c/d", "input": {}}', "twice"),
+            ("[" * 200_000, "nested"),
+            ({"input": {}}, "exactly one of"),
+            ({**BODY, "owner": "alice"}, "owner"),
+            ({**BODY, "version": MODEL}, "exactly one of"),
+            ({**BODY, "model": "no slash"}, "model"),
+            ({**BODY, "idempotency_key": "with space"}, "idempotency_key"),
+            ({**BODY, "webhook": "http://example.com"}, "webhook"),
+            ({**BODY, "task_token": ""}, "task_token"),
+            ({**BODY, "task_token": "x" * 2049}, "task_token"),
+            ({**BODY, "task_token": {}}, "task_token"),
+        ],
+    )
+    def test_message_that_starts_nothing_writes_nothing(
+        self, requests: Requests, executed: Executed, body: Any, reason: str
+    ) -> None:
+        with pytest.raises(RequestRefused, match=reason):
+            requests.take(message(body))
+        assert items("") == []
+        assert executed.inputs == {}
+
+    def test_key_of_another_request_is_refused_and_its_caller_not_noted(
+        self, requests: Requests, executed: Executed
+    ) -> None:
+        requests.take(message({**BODY, "idempotency_key": "k"}))
+        other = {**BODY, "input": {"prompt": "a hare"}, "idempotency_key": "k", "task_token": "token"}
+        with pytest.raises(RequestRefused, match="another request"):
+            requests.take(message(other, id="message-2"))
+        assert len(executed.inputs) == 1
+        assert items("caller#") == [], "the end of the first must not be told as that of the second"
+
+
+class TestTaken:
+    def test_message_is_written_down_and_tracked_but_not_submitted(
+        self, requests: Requests, executed: Executed, clock: Clock
+    ) -> None:
+        prediction = requests.take(message())
+        assert prediction is not None
+        assert (prediction.owner, prediction.source, prediction.claimed) == ("queue", "queue", None)
+        assert prediction.deadline == int(clock.now()) + 3600
+        assert executed.inputs == {f"{prediction.id}-1": {"id": prediction.id, "submit": True}}
+
+    @pytest.mark.parametrize("again", ["message-1", "message-2"])
+    def test_same_message_twice_or_same_key_in_two_starts_one(
+        self, requests: Requests, executed: Executed, again: str
+    ) -> None:
+        body = BODY if again == "message-1" else {**BODY, "idempotency_key": "k"}
+        first, second = requests.take(message(body)), requests.take(message(body, id=again))
+        assert first is not None
+        assert second is not None
+        assert first.id == second.id
+        assert len(executed.inputs) == len(items("status")) == 1
+
+    def test_same_body_in_two_messages_starts_two(self, requests: Requests, executed: Executed) -> None:
+        requests.take(message())
+        requests.take(message(id="message-2"))
+        assert len(executed.inputs) == 2
+
+    @pytest.mark.parametrize(
+        ("sender", "owner"), [("AROAALICE0000", "alice"), ("AROAALICE0000:job", "alice"), ("AIDANOBODY00", "queue")]
+    )
+    def test_owner_is_the_senders(self, requests: Requests, sender: str, owner: str) -> None:
+        prediction = requests.take(message(sender=sender))
+        assert prediction is not None
+        assert prediction.owner == owner
+
+    def test_one_owners_key_is_not_anothers(self, requests: Requests) -> None:
+        body = {**BODY, "idempotency_key": "k"}
+        first, second = requests.take(message(body)), requests.take(message(body, sender="AROAALICE0000"))
+        assert first is not None
+        assert second is not None
+        assert first.id != second.id
+
+    def test_intent_whose_writer_died_is_tracked_by_the_next_delivery(
+        self, requests: Requests, executed: Executed
+    ) -> None:
+        with (
+            refusing("StartExecution", "ThrottlingException"),
+            pytest.raises(aws.client("stepfunctions").exceptions.ClientError),
+        ):
+            requests.take(message())
+        assert executed.inputs == {}
+        prediction = requests.take(message())
+        assert prediction is not None
+        assert list(executed.inputs) == [f"{prediction.id}-1"]
+
+    def test_state_that_waits_is_noted_with_each_prediction_it_waits_for(self, requests: Requests) -> None:
+        prediction = requests.take(message({**BODY, "task_token": "token"}))
+        requests.take(message({**BODY, "task_token": "token"}))
+        assert prediction is not None
+        assert [(item["pk"], item["task_token"]) for item in items("caller#")] == [
+            (f"prediction#{prediction.id}", "token")
+        ]
+
+
+class TestTokenOfARefused:
+    @pytest.mark.parametrize(
+        ("text", "token"),
+        [
+            ('{"task_token": "t"}', "t"),
+            ('{"task_token": "t", "task_token": "u"}', "u"),
+            ('{"task_token": ""}', None),
+            ('{"task_token": 7}', None),
+            ("{}", None),
+            ("[]", None),
+            ("", None),
+            ("[" * 200_000, None),
+        ],
+    )
+    def test_it_is_found_whatever_else_is_wrong(self, text: str, token: str | None) -> None:
+        assert task_token_of(text) == token
+
+
+def record(body: Any, *, id: str = "message-1", **attributes: str) -> dict[str, Any]:  # noqa: A002
+    return {
+        "messageId": id,
+        "body": body if isinstance(body, str) else json.dumps(body),
+        "attributes": {"SenderId": "AIDANOBODY00", "SentTimestamp": str(SENT * 1000)},
+        "messageAttributes": {name: {"stringValue": value, "dataType": "String"} for name, value in attributes.items()},
+        "eventSource": "aws:sqs",
+    }
+
+
+class Function:
+    """start_from_queue, with the table and the time of the test."""
+
+    def __init__(self, requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._app = load_app("start_from_queue", monkeypatch)
+        monkeypatch.setattr(self._app, "requests", requests)
+
+    def __call__(self, *records: dict[str, Any], remaining_seconds: float = 25) -> list[str]:
+        answer = self._app.handler({"Records": list(records)}, Context(remaining_seconds))
+        return [each["itemIdentifier"] for each in answer["batchItemFailures"]]
+
+
+@pytest.fixture
+def function(requests: Requests, cloud: None) -> Iterator[Function]:
+    # In a context of its own: what reads the dead letters below needs the variables of other functions.
+    with pytest.MonkeyPatch.context() as only_here:
+        yield Function(requests, only_here)
+
+
+def look() -> list[DeadRequest]:
+    url = "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests"
+    return list(DeadRequests(url, aws.client("sqs")).look(30))
+
+
+class TestFunction:
+    def test_refused_message_is_kept_as_it_is_and_holds_up_no_other(
+        self, function: Function, executed: Executed
+    ) -> None:
+        assert function(record(BODY, id="m-1"), record("{", id="m-2"), record(BODY, id="m-3")) == []
+        assert len(executed.inputs) == 2
+        (letter,) = look()
+        assert (letter.id, letter.sender, letter.sent_at, letter.body) == ("m-2", "AIDANOBODY00", SENT, "{")
+        assert letter.reason == "The body is not JSON at line 1, column 2."
+
+    def test_refusal_fails_the_state_that_waits_once_it_is_kept(self, function: Function, wakes: Wakes) -> None:
+        bad = record({"model": MODEL, "task_token": "token"})
+        with refusing("SendMessage", "AccessDenied", service="sqs"):
+            assert function(bad) == ["message-1"]
+        assert wakes.told == []
+        assert function(bad) == []
+        assert wakes.told == [("token", ("RequestRefused", "input: This field is required."))]
+        wakes.stale = {"token"}
+        assert function(bad) == [], "a state that no longer waits is no error"
+
+    def test_message_that_aws_does_not_let_start_stays_and_holds_up_no_other(
+        self, function: Function, executed: Executed
+    ) -> None:
+        first = record(BODY, id="m-1")
+        with refusing("StartExecution", "ThrottlingException", lambda body: not executed.inputs):
+            assert function(first) == ["m-1"]
+        other = record({**BODY, "webhook": "https://hooks.example.com/"}, id="m-2")
+        with refusing("PutItem", "ThrottlingException", lambda body: "hooks.example" in str(body), service="dynamodb"):
+            assert function(other, first) == ["m-2"]
+        assert len(executed.inputs) == 1
+        assert look() == []
+
+    def test_error_of_our_own_stays_in_the_queue_and_holds_up_no_other(
+        self, function: Function, executed: Executed, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        take = function._app.requests.take
+
+        def broken(message: Message) -> Any:
+            if message.id == "m-1":
+                raise KeyError("bug")
+            return take(message)
+
+        monkeypatch.setattr(function._app.requests, "take", broken)
+        assert function(record(BODY, id="m-1"), record(BODY, id="m-2")) == ["m-1"]
+        assert len(executed.inputs) == 1
+
+    def test_message_for_which_no_time_is_left_stays_untouched(self, function: Function, executed: Executed) -> None:
+        assert function(record(BODY), remaining_seconds=9) == ["message-1"]
+        assert executed.inputs == {}
+        assert items("") == []
+
+    def test_message_that_was_put_back_is_known_by_what_its_attributes_say(
+        self, function: Function, executed: Executed
+    ) -> None:
+        function(record(BODY, id="m-1"))
+        function(record(BODY, id="m-2", request_id="m-1", sent_at=str(SENT)))
+        assert len(executed.inputs) == 1
+
+    @pytest.mark.parametrize(
+        ("said", "sent_at"), [(str(SENT - 60), SENT - 60), (str(SENT + 60), SENT), ("soon", SENT), ("²", SENT)]
+    )
+    def test_no_message_makes_itself_younger(
+        self, function: Function, monkeypatch: pytest.MonkeyPatch, said: str, sent_at: int
+    ) -> None:
+        taken: list[Message] = []
+        monkeypatch.setattr(function._app.requests, "take", taken.append)
+        assert function(record(BODY, sent_at=said)) == []
+        assert [each.sent_at for each in taken] == [sent_at]
+
+    def test_nothing_of_a_body_is_logged(self, function: Function, monkeypatch: pytest.MonkeyPatch) -> None:
+        log = io.StringIO()
+        monkeypatch.setattr(logger.registered_handler, "stream", log)
+        bad = record({"model": MODEL, "input": {"prompt": "CANARY"}, "task_token": "CANARY", "CANARY": 1})
+        assert function(bad) == []
+        with refusing("StartExecution", "ThrottlingException"):
+            function(record({**BODY, "input": {"prompt": "CANARY"}}, id="m-2"), record("{", id="m-3"))
+        lines = [json.loads(line) for line in log.getvalue().splitlines()]
+        assert [(line["message"], line["request_id"], "correlation_id" in line) for line in lines] == [
+            ("request refused", "message-1", False),
+            ("request not started", "m-2", True),
+            ("request refused", "m-3", False),
+        ]
+        assert "CANARY" not in log.getvalue()
+
+
+class TestDeadRequests:
+    def test_message_that_is_put_back_by_its_event_is_the_same_request(
+        self, function: Function, executed: Executed
+    ) -> None:
+        refused = record({**BODY, "webhook": "http://127.0.0.1:8000/"}, id="m-1")
+        assert function(refused) == []
+        (letter,) = look()
+        function._app.requests._allow_loopback_webhooks = True
+        for _ in range(2):
+            assert function(*letter.event()["Records"]) == []
+        assert len(executed.inputs) == 1
+        assert function(refused) == []
+        assert len(executed.inputs) == 1
+
+    def test_message_that_sqs_moved_is_known_by_its_own_id_whatever_its_sender_wrote(self, cloud: None) -> None:
+        sqs = aws.client("sqs")
+        dead_url = "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests"
+        arn = sqs.get_queue_attributes(QueueUrl=dead_url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+        redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 1})
+        url = sqs.create_queue(QueueName="requests", Attributes={"RedrivePolicy": redrive})["QueueUrl"]
+        sent = sqs.send_message(QueueUrl=url, MessageBody="{}")["MessageId"]
+        for _ in range(2):
+            sqs.receive_message(QueueUrl=url, VisibilityTimeout=0)
+        (letter,) = look()
+        assert (letter.id, letter.reason) == (sent, "start_from_queue failed each time: see its log")
+
+    @pytest.mark.parametrize("reason", ["", "a\x00b", "x" * 100_000, "\ufffe", "é\n"])
+    def test_any_reason_can_be_kept(self, cloud: None, reason: str) -> None:
+        DeadRequests.from_env().bury(message("{"), reason)
+        (letter,) = look()
+        assert letter.reason
+        assert len(letter.reason) <= 2000
