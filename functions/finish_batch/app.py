@@ -20,7 +20,7 @@ def handler(event: dict[str, Any], context: object) -> dict[str, Any]:  # noqa: 
         context: Not used.
 
     Returns:
-        `{"id", "attempt", "exceeded", "open", "lap", "wait_seconds"}`: with open lines, to be asked again after so long.
+        `{"id", "attempt", "exceeded", "open", "lap", "wait_seconds"}`: with open lines, to be asked again.
     """
     logger.set_correlation_id(event["id"])
     told = finish(batches, table, event["id"], event["attempt"], event["lap"], exceeded=event["exceeded"])

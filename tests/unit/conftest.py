@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "INPUTS_BUCKET_NAME": "inputs",
     "FILE_RETENTION_DAYS": "1",
     "STATE_MACHINE_ARN": "arn:aws:states:us-east-1:123456789012:stateMachine:track-prediction",
+    "BATCH_STATE_MACHINE_ARN": "arn:aws:states:us-east-1:123456789012:stateMachine:run-batch",
     "API_URL_PARAMETER": "/replicate-serverless/api_url",
     "REPLICATE_API_URL": ReplicateInMemory.URL,
     "REPLICATE_TOKEN_SECRET_ARN": "replicate-token",

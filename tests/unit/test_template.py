@@ -24,6 +24,7 @@ from tests.unit.template import (
 FOLDERS = sorted(path.parent.name for path in (ROOT / "functions").glob("*/app.py"))
 FUNCTIONS = sorted(resources("AWS::Serverless::Function"))
 BUCKETS = sorted(resources("AWS::S3::Bucket"))
+MACHINES = sorted(resources("AWS::Serverless::StateMachine"))
 QUEUES = sorted(resources("AWS::SQS::Queue"))
 PARAMETERS = load_template()["Parameters"]
 
@@ -76,7 +77,7 @@ def text(value: Any) -> str:
 # -- what must not be ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, "TrackPredictionStateMachine"])
+@pytest.mark.parametrize("name", [*FUNCTIONS, *MACHINES])
 def test_policy_with_a_wildcard_is_one_that_aws_offers_no_narrower_form_of(name: str) -> None:
     for statement in statements(name):
         assert not [action for action in listed(statement["Action"]) if "*" in action]
@@ -99,6 +100,8 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
         "CancelPredictionFunction",
         "SweepPredictionsFunction",
         "CallReplicateFunction",
+        # Cancels the lines of a batch.
+        "ManageBatchesFunction",
     }
     assert {name for name in FUNCTIONS if "REPLICATE_TOKEN_SECRET_ARN" in variables(name)} == readers
 
@@ -131,10 +134,10 @@ def test_secret_values_are_given_to_functions_by_arn_only() -> None:
 
 def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() -> None:
     table = {"Fn::GetAtt": ["PredictionsTable", "Arn"]}
-    for name in [*FUNCTIONS, "TrackPredictionStateMachine"]:
+    for name in [*FUNCTIONS, *MACHINES]:
         on_table = [each for each in statements(name) if table in listed(each["Resource"])]
-        # Of these, one reads the stream only, the other nothing of the kind.
-        assert on_table or name in ("PublishChangesFunction", "DescribeApiFunction")
+        # Of these, one reads the stream only, the others nothing of the kind.
+        assert on_table or name in ("PublishChangesFunction", "DescribeApiFunction", "RunBatchStateMachine")
         for statement in on_table:
             (operator,) = statement["Condition"]
             keys = statement["Condition"][operator]["dynamodb:LeadingKeys"]
@@ -150,6 +153,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                     "schema#*",
                     "owner#*",
                     "file#*",
+                    "batch#*",
                 }
 
 
@@ -173,7 +177,7 @@ def test_nothing_is_ever_deleted_by_a_function_but_what_its_owner_deletes(name: 
     if name in ("CancelPredictionFunction", "SweepPredictionsFunction"):
         # The route that deletes a prediction's data, and the sweep that finishes what it began.
         on_table, on_bucket = deleting
-        assert on_table["Condition"]["ForAllValues:StringLike"] == {"dynamodb:LeadingKeys": ["prediction#*"]}
+        assert "prediction#*" in on_table["Condition"]["ForAllValues:StringLike"]["dynamodb:LeadingKeys"]
         assert on_bucket["Resource"] == {"Fn::Sub": "${OutputsBucket.Arn}/*"}
         return
     if name != "StoreFilesFunction":
@@ -452,6 +456,11 @@ def test_api_has_exactly_these_routes() -> None:
         ("GET", "/files/{id}"): "StoreFilesFunction",
         ("DELETE", "/files/{id}"): "StoreFilesFunction",
         ("GET", "/files/{id}/download"): "ServeFilesFunction",
+        ("POST", "/batches"): "ManageBatchesFunction",
+        ("GET", "/batches"): "ManageBatchesFunction",
+        ("GET", "/batches/{id}"): "ManageBatchesFunction",
+        ("POST", "/batches/{id}/cancel"): "ManageBatchesFunction",
+        ("POST", "/batches/{id}/retry"): "ManageBatchesFunction",
     }
 
 
@@ -730,7 +739,10 @@ def test_outputs_are_those_that_users_and_tools_rely_on() -> None:
 
 def test_names_that_replace_references_agree() -> None:
     # Functions get the machine's ARN and the parameter's name as text, since a reference would be circular.
-    machine = load_template()["Resources"]["TrackPredictionStateMachine"]["Properties"]["Name"]["Fn::Sub"]
+    machine, batches = (
+        load_template()["Resources"][name]["Properties"]["Name"]["Fn::Sub"]
+        for name in ("TrackPredictionStateMachine", "RunBatchStateMachine")
+    )
     parameter = load_template()["Resources"]["ApiUrlParameter"]["Properties"]["Name"]
     prefix = "arn:${AWS::Partition}:states:${AWS::Region}:${AWS::AccountId}"
     seen = set()
@@ -739,6 +751,9 @@ def test_names_that_replace_references_agree() -> None:
         if "STATE_MACHINE_ARN" in given:
             assert given["STATE_MACHINE_ARN"] == {"Fn::Sub": f"{prefix}:stateMachine:{machine}"}
             seen.add("machine")
+        if "BATCH_STATE_MACHINE_ARN" in given:
+            assert given["BATCH_STATE_MACHINE_ARN"] == {"Fn::Sub": f"{prefix}:stateMachine:{batches}"}
+            seen.add("batches")
         if "API_URL_PARAMETER" in given:
             assert given["API_URL_PARAMETER"] == parameter
             seen.add("parameter")
@@ -748,7 +763,10 @@ def test_names_that_replace_references_agree() -> None:
                     assert resource["Fn::Sub"] in (
                         f"{prefix}:stateMachine:{machine}",
                         f"{prefix}:execution:{machine}:*",
+                        f"{prefix}:stateMachine:{batches}",
+                        f"{prefix}:execution:{batches}:*",
+                        f"{prefix}:mapRun:{batches}/*",
                     )
                 if ":ssm:" in text(resource):
                     assert resource["Fn::Sub"].endswith(f":parameter{parameter['Fn::Sub']}")
-    assert seen == {"machine", "parameter"}
+    assert seen == {"machine", "batches", "parameter"}

@@ -1,20 +1,19 @@
-"""What owners do with batches: make, look at, cancel and retry them; and what the sweep does for those that stand still."""
+"""What owners do with batches: make, look at, cancel and retry them; and what the sweep does for them."""
 
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from predictions.aws import client
+from predictions.batch_body import BatchBody, read_body, refusal
 from predictions.batch_files import (
-    ObjectWriter,
     etag_of,
     lines_key,
     manifest_key,
+    new_object,
     put_text,
     read_jsonl,
     template_key,
@@ -22,7 +21,7 @@ from predictions.batch_files import (
 from predictions.batches import Batch, Batches, timestamp
 from predictions.errors import Problem
 from predictions.intents import idempotency_key, input_json_canonical, parse_json, random_id
-from predictions.manifests import LINES_LIMIT, MANIFEST_LIMIT_BYTES
+from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import logger
 from predictions.placeholders import PlaceholderError, expressions
 
@@ -31,25 +30,9 @@ if TYPE_CHECKING:
 
     from predictions.submissions import Submissions
 
-MAX_CONCURRENCY = 1000
-"""The most lines of a batch that run at once."""
-
 _CHUNK = 100
 _START_CHECK_SECONDS = 60
 _COUNTED = ("waiting", "running", "succeeded", "failed", "canceled", "refused")
-
-
-class BatchBody(BaseModel):
-    """The fields of `POST /batches`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    requests: list[Any] | None = Field(default=None, max_length=LINES_LIMIT)
-    manifest: str | None = Field(default=None, max_length=1200)
-    format: Literal["jsonl", "csv"] | None = None
-    template: dict[str, Any] | None = None
-    max_concurrency: int = Field(default=20, ge=1, le=MAX_CONCURRENCY)
-    tolerated_failure_percentage: int = Field(default=100, ge=0, le=100)
 
 
 class BatchControl:
@@ -96,12 +79,12 @@ class BatchControl:
         Raises:
             Problem: 400, 413, 415 or 422.
         """
-        asked = _read(parse_json(body, headers.get("content-type")))
+        asked = read_body(parse_json(body, headers.get("content-type")))
         invalid: list[dict[str, str]] = []
         key = idempotency_key(headers.get("idempotency-key"))
         place = self._place(asked, owner, invalid)
         if invalid:
-            raise _refusal(invalid)
+            raise refusal(invalid)
         now = self.batches.now()
         expires = int(now) + self._retention_seconds
         fingerprint = hashlib.sha256(input_json_canonical(asked.model_dump()).encode()).hexdigest()
@@ -110,7 +93,7 @@ class BatchControl:
             batch_id, known = self.batches.take_key(owner, key, batch_id, fingerprint, expires)
             if known != fingerprint:
                 detail = "This key belongs to another batch: use a new key for a new one, and the old one to repeat it."
-                raise _refusal([{"field": "Idempotency-Key", "detail": detail}])
+                raise refusal([{"field": "Idempotency-Key", "detail": detail}])
             if there := self.batches.find(batch_id):
                 return there
         manifest = self._manifest(asked, batch_id, place)
@@ -162,8 +145,8 @@ class BatchControl:
             own = key.startswith((f"files/{owner}/", f"batches/{owner}/"))
             if not asked.manifest.startswith("s3://") or bucket != self._inputs_bucket_name or not own:
                 detail = (
-                    f"The id of a file of yours, or s3://{self._inputs_bucket_name}/batches/{owner}/…: a manifest has to "
-                    "be there."
+                    f"The id of a file of yours, or s3://{self._inputs_bucket_name}/batches/{owner}/…: no other place "
+                    "is read."
                 )
                 invalid.append({"field": "manifest", "detail": detail})
                 return ""
@@ -174,7 +157,7 @@ class BatchControl:
     def _manifest(self, asked: BatchBody, batch_id: str, key: str) -> dict[str, str]:
         if asked.requests is not None:
             bucket, key, format_ = self.batches.bucket_name, manifest_key(batch_id), "jsonl"
-            with ObjectWriter(bucket, key) as writer:
+            with new_object(bucket, key) as writer:
                 for request in asked.requests:
                     writer.write_json(request)
         else:
@@ -182,11 +165,11 @@ class BatchControl:
         found = etag_of(bucket, key)
         if found is None:
             detail = "There is no such object."
-            raise _refusal([{"field": "manifest", "detail": detail}])
+            raise refusal([{"field": "manifest", "detail": detail}])
         etag, size = found
         if size > MANIFEST_LIMIT_BYTES:
             detail = f"It has {size} bytes, and {MANIFEST_LIMIT_BYTES} are taken: make several batches."
-            raise _refusal([{"field": "manifest", "detail": detail}])
+            raise refusal([{"field": "manifest", "detail": detail}])
         return {"bucket": bucket, "key": key, "etag": etag, "format": format_}
 
     # -- look ---------------------------------------------------------------------------------------------------------
@@ -331,26 +314,6 @@ class BatchControl:
 
     def _execution_arn(self, batch: Batch) -> str:
         return f"{self._machine_arn.replace(':stateMachine:', ':execution:')}:{batch.execution_name}"
-
-
-def _read(value: Any) -> BatchBody:
-    if not isinstance(value, dict):
-        raise Problem(422, "The body has to be a JSON object with `requests` or `manifest`.")
-    try:
-        return BatchBody.model_validate(value)
-    except ValidationError as error:
-        known = ", ".join(f"`{name}`" for name in BatchBody.model_fields)
-        fields = []
-        for each in error.errors(include_url=False, include_context=False):
-            unknown = each["type"] == "extra_forbidden"
-            detail = f"This field is not known. Known are {known}." if unknown else each["msg"]
-            fields.append({"field": str(each["loc"][0])[:200], "detail": detail})
-        raise _refusal(fields) from None
-
-
-def _refusal(fields: list[dict[str, str]]) -> Problem:
-    detail = " ".join(f"{each['field']}: {each['detail']}" for each in fields[:5])
-    return Problem(422, detail, title="Input validation failed", invalid_fields=fields[:50])
 
 
 def _format(asked: BatchBody, key: str) -> str:

@@ -13,8 +13,8 @@ All but the results are made from what their owner asked for, so that writing th
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from types import TracebackType
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
@@ -22,12 +22,12 @@ from botocore.exceptions import ClientError
 from predictions.aws import client
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+    from mypy_boto3_s3.type_defs import CompletedMultipartUploadTypeDef, CompletedPartTypeDef
 
 # S3 takes 10,000 parts of at least 5 MiB: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 PART_BYTES = 8 * 1024**2
 _PIECE_BYTES = 256 * 1024
+_JSONL = "application/x-ndjson"
 _NOT_THERE = ("NoSuchKey", "AccessDenied", "404", "403")
 
 
@@ -62,11 +62,10 @@ def results_key(owner: str, batch_id: str, attempt: int) -> str:
 
 
 class ObjectWriter:
-    """A context that writes one object, which is there as a whole when the context ends well, and else not at all.
+    """One object that is being written; see `new_object`.
 
-    Args:
-        bucket: The bucket's name.
-        key: The object's key.
+    Attributes:
+        written: How many bytes so far.
     """
 
     def __init__(self, bucket: str, key: str) -> None:
@@ -76,7 +75,7 @@ class ObjectWriter:
         self._parts: list[CompletedPartTypeDef] = []
         self.written = 0
 
-    def write_json(self, value: Mapping[str, Any]) -> int:
+    def write_json(self, value: Any) -> int:
         """Adds a line of JSON; its length in bytes, the line's end not counted."""
         line = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
         self._buffer += line + b"\n"
@@ -85,44 +84,48 @@ class ObjectWriter:
             self._send_part()
         return len(line)
 
-    def __enter__(self) -> "ObjectWriter":
-        """Begins."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Makes the object visible, or drops what was sent of it."""
-        if error is not None:
-            if self._upload_id:
-                self._s3.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=self._upload_id)
-            return
+    def complete(self) -> None:
+        """Makes the object visible."""
+        s3 = client("s3")
         if not self._upload_id:
-            body = bytes(self._buffer)
-            self._s3.put_object(Bucket=self._bucket, Key=self._key, Body=body, ContentType="application/x-ndjson")
+            s3.put_object(Bucket=self._bucket, Key=self._key, Body=bytes(self._buffer), ContentType=_JSONL)
             return
         if self._buffer:
             self._send_part()
-        self._s3.complete_multipart_upload(
-            Bucket=self._bucket, Key=self._key, UploadId=self._upload_id, MultipartUpload={"Parts": self._parts}
+        parts: CompletedMultipartUploadTypeDef = {"Parts": self._parts}
+        s3.complete_multipart_upload(
+            Bucket=self._bucket, Key=self._key, UploadId=self._upload_id, MultipartUpload=parts
         )
 
-    @property
-    def _s3(self) -> "S3Client":
-        return client("s3")
+    def drop(self) -> None:
+        """Gives up what was sent."""
+        if self._upload_id:
+            s3 = client("s3")
+            s3.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=self._upload_id)
 
     def _send_part(self) -> None:
+        s3 = client("s3")
         if not self._upload_id:
-            answer = self._s3.create_multipart_upload(
-                Bucket=self._bucket, Key=self._key, ContentType="application/x-ndjson"
-            )
+            answer = s3.create_multipart_upload(Bucket=self._bucket, Key=self._key, ContentType=_JSONL)
             self._upload_id = answer["UploadId"]
         number = len(self._parts) + 1
         part, self._buffer = bytes(self._buffer[:PART_BYTES]), self._buffer[PART_BYTES:]
-        sent = self._s3.upload_part(
+        sent = s3.upload_part(
             Bucket=self._bucket, Key=self._key, UploadId=self._upload_id, PartNumber=number, Body=part
         )
         self._parts.append({"PartNumber": number, "ETag": sent["ETag"]})
+
+
+@contextmanager
+def new_object(bucket: str, key: str) -> Iterator[ObjectWriter]:
+    """Writes one object, which is there as a whole when the context ends well, and else as it was before."""
+    writer = ObjectWriter(bucket, key)
+    try:
+        yield writer
+    except BaseException:
+        writer.drop()
+        raise
+    writer.complete()
 
 
 def read_pieces(bucket: str, key: str, *, etag: str | None = None) -> Iterator[bytes]:

@@ -9,9 +9,9 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from predictions.batch_files import (
-    ObjectWriter,
     get_text,
     lines_key,
+    new_object,
     read_jsonl,
     read_pieces,
     refused_key,
@@ -72,9 +72,9 @@ def _first_lines(batches: Batches, batch: Batch) -> tuple[int, int]:
     count = refused_count = 0
     try:
         with (
-            ObjectWriter(bucket, requests_key(batch.id)) as requests,
-            ObjectWriter(bucket, refused_key(batch.id)) as refused,
-            ObjectWriter(bucket, lines_key(batch.id, 1)) as lines,
+            new_object(bucket, requests_key(batch.id)) as requests,
+            new_object(bucket, refused_key(batch.id)) as refused,
+            new_object(bucket, lines_key(batch.id, 1)) as lines,
         ):
             for line in lines_of(pieces, "csv" if manifest["format"] == "csv" else "jsonl"):
                 if count + refused_count >= LINES_LIMIT:
@@ -104,7 +104,7 @@ def _lines_again(batches: Batches, batch: Batch) -> int:
     bucket, count = batches.bucket_name, 0
     undone = {"failed", "canceled"}
     every = read_jsonl(bucket, lines_key(batch.id, 1))
-    with ObjectWriter(bucket, lines_key(batch.id, batch.attempt)) as lines:
+    with new_object(bucket, lines_key(batch.id, batch.attempt)) as lines:
         for result in read_jsonl(bucket, batch.results_key or ""):
             if result["status"] in undone:
                 line = next(line for line in every if line["n"] == result["n"])

@@ -4,13 +4,13 @@ The counts and the results come from the predictions themselves, whatever was to
 streams, so that memory does not grow with the batch; twice, it writes the same.
 """
 
-import heapq
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from heapq import merge
 from itertools import islice
 from typing import Any
 
-from predictions.batch_files import ObjectWriter, lines_key, read_jsonl, refused_key, results_key
+from predictions.batch_files import lines_key, new_object, read_jsonl, refused_key, results_key
 from predictions.batches import Batch, Batches
 from predictions.table import Prediction, PredictionsTable, Result
 
@@ -49,7 +49,7 @@ def finish(
     counts = dict.fromkeys(("succeeded", "failed", "canceled", "refused"), 0)
     key = results_key(batch.owner, batch.id, attempt)
     try:
-        with ObjectWriter(batches.bucket_name, key) as writer:
+        with new_object(batches.bucket_name, key) as writer:
             for result in _results(batches, table, batch):
                 counts[result["status"]] += 1
                 writer.write_json(result)
@@ -107,7 +107,7 @@ def _found(batches: Batches, batch: Batch) -> Iterator[dict[str, Any]]:
             {"n": line["n"], "id": None, "status": "refused", "error": line["error"], "seconds": None}
             for line in read_jsonl(bucket, refused_key(batch.id))
         )
-        yield from heapq.merge(lines, refused, key=lambda line: line["n"])
+        yield from merge(lines, refused, key=lambda line: line["n"])
         return
     ran = next(lines, None)
     for result in read_jsonl(bucket, batch.results_key or ""):

@@ -2,8 +2,8 @@
 
 A batch's item (`pk` = `batch#{id}`, `sk` = `status`) is small and holds no list: the lines are objects (see
 `predictions.batch_files`), and a line's prediction is known by an id that is made from the batch's id, the line's
-number and the attempt. So a line starts one prediction however often it is sent, and whoever wants to know of all of them
-goes through the lines.
+number and the attempt. So a line starts one prediction however often it is sent, and whoever wants to know of all of
+them goes through the lines.
 
     preparing ─▶ running ─▶ succeeded | failed | canceled     ─ retry ─▶ preparing, attempt + 1
 
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from predictions.aws import client
 from predictions.batch_files import read_range, requests_key
-from predictions.errors import PredictionsError
+from predictions.errors import NoLongerWanted, Problem
 from predictions.intents import Intent, create_requested_intent, derived_id
 from predictions.items import deserialize, list_page, read_items, serialize
 from predictions.manifests import LINE_LIMIT_BYTES
@@ -35,7 +35,6 @@ from predictions.manifests import LINE_LIMIT_BYTES
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
-    from predictions.requests import Message
 
 ENDED = ("succeeded", "failed", "canceled")
 
@@ -45,14 +44,6 @@ CHECK_SECONDS = 300
 _START_CHECK_SECONDS = 60
 # What a line of requests.jsonl has around its request.
 _AROUND_BYTES = 1024
-
-
-class BatchStopped(PredictionsError):
-    """A line that is not to start, since its batch has stopped, ended, or gone on to another attempt."""
-
-
-class BatchMoved(PredictionsError):
-    """A batch is not (any more) in the state from which this could be done."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +144,7 @@ class Batches:
 
     # -- the requests queue's door --------------------------------------------------------------------------------
 
-    def intent(self, body: Mapping[str, Any], message: "Message") -> Intent:  # noqa: ARG002  # the door's interface
+    def intent(self, body: Mapping[str, Any], message: object) -> Intent:  # noqa: ARG002  # the door's interface
         """The intent of a line: what it asks for was written down when its owner asked for the batch.
 
         Args:
@@ -161,27 +152,26 @@ class Batches:
             message: Where it came in.
 
         Raises:
-            BatchStopped: It is not to start any more.
-            Problem: 422, where its request has become one that is not taken.
-            LookupError: There is no such batch or line.
+            NoLongerWanted: It is not to start any more.
+            Problem: 404, where there is no such batch or line; 422, where its request is not taken any more.
         """
         batch_id, *numbers = (body.get(name) for name in ("batch_id", "attempt", "n", "offset", "length"))
         if not isinstance(batch_id, str) or not all(type(number) is int and number >= 0 for number in numbers):
-            raise LookupError("A line of a batch has batch_id, attempt, n, offset and length.")
+            raise Problem(404, "A line of a batch has batch_id, attempt, n, offset and length.")
         attempt, n, offset, length = (int(str(number)) for number in numbers)
         batch = self.find(batch_id)
         if batch is None:
-            raise LookupError("There is no such batch.")
+            raise Problem(404, "There is no such batch.")
         self._check_open(batch, attempt)
         if not 0 < length <= LINE_LIMIT_BYTES * 8 + _AROUND_BYTES:
-            raise LookupError("The batch has no such line.")
+            raise Problem(404, "The batch has no such line.")
         line = read_range(self.bucket_name, requests_key(batch.id), offset, length)
         try:
             found = json.loads(line or b"null")
         except ValueError:
             found = None
         if not isinstance(found, dict) or found.get("n") != n:
-            raise LookupError("The batch has no such line.")
+            raise Problem(404, "The batch has no such line.")
         return create_requested_intent(
             found["request"],
             owner=batch.owner,
@@ -194,11 +184,11 @@ class Batches:
 
     def _check_open(self, batch: Batch, attempt: int) -> None:
         if batch.stop == "canceled":
-            raise BatchStopped("The batch was canceled.")
+            raise NoLongerWanted("The batch was canceled.")
         if batch.stop is not None:
-            raise BatchStopped("More lines of the batch had failed than it tolerates.")
+            raise NoLongerWanted("More lines of the batch had failed than it tolerates.")
         if batch.ended or batch.attempt != attempt:
-            raise BatchStopped("The batch has gone on without this line.")
+            raise NoLongerWanted("The batch has gone on without this line.")
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

@@ -121,6 +121,7 @@ class Requests:
 
         Raises:
             RequestRefused: It never can be started; nothing was written.
+            NoLongerWanted: It is not to be started any more; nothing was written.
         """
         try:
             body = parse_json(message.body.encode("utf-8", "surrogatepass"), None)
@@ -188,8 +189,12 @@ class Requests:
         )
 
 
-def _source_of(body: Mapping[str, Any]) -> Source | None:  # noqa: ARG001  # recipes, batches and pipelines come here
+def _source_of(body: Mapping[str, Any]) -> Source | None:
     """What the message names; each is imported with the first message that needs it."""
+    if "batch_id" in body:
+        from predictions.batches import Batches
+
+        return Batches.from_env()
     return None
 
 
