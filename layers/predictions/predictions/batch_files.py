@@ -164,7 +164,8 @@ def read_lines(pieces: Iterable[bytes], limit_bytes: int) -> Iterator[bytes | No
             if len(rest) > limit_bytes + 1:
                 rest, too_long = bytearray(), True
     if too_long or rest:
-        yield None if too_long or len(rest) > limit_bytes else bytes(rest)
+        line = bytes(rest).removesuffix(b"\r")
+        yield None if too_long or len(line) > limit_bytes else line
 
 
 def read_jsonl(bucket: str, key: str) -> Iterator[dict[str, Any]]:

@@ -128,7 +128,8 @@ def _json_lines(numbered: Iterator[tuple[int, bytes | None]]) -> Iterator[Line]:
 def _csv_lines(numbered: Iterator[tuple[int, bytes | None]]) -> Iterator[Line]:
     source = _CsvSource(numbered)
     rows = csv.reader(source, strict=True)
-    previous_limit = csv.field_size_limit(LINE_LIMIT_BYTES)
+    # The source counts a row's bytes, and says what is wrong.
+    previous_limit = csv.field_size_limit(2 * LINE_LIMIT_BYTES)
     try:
         header: list[str] | None = None
         while True:
