@@ -28,9 +28,8 @@ from typing import TYPE_CHECKING, Any
 from predictions.aws import client
 from predictions.batch_files import read_range, requests_key
 from predictions.errors import NoLongerWanted, Problem
-from predictions.intents import Intent, create_requested_intent, derived_id
+from predictions.intents import BODY_LIMIT_BYTES, Intent, create_requested_intent, derived_id
 from predictions.items import deserialize, list_page, read_items, serialize
-from predictions.manifests import LINE_LIMIT_BYTES
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -163,7 +162,7 @@ class Batches:
         if batch is None:
             raise Problem(404, "There is no such batch.")
         self._check_open(batch, attempt)
-        if not 0 < length <= LINE_LIMIT_BYTES * 8 + _AROUND_BYTES:
+        if not 0 < length <= BODY_LIMIT_BYTES + _AROUND_BYTES:
             raise Problem(404, "The batch has no such line.")
         line = read_range(self.bucket_name, requests_key(batch.id), offset, length)
         try:

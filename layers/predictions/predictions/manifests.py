@@ -6,6 +6,7 @@ is refused with its number and the reason, and the others go on.
 """
 
 import csv
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from predictions.batch_files import read_lines
 from predictions.errors import PredictionsError, Problem
-from predictions.intents import create_requested_intent, parse_json
+from predictions.intents import BODY_LIMIT_BYTES, create_requested_intent, parse_json
 
 LINE_LIMIT_BYTES = 1024 * 1024
 """The longest line; a file belongs into a bucket, and its URL into the line."""
@@ -91,6 +92,9 @@ def check_request(request: dict[str, Any], *, allow_loopback_webhooks: bool) -> 
     Raises:
         LineRefused: It would be refused there.
     """
+    size = len(json.dumps(request, separators=(",", ":"), ensure_ascii=False).encode())
+    if size > BODY_LIMIT_BYTES:
+        raise LineRefused(f"Its request has {size} bytes, and {BODY_LIMIT_BYTES} are taken.")
     if "idempotency_key" in request:
         raise LineRefused("idempotency_key: A line has a key of its own, by which a retry knows it: leave it out.")
     try:
@@ -181,8 +185,8 @@ class _CsvSource:
         if line is None:
             self.error = self.error or _TOO_LONG
             return "\n"
-        self._bytes += len(line)
-        if self._bytes > LINE_LIMIT_BYTES:
+        self._bytes += len(line) + 1
+        if self._bytes > LINE_LIMIT_BYTES + 1:
             # With a quote not closed, all that follows would become part of this row. The reader forgets what it has of
             # a row when its source fails, and begins anew with the next line.
             raise csv.Error(f"the row has more than {LINE_LIMIT_BYTES} bytes; a quote may not be closed")
