@@ -1,23 +1,23 @@
-"""The table's stream: what callers asked to be told becomes deliveries in a queue."""
+"""The table's stream: what changes becomes webhooks to callers, events, and answers to state machines that wait."""
 
 from typing import Any
 
-from predictions.deliveries import DeliveriesQueue
+from predictions.changes import Changes
 from predictions.observability import handler_of
 
-queue = DeliveriesQueue.from_env()
+changes = Changes.from_env()
 
 
 @handler_of
 def handler(event: dict[str, Any], context: object) -> dict[str, Any]:  # noqa: ARG001  # Lambda passes both
-    """Queues the deliveries that the records call for.
+    """Publishes what the records call for.
 
     Args:
-        event: `{"Records": […]}` of the stream, of predictions with a webhook only: the event source filters.
+        event: `{"Records": […]}` of the stream, of changes that somebody may want to be told: the event source filters.
         context: Not used.
 
     Returns:
         `{"batchItemFailures": […]}`: the first record that failed, from which on the stream is read again.
     """
-    failed = queue.publish(event["Records"])
+    failed = changes.publish(event["Records"])
     return {"batchItemFailures": [{"itemIdentifier": failed}] if failed else []}

@@ -56,7 +56,7 @@ class AwsCalls:
     def __init__(self) -> None:
         self.made: list[str] = []
         self._error: Exception | None = None
-        for name in ("dynamodb", "s3", "sqs", "ssm", "secretsmanager", "stepfunctions"):
+        for name in ("dynamodb", "events", "s3", "sqs", "ssm", "secretsmanager", "stepfunctions"):
             client: Any = aws.client(name)
             client.meta.events.register_first("before-call", self._record)
 

@@ -30,6 +30,7 @@ _S3_ACTIONS = {
 }
 _PREFIXES = {
     "dynamodb": "dynamodb",
+    "events": "events",
     "stepfunctions": "states",
     "secretsmanager": "secretsmanager",
     "s3": "s3",

@@ -38,6 +38,8 @@ ENVIRONMENT = {
     "DELIVERIES_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/deliveries",
     "DELIVERIES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-deliveries",
     "REQUESTS_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests",
+    "EVENT_BUS_NAME": "bus",
+    "PROCESSING_EVENTS": "false",
     "QUEUE_OWNER": "queue",
     "QUEUE_SENDERS": "AROAALICE0000=alice",
     "FILE_ORIGINS": "",
@@ -90,6 +92,7 @@ def cloud(environment: None) -> Iterator[None]:
         aws.client("sqs").create_queue(QueueName="deliveries")
         aws.client("sqs").create_queue(QueueName="dead-deliveries")
         aws.client("sqs").create_queue(QueueName="dead-requests")
+        aws.client("events").create_event_bus(Name="bus")
         yield
     aws._client.cache_clear()
     aws._api_url = None

@@ -254,6 +254,7 @@ class Executed:
 # The services by boto's names, and by those of their events.
 _SERVICES = {
     "dynamodb": "dynamodb",
+    "events": "eventbridge",
     "s3": "s3",
     "secretsmanager": "secrets-manager",
     "sqs": "sqs",

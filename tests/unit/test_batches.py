@@ -595,19 +595,21 @@ def test_end_of_a_batch_is_one_event(world: World, replicate: ReplicateInMemory)
     world.end(world.run(batch)[1], replicate, "failed", error="no")
     world.finish(batch)
     found = [r for r in records() if r["dynamodb"]["Keys"] == {"pk": {"S": f"batch#{batch.id}"}, "sk": {"S": "status"}}]
-    (event,) = filter(None, map(event_of, found))
+    (event,) = filter(None, (event_of(record["dynamodb"], "outputs") for record in found))
     assert event == (
         "Batch Completed",
         {
             "version": "1",
+            "event_id": f"{batch.id}-1-completed",
             "id": batch.id,
+            "object": "batch",
             "owner": "alice",
             "status": "succeeded",
             "attempt": 1,
             "total": 2,
             "counts": {"succeeded": 0, "failed": 1, "canceled": 0, "refused": 1},
             "error": None,
-            "results": {"bucket": "outputs", "key": f"alice/batches/{batch.id}/results-1.jsonl"},
+            "results": f"s3://outputs/alice/batches/{batch.id}/results-1.jsonl",
             "created_at": batch.created_at,
             "completed_at": world.there(batch).completed_at,
         },

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from predictions import aws
+from predictions.changes import Changes
 from predictions.deliveries import (
     RETRY_SECONDS,
     RUNNING_RETRY_SECONDS,
     DeadLetters,
-    DeliveriesQueue,
     Delivery,
     UnreadableDelivery,
     deliveries_of,
@@ -215,17 +215,17 @@ class TestQueues:
             table.merge(prediction_id, told("succeeded", upstream_id=prediction_id, output="text"), clock.now())
         records = [record for record in stream() if list(deliveries_of(record))]
         assert len(records) == 3
-        queue = DeliveriesQueue.from_env()
+        changes = Changes.from_env()
         with refusing("SendMessage", "AccessDenied", lambda body: ids[1] in body["MessageBody"], service="sqs"):
-            assert queue.publish(records) == records[1]["dynamodb"]["SequenceNumber"]
+            assert changes.publish(records) == records[1]["dynamodb"]["SequenceNumber"]
         assert [message["id"] for message in waiting("deliveries")] == ids[:1]
-        assert queue.publish(records[1:]) is None
+        assert changes.publish(records[1:]) is None
 
     def test_later_of_two_at_once_waits_a_second(self, table: PredictionsTable, clock: Clock) -> None:
         prediction = put(table, clock, webhook=HOOK, webhook_events_filter=ALL)
         table.merge(prediction.id, told("processing"), clock.now())
         table.merge(prediction.id, told("succeeded"), clock.now())
-        assert DeliveriesQueue.from_env().publish(stream()) is None
+        assert Changes.from_env().publish(stream()) is None
         assert [message["event"] for message in waiting("deliveries")] == ["start"]
         queue = aws.client("sqs").get_queue_attributes(
             QueueUrl=aws.client("sqs").get_queue_url(QueueName="deliveries")["QueueUrl"],

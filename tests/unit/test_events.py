@@ -33,6 +33,7 @@ from tests.unit.apps import (
 from tests.unit.described import check_answer, operation_of
 from tests.unit.fakes import API_URL, PNG, Clock, Executed, ReplicateInMemory, Wakes, refusing
 from tests.unit.template import resources
+from tests.unit.test_changes import Bus
 from tests.unit.test_deliveries import waiting
 
 FILE = "https://replicate.delivery/xezq/abc/out-0.png"
@@ -168,8 +169,25 @@ API_FUNCTIONS = {
 PUBLISHED = {
     ("publish_changes", "start_and_output"): ["start"],
     ("publish_changes", "files_stored"): ["output"],
+    ("publish_changes", "asked"): [],
+    ("publish_changes", "asked_by_a_state_machine"): [],
+    ("publish_changes", "succeeded"): [],
+    ("publish_changes", "failed"): [],
+    ("publish_changes", "canceled"): [],
+    ("publish_changes", "deleted"): [],
 }
 """What is queued at once of what each calls for; the rest follows a second later."""
+TOLD_TO_THE_BUS = {
+    "asked": ["Prediction Started"],
+    "asked_by_a_state_machine": ["Prediction Started"],
+    "canceled": ["Prediction Canceled"],
+    "deleted": [],
+    "failed": ["Prediction Failed"],
+    "files_stored": ["Prediction Succeeded"],
+    "nothing_visible": [],
+    "start_and_output": [],
+    "succeeded": ["Prediction Succeeded"],
+}
 
 
 TAKEN = {
@@ -476,6 +494,13 @@ def test_a_sample_of_the_stream_is_queued_in_its_order(run: Run, cloud: None, fu
     assert [(message["id"], message["event"]) for message in waiting("deliveries")] == [
         (SAMPLE_ID, event) for event in PUBLISHED[function, case]
     ]
+
+
+@pytest.mark.parametrize("case", TOLD_TO_THE_BUS)
+def test_a_sample_of_the_stream_is_told_to_the_bus(run: Run, cloud: None, case: str) -> None:
+    bus = Bus()
+    assert run("publish_changes", sample("publish_changes", case)) == {"batchItemFailures": []}
+    assert bus.types == TOLD_TO_THE_BUS[case]
 
 
 def test_a_sample_of_the_stream_that_cannot_be_queued_is_read_again(run: Run, cloud: None) -> None:

@@ -16,6 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 if TYPE_CHECKING:
     from mypy_boto3_cloudformation import CloudFormationClient
     from mypy_boto3_dynamodb import DynamoDBClient
+    from mypy_boto3_events import EventBridgeClient
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_secretsmanager import SecretsManagerClient
     from mypy_boto3_sqs import SQSClient
@@ -37,6 +38,8 @@ _S3_CONFIG = _CONFIG.merge(Config(signature_version="s3v4", max_pool_connections
 
 @overload
 def client(name: Literal["dynamodb"]) -> "DynamoDBClient": ...
+@overload
+def client(name: Literal["events"]) -> "EventBridgeClient": ...
 @overload
 def client(name: Literal["s3"]) -> "S3Client": ...
 @overload

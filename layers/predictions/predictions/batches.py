@@ -286,6 +286,8 @@ class Batches:
             batch,
             {
                 "status": status,
+                # By this name the stream's reader is called for ends, and for ends only.
+                "visible": status,
                 "counts": dict(counts),
                 "results_key": results_key,
                 "completed_at": timestamp(self.now()),
@@ -305,7 +307,7 @@ class Batches:
                 "open": "open",
                 "next_check_at": int(self.now()) + _START_CHECK_SECONDS,
             },
-            remove=["stop", "stopped_before", "counts", "completed_at", "lines"],
+            remove=["stop", "stopped_before", "counts", "completed_at", "lines", "visible"],
             condition="attempt = :attempt AND attribute_not_exists(#open)",
         )
 
@@ -364,30 +366,32 @@ class Batches:
         return _batch(deserialize(answer["Attributes"]))
 
 
-def event_of(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """The event that one record of the table's stream calls for: `Batch Completed`, when an attempt has ended.
+def event_of(change: Mapping[str, Any], bucket_name: str) -> tuple[str, dict[str, Any]] | None:
+    """The event that a change of a batch calls for: `Batch Completed`, when an attempt has ended.
 
     Args:
-        record: As Lambda passes it, with the images before and after; of a batch's status item.
+        change: Of the table's stream, with the images before and after.
+        bucket_name: The outputs bucket.
 
     Returns:
         Its type and its detail; None where it calls for none.
     """
-    change = record["dynamodb"]
     new, old = (deserialize(change.get(name) or {}) for name in ("NewImage", "OldImage"))
-    if new.get("status") not in ENDED or old.get("status") in ENDED:
+    if "visible" not in new or "visible" in old:
         return None
     batch = _batch(new)
     return "Batch Completed", {
         "version": "1",
+        "event_id": f"{batch.id}-{batch.attempt}-completed",
         "id": batch.id,
+        "object": "batch",
         "owner": batch.owner,
         "status": batch.status,
         "attempt": batch.attempt,
         "total": batch.total,
         "counts": dict(batch.counts or {}),
         "error": batch.error,
-        "results": {"bucket": os.environ["OUTPUTS_BUCKET_NAME"], "key": batch.results_key},
+        "results": f"s3://{bucket_name}/{batch.results_key}",
         "created_at": batch.created_at,
         "completed_at": batch.completed_at,
     }

@@ -7,16 +7,13 @@ from the table when it is sent, by `predictions.receivers`.
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
-
-from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws import client
 from predictions.dead_letters import DeadLetterQueue
 from predictions.errors import PredictionsError
-from predictions.observability import logger
 from predictions.statuses import DEFAULT_WEBHOOK_EVENTS, Status
 
 if TYPE_CHECKING:
@@ -169,26 +166,18 @@ class DeliveriesQueue:
         """The queue of `DELIVERIES_QUEUE_URL`."""
         return cls(os.environ["DELIVERIES_QUEUE_URL"], client("sqs"))
 
-    def publish(self, records: Iterable[Mapping[str, Any]]) -> str | None:
-        """Queues what records of the stream call for. Twice: the same deliveries again, which receivers can tell.
+    def send_for(self, record: Mapping[str, Any], told: set[str]) -> None:
+        """Queues what a record of the stream calls for. Twice: the same deliveries again, which receivers can tell.
 
         Where two of one prediction come at once, the later one waits a second, so that they arrive in their order.
 
-        Returns:
-            The sequence number of the first record that failed, from which on all are to be read again; None where
-            none did.
+        Args:
+            record: As Lambda passes it.
+            told: Predictions for which this reading of the stream has queued something; what is queued is added.
         """
-        told: set[str] = set()
-        for record in records:
-            try:
-                for delivery in deliveries_of(record):
-                    self.send(delivery, delay_seconds=_ORDER_SECONDS if delivery.id in told else 0)
-                    told.add(delivery.id)
-            except (ClientError, BotoCoreError):
-                failed = str(record["dynamodb"]["SequenceNumber"])
-                logger.exception("deliveries not queued", sequence_number=failed)
-                return failed
-        return None
+        for delivery in deliveries_of(record):
+            self.send(delivery, delay_seconds=_ORDER_SECONDS if delivery.id in told else 0)
+            told.add(delivery.id)
 
     def send(self, delivery: Delivery, delay_seconds: int = 0) -> None:
         """Queues one delivery."""

@@ -692,6 +692,7 @@ class PredictionsTable:
             values["files_json"] = files_json
         else:
             self._put_payload(prediction.id, "files", files_json, prediction.expires_at)
+            values["files_json"] = ""  # there are some, in an item of their own
         closed = [] if prediction.orphans else ["open", "next_check_at"]
         ended = self._change(
             prediction.id,
@@ -734,6 +735,13 @@ class PredictionsTable:
         """The output a terminal prediction ended with, as Replicate gave it."""
         text = self._payload(prediction.id, f"result#{prediction.upstream_id}")
         return json.loads(text)["output"] if text else None
+
+    def stored_files(self, prediction: Prediction) -> Sequence[StoredFile]:
+        """Where the files of a prediction are; none before its visible end, and after its deletion."""
+        files_json = prediction.files_json
+        if files_json == "":
+            files_json = self._payload(prediction.id, "files")
+        return [StoredFile.from_item(item) for item in json.loads(files_json or "[]")]
 
     def list(
         self, owner: str, start: str | None, *, older: bool, size: int, object: str = "prediction"  # noqa: A002  # the API's word
@@ -826,6 +834,19 @@ class PredictionsTable:
             "expires_at": expires,
         }
         self._dynamodb.put_item(TableName=self._name, Item=serialize(item))
+
+    def callers(self, prediction_id: str) -> Iterator[str]:
+        """The task tokens of the states that wait for a prediction's end, read consistently.
+
+        Nothing is ever struck off: a token works once, and expires with its prediction.
+        """
+        for page in self._dynamodb.get_paginator("query").paginate(
+            TableName=self._name,
+            KeyConditionExpression="pk = :pk AND begins_with(sk, :caller)",
+            ExpressionAttributeValues=serialize({":pk": _key(prediction_id)["pk"], ":caller": "caller#"}),
+            ConsistentRead=True,
+        ):
+            yield from (str(deserialize(item)["task_token"]) for item in page["Items"])
 
     # -- schemas of models' inputs ----------------------------------------------------------------------------
 
@@ -1059,6 +1080,11 @@ def _short(value: Any) -> str | None:
 def _left_behind(error: Any) -> Mapping[str, Any]:
     item: Mapping[str, Any] = error.response["Item"]
     return item
+
+
+def read_image(image: Mapping[str, Any]) -> Prediction:
+    """A status item as the table's stream shows it."""
+    return _prediction(image)
 
 
 def _prediction(item: Mapping[str, Any]) -> Prediction:

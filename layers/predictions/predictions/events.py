@@ -1,0 +1,163 @@
+"""Events on the stack's bus: what a change of a prediction is told as, and the bus.
+
+The schema is documented in docs/events.md. It has ids, names, times and places in S3; no input, no output, no secret.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from predictions.aws import client
+from predictions.outputs import StoredFile
+from predictions.statuses import Status
+from predictions.table import Prediction
+
+if TYPE_CHECKING:
+    from mypy_boto3_events import EventBridgeClient
+    from mypy_boto3_events.type_defs import PutEventsRequestEntryTypeDef
+
+SOURCE = "replicate-serverless"
+
+VERSION = "1"
+"""Of the schema: it changes when a field goes or means something else, not when one is added."""
+
+FILES_LIMIT_BYTES = 128 * 1024
+"""What the files of an event may take: more are left out, and the event says so."""
+
+_WORDS = {
+    Status.STARTING.value: "Started",
+    Status.PROCESSING.value: "Processing",
+    Status.SUCCEEDED.value: "Succeeded",
+    Status.FAILED.value: "Failed",
+    Status.CANCELED.value: "Canceled",
+}
+
+# https://docs.aws.amazon.com/eventbridge/latest/APIReference/API_PutEvents.html: 10 entries, and 256 KB with all.
+_ENTRIES_LIMIT = 10
+_ENTRIES_LIMIT_BYTES = 240 * 1024
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event.
+
+    Attributes:
+        detail_type: What happened, such as `Prediction Succeeded`.
+        detail: The schema's fields.
+        at: When it happened, in Unix seconds.
+    """
+
+    detail_type: str
+    detail: Mapping[str, Any]
+    at: float
+
+
+def event_of_prediction(prediction: Prediction, files: Sequence[StoredFile], bucket: str, at: float) -> Event:
+    """The event of a prediction that callers now see as it is. The same change twice has the same `event_id`.
+
+    Args:
+        prediction: After the change.
+        files: Its stored files.
+        bucket: Where they are.
+        at: When it changed.
+    """
+    word = _WORDS[prediction.visible]
+    thing = prediction.object.capitalize()
+    listed, truncated = list_files(files, bucket, FILES_LIMIT_BYTES)
+    detail: dict[str, Any] = {
+        "version": VERSION,
+        "event_id": f"{prediction.id}-{word.lower()}",
+        "id": prediction.id,
+        "object": prediction.object,
+        "owner": prediction.owner,
+        "status": prediction.visible,
+        "source": prediction.source,
+        "origin": dict(prediction.origin),
+        "depth": prediction.depth,
+        "model": prediction.model or (None if prediction.deployment else prediction.name),
+        "deployment": prediction.deployment,
+        "model_version": prediction.upstream_version or prediction.version,
+        "destination": prediction.destination,
+        "upstream_id": prediction.upstream_id,
+        "created_at": prediction.created_at,
+        "started_at": prediction.started_at,
+        "completed_at": prediction.completed_at,
+        "error": prediction.error,
+        "metrics": json.loads(prediction.metrics_json) if prediction.metrics_json else None,
+        "output_files": listed,
+        "output_files_truncated": truncated,
+    }
+    return Event(f"{thing} {word}", detail, at)
+
+
+def list_files(files: Sequence[StoredFile], bucket: str, limit_bytes: int) -> tuple[list[dict[str, Any]], bool]:
+    """Stored files as events and callers are told of them, as many as fit, and whether some were left out."""
+    listed: list[dict[str, Any]] = []
+    room = limit_bytes
+    for file in files:
+        if file.error or not file.key:
+            one: dict[str, Any] = {"path": file.path, "error": file.error or "not stored"}
+        else:
+            uri = f"s3://{bucket}/{file.key}"
+            one = {"path": file.path, "uri": uri, "bytes": file.bytes, "content_type": file.content_type}
+        room -= len(json.dumps(one, ensure_ascii=False).encode()) + 2
+        if room < 0:
+            return listed, True
+        listed.append(one)
+    return listed, False
+
+
+class EventBus:
+    """The stack's event bus.
+
+    Args:
+        name: The bus.
+        eventbridge: The client to use.
+    """
+
+    def __init__(self, name: str, eventbridge: "EventBridgeClient") -> None:
+        self._name = name
+        self._events = eventbridge
+
+    @classmethod
+    def from_env(cls) -> "EventBus":
+        """The bus of `EVENT_BUS_NAME`."""
+        return cls(os.environ["EVENT_BUS_NAME"], client("events"))
+
+    def put(self, events: Sequence[Event]) -> int | None:
+        """Puts events on the bus, in as few calls as it takes.
+
+        Returns:
+            The index of the first one that the bus did not take; those before it are on the bus, and some after it
+            may be. None where it took all.
+
+        Raises:
+            ClientError: The call was refused; some of them may be on the bus.
+        """
+        entries = [self._entry(event) for event in events]
+        first = 0
+        while first < len(entries):
+            last, room = first, _ENTRIES_LIMIT_BYTES
+            while last < len(entries) and last - first < _ENTRIES_LIMIT:
+                room -= len(entries[last]["Detail"].encode()) + len(entries[last]["DetailType"]) + len(SOURCE) + 14
+                if room < 0 and last > first:
+                    break
+                last += 1
+            answer = self._events.put_events(Entries=entries[first:last])
+            for number, each in enumerate(answer["Entries"]):
+                if "ErrorCode" in each:
+                    return first + number
+            first = last
+        return None
+
+    def _entry(self, event: Event) -> "PutEventsRequestEntryTypeDef":
+        return {
+            "EventBusName": self._name,
+            "Source": SOURCE,
+            "DetailType": event.detail_type,
+            "Detail": json.dumps(event.detail, separators=(",", ":"), ensure_ascii=False),
+            "Time": datetime.fromtimestamp(event.at, UTC),
+        }
