@@ -7,11 +7,12 @@ The emulator reports every error of a function as `Runtime.HandlerError`. AWS re
 state machine catches it by that name. The class is in the traceback that the emulator keeps for the function's log.
 
 Of a Distributed Map it knows `MaxConcurrency` and `ToleratedFailurePercentage`, and not the fields that say where these
-are in the input.
+are in the input; and it checks whether a function may describe any run of a Map, not this one.
 """
 
 import functools
 import hashlib
+import json
 import re
 import tempfile
 import threading
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ministack.app import main
-from ministack.core import lambda_runtime
+from ministack.core import iam_actions, lambda_runtime
 from ministack.services import lambda_svc, stepfunctions
 
 # The last line of a traceback: `package.module.ClassName: message`.
@@ -61,6 +62,21 @@ def with_paths(run_map: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def with_map_runs(resource_of: Callable[..., str]) -> Callable[..., str]:
+    """Makes the emulator check permissions on the very run of a Map that is described."""
+
+    @functools.wraps(resource_of)
+    def arn(*args: Any, **options: Any) -> str:
+        found = resource_of(*args, **options)
+        if found == "*":
+            for value in (*args, *options.values()):
+                if isinstance(value, bytes) and b'"mapRunArn"' in value:
+                    return str(json.loads(value)["mapRunArn"])
+        return found
+
+    return arn
+
+
 class Archive(zipfile.ZipFile):
     """An archive of a function or a layer; a layer is unpacked once and linked to from then on."""
 
@@ -84,5 +100,6 @@ class Archive(zipfile.ZipFile):
 
 lambda_runtime.zipfile = types.SimpleNamespace(**{**vars(zipfile), "ZipFile": Archive})
 lambda_svc._execute_function_warm = named(lambda_svc._execute_function_warm)
+iam_actions.extract_resource_arn = with_map_runs(iam_actions.extract_resource_arn)
 stepfunctions._run_distributed_map = with_paths(stepfunctions._run_distributed_map)
 main()
