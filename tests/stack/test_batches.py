@@ -156,6 +156,5 @@ def test_two_hundred_lines_canceled_half_way_and_run_anew_are_never_twice_upstre
     times = Counter(str(create["input"].get("text") or create["input"].get("message")) for create in creates)
     assert all(times[f"line {line['n']}"] == 1 for line in first if line["status"] == "succeeded")
     assert max(times.values()) <= 2
-    assert len(creates) == sum(line["id"] is not None for line in first) + sum(
-        old["id"] != new["id"] for old, new in zip(first, second, strict=True)
-    )
+    ids = {line["id"] for line in (*first, *second) if line["id"]}
+    assert {create["webhook"].rpartition("/")[2] for create in creates} <= ids
