@@ -26,6 +26,7 @@ SECONDS = 60.0
 SECONDS_LIVE = 600.0  # a model that nobody used for a while has to start first
 # Runs each minute for the whole stack, and answers this program: neither is part of a prediction.
 NOT_COUNTED = {"sweep_predictions", "read_predictions"}
+_STREAM_SECONDS = 1.5  # the emulator reads the table's stream each second
 NOT_COUNTED_CALL = "/webhooks/default/secret"  # the sweep's, too
 SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp", "image/gif": ".gif"}
 
@@ -131,6 +132,7 @@ class _Run:
         else:
             _check(prediction["error"], "it failed without saying why")
             self._event("error", prediction["error"])
+        time.sleep(_STREAM_SECONDS)
         self._figures(prediction, seconds, self.cloud.invocations() - ran_before)
 
     def _event(self, name: str, text: str) -> None:

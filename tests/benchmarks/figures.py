@@ -301,7 +301,8 @@ class _Bench:
             if status not in ("RUNNING", "SUCCEEDED") or time.monotonic() > deadline:
                 raise BenchmarkFailed(f"{case.name}: execution {status}, terminal webhook answered: {arrived}")
             time.sleep(0.05)
-        time.sleep(0.2)  # logs and stream are written behind the answers
+        # Logs and stream are written behind the answers, and the emulator reads the stream each second.
+        time.sleep(1.7)
 
     def _states(self, item: Mapping[str, Any]) -> tuple[str, ...]:
         states = self._cloud.client("stepfunctions")

@@ -33,6 +33,7 @@ PRICES = {
     "S3 writes": Price(0.005, 1_000, "PUT, POST requests (Standard)", "https://aws.amazon.com/s3/pricing/"),
     "S3 reads": Price(0.0004, 1_000, "GET, HEAD requests (Standard)", "https://aws.amazon.com/s3/pricing/"),
     "S3 storage": Price(0.023, 1, "GB-months (Standard)", "https://aws.amazon.com/s3/pricing/"),
+    "Events": Price(1.00, 1_000_000, "events of one's own", "https://aws.amazon.com/eventbridge/pricing/"),
     "Logs": Price(0.50, 1, "GB taken in", "https://aws.amazon.com/cloudwatch/pricing/"),
     "Secrets": Price(0.05, 10_000, "API calls", "https://aws.amazon.com/secrets-manager/pricing/"),
 }  # fmt: skip

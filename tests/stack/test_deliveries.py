@@ -233,7 +233,7 @@ class TestDelivered:
         assert moments[1] - moments[0] >= 4
         assert moments[2] - moments[1] > moments[1] - moments[0]
 
-    def test_prediction_without_a_webhook_runs_no_function_for_it(
+    def test_prediction_without_a_webhook_runs_no_function_of_webhooks(
         self, cloud: LocalCloud, api: Api, wait_until: WaitUntil, replicate: LocalReplicate
     ) -> None:
         before: Counter[str] = cloud.invocations()
@@ -242,7 +242,8 @@ class TestDelivered:
         time.sleep(1.5)  # the emulator reads the stream each second
         ran = cloud.invocations() - before
         assert ran["start_prediction"] == 1
-        assert ran["publish_changes"] == ran["deliver_webhook"] == 0
+        assert ran["publish_changes"] <= 2, "for the events of its start and end, at once or one by one"
+        assert ran["deliver_webhook"] == 0
 
 
 class TestSecrets:

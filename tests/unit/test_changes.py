@@ -332,6 +332,17 @@ class TestCallers:
         table.merge(prediction.id, told("succeeded", output="x"), clock.now())
         assert {token for token, _ in news()} == {"one", "two", "three"}
 
+    @pytest.mark.parametrize("code", ["AccessDeniedException", "InvalidToken", "ValidationException"])
+    def test_strange_token_holds_up_nothing(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, code: str
+    ) -> None:
+        prediction = run(table, clock, "succeeded", output="x")
+        table.add_caller(prediction.id, "not one of ours", 1)
+        with refusing("SendTaskSuccess", code):
+            assert changes.publish(stream()) is None
+        with refusing("SendTaskSuccess", "ThrottlingException"):
+            assert changes.publish(stream()) is not None
+
     def test_state_that_comes_after_the_end_is_told_at_once(
         self, changes: Changes, table: PredictionsTable, clock: Clock, wakes: Wakes
     ) -> None:

@@ -303,11 +303,17 @@ class TestDeadRequests:
         arn = sqs.get_queue_attributes(QueueUrl=dead_url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
         redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 1})
         url = sqs.create_queue(QueueName="requests", Attributes={"RedrivePolicy": redrive})["QueueUrl"]
-        sent = sqs.send_message(QueueUrl=url, MessageBody="{}")["MessageId"]
+        written = {"sender": "AROAALICE0000", "reason": "none"}
+        sent = sqs.send_message(
+            QueueUrl=url,
+            MessageBody="{}",
+            MessageAttributes={n: {"DataType": "String", "StringValue": v} for n, v in written.items()},
+        )["MessageId"]
         for _ in range(2):
             sqs.receive_message(QueueUrl=url, VisibilityTimeout=0)
         (letter,) = look()
         assert (letter.id, letter.reason) == (sent, "start_from_queue failed each time: see its log")
+        assert letter.sender != "AROAALICE0000"
 
     @pytest.mark.parametrize("reason", ["", "a\x00b", "x" * 100_000, "\ufffe", "é\n"])
     def test_any_reason_can_be_kept(self, cloud: None, reason: str) -> None:

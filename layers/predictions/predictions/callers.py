@@ -7,33 +7,40 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from botocore.exceptions import ClientError
+
 from predictions.aws import client
+from predictions.observability import logger
 
 # https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskFailure.html
 _CAUSE_LIMIT = 32768
 
 
-def tell_success(task_token: str, result: Mapping[str, Any]) -> bool:
-    """Lets a state go on with a result; False where it no longer waits, which is no error."""
+# It timed out, was told already (these calls may come twice), or the token never was one of this account: nothing that
+# another try mends, and a strange token must not hold up what comes after it.
+_GONE = frozenset({"TaskTimedOut", "TaskDoesNotExist", "InvalidToken", "AccessDeniedException", "ValidationException"})
+
+
+def tell_success(task_token: str, result: Mapping[str, Any]) -> None:
+    """Lets a state go on with a result; one that no longer waits is no error."""
     stepfunctions = client("stepfunctions")
     try:
         stepfunctions.send_task_success(taskToken=task_token, output=json.dumps(result, separators=(",", ":")))
-    except _gone():
-        return False
-    return True
+    except ClientError as error:
+        _pass_over(error)
 
 
-def tell_failure(task_token: str, error: str, cause: str) -> bool:
-    """Fails a state with a name that it can catch; False where it no longer waits, which is no error."""
+def tell_failure(task_token: str, error: str, cause: str) -> None:
+    """Fails a state with a name that it can catch; one that no longer waits is no error."""
     stepfunctions = client("stepfunctions")
     try:
         stepfunctions.send_task_failure(taskToken=task_token, error=error, cause=cause[:_CAUSE_LIMIT])
-    except _gone():
-        return False
-    return True
+    except ClientError as refused:
+        _pass_over(refused)
 
 
-def _gone() -> tuple[type[Exception], ...]:
-    """It timed out, was told already (this call may come twice), or the token never was one."""
-    exceptions = client("stepfunctions").exceptions
-    return (exceptions.TaskTimedOut, exceptions.TaskDoesNotExist, exceptions.InvalidToken)
+def _pass_over(error: ClientError) -> None:
+    code = error.response["Error"]["Code"]
+    if code not in _GONE:
+        raise error
+    logger.info("nobody waits with this token", reason=code)

@@ -84,17 +84,15 @@ class DeadRequests:
         """All that are there. Each is hidden from another look for a while, so that none is met twice."""
         for letter in self._queue.look(hidden_seconds):
             known: Mapping[str, str] = letter.attributes
-            if letter.moved or "request_id" not in known:
-                # What its sender may have written into attributes is not ours.
-                yield DeadRequest(
-                    letter.id, letter.sender, letter.sent_at, _NO_REASON, letter.body, letter.receipt_handle
-                )
-                continue
+            # Where SQS moved it, its sender wrote the attributes. They may say which request of the same owner it
+            # repeats, and when that was; not who sent it.
+            ours = not letter.moved and "request_id" in known
+            said_at = known.get("sent_at", "")
             yield DeadRequest(
-                id=known["request_id"],
-                sender=known.get("sender", ""),
-                sent_at=int(known.get("sent_at", letter.sent_at)),
-                reason=known.get("reason", _NO_REASON),
+                id=known.get("request_id") or letter.id,
+                sender=known.get("sender", "") if ours else letter.sender,
+                sent_at=min(int(said_at), letter.sent_at) if said_at.isdecimal() else letter.sent_at,
+                reason=known.get("reason", _NO_REASON) if ours else _NO_REASON,
                 body=letter.body,
                 receipt_handle=letter.receipt_handle,
             )

@@ -113,7 +113,9 @@ def deliveries_of(record: Mapping[str, Any]) -> Iterator[Delivery]:
     change = record["dynamodb"]
     new, old = change.get("NewImage") or {}, change.get("OldImage") or {}
     due_at = int(change["ApproximateCreationDateTime"])
-    prediction_id = _text(change["Keys"], "pk").removeprefix("prediction#")
+    kind, _, prediction_id = _text(change["Keys"], "pk").partition("#")
+    if kind != "prediction":
+        return
     match _text(change["Keys"], "sk"):
         case "status":
             for event, n in _of_status(new, old):
