@@ -188,8 +188,8 @@ def _show_promise(terminal: Terminal, found: list[Figures]) -> bool:
         note(
             f"A prediction that a webhook completes enters at most {STATES} states, runs at most {FUNCTIONS} "
             f"functions, the authorizer not counted, and writes at most {WRITES} items. Each poll adds "
-            f"{STATES_PER_POLL} states, {FUNCTIONS_PER_POLL} function and {WRITES_PER_POLL} write. Here are the most of all runs, without what "
-            "their polls added."
+            f"{STATES_PER_POLL} states, {FUNCTIONS_PER_POLL} function and {WRITES_PER_POLL} write. Here are the most "
+            "of all runs, without what their polls added."
         )
     )
     rows.append(("at most", "", str(STATES), str(FUNCTIONS), str(WRITES), ""))
