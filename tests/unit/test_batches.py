@@ -16,12 +16,17 @@ from predictions.batch_results import finish
 from predictions.batches import Batch, Batches, event_of
 from predictions.errors import NoLongerWanted, Problem
 from predictions.executions import Executions
+from predictions.outputs import OutputsBucket
 from predictions.requests import Message, Requests
 from predictions.statuses import Status
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
 
 from tests.unit.fakes import Clock, Executed, ReplicateInMemory, Wakes, refusing
+from tests.unit.template import resources
+from tests.unit.test_changes import Bus
+from tests.unit.test_changes import make as make_changes
+from tests.unit.test_template import passes
 
 LLAMA: dict[str, Any] = {"model": "meta/llama", "input": {"prompt": "a fox"}}
 BAD = {"model": "meta/llama"}
@@ -583,7 +588,12 @@ def records() -> Iterator[dict[str, Any]]:
     iterator = streams.get_shard_iterator(
         StreamArn=table["LatestStreamArn"], ShardId=shard["ShardId"], ShardIteratorType="TRIM_HORIZON"
     )["ShardIterator"]
-    yield from streams.get_records(ShardIterator=iterator)["Records"]
+    for record in streams.get_records(ShardIterator=iterator)["Records"]:
+        # Lambda gives seconds.
+        record["dynamodb"]["ApproximateCreationDateTime"] = record["dynamodb"][
+            "ApproximateCreationDateTime"
+        ].timestamp()
+        yield record
 
 
 def test_end_of_a_batch_is_one_event(world: World, replicate: ReplicateInMemory) -> None:
@@ -611,3 +621,23 @@ def test_end_of_a_batch_is_one_event(world: World, replicate: ReplicateInMemory)
         },
     )
     json.dumps(event)
+
+
+def test_stream_of_a_batch_puts_its_end_on_the_bus_once_for_each_attempt(
+    world: World, outputs: OutputsBucket, replicate: ReplicateInMemory
+) -> None:
+    bus = Bus()
+    batch = world.prepared(LLAMA)
+    for _ in range(2):
+        world.end(world.run(world.there(batch)).popitem()[1], replicate, "failed", error="no")
+        world.finish(batch)
+        prepare(world.batches, batch.id, world.control.again(world.there(batch)).attempt)
+    of_batches = [record for record in records() if record["dynamodb"]["Keys"]["pk"]["S"].startswith("batch#")]
+    assert make_changes(world.table, outputs).publish(of_batches) is None
+    assert [(kind, detail["attempt"]) for kind, detail in bus.taken] == [("Batch Completed", 1), ("Batch Completed", 2)]
+    filters = resources("AWS::Lambda::EventSourceMapping")["ChangesEventSource"]["Properties"]["FilterCriteria"]
+    patterns = [json.loads(each["Pattern"]) for each in filters["Filters"] if "Pattern" in each]
+    ends = [r for r in of_batches if "visible" in r["dynamodb"].get("NewImage", {})]
+    assert ends
+    for record in ends:
+        assert any(passes(pattern, record) for pattern in patterns)
