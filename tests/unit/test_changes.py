@@ -314,7 +314,7 @@ class TestCallers:
     ) -> None:
         prediction = put(table, clock)
         table.add_caller(prediction.id, "token", 1)
-        table.merge(prediction.id, told(status, error="e" * 10_000, output="x"), clock.now())
+        table.merge(prediction.id, told(status, error="ee" + "\x01é" * 2000, output="x"), clock.now())
         for token, (name, cause) in news():
             assert (token, name) == ("token", error)
             said = json.loads(cause)
@@ -383,7 +383,7 @@ class TestCallers:
         table.add_caller(prediction.id, "token", 1)
         ended = table.merge(prediction.id, told("failed", output=[FILE]), clock.now()).prediction
         assert ended is not None
-        files = [StoredFile(path=f"/{n}", index=n, error="gone " * 50) for n in range(1000)]
+        files = [StoredFile(path=f"/{n}", index=n, error="gone\x01é" * 50) for n in range(1000)]
         table.end_copy(ended, files, clock.now())
         for _, (_, cause) in news():
             assert json.loads(cause)["output_files_truncated"] is True

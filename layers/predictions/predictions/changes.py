@@ -29,7 +29,8 @@ OUTPUT_LIMIT_BYTES = 32 * 1024
 """What the output may take in what a state machine is told: it carries 256 KiB in all, and has data of its own."""
 
 _FILES_LIMIT_BYTES = 16 * 1024
-_CAUSE_ERROR_CHARACTERS = 4000
+# However much of both has to be escaped, a cause of 32 KiB holds them whole: cut off, it were no JSON.
+_CAUSE_ERROR_CHARACTERS = 2000
 
 _ENDED = frozenset({Status.SUCCEEDED.value, Status.FAILED.value, Status.CANCELED.value})
 
@@ -162,7 +163,8 @@ class Changes:
             "output_files_truncated": truncated,
         }
         if prediction.visible != Status.SUCCEEDED:
-            cause = json.dumps(result | {"error": (prediction.error or "")[:_CAUSE_ERROR_CHARACTERS] or None})
+            error = prediction.error[:_CAUSE_ERROR_CHARACTERS] if prediction.error else None
+            cause = json.dumps(result | {"error": error}, ensure_ascii=False)
             for token in tokens:
                 tell_failure(token, f"Prediction{prediction.visible.capitalize()}", cause)
             return
@@ -175,11 +177,13 @@ class Changes:
         if prediction.deleted:
             return {"output": None}
         found = self._table.result_output(prediction)
-        places: dict[str, Any] = {file.path: None for file in self._outputs.find_files(found)}
-        for file in self._table.stored_files(prediction):
-            if file.key:
-                places[file.path] = f"s3://{self._outputs.name}/{file.key}"
-        output = replace_files(found, places)
+        stored: dict[str, str] = {
+            file.path: f"s3://{self._outputs.name}/{file.key}"
+            for file in self._table.stored_files(prediction)
+            if file.key
+        }
+        # A file that nobody copied is missing: its URL is not ours.
+        output = replace_files(found, {file.path: stored.get(file.path) for file in self._outputs.find_files(found)})
         if len(json.dumps(output, separators=(",", ":")).encode()) > OUTPUT_LIMIT_BYTES:
             return {"output_truncated": True}
         return {"output": output}
