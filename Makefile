@@ -12,7 +12,7 @@ PYTHON := $(IN)python
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo local send test lint types validate unit stack conformance bench lock clean
+.PHONY: help setup demo local send test lint types validate unit stack conformance bench batch lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ conformance: setup ## Run the official clients' flows (needs node) and write doc
 
 bench: setup ## Measure import times and the figures of a prediction
 	@$(PYTHON) -m tests.benchmarks
+
+batch: setup ## Run a batch of LINES=1000 lines on the local cloud, with its progress, and measure it
+	@$(PYTHON) -m tests.benchmarks.batch $(if $(LINES),--lines $(LINES))
 
 lock: setup ## Bring requirements/ and the layer's up to date with pyproject.toml (UPGRADE=1: newest versions)
 	@$(PYTHON) -m local.lock $(if $(UPGRADE),--upgrade)

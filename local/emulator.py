@@ -7,6 +7,8 @@ The emulator reports every error of a function as `Runtime.HandlerError`. AWS re
 state machine catches it by that name. The class is in the traceback that the emulator keeps for the function's log.
 
 It checks permissions on EventBridge's rules and on schedules by other ARNs than AWS has for them.
+Of a Distributed Map it knows `MaxConcurrency` and `ToleratedFailurePercentage`, and not the fields that say where these
+are in the input; and it checks whether a function may describe any run of a Map, not this one.
 """
 
 import functools
@@ -23,7 +25,7 @@ from typing import Any
 
 from ministack.app import main
 from ministack.core import iam_actions, lambda_runtime
-from ministack.services import lambda_svc
+from ministack.services import lambda_svc, stepfunctions
 
 # The last line of a traceback: `package.module.ClassName: message`.
 RAISED = re.compile(r"^(?:[\w.]+\.)?(\w+)(?::|$)", re.MULTILINE | re.ASCII)
@@ -44,6 +46,36 @@ def named(execute: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
         return result
 
     return run
+
+
+def with_paths(run_map: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the emulator's Distributed Map take its numbers from the input."""
+
+    @functools.wraps(run_map)
+    def run(state: dict[str, Any], raw_input: Any, effective: Any, *others: Any) -> Any:
+        numbers = {
+            name: stepfunctions._resolve_path_or_ctx(state[f"{name}Path"], effective, None)
+            for name in ("MaxConcurrency", "ToleratedFailurePercentage")
+            if f"{name}Path" in state
+        }
+        return run_map({**state, **numbers}, raw_input, effective, *others)
+
+    return run
+
+
+def with_map_runs(resource_of: Callable[..., str]) -> Callable[..., str]:
+    """Makes the emulator check permissions on the very run of a Map that is described."""
+
+    @functools.wraps(resource_of)
+    def arn(*args: Any, **options: Any) -> str:
+        found = resource_of(*args, **options)
+        if found == "*":
+            for value in (*args, *options.values()):
+                if isinstance(value, bytes) and b'"mapRunArn"' in value:
+                    return str(json.loads(value)["mapRunArn"])
+        return found
+
+    return arn
 
 
 class Archive(zipfile.ZipFile):
@@ -96,4 +128,6 @@ def addressed(find: Callable[..., str]) -> Callable[..., str]:
 iam_actions.extract_resource_arn = addressed(iam_actions.extract_resource_arn)
 lambda_runtime.zipfile = types.SimpleNamespace(**{**vars(zipfile), "ZipFile": Archive})
 lambda_svc._execute_function_warm = named(lambda_svc._execute_function_warm)
+iam_actions.extract_resource_arn = with_map_runs(iam_actions.extract_resource_arn)
+stepfunctions._run_distributed_map = with_paths(stepfunctions._run_distributed_map)
 main()

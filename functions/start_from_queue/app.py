@@ -7,7 +7,7 @@ from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, pro
 from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
 from predictions.callers import tell_failure
 from predictions.dead_requests import DeadRequests
-from predictions.errors import PredictionsError
+from predictions.errors import NoLongerWanted, PredictionsError
 from predictions.observability import MetricUnit, handler_of, logger, metrics
 from predictions.requests import Message, RequestRefused, Requests, task_token_of
 
@@ -57,6 +57,10 @@ def _take(message: Message) -> None:
         dead_requests.bury(message, reason)
         if task_token := task_token_of(message.body):
             tell_failure(task_token, "RequestRefused", reason)
+    except NoLongerWanted as gone:
+        logger.info("request no longer wanted")
+        if task_token := task_token_of(message.body):
+            tell_failure(task_token, "RequestNoLongerWanted", str(gone))
     except Exception:
         # SQS has it come again; the processor keeps the error to itself.
         logger.exception("request not started")

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
+from predictions.batch_control import BatchControl
 from predictions.observability import MetricUnit, handler_of, logger, metrics
 from predictions.pipeline_progress import PipelineExecutions
 from predictions.submissions import Submissions
@@ -11,12 +12,13 @@ from predictions.upstream import UpstreamError
 from predictions.webhooks import SigningSecrets, SigningSecretUnavailable
 
 SWEEP_LIMIT = 1000
-"""The most predictions one sweep looks at; the next one, a minute later, goes on."""
+"""The most items one sweep looks at; the next one, a minute later, goes on."""
 
 SECRET_REFRESH_SECONDS = 600
 
 submissions = Submissions.from_env()
 pipeline_executions = PipelineExecutions.from_env()
+batch_control = BatchControl.from_env()
 secrets = SigningSecrets.from_env()
 _refreshed_at = 0.0
 
@@ -30,13 +32,19 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:  # noqa: ARG
         context: Tells how long the function may still run.
 
     Returns:
-        `{"found": …}`, how many predictions and pipelines stood still.
+        `{"found": …}`, how many predictions, pipelines and batches stood still.
     """
     _refresh_signing_secret()
+
+    def remaining_seconds() -> float:
+        milliseconds: int = context.get_remaining_time_in_millis()
+        return milliseconds / 1000
+
+    def sweep_batch(batch_id: str) -> None:
+        batch_control.sweep_one(batch_id, submissions, remaining_seconds)
+
     found = submissions.sweep(
-        SWEEP_LIMIT,
-        lambda: context.get_remaining_time_in_millis() / 1000,
-        {"pipeline": pipeline_executions.restart},
+        SWEEP_LIMIT, remaining_seconds, {"batch": sweep_batch, "pipeline": pipeline_executions.restart}
     )
     metrics.add_metric(name="SweepFound", unit=MetricUnit.Count, value=found)
     return {"found": found}

@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "STATE_MACHINE_ARN": "arn:aws:states:us-east-1:123456789012:stateMachine:track-prediction",
     "PIPELINE_STATE_MACHINE_ARN": "arn:aws:states:us-east-1:123456789012:stateMachine:run-pipeline",
     "REQUESTS_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/requests",
+    "BATCH_STATE_MACHINE_ARN": "arn:aws:states:us-east-1:123456789012:stateMachine:run-batch",
     "API_URL_PARAMETER": "/replicate-serverless/api_url",
     "REPLICATE_API_URL": ReplicateInMemory.URL,
     "REPLICATE_TOKEN_SECRET_ARN": "replicate-token",

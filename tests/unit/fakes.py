@@ -225,13 +225,18 @@ def accept_then(error: type[httpx.HTTPError] | int) -> Answer:
 
 
 class Executed:
-    """A state machine whose executions only exist: moto starts, describes and stops them."""
+    """State machines whose executions only exist: moto starts, describes and stops them."""
 
     def __init__(self, name: str = "track-prediction") -> None:
         self.machine_arn: str = aws.client("stepfunctions").create_state_machine(
             name=name,
             definition=json.dumps({"StartAt": "End", "States": {"End": {"Type": "Succeed"}}}),
             roleArn="arn:aws:iam::123456789012:role/track",
+        )["stateMachineArn"]
+        self.batch_machine_arn: str = aws.client("stepfunctions").create_state_machine(
+            name="run-batch",
+            definition=json.dumps({"StartAt": "End", "States": {"End": {"Type": "Succeed"}}}),
+            roleArn="arn:aws:iam::123456789012:role/run",
         )["stateMachineArn"]
 
     @property

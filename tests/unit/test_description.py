@@ -176,6 +176,11 @@ def test_what_replicate_does_not_have_is_marked() -> None:
         ("GET", "/recipes/{name}"),
         ("PUT", "/recipes/{name}"),
         ("DELETE", "/recipes/{name}"),
+        ("POST", "/batches"),
+        ("GET", "/batches"),
+        ("GET", "/batches/{id}"),
+        ("POST", "/batches/{id}/cancel"),
+        ("POST", "/batches/{id}/retry"),
     }
     parameters = document()["components"]["parameters"]
     assert {name for name, each in parameters.items() if each.get("x-added")} == {"IdempotencyKey", "RetryCount"}

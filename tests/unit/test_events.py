@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,6 +10,8 @@ import httpx
 import pytest
 from predictions import aws
 from predictions.api import Presenter
+from predictions.batch_control import BatchControl
+from predictions.batches import Batch, Batches
 from predictions.dead_requests import DeadRequests
 from predictions.deliveries import Delivery
 from predictions.executions import Executions
@@ -48,6 +51,11 @@ from tests.unit.template import resources
 from tests.unit.test_changes import Bus
 from tests.unit.test_deliveries import waiting
 
+SAMPLE_BATCH_ID = "qm4tz7wv2xk5c3n6hbr8yjdp2a"
+BATCH_LINE: dict[str, Any] = {
+    "model": "black-forest-labs/flux-schnell",
+    "input": {"prompt": "a red fox in the snow"},
+}
 FILE = "https://replicate.delivery/xezq/abc/out-0.png"
 
 REFUSED = {
@@ -95,6 +103,11 @@ REFUSED = {
     ("manage_recipes", "refused_placeholder"): (422, ["input.prompt"]),
     ("manage_recipes", "refused_prefix"): (422, ["s3.prefix"]),
     ("manage_recipes", "refused_two_sources"): (422, ["schedule"]),
+    ("manage_batches", "refused_without_scope"): (403, []),
+    ("manage_batches", "refused_unknown_field"): (422, ["owner"]),
+    ("manage_batches", "refused_other_owners_manifest"): (422, ["manifest"]),
+    ("manage_batches", "refused_csv_without_template"): (422, ["template"]),
+    ("manage_batches", "refused_cursor"): (422, ["cursor"]),
 }
 """Refused for what the request itself says: status and fields."""
 
@@ -122,6 +135,7 @@ REFUSED_BY_WHAT_IS_THERE = {
     ("receive_webhook", "refused_forged"): 401,
     ("receive_webhook", "refused_unsigned"): 401,
     ("receive_webhook", "refused_altered"): 401,
+    ("manage_batches", "refused_unknown"): 404,
 }
 ANSWERED = {
     ("start_prediction", "version"): 201,
@@ -156,6 +170,8 @@ ANSWERED = {
     ("manage_recipes", "put_event"): 201,
     ("give_secret", "secret"): 200,
     ("describe_api", "document"): 200,
+    ("manage_batches", "create"): 201,
+    ("manage_batches", "list"): 200,
 }
 FORWARDED = {
     ("call_replicate", "account"): 200,
@@ -210,6 +226,7 @@ API_FUNCTIONS = {
     "cancel_prediction",
     "describe_api",
     "give_secret",
+    "manage_batches",
     "manage_pipelines",
     "manage_recipes",
     "read_predictions",
@@ -264,8 +281,20 @@ BURIED = {
     ("start_from_queue", "refused_with_token"): "input: This field is required.",
     ("start_from_queue", "refused_task_token"): "task_token: ",
     ("start_from_queue", "refused_step_of_no_pipeline"): "pipeline_id: there is no pipeline",
+    ("start_from_queue", "refused_unknown_batch"): "There is no such batch.",
 }
 """Kept in the dead-letter queue, with this reason."""
+
+
+OF_A_BATCH = {
+    ("manage_batches", "one"),
+    ("manage_batches", "cancel"),
+    ("manage_batches", "refused_retry_open"),
+    ("prepare_batch", "execution"),
+    ("finish_batch", "execution"),
+    ("start_from_queue", "batch_line"),
+}
+"""Of the batch with `SAMPLE_BATCH_ID`: gone through in one test."""
 
 
 Run = Callable[..., Any]
@@ -280,7 +309,7 @@ def test_every_sample_has_its_expected_outcome() -> None:
         (path.parent.name, path.stem) for path in EVENTS.glob("*/*.json") if path.parent.name != "authorize_request"
     }
     answered = ANSWERED.keys() | FORWARDED.keys()
-    of_queues = RUN_JOBS.keys() | TAKEN.keys() | BURIED.keys() | RUN | PUBLISHED.keys()
+    of_queues = RUN_JOBS.keys() | TAKEN.keys() | BURIED.keys() | RUN | PUBLISHED.keys() | OF_A_BATCH
     assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | answered | of_queues
 
 
@@ -643,6 +672,51 @@ def test_a_sample_of_the_stream_that_cannot_be_queued_is_read_again(run: Run, cl
     with refusing("SendMessage", "AccessDenied", service="sqs"):
         failed = run("publish_changes", event)["batchItemFailures"]
     assert failed == [{"itemIdentifier": event["Records"][0]["dynamodb"]["SequenceNumber"]}]
+
+
+@pytest.fixture
+def batch(cloud: None, executed: Executed, clock: Clock) -> Batch:
+    """The batch of the samples, of one line, as it is when its execution begins."""
+    batches = Batches("predictions", "outputs", now=clock.now)
+    made = BatchControl(batches, executed.batch_machine_arn, "inputs", 86400, aws.client("stepfunctions")).make(
+        json.dumps({"requests": [BATCH_LINE]}).encode(), {}, "alice"
+    )
+    return batches.write_down(replace(made, id=SAMPLE_BATCH_ID))
+
+
+def test_the_samples_of_a_batch_run_it_to_its_end(
+    run: Run, batch: Batch, executed: Executed, replicate: ReplicateInMemory
+) -> None:
+    def shown(case: str) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(run("manage_batches", sample("manage_batches", case))["body"])
+        return answer
+
+    assert shown("one")["status"] == "preparing"
+    assert run("prepare_batch", sample("prepare_batch", "execution"))["lines"] == 1
+    assert run("start_from_queue", sample("start_from_queue", "batch_line")) == {"batchItemFailures": []}
+    (name,) = executed.inputs
+    assert run("submit_prediction", {"id": name.removesuffix("-1")}) == {}
+    assert [create["input"] for create in replicate.creates] == [BATCH_LINE["input"]]
+    assert run("finish_batch", sample("finish_batch", "execution"))["open"] == 1
+    replicate.finish(next(iter(replicate.predictions)), output="A fox.")
+    assert run("poll_prediction", {"id": name.removesuffix("-1")}) == {}
+    assert shown("refused_retry_open")["status"] == 409
+    assert run("finish_batch", sample("finish_batch", "execution"))["open"] == 0
+    ended = shown("one")
+    assert (ended["status"], ended["counts"]["succeeded"]) == ("succeeded", 1)
+    assert ended["results"]["uri"].startswith("s3://outputs/alice/batches/")
+
+
+def test_the_samples_of_a_batch_that_is_canceled_start_nothing_and_tell_the_state_that_waits(
+    run: Run, batch: Batch, executed: Executed, wakes: Wakes
+) -> None:
+    answer = run("manage_batches", sample("manage_batches", "cancel"))
+    assert json.loads(answer["body"])["cancel_requested"] is True
+    run("prepare_batch", sample("prepare_batch", "execution"))
+    assert run("start_from_queue", sample("start_from_queue", "batch_line")) == {"batchItemFailures": []}
+    assert executed.inputs == {}
+    assert wakes.told == [("AQCEAAAAKgAAAAMAAAAAAAAAAline", ("RequestNoLongerWanted", "The batch was canceled."))]
+    assert list(DeadRequests.from_env().look(30)) == []
 
 
 def test_the_sample_of_the_secret_gives_the_owners_own(run: Run, cloud: None) -> None:

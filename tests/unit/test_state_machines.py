@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from predictions import errors
+from predictions.intents import LIFETIME_LIMIT_SECONDS
 from predictions.pipeline_api import LIFETIME_SECONDS
 from predictions.pipeline_definition import FAN_OUTS_LIMIT, ITEMS_LIMIT, STEPS_LIMIT
 
@@ -19,6 +20,9 @@ PLACEHOLDER = re.compile(r"\$\{(\w+)\}")
 # https://docs.aws.amazon.com/step-functions/latest/dg/concepts-error-handling.html
 AWS_ERRORS = {
     "States.Timeout",
+    "States.ExceedToleratedFailureThreshold",
+    "SQS.AmazonSQSException",
+    "SQS.SdkClientException",
     "Sandbox.Timedout",
     *(
         f"Lambda.{name}"
@@ -46,6 +50,18 @@ AWS_ERRORS = {
 ACTIONS = {
     "lambda:invoke": "lambda:InvokeFunction",
     "aws-sdk:dynamodb:updateItem.waitForTaskToken": "dynamodb:UpdateItem",
+    "sqs:sendMessage.waitForTaskToken": "sqs:SendMessage",
+}
+# What a Distributed Map does by itself: reads items, writes results, starts children and looks after them.
+# https://docs.aws.amazon.com/step-functions/latest/dg/iam-policies-eg-dist-map.html
+DISTRIBUTED_MAP_ACTIONS = {
+    "s3:GetObject",
+    "s3:PutObject",
+    "s3:ListMultipartUploadParts",
+    "s3:AbortMultipartUpload",
+    "states:StartExecution",
+    "states:DescribeExecution",
+    "states:StopExecution",
 }
 
 
@@ -73,6 +89,25 @@ def definition_of(path: Path) -> dict[str, Any]:
     return definition
 
 
+def graphs(definition: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A machine, and those that its Maps run for each item: each has `StartAt` and `States` of its own."""
+    yield definition
+    for state in definition["States"].values():
+        if state["Type"] == "Map":
+            yield from graphs(state["ItemProcessor"])
+
+
+def states_of(path: Path) -> dict[str, dict[str, Any]]:
+    """All states of a machine, those inside its Maps too."""
+    return {name: state for graph in graphs(definition_of(path)) for name, state in graph["States"].items()}
+
+
+def arguments(state: dict[str, Any]) -> dict[str, Any]:
+    """What a task is given, in JSONata or JSONPath."""
+    given: dict[str, Any] = state.get("Arguments") or state["Parameters"]
+    return given
+
+
 def targets(state: dict[str, Any]) -> list[str]:
     found = [state.get("Next"), state.get("Default")]
     found += [branch["Next"] for branch in (*state.get("Choices", []), *state.get("Catch", []))]
@@ -98,12 +133,14 @@ def expressions(value: Any) -> Iterator[str]:
 CASES = [
     pytest.param(path, name, state, id=f"{path.name.removesuffix('.asl.json')}-{name}")
     for path in MACHINES
-    for name, state in definition_of(path)["States"].items()
+    for name, state in states_of(path).items()
 ]
+JSONATA = [case for case in CASES if definition_of(case.values[0])["QueryLanguage"] == "JSONata"]  # type: ignore[arg-type]  # the path
 TASKS = [case for case in CASES if case.values[2]["Type"] == "Task"]  # type: ignore[index]  # the state
 
 every_machine = pytest.mark.parametrize("path", MACHINES, ids=lambda path: path.name)
 every_state = pytest.mark.parametrize(("path", "name", "state"), CASES)
+every_jsonata_state = pytest.mark.parametrize(("path", "name", "state"), JSONATA)
 every_task = pytest.mark.parametrize(("path", "name", "state"), TASKS)
 
 
@@ -122,7 +159,7 @@ def test_error_that_is_caught_or_retried_exists(path: Path, name: str, state: di
             assert issubclass(getattr(errors, error), errors.PredictionsError)
 
 
-@every_state
+@every_jsonata_state
 def test_state_carries_ids_and_waiting_times_only(path: Path, name: str, state: dict[str, Any]) -> None:
     outputs = [
         state.get("Output"),
@@ -140,38 +177,41 @@ def test_state_carries_ids_and_waiting_times_only(path: Path, name: str, state: 
 
 
 @every_machine
-def test_definition_is_a_jsonata_machine_that_the_template_deploys(path: Path) -> None:
+def test_definition_is_a_machine_in_one_language_that_the_template_deploys(path: Path) -> None:
     definition = definition_of(path)
-    assert definition["QueryLanguage"] == "JSONata"
+    # The local cloud does not evaluate JSONata in the ItemReader of a Distributed Map.
+    reads_items = any("ItemReader" in state for state in definition["States"].values())
+    assert definition["QueryLanguage"] == ("JSONPath" if reads_items else "JSONata")
     assert resource_of(path)[1]["Type"] == "STANDARD"  # Express machines end after five minutes and wait for no token
-    assert not [state for state in definition["States"].values() if "QueryLanguage" in state]
+    assert not [state for state in states_of(path).values() if "QueryLanguage" in state]
 
 
 @every_machine
 def test_every_target_exists_and_every_state_is_reached(path: Path) -> None:
-    definition = definition_of(path)
-    states = definition["States"]
-    reached: set[str] = set()
-    waiting = [definition["StartAt"]]
-    while waiting:
-        name = waiting.pop()
-        assert name in states
-        if name not in reached:
-            reached.add(name)
-            waiting += targets(states[name])
-    assert reached == states.keys()
+    for graph in graphs(definition_of(path)):
+        states = graph["States"]
+        reached: set[str] = set()
+        waiting = [graph["StartAt"]]
+        while waiting:
+            name = waiting.pop()
+            assert name in states
+            if name not in reached:
+                reached.add(name)
+                waiting += targets(states[name])
+        assert reached == states.keys()
 
 
 @every_machine
 def test_every_state_can_come_to_an_end(path: Path) -> None:
-    states = definition_of(path)["States"]
-    ending = {name for name, state in states.items() if state.get("End") or state["Type"] in ("Succeed", "Fail")}
-    grown = True
-    while grown:
-        more = {name for name, state in states.items() if ending & set(targets(state))} - ending
-        ending |= more
-        grown = bool(more)
-    assert ending == states.keys()
+    for graph in graphs(definition_of(path)):
+        states = graph["States"]
+        ending = {name for name, state in states.items() if state.get("End") or state["Type"] in ("Succeed", "Fail")}
+        grown = True
+        while grown:
+            more = {name for name, state in states.items() if ending & set(targets(state))} - ending
+            ending |= more
+            grown = bool(more)
+        assert ending == states.keys()
 
 
 @every_machine
@@ -190,7 +230,7 @@ def test_task_ends_by_itself(path: Path, name: str, state: dict[str, Any]) -> No
 def test_task_allows_its_function_to_use_all_its_time(path: Path, name: str, state: dict[str, Any]) -> None:
     if state["Resource"].endswith(":lambda:invoke"):
         function = load_template()["Resources"][f"{name}Function"]["Properties"]
-        assert state["Arguments"]["FunctionName"] == f"{{{name}FunctionArn}}"
+        assert arguments(state)["FunctionName"] == f"{{{name}FunctionArn}}"
         assert function["Timeout"] < state["TimeoutSeconds"] <= function["Timeout"] + 60
         substitutions = resource_of(path)[1]["DefinitionSubstitutions"]
         assert substitutions[f"{name}FunctionArn"] == {"Fn::GetAtt": [f"{name}Function", "Arn"]}
@@ -201,9 +241,9 @@ def test_role_may_do_what_the_task_does(path: Path, name: str, state: dict[str, 
     machine, properties = resource_of(path)
     action = ACTIONS[state["Resource"].partition(":states:::")[2]]
     granted = [each for each in statements(machine) if action in listed(each["Action"])]
-    used = state["Arguments"].get("FunctionName") or state["Arguments"]["TableName"]
+    (used,) = [arguments(state)[key] for key in ("FunctionName", "TableName", "QueueUrl") if key in arguments(state)]
     substituted = properties["DefinitionSubstitutions"][used.strip("{}")]
-    # A table is named in the machine and given by its ARN in the role.
+    # A table or a queue is named in the machine and given by its ARN in the role.
     wanted = {"Fn::GetAtt": [substituted["Ref"], "Arn"]} if "Ref" in substituted else substituted
     assert any(wanted in listed(each["Resource"]) for each in granted)
 
@@ -211,8 +251,10 @@ def test_role_may_do_what_the_task_does(path: Path, name: str, state: dict[str, 
 @every_machine
 def test_role_may_do_nothing_that_no_task_does(path: Path) -> None:
     machine, _ = resource_of(path)
-    states = definition_of(path)["States"].values()
+    states = states_of(path).values()
     needed = {ACTIONS[state["Resource"].partition(":states:::")[2]] for state in states if state["Type"] == "Task"}
+    if any(state["Type"] == "Map" for state in states):
+        needed |= DISTRIBUTED_MAP_ACTIONS
     allowed = {action for statement in statements(machine) for action in listed(statement["Action"])}
     # What Step Functions itself does with logs and traces.
     assert {action for action in allowed if not action.startswith(("logs:", "xray:"))} == needed
@@ -361,3 +403,51 @@ def test_history_holds_the_largest_pipeline_that_takes_as_long_as_it_may(pipelin
     predictions = (STEPS_LIMIT - FAN_OUTS_LIMIT) + FAN_OUTS_LIMIT * ITEMS_LIMIT
     polls = LIFETIME_SECONDS // pipeline_states["AwaitStep"]["TimeoutSeconds"]
     assert (predictions + polls) * events_of_a_turn < 25_000
+
+
+# -- run_batch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch() -> dict[str, Any]:
+    return states_of(ROOT / "statemachine/run_batch.asl.json")
+
+
+def test_lines_are_counted_by_their_children_and_hand_nothing_on(batch: dict[str, Any]) -> None:
+    lines = batch["RunLines"]
+    assert lines["ItemProcessor"]["ProcessorConfig"] == {"Mode": "DISTRIBUTED", "ExecutionType": "STANDARD"}
+    # However many lines there are: the children's results are `{}` in an object, and the state's own is dropped.
+    assert (batch["RunLine"]["OutputPath"], lines["ResultPath"]) == (None, None)
+    assert lines["ResultWriter"]["Parameters"] == {"Bucket": "{OutputsBucketName}", "Prefix": "payloads/batches/runs"}
+    assert all(rule["ResultPath"] is None for rule in lines["Catch"])
+
+
+def test_line_is_sent_by_numbers_only_and_with_its_token(batch: dict[str, Any]) -> None:
+    message = batch["RunLine"]["Parameters"]["MessageBody"]
+    assert message.keys() == {f"{name}.$" for name in ("batch_id", "attempt", "n", "offset", "length", "task_token")}
+    assert message["task_token.$"] == "$$.Task.Token"
+
+
+def test_line_is_waited_for_longer_than_its_prediction_can_take(batch: dict[str, Any]) -> None:
+    assert batch["RunLine"]["TimeoutSeconds"] >= 2 * LIFETIME_LIMIT_SECONDS + 24 * 3600
+
+
+def test_batch_with_too_many_failing_lines_is_finished_too(batch: dict[str, Any]) -> None:
+    assert caught(batch["RunLines"], "States.ExceedToleratedFailureThreshold") == "LinesExceeded"
+    assert batch["LinesExceeded"]["Parameters"]["exceeded"] is True
+    assert batch["LinesExceeded"]["Next"] == batch["LinesDone"]["Next"] == "FinishBatch"
+
+
+def test_distributed_map_may_start_its_own_machine_only() -> None:
+    machine = load_template()["Resources"]["RunBatchStateMachine"]["Properties"]["Name"]["Fn::Sub"]
+    on_machines = [each["Resource"]["Fn::Sub"] for each in statements("RunBatchStateMachine") if "states:" in str(each)]
+    prefix = "arn:${AWS::Partition}:states:${AWS::Region}:${AWS::AccountId}"
+    assert on_machines == [f"{prefix}:stateMachine:{machine}", f"{prefix}:execution:{machine}/*"]
+
+
+def test_functions_of_a_batch_are_given_ids_and_numbers_only(batch: dict[str, Any]) -> None:
+    payloads = {name: batch[name]["Parameters"]["Payload"].keys() for name in ("PrepareBatch", "FinishBatch")}
+    assert payloads == {
+        "PrepareBatch": {"id.$", "attempt.$"},
+        "FinishBatch": {"id.$", "attempt.$", "exceeded.$", "lap.$"},
+    }

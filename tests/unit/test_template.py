@@ -108,6 +108,8 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
         "ManagePipelinesFunction",
         # It cancels the predictions of a canceled pipeline.
         "AdvancePipelineFunction",
+        # Cancels the lines of a batch.
+        "ManageBatchesFunction",
     }
     assert {name for name in FUNCTIONS if "REPLICATE_TOKEN_SECRET_ARN" in variables(name)} == readers
 
@@ -151,7 +153,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
     table = {"Fn::GetAtt": ["PredictionsTable", "Arn"]}
     for name in [*FUNCTIONS, *MACHINES]:
         on_table = [each for each in statements(name) if table in listed(each["Resource"])]
-        assert on_table or name == "DescribeApiFunction"
+        assert on_table or name in ("DescribeApiFunction", "RunBatchStateMachine")
         for statement in on_table:
             (operator,) = statement["Condition"]
             keys = statement["Condition"][operator]["dynamodb:LeadingKeys"]
@@ -171,6 +173,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                     "file#*",
                     "recipe#*",
                     "pipeline#*",
+                    "batch#*",
                 }
 
 
@@ -194,7 +197,7 @@ def test_nothing_is_ever_deleted_by_a_function_but_what_its_owner_deletes(name: 
     if name in ("CancelPredictionFunction", "SweepPredictionsFunction"):
         # The route that deletes a prediction's data, and the sweep that finishes what it began.
         on_table, on_bucket = deleting
-        assert on_table["Condition"]["ForAllValues:StringLike"] == {"dynamodb:LeadingKeys": ["prediction#*"]}
+        assert "prediction#*" in on_table["Condition"]["ForAllValues:StringLike"]["dynamodb:LeadingKeys"]
         assert on_bucket["Resource"] == {"Fn::Sub": "${OutputsBucket.Arn}/*"}
         return
     if name == "ManageRecipesFunction":
@@ -495,6 +498,11 @@ def test_api_has_exactly_these_routes() -> None:
         ("GET", "/pipelines"): "ManagePipelinesFunction",
         ("GET", "/pipelines/{id}"): "ManagePipelinesFunction",
         ("POST", "/pipelines/{id}/cancel"): "ManagePipelinesFunction",
+        ("POST", "/batches"): "ManageBatchesFunction",
+        ("GET", "/batches"): "ManageBatchesFunction",
+        ("GET", "/batches/{id}"): "ManageBatchesFunction",
+        ("POST", "/batches/{id}/cancel"): "ManageBatchesFunction",
+        ("POST", "/batches/{id}/retry"): "ManageBatchesFunction",
     }
 
 
@@ -835,6 +843,7 @@ def test_names_that_replace_references_agree() -> None:
     machines = {
         "STATE_MACHINE_ARN": load_template()["Resources"]["TrackPredictionStateMachine"]["Properties"]["Name"],
         "PIPELINE_STATE_MACHINE_ARN": load_template()["Resources"]["RunPipelineStateMachine"]["Properties"]["Name"],
+        "BATCH_STATE_MACHINE_ARN": load_template()["Resources"]["RunBatchStateMachine"]["Properties"]["Name"],
     }
     parameter = load_template()["Resources"]["ApiUrlParameter"]["Properties"]["Name"]
     prefix = "arn:${AWS::Partition}:states:${AWS::Region}:${AWS::AccountId}"
@@ -856,6 +865,7 @@ def test_names_that_replace_references_agree() -> None:
                         for arn in (
                             f"{prefix}:stateMachine:{machine['Fn::Sub']}",
                             f"{prefix}:execution:{machine['Fn::Sub']}:*",
+                            f"{prefix}:mapRun:{machine['Fn::Sub']}/*",
                         )
                     }
                 if ":ssm:" in text(resource):

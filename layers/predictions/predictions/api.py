@@ -248,6 +248,10 @@ class Presenter:
                 shown["error"] = f"The output with its {len(whole.files)} files is too large for an answer."
         return shown
 
+    def link(self, key: str) -> str:
+        """A URL of an object in the outputs bucket, which works for a while."""
+        return self._url(key)
+
     def show_page(self, page: Page) -> "ShownPage":
         """As many predictions of a page as one answer carries, but at least one, from its start on."""
         results: list[dict[str, Any]] = []

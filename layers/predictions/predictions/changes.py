@@ -3,7 +3,7 @@
 - Webhooks to callers, as deliveries in a queue: `predictions.deliveries`.
 - Events on the stack's bus: `predictions.events`.
 - The end, for state machines of others that wait for it: `predictions.callers`.
-- What batches and pipelines do at the end of what they started: `_ended`.
+- What pipelines do at the end of what they started: `_ended`. A batch's lines have callers: its state machine.
 
 Stream records come at least once, and in the order of an item's changes. Each of these is the same for a record that
 comes twice, or can be told to be: deliveries and events have ids, a task token works once, and a hook has to look.
@@ -122,7 +122,8 @@ class Changes:
 
                 if told := event_of(record):
                     return Event(*told, at=float(change["ApproximateCreationDateTime"]))
-        # Here come the items of batches: their module knows the events of their changes.
+            case "batch" if sk == "status":
+                return self._batch_changed(change)
         return None
 
     def _status_changed(self, change: Mapping[str, Any]) -> Event | None:
@@ -138,6 +139,12 @@ class Changes:
         at = float(change["ApproximateCreationDateTime"])
         return event_of_prediction(after, self._table.stored_files(after), self._outputs.name, at)
 
+    def _batch_changed(self, change: Mapping[str, Any]) -> Event | None:
+        from predictions.batches import event_of  # the stream of a stack without batches never needs it
+
+        told = event_of(change, self._outputs.name)
+        return Event(*told, at=float(change["ApproximateCreationDateTime"])) if told else None
+
     def _ended(self, prediction: Prediction) -> None:
         """The visible end: whoever waits for it is told."""
         if tokens := list(self._table.callers(prediction.id)):
@@ -146,7 +153,6 @@ class Changes:
             from predictions.pipelines import prediction_ended  # with the first step of a pipeline
 
             prediction_ended(prediction.id, prediction.origin, prediction.visible)
-        # Here come batches, by what `prediction.origin` names.
 
     def _caller_came(self, prediction_id: str, token: str) -> None:
         prediction = self._table.get(prediction_id)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from predictions.batch_body import BatchBody
 from predictions.file_uploads import UploadBody
 from predictions.intents import PredictionBody, TrainingBody
 from predictions.pipeline_definition import STEPS_LIMIT, PipelineBody, StepBody
@@ -236,6 +237,33 @@ OWN: tuple[Operation, ...] = (
         302,
         parameters=("LinkOwner", "LinkExpiry", "LinkSignature"),
         headers=("Location",),
+    ),
+    Operation(
+        "POST",
+        "/batches",
+        "batches.create",
+        "Run many requests, from the body or from a manifest in the inputs bucket",
+        answer="Batch",
+        body="BatchBody",
+        parameters=("IdempotencyKey",),
+        headers=("Location",),
+        added=True,
+        **_CREATE,
+    ),
+    Operation("GET", "/batches", "batches.list", "List batches", answer="BatchPage", added=True, **_PAGE),
+    Operation("GET", "/batches/{id}", "batches.get", "Get a batch", "read", answer="Batch", added=True),
+    Operation(
+        "POST", "/batches/{id}/cancel", "batches.cancel", "Cancel a batch", "predict", answer="Batch", added=True
+    ),
+    Operation(
+        "POST",
+        "/batches/{id}/retry",
+        "batches.retry",
+        "Run the lines anew that failed or were canceled, in a batch that has ended",
+        "predict",
+        answer="Batch",
+        refusals=(409,),
+        added=True,
     ),
     Operation(
         "GET",
@@ -748,6 +776,32 @@ _SCHEMAS: dict[str, Schema] = {
     ),
     "PipelinePage": _page("ListedPipeline"),
     "ListedPipeline": _object(_PIPELINE),
+    "Batch": _object(
+        {
+            "id": _ID,
+            "status": {"type": "string", "enum": ["preparing", "running", "succeeded", "failed", "canceled"]},
+            "total": {"type": ["integer", "null"], "description": "Lines; null until they are counted."},
+            "counts": _object(
+                {
+                    name: {"type": "integer", "minimum": 0}
+                    for name in ("waiting", "running", "succeeded", "failed", "canceled", "refused")
+                }
+            ),
+            "attempt": _INTEGER,
+            "max_concurrency": _INTEGER,
+            "tolerated_failure_percentage": _INTEGER,
+            "cancel_requested": _FLAG,
+            "error": _TEXT_OR_NULL,
+            "results": {
+                "description": "JSONL, a line for each line of the manifest, in its order; null before the first end.",
+                "anyOf": [{"type": "null"}, _object({"uri": _TEXT, "url": _URL})],
+            },
+            "created_at": _TIME,
+            "completed_at": _TIME_OR_NULL,
+            "urls": _object({"get": _URL, "cancel": _URL, "retry": _URL}),
+        }
+    ),
+    "BatchPage": _page("Batch"),
     "WebhookSecret": _object({"key": {"type": "string", "pattern": "^whsec_"}}),
     "Receipt": _object({"received": _TEXT}),
     "ReplicateWebhook": _open({"id": _TEXT, "status": _STATUS}),
@@ -837,6 +891,12 @@ _FIELDS = {
     "bus": "Where the `pattern` looks: the account's default bus, or the stack's own.",
     "defaults": "Values for fields of `input` that are not there, or whose placeholder finds nothing.",
     "deployment": "`owner/name`.",
+    "format": "Of the manifest: by default what the end of its name says, else `jsonl`.",
+    "manifest": "The id of a file of yours, or `s3://{inputs bucket}/batches/{owner}/…`.",
+    "max_concurrency": "How many lines run at once.",
+    "requests": "Bodies of `POST /predictions`, each with `model`, `version` or `deployment`.",
+    "template": "A request whose texts have placeholders, `{{ row.column }}`, that are filled from each line.",
+    "tolerated_failure_percentage": "Of lines that fail; where more do, no further one starts.",
     "destination": "An existing model that the training makes a version of, as `owner/name`.",
     "filename": "Shown again, and used for nothing else.",
     "for_each": "A list, or a placeholder that finds one: the step runs once for each of its elements.",
@@ -883,6 +943,7 @@ def _bodies() -> dict[str, Schema]:
             input={**_OBJECT, "description": "What steps refer to as `input`."},
             steps={"type": "array", "minItems": 1, "maxItems": STEPS_LIMIT, "items": _body(StepBody)},
         ),
+        "BatchBody": _body(BatchBody),
     }
 
 
@@ -898,7 +959,7 @@ def _body(model: type[BaseModel], *, added: tuple[str, ...] = (), **written_out:
         properties[name] = {**kept, "description": _FIELDS[name], **(_ADDED if name in added else {})}
     return {
         "type": "object",
-        "required": made["required"],
+        "required": made.setdefault("required", []),
         "properties": properties,
         "additionalProperties": made["additionalProperties"],
     }

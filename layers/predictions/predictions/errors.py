@@ -3,7 +3,8 @@
     PredictionsError
     ├── Problem                 an answer for the caller (RFC 7807), raised before anything was written or spent
     ├── PredictionThrottled     caught by name in `track_prediction`: submit again after that many seconds
-    └── CopyInterrupted         caught by name in `track_prediction`: copy again later
+    ├── CopyInterrupted         caught by name in `track_prediction`: copy again later
+    └── NoLongerWanted          a message for something that has stopped meanwhile: nothing is started, nothing is wrong
 
 Errors that one module raises for its direct caller are defined in that module, below `PredictionsError`.
 Step Functions sees the class's name, so these two names are part of the state machine's definition.
@@ -70,3 +71,7 @@ class PredictionThrottled(PredictionsError):
 
 class CopyInterrupted(PredictionsError):
     """Some outputs could not be copied now, but may be later; files that are stored stay stored."""
+
+
+class NoLongerWanted(PredictionsError):
+    """What a message asks for is not wanted any more, as with a line of a batch that was canceled."""

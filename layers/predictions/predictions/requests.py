@@ -122,6 +122,7 @@ class Requests:
 
         Raises:
             RequestRefused: It never can be started; nothing was written.
+            NoLongerWanted: It is not to be started any more; nothing was written.
         """
         try:
             body = parse_json(message.body.encode("utf-8", "surrogatepass"), None)
@@ -197,6 +198,10 @@ def _source_of(body: Mapping[str, Any]) -> Source | None:
         from predictions.pipelines import Pipelines
 
         return Pipelines.from_env()
+    if "batch_id" in body:
+        from predictions.batches import Batches
+
+        return Batches.from_env()
     return None
 
 

@@ -363,6 +363,9 @@ class Submissions:
         if now >= prediction.deadline:
             self._end(prediction, Status.FAILED, "Its deadline passed before Replicate accepted it.")
             return
+        if not self.table.line_wanted(prediction):
+            self._end(prediction, Status.CANCELED, "It was not started: its batch has stopped.")
+            return
         if prediction.submit_at and prediction.submit_at > now:
             raise PredictionThrottled(int(prediction.submit_at - now) + 1)
         if pause := self._limiter.pause_now():
@@ -697,7 +700,8 @@ class Submissions:
         Args:
             limit: The most items of one sweep.
             remaining_seconds: How long the function may still run.
-            others: What moves on items of other kinds, such as `pipeline`, by the id that follows in their key.
+            others: What moves on items of other kinds, such as `pipeline`, by the id that follows in their key. It puts
+                the next check off before anything else.
 
         Returns:
             How many it looked at.

@@ -220,6 +220,20 @@ class KeptSchema:
 
 
 @dataclass(frozen=True)
+class Result:
+    """How a prediction ended, without what it was asked.
+
+    Attributes:
+        output_json: The output as JSON text; None where there is none, it has files, or it is too large for the table.
+        files: Where its files are.
+    """
+
+    prediction: Prediction
+    output_json: str | None
+    files: Sequence[StoredFile]
+
+
+@dataclass(frozen=True)
 class Page:
     """A page of an owner's predictions.
 
@@ -819,6 +833,31 @@ class PredictionsTable:
         pks, more = list_page(self._dynamodb, self._name, key, start, older=older, size=size, between=between)
         return Page(self._wholes(pks), more=more)
 
+    def results(self, prediction_ids: Sequence[str], owner: str) -> dict[str, Result]:
+        """How an owner's predictions stand, by their ids; those that are not there are left out.
+
+        Inputs and payloads that are objects are not read: so many may be asked for at once.
+        """
+        found = read_items(self._dynamodb, self._name, [(_key(id_)["pk"], "status") for id_ in prediction_ids])
+        predictions = [p for p in map(_prediction_of, found.values()) if p.owner == owner]
+        wanted = [
+            (_key(p.id)["pk"], sk)
+            for p in predictions
+            if p.ended_visibly and p.status == Status.SUCCEEDED and not p.deleted
+            for sk in ([] if p.files_json else [f"result#{p.upstream_id}", "files"])
+        ]
+        payloads = {key: item.get("json") for key, item in read_items(self._dynamodb, self._name, wanted).items()}
+        results = {}
+        for prediction in predictions:
+            pk = _key(prediction.id)["pk"]
+            files = json.loads(prediction.files_json or payloads.get((pk, "files")) or "[]")
+            # An output with files names upstream's URLs.
+            has_files = files or (pk, "files") in payloads
+            text = None if has_files else payloads.get((pk, f"result#{prediction.upstream_id}"))
+            output_json = json.dumps(json.loads(text)["output"], separators=(",", ":")) if text else None
+            results[prediction.id] = Result(prediction, output_json, [StoredFile.from_item(file) for file in files])
+        return results
+
     def due(self, now: float, limit: int) -> Iterator[str]:
         """Keys (`pk`) of open items whose `next_check_at` has passed, the longest overdue first."""
         found = self._dynamodb.query(
@@ -842,6 +881,17 @@ class PredictionsTable:
             Limit=1,
         )["Items"]
         return str(deserialize(found[0])["pk"]).removeprefix("prediction#") if found else None
+
+    # -- batches ----------------------------------------------------------------------------------------------
+
+    def line_wanted(self, prediction: Prediction) -> bool:
+        """Whether the batch that a prediction is a line of, if it is one, still wants it; see `predictions.batches`."""
+        if "batch" not in prediction.origin:
+            return True
+        key = {"pk": f"batch#{prediction.origin['batch']}", "sk": "status"}
+        found = self._dynamodb.get_item(TableName=self._name, Key=serialize(key), ConsistentRead=True).get("Item")
+        batch = deserialize(found) if found else {}
+        return "open" in batch and "stop" not in batch and batch["attempt"] == prediction.origin["attempt"]
 
     # -- state machines of others that wait for an end ---------------------------------------------------------------
 

@@ -1,0 +1,27 @@
+"""State FinishBatch: writes a batch's results, and ends it."""
+
+from typing import Any
+
+from predictions.batch_results import finish
+from predictions.batches import Batches
+from predictions.observability import handler_of, logger
+from predictions.table import PredictionsTable
+
+batches = Batches.from_env()
+table = PredictionsTable.from_env()
+
+
+@handler_of
+def handler(event: dict[str, Any], context: object) -> dict[str, Any]:  # noqa: ARG001  # Lambda passes both
+    """Ends an attempt once none of its lines runs any more. Twice, it writes the same.
+
+    Args:
+        event: `{"id", "attempt", "exceeded", "lap"}`.
+        context: Not used.
+
+    Returns:
+        `{"id", "attempt", "exceeded", "open", "lap", "wait_seconds"}`: with open lines, to be asked again.
+    """
+    logger.set_correlation_id(event["id"])
+    told = finish(batches, table, event["id"], event["attempt"], event["lap"], exceeded=event["exceeded"])
+    return {"id": event["id"], "attempt": event["attempt"], "exceeded": event["exceeded"], **told}

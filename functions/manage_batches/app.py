@@ -1,0 +1,95 @@
+"""Batch routes of the API: owners make, look at, list, cancel and retry batches."""
+
+from typing import Any
+
+from aws_lambda_powertools.event_handler import Response
+from predictions.api import Presenter, answer_with, body_of, headers_of, json_response, owner_with, resolver
+from predictions.aws import api_url
+from predictions.batch_control import BatchControl
+from predictions.batches import Batch
+from predictions.cursors import cursor_url, read_cursor
+from predictions.submissions import Submissions
+
+PAGE_SIZE = 25
+
+# API Gateway ends a request after 29 s: what is left to be canceled then is the sweep's.
+ANSWER_SECONDS = 9
+
+app = resolver()
+control = BatchControl.from_env()
+submissions = Submissions.from_env()
+presenter = Presenter.from_env()
+
+
+@app.post("/batches")
+def make() -> Response[str]:
+    """`POST /batches`: 201 with the batch, also when the same key made it before."""
+    batch = control.make(body_of(app), headers_of(app), owner_with(app, "predict"))
+    return json_response(201, _show(batch), {"Location": f"{api_url()}/batches/{batch.id}"})
+
+
+@app.get("/batches")
+def list_() -> Response[str]:
+    """`GET /batches?cursor=`: up to 25 batches, newest first."""
+    owner = owner_with(app, "read")
+    older, start = read_cursor(app.current_event.get_query_string_value("cursor", ""))
+    page, more = control.batches.page(owner, start, older=older, size=PAGE_SIZE)
+    first, last = (page[0].listed_at, page[-1].listed_at) if page else (None, None)
+    beyond, before = last if more else None, first if start else None
+    newer, further = (before, beyond) if older else (beyond, before)
+    answer = {
+        "previous": cursor_url("/batches", newer, older=False),
+        "next": cursor_url("/batches", further, older=True),
+        "results": [_show(batch) for batch in (page if older else page[::-1])],
+    }
+    return json_response(200, answer)
+
+
+@app.get("/batches/<batch_id>")
+def get(batch_id: str) -> Response[str]:
+    """`GET /batches/{id}`: 404 also for another owner's."""
+    return json_response(200, _show(control.own(batch_id, owner_with(app, "read"))))
+
+
+@app.post("/batches/<batch_id>/cancel")
+def cancel(batch_id: str) -> Response[str]:
+    """`POST /batches/{id}/cancel`: 200 with the batch as it is then; one that has ended stays as it is."""
+    batch = control.own(batch_id, owner_with(app, "predict"))
+    return json_response(200, _show(control.halt(batch, submissions, _remaining_seconds)))
+
+
+@app.post("/batches/<batch_id>/retry")
+def retry(batch_id: str) -> Response[str]:
+    """`POST /batches/{id}/retry`: runs the lines anew that failed or were canceled; 409 before the end."""
+    return json_response(200, _show(control.again(control.own(batch_id, owner_with(app, "predict")))))
+
+
+def _remaining_seconds() -> float:
+    milliseconds: int = app.lambda_context.get_remaining_time_in_millis()
+    return milliseconds / 1000 - ANSWER_SECONDS
+
+
+def _show(batch: Batch) -> dict[str, Any]:
+    url = f"{api_url()}/batches/{batch.id}"
+    results = None
+    if batch.results_key:
+        uri = f"s3://{control.batches.bucket_name}/{batch.results_key}"
+        results = {"uri": uri, "url": presenter.link(batch.results_key)}
+    return {
+        "id": batch.id,
+        "status": batch.status,
+        "total": batch.total,
+        "counts": control.counts(batch),
+        "attempt": batch.attempt,
+        "max_concurrency": batch.max_concurrency,
+        "tolerated_failure_percentage": batch.tolerated_failure_percentage,
+        "cancel_requested": batch.stop == "canceled",
+        "error": batch.error,
+        "results": results,
+        "created_at": batch.created_at,
+        "completed_at": batch.completed_at,
+        "urls": {"get": url, "cancel": f"{url}/cancel", "retry": f"{url}/retry"},
+    }
+
+
+handler = answer_with(app)

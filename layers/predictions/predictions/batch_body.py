@@ -1,0 +1,49 @@
+"""The body of `POST /batches`."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from predictions.errors import Problem
+
+MAX_CONCURRENCY = 1000
+"""The most lines of a batch that run at once."""
+
+
+class BatchBody(BaseModel):
+    """The fields of `POST /batches`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    requests: list[Any] | None = Field(default=None)
+    manifest: str | None = Field(default=None, max_length=1200)
+    format: Literal["jsonl", "csv"] | None = None
+    template: dict[str, Any] | None = None
+    max_concurrency: int = Field(default=20, ge=1, le=MAX_CONCURRENCY)
+    tolerated_failure_percentage: int = Field(default=100, ge=0, le=100)
+
+
+def read_body(value: Any) -> BatchBody:
+    """Checks the fields by themselves.
+
+    Raises:
+        Problem: 422 (with `invalid_fields`).
+    """
+    if not isinstance(value, dict):
+        raise Problem(422, "The body has to be a JSON object with `requests` or `manifest`.")
+    try:
+        return BatchBody.model_validate(value)
+    except ValidationError as error:
+        known = ", ".join(f"`{name}`" for name in BatchBody.model_fields)
+        fields = []
+        for each in error.errors(include_url=False, include_context=False):
+            unknown = each["type"] == "extra_forbidden"
+            detail = f"This field is not known. Known are {known}." if unknown else each["msg"]
+            fields.append({"field": str(each["loc"][0])[:200], "detail": detail})
+        raise refusal(fields) from None
+
+
+def refusal(fields: list[dict[str, str]]) -> Problem:
+    """The answer that names every field that is wrong."""
+    detail = " ".join(f"{each['field']}: {each['detail']}" for each in fields[:5])
+    return Problem(422, detail, title="Input validation failed", invalid_fields=fields[:50])

@@ -1,0 +1,320 @@
+"""What owners do with batches: make, look at, cancel and retry them; and what the sweep does for them."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from predictions.aws import client
+from predictions.batch_body import BatchBody, read_body, refusal
+from predictions.batch_files import (
+    etag_of,
+    lines_key,
+    manifest_key,
+    new_object,
+    put_text,
+    read_jsonl,
+    template_key,
+)
+from predictions.batches import Batch, Batches, timestamp
+from predictions.errors import Problem
+from predictions.intents import idempotency_key, input_json_canonical, parse_json, random_id
+from predictions.manifests import MANIFEST_LIMIT_BYTES
+from predictions.observability import logger
+from predictions.placeholders import PlaceholderError, expressions
+
+if TYPE_CHECKING:
+    from mypy_boto3_stepfunctions import SFNClient
+
+    from predictions.submissions import Submissions
+
+_CHUNK = 100
+_START_CHECK_SECONDS = 60
+_COUNTED = ("waiting", "running", "succeeded", "failed", "canceled", "refused")
+
+
+class BatchControl:
+    """Makes batches, and moves them on.
+
+    Args:
+        batches: The batches.
+        state_machine_arn: `run_batch`.
+        inputs_bucket_name: Where manifests may be.
+        retention_seconds: How long a batch is kept.
+        stepfunctions: The client to use.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        state_machine_arn: str,
+        inputs_bucket_name: str,
+        retention_seconds: int,
+        stepfunctions: "SFNClient",
+    ) -> None:
+        self.batches = batches
+        self._machine_arn = state_machine_arn
+        self._inputs_bucket_name = inputs_bucket_name
+        self._retention_seconds = retention_seconds
+        self._stepfunctions = stepfunctions
+
+    @classmethod
+    def from_env(cls) -> "BatchControl":
+        """From `BATCH_STATE_MACHINE_ARN`, `INPUTS_BUCKET_NAME`, `RETENTION_DAYS` and what `Batches.from_env` reads."""
+        return cls(
+            Batches.from_env(),
+            os.environ["BATCH_STATE_MACHINE_ARN"],
+            os.environ["INPUTS_BUCKET_NAME"],
+            int(os.environ["RETENTION_DAYS"]) * 86400,
+            client("stepfunctions"),
+        )
+
+    # -- make ---------------------------------------------------------------------------------------------------------
+
+    def make(self, body: bytes, headers: Mapping[str, str], owner: str) -> Batch:
+        """Makes a batch and starts it. With the same `Idempotency-Key` it is the one that was made before.
+
+        Raises:
+            Problem: 400, 413, 415 or 422.
+        """
+        asked = read_body(parse_json(body, headers.get("content-type")))
+        invalid: list[dict[str, str]] = []
+        key = idempotency_key(headers)
+        place = self._place(asked, owner, invalid)
+        if invalid:
+            raise refusal(invalid)
+        now = self.batches.now()
+        expires = int(now) + self._retention_seconds
+        fingerprint = hashlib.sha256(input_json_canonical(asked.model_dump()).encode()).hexdigest()
+        batch_id = random_id()
+        if key:
+            batch_id, known = self.batches.take_key(owner, key, batch_id, fingerprint, expires)
+            if known != fingerprint:
+                detail = "This key belongs to another batch: use a new key for a new one, and the old one to repeat it."
+                raise refusal([{"field": "Idempotency-Key", "detail": detail}])
+            if there := self.batches.find(batch_id):
+                return there
+        manifest = self._manifest(asked, batch_id, place)
+        if asked.template is not None:
+            put_text(self.batches.bucket_name, template_key(batch_id), json.dumps(asked.template))
+        created_at = timestamp(now)
+        batch = self.batches.write_down(
+            Batch(
+                id=batch_id,
+                owner=owner,
+                listed_at=f"{created_at}#{batch_id}",
+                created_at=created_at,
+                created=int(now),
+                status="preparing",
+                fingerprint=fingerprint,
+                manifest=manifest,
+                templated=asked.template is not None,
+                max_concurrency=asked.max_concurrency,
+                tolerated_failure_percentage=asked.tolerated_failure_percentage,
+                attempt=1,
+                execution_n=1,
+                expires_at=expires,
+                next_check_at=int(now) + _START_CHECK_SECONDS,
+            )
+        )
+        self._run(batch)
+        return batch
+
+    def _place(self, asked: BatchBody, owner: str, invalid: list[dict[str, str]]) -> str:
+        """The key of the manifest in the inputs bucket; empty where the requests came with the call."""
+        if (asked.requests is None) == (asked.manifest is None):
+            invalid.append({"field": "manifest", "detail": "Give either `requests` or `manifest`."})
+        if asked.requests is not None and (not asked.requests or asked.format is not None):
+            detail = "At least one request." if not asked.requests else "`format` is that of a manifest: leave it out."
+            invalid.append({"field": "requests", "detail": detail})
+        if asked.template is not None:
+            try:
+                list(expressions(asked.template))
+            except PlaceholderError as error:
+                invalid.append({"field": f"template.{error.field}"[:200], "detail": error.detail})
+            if not isinstance(asked.template.get("input"), dict):
+                invalid.append({"field": "template.input", "detail": "This field is required, and an object."})
+        if asked.manifest is None:
+            return ""
+        if re.fullmatch(r"[a-z0-9]{26}", asked.manifest, re.ASCII):
+            key = f"files/{owner}/{asked.manifest}"
+        else:
+            bucket, _, key = asked.manifest.removeprefix("s3://").partition("/")
+            own = key.startswith((f"files/{owner}/", f"batches/{owner}/"))
+            if not asked.manifest.startswith("s3://") or bucket != self._inputs_bucket_name or not own:
+                detail = (
+                    f"The id of a file of yours, or s3://{self._inputs_bucket_name}/batches/{owner}/…: no other place "
+                    "is read."
+                )
+                invalid.append({"field": "manifest", "detail": detail})
+                return ""
+        if _format(asked, key) == "csv" and asked.template is None:
+            invalid.append({"field": "template", "detail": "A CSV has rows: a template has to make requests of them."})
+        return key
+
+    def _manifest(self, asked: BatchBody, batch_id: str, key: str) -> dict[str, str]:
+        if asked.requests is not None:
+            bucket, key, format_ = self.batches.bucket_name, manifest_key(batch_id), "jsonl"
+            with new_object(bucket, key) as writer:
+                for request in asked.requests:
+                    writer.write_json(request)
+        else:
+            bucket, format_ = self._inputs_bucket_name, _format(asked, key)
+        found = etag_of(bucket, key)
+        if found is None:
+            detail = "There is no such object."
+            raise refusal([{"field": "manifest", "detail": detail}])
+        etag, size = found
+        if size > MANIFEST_LIMIT_BYTES:
+            detail = f"It has {size} bytes, and {MANIFEST_LIMIT_BYTES} are taken: make several batches."
+            raise refusal([{"field": "manifest", "detail": detail}])
+        return {"bucket": bucket, "key": key, "etag": etag, "format": format_}
+
+    # -- look ---------------------------------------------------------------------------------------------------------
+
+    def own(self, batch_id: str, owner: str) -> Batch:
+        """One of an owner's batches.
+
+        Raises:
+            Problem: 404, where there is none, or it is another owner's: nobody learns which.
+        """
+        known = re.fullmatch(r"[a-z0-9]{26}", batch_id, re.ASCII)
+        batch = self.batches.find(batch_id) if known else None
+        if batch is None or batch.owner != owner:
+            raise Problem(404, f"There is no batch {batch_id[:64]!r}.")
+        return batch
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Lines by their status: those that wait, run, and have ended in each way.
+
+        While a batch runs they are Step Functions' own: nothing is written for them. Then `failed` holds what was
+        canceled one by one, too.
+        """
+        counts = dict.fromkeys(_COUNTED, 0)
+        if batch.counts is not None:
+            return counts | dict(batch.counts)
+        refused = batch.refused or 0
+        lines = batch.lines or 0
+        counts |= {"refused": refused, "waiting": lines}
+        if batch.total is not None and batch.attempt > 1:
+            # What earlier attempts have done stays done.
+            counts["succeeded"] = batch.total - refused - lines if batch.lines is not None else 0
+        run = self._map_run(batch) if lines else None
+        if run is not None:
+            found = run["itemCounts"]
+            counts["running"] = found["running"]
+            counts["succeeded"] += found["succeeded"]
+            counts["failed"] = found["failed"] + found["timedOut"] + found["aborted"]
+            counts["waiting"] = max(0, lines - found["running"] - found["succeeded"] - counts["failed"])
+        return counts
+
+    def _map_run(self, batch: Batch) -> Any:
+        stepfunctions = self._stepfunctions
+        try:
+            runs = stepfunctions.list_map_runs(executionArn=self._execution_arn(batch))["mapRuns"]
+        except stepfunctions.exceptions.ExecutionDoesNotExist:
+            return None
+        return stepfunctions.describe_map_run(mapRunArn=runs[0]["mapRunArn"]) if runs else None
+
+    # -- cancel, retry ------------------------------------------------------------------------------------------------
+
+    def halt(self, batch: Batch, submissions: "Submissions", remaining_seconds: Callable[[], float]) -> Batch:
+        """Cancels a batch for its owner: no further line starts, and those that run are canceled at Replicate.
+
+        What does not fit into the time is done by the sweep. Twice changes nothing.
+        """
+        stopped = self.batches.stop(batch, "canceled") or self.batches.find(batch.id) or batch
+        if stopped.stop is not None and not stopped.ended:
+            self.cancel_lines(stopped, submissions, remaining_seconds)
+        return self.batches.find(batch.id) or stopped
+
+    def cancel_lines(self, batch: Batch, submissions: "Submissions", remaining_seconds: Callable[[], float]) -> None:
+        """Cancels those lines of a stopped batch that run, from where it was left; notes how far it came."""
+        if batch.stopped_before is None or batch.lines is None:
+            return None
+        before = 0
+        chunk: list[int] = []
+        for line in read_jsonl(self.batches.bucket_name, lines_key(batch.id, batch.attempt)):
+            if before + len(chunk) < batch.stopped_before:
+                before += 1
+                continue
+            chunk.append(line["n"])
+            if len(chunk) == _CHUNK:
+                if not self._cancel_chunk(batch, chunk, submissions, remaining_seconds):
+                    return self.batches.stopped(batch, before)
+                before, chunk = before + len(chunk), []
+        done = self._cancel_chunk(batch, chunk, submissions, remaining_seconds)
+        return self.batches.stopped(batch, None if done else before)
+
+    def _cancel_chunk(
+        self, batch: Batch, lines: list[int], submissions: "Submissions", remaining_seconds: Callable[[], float]
+    ) -> bool:
+        ids = [batch.prediction_id(n, batch.attempt) for n in lines]
+        for result in submissions.table.results(ids, batch.owner).values():
+            if not result.prediction.terminal:
+                if remaining_seconds() < 5:
+                    return False
+                submissions.cancel(result.prediction)
+        return True
+
+    def again(self, batch: Batch) -> Batch:
+        """Runs the lines anew that failed or were canceled, in a batch that has ended.
+
+        Raises:
+            Problem: 409, where it has not ended, could not be read, or nothing failed.
+        """
+        if not batch.ended:
+            raise Problem(409, f"Batch {batch.id} has not ended: wait for its end, or cancel it.")
+        counts = batch.counts or {}
+        if batch.error or not counts.get("failed", 0) + counts.get("canceled", 0):
+            raise Problem(409, f"Batch {batch.id} has no line that could be run anew.")
+        begun = self.batches.begin_again(batch) or self.batches.find(batch.id) or batch
+        self._run(begun)
+        return begun
+
+    # -- sweep --------------------------------------------------------------------------------------------------------
+
+    def sweep_one(self, batch_id: str, submissions: "Submissions", remaining_seconds: Callable[[], float]) -> None:
+        """Moves on a batch whose check is due: cancels what is left to be, and restarts an execution that is gone."""
+        batch = self.batches.find(batch_id)
+        # The index may lag behind the item.
+        if batch is None or batch.next_check_at is None or batch.next_check_at > self.batches.now():
+            return
+        taken = self.batches.take_check(batch)
+        if taken is None:
+            return
+        logger.set_correlation_id(batch_id)
+        if taken.stop:
+            self.cancel_lines(taken, submissions, remaining_seconds)
+        self._run(taken)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _run(self, batch: Batch) -> None:
+        """Makes sure that an execution runs this attempt."""
+        following: Batch | None = batch
+        while following is not None and not following.ended and not self._start(following):
+            # That name is used up by one that has ended.
+            following = self.batches.next_execution(following)
+
+    def _start(self, batch: Batch) -> bool:
+        stepfunctions = self._stepfunctions
+        try:
+            stepfunctions.start_execution(
+                stateMachineArn=self._machine_arn,
+                name=batch.execution_name,
+                input=json.dumps({"id": batch.id, "attempt": batch.attempt}),
+            )
+        except stepfunctions.exceptions.ExecutionAlreadyExists:
+            arn = self._execution_arn(batch)
+            return stepfunctions.describe_execution(executionArn=arn)["status"] == "RUNNING"
+        return True
+
+    def _execution_arn(self, batch: Batch) -> str:
+        return f"{self._machine_arn.replace(':stateMachine:', ':execution:')}:{batch.execution_name}"
+
+
+def _format(asked: BatchBody, key: str) -> str:
+    return asked.format or ("csv" if key.lower().endswith(".csv") else "jsonl")

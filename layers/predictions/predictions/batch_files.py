@@ -1,0 +1,210 @@
+"""The objects of batches, read and written as streams: memory does not grow with a batch.
+
+In the outputs bucket, JSONL each, with `n` the line of the manifest that a line of them is about, rising:
+
+    payloads/batches/{id}/manifest.jsonl           requests that came with the call
+    payloads/batches/{id}/template.json            what makes requests of rows
+    payloads/batches/{id}/requests.jsonl           {"n", "request"}, of the lines that can run
+    payloads/batches/{id}/refused.jsonl            {"n", "error"}, of those that cannot
+    payloads/batches/{id}/lines-{attempt}.jsonl    {"n", "offset", "length"} in requests.jsonl: what an attempt runs
+    {owner}/batches/{id}/results-{attempt}.jsonl   one for each line: what the owner is given
+
+All but the results are made from what their owner asked for, so that writing them twice writes the same.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import ClientError
+
+from predictions.aws import client
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.type_defs import CompletedMultipartUploadTypeDef, CompletedPartTypeDef
+
+# S3 takes 10,000 parts of at least 5 MiB: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
+PART_BYTES = 8 * 1024**2
+_PIECE_BYTES = 256 * 1024
+_JSONL = "application/x-ndjson"
+_NOT_THERE = ("NoSuchKey", "AccessDenied", "404", "403")
+
+
+def manifest_key(batch_id: str) -> str:
+    """Requests that came with the call."""
+    return f"payloads/batches/{batch_id}/manifest.jsonl"
+
+
+def template_key(batch_id: str) -> str:
+    """What makes requests of rows."""
+    return f"payloads/batches/{batch_id}/template.json"
+
+
+def requests_key(batch_id: str) -> str:
+    """The requests of the lines that can run."""
+    return f"payloads/batches/{batch_id}/requests.jsonl"
+
+
+def refused_key(batch_id: str) -> str:
+    """The lines that cannot run."""
+    return f"payloads/batches/{batch_id}/refused.jsonl"
+
+
+def lines_key(batch_id: str, attempt: int) -> str:
+    """What an attempt runs."""
+    return f"payloads/batches/{batch_id}/lines-{attempt}.jsonl"
+
+
+def results_key(owner: str, batch_id: str, attempt: int) -> str:
+    """What the owner is given; of each attempt its own, so that nobody reads one that is being replaced."""
+    return f"{owner}/batches/{batch_id}/results-{attempt}.jsonl"
+
+
+class ObjectWriter:
+    """One object that is being written; see `new_object`.
+
+    Attributes:
+        written: How many bytes so far.
+    """
+
+    def __init__(self, bucket: str, key: str) -> None:
+        self._bucket, self._key = bucket, key
+        self._buffer = bytearray()
+        self._upload_id = ""
+        self._parts: list[CompletedPartTypeDef] = []
+        self.written = 0
+
+    def write_json(self, value: Any) -> int:
+        """Adds a line of JSON; its length in bytes, the line's end not counted."""
+        line = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        self._buffer += line + b"\n"
+        self.written += len(line) + 1
+        while len(self._buffer) >= PART_BYTES:
+            self._send_part()
+        return len(line)
+
+    def complete(self) -> None:
+        """Makes the object visible."""
+        s3 = client("s3")
+        if not self._upload_id:
+            s3.put_object(Bucket=self._bucket, Key=self._key, Body=bytes(self._buffer), ContentType=_JSONL)
+            return
+        if self._buffer:
+            self._send_part()
+        parts: CompletedMultipartUploadTypeDef = {"Parts": self._parts}
+        s3.complete_multipart_upload(
+            Bucket=self._bucket, Key=self._key, UploadId=self._upload_id, MultipartUpload=parts
+        )
+
+    def drop(self) -> None:
+        """Gives up what was sent."""
+        if self._upload_id:
+            s3 = client("s3")
+            s3.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=self._upload_id)
+
+    def _send_part(self) -> None:
+        s3 = client("s3")
+        if not self._upload_id:
+            answer = s3.create_multipart_upload(Bucket=self._bucket, Key=self._key, ContentType=_JSONL)
+            self._upload_id = answer["UploadId"]
+        number = len(self._parts) + 1
+        part, self._buffer = bytes(self._buffer[:PART_BYTES]), self._buffer[PART_BYTES:]
+        sent = s3.upload_part(
+            Bucket=self._bucket, Key=self._key, UploadId=self._upload_id, PartNumber=number, Body=part
+        )
+        self._parts.append({"PartNumber": number, "ETag": sent["ETag"]})
+
+
+@contextmanager
+def new_object(bucket: str, key: str) -> Iterator[ObjectWriter]:
+    """Writes one object, which is there as a whole when the context ends well, and else as it was before."""
+    writer = ObjectWriter(bucket, key)
+    try:
+        yield writer
+    except BaseException:
+        writer.drop()
+        raise
+    writer.complete()
+
+
+def read_pieces(bucket: str, key: str, *, etag: str | None = None) -> Iterator[bytes]:
+    """An object's bytes, a piece at a time.
+
+    Args:
+        bucket: The bucket's name.
+        key: The object's key.
+        etag: What the object has to be still.
+
+    Raises:
+        ClientError: It is not there, or `PreconditionFailed`: it is another one.
+    """
+    s3 = client("s3")
+    wanted: Any = {"IfMatch": etag} if etag else {}
+    answer = s3.get_object(Bucket=bucket, Key=key, **wanted)
+    yield from answer["Body"].iter_chunks(_PIECE_BYTES)
+
+
+def read_lines(pieces: Iterable[bytes], limit_bytes: int) -> Iterator[bytes | None]:
+    """The lines of a text in pieces, without their ends; None for one that is longer than `limit_bytes`.
+
+    A line ends with LF, or CR LF; the last one need not. No more than one line is held at a time.
+    """
+    rest, too_long = bytearray(), False
+    for piece in pieces:
+        start = 0
+        while (end := piece.find(b"\n", start)) >= 0:
+            if not too_long:
+                rest += piece[start:end]
+            line = bytes(rest).removesuffix(b"\r")
+            yield None if too_long or len(line) > limit_bytes else line
+            rest, too_long, start = bytearray(), False, end + 1
+        if not too_long:
+            rest += piece[start:]
+            if len(rest) > limit_bytes + 1:
+                rest, too_long = bytearray(), True
+    if too_long or rest:
+        line = bytes(rest).removesuffix(b"\r")
+        yield None if too_long or len(line) > limit_bytes else line
+
+
+def read_jsonl(bucket: str, key: str) -> Iterator[dict[str, Any]]:
+    """The lines of one of our own objects."""
+    for line in read_lines(read_pieces(bucket, key), 2**30):
+        yield json.loads(line or b"{}")
+
+
+def read_range(bucket: str, key: str, offset: int, length: int) -> bytes | None:
+    """Some bytes of an object; None where it or they are not there."""
+    s3 = client("s3")
+    try:
+        answer = s3.get_object(Bucket=bucket, Key=key, Range=f"bytes={offset}-{offset + length - 1}")
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in (*_NOT_THERE, "InvalidRange"):
+            raise
+        return None
+    return b"".join(answer["Body"].iter_chunks(_PIECE_BYTES))
+
+
+def etag_of(bucket: str, key: str) -> tuple[str, int] | None:
+    """An object's ETag and its size in bytes; None where it is not there."""
+    s3 = client("s3")
+    try:
+        head = s3.head_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        # 403 is S3's answer for a missing object to those who may not list the bucket.
+        if error.response["Error"]["Code"] not in _NOT_THERE:
+            raise
+        return None
+    return head["ETag"], head["ContentLength"]
+
+
+def put_text(bucket: str, key: str, text: str) -> None:
+    """Stores a text as an object."""
+    s3 = client("s3")
+    s3.put_object(Bucket=bucket, Key=key, Body=text.encode(), ContentType="application/json")
+
+
+def get_text(bucket: str, key: str) -> str:
+    """An object's text."""
+    return b"".join(read_pieces(bucket, key)).decode()

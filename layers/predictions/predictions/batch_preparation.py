@@ -1,0 +1,113 @@
+"""State PrepareBatch: finds the lines that an attempt of a batch runs, and writes them down.
+
+Reads and writes streams, so that memory does not grow with the batch; twice, it writes the same.
+"""
+
+import json
+from typing import Any
+
+from botocore.exceptions import ClientError
+
+from predictions.batch_files import (
+    get_text,
+    lines_key,
+    new_object,
+    read_jsonl,
+    read_pieces,
+    refused_key,
+    requests_key,
+    template_key,
+)
+from predictions.batches import Batch, Batches
+from predictions.manifests import LINES_LIMIT, LineRefused, ManifestUnreadable, check_request, lines_of, request_of
+from predictions.observability import logger
+
+
+def prepare(batches: Batches, batch_id: str, attempt: int) -> dict[str, Any]:
+    """Finds the lines that an attempt runs, and writes them down.
+
+    Returns:
+        What the state machine goes on with: `lines` (how many), `key` (where they are), `max_concurrency`,
+        `tolerated_failure_percentage`.
+    """
+    batch = batches.find(batch_id)
+    if batch is None or batch.attempt != attempt or batch.ended:
+        return _plan(batch_id, attempt, 0, 1, 100)
+    if batch.status == "preparing":
+        try:
+            if attempt == 1:
+                lines, refused = _first_lines(batches, batch)
+                batches.running(batch, lines=lines, total=lines + refused, refused=refused)
+            else:
+                lines = _lines_again(batches, batch)
+                batches.running(batch, lines=lines, total=batch.total or 0, refused=batch.refused or 0)
+        except ManifestUnreadable as unreadable:
+            logger.warning("manifest unreadable")
+            batches.unreadable(batch, str(unreadable))
+        batch = batches.find(batch_id) or batch
+    return _plan(batch_id, attempt, batch.lines or 0, batch.max_concurrency, batch.tolerated_failure_percentage)
+
+
+def _plan(batch_id: str, attempt: int, lines: int, concurrency: int, percentage: int) -> dict[str, Any]:
+    return {
+        "id": batch_id,
+        "attempt": attempt,
+        "lines": lines,
+        "key": lines_key(batch_id, attempt),
+        "max_concurrency": concurrency,
+        "tolerated_failure_percentage": percentage,
+    }
+
+
+def _first_lines(batches: Batches, batch: Batch) -> tuple[int, int]:
+    """Reads the manifest; how many lines can run, and how many cannot.
+
+    Raises:
+        ManifestUnreadable: It is gone, another one by now, too long, or no manifest.
+    """
+    bucket = batches.bucket_name
+    template = json.loads(get_text(bucket, template_key(batch.id))) if batch.templated else None
+    manifest = batch.manifest
+    pieces = read_pieces(manifest["bucket"], manifest["key"], etag=manifest["etag"])
+    count = refused_count = 0
+    try:
+        with (
+            new_object(bucket, requests_key(batch.id)) as requests,
+            new_object(bucket, refused_key(batch.id)) as refused,
+            new_object(bucket, lines_key(batch.id, 1)) as lines,
+        ):
+            for line in lines_of(pieces, "csv" if manifest["format"] == "csv" else "jsonl"):
+                if count + refused_count >= LINES_LIMIT:
+                    raise ManifestUnreadable(f"The manifest has more than {LINES_LIMIT} lines: make several batches.")
+                try:
+                    if line.error:
+                        raise LineRefused(line.error)
+                    request = request_of(line.value, template)
+                    check_request(request, allow_loopback_webhooks=batches.allow_loopback_webhooks)
+                except LineRefused as reason:
+                    refused.write_json({"n": line.n, "error": str(reason)})
+                    refused_count += 1
+                    continue
+                offset = requests.written
+                length = requests.write_json({"n": line.n, "request": request})
+                lines.write_json({"n": line.n, "offset": offset, "length": length})
+                count += 1
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in ("NoSuchKey", "AccessDenied", "PreconditionFailed", "412"):
+            raise
+        raise ManifestUnreadable("The manifest is not there any more as it was when the batch was made.") from None
+    return count, refused_count
+
+
+def _lines_again(batches: Batches, batch: Batch) -> int:
+    """Finds the lines of the first attempt that have not succeeded in any; how many there are."""
+    bucket, count = batches.bucket_name, 0
+    undone = {"failed", "canceled"}
+    every = read_jsonl(bucket, lines_key(batch.id, 1))
+    with new_object(bucket, lines_key(batch.id, batch.attempt)) as lines:
+        for result in read_jsonl(bucket, batch.results_key or ""):
+            if result["status"] in undone:
+                line = next(line for line in every if line["n"] == result["n"])
+                lines.write_json(line)
+                count += 1
+    return count

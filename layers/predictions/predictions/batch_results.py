@@ -1,0 +1,164 @@
+"""State FinishBatch: writes down what became of each line of a batch, in the manifest's order, and ends it.
+
+The counts and the results come from the predictions themselves, whatever was told of them meanwhile. Reads and writes
+streams, so that memory does not grow with the batch; twice, it writes the same.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from heapq import merge
+from itertools import islice
+from typing import Any
+
+from predictions.batch_files import lines_key, new_object, read_jsonl, refused_key, results_key
+from predictions.batches import Batch, Batches
+from predictions.table import Prediction, PredictionsTable, Result
+
+# One BatchGetItem: https://docs.aws.amazon.com/amazondynamodb/latest/APIReference/API_BatchGetItem.html
+_CHUNK = 100
+
+OUTPUT_LIMIT_BYTES = 32 * 1024
+"""The longest output in a line of the results; that of a longer one is at `GET /predictions/{id}`."""
+
+_LONGEST_WAIT_SECONDS = 300
+# So many lines that run are canceled in one lap; the others in the next.
+_CANCELED_AT_ONCE = 1000
+
+
+def finish(
+    batches: Batches, table: PredictionsTable, batch_id: str, attempt: int, lap: int, *, exceeded: bool
+) -> dict[str, Any]:
+    """Writes the results of an attempt, and ends it, once none of its lines runs any more.
+
+    Args:
+        batches: The batches.
+        table: The predictions.
+        batch_id: Which batch.
+        attempt: Which attempt.
+        lap: How often this was asked before: the more often, the longer is waited.
+        exceeded: Whether more lines failed than the batch tolerates: then those that run still are canceled.
+
+    Returns:
+        `{"open": …}`, how many lines run still, and in how many seconds to ask again.
+    """
+    batch = batches.find(batch_id)
+    if batch is None or batch.attempt != attempt or batch.ended:
+        return {"open": 0, "lap": lap, "wait_seconds": 1}
+    if exceeded and batch.stop is None:
+        batch = batches.stop(batch, "exceeded") or batches.find(batch_id) or batch
+    counts = dict.fromkeys(("succeeded", "failed", "canceled", "refused"), 0)
+    key = results_key(batch.owner, batch.id, attempt)
+    try:
+        with new_object(batches.bucket_name, key) as writer:
+            for result in _results(batches, table, batch):
+                counts[result["status"]] += 1
+                writer.write_json(result)
+    except _LinesOpen as found:
+        if batch.stop:
+            _cancel(table, found.predictions, batches.now())
+        return {"open": found.count, "lap": lap + 1, "wait_seconds": min(_LONGEST_WAIT_SECONDS, 5 * 2 ** min(lap, 6))}
+    status = {"canceled": "canceled", "exceeded": "failed"}.get(batch.stop or "", "succeeded")
+    batches.end(batch, status="failed" if batch.error else status, counts=counts, results_key=key)
+    return {"open": 0, "lap": lap, "wait_seconds": 1}
+
+
+class _LinesOpen(Exception):  # no error: the results have to wait
+    """Some lines have not ended."""
+
+    def __init__(self, predictions: Sequence[Prediction], count: int) -> None:
+        super().__init__(str(count))
+        self.predictions = predictions
+        self.count = count
+
+
+def _results(batches: Batches, table: PredictionsTable, batch: Batch) -> Iterator[dict[str, Any]]:
+    """The results of all lines, in the manifest's order.
+
+    Raises:
+        _LinesOpen: Some have not ended.
+    """
+    waiting: list[Prediction] = []
+    open_count = 0
+    found = _found(batches, batch)
+    while chunk := list(islice(found, _CHUNK)):
+        ids = {entry["n"]: batch.prediction_id(entry["n"], batch.attempt) for entry in chunk if "status" not in entry}
+        results = table.results(list(ids.values()), batch.owner)
+        still = [result.prediction for result in results.values() if not result.prediction.ended_visibly]
+        open_count += len(still)
+        # Enough of them for whoever cancels them; the others come with the next look.
+        waiting = (waiting + still)[:_CANCELED_AT_ONCE]
+        if open_count:
+            continue  # only counted from here on
+        for entry in chunk:
+            n = entry["n"]
+            yield entry if n not in ids else _result(batches, batch, n, results.get(ids[n]))
+    if open_count:
+        raise _LinesOpen(waiting, open_count)
+
+
+def _found(batches: Batches, batch: Batch) -> Iterator[dict[str, Any]]:
+    """All lines in their order: results that are known, and `{"n"}` of the lines that this attempt ran."""
+    bucket = batches.bucket_name
+    if batch.error:
+        return
+    lines = ({"n": line["n"]} for line in read_jsonl(bucket, lines_key(batch.id, batch.attempt)))
+    if batch.attempt == 1:
+        refused = (
+            {"n": line["n"], "id": None, "status": "refused", "error": line["error"], "seconds": None}
+            for line in read_jsonl(bucket, refused_key(batch.id))
+        )
+        yield from merge(lines, refused, key=lambda line: line["n"])
+        return
+    ran = next(lines, None)
+    for result in read_jsonl(bucket, batch.results_key or ""):
+        if ran is not None and ran["n"] == result["n"]:
+            yield ran
+            ran = next(lines, None)
+        else:
+            yield result
+
+
+def _result(batches: Batches, batch: Batch, n: int, result: Result | None) -> dict[str, Any]:
+    if result is None:
+        error = {
+            "canceled": "It was not started: the batch was canceled.",
+            "exceeded": "It was not started: more lines of the batch had failed than it tolerates.",
+        }.get(batch.stop or "", "It was not started: see the dead-letter queue of requests.")
+        return {
+            "n": n, "id": None, "status": "canceled" if batch.stop else "failed", "error": error, "seconds": None
+        }  # fmt: skip
+    prediction = result.prediction
+    told: dict[str, Any] = {
+        "n": n,
+        "id": prediction.id,
+        "status": prediction.visible,
+        "error": prediction.error,
+        "seconds": max(0, (prediction.ended or prediction.created) - prediction.created),
+    }
+    if result.files:
+        told["output_files"] = [_file(batches.bucket_name, file.to_item()) for file in result.files]
+    elif prediction.visible == "succeeded":
+        output = result.output_json
+        if output is None or len(output.encode()) > OUTPUT_LIMIT_BYTES:
+            told["output_truncated"] = True
+        else:
+            told["output"] = json.loads(output)
+    return told
+
+
+def _file(bucket: str, file: Mapping[str, Any]) -> dict[str, Any]:
+    if "error" in file:
+        return {"path": file["path"], "error": file["error"]}
+    return {
+        "path": file["path"],
+        "uri": f"s3://{bucket}/{file['key']}",
+        "bytes": file["bytes"],
+        "content_type": file["content_type"],
+    }
+
+
+def _cancel(table: PredictionsTable, predictions: Sequence[Prediction], now: float) -> None:
+    """Flags lines that run; the sweep, which may talk to Replicate, cancels them there within two minutes."""
+    for prediction in predictions:
+        if not prediction.cancel_requested:
+            table.request_cancel(prediction.id, now)
