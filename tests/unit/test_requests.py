@@ -302,7 +302,7 @@ class TestDeadRequests:
         dead_url = "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests"
         arn = sqs.get_queue_attributes(QueueUrl=dead_url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
         redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 1})
-        url = sqs.create_queue(QueueName="requests", Attributes={"RedrivePolicy": redrive})["QueueUrl"]
+        url = sqs.create_queue(QueueName="read-once", Attributes={"RedrivePolicy": redrive})["QueueUrl"]
         written = {"sender": "AROAALICE0000", "reason": "none"}
         sent = sqs.send_message(
             QueueUrl=url,
