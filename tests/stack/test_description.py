@@ -156,7 +156,7 @@ def answering_url() -> Iterator[str]:
             self.end_headers()
             self.wfile.write(body)
 
-        do_POST = do_PATCH = do_DELETE = do_GET  # noqa: N815  # http.server's names
+        do_POST = do_PUT = do_PATCH = do_DELETE = do_GET  # noqa: N815  # http.server's names
 
         def log_message(self, *_: object) -> None:
             """Nothing: the report has every call."""
@@ -220,11 +220,12 @@ VALID = json.dumps({"version": "local/painter", "input": {"prompt": "a red fox"}
 FORM = b'--x\r\nContent-Disposition: form-data; name="content"; filename="fox.txt"\r\n\r\na red fox\r\n--x--\r\n'
 JSON_TYPE = {"Content-Type": "application/json"}
 FORM_TYPE = {"Content-Type": "multipart/form-data; boundary=x"}
+_TOO_LARGE = {400, 413, 415}  # 413 where less is taken than of other bodies
 BROKEN_BODIES: dict[str, tuple[bytes, dict[str, str], set[int]]] = {
-    "100,000 lists": (b"[" * 100_000 + b"]" * 100_000, JSON_TYPE, {400, 415}),
-    "100,000 lists, open": (b"[" * 100_000, JSON_TYPE, {400, 415}),
-    "100,000 objects": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, JSON_TYPE, {400, 415}),
-    "100,000 lists in the input": (b'{"input":{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}}", JSON_TYPE, {400, 415}),
+    "100,000 lists": (b"[" * 100_000 + b"]" * 100_000, JSON_TYPE, _TOO_LARGE),
+    "100,000 lists, open": (b"[" * 100_000, JSON_TYPE, _TOO_LARGE),
+    "100,000 objects": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, JSON_TYPE, _TOO_LARGE),
+    "100,000 lists in the input": (b'{"input":{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}}", JSON_TYPE, _TOO_LARGE),
     "no UTF-8": (b'{"input": {"prompt": "\xff\xfe\x80"}}', JSON_TYPE, {400, 415, 422}),
     "half a surrogate pair": (b'{"input": {"prompt": "\\ud800"}}', JSON_TYPE, {400, 415}),
     "UTF-16": (VALID.decode().encode("utf-16"), JSON_TYPE, {400, 415}),
