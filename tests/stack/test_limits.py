@@ -118,9 +118,9 @@ def test_queued_predictions_are_created_at_their_reserved_times_and_wait_once(
     stack.put(queue_at=int((began + AHEAD_SECONDS) * 1000))
     run = hex(int(began * 1000))
     ids = []
-    for n in range(6):
+    for n in range(12):
         ids.append(stack.queue(f"limited-{run}-{n}"))
-        time.sleep(0.5)  # or the emulator starts a process for each
+        time.sleep(0.2)  # or the emulator starts a process for each
         # And what others reserve in between.
         stack.reserve(milliseconds=500)
     assert {stack.ended(prediction_id) for prediction_id in ids} == {"succeeded"}
