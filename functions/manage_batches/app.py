@@ -78,6 +78,7 @@ def _show(batch: Batch) -> dict[str, Any]:
     return {
         "id": batch.id,
         "status": batch.status,
+        "recipe": batch.recipe,
         "total": batch.total,
         "counts": control.counts(batch),
         "attempt": batch.attempt,

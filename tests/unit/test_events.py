@@ -678,7 +678,8 @@ def test_a_sample_of_the_stream_that_cannot_be_queued_is_read_again(run: Run, cl
 def batch(cloud: None, executed: Executed, clock: Clock) -> Batch:
     """The batch of the samples, of one line, as it is when its execution begins."""
     batches = Batches("predictions", "outputs", now=clock.now)
-    made = BatchControl(batches, executed.batch_machine_arn, "inputs", 86400, aws.client("stepfunctions")).make(
+    stepfunctions, recipes = aws.client("stepfunctions"), RecipeItems.from_env()
+    made = BatchControl(batches, recipes, executed.batch_machine_arn, "inputs", 86400, stepfunctions).make(
         json.dumps({"requests": [BATCH_LINE]}).encode(), {}, "alice"
     )
     return batches.write_down(replace(made, id=SAMPLE_BATCH_ID))

@@ -19,6 +19,7 @@ class BatchBody(BaseModel):
     manifest: str | None = Field(default=None, max_length=1200)
     format: Literal["jsonl", "csv"] | None = None
     template: dict[str, Any] | None = None
+    recipe: str | None = Field(default=None, max_length=63)
     max_concurrency: int = Field(default=20, ge=1, le=MAX_CONCURRENCY)
     tolerated_failure_percentage: int = Field(default=100, ge=0, le=100)
 

@@ -52,6 +52,7 @@ class Batch:
     Attributes:
         manifest: Bucket, key, ETag and format of the manifest.
         templated: Whether a template makes its requests.
+        recipe: The name of the recipe that makes them.
         attempt: From 1; each retry is a further one.
         execution_n: Which execution of the attempt runs it.
         lines: How many lines this attempt runs; None until they are known.
@@ -77,6 +78,7 @@ class Batch:
     execution_n: int
     expires_at: int
     templated: bool = False
+    recipe: str | None = None
     depth: int = 0
     lines: int | None = None
     total: int | None = None
@@ -179,6 +181,7 @@ class Batches:
             allow_loopback_webhooks=self.allow_loopback_webhooks,
             origin={"batch": batch.id, "line": n, "attempt": attempt},
             depth=batch.depth,
+            output_prefix=found.get("output_prefix"),
         )
 
     def _check_open(self, batch: Batch, attempt: int) -> None:

@@ -12,6 +12,7 @@ An expression in a template sees:
                 `sequencer`, `content_type`, `metadata`, and `url`, a link that a model can open
     schedule    of a schedule: `time`, when it was due
     recipe      `id` and `name`
+    row         of a batch by the recipe's name: a line of its manifest; then there is no `event`
     defaults    the recipe's own
 
 A field of `input` whose placeholder finds nothing takes the value of that name in `defaults`.
@@ -122,7 +123,8 @@ class Recipe:
         Raises:
             PlaceholderError: A placeholder finds nothing or cannot be filled.
         """
-        template = self.definition.get("output_prefix", "{{ object.key }}" if self.kind == "s3" else "")
+        usual = "{{ object.key }}" if self.kind == "s3" and "object" in context else ""
+        template = self.definition.get("output_prefix", usual)
         filled = self._filler(context).fill(template, "output_prefix")
         return safe_prefix(filled if isinstance(filled, str) else json.dumps(filled)) or None
 
