@@ -674,6 +674,8 @@ def test_end_of_a_batch_is_one_event(world: World, replicate: ReplicateInMemory)
             "owner": "alice",
             "status": "succeeded",
             "attempt": 1,
+            "recipe": None,
+            "manifest": None,
             "total": 2,
             "counts": {"succeeded": 0, "failed": 1, "canceled": 0, "refused": 1},
             "error": None,

@@ -60,7 +60,7 @@ class BatchControl:
         stepfunctions: "SFNClient",
     ) -> None:
         self.batches = batches
-        self._recipes = recipes
+        self.recipes = recipes
         self._machine_arn = state_machine_arn
         self._inputs_bucket_name = inputs_bucket_name
         self._retention_seconds = retention_seconds
@@ -96,7 +96,7 @@ class BatchControl:
         fingerprint = hashlib.sha256(input_json_canonical(asked.model_dump()).encode()).hexdigest()
         batch_id = random_id()
         if key:
-            batch_id, known = self.batches.take_key(owner, key, batch_id, fingerprint, self._expires)
+            batch_id, known = self.batches.take_key(owner, key, batch_id, fingerprint, self.expires)
             if known != fingerprint:
                 detail = "This key belongs to another batch: use a new key for a new one, and the old one to repeat it."
                 raise refusal([{"field": "Idempotency-Key", "detail": detail}])
@@ -105,7 +105,7 @@ class BatchControl:
         manifest = self._manifest(asked, batch_id, place)
         if asked.template is not None:
             put_text(self.batches.bucket_name, template_key(batch_id), json.dumps(asked.template))
-        return self._begin(
+        return self.launch(
             batch_id,
             owner,
             recipe,
@@ -117,11 +117,19 @@ class BatchControl:
         )
 
     @property
-    def _expires(self) -> int:
+    def expires(self) -> int:
+        """When a batch that is made now goes, in Unix seconds."""
         return int(self.batches.now()) + self._retention_seconds
 
-    def _begin(self, batch_id: str, owner: str, recipe: Recipe | None, **asked: Any) -> Batch:
-        """Writes a batch down, with its recipe as it is now, and starts it."""
+    def launch(self, batch_id: str, owner: str, recipe: Recipe | None, **asked: Any) -> Batch:
+        """Writes a batch down, with its recipe as it is now, and starts it.
+
+        Args:
+            batch_id: Its id.
+            owner: Whose it is.
+            recipe: What makes its requests.
+            asked: Further fields of `Batch`: `fingerprint`, `manifest`, `max_concurrency`, …
+        """
         now = self.batches.now()
         if recipe is not None:
             put_text(self.batches.bucket_name, recipe_key(batch_id), json.dumps(asdict(recipe)))
@@ -137,7 +145,7 @@ class BatchControl:
                 recipe=recipe.name if recipe else None,
                 attempt=1,
                 execution_n=1,
-                expires_at=self._expires,
+                expires_at=self.expires,
                 next_check_at=int(now) + _START_CHECK_SECONDS,
                 **asked,
             )
@@ -185,7 +193,7 @@ class BatchControl:
         if asked.template is not None:
             invalid.append({"field": "recipe", "detail": "Give either `template` or `recipe`."})
             return None
-        found = self._recipes.named(owner, asked.recipe)
+        found = self.recipes.named(owner, asked.recipe)
         if found is None or found.state == "deleting":
             invalid.append({"field": "recipe", "detail": "You have no recipe of that name."})
             return None

@@ -101,6 +101,11 @@ class Batch:
         """Of the execution that runs it."""
         return f"{self.id}-{self.attempt}-{self.execution_n}"
 
+    def manifest_uri(self, outputs_bucket_name: str) -> str | None:
+        """`s3://…` of its manifest; None where its requests came with the call."""
+        bucket, key = self.manifest["bucket"], self.manifest["key"]
+        return None if bucket == outputs_bucket_name else f"s3://{bucket}/{key}"
+
     def prediction_id(self, n: int, attempt: int) -> str:
         """The id of a line's prediction, whether it exists or not."""
         # As `create_requested_intent` makes it.
@@ -391,6 +396,8 @@ def event_of(change: Mapping[str, Any], bucket_name: str) -> tuple[str, dict[str
         "owner": batch.owner,
         "status": batch.status,
         "attempt": batch.attempt,
+        "recipe": batch.recipe,
+        "manifest": batch.manifest_uri(bucket_name),
         "total": batch.total,
         "counts": dict(batch.counts or {}),
         "error": batch.error,

@@ -781,6 +781,7 @@ _SCHEMAS: dict[str, Schema] = {
             "id": _ID,
             "status": {"type": "string", "enum": ["preparing", "running", "succeeded", "failed", "canceled"]},
             "recipe": {**_TEXT_OR_NULL, "description": "The name of the recipe that makes its requests."},
+            "manifest": {**_TEXT_OR_NULL, "description": "`s3://…`; null where the requests came with the call."},
             "total": {"type": ["integer", "null"], "description": "Lines; null until they are counted."},
             "counts": _object(
                 {
@@ -889,6 +890,7 @@ _SCHEMAS: dict[str, Schema] = {
 }
 
 _FIELDS = {
+    "batches": "That it takes manifests dropped as `batches/{owner}/{recipe}/…`, and how such batches run.",
     "bus": "Where the `pattern` looks: the account's default bus, or the stack's own.",
     "defaults": "Values for fields of `input` that are not there, or whose placeholder finds nothing.",
     "deployment": "`owner/name`.",
