@@ -56,7 +56,7 @@ stack: setup ## Run the stack tests, on a local cloud of their own
 conformance: setup ## Run the official clients' flows (needs node) and write docs/conformance.md
 	@$(PYTHON) -m tests.conformance
 
-bench: setup ## Measure import times and the figures of a prediction
+bench: setup ## Measure import times, and the figures of a prediction and of a batch
 	@$(PYTHON) -m tests.benchmarks
 
 batch: setup ## Run a batch of LINES=1000 lines on the local cloud, with its progress, and measure it

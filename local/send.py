@@ -253,7 +253,7 @@ def _record(record: Mapping[str, Any]) -> Shipment:
             with contextlib.suppress(ValueError, NotSendable):
                 asked = json.loads(body)
                 # What a recipe's rule puts into the queue begins as an event. A schedule puts it there itself.
-                event = asked.get("event") if isinstance(asked, dict) else None
+                event = asked.get("event", asked.get("batch_manifest")) if isinstance(asked, dict) else None
                 if isinstance(event, dict):
                     return _event(event)
             return Message(body)

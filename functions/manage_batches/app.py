@@ -78,6 +78,8 @@ def _show(batch: Batch) -> dict[str, Any]:
     return {
         "id": batch.id,
         "status": batch.status,
+        "recipe": batch.recipe,
+        "manifest": batch.manifest_uri(control.batches.bucket_name),
         "total": batch.total,
         "counts": control.counts(batch),
         "attempt": batch.attempt,

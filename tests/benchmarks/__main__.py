@@ -1,4 +1,4 @@
-"""`make bench`: what a cold start imports, and what a prediction takes and costs.
+"""`make bench`: what a cold start imports, what a prediction takes and costs, and what a line of a batch takes.
 
 Nothing here asserts a time: the numbers are this machine's. It fails if something did not work, or if a prediction
 takes more steps than the project promises.
@@ -12,7 +12,7 @@ from statistics import median
 
 from local.cloud import LocalCloudError
 from local.terminal import Terminal
-from tests.benchmarks import figures, imports, prices
+from tests.benchmarks import batch, figures, imports, prices
 from tests.benchmarks.figures import Figures, Run, Sync
 from tests.benchmarks.imports import EMPTY, ONE_CLIENT, OURS, PARTS, Loaded
 from tests.benchmarks.report import BenchmarkFailed, bars, note, table
@@ -26,13 +26,16 @@ STATES, FUNCTIONS, WRITES = 4, 6, 8
 SYNC_MS = 100
 STATES_PER_POLL, FUNCTIONS_PER_POLL, WRITES_PER_POLL = 2, 1, 1
 
+# `make batch` runs longer ones.
+BATCH_LINES = 40
+
 # One whole virtual processor; a function has its memory's share of one.
 # https://docs.aws.amazon.com/lambda/latest/dg/configuration-memory.html
 ONE_PROCESSOR_MB = 1769
 
 
 def main() -> int:
-    """Run both parts; return the exit status."""
+    """Run all parts; return the exit status."""
     terminal = Terminal(sys.stdout)
     # As Ctrl-C does: what was started is stopped on the way out.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -47,6 +50,8 @@ def main() -> int:
         kept = _show_promise(terminal, found)
         terminal.title(f"3. What 1,000 predictions cost on AWS ({prices.REGION}, arm64), without Replicate's own price")
         _show_costs(terminal, found)
+        terminal.title("4. What a line of a batch takes")
+        batch.show(terminal, batch.measure(BATCH_LINES, terminal.step))
     except (BenchmarkFailed, LocalCloudError) as error:
         terminal.refuse(str(error))
         return 1

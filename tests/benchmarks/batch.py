@@ -1,7 +1,7 @@
 """``python -m tests.benchmarks.batch --lines 1000``: one batch on a local cloud of its own, with its progress.
 
-Prints how many lines end in a second, and what a line takes: upstream calls, states, item writes. The stand-in's rate
-limit is lifted; what is measured is the emulator on this machine, not AWS.
+Prints how many lines end in a second, and what a line takes: upstream calls, states, item writes. `make bench` runs a
+small one. The stand-in's rate limit is lifted; what is measured is the emulator on this machine, not AWS.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from types import FrameType
 from typing import Any
 
@@ -18,7 +20,7 @@ import httpx
 
 from local.cloud import LocalCloud, LocalCloudError
 from local.terminal import Terminal
-from tests.benchmarks.report import BenchmarkFailed
+from tests.benchmarks.report import BenchmarkFailed, note, table
 
 CONCURRENCY = 8
 ASK_SECONDS = 2.0
@@ -27,6 +29,29 @@ SECONDS_A_LINE = 5.0
 # The stand-in keeps so many requests in its record.
 RECORDED = 20_000
 SAMPLED = 20
+
+
+@dataclass(frozen=True)
+class BatchFigures:
+    """What a batch took.
+
+    Attributes:
+        lines: How many it had; all succeeded, each created once upstream.
+        seconds: From its making to its end.
+        calls: Requests to Replicate that were recorded; of large batches the last ones only.
+        recorded_lines: Lines to which these belong.
+        creates: How many of them create predictions.
+        states: Entered for a line by track_prediction, on average.
+        writes: Items written, by the first part of their keys: `prediction`, `batch`, `limiter`, …
+    """
+
+    lines: int
+    seconds: float
+    calls: int
+    recorded_lines: int
+    creates: int
+    states: float
+    writes: Mapping[str, int]
 
 
 def main() -> int:
@@ -40,22 +65,58 @@ def main() -> int:
     try:
         if not 1 <= lines <= 100_000:
             raise BenchmarkFailed("a batch has 1 to 100000 lines")
-        # A webhook that a busy machine has lost is made good by a poll after a minute.
-        parameters = {"FirstPollSeconds": "60", "LogLevel": "WARNING"}
-        with LocalCloud(parameters=parameters, say=terminal.step) as cloud:
-            _run(cloud, lines, terminal)
-            terminal.step("stopping")
+        show(terminal, measure(lines, terminal.step))
     except (LocalCloudError, BenchmarkFailed) as error:
         terminal.refuse(str(error))
         return 1
     return 0
 
 
-def _run(cloud: LocalCloud, lines: int, terminal: Terminal) -> None:
+def measure(lines: int, say: Callable[[str], None]) -> BatchFigures:
+    """Deploys to a local cloud of its own, and runs a batch, with its progress.
+
+    Raises:
+        BenchmarkFailed: A line was created twice, or has not its result at its place.
+        LocalCloudError: The local cloud did not start.
+    """
+    # A webhook that a busy machine has lost is made good by a poll after a minute.
+    parameters = {"FirstPollSeconds": "60", "LogLevel": "WARNING"}
+    with LocalCloud(parameters=parameters, say=say) as cloud:
+        found = _measure(cloud, lines, say)
+        say("stopping")
+    return found
+
+
+def show(terminal: Terminal, found: BatchFigures) -> None:
+    """Prints the figures of a batch as a table."""
+    lines = found.lines
+    others = {kind: n for kind, n in found.writes.items() if kind not in ("prediction", "batch", "tokens")}
+    rows = [
+        ("lines a second", f"{lines / found.seconds:.1f}"),
+        ("a line: upstream calls", f"{found.calls / found.recorded_lines:.2f}"),
+        ("  of it creates", f"{found.creates / found.recorded_lines:.2f}"),
+        ("a line: states", f"{found.states + 1:.2f}"),
+        ("  of it the batch's Map", "1.00"),
+        ("a line: item writes", f"{found.writes['prediction'] / lines:.2f}"),
+        *((f"  besides, {kind}", f"{n / lines:.2f}") for kind, n in sorted(others.items())),
+        ("the batch: item writes in all", str(found.writes["batch"])),
+    ]
+    terminal.write()
+    terminal.write(table((f"a batch of {lines:,} lines in {found.seconds:.0f} s", ""), rows))
+    terminal.write(
+        note(
+            f"{CONCURRENCY} lines at once on warm functions, of a model that takes no time and gives no files, without "
+            "Replicate's limit of creates. How fast it goes is this machine's and the emulator's, not AWS's. Every "
+            "line was created once upstream, and has its result at its place."
+        )
+    )
+
+
+def _measure(cloud: LocalCloud, lines: int, say: Callable[[str], None]) -> BatchFigures:
     cloud.replicate.settings(creates_per_minute=10_000_000, others_per_minute=10_000_000)
     headers = {"Authorization": f"Bearer {cloud.create_token(OWNER)}"}
     with httpx.Client(base_url=cloud.stack.api_url, headers=headers, timeout=120, trust_env=False) as api:
-        terminal.step("warming the functions")
+        say("warming the functions")
         # Each function that runs at once is a process, and a second of a processor: not all of them together.
         for at_once in (1, CONCURRENCY // 2, CONCURRENCY):
             _batch(cloud, api, 2 * at_once, at_once, lambda _: None)
@@ -68,10 +129,9 @@ def _run(cloud: LocalCloud, lines: int, terminal: Terminal) -> None:
             counts = batch["counts"]
             ended = counts["succeeded"] + counts["failed"]
             rate = ended / (time.monotonic() - began)
-            terminal.step(f"{ended} of {lines} lines have ended, {counts['running']} run, {rate:.1f} a second")
+            say(f"{ended} of {lines} lines have ended, {counts['running']} run, {rate:.1f} a second")
 
         batch = _batch(cloud, api, lines, CONCURRENCY, progress)
-        took = time.monotonic() - began
     writes = _writes(cloud) - before
     requests = [each for each in cloud.replicate.record()["requests"] if "/webhooks/" not in each["path"]]
     creates = [each["body"]["webhook"] for each in requests if each["method"] == "POST"]
@@ -82,15 +142,16 @@ def _run(cloud: LocalCloud, lines: int, terminal: Terminal) -> None:
     results = [json.loads(line) for line in body.iter_lines()]
     if [line.get("output") for line in results] != [f"line {n}" for n in range(1, lines + 1)]:
         raise BenchmarkFailed(f"not every line has its result at its place: {batch['counts']}")
-    states = _states(cloud, [line["id"] for line in results[:: max(1, lines // SAMPLED)]])
-    terminal.write(f"""
-{lines} lines in {took:.0f} s: {lines / took:.1f} a second, {CONCURRENCY} at once
-
-a line takes
-  upstream calls   {len(requests) / min(lines, RECORDED):.2f}; {len(creates)} creates for {lines} lines
-  states           {states + 1:.2f}: {states:.2f} of track_prediction, 1 of the batch's Map
-  item writes      {writes["prediction"] / lines:.2f}; the batch itself {writes["batch"]} in all
-""")
+    made, ended = (datetime.fromisoformat(batch[name]) for name in ("created_at", "completed_at"))
+    return BatchFigures(
+        lines=lines,
+        seconds=(ended - made).total_seconds(),
+        calls=len(requests),
+        recorded_lines=min(lines, RECORDED),
+        creates=len(creates),
+        states=_states(cloud, [line["id"] for line in results[:: max(1, lines // SAMPLED)]]),
+        writes=writes,
+    )
 
 
 def _batch(

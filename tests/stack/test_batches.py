@@ -98,6 +98,81 @@ def test_rows_of_a_csv_become_requests_and_a_bad_one_is_refused_alone(
     assert len(replicate.creates()) == 2
 
 
+def test_manifest_that_is_dropped_and_told_of_twice_is_one_batch_of_its_recipe(
+    alice: Owner, api: Api, cloud: LocalCloud, replicate: LocalReplicate
+) -> None:
+    s3, sqs, bucket = cloud.client("s3"), cloud.client("sqs"), cloud.stack.inputs_bucket
+    recipe = {
+        "model": "local/sleeper",
+        "input": {"text": "{{ row.text }}", "seconds": 0.1},
+        "output_prefix": "said/{{ row.text }}",
+    }
+    assert api("alice").put("/recipes/quiet", json=recipe).status_code == 201
+    assert api("alice").put("/recipes/say", json=recipe | {"batches": {"max_concurrency": 4}}).status_code == 201
+
+    def drop(key: str, text: str) -> None:
+        etag = s3.put_object(Bucket=bucket, Key=key, Body=text.encode())["ETag"]
+        found = {"key": key, "size": len(text), "etag": etag.strip('"'), "sequencer": "0062E99A88DC407460"}
+        event = {
+            "source": "aws.s3",
+            "detail-type": "Object Created",
+            "detail": {"bucket": {"name": bucket}, "object": found},
+        }
+        # Besides the bucket's own notification.
+        sqs.send_message(QueueUrl=cloud.stack.queue_url, MessageBody=json.dumps({"batch_manifest": event}))
+
+    def batches_of(key: str) -> list[dict[str, Any]]:
+        listed = alice.client.get("/batches").raise_for_status().json()["results"]
+        return [each for each in listed if each["manifest"] == f"s3://{bucket}/{key}"]
+
+    lines = '{"text": "fox"}\n{"text": \n{"text": "hare"}\n'
+    key = "batches/alice/say/2026/animals.jsonl"
+    drop("batches/alice/quiet/animals.jsonl", lines)
+    drop("batches/alice/animals.jsonl", lines)
+    drop(key, lines)
+    # By the bucket's own notification alone.
+    s3.put_object(Bucket=bucket, Key="batches/alice/say/owls.csv", Body=b"text\nowl\n")
+    (begun,) = alice.wait(lambda: batches_of(key), 60, "the batch of the manifest")
+    (owls,) = alice.wait(lambda: batches_of("batches/alice/say/owls.csv"), 60, "the batch of the other one")
+    assert alice.ended(owls["id"])["counts"]["succeeded"] == 1
+    assert (begun["recipe"], begun["max_concurrency"]) == ("say", 4)
+    # What is changed now changes nothing of a batch that is there.
+    assert api("alice").delete("/recipes/say").status_code == 204
+    batch = alice.ended(begun["id"])
+    results = alice.results(batch)
+    assert [(line["n"], line["status"], line.get("output")) for line in results] == [
+        (1, "succeeded", "fox"),
+        (2, "refused", None),
+        (3, "succeeded", "hare"),
+    ]
+    assert "not JSON" in results[1]["error"]
+
+    def dead() -> list[str]:
+        found = sqs.receive_message(
+            QueueUrl=cloud.outputs["RequestsDeadLetterQueueUrl"],
+            MaxNumberOfMessages=10,
+            MessageAttributeNames=["All"],
+            VisibilityTimeout=0,
+        )
+        told = map(json.dumps, found.get("Messages", []))
+        return [each for each in told if "batches/alice/quiet/animals.jsonl" in each]
+
+    refused = alice.wait(dead, 60, "the refusal of the other manifest")
+    assert "alice has no recipe quiet that takes manifests" in refused[0]
+    # Both notifications of each have been dealt with, and started nothing more.
+    alice.wait(lambda: len(batches_of(key)) == 1 and _empty(cloud), 60, "the queue to be empty")
+    assert len(replicate.creates()) == 3
+    assert len(batches_of(key)) == 1
+    assert batches_of("batches/alice/animals.jsonl") == []
+    assert api("alice").delete("/recipes/quiet").status_code == 204
+
+
+def _empty(cloud: LocalCloud) -> bool:
+    names: list[Any] = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+    told = cloud.client("sqs").get_queue_attributes(QueueUrl=cloud.stack.queue_url, AttributeNames=names)
+    return all(int(told["Attributes"][name]) == 0 for name in names)
+
+
 def test_more_failing_lines_than_tolerated_fail_the_batch(alice: Owner, replicate: LocalReplicate) -> None:
     requests = [crasher(f"crash {n}") for n in range(4)] + [sleeper(f"after {n}") for n in range(6)]
     batch = alice.ended(alice.make(requests=requests, tolerated_failure_percentage=20, max_concurrency=10), 150)

@@ -16,7 +16,9 @@ from predictions.batch_results import finish
 from predictions.batches import Batch, Batches, event_of
 from predictions.errors import NoLongerWanted, Problem
 from predictions.executions import Executions
+from predictions.intents import random_id
 from predictions.outputs import OutputsBucket
+from predictions.recipes import Recipe, RecipeItems, State
 from predictions.requests import Message, Requests
 from predictions.statuses import Status
 from predictions.submissions import Submissions
@@ -46,7 +48,9 @@ class World:
         self.clock = clock
         self.batches = Batches("predictions", "outputs", now=clock.now)
         self.machine = executed.batch_machine_arn
-        self.control = BatchControl(self.batches, self.machine, "inputs", RETENTION, aws.client("stepfunctions"))
+        self.recipes = RecipeItems("predictions", aws.client("dynamodb"))
+        stepfunctions = aws.client("stepfunctions")
+        self.control = BatchControl(self.batches, self.recipes, self.machine, "inputs", RETENTION, stepfunctions)
         self.requests = Requests(
             table,
             Executions(executed.machine_arn, aws.client("stepfunctions")),
@@ -65,6 +69,14 @@ class World:
         if requests:
             fields["requests"] = list(requests)
         return self.control.make(body(**fields), headers, owner)
+
+    def put_recipe(self, name: str, owner: str = "alice", state: State = "active", **definition: Any) -> Recipe:
+        at, there = "2025-06-15T15:00:00.000000Z", self.recipes.named(owner, name)
+        recipe_id = there.id if there else self.recipes.claim_name(owner, name, random_id())
+        revision = f"{there.revision}+" if there else "1"
+        recipe = Recipe(recipe_id, owner, name, LLAMA | definition, state, revision, at, at)
+        assert self.recipes.put(recipe, replaces=there)
+        return recipe
 
     def prepared(self, *requests: Any, **fields: Any) -> Batch:
         batch = self.make(*requests, **fields)
@@ -165,6 +177,12 @@ def refused(make: Callable[[], Any]) -> tuple[int, list[str]]:
         ({"requests": [LLAMA], "owner": "bob"}, ["owner"]),
         ({"requests": [LLAMA], "template": {"input": {"prompt": "{{ row. }}"}}}, ["template.input.prompt"]),
         ({"requests": [LLAMA], "template": {"model": "meta/llama"}}, ["template.input"]),
+        ({"requests": [LLAMA], "recipe": "missing"}, ["recipe"]),
+        ({"requests": [LLAMA], "recipe": "of-bob"}, ["recipe"]),
+        ({"requests": [LLAMA], "recipe": "going"}, ["recipe"]),
+        ({"requests": [LLAMA], "recipe": "bob#of-bob"}, ["recipe"]),
+        ({"requests": [LLAMA], "recipe": ["mine"]}, ["recipe"]),
+        ({"requests": [LLAMA], "recipe": "mine", "template": LLAMA}, ["recipe"]),
         ({"manifest": "https://inputs/batches/alice/a.jsonl"}, ["manifest"]),
         ({"manifest": "s3://outputs/batches/alice/a.jsonl"}, ["manifest"]),
         ({"manifest": "s3://inputs/batches/bob/a.jsonl"}, ["manifest"]),
@@ -182,6 +200,9 @@ def refused(make: Callable[[], Any]) -> tuple[int, list[str]]:
 def test_batch_that_cannot_be_made_is_refused_by_its_field(
     world: World, fields: dict[str, Any], named: list[str]
 ) -> None:
+    world.put_recipe("mine")
+    world.put_recipe("going", state="deleting")
+    world.put_recipe("of-bob", owner="bob")
     assert refused(lambda: world.control.make(body(**fields), {}, "alice")) == (422, named)
     assert world.executions == {}
 
@@ -277,6 +298,47 @@ def test_manifest_of_rows_is_filled_into_the_template(world: World) -> None:
         {"n": 2, "request": {"model": "meta/llama", "input": {"prompt": "fox"}}}
     ]
     assert (batch.lines, batch.refused) == (1, 1)
+
+
+def test_recipe_as_it_was_makes_the_requests(world: World, replicate: ReplicateInMemory) -> None:
+    recipe = world.put_recipe(
+        "fill",
+        input={"prompt": "A {{ row.animal }} by {{ recipe.name }}", "seed": "{{ to_number(row.seed) }}"},
+        defaults={"seed": 7},
+        webhook="https://example.com/{{ row.animal }}",
+        lifetime="10m",
+        output_prefix="zoo/{{ row.animal }}",
+    )
+    rows = b"animal,seed\nfox,3\n,4\nhare,\n"
+    aws.client("s3").put_object(Bucket="inputs", Key="batches/alice/a.csv", Body=rows)
+    batch = world.make(manifest="s3://inputs/batches/alice/a.csv", recipe="fill", key="k")
+    # Nothing of a batch changes with its recipe.
+    world.put_recipe("fill", input={"prompt": "changed"})
+    prepare(world.batches, batch.id, 1)
+    assert world.recipes.erase(world.recipes.find(recipe.id) or recipe)
+    fox, place, hare = [world.table.get(prediction_id) for prediction_id in world.run(batch).values()]
+    assert fox
+    assert place
+    assert hare
+    assert [create["input"] for create in replicate.creates] == [
+        {"seed": 3, "prompt": "A fox by fill"},
+        {"seed": 4, "prompt": "A  by fill"},
+        {"seed": 7, "prompt": "A hare by fill"},
+    ]
+    assert (fox.owner, fox.source, fox.output_prefix, fox.deadline - fox.created) == ("alice", "batch", "zoo/fox", 600)
+    assert fox.webhook == "https://example.com/fox"
+
+
+def test_row_in_which_a_recipe_finds_nothing_is_refused_alone(world: World) -> None:
+    world.put_recipe("fill", input={"prompt": "{{ row.animal }}"}, s3={"prefix": "photos/"})
+    batch = world.prepared({"animal": "fox"}, {"beast": "hare"}, "owl", {"animal": "elk"}, recipe="fill")
+    assert [line["n"] for line in world.messages(batch)] == [1, 4]
+    assert [line["request"]["input"] for line in read_jsonl("outputs", requests_key(batch.id))] == [
+        {"prompt": "fox"}, {"prompt": "elk"}
+    ]  # fmt: skip
+    reasons = [line["error"] for line in read_jsonl("outputs", refused_key(batch.id))]
+    assert reasons[0].startswith("input.prompt: `{{ row.animal }}` finds nothing here")
+    assert reasons[1] == "The line has to be a JSON object."
 
 
 def test_file_of_the_owner_is_a_manifest_by_its_id(world: World) -> None:
@@ -612,6 +674,8 @@ def test_end_of_a_batch_is_one_event(world: World, replicate: ReplicateInMemory)
             "owner": "alice",
             "status": "succeeded",
             "attempt": 1,
+            "recipe": None,
+            "manifest": None,
             "total": 2,
             "counts": {"succeeded": 0, "failed": 1, "canceled": 0, "refused": 1},
             "error": None,

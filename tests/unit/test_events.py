@@ -136,6 +136,7 @@ REFUSED_BY_WHAT_IS_THERE = {
     ("receive_webhook", "refused_unsigned"): 401,
     ("receive_webhook", "refused_altered"): 401,
     ("manage_batches", "refused_unknown"): 404,
+    ("manage_batches", "refused_unknown_recipe"): 422,
 }
 ANSWERED = {
     ("start_prediction", "version"): 201,
@@ -209,6 +210,8 @@ RUN = {
     ("start_from_queue", "s3"),
     ("start_from_queue", "schedule"),
     ("start_from_queue", "event"),
+    # That is not there.
+    ("start_from_queue", "manifest"),
 }
 RUN_JOBS = {
     ("run_prediction", "prompt"): None,
@@ -282,6 +285,7 @@ BURIED = {
     ("start_from_queue", "refused_task_token"): "task_token: ",
     ("start_from_queue", "refused_step_of_no_pipeline"): "pipeline_id: there is no pipeline",
     ("start_from_queue", "refused_unknown_batch"): "There is no such batch.",
+    ("start_from_queue", "refused_manifest_elsewhere"): "batch_manifest: not a .jsonl or .csv below batches/",
 }
 """Kept in the dead-letter queue, with this reason."""
 
@@ -678,7 +682,8 @@ def test_a_sample_of_the_stream_that_cannot_be_queued_is_read_again(run: Run, cl
 def batch(cloud: None, executed: Executed, clock: Clock) -> Batch:
     """The batch of the samples, of one line, as it is when its execution begins."""
     batches = Batches("predictions", "outputs", now=clock.now)
-    made = BatchControl(batches, executed.batch_machine_arn, "inputs", 86400, aws.client("stepfunctions")).make(
+    stepfunctions, recipes = aws.client("stepfunctions"), RecipeItems.from_env()
+    made = BatchControl(batches, recipes, executed.batch_machine_arn, "inputs", 86400, stepfunctions).make(
         json.dumps({"requests": [BATCH_LINE]}).encode(), {}, "alice"
     )
     return batches.write_down(replace(made, id=SAMPLE_BATCH_ID))
@@ -765,3 +770,22 @@ def test_a_sample_of_an_event_starts_its_recipe_once(
     assert [(item["owner"]["S"], item["source"]["S"]) for item in started] == [("alice", "recipe")]
     (written,) = [item["json"]["S"] for item in items() if item["sk"]["S"].startswith("input#")]
     assert asked in written
+
+
+def test_the_sample_of_a_manifest_starts_its_batch_once(run: Run, executed: Executed) -> None:
+    definition = {
+        "model": "black-forest-labs/flux-schnell", "input": {"prompt": "{{ row.animal }}"}, "batches": {}
+    }  # fmt: skip
+    at = "2025-06-15T15:00:00.000000Z"
+    recipes = RecipeItems.from_env()
+    recipe_id = recipes.claim_name("alice", "animals", SAMPLE_ID)
+    recipes.put(Recipe(recipe_id, "alice", "animals", definition, "active", "1", at, at), replaces=None)
+    manifest = b'{"animal": "fox"}\n{"animal": "hare"}\n'
+    aws.client("s3").put_object(Bucket="inputs", Key="batches/alice/animals/2025-06.jsonl", Body=manifest)
+    for _ in range(2):
+        assert run("start_from_queue", sample("start_from_queue", "manifest")) == {"batchItemFailures": []}
+    (found,) = json.loads(run("manage_batches", sample("manage_batches", "list"))["body"])["results"]
+    assert (found["recipe"], found["manifest"]) == ("animals", "s3://inputs/batches/alice/animals/2025-06.jsonl")
+    stepfunctions = aws.client("stepfunctions")
+    (started,) = stepfunctions.list_executions(stateMachineArn=executed.batch_machine_arn)["executions"]
+    assert started["name"] == f"{found['id']}-1-1"

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from predictions.deliveries import LONGEST_WAIT_SECONDS, RETRY_SECONDS
+from predictions.dropped_manifests import PREFIX
 from predictions.forwarding import ROUTES
 from predictions.receivers import TOTAL_SECONDS
 
@@ -292,15 +293,29 @@ def test_queue_is_encrypted_and_closed_to_plain_http(name: str) -> None:
     assert resources("AWS::SQS::Queue")[name]["Properties"]["SqsManagedSseEnabled"] is True
     (policy,) = resources("AWS::SQS::QueuePolicy").values()
     assert {"Ref": name} in policy["Properties"]["Queues"]
-    statement, recipes = policy["Properties"]["PolicyDocument"]["Statement"]
+    statement, recipes, manifests = policy["Properties"]["PolicyDocument"]["Statement"]
     assert (statement["Effect"], statement["Principal"], statement["Action"]) == ("Deny", "*", "sqs:*")
     assert {"Fn::GetAtt": [name, "Arn"]} in statement["Resource"]
     assert_plain_http_only(statement["Condition"])
-    # Besides, EventBridge may send for the rules of this stack's recipes, which have these names.
-    assert (recipes["Principal"], recipes["Action"]) == ({"Service": "events.amazonaws.com"}, "sqs:SendMessage")
-    assert [each["Fn::GetAtt"][0] for each in recipes["Resource"]] == ["RequestsQueue", "RequestsDeadLetterQueue"]
+    # Besides, EventBridge may send for the rules of recipes, which have these names, and for that of manifests.
+    for sender in (recipes, manifests):
+        assert (sender["Principal"], sender["Action"]) == ({"Service": "events.amazonaws.com"}, "sqs:SendMessage")
+        assert [each["Fn::GetAtt"][0] for each in sender["Resource"]] == ["RequestsQueue", "RequestsDeadLetterQueue"]
+    assert manifests["Condition"] == {"ArnEquals": {"aws:SourceArn": {"Fn::GetAtt": ["ManifestsRule", "Arn"]}}}
     for source in recipes["Condition"]["ArnLike"]["aws:SourceArn"]:
         assert source["Fn::Sub"].endswith("/${AWS::StackName}-recipe-*")
+
+
+def test_rule_of_manifests_sees_those_of_the_inputs_bucket_only() -> None:
+    (rule,) = resources("AWS::Events::Rule").values()
+    pattern = rule["Properties"]["EventPattern"]
+    assert pattern["detail"] == {
+        "bucket": {"name": [{"Ref": "InputsBucket"}]},
+        "object": {"key": [{"wildcard": f"{PREFIX}*.jsonl"}, {"wildcard": f"{PREFIX}*.csv"}]},
+    }
+    (target,) = rule["Properties"]["Targets"]
+    assert target["InputTransformer"] == {"InputTemplate": '{"batch_manifest": <aws.events.event.json>}'}
+    assert target["DeadLetterConfig"] == {"Arn": {"Fn::GetAtt": ["RequestsDeadLetterQueue", "Arn"]}}
 
 
 def assert_plain_http_only(condition: dict[str, Any]) -> None:

@@ -10,17 +10,23 @@ MAX_CONCURRENCY = 1000
 """The most lines of a batch that run at once."""
 
 
-class BatchBody(BaseModel):
-    """The fields of `POST /batches`."""
+class BatchLimits(BaseModel):
+    """How a batch runs."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    max_concurrency: int = Field(default=20, ge=1, le=MAX_CONCURRENCY)
+    tolerated_failure_percentage: int = Field(default=100, ge=0, le=100)
+
+
+class BatchBody(BatchLimits):
+    """The fields of `POST /batches`."""
 
     requests: list[Any] | None = Field(default=None)
     manifest: str | None = Field(default=None, max_length=1200)
     format: Literal["jsonl", "csv"] | None = None
     template: dict[str, Any] | None = None
-    max_concurrency: int = Field(default=20, ge=1, le=MAX_CONCURRENCY)
-    tolerated_failure_percentage: int = Field(default=100, ge=0, le=100)
+    recipe: str | None = Field(default=None, max_length=63)
 
 
 def read_body(value: Any) -> BatchBody:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from predictions.aws import client
@@ -16,6 +17,7 @@ from predictions.batch_files import (
     new_object,
     put_text,
     read_jsonl,
+    recipe_key,
     template_key,
 )
 from predictions.batches import Batch, Batches, timestamp
@@ -24,6 +26,7 @@ from predictions.intents import idempotency_key, input_json_canonical, parse_jso
 from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import logger
 from predictions.placeholders import PlaceholderError, expressions
+from predictions.recipes import Recipe, RecipeItems
 
 if TYPE_CHECKING:
     from mypy_boto3_stepfunctions import SFNClient
@@ -40,6 +43,7 @@ class BatchControl:
 
     Args:
         batches: The batches.
+        recipes: What batches name by their recipe's name.
         state_machine_arn: `run_batch`.
         inputs_bucket_name: Where manifests may be.
         retention_seconds: How long a batch is kept.
@@ -49,12 +53,14 @@ class BatchControl:
     def __init__(
         self,
         batches: Batches,
+        recipes: RecipeItems,
         state_machine_arn: str,
         inputs_bucket_name: str,
         retention_seconds: int,
         stepfunctions: "SFNClient",
     ) -> None:
         self.batches = batches
+        self.recipes = recipes
         self._machine_arn = state_machine_arn
         self._inputs_bucket_name = inputs_bucket_name
         self._retention_seconds = retention_seconds
@@ -65,6 +71,7 @@ class BatchControl:
         """From `BATCH_STATE_MACHINE_ARN`, `INPUTS_BUCKET_NAME`, `RETENTION_DAYS` and what `Batches.from_env` reads."""
         return cls(
             Batches.from_env(),
+            RecipeItems.from_env(),
             os.environ["BATCH_STATE_MACHINE_ARN"],
             os.environ["INPUTS_BUCKET_NAME"],
             int(os.environ["RETENTION_DAYS"]) * 86400,
@@ -83,14 +90,13 @@ class BatchControl:
         invalid: list[dict[str, str]] = []
         key = idempotency_key(headers)
         place = self._place(asked, owner, invalid)
+        recipe = self._recipe(asked, owner, invalid)
         if invalid:
             raise refusal(invalid)
-        now = self.batches.now()
-        expires = int(now) + self._retention_seconds
         fingerprint = hashlib.sha256(input_json_canonical(asked.model_dump()).encode()).hexdigest()
         batch_id = random_id()
         if key:
-            batch_id, known = self.batches.take_key(owner, key, batch_id, fingerprint, expires)
+            batch_id, known = self.batches.take_key(owner, key, batch_id, fingerprint, self.expires)
             if known != fingerprint:
                 detail = "This key belongs to another batch: use a new key for a new one, and the old one to repeat it."
                 raise refusal([{"field": "Idempotency-Key", "detail": detail}])
@@ -99,6 +105,34 @@ class BatchControl:
         manifest = self._manifest(asked, batch_id, place)
         if asked.template is not None:
             put_text(self.batches.bucket_name, template_key(batch_id), json.dumps(asked.template))
+        return self.launch(
+            batch_id,
+            owner,
+            recipe,
+            fingerprint=fingerprint,
+            manifest=manifest,
+            templated=asked.template is not None,
+            max_concurrency=asked.max_concurrency,
+            tolerated_failure_percentage=asked.tolerated_failure_percentage,
+        )
+
+    @property
+    def expires(self) -> int:
+        """When a batch that is made now goes, in Unix seconds."""
+        return int(self.batches.now()) + self._retention_seconds
+
+    def launch(self, batch_id: str, owner: str, recipe: Recipe | None, **asked: Any) -> Batch:
+        """Writes a batch down, with its recipe as it is now, and starts it.
+
+        Args:
+            batch_id: Its id.
+            owner: Whose it is.
+            recipe: What makes its requests.
+            asked: Further fields of `Batch`: `fingerprint`, `manifest`, `max_concurrency`, …
+        """
+        now = self.batches.now()
+        if recipe is not None:
+            put_text(self.batches.bucket_name, recipe_key(batch_id), json.dumps(asdict(recipe)))
         created_at = timestamp(now)
         batch = self.batches.write_down(
             Batch(
@@ -108,15 +142,12 @@ class BatchControl:
                 created_at=created_at,
                 created=int(now),
                 status="preparing",
-                fingerprint=fingerprint,
-                manifest=manifest,
-                templated=asked.template is not None,
-                max_concurrency=asked.max_concurrency,
-                tolerated_failure_percentage=asked.tolerated_failure_percentage,
+                recipe=recipe.name if recipe else None,
                 attempt=1,
                 execution_n=1,
-                expires_at=expires,
+                expires_at=self.expires,
                 next_check_at=int(now) + _START_CHECK_SECONDS,
+                **asked,
             )
         )
         self._run(batch)
@@ -150,9 +181,23 @@ class BatchControl:
                 )
                 invalid.append({"field": "manifest", "detail": detail})
                 return ""
-        if _format(asked, key) == "csv" and asked.template is None:
-            invalid.append({"field": "template", "detail": "A CSV has rows: a template has to make requests of them."})
+        if _format(asked, key) == "csv" and asked.template is None and asked.recipe is None:
+            detail = "A CSV has rows: a template or a recipe has to make requests of them."
+            invalid.append({"field": "template", "detail": detail})
         return key
+
+    def _recipe(self, asked: BatchBody, owner: str, invalid: list[dict[str, str]]) -> Recipe | None:
+        """The owner's recipe that makes the requests."""
+        if asked.recipe is None:
+            return None
+        if asked.template is not None:
+            invalid.append({"field": "recipe", "detail": "Give either `template` or `recipe`."})
+            return None
+        found = self.recipes.named(owner, asked.recipe)
+        if found is None or found.state == "deleting":
+            invalid.append({"field": "recipe", "detail": "You have no recipe of that name."})
+            return None
+        return found
 
     def _manifest(self, asked: BatchBody, batch_id: str, key: str) -> dict[str, str]:
         if asked.requests is not None:

@@ -4,7 +4,8 @@ In the outputs bucket, JSONL each, with `n` the line of the manifest that a line
 
     payloads/batches/{id}/manifest.jsonl           requests that came with the call
     payloads/batches/{id}/template.json            what makes requests of rows
-    payloads/batches/{id}/requests.jsonl           {"n", "request"}, of the lines that can run
+    payloads/batches/{id}/recipe.json              what makes them instead: the recipe as it was
+    payloads/batches/{id}/requests.jsonl           {"n", "request"} (and "output_prefix"), of the lines that can run
     payloads/batches/{id}/refused.jsonl            {"n", "error"}, of those that cannot
     payloads/batches/{id}/lines-{attempt}.jsonl    {"n", "offset", "length"} in requests.jsonl: what an attempt runs
     {owner}/batches/{id}/results-{attempt}.jsonl   one for each line: what the owner is given
@@ -39,6 +40,11 @@ def manifest_key(batch_id: str) -> str:
 def template_key(batch_id: str) -> str:
     """What makes requests of rows."""
     return f"payloads/batches/{batch_id}/template.json"
+
+
+def recipe_key(batch_id: str) -> str:
+    """The recipe as it was when the batch was asked for."""
+    return f"payloads/batches/{batch_id}/recipe.json"
 
 
 def requests_key(batch_id: str) -> str:

@@ -4,6 +4,7 @@ Reads and writes streams, so that memory does not grow with the batch; twice, it
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from botocore.exceptions import ClientError
@@ -14,12 +15,21 @@ from predictions.batch_files import (
     new_object,
     read_jsonl,
     read_pieces,
+    recipe_key,
     refused_key,
     requests_key,
     template_key,
 )
 from predictions.batches import Batch, Batches
-from predictions.manifests import LINES_LIMIT, LineRefused, ManifestUnreadable, check_request, lines_of, request_of
+from predictions.manifests import (
+    LINES_LIMIT,
+    LineRefused,
+    ManifestUnreadable,
+    check_request,
+    lines_of,
+    request_by,
+    request_of,
+)
 from predictions.observability import logger
 
 
@@ -66,7 +76,7 @@ def _first_lines(batches: Batches, batch: Batch) -> tuple[int, int]:
         ManifestUnreadable: It is gone, another one by now, too long, or no manifest.
     """
     bucket = batches.bucket_name
-    template = json.loads(get_text(bucket, template_key(batch.id))) if batch.templated else None
+    request = _requests(bucket, batch)
     manifest = batch.manifest
     pieces = read_pieces(manifest["bucket"], manifest["key"], etag=manifest["etag"])
     count = refused_count = 0
@@ -82,14 +92,15 @@ def _first_lines(batches: Batches, batch: Batch) -> tuple[int, int]:
                 try:
                     if line.error:
                         raise LineRefused(line.error)
-                    request = request_of(line.value, template)
-                    check_request(request, allow_loopback_webhooks=batches.allow_loopback_webhooks)
+                    made, output_prefix = request(line.value)
+                    check_request(made, allow_loopback_webhooks=batches.allow_loopback_webhooks)
                 except LineRefused as reason:
                     refused.write_json({"n": line.n, "error": str(reason)})
                     refused_count += 1
                     continue
                 offset = requests.written
-                length = requests.write_json({"n": line.n, "request": request})
+                place = {"output_prefix": output_prefix} if output_prefix else {}
+                length = requests.write_json({"n": line.n, "request": made, **place})
                 lines.write_json({"n": line.n, "offset": offset, "length": length})
                 count += 1
     except ClientError as error:
@@ -97,6 +108,17 @@ def _first_lines(batches: Batches, batch: Batch) -> tuple[int, int]:
             raise
         raise ManifestUnreadable("The manifest is not there any more as it was when the batch was made.") from None
     return count, refused_count
+
+
+def _requests(bucket: str, batch: Batch) -> Callable[[Any], tuple[dict[str, Any], str | None]]:
+    """What makes a request of a line's value, and says where its results go."""
+    if batch.recipe:
+        from predictions.recipes import Recipe  # only batches by a recipe pay for it
+
+        recipe = Recipe(**json.loads(get_text(bucket, recipe_key(batch.id))))
+        return lambda value: request_by(recipe, value)
+    template = json.loads(get_text(bucket, template_key(batch.id))) if batch.templated else None
+    return lambda value: (request_of(value, template), None)
 
 
 def _lines_again(batches: Batches, batch: Batch) -> int:

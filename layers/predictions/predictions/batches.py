@@ -52,6 +52,7 @@ class Batch:
     Attributes:
         manifest: Bucket, key, ETag and format of the manifest.
         templated: Whether a template makes its requests.
+        recipe: The name of the recipe that makes them.
         attempt: From 1; each retry is a further one.
         execution_n: Which execution of the attempt runs it.
         lines: How many lines this attempt runs; None until they are known.
@@ -77,6 +78,7 @@ class Batch:
     execution_n: int
     expires_at: int
     templated: bool = False
+    recipe: str | None = None
     depth: int = 0
     lines: int | None = None
     total: int | None = None
@@ -98,6 +100,11 @@ class Batch:
     def execution_name(self) -> str:
         """Of the execution that runs it."""
         return f"{self.id}-{self.attempt}-{self.execution_n}"
+
+    def manifest_uri(self, outputs_bucket_name: str) -> str | None:
+        """`s3://…` of its manifest; None where its requests came with the call."""
+        bucket, key = self.manifest["bucket"], self.manifest["key"]
+        return None if bucket == outputs_bucket_name else f"s3://{bucket}/{key}"
 
     def prediction_id(self, n: int, attempt: int) -> str:
         """The id of a line's prediction, whether it exists or not."""
@@ -179,6 +186,7 @@ class Batches:
             allow_loopback_webhooks=self.allow_loopback_webhooks,
             origin={"batch": batch.id, "line": n, "attempt": attempt},
             depth=batch.depth,
+            output_prefix=found.get("output_prefix"),
         )
 
     def _check_open(self, batch: Batch, attempt: int) -> None:
@@ -388,6 +396,8 @@ def event_of(change: Mapping[str, Any], bucket_name: str) -> tuple[str, dict[str
         "owner": batch.owner,
         "status": batch.status,
         "attempt": batch.attempt,
+        "recipe": batch.recipe,
+        "manifest": batch.manifest_uri(bucket_name),
         "total": batch.total,
         "counts": dict(batch.counts or {}),
         "error": batch.error,

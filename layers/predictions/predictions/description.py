@@ -780,6 +780,8 @@ _SCHEMAS: dict[str, Schema] = {
         {
             "id": _ID,
             "status": {"type": "string", "enum": ["preparing", "running", "succeeded", "failed", "canceled"]},
+            "recipe": {**_TEXT_OR_NULL, "description": "The name of the recipe that makes its requests."},
+            "manifest": {**_TEXT_OR_NULL, "description": "`s3://…`; null where the requests came with the call."},
             "total": {"type": ["integer", "null"], "description": "Lines; null until they are counted."},
             "counts": _object(
                 {
@@ -888,12 +890,14 @@ _SCHEMAS: dict[str, Schema] = {
 }
 
 _FIELDS = {
+    "batches": "That it takes manifests dropped as `batches/{owner}/{recipe}/…`, and how such batches run.",
     "bus": "Where the `pattern` looks: the account's default bus, or the stack's own.",
     "defaults": "Values for fields of `input` that are not there, or whose placeholder finds nothing.",
     "deployment": "`owner/name`.",
     "format": "Of the manifest: by default what the end of its name says, else `jsonl`.",
     "manifest": "The id of a file of yours, or `s3://{inputs bucket}/batches/{owner}/…`.",
     "max_concurrency": "How many lines run at once.",
+    "recipe": "The name of a recipe of yours that makes a request of each line, as `row`; in place of `template`.",
     "requests": "Bodies of `POST /predictions`, each with `model`, `version` or `deployment`.",
     "template": "A request whose texts have placeholders, `{{ row.column }}`, that are filled from each line.",
     "tolerated_failure_percentage": "Of lines that fail; where more do, no further one starts.",

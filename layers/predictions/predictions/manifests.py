@@ -1,8 +1,8 @@
 """Manifests: what a batch is to run, one request a line, as strangers write it.
 
 Two forms: JSONL, a JSON value in each line, and CSV (RFC 4180) with a header. A line is a request as the requests
-queue takes it, or a row from which a template makes one. Whatever is wrong with a line is that line's own affair: it
-is refused with its number and the reason, and the others go on.
+queue takes it, or a row from which a template or a recipe makes one. Whatever is wrong with a line is that line's own
+affair: it is refused with its number and the reason, and the others go on.
 """
 
 import csv
@@ -10,11 +10,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from predictions.batch_files import read_lines
 from predictions.errors import PredictionsError, Problem
 from predictions.intents import BODY_LIMIT_BYTES, create_requested_intent, parse_json
+
+if TYPE_CHECKING:
+    from predictions.recipes import Recipe
 
 LINE_LIMIT_BYTES = 1024 * 1024
 """The longest line; a file belongs into a bucket, and its URL into the line."""
@@ -73,17 +76,37 @@ def request_of(value: Any, template: Mapping[str, Any] | None) -> dict[str, Any]
     Raises:
         LineRefused: There is none.
     """
-    if not isinstance(value, dict):
-        raise LineRefused("The line has to be a JSON object.")
+    row = _row(value)
     if template is None:
-        return value
+        return row
     from predictions.placeholders import PlaceholderError, fill  # only batches with a template pay for it
 
     try:
-        made = fill(template, {"row": value})
+        made = fill(template, {"row": row})
     except PlaceholderError as error:
         raise LineRefused(str(error)[:_REASON_LIMIT]) from None
     return dict(made)
+
+
+def request_by(recipe: "Recipe", value: Any) -> tuple[dict[str, Any], str | None]:
+    """The request that a recipe makes of a line, and where its results go.
+
+    Raises:
+        LineRefused: There is none.
+    """
+    from predictions.placeholders import PlaceholderError
+
+    context = {"row": _row(value)}
+    try:
+        return recipe.request(context), recipe.output_prefix(context)
+    except PlaceholderError as error:
+        raise LineRefused(str(error)[:_REASON_LIMIT]) from None
+
+
+def _row(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise LineRefused("The line has to be a JSON object.")
+    return value
 
 
 def check_request(request: dict[str, Any], *, allow_loopback_webhooks: bool) -> None:

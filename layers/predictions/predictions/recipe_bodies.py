@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from predictions.batch_body import BatchLimits
 from predictions.intents import WebhookEvent
 
 NAME = r"[a-z0-9][a-z0-9-]{0,62}"
@@ -54,3 +55,4 @@ class RecipeBody(BaseModel):
     pattern: dict[str, Any] | None = None
     bus: Literal["default", "stack"] | None = None
     schedule: ScheduleBody | None = None
+    batches: BatchLimits | None = None

@@ -12,6 +12,7 @@ An expression in a template sees:
                 `sequencer`, `content_type`, `metadata`, and `url`, a link that a model can open
     schedule    of a schedule: `time`, when it was due
     recipe      `id` and `name`
+    row         of a batch by the recipe's name: a line of its manifest; then there is no `event`
     defaults    the recipe's own
 
 A field of `input` whose placeholder finds nothing takes the value of that name in `defaults`.
@@ -40,7 +41,6 @@ from predictions.table import is_id
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
-    from mypy_boto3_s3 import S3Client
 
 EVENT_SOURCE = "replicate-serverless"
 """The source of this stack's own events."""
@@ -122,7 +122,8 @@ class Recipe:
         Raises:
             PlaceholderError: A placeholder finds nothing or cannot be filled.
         """
-        template = self.definition.get("output_prefix", "{{ object.key }}" if self.kind == "s3" else "")
+        usual = "{{ object.key }}" if self.kind == "s3" and "object" in context else ""
+        template = self.definition.get("output_prefix", usual)
         filled = self._filler(context).fill(template, "output_prefix")
         return safe_prefix(filled if isinstance(filled, str) else json.dumps(filled)) or None
 
@@ -388,25 +389,25 @@ class Recipes:
         detail = detail if isinstance(detail, dict) else {}
         if event.get("source") != EVENT_SOURCE:
             # An application that tells of our results in events of its own can hand the depth on.
-            depth = _next_depth(detail.get(ORIGIN_DEPTH), f"event.detail.{ORIGIN_DEPTH}")
+            depth = next_depth(detail.get(ORIGIN_DEPTH), f"event.detail.{ORIGIN_DEPTH}")
         elif detail.get("owner") != recipe.owner:
             raise _NotWanted("the event is another owner's")
         else:
-            depth = _next_depth(detail.get("depth", 0), "event.detail.depth")
+            depth = next_depth(detail.get("depth", 0), "event.detail.depth")
             # The stream may tell of one change twice, and EventBridge gives each its own id.
             told = detail.get("event_id")
             event_id = told if isinstance(told, str) and 1 <= len(told) <= 256 else event_id
         return _Occurrence({"event": event}, f"event {event_id}", depth)
 
     def _object_created(self, recipe: Recipe, event: dict[str, Any], message: Message) -> _Occurrence:
-        bucket, found = _object_of(event)
+        bucket, found = object_of(event)
         if bucket == self._outputs_bucket_name:
             raise RequestRefused("event: objects of the outputs bucket start nothing.")
         if recipe.kind == "s3" and not self._is_of(recipe, bucket, found["key"]):
             raise _NotWanted("the event is not one of this recipe")
         depth = 0
         if self._is_readable(bucket, found["key"]):
-            head = self._head(bucket, found)
+            head = head_of(bucket, found)
             if head is None:
                 # Its owner took it back, or another one took its place, of which another event tells.
                 raise _NotWanted("the object is gone")
@@ -416,7 +417,7 @@ class Recipes:
             found["url"] = self._links.url(bucket, found["key"], version_id=found["version_id"], expires=expires)
             found["metadata"] = dict(head.get("Metadata", {}))
             found["content_type"] = head.get("ContentType")
-            depth = _next_depth(found["metadata"].get(ORIGIN_DEPTH), f"the object's metadata {ORIGIN_DEPTH}")
+            depth = next_depth(found["metadata"].get(ORIGIN_DEPTH), f"the object's metadata {ORIGIN_DEPTH}")
         key = json.dumps(["object", bucket, found["key"], found["version_id"], found["sequencer"]])
         return _Occurrence({"event": event, "object": found}, key, depth)
 
@@ -432,26 +433,29 @@ class Recipes:
             return not key.startswith(KEPT_APART)
         return bool(bucket) and bucket == self._source_bucket_name
 
-    def _head(self, bucket: str, found: Mapping[str, Any]) -> Any | None:
-        """What S3 says of this very object; None where it is gone, or another one has its key."""
-        at: dict[str, Any] = {"Bucket": bucket, "Key": found["key"]}
-        if found["version_id"] is not None:
-            at["VersionId"] = found["version_id"]
-        try:
-            head = self._s3.head_object(**at)
-        except ClientError as error:
-            # 403 is S3's answer for a missing object to those who may not list the bucket; 405 for a delete marker.
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (403, 404, 405):
-                raise
-            return None
-        return head if found["etag"] in (None, head["ETag"].strip('"')) else None
 
-    @property
-    def _s3(self) -> "S3Client":
-        return client("s3")
+def head_of(bucket: str, found: Mapping[str, Any]) -> Any | None:
+    """What S3 says of this very object; None where it is gone, or another one has its key.
+
+    Args:
+        bucket: Where it is.
+        found: Of `object_of`.
+    """
+    s3 = client("s3")
+    at: dict[str, Any] = {"Bucket": bucket, "Key": found["key"]}
+    if found["version_id"] is not None:
+        at["VersionId"] = found["version_id"]
+    try:
+        head = s3.head_object(**at)
+    except ClientError as error:
+        # 403 is S3's answer for a missing object to those who may not list the bucket; 405 for a delete marker.
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (403, 404, 405):
+            raise
+        return None
+    return head if found["etag"] in (None, head["ETag"].strip('"')) else None
 
 
-def _object_of(event: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def object_of(event: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The bucket and the object that an event `Object Created` tells of.
 
     https://docs.aws.amazon.com/AmazonS3/latest/userguide/ev-events.html
@@ -479,7 +483,7 @@ def _object_of(event: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _next_depth(told: Any, where: str) -> int:
+def next_depth(told: Any, where: str) -> int:
     """One more than the depth that something carries; 0 where it carries none.
 
     Raises:

@@ -3,12 +3,14 @@
 A message's body is JSON, and one of these; which one it is, its keys tell:
 
     {"recipe_id": …, "event": {…}}                             an event that a recipe's rule or schedule put here
+    {"batch_manifest": {…}}                            a manifest that was dropped into the inputs bucket, as S3 tells
     {"batch_id": …, "n": …, "task_token": …, …}                a line of a batch
     {"pipeline_id": …, "step": …, "index": …}                  a step of a pipeline
     {"input": {…}, "model" | "version" | "deployment": …, …}   a request of its own: a `RequestBody`, and `task_token`
 
 None of them says whose request it is. A recipe, a batch and a pipeline are known by ids that nobody can guess, and
-what they start, and for whom, was written down when an owner asked for them. What has no such id belongs to the owner
+what they start, and for whom, was written down when an owner asked for them. Of a manifest its place says it, which is
+looked at anew. What has no such id belongs to the owner
 that the queue's configuration gives its sender.
 """
 
@@ -18,13 +20,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from predictions.errors import PredictionsError, Problem
 from predictions.executions import Executions
 from predictions.intents import Intent, create_requested_intent, parse_json
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.table import AlreadyExists, Prediction, PredictionsTable
+
+if TYPE_CHECKING:
+    from predictions.dropped_manifests import DroppedManifests
 
 _TASK_TOKEN_LIMIT = 2048
 """https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskSuccess.html"""
@@ -118,7 +123,7 @@ class Requests:
         """Starts what a message asks for. Twice, or redriven: the same prediction, and nothing is started again.
 
         Returns:
-            The prediction; None where what the message names is no longer wanted.
+            The prediction; None where what the message names is no longer wanted, or is a batch.
 
         Raises:
             RequestRefused: It never can be started; nothing was written.
@@ -129,6 +134,11 @@ class Requests:
             if not isinstance(body, dict):
                 raise RequestRefused("The message has to be a JSON object.")
             task_token = _task_token(body)
+            if "batch_manifest" in body:
+                if task_token is not None:
+                    raise RequestRefused("task_token: nobody can wait for a manifest that is dropped.")
+                _dropped_manifests().take(body["batch_manifest"])
+                return None
             intent = self._intent(body, message)
         except Problem as problem:
             raise RequestRefused(problem.detail) from None
@@ -210,6 +220,12 @@ def _recipes() -> Source:
     from predictions.recipes import Recipes
 
     return Recipes.from_env()
+
+
+def _dropped_manifests() -> "DroppedManifests":
+    from predictions.dropped_manifests import DroppedManifests
+
+    return DroppedManifests.from_env()
 
 
 def task_token_of(text: str) -> str | None:
