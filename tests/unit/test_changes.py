@@ -357,6 +357,17 @@ class TestCallers:
         with refusing("SendTaskSuccess", "ThrottlingException"):
             assert changes.publish(stream()) is not None
 
+    def test_output_that_step_functions_do_not_take_is_left_out_and_that_is_said(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, wakes: Wakes
+    ) -> None:
+        prediction = run(table, clock, "succeeded", output="deeper than they read")
+        table.add_caller(prediction.id, "token", 1)
+        with refusing("SendTaskSuccess", "InvalidOutput", lambda body: "deeper" in body["output"]):
+            assert changes.publish(stream()) is None
+        assert {token for token, _ in wakes.told} == {"token"}
+        for _, result in wakes.told:
+            assert ("output" in result, result["output_truncated"], result["status"]) == (False, True, "succeeded")
+
     def test_state_that_comes_after_the_end_is_told_at_once(
         self, changes: Changes, table: PredictionsTable, clock: Clock, wakes: Wakes
     ) -> None:
