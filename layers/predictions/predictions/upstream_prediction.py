@@ -87,8 +87,8 @@ class UpstreamPrediction(BaseModel):
 def read_json(body: bytes) -> Any:
     """Parses JSON as models write it; None for what is none.
 
-    Models return NaN and Infinity, which JSON does not have and clients cannot parse: they become null. Half a surrogate
-    pair, which is no character and can be neither sent nor stored, becomes a question mark.
+    Models return NaN and Infinity, which JSON does not have and clients cannot parse: they become null. Half a
+    surrogate pair, which is no character and can be neither sent nor stored, becomes a question mark.
     """
     try:
         value = json.loads(body, parse_constant=lambda _: None, parse_float=_finite)
