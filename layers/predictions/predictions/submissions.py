@@ -515,7 +515,7 @@ class Submissions:
         return self._outage_seconds(prediction)
 
     def _outage_seconds(self, prediction: Prediction) -> int:
-        """How long to wait while Replicate cannot be reached. The longer it lasts, the rarer: a quarter of that time."""
+        """How long to wait while Replicate cannot be reached. The longer it lasts, the rarer: a quarter of it."""
         waited = (int(self._now()) - prediction.created) // 4
         return min(_UNAUTHORIZED_WAIT_SECONDS, max(_NO_CONNECTION_WAIT_SECONDS, waited))
 
