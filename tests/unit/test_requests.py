@@ -313,7 +313,7 @@ class TestDeadRequests:
         arn = sqs.get_queue_attributes(QueueUrl=dead_url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
         redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 1})
         url = sqs.create_queue(QueueName="read-once", Attributes={"RedrivePolicy": redrive})["QueueUrl"]
-        written = {"sender": "AROAALICE0000", "reason": "none"}
+        written = {"sender": "AROAALICE0000", "reason": "none", "sent_at": "9" * 5000}
         sent = sqs.send_message(
             QueueUrl=url,
             MessageBody="{}",
