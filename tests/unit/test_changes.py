@@ -8,9 +8,10 @@ from predictions import aws
 from predictions.changes import OUTPUT_LIMIT_BYTES, Changes
 from predictions.deliveries import DeliveriesQueue
 from predictions.events import FILES_LIMIT_BYTES, Event, EventBus, list_files
-from predictions.outputs import OutputsBucket, StoredFile
+from predictions.outputs import OutputsBucket, StoredFile, find_files
 from predictions.statuses import Status
 from predictions.table import Prediction, PredictionsTable
+from predictions.upstream_prediction import UpstreamPrediction
 
 from tests.unit.fakes import Clock, Wakes, refusing
 from tests.unit.test_deliveries import DUE, HOOK, stream, waiting
@@ -265,6 +266,19 @@ class TestFailures:
         assert failed == inserted
         assert [message["event"] for message in waiting("deliveries")] == ["completed"]
 
+    def test_half_a_surrogate_pair_in_what_a_model_returned_holds_up_no_record(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus
+    ) -> None:
+        prediction = put(table, clock)
+        body = b'{"id": "%s", "status": "succeeded", "output": {"\\ud800": "%s"}, "metrics": {"\\ud800": 1}}'
+        end = UpstreamPrediction.read(body % (b"u" * 26, FILE.encode()))
+        ended = table.merge(prediction.id, end, clock.now()).prediction
+        assert ended is not None
+        (file,) = find_files(end.output, lambda _: True)
+        table.end_copy(ended, [StoredFile(path=file.path, index=0, key="alice/p/u/0", bytes=7)], clock.now())
+        assert changes.publish(stream()) is None
+        assert bus.types == ["Prediction Started", "Prediction Succeeded"]
+
     def test_events_before_a_record_that_failed_are_put(
         self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, wakes: Wakes
     ) -> None:
@@ -342,6 +356,17 @@ class TestCallers:
             assert changes.publish(stream()) is None
         with refusing("SendTaskSuccess", "ThrottlingException"):
             assert changes.publish(stream()) is not None
+
+    def test_output_that_step_functions_do_not_take_is_left_out_and_that_is_said(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, wakes: Wakes
+    ) -> None:
+        prediction = run(table, clock, "succeeded", output="deeper than they read")
+        table.add_caller(prediction.id, "token", 1)
+        with refusing("SendTaskSuccess", "InvalidOutput", lambda body: "deeper" in body["output"]):
+            assert changes.publish(stream()) is None
+        assert {token for token, _ in wakes.told} == {"token"}
+        for _, result in wakes.told:
+            assert ("output" in result, result["output_truncated"], result["status"]) == (False, True, "succeeded")
 
     def test_state_that_comes_after_the_end_is_told_at_once(
         self, changes: Changes, table: PredictionsTable, clock: Clock, wakes: Wakes

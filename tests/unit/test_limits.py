@@ -191,6 +191,19 @@ class TestPlaces:
         found = aws.client("dynamodb").scan(TableName="predictions")["Items"]
         assert all(0 < int(item["expires_at"]["N"]) - MIDNIGHT < 3 * 86400 for item in found)
 
+    def test_midnight_while_a_full_day_is_asked_costs_no_other_day(self, cloud: None, clock: Clock) -> None:
+        def ticking() -> float:
+            clock.advance(0.25)
+            return clock.now()
+
+        usage = OwnersUsage("predictions", aws.client("dynamodb"), now=ticking)
+        clock.moment = MIDNIGHT - 60
+        usage.take_place("alice", random_id(), OwnerLimits(per_day=1))
+        clock.moment = MIDNIGHT - 0.6
+        with pytest.raises(LimitReached) as reached:
+            usage.take_place("alice", random_id(), OwnerLimits(per_day=1))
+        assert reached.value.seconds == 1
+
     def test_waiting_prediction_is_counted_once(
         self, submissions: Submissions, table: PredictionsTable, clock: Clock
     ) -> None:

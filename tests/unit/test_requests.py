@@ -72,6 +72,16 @@ class TestRefused:
         assert items("") == []
         assert executed.inputs == {}
 
+    def test_message_of_what_the_table_may_have_forgotten_starts_nothing_again(
+        self, requests: Requests, executed: Executed, clock: Clock
+    ) -> None:
+        clock.moment = SENT + 30 * 86400
+        assert requests.take(message()) is not None
+        clock.advance(1)
+        with pytest.raises(RequestRefused, match="more than 30 days ago"):
+            requests.take(message(id="message-2"))
+        assert len(executed.inputs) == 1
+
     def test_key_of_another_request_is_refused_and_its_caller_not_noted(
         self, requests: Requests, executed: Executed
     ) -> None:
@@ -303,7 +313,7 @@ class TestDeadRequests:
         arn = sqs.get_queue_attributes(QueueUrl=dead_url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
         redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 1})
         url = sqs.create_queue(QueueName="read-once", Attributes={"RedrivePolicy": redrive})["QueueUrl"]
-        written = {"sender": "AROAALICE0000", "reason": "none"}
+        written = {"sender": "AROAALICE0000", "reason": "none", "sent_at": "9" * 5000}
         sent = sqs.send_message(
             QueueUrl=url,
             MessageBody="{}",

@@ -435,6 +435,38 @@ class TestSubmit:
         submissions.submit(prediction.id)
         assert current(table, prediction.id).upstream_id in replicate.predictions
 
+    @pytest.mark.parametrize("state", ["throttled", "put off"])
+    def test_no_wait_outlasts_the_deadline(
+        self,
+        submissions: Submissions,
+        table: PredictionsTable,
+        replicate: ReplicateInMemory,
+        clock: Clock,
+        state: str,
+    ) -> None:
+        replicate.faults = [answer(429, {}, {"Retry-After": "3600"})]
+        prediction = waiting(table, clock, lifetime="60s")
+        if state == "put off":
+            table.put_off(prediction, int(clock.now()) + 3600, counted=False)
+        with pytest.raises(PredictionThrottled, match=r"^61$"):
+            submissions.submit(prediction.id)
+        clock.advance(61)
+        submissions.submit(prediction.id)
+        assert current(table, prediction.id).visible == "failed"
+
+    def test_version_that_cannot_be_looked_up_is_asked_for_ever_more_rarely(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        prediction = waiting(table, clock, version="acme/fox")
+        replicate.read_faults = [answer(503)] * 5
+        waits = []
+        for _ in range(5):
+            with pytest.raises(PredictionThrottled) as throttled:
+                submissions.submit(prediction.id)
+            waits.append(throttled.value.seconds)
+            clock.advance(400)
+        assert waits == [10, 100, 200, 300, 300]
+
     def test_intent_past_its_deadline_is_failed_and_not_started(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
     ) -> None:

@@ -108,7 +108,7 @@ def test_an_odd_field_does_not_lose_the_prediction(field: str, value: Any, expec
 
 
 @pytest.mark.parametrize(
-    "output", [None, "", "text", 0, 1.5, False, [], {}, [[["x"]]], {"a": {"b": [1, None]}}, "\ud800", 2**70]
+    "output", [None, "", "text", 0, 1.5, False, [], {}, [[["x"]]], {"a": {"b": [1, None]}}, "\U0001f600", 2**70]
 )
 def test_any_output_is_kept(output: Any) -> None:
     assert UpstreamPrediction.read(json.dumps({**TOLD, "output": output}).encode()).output == output
@@ -140,3 +140,11 @@ ANY_JSON = st.recursive(
 def test_whatever_is_beside_id_and_status_can_be_read(change: dict[str, Any]) -> None:
     told = UpstreamPrediction.parse({**TOLD, **change})
     assert (told.id, told.status) == (TOLD["id"], TOLD["status"])
+
+
+@pytest.mark.parametrize("half", [b"\\ud83d", b"\\uDE00", b"\xed\xa0\xbd"])
+def test_half_a_surrogate_pair_becomes_a_character_wherever_it_is(half: bytes) -> None:
+    body = b'{"id": "ufawq", "status": "succeeded", "output": {"%s": ["a%s", "\\ud83d\\ude00"]}, "metrics": {"%s": 1}}'
+    told = UpstreamPrediction.read(body.replace(b"%s", half))
+    json.dumps([told.output, told.metrics], ensure_ascii=False).encode()
+    assert [value[-1] for value in told.output.values()] == ["\U0001f600"]

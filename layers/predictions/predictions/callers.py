@@ -22,10 +22,18 @@ _GONE = frozenset({"TaskTimedOut", "TaskDoesNotExist", "InvalidToken", "AccessDe
 
 
 def tell_success(task_token: str, result: Mapping[str, Any]) -> None:
-    """Lets a state go on with a result; one that no longer waits is no error."""
+    """Lets a state go on with a result; one that no longer waits is no error.
+
+    An `output` that Step Functions do not take, such as one nested deeper than they read, is left out.
+    """
     stepfunctions = client("stepfunctions")
     try:
         stepfunctions.send_task_success(taskToken=task_token, output=json.dumps(result, separators=(",", ":")))
+    except stepfunctions.exceptions.InvalidOutput:
+        if "output" not in result:
+            raise
+        rest = {name: value for name, value in result.items() if name != "output"}
+        tell_success(task_token, rest | {"output_truncated": True})
     except ClientError as error:
         _pass_over(error)
 

@@ -6,6 +6,7 @@ with those three; who may only send to the requests queue cannot choose them.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from predictions.requests import Message
 
 _REASON_LIMIT_CHARACTERS = 2000
+_SECONDS = re.compile("[0-9]{1,12}")
 _NO_REASON = "start_from_queue failed each time: see its log"
 
 
@@ -91,7 +93,7 @@ class DeadRequests:
             yield DeadRequest(
                 id=known.get("request_id") or letter.id,
                 sender=known.get("sender", "") if ours else letter.sender,
-                sent_at=min(int(said_at), letter.sent_at) if said_at.isdecimal() else letter.sent_at,
+                sent_at=min(int(said_at), letter.sent_at) if _SECONDS.fullmatch(said_at) else letter.sent_at,
                 reason=known.get("reason", _NO_REASON) if ours else _NO_REASON,
                 body=letter.body,
                 receipt_handle=letter.receipt_handle,

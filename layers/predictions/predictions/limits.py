@@ -186,15 +186,16 @@ class OwnersUsage:
         """
         began = round(self._now() * 1000)
         added = limits.in_flight is not None and self._add_in_flight(owner, prediction_id, limits.in_flight, began)
-        if limits.per_day is not None and not self._count_in_day(owner, limits.per_day):
+        now = self._now()  # the day that is full must be the one whose end is told
+        if limits.per_day is not None and not self._count_in_day(owner, limits.per_day, now):
             if added:
                 self._take_out(owner, {prediction_id: began})
-            midnight = datetime.fromtimestamp(self._now(), UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+            midnight = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
             midnight += timedelta(days=1)
             raise LimitReached(
                 f"The owner {owner} may start {limits.per_day} predictions a day, and has: the next ones from"
                 f" {midnight.isoformat().replace('+00:00', 'Z')} on.",
-                int(midnight.timestamp() - self._now()) + 1,
+                int(midnight.timestamp() - now) + 1,
             )
 
     def _add_in_flight(self, owner: str, prediction_id: str, limit: int, began: int) -> bool:
@@ -286,11 +287,11 @@ class OwnersUsage:
                 ExpressionAttributeValues={f":p{n}": {"N": str(began)} for n, (_, began) in named.items()},
             )
 
-    def _count_in_day(self, owner: str, limit: int) -> bool:
-        """Whether the day had a place, which is taken then."""
+    def _count_in_day(self, owner: str, limit: int, now: float) -> bool:
+        """Whether the day of that moment had a place, which is taken then."""
         if limit == 0:
             return False
-        day = datetime.fromtimestamp(self._now(), UTC).date()
+        day = datetime.fromtimestamp(now, UTC).date()
         try:
             self._dynamodb.update_item(
                 TableName=self._table_name,
@@ -300,7 +301,7 @@ class OwnersUsage:
                 ExpressionAttributeValues={
                     ":one": {"N": "1"},
                     ":limit": {"N": str(limit)},
-                    ":expires": {"N": str(int(self._now()) + 2 * 86400)},
+                    ":expires": {"N": str(int(now) + 2 * 86400)},
                 },
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException:

@@ -367,7 +367,7 @@ class Submissions:
             self._end(prediction, Status.CANCELED, "It was not started: its batch has stopped.")
             return
         if prediction.submit_at and prediction.submit_at > now:
-            raise PredictionThrottled(int(prediction.submit_at - now) + 1)
+            raise PredictionThrottled(self._within_lifetime(prediction, int(prediction.submit_at - now) + 1))
         if pause := self._limiter.pause_now():
             raise PredictionThrottled(self._within_lifetime(prediction, pause.remaining(now, _PAUSE_STEP_SECONDS)))
         # What came over HTTP was checked before it was written down; a training's input is not of its version's schema.
@@ -376,7 +376,7 @@ class Submissions:
             version, schema = self._look_up(_reference(prediction), check=check)
         except Problem as problem:
             if problem.status >= 500:
-                raise PredictionThrottled(_NO_CONNECTION_WAIT_SECONDS) from None
+                raise PredictionThrottled(self._within_lifetime(prediction, self._outage_seconds(prediction))) from None
             self._end(prediction, Status.FAILED, problem.detail)
             return
         # As in `start`: what can fail on our side comes before the claim.
@@ -450,7 +450,7 @@ class Submissions:
                 self._count_refused_token(error)
             released, wait_seconds = self._give_back(prediction, error)
             if not released.terminal:
-                raise PredictionThrottled(wait_seconds) from None
+                raise PredictionThrottled(self._within_lifetime(prediction, wait_seconds)) from None
         except OutcomeUnknown as error:
             logger.warning("submitted with unknown outcome", reason=str(error))
 
@@ -512,7 +512,10 @@ class Submissions:
             return max(error.seconds, math.ceil(round(start - self._now(), 3)))
         if isinstance(error, Unauthorized):
             return _UNAUTHORIZED_WAIT_SECONDS
-        # The longer it lasts, the rarer: a quarter of the time that has passed.
+        return self._outage_seconds(prediction)
+
+    def _outage_seconds(self, prediction: Prediction) -> int:
+        """How long to wait while Replicate cannot be reached. The longer it lasts, the rarer: a quarter of it."""
         waited = (int(self._now()) - prediction.created) // 4
         return min(_UNAUTHORIZED_WAIT_SECONDS, max(_NO_CONNECTION_WAIT_SECONDS, waited))
 

@@ -420,8 +420,11 @@ class PredictionsTable:
                 **({"reserved": True} if reserved else {}),
             },
             remove=["claimed", *([] if reserved else ["reserved"])],
-            condition="#claimed = :claimed AND attribute_not_exists(#upstream_id) AND #rank < :terminal",
-            values={":claimed": prediction.claimed},
+            # Not only the second of the claim: another one may be made in it, once this very write was made but its
+            # answer lost, and botocore writes again.
+            condition="#claimed = :claimed AND #written_by = :written_by AND attribute_not_exists(#upstream_id) "
+            "AND #rank < :terminal",
+            values={":claimed": prediction.claimed, ":written_by": prediction.written_by},
         )
 
     def resubmit(self, prediction: Prediction, deadline: int, now: float) -> Prediction | None:

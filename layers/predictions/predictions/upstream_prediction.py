@@ -5,6 +5,7 @@ Apart from `upstream`, so that the webhook's function reads one without importin
 
 import json
 import math
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -86,12 +87,28 @@ class UpstreamPrediction(BaseModel):
 def read_json(body: bytes) -> Any:
     """Parses JSON as models write it; None for what is none.
 
-    Models return NaN and Infinity, which JSON does not have and clients cannot parse: they become null.
+    Models return NaN and Infinity, which JSON does not have and clients cannot parse: they become null. Half a
+    surrogate pair, which is no character and can be neither sent nor stored, becomes a question mark.
     """
     try:
-        return json.loads(body, parse_constant=lambda _: None, parse_float=_finite)
+        value = json.loads(body, parse_constant=lambda _: None, parse_float=_finite)
+        return _whole_characters(value) if _SURROGATE.search(body) else value
     except (ValueError, RecursionError):
         return None
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+"""As an escape, also as half of a good pair; and as what `json.loads` takes for UTF-8."""
+
+
+def _whole_characters(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_whole_characters(each) for each in value]
+    if isinstance(value, dict):
+        return {_whole_characters(name): _whole_characters(each) for name, each in value.items()}
+    return value
 
 
 def _finite(digits: str) -> float | None:
