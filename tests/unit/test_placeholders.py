@@ -34,6 +34,9 @@ CONTEXT: dict[str, Any] = {
         ({"a": "{{ to_number('nan') }}"}, "a", "no number that JSON can carry"),
         ({"a": "{{ sum(`[1e308, 1e308]`) }}"}, "a", "no number that JSON can carry"),
         ({"a": "{{ to_number('" + "9" * 200 + "e200') }}"}, "a", "no number that JSON can carry"),
+        # Half a surrogate pair, which only an escape in a literal makes, cannot be stored.
+        ({"a": '{{ `"\\ud83d"` }}'}, "a", "half of a surrogate pair"),
+        ({"a": '{{ nothing || `{"\\ud83d": 1}` }}'}, "a", "half of a surrogate pair"),
     ],
 )
 def test_what_cannot_be_filled_is_refused_by_its_field(template: Any, field: str, said: str) -> None:

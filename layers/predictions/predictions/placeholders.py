@@ -220,6 +220,7 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
             self._count(1)
             if isinstance(part, str):
                 self._count(len(part) // _CHARACTERS_PER_STEP)
+                _check_characters(part)
             elif isinstance(part, dict):
                 waiting += part.keys()
                 waiting += part.values()
@@ -229,6 +230,14 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
                 raise ValueError("it is no number that JSON can carry")
             elif part is not None and not isinstance(part, bool | int | float):
                 raise ValueError("it finds no value")
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # A literal's escape makes one; it cannot be stored.
+        raise ValueError("it finds half of a surrogate pair, which is no character") from None
 
 
 def _parts(text: str, field: str) -> Iterator[str | _Expression]:
