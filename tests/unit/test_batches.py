@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 from botocore.exceptions import ClientError
 from hypothesis import HealthCheck, given, settings
@@ -279,6 +280,12 @@ def test_manifest_of_rows_is_filled_into_the_template(world: World) -> None:
     assert (batch.lines, batch.refused) == (1, 1)
 
 
+def test_template_that_makes_half_a_surrogate_pair_is_refused_line_by_line(world: World) -> None:
+    template = {"model": "meta/llama", "input": {"prompt": '{{ row.who || `"\\ud83d"` }}'}}
+    batch = world.prepared({"who": "fox"}, {}, template=template)
+    assert (batch.status, batch.lines, batch.refused) == ("running", 1, 1)
+
+
 def test_file_of_the_owner_is_a_manifest_by_its_id(world: World) -> None:
     aws.client("s3").put_object(Bucket="inputs", Key=f"files/alice/{'a' * 26}", Body=json.dumps(LLAMA).encode())
     assert world.prepared(manifest="a" * 26).lines == 1
@@ -419,6 +426,20 @@ def test_results_are_in_the_manifests_order_with_refused_lines_at_their_place(
         "waiting": 0, "running": 0, "succeeded": 2, "failed": 1, "canceled": 0, "refused": 1
     }  # fmt: skip
     assert (batch.next_check_at, world.finish(batch)["open"]) == (None, 0)
+
+
+def test_output_with_half_a_surrogate_pair_ends_its_batch_like_any_other(
+    world: World, replicate: ReplicateInMemory
+) -> None:
+    batch = world.prepared(LLAMA)
+    prediction = world.table.get(world.run(batch)[1])
+    assert prediction
+    told = replicate.finish(prediction.upstream_id or "", output="cut off: \ud83d")
+    answer = httpx.Response(200, content=json.dumps(told))
+    replicate.others["GET", f"/predictions/{prediction.upstream_id}"] = lambda: answer
+    world.submissions.poll(prediction.id)
+    assert world.finish(batch)["open"] == 0
+    assert [line["output"] for line in world.results(batch)] == ["cut off: \ud83d"]
 
 
 def test_batch_whose_lines_are_all_refused_ends(world: World) -> None:
