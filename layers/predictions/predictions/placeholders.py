@@ -34,7 +34,7 @@ STEPS_LIMIT = 200_000
 """The most steps of one filling: half a second, where they are spent on nothing but counting."""
 
 SECONDS_LIMIT = 5.0
-"""The longest one filling computes: a step may look through a long list, such as `max(rows)`, and makes nothing of it."""
+"""The longest one filling computes: a single step, such as `max(rows)`, may look through a long list."""
 
 TEMPLATE_DEPTH_LIMIT = 100
 """The deepest template: as deep as a request's JSON may be."""
