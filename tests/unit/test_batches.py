@@ -312,6 +312,27 @@ def test_manifest_that_cannot_be_read_fails_the_batch_with_the_reason(
     assert refused(lambda: world.control.again(batch))[0] == 409
 
 
+@pytest.mark.parametrize("manifest", [b"{}\n" * 9, b"\n" * 600_000], ids=["lines", "empty lines"])
+def test_manifest_that_takes_longer_than_the_function_may_run_fails_the_batch(world: World, manifest: bytes) -> None:
+    aws.client("s3").put_object(Bucket="inputs", Key="batches/alice/a.jsonl", Body=manifest)
+    batch = world.make(manifest="s3://inputs/batches/alice/a.jsonl")
+    left = iter([900.0, 61.0, 59.0, 58.0])
+    assert prepare(world.batches, batch.id, 1, lambda: next(left))["lines"] == 0
+    assert world.finish(batch)["open"] == 0
+    assert (world.there(batch).status, "takes too long" in (world.there(batch).error or "")) == ("failed", True)
+
+
+def test_manifest_over_which_one_execution_after_the_other_dies_fails_the_batch(world: World, clock: Clock) -> None:
+    batch = world.make(LLAMA)
+    for n in range(1, 7):
+        world.stop_execution(f"{batch.id}-1-{n}")
+        clock.advance(301)
+        world.control.sweep_one(batch.id, world.submissions, plenty)
+    assert prepare(world.batches, batch.id, 1)["lines"] == 0
+    world.finish(batch)
+    assert (world.there(batch).status, "each try" in (world.there(batch).error or "")) == ("failed", True)
+
+
 def test_preparing_twice_writes_the_same_and_says_the_same(world: World) -> None:
     batch = world.make(LLAMA, BAD)
     first = prepare(world.batches, batch.id, 1)
