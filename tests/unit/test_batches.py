@@ -530,6 +530,32 @@ def test_cancel_stops_new_lines_and_cancels_running_ones_upstream(world: World, 
     assert world.control.halt(world.there(batch), world.submissions, plenty).status == "canceled"
 
 
+def test_canceled_batch_does_not_wait_for_its_map(world: World, replicate: ReplicateInMemory, clock: Clock) -> None:
+    # Its map waits for the second line, whose message is in the dead-letter queue, and would for days.
+    batch = world.prepared(LLAMA, LLAMA)
+    id_ = world.take(world.messages(batch)[0])
+    world.submissions.submit(id_)
+    for _ in range(2):
+        world.control.halt(batch, world.submissions, plenty)
+    assert sorted(world.executions) == [f"{batch.id}-1-1", f"{batch.id}-1-2"]
+    assert prepare(world.batches, batch.id, 1)["lines"] == 0
+    assert world.finish(batch)["open"] == 0
+    assert [line["status"] for line in world.results(batch)] == ["canceled"] * 2
+    assert world.control.again(world.there(batch)).attempt == 2
+
+
+def test_map_of_a_canceled_batch_is_stopped_by_the_sweep_where_the_call_had_no_time(world: World, clock: Clock) -> None:
+    batch = world.prepared(LLAMA)
+    world.run(batch)
+    world.control.halt(batch, world.submissions, lambda: 0)
+    assert list(world.executions) == [f"{batch.id}-1-1"]
+    clock.advance(1)
+    for _ in range(3):
+        world.control.sweep_one(batch.id, world.submissions, plenty)
+        clock.advance(61)
+    assert sorted(world.executions) == [f"{batch.id}-1-1", f"{batch.id}-1-2"]
+
+
 def test_line_that_was_written_down_while_its_batch_was_canceled_is_never_submitted(
     world: World, replicate: ReplicateInMemory
 ) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from predictions.aws import client
@@ -212,11 +213,16 @@ class BatchControl:
 
     def _map_run(self, batch: Batch) -> Any:
         stepfunctions = self._stepfunctions
-        try:
-            runs = stepfunctions.list_map_runs(executionArn=self._execution_arn(batch))["mapRuns"]
-        except stepfunctions.exceptions.ExecutionDoesNotExist:
-            return None
-        return stepfunctions.describe_map_run(mapRunArn=runs[0]["mapRunArn"]) if runs else None
+        # The execution that finishes a canceled batch has none: then that of the one before it tells.
+        for n in (batch.execution_n, batch.execution_n - 1):
+            try:
+                arn = self._execution_arn(replace(batch, execution_n=n))
+                runs = stepfunctions.list_map_runs(executionArn=arn)["mapRuns"]
+            except stepfunctions.exceptions.ExecutionDoesNotExist:
+                return None
+            if runs or batch.stop is None or n == 1:
+                return stepfunctions.describe_map_run(mapRunArn=runs[0]["mapRunArn"]) if runs else None
+        return None
 
     # -- cancel, retry ------------------------------------------------------------------------------------------------
 
@@ -228,6 +234,7 @@ class BatchControl:
         stopped = self.batches.stop(batch, "canceled") or self.batches.find(batch.id) or batch
         if stopped.stop is not None and not stopped.ended:
             self.cancel_lines(stopped, submissions, remaining_seconds)
+            self._run(self.batches.find(batch.id) or stopped)
         return self.batches.find(batch.id) or stopped
 
     def cancel_lines(self, batch: Batch, submissions: "Submissions", remaining_seconds: Callable[[], float]) -> None:
@@ -246,7 +253,21 @@ class BatchControl:
                     return self.batches.stopped(batch, before)
                 before, chunk = before + len(chunk), []
         done = self._cancel_chunk(batch, chunk, submissions, remaining_seconds)
+        if done and batch.stop == "canceled":
+            # Before it is noted: died in between, the next look does it again.
+            self._stop_execution(batch)
         return self.batches.stopped(batch, None if done else before)
+
+    def _stop_execution(self, batch: Batch) -> None:
+        """Ends the Map of a batch none of whose lines is to start any more; the next execution only finishes it.
+
+        It would hand each line on that is left, one after the other, and wait for days for one whose message was lost.
+        """
+        stepfunctions = self._stepfunctions
+        try:
+            stepfunctions.stop_execution(executionArn=self._execution_arn(batch))
+        except (stepfunctions.exceptions.ExecutionDoesNotExist, stepfunctions.exceptions.ValidationException):
+            logger.info("no execution to stop", batch_id=batch.id)
 
     def _cancel_chunk(
         self, batch: Batch, lines: list[int], submissions: "Submissions", remaining_seconds: Callable[[], float]

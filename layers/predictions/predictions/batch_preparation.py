@@ -59,7 +59,9 @@ def prepare(
             logger.warning("manifest unreadable")
             batches.unreadable(batch, str(unreadable))
         batch = batches.find(batch_id) or batch
-    return _plan(batch_id, attempt, batch.lines or 0, batch.max_concurrency, batch.tolerated_failure_percentage)
+    # Of a batch that has stopped, no line would start.
+    lines = 0 if batch.stop else batch.lines or 0
+    return _plan(batch_id, attempt, lines, batch.max_concurrency, batch.tolerated_failure_percentage)
 
 
 def _plan(batch_id: str, attempt: int, lines: int, concurrency: int, percentage: int) -> dict[str, Any]:
