@@ -174,6 +174,7 @@ def refused(make: Callable[[], Any]) -> tuple[int, list[str]]:
         ({"manifest": "s3://inputs"}, ["manifest"]),
         ({"manifest": "s3://inputs/batches/alice/missing.jsonl"}, ["manifest"]),
         ({"manifest": "a" * 26}, ["manifest"]),
+        ({"manifest": f"s3://inputs/batches/alice/{'a' * 1024}"}, ["manifest"]),
         ({"manifest": "s3://inputs/batches/alice/a.csv"}, ["template"]),
         ({"manifest": "s3://inputs/batches/alice/a", "format": "csv"}, ["template"]),
         ({"manifest": "s3://inputs/batches/alice/a", "format": "xlsx"}, ["format"]),

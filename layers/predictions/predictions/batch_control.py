@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from predictions.submissions import Submissions
 
 _CHUNK = 100
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
+_KEY_LIMIT_BYTES = 1024
 _START_CHECK_SECONDS = 60
 _COUNTED = ("waiting", "running", "succeeded", "failed", "canceled", "refused")
 
@@ -151,6 +153,8 @@ class BatchControl:
                 )
                 invalid.append({"field": "manifest", "detail": detail})
                 return ""
+        if len(key.encode()) > _KEY_LIMIT_BYTES:
+            invalid.append({"field": "manifest", "detail": f"A key has at most {_KEY_LIMIT_BYTES} bytes."})
         if _format(asked, key) == "csv" and asked.template is None:
             invalid.append({"field": "template", "detail": "A CSV has rows: a template has to make requests of them."})
         return key
