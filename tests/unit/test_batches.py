@@ -617,6 +617,17 @@ def test_batch_that_runs_or_has_nothing_to_retry_is_not_retried(world: World, re
     assert refused(lambda: world.control.again(world.there(batch)))[0] == 409
 
 
+def test_batch_that_would_expire_before_its_end_is_not_retried(
+    world: World, replicate: ReplicateInMemory, clock: Clock
+) -> None:
+    batch = world.prepared(LLAMA)
+    world.end(world.run(batch)[1], replicate, "failed", error="no")
+    world.finish(batch)
+    clock.advance(RETENTION - 2 * 86400)
+    assert refused(lambda: world.control.again(world.there(batch)))[0] == 409
+    assert world.there(batch).attempt == 1
+
+
 def test_retry_runs_what_failed_and_keeps_what_succeeded(world: World, replicate: ReplicateInMemory) -> None:
     batch = world.prepared(LLAMA, LLAMA, BAD, LLAMA)
     ids = world.run(batch)

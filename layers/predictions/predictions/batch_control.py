@@ -21,7 +21,13 @@ from predictions.batch_files import (
 )
 from predictions.batches import Batch, Batches, timestamp
 from predictions.errors import Problem
-from predictions.intents import idempotency_key, input_json_canonical, parse_json, random_id
+from predictions.intents import (
+    LIFETIME_LIMIT_SECONDS,
+    idempotency_key,
+    input_json_canonical,
+    parse_json,
+    random_id,
+)
 from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import logger
 from predictions.placeholders import PlaceholderError, expressions
@@ -288,13 +294,16 @@ class BatchControl:
         """Runs the lines anew that failed or were canceled, in a batch that has ended.
 
         Raises:
-            Problem: 409, where it has not ended, could not be read, or nothing failed.
+            Problem: 409, where it has not ended, could not be read, nothing failed, or it expires too soon.
         """
         if not batch.ended:
             raise Problem(409, f"Batch {batch.id} has not ended: wait for its end, or cancel it.")
         counts = batch.counts or {}
         if batch.error or not counts.get("failed", 0) + counts.get("canceled", 0):
             raise Problem(409, f"Batch {batch.id} has no line that could be run anew.")
+        if batch.expires_at - self.batches.now() < LIFETIME_LIMIT_SECONDS:
+            # What it has written down goes with its item: its lines could not be read, nor its end be told.
+            raise Problem(409, f"Batch {batch.id} is about to expire: make a new one of the lines that failed.")
         begun = self.batches.begin_again(batch) or self.batches.find(batch.id) or batch
         self._run(begun)
         return begun
