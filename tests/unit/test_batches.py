@@ -694,6 +694,7 @@ def test_end_of_a_batch_is_one_event(world: World, replicate: ReplicateInMemory)
             "attempt": 1,
             "total": 2,
             "counts": {"succeeded": 0, "failed": 1, "canceled": 0, "refused": 1},
+            "depth": 0,
             "error": None,
             "results": f"s3://outputs/alice/batches/{batch.id}/results-1.jsonl",
             "created_at": batch.created_at,
