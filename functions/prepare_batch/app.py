@@ -10,15 +10,15 @@ batches = Batches.from_env()
 
 
 @handler_of
-def handler(event: dict[str, Any], context: object) -> dict[str, Any]:  # noqa: ARG001  # Lambda passes both
+def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
     """Writes down what an attempt runs. Twice, it writes the same.
 
     Args:
         event: `{"id", "attempt"}`.
-        context: Not used.
+        context: Tells how long the function may still run.
 
     Returns:
         `{"id", "attempt", "lines", "key", "max_concurrency", "tolerated_failure_percentage"}` for the next states.
     """
     logger.set_correlation_id(event["id"])
-    return prepare(batches, event["id"], event["attempt"])
+    return prepare(batches, event["id"], event["attempt"], lambda: context.get_remaining_time_in_millis() / 1000)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 from botocore.exceptions import ClientError
 from hypothesis import HealthCheck, given, settings
@@ -191,6 +192,7 @@ def refused(make: Callable[[], Any]) -> tuple[int, list[str]]:
         ({"manifest": "s3://inputs"}, ["manifest"]),
         ({"manifest": "s3://inputs/batches/alice/missing.jsonl"}, ["manifest"]),
         ({"manifest": "a" * 26}, ["manifest"]),
+        ({"manifest": f"s3://inputs/batches/alice/{'a' * 1024}"}, ["manifest"]),
         ({"manifest": "s3://inputs/batches/alice/a.csv"}, ["template"]),
         ({"manifest": "s3://inputs/batches/alice/a", "format": "csv"}, ["template"]),
         ({"manifest": "s3://inputs/batches/alice/a", "format": "xlsx"}, ["format"]),
@@ -341,6 +343,12 @@ def test_row_in_which_a_recipe_finds_nothing_is_refused_alone(world: World) -> N
     assert reasons[1] == "The line has to be a JSON object."
 
 
+def test_template_that_makes_half_a_surrogate_pair_is_refused_line_by_line(world: World) -> None:
+    template = {"model": "meta/llama", "input": {"prompt": '{{ row.who || `"\\ud83d"` }}'}}
+    batch = world.prepared({"who": "fox"}, {}, template=template)
+    assert (batch.status, batch.lines, batch.refused) == ("running", 1, 1)
+
+
 def test_file_of_the_owner_is_a_manifest_by_its_id(world: World) -> None:
     aws.client("s3").put_object(Bucket="inputs", Key=f"files/alice/{'a' * 26}", Body=json.dumps(LLAMA).encode())
     assert world.prepared(manifest="a" * 26).lines == 1
@@ -365,6 +373,27 @@ def test_manifest_that_cannot_be_read_fails_the_batch_with_the_reason(
     batch = world.there(batch)
     assert (batch.status, batch.error is not None, world.results(batch)) == ("failed", True, [])
     assert refused(lambda: world.control.again(batch))[0] == 409
+
+
+@pytest.mark.parametrize("manifest", [b"{}\n" * 9, b"\n" * 600_000], ids=["lines", "empty lines"])
+def test_manifest_that_takes_longer_than_the_function_may_run_fails_the_batch(world: World, manifest: bytes) -> None:
+    aws.client("s3").put_object(Bucket="inputs", Key="batches/alice/a.jsonl", Body=manifest)
+    batch = world.make(manifest="s3://inputs/batches/alice/a.jsonl")
+    left = iter([900.0, 61.0, 59.0, 58.0])
+    assert prepare(world.batches, batch.id, 1, lambda: next(left))["lines"] == 0
+    assert world.finish(batch)["open"] == 0
+    assert (world.there(batch).status, "takes too long" in (world.there(batch).error or "")) == ("failed", True)
+
+
+def test_manifest_over_which_one_execution_after_the_other_dies_fails_the_batch(world: World, clock: Clock) -> None:
+    batch = world.make(LLAMA)
+    for n in range(1, 7):
+        world.stop_execution(f"{batch.id}-1-{n}")
+        clock.advance(301)
+        world.control.sweep_one(batch.id, world.submissions, plenty)
+    assert prepare(world.batches, batch.id, 1)["lines"] == 0
+    world.finish(batch)
+    assert (world.there(batch).status, "each try" in (world.there(batch).error or "")) == ("failed", True)
 
 
 def test_preparing_twice_writes_the_same_and_says_the_same(world: World) -> None:
@@ -483,6 +512,20 @@ def test_results_are_in_the_manifests_order_with_refused_lines_at_their_place(
     assert (batch.next_check_at, world.finish(batch)["open"]) == (None, 0)
 
 
+def test_output_with_half_a_surrogate_pair_ends_its_batch_like_any_other(
+    world: World, replicate: ReplicateInMemory
+) -> None:
+    batch = world.prepared(LLAMA)
+    prediction = world.table.get(world.run(batch)[1])
+    assert prediction
+    told = replicate.finish(prediction.upstream_id or "", output="cut off: \ud83d")
+    answer = httpx.Response(200, content=json.dumps(told))
+    replicate.others["GET", f"/predictions/{prediction.upstream_id}"] = lambda: answer
+    world.submissions.poll(prediction.id)
+    assert world.finish(batch)["open"] == 0
+    assert [line["output"] for line in world.results(batch)] == ["cut off: \ud83d"]
+
+
 def test_batch_whose_lines_are_all_refused_ends(world: World) -> None:
     batch = world.prepared(BAD, BAD)
     world.finish(batch)
@@ -550,6 +593,32 @@ def test_cancel_stops_new_lines_and_cancels_running_ones_upstream(world: World, 
     assert world.control.halt(world.there(batch), world.submissions, plenty).status == "canceled"
 
 
+def test_canceled_batch_does_not_wait_for_its_map(world: World, replicate: ReplicateInMemory, clock: Clock) -> None:
+    # Its map waits for the second line, whose message is in the dead-letter queue, and would for days.
+    batch = world.prepared(LLAMA, LLAMA)
+    id_ = world.take(world.messages(batch)[0])
+    world.submissions.submit(id_)
+    for _ in range(2):
+        world.control.halt(batch, world.submissions, plenty)
+    assert sorted(world.executions) == [f"{batch.id}-1-1", f"{batch.id}-1-2"]
+    assert prepare(world.batches, batch.id, 1)["lines"] == 0
+    assert world.finish(batch)["open"] == 0
+    assert [line["status"] for line in world.results(batch)] == ["canceled"] * 2
+    assert world.control.again(world.there(batch)).attempt == 2
+
+
+def test_map_of_a_canceled_batch_is_stopped_by_the_sweep_where_the_call_had_no_time(world: World, clock: Clock) -> None:
+    batch = world.prepared(LLAMA)
+    world.run(batch)
+    world.control.halt(batch, world.submissions, lambda: 0)
+    assert list(world.executions) == [f"{batch.id}-1-1"]
+    clock.advance(1)
+    for _ in range(3):
+        world.control.sweep_one(batch.id, world.submissions, plenty)
+        clock.advance(61)
+    assert sorted(world.executions) == [f"{batch.id}-1-1", f"{batch.id}-1-2"]
+
+
 def test_line_that_was_written_down_while_its_batch_was_canceled_is_never_submitted(
     world: World, replicate: ReplicateInMemory
 ) -> None:
@@ -608,6 +677,17 @@ def test_batch_that_runs_or_has_nothing_to_retry_is_not_retried(world: World, re
     world.end(world.run(batch)[1], replicate, output="done")
     world.finish(batch)
     assert refused(lambda: world.control.again(world.there(batch)))[0] == 409
+
+
+def test_batch_that_would_expire_before_its_end_is_not_retried(
+    world: World, replicate: ReplicateInMemory, clock: Clock
+) -> None:
+    batch = world.prepared(LLAMA)
+    world.end(world.run(batch)[1], replicate, "failed", error="no")
+    world.finish(batch)
+    clock.advance(RETENTION - 2 * 86400)
+    assert refused(lambda: world.control.again(world.there(batch)))[0] == 409
+    assert world.there(batch).attempt == 1
 
 
 def test_retry_runs_what_failed_and_keeps_what_succeeded(world: World, replicate: ReplicateInMemory) -> None:
@@ -678,6 +758,7 @@ def test_end_of_a_batch_is_one_event(world: World, replicate: ReplicateInMemory)
             "manifest": None,
             "total": 2,
             "counts": {"succeeded": 0, "failed": 1, "canceled": 0, "refused": 1},
+            "depth": 0,
             "error": None,
             "results": f"s3://outputs/alice/batches/{batch.id}/results-1.jsonl",
             "created_at": batch.created_at,

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import pytest
+from predictions import placeholders
 from predictions.placeholders import PlaceholderError, expressions, fill, holds_placeholders
 
 CONTEXT: dict[str, Any] = {
@@ -34,6 +35,9 @@ CONTEXT: dict[str, Any] = {
         ({"a": "{{ to_number('nan') }}"}, "a", "no number that JSON can carry"),
         ({"a": "{{ sum(`[1e308, 1e308]`) }}"}, "a", "no number that JSON can carry"),
         ({"a": "{{ to_number('" + "9" * 200 + "e200') }}"}, "a", "no number that JSON can carry"),
+        # Half a surrogate pair, which only an escape in a literal makes, cannot be stored.
+        ({"a": '{{ `"\\ud83d"` }}'}, "a", "half of a surrogate pair"),
+        ({"a": '{{ nothing || `{"\\ud83d": 1}` }}'}, "a", "half of a surrogate pair"),
     ],
 )
 def test_what_cannot_be_filled_is_refused_by_its_field(template: Any, field: str, said: str) -> None:
@@ -66,6 +70,14 @@ def test_an_expression_that_grows_without_end_is_stopped(expression: str) -> Non
 def test_all_placeholders_of_a_template_share_their_steps() -> None:
     with pytest.raises(PlaceholderError, match="too many steps"):
         fill({"a": ["{{ rows }}" * 64] * 100}, CONTEXT)
+
+
+def test_a_template_that_looks_through_a_long_list_again_and_again_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placeholders, "SECONDS_LIMIT", 0.2)
+    began = time.monotonic()
+    with pytest.raises(PlaceholderError, match="too many steps"):
+        fill({"a": ["{{ max(numbers) }}"] * 5000}, {"numbers": list(range(300_000))})
+    assert time.monotonic() - began < 15, "and not in minutes"
 
 
 def test_a_template_nested_too_deep_is_refused() -> None:

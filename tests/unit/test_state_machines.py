@@ -440,9 +440,12 @@ def test_batch_with_too_many_failing_lines_is_finished_too(batch: dict[str, Any]
 
 def test_distributed_map_may_start_its_own_machine_only() -> None:
     machine = load_template()["Resources"]["RunBatchStateMachine"]["Properties"]["Name"]["Fn::Sub"]
-    on_machines = [each["Resource"]["Fn::Sub"] for each in statements("RunBatchStateMachine") if "states:" in str(each)]
+    named = [each["Resource"] for each in statements("RunBatchStateMachine") if "states:" in str(each)]
+    on_machines = [[at["Fn::Sub"] for at in each] if isinstance(each, list) else each["Fn::Sub"] for each in named]
     prefix = "arn:${AWS::Partition}:states:${AWS::Region}:${AWS::AccountId}"
-    assert on_machines == [f"{prefix}:stateMachine:{machine}", f"{prefix}:execution:{machine}/*"]
+    # Executions by the form in AWS's own example, and by that of a child's ARN.
+    executions = [f"{prefix}:execution:{machine}:*", f"{prefix}:execution:{machine}/*"]
+    assert on_machines == [f"{prefix}:stateMachine:{machine}", executions]
 
 
 def test_functions_of_a_batch_are_given_ids_and_numbers_only(batch: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from predictions.aws import client
@@ -22,7 +22,13 @@ from predictions.batch_files import (
 )
 from predictions.batches import Batch, Batches, timestamp
 from predictions.errors import Problem
-from predictions.intents import idempotency_key, input_json_canonical, parse_json, random_id
+from predictions.intents import (
+    LIFETIME_LIMIT_SECONDS,
+    idempotency_key,
+    input_json_canonical,
+    parse_json,
+    random_id,
+)
 from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import logger
 from predictions.placeholders import PlaceholderError, expressions
@@ -34,6 +40,8 @@ if TYPE_CHECKING:
     from predictions.submissions import Submissions
 
 _CHUNK = 100
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
+_KEY_LIMIT_BYTES = 1024
 _START_CHECK_SECONDS = 60
 _COUNTED = ("waiting", "running", "succeeded", "failed", "canceled", "refused")
 
@@ -181,6 +189,8 @@ class BatchControl:
                 )
                 invalid.append({"field": "manifest", "detail": detail})
                 return ""
+        if len(key.encode()) > _KEY_LIMIT_BYTES:
+            invalid.append({"field": "manifest", "detail": f"A key has at most {_KEY_LIMIT_BYTES} bytes."})
         if _format(asked, key) == "csv" and asked.template is None and asked.recipe is None:
             detail = "A CSV has rows: a template or a recipe has to make requests of them."
             invalid.append({"field": "template", "detail": detail})
@@ -257,11 +267,16 @@ class BatchControl:
 
     def _map_run(self, batch: Batch) -> Any:
         stepfunctions = self._stepfunctions
-        try:
-            runs = stepfunctions.list_map_runs(executionArn=self._execution_arn(batch))["mapRuns"]
-        except stepfunctions.exceptions.ExecutionDoesNotExist:
-            return None
-        return stepfunctions.describe_map_run(mapRunArn=runs[0]["mapRunArn"]) if runs else None
+        # The execution that finishes a canceled batch has none: then that of the one before it tells.
+        for n in (batch.execution_n, batch.execution_n - 1):
+            try:
+                arn = self._execution_arn(replace(batch, execution_n=n))
+                runs = stepfunctions.list_map_runs(executionArn=arn)["mapRuns"]
+            except stepfunctions.exceptions.ExecutionDoesNotExist:
+                return None
+            if runs or batch.stop is None or n == 1:
+                return stepfunctions.describe_map_run(mapRunArn=runs[0]["mapRunArn"]) if runs else None
+        return None
 
     # -- cancel, retry ------------------------------------------------------------------------------------------------
 
@@ -273,6 +288,7 @@ class BatchControl:
         stopped = self.batches.stop(batch, "canceled") or self.batches.find(batch.id) or batch
         if stopped.stop is not None and not stopped.ended:
             self.cancel_lines(stopped, submissions, remaining_seconds)
+            self._run(self.batches.find(batch.id) or stopped)
         return self.batches.find(batch.id) or stopped
 
     def cancel_lines(self, batch: Batch, submissions: "Submissions", remaining_seconds: Callable[[], float]) -> None:
@@ -291,7 +307,21 @@ class BatchControl:
                     return self.batches.stopped(batch, before)
                 before, chunk = before + len(chunk), []
         done = self._cancel_chunk(batch, chunk, submissions, remaining_seconds)
+        if done and batch.stop == "canceled":
+            # Before it is noted: died in between, the next look does it again.
+            self._stop_execution(batch)
         return self.batches.stopped(batch, None if done else before)
+
+    def _stop_execution(self, batch: Batch) -> None:
+        """Ends the Map of a batch none of whose lines is to start any more; the next execution only finishes it.
+
+        It would hand each line on that is left, one after the other, and wait for days for one whose message was lost.
+        """
+        stepfunctions = self._stepfunctions
+        try:
+            stepfunctions.stop_execution(executionArn=self._execution_arn(batch))
+        except (stepfunctions.exceptions.ExecutionDoesNotExist, stepfunctions.exceptions.ValidationException):
+            logger.info("no execution to stop", batch_id=batch.id)
 
     def _cancel_chunk(
         self, batch: Batch, lines: list[int], submissions: "Submissions", remaining_seconds: Callable[[], float]
@@ -308,13 +338,16 @@ class BatchControl:
         """Runs the lines anew that failed or were canceled, in a batch that has ended.
 
         Raises:
-            Problem: 409, where it has not ended, could not be read, or nothing failed.
+            Problem: 409, where it has not ended, could not be read, nothing failed, or it expires too soon.
         """
         if not batch.ended:
             raise Problem(409, f"Batch {batch.id} has not ended: wait for its end, or cancel it.")
         counts = batch.counts or {}
         if batch.error or not counts.get("failed", 0) + counts.get("canceled", 0):
             raise Problem(409, f"Batch {batch.id} has no line that could be run anew.")
+        if batch.expires_at - self.batches.now() < LIFETIME_LIMIT_SECONDS:
+            # What it has written down goes with its item: its lines could not be read, nor its end be told.
+            raise Problem(409, f"Batch {batch.id} is about to expire: make a new one of the lines that failed.")
         begun = self.batches.begin_again(batch) or self.batches.find(batch.id) or batch
         self._run(begun)
         return begun

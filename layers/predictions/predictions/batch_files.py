@@ -83,7 +83,12 @@ class ObjectWriter:
 
     def write_json(self, value: Any) -> int:
         """Adds a line of JSON; its length in bytes, the line's end not counted."""
-        line = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        try:
+            line = text.encode()
+        except UnicodeEncodeError:
+            # A model's output may hold half a surrogate pair, which only an escape can tell.
+            line = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
         self._buffer += line + b"\n"
         self.written += len(line) + 1
         while len(self._buffer) >= PART_BYTES:

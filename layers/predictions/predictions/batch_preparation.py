@@ -4,7 +4,7 @@ Reads and writes streams, so that memory does not grow with the batch; twice, it
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from botocore.exceptions import ClientError
@@ -32,9 +32,22 @@ from predictions.manifests import (
 )
 from predictions.observability import logger
 
+# What of the function's time is left for writing the last of it down, when a manifest takes too long.
+_LEFT_SECONDS = 60
+# So many executions died over the same manifest: another one would, too.
+_EXECUTIONS_LIMIT = 6
 
-def prepare(batches: Batches, batch_id: str, attempt: int) -> dict[str, Any]:
+
+def prepare(
+    batches: Batches, batch_id: str, attempt: int, remaining_seconds: Callable[[], float] = lambda: 900.0
+) -> dict[str, Any]:
     """Finds the lines that an attempt runs, and writes them down.
+
+    Args:
+        batches: The batches.
+        batch_id: Which batch.
+        attempt: Which attempt.
+        remaining_seconds: How long the function may still run.
 
     Returns:
         What the state machine goes on with: `lines` (how many), `key` (where they are), `max_concurrency`,
@@ -46,7 +59,7 @@ def prepare(batches: Batches, batch_id: str, attempt: int) -> dict[str, Any]:
     if batch.status == "preparing":
         try:
             if attempt == 1:
-                lines, refused = _first_lines(batches, batch)
+                lines, refused = _first_lines(batches, batch, remaining_seconds)
                 batches.running(batch, lines=lines, total=lines + refused, refused=refused)
             else:
                 lines = _lines_again(batches, batch)
@@ -55,7 +68,9 @@ def prepare(batches: Batches, batch_id: str, attempt: int) -> dict[str, Any]:
             logger.warning("manifest unreadable")
             batches.unreadable(batch, str(unreadable))
         batch = batches.find(batch_id) or batch
-    return _plan(batch_id, attempt, batch.lines or 0, batch.max_concurrency, batch.tolerated_failure_percentage)
+    # Of a batch that has stopped, no line would start.
+    lines = 0 if batch.stop else batch.lines or 0
+    return _plan(batch_id, attempt, lines, batch.max_concurrency, batch.tolerated_failure_percentage)
 
 
 def _plan(batch_id: str, attempt: int, lines: int, concurrency: int, percentage: int) -> dict[str, Any]:
@@ -69,16 +84,32 @@ def _plan(batch_id: str, attempt: int, lines: int, concurrency: int, percentage:
     }
 
 
-def _first_lines(batches: Batches, batch: Batch) -> tuple[int, int]:
+def _in_time(parts: Iterable[Any], remaining_seconds: Callable[[], float]) -> Iterator[Any]:
+    """These parts, while there is time.
+
+    Raises:
+        ManifestUnreadable: There is no more. Another execution would have no more, either.
+    """
+    for part in parts:
+        if remaining_seconds() < _LEFT_SECONDS:
+            raise ManifestUnreadable("It takes too long to read the manifest, or to fill the template: make several.")
+        yield part
+
+
+def _first_lines(batches: Batches, batch: Batch, remaining_seconds: Callable[[], float]) -> tuple[int, int]:
     """Reads the manifest; how many lines can run, and how many cannot.
 
     Raises:
-        ManifestUnreadable: It is gone, another one by now, too long, or no manifest.
+        ManifestUnreadable: It is gone, another one by now, too long, or no manifest; or it takes too long to read.
     """
+    if batch.execution_n > _EXECUTIONS_LIMIT:
+        raise ManifestUnreadable("The manifest could not be read: each try ended before its end. Make several batches.")
     bucket = batches.bucket_name
     request = _requests(bucket, batch)
     manifest = batch.manifest
-    pieces = read_pieces(manifest["bucket"], manifest["key"], etag=manifest["etag"])
+    read = read_pieces(manifest["bucket"], manifest["key"], etag=manifest["etag"])
+    # Looked at twice: a piece may hold thousands of lines, and of empty ones nothing more is heard.
+    pieces = _in_time(read, remaining_seconds)
     count = refused_count = 0
     try:
         with (
@@ -86,7 +117,8 @@ def _first_lines(batches: Batches, batch: Batch) -> tuple[int, int]:
             new_object(bucket, refused_key(batch.id)) as refused,
             new_object(bucket, lines_key(batch.id, 1)) as lines,
         ):
-            for line in lines_of(pieces, "csv" if manifest["format"] == "csv" else "jsonl"):
+            found = lines_of(pieces, "csv" if manifest["format"] == "csv" else "jsonl")
+            for line in _in_time(found, remaining_seconds):
                 if count + refused_count >= LINES_LIMIT:
                     raise ManifestUnreadable(f"The manifest has more than {LINES_LIMIT} lines: make several batches.")
                 try:

@@ -400,6 +400,7 @@ def event_of(change: Mapping[str, Any], bucket_name: str) -> tuple[str, dict[str
         "manifest": batch.manifest_uri(bucket_name),
         "total": batch.total,
         "counts": dict(batch.counts or {}),
+        "depth": batch.depth,
         "error": batch.error,
         "results": f"s3://{bucket_name}/{batch.results_key}",
         "created_at": batch.created_at,

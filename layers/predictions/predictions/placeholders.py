@@ -7,12 +7,13 @@ at its first `}}`, so two braces that an expression needs get a space between th
 
 Templates and what they are filled from are both strangers' text. JMESPath runs no code and finds everything in the
 context, but `[@, @][] | [@, @][] | …` doubles a list with every step: so the interpreter counts what it visits and
-what it makes, and stops at `STEPS_LIMIT`.
+what it makes, and stops at `STEPS_LIMIT`, or at `SECONDS_LIMIT`.
 """
 
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,6 +32,9 @@ PLACEHOLDERS_LIMIT = 64
 
 STEPS_LIMIT = 200_000
 """The most steps of one filling: half a second, where they are spent on nothing but counting."""
+
+SECONDS_LIMIT = 5.0
+"""The longest one filling computes: a single step, such as `max(rows)`, may look through a long list."""
 
 TEMPLATE_DEPTH_LIMIT = 100
 """The deepest template: as deep as a request's JSON may be."""
@@ -165,6 +169,7 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
         super().__init__()
         self._functions = functions.Functions()
         self._steps = 0
+        self._until = time.thread_time() + SECONDS_LIMIT
 
     def find(self, expression: _Expression, context: Mapping[str, Any], field: str) -> Any:
         """What an expression finds.
@@ -205,7 +210,7 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
 
     def _count(self, steps: int) -> None:
         self._steps += steps
-        if self._steps > STEPS_LIMIT:
+        if self._steps > STEPS_LIMIT or time.thread_time() > self._until:
             raise _TooMuch
 
     def _measured(self, value: Any) -> Any:
@@ -220,6 +225,7 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
             self._count(1)
             if isinstance(part, str):
                 self._count(len(part) // _CHARACTERS_PER_STEP)
+                _check_characters(part)
             elif isinstance(part, dict):
                 waiting += part.keys()
                 waiting += part.values()
@@ -229,6 +235,14 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
                 raise ValueError("it is no number that JSON can carry")
             elif part is not None and not isinstance(part, bool | int | float):
                 raise ValueError("it finds no value")
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # A literal's escape makes one; it cannot be stored.
+        raise ValueError("it finds half of a surrogate pair, which is no character") from None
 
 
 def _parts(text: str, field: str) -> Iterator[str | _Expression]:
