@@ -191,6 +191,18 @@ class LocalCloud:
         """Stop every process that was started, and wait for its end."""
         self.stop(keep_logs=error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)))
 
+    def deploy_again(self) -> None:
+        """Build and deploy what has changed in the checkout.
+
+        Raises:
+            LocalCloudError: It does not build, or the deployment failed.
+        """
+        self._build = _Build(self._checkout, self._runtime_parameters(), self._log("sam-build"))
+        if building := self._build.start():
+            self._cleanup.callback(_stop, building)
+            self._build.finish(building)
+        self._deploy()
+
     def stop(self, *, keep_logs: bool = False) -> None:
         """Stop everything; the logs are removed unless they are wanted."""
         logs = self._directory / "logs"
@@ -502,7 +514,7 @@ class _Build:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps([str(self._checkout), sorted(self._parameters.items())]).encode())
         sources = [self._checkout / "template.yaml"]
-        for folder in ("functions", "layers", "statemachine"):
+        for folder in ("functions", "layers", "recipes", "statemachine"):
             sources += sorted((self._checkout / folder).rglob("*"))
         for source in sources:
             if source.is_file() and "__pycache__" not in source.parts:

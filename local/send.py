@@ -38,6 +38,7 @@ NOTHING_STARTED = (
 INVOKED = {"run_prediction", "sweep_predictions"}
 FROM_INSIDE = {
     "authorize_request": "API Gateway asks this function about a caller's token: send a sample of a route.",
+    "deploy_recipes": "CloudFormation calls it with each deployment: put a file into recipes/, and run `make local`.",
     "deliver_webhook": "Its messages name webhooks of the stack's own predictions: start one that has a webhook.",
     "publish_changes": "Its records are those of the table's stream: start a prediction.",
 }

@@ -75,6 +75,7 @@ def _show(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         **recipe.definition,
         "state": recipe.state,
+        "deployed": recipe.deployed,
         "created_at": recipe.created_at,
         "updated_at": recipe.updated_at,
         "urls": {"get": _url(recipe)},

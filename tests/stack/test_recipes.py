@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from local.cloud import LocalCloud
+from local.replicate.process import LocalReplicate
 
 Api = Callable[..., httpx.Client]
 Boto = Callable[[str], Any]
@@ -282,6 +283,40 @@ class TestEvents:
         assert "MaxOriginDepth allows 3" in json.dumps(refused)
         assert started("after tail") == started("after stranger") == []
         assert made["bus"] == "stack"
+
+    def test_a_chain_of_real_results_ends_at_the_depth_with_the_reason(
+        self,
+        cloud: LocalCloud,
+        api: Api,
+        boto: Boto,
+        wait_until: Wait,
+        replicate: LocalReplicate,
+        recipe: Callable[..., dict[str, Any]],
+        started: Callable[..., list[dict[str, Any]]],
+    ) -> None:
+        recipe(
+            "chain",
+            "looper",
+            model="local/storyteller",
+            input={"prompt": "a link of the chain after {{ event.detail.id }}"},
+            pattern={
+                "source": ["replicate-serverless"],
+                "detail-type": ["Prediction Succeeded"],
+                "detail": {"owner": ["looper"]},
+            },
+            bus="stack",
+        )
+        first = {"version": "local/storyteller", "input": {"prompt": "a link of the chain, the first"}}
+        assert api("looper").post("/predictions", json=first).status_code == 201
+        (refused,) = wait_until(lambda: dead(cloud, boto, "looper"), 60, "the end of the chain")
+        assert "descends from 4 results" in refused["MessageAttributes"]["reason"]["StringValue"]
+        assert "MaxOriginDepth allows 3: recipe chain probably starts itself" in json.dumps(refused)
+        time.sleep(3)  # whatever else it might start
+        links = started("a link of the chain", "looper")
+        assert [each["status"] for each in links] == ["succeeded"] * 4
+        # Each but the first after the one before it, the newest first.
+        assert [each["input"]["prompt"].rpartition(" ")[2] for each in links[:3]] == [each["id"] for each in links[1:]]
+        assert len([each for each in replicate.creates() if "a link of the chain" in json.dumps(each)]) == 4
 
 
 class TestSchedules:

@@ -35,6 +35,7 @@ _S3_ACTIONS = {
     "upload_part": "s3:PutObject",
 }
 _PREFIXES = {
+    "cloudformation": "cloudformation",
     "dynamodb": "dynamodb",
     "events": "events",
     "scheduler": "scheduler",

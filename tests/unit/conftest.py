@@ -46,6 +46,7 @@ ENVIRONMENT = {
     "REQUESTS_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests",
     "REQUESTS_DEAD_LETTER_QUEUE_ARN": "arn:aws:sqs:us-east-1:123456789012:dead-requests",
     "REQUESTS_QUEUE_ARN": "arn:aws:sqs:us-east-1:123456789012:requests",
+    "RECIPE_FILES_ARN": "arn:aws:lambda:us-east-1:123456789012:layer:replicate-serverless-recipe-files:7",
     "RECIPE_NAME_PREFIX": "replicate-serverless-recipe-",
     "SCHEDULE_GROUP_NAME": "replicate-serverless",
     "SCHEDULER_ROLE_ARN": "arn:aws:iam::123456789012:role/scheduler",

@@ -258,6 +258,7 @@ class Executed:
 
 # The services by boto's names, and by those of their events.
 _SERVICES = {
+    "cloudformation": "cloudformation",
     "dynamodb": "dynamodb",
     "events": "eventbridge",
     "s3": "s3",
@@ -277,7 +278,7 @@ def refusing(
 
     def refuse(params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]] | None:
         body = params["body"]
-        return _refusal(code) if when(json.loads(body) if service != "s3" else body) else None
+        return _refusal(code) if when(json.loads(body) if service not in ("cloudformation", "s3") else body) else None
 
     event = f"before-call.{_SERVICES[service]}.{operation}"
     answered: Any = refuse  # the stubs do not know that a handler may answer in AWS's place

@@ -213,6 +213,7 @@ RUN = {
     # That is not there.
     ("start_from_queue", "manifest"),
 }
+DEPLOYED = {("deploy_recipes", "create"), ("deploy_recipes", "update"), ("deploy_recipes", "delete")}
 RUN_JOBS = {
     ("run_prediction", "prompt"): None,
     ("run_prediction", "scheduled"): None,
@@ -314,7 +315,7 @@ def test_every_sample_has_its_expected_outcome() -> None:
     }
     answered = ANSWERED.keys() | FORWARDED.keys()
     of_queues = RUN_JOBS.keys() | TAKEN.keys() | BURIED.keys() | RUN | PUBLISHED.keys() | OF_A_BATCH
-    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | answered | of_queues
+    assert found == REFUSED.keys() | REFUSED_BY_WHAT_IS_THERE.keys() | answered | of_queues | DEPLOYED
 
 
 def test_every_function_has_a_sample() -> None:
@@ -722,6 +723,25 @@ def test_the_samples_of_a_batch_that_is_canceled_start_nothing_and_tell_the_stat
     assert executed.inputs == {}
     assert wakes.told == [("AQCEAAAAKgAAAAMAAAAAAAAAAline", ("RequestNoLongerWanted", "The batch was canceled."))]
     assert list(DeadRequests.from_env().look(30)) == []
+
+
+@pytest.mark.parametrize("case", sorted(case for _, case in DEPLOYED))
+def test_a_sample_of_a_deployment_is_answered(run: Run, cloud: None, case: str) -> None:
+    answers: list[Any] = []
+
+    def take(request: httpx.Request) -> httpx.Response:
+        answers.append(json.loads(request.content))
+        return httpx.Response(200)
+
+    def open_client(**_: Any) -> httpx.Client:
+        return httpx.Client(transport=httpx.MockTransport(take))
+
+    packed = {"etch.json": json.dumps({"deployment": "acme/etcher", "input": {"prompt": "x"}}).encode()}
+    run("deploy_recipes", sample("deploy_recipes", case), open_client=open_client, recipe_files=lambda: packed)
+    (answer,) = answers
+    assert answer["Status"] == "SUCCESS", answer
+    there = RecipeItems.from_env().named("queue", "etch")
+    assert (there is not None) == (case != "delete")
 
 
 def test_the_sample_of_the_secret_gives_the_owners_own(run: Run, cloud: None) -> None:

@@ -325,6 +325,50 @@ class TestDeadRequests:
         assert (letter.id, letter.reason) == (sent, "start_from_queue failed each time: see its log")
         assert letter.sender != "AROAALICE0000"
 
+    @pytest.mark.parametrize(
+        ("body", "told", "kept", "reason"),
+        [
+            (
+                '{"source": "shop", "id": "e-1"}',
+                {"RULE_ARN": f"arn:aws:events:us-east-1:123456789012:rule/bus/stack-recipe-{'a' * 26}"},
+                {"recipe_id": "a" * 26, "event": {"source": "shop", "id": "e-1"}},
+                "EventBridge could not send it, a redrive does (NO_PERMISSIONS: denied)",
+            ),
+            (
+                json.dumps({"recipe_id": "b" * 26, "event": {}}),
+                {"SCHEDULE_ARN": "arn:aws:scheduler:us-east-1:123456789012:schedule/stack/x"},
+                {"recipe_id": "b" * 26, "event": {}},
+                "EventBridge could not send it, a redrive does (NO_PERMISSIONS: denied)",
+            ),
+            (
+                '{"id": "e-1"}',
+                {"RULE_ARN": "arn:aws:events:us-east-1:123456789012:rule/another"},
+                {"id": "e-1"},
+                "EventBridge could not send it, and it is no event of a recipe's rule (NO_PERMISSIONS)",
+            ),
+            (
+                "[]",
+                {"RULE_ARN": f"arn:aws:events:us-east-1:123456789012:rule/stack-recipe-{'a' * 26}"},
+                [],
+                "EventBridge could not send it, and it is no event of a recipe's rule (NO_PERMISSIONS)",
+            ),
+        ],
+        ids=["rule", "schedule", "another rule", "no event"],
+    )
+    def test_message_that_eventbridge_could_not_send_is_put_back_as_what_it_would_have_sent(
+        self, cloud: None, body: str, told: dict[str, str], kept: Any, reason: str
+    ) -> None:
+        attributes = {"ERROR_CODE": "NO_PERMISSIONS", "ERROR_MESSAGE": "denied", "TARGET_ARN": "arn:aws:sqs:x", **told}
+        aws.client("sqs").send_message(
+            QueueUrl="https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests",
+            MessageBody=body,
+            MessageAttributes={n: {"DataType": "String", "StringValue": v} for n, v in attributes.items()},
+        )
+        (letter,) = look()
+        assert (letter.reason, json.loads(letter.body)) == (reason, kept)
+        (put_back,) = letter.event()["Records"]
+        assert json.loads(put_back["body"]) == kept
+
     @pytest.mark.parametrize("reason", ["", "a\x00b", "x" * 100_000, "\ufffe", "é\n"])
     def test_any_reason_can_be_kept(self, cloud: None, reason: str) -> None:
         DeadRequests.from_env().bury(message("{"), reason)

@@ -43,6 +43,7 @@ KINDS = {
 }
 NOT_SENT = {
     "authorize_request": "API Gateway asks this function",
+    "deploy_recipes": "CloudFormation calls it",
     "deliver_webhook": "Its messages name webhooks",
     "publish_changes": "Its records are those of the table's stream",
 }

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from predictions.deliveries import LONGEST_WAIT_SECONDS, RETRY_SECONDS
+from predictions.deployed_recipes import NEEDED_SECONDS as NEEDED_FOR_A_FILE_SECONDS
 from predictions.dropped_manifests import PREFIX
 from predictions.forwarding import ROUTES
 from predictions.receivers import TOTAL_SECONDS
@@ -33,6 +34,7 @@ NEEDED_SECONDS = 10
 
 # Actions of AWS that know no resource types, and so take only "*".
 WITHOUT_RESOURCES = {
+    "events:ListRules",
     "dynamodb:ListStreams",
     "states:SendTaskFailure",
     "states:SendTaskSuccess",
@@ -105,6 +107,7 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
         "SweepPredictionsFunction",
         "CallReplicateFunction",
         "ManageRecipesFunction",  # asks for models' schemas
+        "DeployRecipesFunction",
         # It looks at the models that a pipeline names.
         "ManagePipelinesFunction",
         # It cancels the predictions of a canceled pipeline.
@@ -118,7 +121,7 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
 def test_schemas_are_kept_only_by_functions_that_submit_or_are_told_them() -> None:
     keepers = {name for name in FUNCTIONS if any("schema#*" in text(each) for each in statements(name))}
     submitting = {f"{name}PredictionFunction" for name in ("Start", "Run", "Submit", "Poll")}
-    checking = {"ManageRecipesFunction", "ManagePipelinesFunction"}
+    checking = {"ManageRecipesFunction", "DeployRecipesFunction", "ManagePipelinesFunction"}
     assert keepers == {*submitting, *checking, "CallReplicateFunction"}
 
 
@@ -201,7 +204,7 @@ def test_nothing_is_ever_deleted_by_a_function_but_what_its_owner_deletes(name: 
         assert "prediction#*" in on_table["Condition"]["ForAllValues:StringLike"]["dynamodb:LeadingKeys"]
         assert on_bucket["Resource"] == {"Fn::Sub": "${OutputsBucket.Arn}/*"}
         return
-    if name == "ManageRecipesFunction":
+    if name in ("ManageRecipesFunction", "DeployRecipesFunction"):
         on_table, on_rules, on_schedules = deleting
         assert on_table["Condition"] == {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["recipe#*"]}}
         for resource in [*on_rules["Resource"], on_schedules["Resource"]]:
@@ -277,6 +280,46 @@ def test_distribution_serves_signed_urls_only_and_passes_nothing_of_a_callers_on
     assert (access["SigningBehavior"], access["SigningProtocol"]) == ("always", "sigv4")
     headers = template["OutputsResponseHeadersPolicy"]["Properties"]["ResponseHeadersPolicyConfig"]
     assert headers["SecurityHeadersConfig"]["ContentTypeOptions"] == {"Override": True}
+
+
+def test_files_of_recipes_are_applied_when_they_change_and_with_the_stack() -> None:
+    (applied,) = resources("Custom::DeployedRecipes").values()
+    properties = applied["Properties"]
+    assert properties["ServiceToken"] == {"Fn::GetAtt": ["DeployRecipesFunction", "Arn"]}
+    # The layer's ARN is another one with other files, and the function's own tells it that it has these.
+    layer = {"Ref": "RecipeFilesLayer"}
+    assert properties["Files"] == variables("DeployRecipesFunction")["RECIPE_FILES_ARN"] == layer
+    assert resources("AWS::Serverless::LayerVersion")["RecipeFilesLayer"]["Properties"]["ContentUri"] == "recipes"
+    # What a recipe is checked by and made of comes from these, too.
+    assert (properties["Owner"], properties["SourceBucket"]) == ({"Ref": "QueueOwner"}, {"Ref": "SourceBucketName"})
+    function = resources("AWS::Serverless::Function")["DeployRecipesFunction"]["Properties"]
+    assert NEEDED_FOR_A_FILE_SECONDS * 2 < function["Timeout"] < properties["ServiceTimeout"]
+    assert (ROOT / "recipes/Makefile").read_text().count("build-RecipeFilesLayer:") == 1
+
+
+def test_request_of_a_schedule_is_sent_to_the_queue_where_it_is_asked_for() -> None:
+    (schedule,) = resources("AWS::Scheduler::Schedule").values()
+    assert schedule["Condition"] == "ScheduledRequest"
+    target = schedule["Properties"]["Target"]
+    assert target["Arn"] == {"Fn::GetAtt": ["RequestsQueue", "Arn"]}
+    assert target["DeadLetterConfig"] == {"Arn": {"Fn::GetAtt": ["RequestsDeadLetterQueue", "Arn"]}}
+    assert target["Input"] == {"Ref": "ScheduleRequest"}
+    # The role trusts schedules of this group only.
+    assert schedule["Properties"]["GroupName"] == {"Ref": "ScheduleGroup"}
+    pattern = PARAMETERS["ScheduleExpression"]["AllowedPattern"]
+    for good in (
+        "",
+        "rate(5 minutes)",
+        "cron(0 9 ? * MON-FRI *)",
+        "cron(0/5 8-17 L * ? 2026,2027)",
+        "at(2026-12-24T18:00:00)",
+    ):
+        assert re.fullmatch(pattern, good)
+    for bad in ("rate", "every day", "rate(5 minutes) or so", "cron(<x>)"):
+        assert not re.fullmatch(pattern, bad)
+    (assertion,) = load_template()["Rules"]["RequestOfSchedule"]["Assertions"]
+    assert "ScheduleExpression" in text(assertion["Assert"])
+    assert "ScheduleRequest" in text(assertion["Assert"])
 
 
 def test_everything_of_cloudfront_is_made_only_where_it_is_asked_for() -> None:
@@ -436,7 +479,10 @@ def test_every_folder_is_a_function_and_every_function_a_folder() -> None:
 def test_function_runs_the_handler_of_its_own_folder(name: str) -> None:
     properties = resources("AWS::Serverless::Function")[name]["Properties"]
     assert properties["CodeUri"] == f"functions/{folder_name(name)}"
-    assert {"Handler", "Runtime", "Architectures", "Layers"}.isdisjoint(properties)
+    assert {"Handler", "Runtime", "Architectures"}.isdisjoint(properties)
+    # Besides the library that all have.
+    own = [{"Ref": "RecipeFilesLayer"}] if name == "DeployRecipesFunction" else None
+    assert properties.get("Layers") == own
     assert {"Description", "MemorySize", "Timeout", "Policies"} <= properties.keys()
 
 

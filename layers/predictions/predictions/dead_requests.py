@@ -5,6 +5,7 @@ and sender of whoever puts it back, and be another request, of another owner. Wh
 with those three; who may only send to the requests queue cannot choose them.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from predictions.aws import client
-from predictions.dead_letters import DeadLetterQueue
+from predictions.dead_letters import DeadLetterQueue, Letter
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _REASON_LIMIT_CHARACTERS = 2000
 _SECONDS = re.compile("[0-9]{1,12}")
 _NO_REASON = "start_from_queue failed each time: see its log"
+_RECIPE_OF_RULE = re.compile(r"-recipe-([a-z0-9]{26})\Z", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,9 @@ class DeadRequests:
         """All that are there. Each is hidden from another look for a while, so that none is met twice."""
         for letter in self._queue.look(hidden_seconds):
             known: Mapping[str, str] = letter.attributes
+            if not letter.moved and "ERROR_CODE" in known:
+                yield _undelivered(letter)
+                continue
             # Where SQS moved it, its sender wrote the attributes. They may say which request of the same owner it
             # repeats, and when that was; not who sent it.
             ours = not letter.moved and "request_id" in known
@@ -102,6 +107,31 @@ class DeadRequests:
     def forget(self, request: DeadRequest) -> None:
         """Deletes one."""
         self._queue.forget(request.receipt_handle)
+
+
+def _undelivered(letter: Letter) -> DeadRequest:
+    """What EventBridge could not put into the requests queue, as the message that it would have put there.
+
+    Of a rule it keeps the event alone, and names the rule, whose name has the recipe's id; of a schedule the message.
+    Who could put such a letter here can send messages that name recipes as well.
+
+    https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-rule-dlq.html
+    https://docs.aws.amazon.com/scheduler/latest/UserGuide/configuring-schedule-dlq.html
+    """
+    known = letter.attributes
+    reason = f"EventBridge could not send it, a redrive does ({known['ERROR_CODE']}: {known.get('ERROR_MESSAGE', '')})"
+    body = letter.body
+    if "RULE_ARN" in known:
+        recipe = _RECIPE_OF_RULE.search(known["RULE_ARN"])
+        try:
+            event = json.loads(body)
+        except (ValueError, RecursionError):
+            event = None
+        if recipe is None or not isinstance(event, dict):
+            reason = f"EventBridge could not send it, and it is no event of a recipe's rule ({known['ERROR_CODE']})"
+        elif "recipe_id" not in event:
+            body = f'{{"recipe_id": "{recipe[1]}", "event": {body}}}'
+    return DeadRequest(letter.id, letter.sender, letter.sent_at, reason, body, letter.receipt_handle)
 
 
 def _attribute(text: str) -> str:

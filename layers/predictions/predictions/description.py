@@ -648,6 +648,7 @@ _RECIPE: dict[str, Schema] = {
         "enum": ["pending", "active", "deleting"],
         "description": "`pending`: what starts it may not be there yet; put it again.",
     },
+    "deployed": {"type": "boolean", "description": "Whether it came with the stack's deployment."},
     "created_at": _TIME,
     "updated_at": _TIME,
     "urls": _object({"get": _URL}),
@@ -744,7 +745,9 @@ _SCHEMAS: dict[str, Schema] = {
     "Recipe": _object(
         _RECIPE,
         optional=tuple(
-            name for name in _RECIPE if name not in {"id", "name", "input", "state", "created_at", "updated_at", "urls"}
+            name
+            for name in _RECIPE
+            if name not in {"id", "name", "input", "state", "deployed", "created_at", "updated_at", "urls"}
         ),
     ),
     "RecipePage": _page("Recipe"),

@@ -33,6 +33,7 @@ from predictions.errors import CopyInterrupted
 
 if TYPE_CHECKING:
     import httpx
+    from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
@@ -311,7 +312,8 @@ class OutputsBucket:
             botocore.exceptions.ClientError: `NoSuchKey`, or `AccessDenied` where listing is not allowed: it
                 is not there, which the bucket's lifecycle rules can bring about.
         """
-        return self._s3.get_object(Bucket=self.name, Key=_payload_key(key))["Body"].read().decode()
+        body: StreamingBody = self._s3.get_object(Bucket=self.name, Key=_payload_key(key))["Body"]
+        return body.read().decode()
 
     def delete_all(self, prediction_id: str, owner: str, output_prefix: str | None = None) -> None:
         """Removes every object of one prediction: its files, its payloads, and the parts of uploads that broke off.

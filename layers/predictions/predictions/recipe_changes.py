@@ -86,7 +86,7 @@ class RecipeChanges:
 
     @classmethod
     def from_env(cls) -> "RecipeChanges":
-        """From the environment of manage_recipes."""
+        """From the environment of manage_recipes and deploy_recipes."""
         replicate = Replicate.from_env()
         schemas = ModelSchemas(PredictionsTable.from_env(), replicate)
         return cls(
@@ -99,7 +99,18 @@ class RecipeChanges:
             allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
         )
 
-    def put(self, owner: str, body: bytes, content_type: str | None, *, name: str | None = None) -> tuple[Recipe, bool]:
+    def check(self, owner: str, body: bytes, name: str) -> None:
+        """Checks a recipe that a deployment is to put, and writes nothing.
+
+        Raises:
+            Problem: As `put` would, but for what EventBridge refuses.
+        """
+        self._read(body, None, name)
+        _check_whose(self._items.named(owner, name), name, deployed=True)
+
+    def put(
+        self, owner: str, body: bytes, content_type: str | None, *, name: str | None = None, deployed: bool = False
+    ) -> tuple[Recipe, bool]:
         """Creates a recipe, or replaces the one of that name.
 
         Twice: the same recipe. A crash after any line: the next call finishes it.
@@ -109,19 +120,28 @@ class RecipeChanges:
             body: A `RecipeBody` as JSON.
             content_type: Of the body.
             name: That the route names; without one the body has to, and no recipe may have it yet.
+            deployed: Whether it comes with a deployment. Those and the others do not replace each other.
 
         Returns:
             The recipe, and whether it is new.
 
         Raises:
-            Problem: 400, 413, 415 (see `parse_json`), 404 (the model), 409 (there already, or changed by another call
-                at the same time) or 422 (with `invalid_fields`).
+            Problem: 400, 413, 415 (see `parse_json`), 404 (the model), 409 (there already, a deployment's, or changed
+                by another call at the same time) or 422 (with `invalid_fields`).
         """
         named, definition = self._read(body, content_type, name)
         existing = self._items.named(owner, named)
         if existing is not None and existing.state == "deleting":
             self._delete(existing)
             existing = None
+        _check_whose(existing, named, deployed=deployed)
+        if deployed and existing is not None and (existing.state, existing.definition) == ("active", definition):
+            # Nothing to write. Its rule may depend on parameters of the stack, which have changed.
+            try:
+                self._mend(existing)
+            except RuleRefused as refused:
+                raise _invalid([{"field": existing.kind or "name", "detail": str(refused)}]) from None
+            return existing, False
         if existing is not None and name is None and existing.state == "active":
             raise Problem(409, f"There is a recipe {named} already: replace it with PUT /recipes/{named}.")
         now = datetime.fromtimestamp(self._now(), UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
@@ -134,6 +154,7 @@ class RecipeChanges:
             revision=secrets.token_hex(8),
             created_at=existing.created_at if existing else now,
             updated_at=now,
+            deployed=deployed,
         )
         if not self._items.put(recipe, replaces=existing):
             raise _changed_meanwhile(named)
@@ -148,14 +169,19 @@ class RecipeChanges:
             raise _changed_meanwhile(named)
         return replace(recipe, state="active"), existing is None
 
-    def delete(self, owner: str, name: str) -> bool:
+    def delete(self, owner: str, name: str, *, deployed: bool | None = None) -> bool:
         """Deletes a recipe and what starts it; whether there was one. What it has started goes on.
+
+        Args:
+            owner: Whose it is.
+            name: Its name.
+            deployed: Only one that came with a deployment, or only another; None: whichever there is.
 
         Raises:
             Problem: 409, where another call changed it at the same time.
         """
         recipe = self._items.named(owner, name)
-        if recipe is None:
+        if recipe is None or deployed not in (None, recipe.deployed):
             return False
         self._delete(recipe)
         return True
@@ -297,6 +323,16 @@ class RecipeChanges:
 def is_name(text: str) -> bool:
     """Whether a text can be a recipe's name."""
     return re.fullmatch(NAME, text, re.ASCII) is not None
+
+
+def _check_whose(existing: Recipe | None, name: str, *, deployed: bool) -> None:
+    """Refuses that a recipe of a deployment takes the place of another one, or the other way round."""
+    if existing is None or existing.deployed == deployed or existing.state == "deleting":
+        return
+    if deployed:
+        detail = f"{existing.owner} has a recipe {name} that was put by the API: delete it, or rename the file."
+        raise Problem(409, detail)
+    raise Problem(409, f"The recipe {name} comes with the stack: change the file recipes/{name}.json, and deploy.")
 
 
 def _check_source(asked: RecipeBody) -> list[dict[str, str]]:

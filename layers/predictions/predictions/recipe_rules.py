@@ -9,11 +9,13 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws import client
 from predictions.errors import PredictionsError
+from predictions.observability import logger
 from predictions.recipes import Recipe
+from predictions.table import is_id
 
 if TYPE_CHECKING:
     from mypy_boto3_events import EventBridgeClient
@@ -75,7 +77,7 @@ class RecipeRules:
 
     @classmethod
     def from_env(cls) -> "RecipeRules":
-        """From the environment of manage_recipes."""
+        """From the environment of manage_recipes and deploy_recipes."""
         return cls(
             name_prefix=os.environ["RECIPE_NAME_PREFIX"],
             bus_name=os.environ["EVENT_BUS_NAME"],
@@ -113,6 +115,32 @@ class RecipeRules:
     def withdraw(self, recipe: Recipe) -> None:
         """Removes whatever starts a recipe. Twice does no harm."""
         self._remove_others(self._name(recipe), keep_bus=None, keep_schedule=False)
+
+    def withdraw_all(self) -> None:
+        """Removes the rules of all recipes, because the stack is deleted. Its schedules go with their group.
+
+        What cannot be removed is logged, and does not keep the others.
+        """
+        for bus in self._buses.values():
+            try:
+                found = [
+                    rule["Name"]
+                    for page in self._events.get_paginator("list_rules").paginate(
+                        NamePrefix=self._name_prefix, EventBusName=bus
+                    )
+                    for rule in page["Rules"]
+                ]
+            except (BotoCoreError, ClientError):
+                logger.exception("rules not listed", bus=bus)
+                continue
+            for name in found:
+                # A stack `a-recipe-b` has rules whose names begin like those of a stack `a`.
+                if not is_id(name.removeprefix(self._name_prefix)):
+                    continue
+                try:
+                    self._remove_rule(name, bus)
+                except (BotoCoreError, ClientError):
+                    logger.exception("rule not removed", rule=name, bus=bus)
 
     def pattern(self, recipe: Recipe) -> dict[str, Any]:
         """The event pattern of a recipe for objects or events."""
@@ -189,17 +217,20 @@ class RecipeRules:
 
     def _remove_others(self, name: str, *, keep_bus: str | None, keep_schedule: bool) -> None:
         for bus in set(self._buses.values()) - {keep_bus}:
-            try:
-                # A rule with targets cannot be deleted.
-                self._events.remove_targets(Rule=name, EventBusName=bus, Ids=[_TARGET])
-                self._events.delete_rule(Name=name, EventBusName=bus)
-            except self._events.exceptions.ResourceNotFoundException:
-                continue
+            self._remove_rule(name, bus)
         if not keep_schedule:
             try:
                 self._scheduler.delete_schedule(Name=name, GroupName=self._schedule_group)
             except self._scheduler.exceptions.ResourceNotFoundException:
                 return
+
+    def _remove_rule(self, name: str, bus: str) -> None:
+        try:
+            # A rule with targets cannot be deleted.
+            self._events.remove_targets(Rule=name, EventBusName=bus, Ids=[_TARGET])
+            self._events.delete_rule(Name=name, EventBusName=bus)
+        except self._events.exceptions.ResourceNotFoundException:
+            return
 
     @property
     def _events(self) -> "EventBridgeClient":

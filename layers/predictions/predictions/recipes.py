@@ -3,7 +3,8 @@
 A recipe is an item, `pk` = `recipe#{id}`, `sk` = `recipe`, with its definition as JSON text, the way its owner wrote it
 and `predictions.recipe_changes` checked it. Its id is 26 random characters: the messages that its rule or schedule puts
 into the requests queue name it, and who knows it may start the recipe for its owner. `pk` = `recipe#{owner}#{name}`,
-`sk` = `name` holds the id that a name has, so that an owner has one recipe of a name.
+`sk` = `name` holds the id that a name has, so that an owner has one recipe of a name. `pk` = `recipe#deployed` lists
+those that came with a deployment (see `predictions.deployed_recipes`).
 
 An expression in a template sees:
 
@@ -22,7 +23,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,6 +56,7 @@ State = Literal["pending", "active", "deleting"]
 _LINK_SECONDS = 7 * 86400
 _LINK_LEFT_SECONDS = 3 * 86400
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?Z", re.ASCII)
+_DEPLOYED_KEY = serialize({"pk": "recipe#deployed", "sk": "names"})
 _REQUEST_FIELDS = ("model", "version", "deployment", "webhook_events_filter", "lifetime")
 
 
@@ -72,6 +74,7 @@ class Recipe:
         revision: Another one with each change.
         created_at: RFC 3339, UTC.
         updated_at: RFC 3339, UTC.
+        deployed: Whether it came from a file with the stack's deployment.
     """
 
     id: str
@@ -82,6 +85,7 @@ class Recipe:
     revision: str
     created_at: str
     updated_at: str
+    deployed: bool = False
 
     @property
     def kind(self) -> Kind | None:
@@ -168,6 +172,18 @@ class RecipeItems:
         ).get("Item")  # fmt: skip
         return str(deserialize(found)["id"]) if found else None
 
+    def deployed(self) -> set[tuple[str, str]]:
+        """Owners and names of the recipes that a deployment has made, or was about to make."""
+        found = self._dynamodb.get_item(
+            TableName=self._table_name, Key=_DEPLOYED_KEY, ConsistentRead=True
+        ).get("Item")  # fmt: skip
+        return {(owner, name) for owner, name in deserialize(found)["recipes"]} if found else set()
+
+    def note_deployed(self, recipes: Iterable[tuple[str, str]]) -> None:
+        """Writes down which recipes are a deployment's, by owner and name. Twice does no harm."""
+        noted = {**deserialize(_DEPLOYED_KEY), "recipes": [list(each) for each in sorted(recipes)]}
+        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(noted))
+
     def page(self, owner: str, start: str | None, *, older: bool, size: int) -> tuple[list[Recipe], bool]:
         """A page of an owner's recipes, from its start on, away from it; and whether there are further ones beyond."""
         key = _listed_owner(owner)
@@ -202,6 +218,7 @@ class RecipeItems:
             "revision": recipe.revision,
             "created_at": recipe.created_at,
             "updated_at": recipe.updated_at,
+            "deployed": recipe.deployed,
         }
         condition, values = "attribute_not_exists(pk)", {":revision": recipe.revision}
         if replaces is not None:
@@ -506,6 +523,7 @@ def _recipe_of(item: Mapping[str, Any]) -> Recipe:
         revision=item["revision"],
         created_at=item["created_at"],
         updated_at=item["updated_at"],
+        deployed=item.get("deployed", False),
     )
 
 

@@ -1,0 +1,119 @@
+"""Recipes and a schedule that come with the deployment, on a stack of its own, deployed again and deleted."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from local.cloud import CHECKOUT, STACK_NAME, LocalCloud, LocalCloudError
+
+Wait = Callable[..., Any]
+
+STORY = {"model": "local/storyteller", "input": {"prompt": "A card for {{ event.detail.customer }}"}}
+SHOP = {**STORY, "pattern": {"source": ["shop"]}, "bus": "stack"}
+DAILY = {**STORY, "input": {"prompt": "News"}, "schedule": {"expression": "rate(1 day)"}, "owner": "team-a"}
+SCHEDULED = {
+    "model": "local/storyteller",
+    "input": {"prompt": "the story of <aws.scheduler.scheduled-time>"},
+    "idempotency_key": "story-<aws.scheduler.scheduled-time>",
+}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with two recipes."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copy(CHECKOUT / "template.yaml", folder)
+    for name in ("functions", "layers", "recipes", "statemachine"):
+        shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "recipes/shop.json").write_text(json.dumps(SHOP))
+    (folder / "recipes/daily.json").write_text(json.dumps(DAILY))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own(checkout: Path) -> Iterator[LocalCloud]:
+    """That stack."""
+    parameters = {
+        "FirstPollSeconds": "5",
+        "PollSeconds": "3",
+        "ScheduleExpression": "rate(1 minute)",
+        "ScheduleRequest": json.dumps(SCHEDULED),
+    }
+    with LocalCloud(parameters=parameters, checkout=checkout) as started:
+        yield started
+
+
+def test_recipes_of_files_live_and_go_with_the_stack(own: LocalCloud, checkout: Path, wait_until: Wait) -> None:
+    headers = {owner: {"Authorization": f"Bearer {own.create_token(owner)}"} for owner in ("queue", "team-a")}
+
+    def call(method: str, path: str, body: Any = None, owner: str = "queue") -> tuple[int, Any]:
+        url = own.api_url + path
+        answer = httpx.request(method, url, headers=headers[owner], json=body, timeout=30, trust_env=False)
+        return answer.status_code, answer.json() if answer.content else None
+
+    def recipes(owner: str = "queue") -> dict[str, Any]:
+        return {each["name"]: each for each in call("GET", "/recipes", owner=owner)[1]["results"]}
+
+    def started(text: str) -> list[Any]:
+        return [each for each in call("GET", "/predictions")[1]["results"] if text in json.dumps(each["input"])]
+
+    def rules() -> list[str]:
+        events = own.client("events")
+        buses = [bus["Name"] for bus in events.list_event_buses()["EventBuses"]]
+        return [rule["Name"] for bus in buses for rule in events.list_rules(EventBusName=bus)["Rules"]]
+
+    # Created with the stack: each of its owner, and at work.
+    (shop,) = recipes().values()
+    assert (shop["name"], shop["state"], shop["deployed"]) == ("shop", "active", True)
+    assert list(recipes("team-a")) == ["daily"]
+    entry = {"Source": "shop", "DetailType": "Order", "EventBusName": own.stack.event_bus_name}
+    own.client("events").put_events(Entries=[{**entry, "Detail": json.dumps({"customer": "Ada"})}])
+    wait_until(lambda: started("A card for Ada"), 30, "the prediction of the recipe")
+    assert call("PUT", "/recipes/shop", STORY)[0] == 409
+    assert call("PUT", "/recipes/by-api", {**SHOP, "pattern": {"source": ["other"]}})[0] == 201
+    before = recipes()
+
+    # A bad file fails the deployment, with its name and field, and everything is as it was.
+    (checkout / "recipes/bad.json").write_text(json.dumps({**STORY, "input": {"prompt": "{{ event."}}))
+    (checkout / "recipes/shop.json").write_text(json.dumps({**SHOP, "lifetime": "5m"}))
+    with pytest.raises(LocalCloudError, match="UPDATE_ROLLBACK_COMPLETE"):
+        own.deploy_again()
+    cloudformation = own.client("cloudformation")
+    (stack,) = cloudformation.describe_stacks(StackName=STACK_NAME)["Stacks"]
+    assert stack["StackStatus"] == "UPDATE_ROLLBACK_COMPLETE"
+    pages = cloudformation.get_paginator("describe_stack_events").paginate(StackName=STACK_NAME)
+    told = [each.get("ResourceStatusReason", "") for page in pages for each in page["StackEvents"]]
+    assert [reason for reason in told if "recipes/bad.json: input.prompt: A placeholder begins" in reason]
+    assert recipes() == before
+
+    # One file is changed, one is gone; what the API has put stays.
+    (checkout / "recipes/bad.json").unlink()
+    (checkout / "recipes/daily.json").unlink()
+    own.deploy_again()
+    after = recipes()
+    assert (after["shop"]["id"], after["shop"]["lifetime"]) == (before["shop"]["id"], "5m")
+    assert after["by-api"] == before["by-api"]
+    assert (recipes("team-a"), len(rules())) == ({}, 2)
+    schedules = own.client("scheduler").list_schedules(GroupName=STACK_NAME)["Schedules"]
+    assert len(schedules) == 1, "that of the parameters"
+
+    # The schedule of the parameters sends its request, of QueueOwner; its key has it run once.
+    (scheduled,) = wait_until(lambda: started("the story of"), 90, "the scheduled prediction")
+    assert scheduled["source"] == "api"
+
+    # A stack that is deleted leaves no rules, of whichever recipes.
+    cloudformation.delete_stack(StackName=STACK_NAME)
+
+    def status() -> str:
+        found: str = cloudformation.describe_stacks(StackName=stack["StackId"])["Stacks"][0]["StackStatus"]
+        return found
+
+    wait_until(lambda: status() == "DELETE_COMPLETE", 60, "the end of the stack")
+    assert rules() == []
+    groups = own.client("scheduler").list_schedule_groups()["ScheduleGroups"]
+    assert STACK_NAME not in [group["Name"] for group in groups]
