@@ -228,6 +228,14 @@ class TestFunction:
         wakes.stale = {"token"}
         assert function(bad) == [], "a state that no longer waits is no error"
 
+    def test_state_whose_message_starts_nothing_does_not_wait_for_it(
+        self, function: Function, monkeypatch: pytest.MonkeyPatch, wakes: Wakes
+    ) -> None:
+        monkeypatch.setattr(function._app.requests, "take", lambda _: None)
+        assert function(record({"recipe_id": "r" * 26, "event": {}, "task_token": "token"}), record(BODY)) == []
+        assert [(token, error) for token, (error, _) in wakes.told] == [("token", "RequestNoLongerWanted")]
+        assert look() == []
+
     def test_message_that_aws_does_not_let_start_stays_and_holds_up_no_other(
         self, function: Function, executed: Executed
     ) -> None:
