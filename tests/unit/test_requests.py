@@ -72,16 +72,6 @@ class TestRefused:
         assert items("") == []
         assert executed.inputs == {}
 
-    def test_message_of_what_the_table_may_have_forgotten_starts_nothing_again(
-        self, requests: Requests, executed: Executed, clock: Clock
-    ) -> None:
-        clock.moment = SENT + 30 * 86400
-        assert requests.take(message()) is not None
-        clock.advance(1)
-        with pytest.raises(RequestRefused, match="more than 30 days ago"):
-            requests.take(message(id="message-2"))
-        assert len(executed.inputs) == 1
-
     def test_key_of_another_request_is_refused_and_its_caller_not_noted(
         self, requests: Requests, executed: Executed
     ) -> None:
