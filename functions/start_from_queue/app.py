@@ -48,7 +48,9 @@ def _take(message: Message) -> None:
     logger.append_keys(request_id=message.id)
     logger.set_correlation_id(None)  # of the message before
     try:
-        requests.take(message)
+        if requests.take(message) is None and (task_token := task_token_of(message.body)):
+            # What would tell its end is never there.
+            tell_failure(task_token, "RequestNoLongerWanted", "What the message names starts nothing for it.")
     except RequestRefused as refused:
         reason = str(refused)
         logger.warning("request refused")

@@ -26,6 +26,7 @@ class Bus:
     def __init__(self) -> None:
         self.calls: list[list[dict[str, Any]]] = []
         self.refused: set[str] = set()
+        self.error_code = "InternalFailure"
         events: Any = aws.client("events").meta.events
         self._answered: Any = self._put
         events.register_first("before-call.eventbridge.PutEvents", self._answered)
@@ -46,7 +47,7 @@ class Bus:
     def _put(self, params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]]:
         entries = json.loads(params["body"])["Entries"]
         self.calls.append(entries)
-        answers = [{"ErrorCode": "InternalFailure"} if e["DetailType"] in self.refused else {"EventId": "1"}
+        answers = [{"ErrorCode": self.error_code} if e["DetailType"] in self.refused else {"EventId": "1"}
                    for e in entries]  # fmt: skip
         failed = sum("ErrorCode" in each for each in answers)
         return type("Http", (), {"status_code": 200})(), {"Entries": answers, "FailedEntryCount": failed}
@@ -249,6 +250,15 @@ class TestFailures:
             if record["dynamodb"]["NewImage"].get("visible") == {"S": "failed"}
         ]
         assert failed == of_it
+
+    def test_event_that_the_bus_never_takes_holds_up_no_other(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus
+    ) -> None:
+        run(table, clock, "failed")
+        run(table, clock, "succeeded")
+        bus.refused, bus.error_code = {"Prediction Failed"}, "MalformedDetail"
+        assert changes.publish(stream()) is None
+        assert "Prediction Succeeded" in bus.types
 
     def test_bus_that_cannot_be_reached_fails_the_first_event_and_delays_no_webhook(
         self, table: PredictionsTable, outputs: OutputsBucket, clock: Clock

@@ -72,16 +72,6 @@ class TestRefused:
         assert items("") == []
         assert executed.inputs == {}
 
-    def test_message_of_what_the_table_may_have_forgotten_starts_nothing_again(
-        self, requests: Requests, executed: Executed, clock: Clock
-    ) -> None:
-        clock.moment = SENT + 30 * 86400
-        assert requests.take(message()) is not None
-        clock.advance(1)
-        with pytest.raises(RequestRefused, match="more than 30 days ago"):
-            requests.take(message(id="message-2"))
-        assert len(executed.inputs) == 1
-
     def test_key_of_another_request_is_refused_and_its_caller_not_noted(
         self, requests: Requests, executed: Executed
     ) -> None:
@@ -227,6 +217,14 @@ class TestFunction:
         assert wakes.told == [("token", ("RequestRefused", "input: This field is required."))]
         wakes.stale = {"token"}
         assert function(bad) == [], "a state that no longer waits is no error"
+
+    def test_state_whose_message_starts_nothing_does_not_wait_for_it(
+        self, function: Function, monkeypatch: pytest.MonkeyPatch, wakes: Wakes
+    ) -> None:
+        monkeypatch.setattr(function._app.requests, "take", lambda _: None)
+        assert function(record({"recipe_id": "r" * 26, "event": {}, "task_token": "token"}), record(BODY)) == []
+        assert [(token, error) for token, (error, _) in wakes.told] == [("token", "RequestNoLongerWanted")]
+        assert look() == []
 
     def test_message_that_aws_does_not_let_start_stays_and_holds_up_no_other(
         self, function: Function, executed: Executed

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from predictions.aws import client
+from predictions.observability import logger
 from predictions.outputs import StoredFile
 from predictions.statuses import Status
 from predictions.table import Prediction
@@ -38,6 +39,9 @@ _WORDS = {
 # https://docs.aws.amazon.com/eventbridge/latest/APIReference/API_PutEvents.html: 10 entries, and 256 KB with all.
 _ENTRIES_LIMIT = 10
 _ENTRIES_LIMIT_BYTES = 240 * 1024
+# What the bus cannot read, such as metrics nested too deep, is the same at each try, and must not hold up the stream.
+# https://docs.aws.amazon.com/eventbridge/latest/APIReference/API_PutEventsResultEntry.html
+_MALFORMED = "MalformedDetail"
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class EventBus:
 
         Returns:
             The index of the first one that the bus did not take; those before it are on the bus, and some after it
-            may be. None where it took all.
+            may be. None where it took all, but those that it never would.
 
         Raises:
             ClientError: The call was refused; some of them may be on the bus.
@@ -148,7 +152,9 @@ class EventBus:
                 last += 1
             answer = self._events.put_events(Entries=entries[first:last])
             for number, each in enumerate(answer["Entries"]):
-                if "ErrorCode" in each:
+                if each.get("ErrorCode") == _MALFORMED:
+                    logger.error("event never taken", event_id=events[first + number].detail.get("event_id"))
+                elif "ErrorCode" in each:
                     return first + number
             first = last
         return None

@@ -129,10 +129,6 @@ class Requests:
             RequestRefused: It never can be started; nothing was written.
             NoLongerWanted: It is not to be started any more; nothing was written.
         """
-        if message.sent_at < self._now() - self._retention_seconds:
-            # The table may have forgotten what it started, and nothing would keep it from being started again.
-            days = self._retention_seconds // 86400
-            raise RequestRefused(f"It was sent more than {days} days ago (RetentionDays): send a new one instead.")
         try:
             body = parse_json(message.body.encode("utf-8", "surrogatepass"), None)
             if not isinstance(body, dict):
