@@ -83,7 +83,7 @@ class TestRefused:
                 submissions.submit(second)
             waits.append(throttled.value.seconds)
             clock.advance(60)
-        assert waits == [10, 15, 30, 45, 60, 60]
+        assert waits == [10, 15, 30, 45, 60, 75]
         replicate.finish(upstream_id := current(table, first).upstream_id or "")
         submissions.poll(first)
         assert replicate.predictions[upstream_id]["status"] == "succeeded"

@@ -28,7 +28,7 @@ DEPTH_LIMIT = 100
 """The deepest JSON: far above any model's input, far below what recursive code bears."""
 
 LIFETIME_LIMIT_SECONDS = 3 * 24 * 3600
-"""The longest deadline: with one resubmission still shorter than the shortest retention, 8 days."""
+"""The longest deadline: with one resubmission still shorter than the shortest retention, 15 days."""
 
 WebhookEvent = Literal["start", "output", "logs", "completed"]
 

@@ -205,7 +205,7 @@ class OwnersUsage:
                 return before == 0
             if attempt == "looked through" or self._full.get(owner, 0) > self._now():
                 break
-            if limit == 0 or not self._take_out_ended(owner):
+            if limit == 0 or self._take_out_ended(owner) >= limit:
                 self._full[owner] = self._now() + _FULL_SECONDS
                 break
         raise LimitReached(
@@ -250,7 +250,7 @@ class OwnersUsage:
         """Gives back the places of predictions that have ended, or never came to be.
 
         Returns:
-            How many there were; somebody else may have given them back just now.
+            How many are left, as far as is known: somebody else may be giving some back, or taking some.
         """
         from predictions.items import read_items  # the authorizer, which needs the limits only, goes without
         from predictions.statuses import TERMINAL_RANK
@@ -272,7 +272,7 @@ class OwnersUsage:
         chunks = [{each: gone[each] for each in ids[n : n + _CHUNK]} for n in range(0, len(ids), _CHUNK)]
         for chunk in chunks:
             self._take_out(owner, chunk)
-        return len(gone)
+        return len(places) - len(gone)
 
     def _take_out(self, owner: str, places: Mapping[str, int]) -> None:
         """Gives places back, unless one of them was taken anew meanwhile."""

@@ -20,7 +20,7 @@ from predictions.submissions import Submissions
 from predictions.table import PredictionsTable, Whole, is_id
 
 LIFETIME_SECONDS = 7 * 86400
-"""How long a pipeline may take: less than the shortest retention, 8 days, so that its first outputs are there to its
+"""How long a pipeline may take: less than the shortest retention, 15 days, so that its first outputs are there to its
 end."""
 
 

@@ -74,7 +74,7 @@ _PAUSE_STEP_SECONDS = 300
 # A start that is as near as this is not waited for.
 _SOON_SECONDS = 1
 # How long an owner's other predictions are waited for: a quarter of the time that has passed, within these bounds.
-_OWN_LIMIT_WAITS = (10, 60)
+_OWN_LIMIT_WAITS = (10, 300)
 
 _WAIT_STEP_SECONDS = 0.1
 _MODEL_CACHE_SECONDS = 300

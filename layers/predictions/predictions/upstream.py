@@ -12,6 +12,7 @@ that is no prediction is one of
 Nothing in here tries again. Source of the protocol's facts: https://replicate.com/docs/reference/http
 """
 
+import json
 import math
 import os
 import re
@@ -418,7 +419,10 @@ class Token:
             raise TokenUnreadable("Secrets Manager does not give this stack's Replicate token") from error
         text = (secret.decode("utf-8", "replace") if isinstance(secret, bytes) else str(secret)).strip()
         if text.startswith("{"):
-            value = read_json(text.encode("utf-8", "replace"))
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError):
+                value = None
             text = str(value.get("token", "")).strip() if isinstance(value, dict) else ""
         if not re.fullmatch(r"[!-~]+", text):
             raise TokenUnreadable("this stack's secret holds no Replicate token")
