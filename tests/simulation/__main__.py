@@ -12,7 +12,7 @@ import time
 from collections import Counter
 
 from tests.simulation.sabotages import SABOTAGES
-from tests.simulation.world import Verdict, installed
+from tests.simulation.world import Verdict, installed, run_seeds
 from tests.unit.template import ROOT
 
 CHUNK = 250
@@ -52,19 +52,6 @@ def one(seed: int) -> int:
     return 1 if verdict.broken else 0
 
 
-def run_chunk(seeds: range) -> tuple[int, Counter[str], list[Verdict]]:
-    """Runs some schedules: how many, what happened in them, and those that broke a promise."""
-    figures: Counter[str] = Counter()
-    broken = []
-    with installed() as simulation:
-        for seed in seeds:
-            verdict = simulation.run(seed)
-            figures.update(verdict.figures)
-            if verdict.broken:
-                broken.append(verdict)
-    return len(seeds), figures, broken
-
-
 def many(first: int, schedules: int, processes: int, *, write: bool) -> int:
     """Runs schedules in several processes, with progress, and says what happened in them."""
     chunks = [range(at, min(at + CHUNK, first + schedules)) for at in range(first, first + schedules, CHUNK)]
@@ -72,7 +59,7 @@ def many(first: int, schedules: int, processes: int, *, write: bool) -> int:
     broken: list[Verdict] = []
     done, began = 0, time.monotonic()
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for number, counted, failed in pool.imap_unordered(run_chunk, chunks):
+        for number, counted, failed in pool.imap_unordered(run_seeds, chunks):
             done += number
             figures.update(counted)
             broken += failed

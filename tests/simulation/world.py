@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -325,8 +326,8 @@ class World:
             if wanted.wait:
                 headers["Prefer"] = wanted.wait
             event = self.api_event("POST", "/models/meta/llama/predictions", headers, json.dumps(body))
-            # Some hang up early, and ask again while the first one is still at work. Without a key that can start two: the
-            # second one finds nothing of the first before its note is written, so these wait for their answer here.
+            # Some hang up early, and ask again while the first one is still at work. Without a key that can start two,
+            # since nothing is found of the first one before its note is written: so these wait for their answer here.
             patience = self.rng.choice((2.0, 10.0)) if wanted.door == "key" and self.rng.random() < 0.2 else 29.0
             try:
                 answer = self.functions.invoke("start_prediction", event, patience)
@@ -722,3 +723,16 @@ def installed() -> Iterator[Simulation]:
                 method.__kwdefaults__ = defaults
             logger.setLevel(level)
             files.close()
+
+
+def run_seeds(seeds: range) -> tuple[int, Counter[str], list[Verdict]]:
+    """Runs some schedules: how many, what happened in them, and those that broke a promise."""
+    figures: Counter[str] = Counter()
+    broken = []
+    with installed() as simulation:
+        for seed in seeds:
+            verdict = simulation.run(seed)
+            figures.update(verdict.figures)
+            if verdict.broken:
+                broken.append(verdict)
+    return len(seeds), figures, broken
