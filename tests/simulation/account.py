@@ -198,7 +198,8 @@ def call(world: "World", service: str, operation: str, asked: dict[str, Any], cl
         if fault == "died after":
             world.die()
         raise_client_error(client, operation, error)
-    except NotModelled as error:
+    except Exception as error:
+        # The library would take it for a fault of AWS's, and bear it.
         world.broken = error
         raise Died from error
     if fault == "died after":

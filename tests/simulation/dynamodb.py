@@ -154,6 +154,8 @@ class Table:
 
     def _write(self, key: tuple[str, str], after: Item | None) -> None:
         before = self.items.get(key)
+        if before is None and after is None:
+            return
         if self._index_lag:
             self._were.setdefault(key, []).append((self._now(), before))
             self._were[key] = [each for each in self._were[key] if each[0] > self._now() - 60]

@@ -66,7 +66,7 @@ class Functions:
         """
         world, timeout = self._world, timeout_of_cached(function)
         until = world.scheduler.now + timeout
-        process = world.scheduler.spawn(function, lambda: self._run(function, event, until))
+        process = world.scheduler.spawn(function, lambda: self._run(function, event, until), may_fail=True)
         process.event = event
         if not world.scheduler.join(process, min(timeout, patience)):
             if timeout <= patience:

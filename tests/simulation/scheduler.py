@@ -63,6 +63,7 @@ class Scheduler:
         self.current: Process | None = None
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._entries = 0
+        self._failed: BaseException | None = None
         self._hub = greenlet.getcurrent()
 
     def at(self, moment: float, act: Callable[[], None]) -> None:
@@ -70,8 +71,8 @@ class Scheduler:
         self._entries += 1
         heapq.heappush(self._queue, (max(moment, self.now), self._entries, act))
 
-    def spawn(self, name: str, call: Callable[[], Any], delay: float = 0.0) -> Process:
-        """Starts a process."""
+    def spawn(self, name: str, call: Callable[[], Any], delay: float = 0.0, *, may_fail: bool = False) -> Process:
+        """Starts a process; one that may not fail, and does, ends the whole schedule with its error."""
         process = Process(name)
 
         def run() -> None:
@@ -79,6 +80,8 @@ class Scheduler:
                 process.result = call()
             except (Exception, Died) as error:  # noqa: BLE001  # who waits for it is told
                 process.error = error
+                if not may_fail:
+                    self._failed = error
             process.over = True
             for waiter in process.waiters:
                 self.wake(waiter, None)
@@ -153,13 +156,19 @@ class Scheduler:
             setattr(BaseRouter, name, value)
 
     def run(self, until: float) -> bool:
-        """Runs until nothing is left to do, at most until that moment; whether nothing is left."""
+        """Runs until nothing is left to do, at most until that moment; whether nothing is left.
+
+        Raises:
+            BaseException: Of a process that may not fail.
+        """
         while self._queue:
             moment, _, act = heapq.heappop(self._queue)
             if moment > until:
                 return False
             self.now = moment
             act()
+            if self._failed is not None:
+                raise self._failed
         return True
 
     @property

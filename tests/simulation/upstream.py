@@ -69,8 +69,6 @@ class Upstream:
     def __init__(self, world: "World") -> None:
         self._world = world
         self.runs: dict[str, Run] = {}
-        self.creates = 0
-        self.webhooks: dict[str, int] = {"sent": 0, "lost": 0, "doubled": 0, "refused": 0}
 
     # -- HTTP -------------------------------------------------------------------------------------------------
 
@@ -109,7 +107,6 @@ class Upstream:
 
     def _create(self, request: httpx.Request, path: str) -> httpx.Response:
         world = self._world
-        self.creates += 1
         body = json.loads(request.content)
         fault = world.faults.of_create()
         world.step("upstream", world.faults.create_seconds())
@@ -261,8 +258,7 @@ class Upstream:
         if not run.body.get("webhook") or event not in run.body.get("webhook_events_filter", ()):
             return
         body = json.dumps(self.told(run)).encode()
-        for number, delay in enumerate(self._world.faults.of_webhook(event)):
-            self.webhooks["sent" if number == 0 else "doubled"] += 1
+        for delay in self._world.faults.of_webhook(event):
             self._world.scheduler.spawn(f"webhook {event}", lambda: self._deliver(run, event, body), delay)
 
     def _deliver(self, run: Run, event: str, body: bytes) -> None:
@@ -272,9 +268,7 @@ class Upstream:
         for pause in (2, 5, 10, 20, 20) if event == "completed" else (0,):
             moment = int(world.scheduler.now)
             headers = sign(body, webhook_id=f"msg_{run.id}_{event}", timestamp=moment, secrets=[SECRET])
-            if world.faults.webhook_is_lost():
-                self.webhooks["lost"] += 1
-            else:
+            if not world.faults.webhook_is_lost():
                 try:
                     answer = world.functions.invoke("receive_webhook", world.api_event("POST", path, headers, body))
                 except FunctionFailed:
@@ -284,7 +278,6 @@ class Upstream:
                     if event != "completed" and run.told_at is None:
                         run.told_at = world.scheduler.now
                     return
-                self.webhooks["refused"] += 1
             if pause:
                 world.scheduler.sleep(pause)
 

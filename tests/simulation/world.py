@@ -156,6 +156,17 @@ class World:
         """One call to AWS."""
         return account.call(self, service, operation, asked, client)
 
+    def answer(self, how: str, request: httpx.Request) -> httpx.Response:
+        """One request to Replicate, or to its file host."""
+        try:
+            answer: httpx.Response = getattr(self.upstream, how)(request)
+        except httpx.HTTPError:
+            raise
+        except Exception as error:
+            self.broken = error  # the library would bear it
+            raise
+        return answer
+
     def _say(self, what: str) -> None:
         assert self.trace is not None
         name = self.scheduler.current.name if self.scheduler.current else "-"
@@ -683,8 +694,8 @@ def installed() -> Iterator[Simulation]:
     def sleep(seconds: float) -> None:
         simulation.world.step("sleeps", seconds)
 
-    transport = httpx.MockTransport(lambda request: simulation.world.upstream.handle(request))
-    files = httpx.Client(transport=httpx.MockTransport(lambda request: simulation.world.upstream.serve_file(request)))
+    transport = httpx.MockTransport(lambda request: simulation.world.answer("handle", request))
+    files = httpx.Client(transport=httpx.MockTransport(lambda request: simulation.world.answer("serve_file", request)))
 
     class Client(httpx.Client):
         def __init__(self, **options: Any) -> None:
