@@ -6,11 +6,12 @@ tests only.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from predictions import intents, outputs, receipts, statuses, submissions, table
-from predictions.executions import Executions, wake
+from predictions import intents, outputs, statuses, submissions, table
+from predictions.executions import Executions
 from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions
 from predictions.table import Change, PredictionsTable
@@ -92,25 +93,16 @@ def _started_whatever_is_there(start: Any) -> Any:
     return started
 
 
-def _never_sent_again(receive: Any) -> Any:
-    """Only the webhook that ended it wakes its execution, and the sweep none."""
+def _without_token_when_closed(merge: Any) -> Any:
+    """Only what ends a prediction learns of the token."""
 
-    def received(store: PredictionsTable, prediction_id: str, body: bytes, now: float) -> Any:
-        ended: list[bool] = []
-        merge = store.merge
-
-        def merged(*given: Any, **options: Any) -> Any:
-            outcome = merge(*given, **options)
-            ended.append(outcome.change is Change.ENDED)
+    def merged(self: PredictionsTable, *given: Any, **options: Any) -> Any:
+        outcome = merge(self, *given, **options)
+        if outcome.change is not Change.CLOSED:
             return outcome
+        return replace(outcome, prediction=replace(outcome.prediction, task_token=None))
 
-        with (
-            mock.patch.object(store, "merge", merged),
-            mock.patch.object(receipts, "wake", lambda token: wake(token) if any(ended) else False),
-        ):
-            return receive(store, prediction_id, body, now)
-
-    return received
+    return merged
 
 
 def _ended_without_looking(_: Any) -> Any:
@@ -191,7 +183,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "aborted is unknown": _value(table, "rank_of", lambda word: 0 if word == "aborted" else statuses.rank_of(word)),
     "aborted is shown": _value(table, "visible", lambda word: "starting" if word == "queued" else str(word)),
     "the token is not sent again": _all(
-        lambda: mock.patch.object(receipts, "receive", _never_sent_again(receipts.receive)),
+        _method(PredictionsTable, "merge", _without_token_when_closed),
         _value(submissions, "wake", lambda _: False),
     ),
     "the SDK's retry is another request": _method(PredictionsTable, "recent", _constant(None)),
