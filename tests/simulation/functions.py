@@ -71,6 +71,7 @@ class Functions:
         if not world.scheduler.join(process, min(timeout, patience)):
             if timeout <= patience:
                 process.killed = True
+                world.faults.struck["timed out"] = world.faults.struck.get("timed out", 0) + 1
             raise FunctionFailed("timeout")
         return _result(process)
 
