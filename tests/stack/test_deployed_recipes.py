@@ -98,7 +98,8 @@ def test_recipes_of_files_live_and_go_with_the_stack(own: LocalCloud, checkout: 
     after = recipes()
     assert (after["shop"]["id"], after["shop"]["lifetime"]) == (before["shop"]["id"], "5m")
     assert after["by-api"] == before["by-api"]
-    assert (recipes("team-a"), len(rules())) == ({}, 2)
+    # Those of the two recipes, and that of manifests.
+    assert (recipes("team-a"), len(rules())) == ({}, 3)
     schedules = own.client("scheduler").list_schedules(GroupName=STACK_NAME)["Schedules"]
     assert len(schedules) == 1, "that of the parameters"
 

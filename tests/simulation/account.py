@@ -1,0 +1,209 @@
+"""The AWS account in memory: botocore's clients, answered here, with whatever goes wrong on the way.
+
+The clients are botocore's own; only `_make_api_call`, through which each of their operations goes, is answered by the
+world that runs now. A call costs a microsecond instead of the 200 of botocore's serializing, which a test does with
+moto instead (`test_dynamodb.py`).
+"""
+
+import io
+import json
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import botocore.session
+from botocore.exceptions import ReadTimeoutError
+from botocore.response import StreamingBody
+
+from tests.simulation.dynamodb import ConditionFailed, NotModelled
+from tests.simulation.machine import Refused
+from tests.simulation.scheduler import Died
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+SERVICES = ("dynamodb", "s3", "stepfunctions", "sqs", "ssm", "secretsmanager")
+
+
+class Clients:
+    """The clients that the library gets; `world` is who answers them."""
+
+    def __init__(self) -> None:
+        self.world: World | None = None
+        session = botocore.session.Session()
+        self._clients: dict[str, Any] = {}
+        for name in SERVICES:
+            client: Any = session.create_client(
+                name, region_name="us-east-1", aws_access_key_id="testing", aws_secret_access_key="testing"
+            )
+            client._make_api_call = self._answer(name, client)
+            self._clients[name] = client
+
+    def __call__(self, name: str) -> Any:
+        return self._clients[name]
+
+    def cache_clear(self) -> None:
+        """As of the function that this stands for."""
+
+    def _answer(self, service: str, client: Any) -> Callable[[str, dict[str, Any]], Any]:
+        def make_api_call(operation: str, asked: dict[str, Any]) -> Any:
+            assert self.world is not None
+            return self.world.call(service, operation, asked, client)
+
+        return make_api_call
+
+
+class AwsError(Exception):
+    """What AWS answers instead, by code; `item` goes with a condition that failed."""
+
+    def __init__(self, code: str, item: Any = None) -> None:
+        super().__init__(code)
+        self.code = code
+        self.item = item
+
+
+def raise_client_error(client: Any, operation: str, error: AwsError) -> None:
+    """Raises what botocore's client raises for it."""
+    response: dict[str, Any] = {"Error": {"Code": error.code, "Message": ""}, "ResponseMetadata": {}}
+    if error.item is not None:
+        response["Item"] = error.item
+    raise client.exceptions.from_code(error.code)(response, operation)
+
+
+class Account:
+    """What is in the account, and what its operations do: at once, and well."""
+
+    def __init__(self, world: "World") -> None:
+        self._world = world
+        self.objects: dict[str, tuple[bytes, str]] = {}
+        self.secrets: dict[str, str] = {}
+        self.parameters: dict[str, str] = {}
+        self.dead_letters: list[str] = []
+
+    def do(self, service: str, operation: str, asked: dict[str, Any]) -> dict[str, Any]:
+        """Does one operation.
+
+        Raises:
+            AwsError: It is refused.
+        """
+        if service == "dynamodb":
+            try:
+                return self._world.table.call(operation, asked)
+            except ConditionFailed as error:
+                raise AwsError("ConditionalCheckFailedException", error.item) from None
+        found: Callable[[dict[str, Any]], dict[str, Any]] | None = getattr(self, f"_{service}_{operation}", None)
+        if found is None:
+            raise NotModelled(f"{service}.{operation}")
+        return found(asked)
+
+    # -- Step Functions ---------------------------------------------------------------------------------------
+
+    def _stepfunctions_StartExecution(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802  # the operation's name
+        self._states(lambda: self._world.machine.start(asked["name"], asked["input"]))
+        return {"executionArn": asked["name"], "startDate": datetime.fromtimestamp(0)}  # noqa: DTZ006  # nobody reads it
+
+    def _stepfunctions_DescribeExecution(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        name = asked["executionArn"].rpartition(":")[2]
+        return {"status": self._states(lambda: self._world.machine.describe(name))}
+
+    def _stepfunctions_SendTaskSuccess(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        self._states(lambda: self._world.machine.send_success(asked["taskToken"]))
+        return {}
+
+    def _states(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Refused as refused:
+            raise AwsError(str(refused)) from None
+
+    # -- S3 ---------------------------------------------------------------------------------------------------
+
+    def _s3_PutObject(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        if asked.get("IfNoneMatch") and asked["Key"] in self.objects:
+            raise AwsError("PreconditionFailed")
+        body = asked["Body"]
+        if not isinstance(body, bytes):
+            body.seek(0)
+            body = body.read()
+        self._world.stored(asked["Key"], body)
+        self.objects[asked["Key"]] = body, asked["ContentType"]
+        return {"ETag": '"etag"'}
+
+    def _s3_HeadObject(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        if asked["Key"] not in self.objects:
+            raise AwsError("404")
+        return {"ContentLength": len(self.objects[asked["Key"]][0])}
+
+    def _s3_GetObject(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        if asked["Key"] not in self.objects:
+            raise AwsError("NoSuchKey")
+        body, content_type = self.objects[asked["Key"]]
+        return {"Body": StreamingBody(io.BytesIO(body), len(body)), "ContentType": content_type}
+
+    def _s3_DeleteObject(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        self.objects.pop(asked["Key"], None)
+        return {}
+
+    def _s3_ListObjectsV2(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        keys = [key for key in self.objects if key.startswith(asked["Prefix"])]
+        return {"Contents": [{"Key": key} for key in keys], "IsTruncated": False}
+
+    def _s3_ListMultipartUploads(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"IsTruncated": False}
+
+    # -- the rest ---------------------------------------------------------------------------------------------
+
+    def _ssm_GetParameter(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"Parameter": {"Value": self.parameters[asked["Name"]]}}
+
+    def _secretsmanager_GetSecretValue(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"SecretString": self.secrets[asked["SecretId"]]}
+
+    def _secretsmanager_PutSecretValue(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        self.secrets[asked["SecretId"]] = asked["SecretString"]
+        return {}
+
+    def _sqs_SendMessage(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        self.dead_letters.append(json.dumps(asked, default=str))
+        return {"MessageId": "dead"}
+
+
+def call(world: "World", service: str, operation: str, asked: dict[str, Any], client: Any) -> Any:
+    """One call of the library's, with the attempts that botocore makes and what the schedule has in store for it.
+
+    Raises:
+        ClientError: AWS refused, for good or four times.
+        ReadTimeoutError: No answer came, four times; it may have been done.
+        Died: The function's process ended before it, after it, or at its timeout.
+    """
+    faults = world.faults
+    world.step(f"{service}.{operation}", faults.aws_seconds())
+    fault = faults.of_aws(service, operation)
+    if fault == "died before":
+        world.die()
+    if fault == "refused":
+        raise_client_error(client, operation, AwsError("ThrottlingException"))
+    try:
+        answer = world.account.do(service, operation, asked)
+        if world.recorder is not None:
+            world.recorder(service, operation, asked, answer)
+        if fault in ("repeated", "answer lost"):
+            world.step("repeated", 5.1)
+            answer = world.account.do(service, operation, asked)
+            if world.recorder is not None:
+                world.recorder(service, operation, asked, answer)
+    except AwsError as error:
+        if world.recorder is not None and service == "dynamodb":
+            world.recorder(service, operation, asked, error)
+        if fault == "died after":
+            world.die()
+        raise_client_error(client, operation, error)
+    except Exception as error:
+        # The library would take it for a fault of AWS's, and bear it.
+        world.broken = error
+        raise Died from error
+    if fault == "died after":
+        world.die()
+    if fault == "answer lost":
+        raise ReadTimeoutError(endpoint_url="https://aws.example")
+    return answer

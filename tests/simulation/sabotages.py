@@ -1,0 +1,196 @@
+"""Ways to break the real code, each of which some schedule has to notice: without them a green run would prove little.
+
+Each one takes out what a promise rests on, as a careless change could. They are patches of the running library, in
+tests only.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+from predictions import intents, outputs, statuses, submissions, table
+from predictions.executions import Executions
+from predictions.outputs import OutputsBucket
+from predictions.submissions import Submissions
+from predictions.table import Change, PredictionsTable
+from predictions.upstream import NotAccepted, OutcomeUnknown, Replicate
+
+Sabotage = Callable[[], AbstractContextManager[Any]]
+
+
+def _method(of: type, name: str, make: Callable[[Any], Any]) -> Sabotage:
+    """Puts another method in the place of one, made from it."""
+    return lambda: mock.patch.object(of, name, make(getattr(of, name)))
+
+
+def _value(of: Any, name: str, value: Any) -> Sabotage:
+    return lambda: mock.patch.object(of, name, value)
+
+
+def _all(*sabotages: Sabotage) -> Sabotage:
+    def apply() -> ExitStack:
+        stack = ExitStack()
+        for sabotage in sabotages:
+            stack.enter_context(sabotage())
+        return stack
+
+    return apply
+
+
+def _without_condition(change: Any) -> Any:
+    def changed(self: PredictionsTable, prediction_id: str, *, condition: str, **what: Any) -> Any:
+        values = {n: v for n, v in (what.pop("values", None) or {}).items() if n == "nothing"}
+        return change(self, prediction_id, condition="attribute_exists(pk)", values=values, **what)
+
+    return changed
+
+
+def _claimed_by_anybody(_: Any) -> Any:
+    def claim(self: PredictionsTable, prediction_id: str, version: Any, now: float, *, counted: bool = False) -> Any:
+        return self._change(
+            prediction_id,
+            set={"claimed": int(now)},
+            condition="attribute_not_exists(#upstream_id) AND #rank < :terminal",
+        )
+
+    return claim
+
+
+def _put_unclaimed(put: Any) -> Any:
+    def put_intent(self: PredictionsTable, intent: Any, **how: Any) -> Any:
+        return put(self, intent, **{**how, "claim": False})
+
+    return put_intent
+
+
+def _posted_again(create: Any) -> Any:
+    def create_twice(self: Replicate, *given: Any, **options: Any) -> Any:
+        try:
+            return create(self, *given, **options)
+        except OutcomeUnknown:
+            return create(self, *given, **options)
+
+    return create_twice
+
+
+def _released_when_unknown(create: Any) -> Any:
+    def create_or_not(self: Replicate, *given: Any, **options: Any) -> Any:
+        try:
+            return create(self, *given, **options)
+        except OutcomeUnknown as error:
+            raise NotAccepted(None, "unknown") from error
+
+    return create_or_not
+
+
+def _started_whatever_is_there(start: Any) -> Any:
+    def started(self: Executions, prediction_id: str, n: int, *, submit: bool | None) -> bool:
+        start(self, prediction_id, n, submit=submit)
+        return True
+
+    return started
+
+
+def _without_token_when_closed(merge: Any) -> Any:
+    """Only what ends a prediction learns of the token."""
+
+    def merged(self: PredictionsTable, *given: Any, **options: Any) -> Any:
+        outcome = merge(self, *given, **options)
+        if outcome.change is not Change.CLOSED:
+            return outcome
+        return replace(outcome, prediction=replace(outcome.prediction, task_token=None))
+
+    return merged
+
+
+def _ended_without_looking(_: Any) -> Any:
+    def end(
+        self: PredictionsTable, prediction: Any, status: Any, error: Any, now: float, *, refusal: Any = None
+    ) -> Any:
+        return self._change(
+            prediction.id,
+            set={
+                "rank": 9,
+                "status": status.value,
+                "visible": statuses.visible(status),
+                "completed_at": str(now),
+                "ended": 0,
+            },
+            remove=["open", "next_check_at"],
+            condition="attribute_exists(pk)",
+        )
+
+    return end
+
+
+def _merged_by_rank_alone(change: Any) -> Any:
+    """The end may be written over."""
+
+    def changed(self: PredictionsTable, prediction_id: str, *, condition: str, **what: Any) -> Any:
+        return change(self, prediction_id, condition=condition.replace(" AND #rank < :terminal", ""), **what)
+
+    return changed
+
+
+def _swept_without_orphans(_: Any) -> Any:
+    def cancel_orphans(self: Submissions, prediction: Any) -> None:
+        for upstream_id in sorted(prediction.orphans):
+            self.table.orphan_canceled(prediction, upstream_id)
+
+    return cancel_orphans
+
+
+def _file_given_up(copy: Any) -> Any:
+    def copied(self: OutputsBucket, *given: Any, **options: Any) -> Any:
+        outcome = copy(self, *given, **options)
+        return (
+            outputs.StoredFile(given[0].path, given[0].index, error="no") if isinstance(outcome, Exception) else outcome
+        )
+
+    return copied
+
+
+def _constant(value: Any) -> Callable[[Any], Any]:
+    return lambda _: lambda *__, **___: value
+
+
+SABOTAGES: dict[str, Sabotage] = {
+    "no claim": _method(PredictionsTable, "claim", _claimed_by_anybody),
+    "the intent is not claimed": _method(PredictionsTable, "put_intent", _put_unclaimed),
+    "keys are ignored": _value(intents, "derived_id", lambda *_: intents.random_id()),
+    "blind re-post": _method(Replicate, "create", _posted_again),
+    "release after an unknown outcome": _method(Replicate, "create", _released_when_unknown),
+    "unconditional writes": _method(PredictionsTable, "_change", _without_condition),
+    "a terminal status may be written over": _method(PredictionsTable, "_change", _merged_by_rank_alone),
+    "an end by our own word that looks at nothing": _method(PredictionsTable, "end", _ended_without_looking),
+    "no sweep": _method(Submissions, "sweep", _constant(0)),
+    "no poll": _method(Submissions, "poll", _constant(None)),
+    "no reconciling": _method(Submissions, "_candidates", _constant([])),
+    "the create's answer is not bound": _method(
+        Submissions, "_bind", lambda _: lambda self, prediction, told: prediction
+    ),
+    "no orphan is canceled": _method(Submissions, "_cancel_orphans", _swept_without_orphans),
+    "a cancel is not passed on": _method(
+        Submissions, "_cancel_upstream", lambda _: lambda self, prediction: prediction
+    ),
+    "ExecutionAlreadyExists is taken for success": _method(Executions, "start", _started_whatever_is_there),
+    "a file's size is not checked": _value(outputs, "_length", lambda _: None),
+    "a file that broke off is given up": _method(OutputsBucket, "_copy", _file_given_up),
+    "a copy without a lease": _method(PredictionsTable, "lease_copy", _constant(True)),
+    "files are not waited for": _method(OutputsBucket, "holds_files", _constant(False)),
+    "aborted is unknown": _value(table, "rank_of", lambda word: 0 if word == "aborted" else statuses.rank_of(word)),
+    "aborted is shown": _value(table, "visible", lambda word: "starting" if word == "queued" else str(word)),
+    "the token is not sent again": _all(
+        _method(PredictionsTable, "merge", _without_token_when_closed),
+        _value(submissions, "wake", lambda _: False),
+    ),
+    "the SDK's retry is another request": _method(PredictionsTable, "recent", _constant(None)),
+    "late writers are not waited for after a deletion": _value(table, "_LATE_WRITER_SECONDS", 0),
+    "an intent is not looked after": _value(table, "_START_CHECK_SECONDS", 10**7),
+    "executions are not counted up": _method(PredictionsTable, "next_execution", _constant(None)),
+    "a submission is given up before its deadline": _value(submissions, "_GIVE_UP_SECONDS", -(10**6)),
+    "one 404 is believed": _value(submissions, "_NOT_FOUND_LIMIT", 1),
+}
+"""By what is taken out."""

@@ -1,0 +1,56 @@
+"""Schedules of faults against the real code: none breaks a promise, and each sabotage of the code does."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.simulation.sabotages import SABOTAGES
+from tests.simulation.world import Simulation
+from tests.unit.template import ROOT
+
+SCHEDULES = 5000
+PARTS = 10
+SABOTAGE_SCHEDULES = 3000
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_schedule_of_faults_breaks_no_promise(simulation: Simulation, part: int) -> None:
+    for seed in range(part * SCHEDULES // PARTS, (part + 1) * SCHEDULES // PARTS):
+        broken = simulation.run(seed).broken
+        assert not broken, f"{broken}\n`make sim SEED={seed}` shows it step by step."
+
+
+@pytest.mark.parametrize("name", SABOTAGES)
+def test_sabotaged_code_breaks_a_promise_in_some_schedule(simulation: Simulation, name: str) -> None:
+    with SABOTAGES[name]():
+        caught = any(simulation.run(seed).broken for seed in range(SABOTAGE_SCHEDULES))
+    assert caught, f"{SABOTAGE_SCHEDULES} schedules did not notice: {name}"
+
+
+def test_schedules_reach_every_kind_of_fault_and_function(simulation: Simulation) -> None:
+    seen: set[str] = set()
+    for seed in range(300):
+        seen |= simulation.run(seed).figures.keys()
+    kinds = ("aws", "receiver", "create", "read", "webhook", "file", "invoke", "state", "stopped")
+    assert {f"faults: {kind}" for kind in kinds} <= seen
+    functions = (
+        "start_prediction", "start_from_queue", "submit_prediction", "poll_prediction", "receive_webhook",
+        "copy_outputs", "cancel_prediction", "sweep_predictions",
+    )  # fmt: skip
+    assert {f"runs of {function}" for function in functions} <= seen
+
+
+def test_seed_gives_the_same_schedule_in_another_process(simulation: Simulation) -> None:
+    seeds = (3, 42, 77)
+    traces: list[str] = []
+    for seed in seeds:
+        simulation.run(seed, trace=traces.append)
+    # Another order of sets and other addresses in memory must not matter.
+    again = subprocess.run(  # noqa: S603  # our own module
+        [sys.executable, "-m", "tests.simulation", "--trace", *map(str, seeds)],
+        cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert again.stdout.splitlines() == traces
+    assert len(traces) > 100
