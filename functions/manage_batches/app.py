@@ -7,7 +7,7 @@ from predictions.api import Presenter, answer_with, body_of, headers_of, json_re
 from predictions.aws import api_url
 from predictions.batch_control import BatchControl
 from predictions.batches import Batch
-from predictions.cursors import cursor_url, read_cursor
+from predictions.cursors import page_links, read_cursor
 from predictions.submissions import Submissions
 
 PAGE_SIZE = 25
@@ -35,14 +35,8 @@ def list_() -> Response[str]:
     older, start = read_cursor(app.current_event.get_query_string_value("cursor", ""))
     page, more = control.batches.page(owner, start, older=older, size=PAGE_SIZE)
     first, last = (page[0].listed_at, page[-1].listed_at) if page else (None, None)
-    beyond, before = last if more else None, first if start else None
-    newer, further = (before, beyond) if older else (beyond, before)
-    answer = {
-        "previous": cursor_url("/batches", newer, older=False),
-        "next": cursor_url("/batches", further, older=True),
-        "results": [_show(batch) for batch in (page if older else page[::-1])],
-    }
-    return json_response(200, answer)
+    links = page_links("/batches", start, older=older, first=first, beyond=last if more else None)
+    return json_response(200, {**links, "results": [_show(batch) for batch in (page if older else page[::-1])]})
 
 
 @app.get("/batches/<batch_id>")

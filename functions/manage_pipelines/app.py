@@ -2,7 +2,7 @@
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api import answer_with, body_of, headers_of, json_response, owner_with, resolver
-from predictions.cursors import cursor_url, read_cursor
+from predictions.cursors import page_links, read_cursor
 from predictions.pipeline_api import PipelineApi
 
 PAGE_SIZE = 100
@@ -32,14 +32,8 @@ def list_() -> Response[str]:
     owner = owner_with(app, "read")
     older, start = read_cursor(app.current_event.get_query_string_value("cursor", ""))
     results, first, beyond = pipelines.list_pipelines(owner, start, older=older, size=PAGE_SIZE)
-    before = first if start else None
-    newer, further = (before, beyond) if older else (beyond, before)
-    answer = {
-        "previous": cursor_url("/pipelines", newer, older=False),
-        "next": cursor_url("/pipelines", further, older=True),
-        "results": results if older else results[::-1],
-    }
-    return json_response(200, answer)
+    links = page_links("/pipelines", start, older=older, first=first, beyond=beyond)
+    return json_response(200, {**links, "results": results if older else results[::-1]})
 
 
 @app.post("/pipelines/<pipeline_id>/cancel")

@@ -5,7 +5,7 @@ from typing import Any
 from aws_lambda_powertools.event_handler import Response
 from predictions.api import answer_with, body_of, headers_of, json_response, owner_with, resolver
 from predictions.aws import api_url
-from predictions.cursors import cursor_url, read_cursor
+from predictions.cursors import page_links, read_cursor
 from predictions.errors import Problem
 from predictions.recipe_changes import RecipeChanges, is_name
 from predictions.recipes import Recipe, RecipeItems
@@ -32,14 +32,8 @@ def list_() -> Response[str]:
     older, start = read_cursor(app.current_event.get_query_string_value("cursor", ""))
     page, more = recipes.page(owner, start, older=older, size=PAGE_SIZE)
     first, last = (page[0].listed_at, page[-1].listed_at) if page else (None, None)
-    beyond, before = last if more else None, first if start else None
-    newer, further = (before, beyond) if older else (beyond, before)
-    answer = {
-        "previous": cursor_url("/recipes", newer, older=False),
-        "next": cursor_url("/recipes", further, older=True),
-        "results": [_show(recipe) for recipe in (page if older else page[::-1])],
-    }
-    return json_response(200, answer)
+    links = page_links("/recipes", start, older=older, first=first, beyond=last if more else None)
+    return json_response(200, {**links, "results": [_show(recipe) for recipe in (page if older else page[::-1])]})
 
 
 @app.get("/recipes/<name>")

@@ -11,7 +11,7 @@ from predictions.api import (
     owner_with,
     resolver,
 )
-from predictions.cursors import cursor_url, read_cursor, read_moment
+from predictions.cursors import page_links, read_cursor, read_moment
 from predictions.errors import Problem
 from predictions.table import PredictionsTable
 
@@ -70,13 +70,8 @@ def _page(kind: Literal["prediction", "training"], filters: dict[str, str]) -> R
         # Made on Replicate's web site: it has none of an owner of ours.
         return json_response(200, {"previous": None, "next": None, "results": []})
     shown = presenter.show_page(table.list(owner, start, older=older, size=PAGE_SIZE, object=kind, **between))
-    beyond, before = shown.beyond, shown.first if start else None
-    newer, further = (before, beyond) if older else (beyond, before)
+    links = page_links(f"/{kind}s", start, older=older, first=shown.first, beyond=shown.beyond, filters=filters)
     results = shown.results if older else shown.results[::-1]
-    links = {
-        "previous": cursor_url(f"/{kind}s", newer, older=False, filters=filters),
-        "next": cursor_url(f"/{kind}s", further, older=True, filters=filters),
-    }
     return json_response(200, {**links, "results": results})
 
 

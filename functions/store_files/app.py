@@ -5,7 +5,7 @@ from dataclasses import asdict
 from aws_lambda_powertools.event_handler import Response
 from predictions.api import answer_with, body_of, headers_of, json_response, owner_with, resolver
 from predictions.aws import api_url
-from predictions.cursors import cursor_url, read_cursor
+from predictions.cursors import page_links, read_cursor
 from predictions.errors import Problem
 from predictions.file_uploads import read_form, read_upload
 from predictions.files import Files, place
@@ -42,14 +42,8 @@ def list_() -> Response[str]:
     older, start = read_cursor(app.current_event.get_query_string_value("cursor", ""))
     page, more = files.list(owner, start, older=older, size=PAGE_SIZE)
     first, last = (place(page[0]), place(page[-1])) if page else (None, None)
-    beyond, before = last if more else None, first if start else None
-    newer, further = (before, beyond) if older else (beyond, before)
-    answer = {
-        "previous": cursor_url("/files", newer, older=False),
-        "next": cursor_url("/files", further, older=True),
-        "results": [file.show(api_url()) for file in (page if older else page[::-1])],
-    }
-    return json_response(200, answer)
+    links = page_links("/files", start, older=older, first=first, beyond=last if more else None)
+    return json_response(200, {**links, "results": [file.show(api_url()) for file in (page if older else page[::-1])]})
 
 
 @app.get("/files/<file_id>")

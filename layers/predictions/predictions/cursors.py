@@ -28,6 +28,33 @@ def cursor_url(path: str, place: str | None, *, older: bool, filters: Mapping[st
     return f"{api_url()}{path}?{urlencode({'cursor': cursor, **(filters or {})})}"
 
 
+def page_links(
+    path: str,
+    start: str | None,
+    *,
+    older: bool,
+    first: str | None,
+    beyond: str | None,
+    filters: Mapping[str, str] | None = None,
+) -> dict[str, str | None]:
+    """The URLs of a page's neighbours, as `previous` (newer) and `next` (older).
+
+    Args:
+        path: The list's route, such as `/files`.
+        start: The place beside which the page starts; None for the newest page.
+        older: Whether the page lies on the older side of it.
+        first: The place of the first of the page, from `start` on; None on an empty page.
+        beyond: The place of the last one, where there are further ones.
+        filters: The list's other parameters, which its pages keep.
+    """
+    before = first if start else None
+    newer, further = (before, beyond) if older else (beyond, before)
+    return {
+        "previous": cursor_url(path, newer, older=False, filters=filters),
+        "next": cursor_url(path, further, older=True, filters=filters),
+    }
+
+
 def read_cursor(cursor: str) -> tuple[bool, str | None]:
     """Whether a page lies on the older side of its place, and the place; the newest page where there is no cursor.
 
