@@ -11,7 +11,7 @@ from predictions.dead_requests import DeadRequest, DeadRequests
 from predictions.executions import Executions
 from predictions.items import deserialize
 from predictions.observability import logger
-from predictions.requests import Message, RequestRefused, Requests, task_token_of
+from predictions.requests import Message, RequestRefused, Requests, _source_of, task_token_of
 from predictions.table import PredictionsTable
 
 from tests.unit.apps import Context, load_app
@@ -196,6 +196,12 @@ def function(requests: Requests, cloud: None) -> Iterator[Function]:
 def look() -> list[DeadRequest]:
     url = "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests"
     return list(DeadRequests(url, aws.client("sqs")).look(30))
+
+
+@pytest.mark.parametrize("named", ["recipe_id", "pipeline_id", "batch_id"])
+def test_what_messages_name_is_made_once(cloud: None, named: str) -> None:
+    # It holds what is read once, such as the secret of links.
+    assert _source_of({named: "a"}) is _source_of({named: "b"})
 
 
 class TestFunction:

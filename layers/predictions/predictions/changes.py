@@ -21,7 +21,7 @@ from predictions.deliveries import DeliveriesQueue
 from predictions.errors import PredictionsError
 from predictions.events import Event, EventBus, event_of_prediction, list_files
 from predictions.observability import logger
-from predictions.outputs import OutputsBucket, replace_files
+from predictions.outputs import OutputsBucket, StoredFile, replace_files
 from predictions.statuses import Status
 from predictions.table import Prediction, PredictionsTable, read_image
 
@@ -161,7 +161,8 @@ class Changes:
             self._tell(prediction, [token])
 
     def _tell(self, prediction: Prediction, tokens: list[str]) -> None:
-        files, truncated = list_files(self._table.stored_files(prediction), self._outputs.name, _FILES_LIMIT_BYTES)
+        stored = self._table.stored_files(prediction)
+        files, truncated = list_files(stored, self._outputs.name, _FILES_LIMIT_BYTES)
         result: dict[str, Any] = {
             "id": prediction.id,
             "status": prediction.visible,
@@ -175,20 +176,16 @@ class Changes:
             for token in tokens:
                 tell_failure(token, f"Prediction{prediction.visible.capitalize()}", cause)
             return
-        result |= self._output(prediction)
+        result |= self._output(prediction, stored)
         for token in tokens:
             tell_success(token, result)
 
-    def _output(self, prediction: Prediction) -> dict[str, Any]:
+    def _output(self, prediction: Prediction, files: Iterable[StoredFile]) -> dict[str, Any]:
         """The output where it is short enough; its files are named by their places in the bucket."""
         if prediction.deleted:
             return {"output": None}
         found = self._table.result_output(prediction)
-        stored: dict[str, str] = {
-            file.path: f"s3://{self._outputs.name}/{file.key}"
-            for file in self._table.stored_files(prediction)
-            if file.key
-        }
+        stored: dict[str, str] = {file.path: f"s3://{self._outputs.name}/{file.key}" for file in files if file.key}
         # A file that nobody copied is missing: its URL is not ours.
         output = replace_files(found, {file.path: stored.get(file.path) for file in self._outputs.find_files(found)})
         if len(json.dumps(output, separators=(",", ":")).encode()) > OUTPUT_LIMIT_BYTES:

@@ -3,15 +3,14 @@
 A message's body is JSON, and one of these; which one it is, its keys tell:
 
     {"recipe_id": …, "event": {…}}                             an event that a recipe's rule or schedule put here
-    {"batch_manifest": {…}}                            a manifest that was dropped into the inputs bucket, as S3 tells
+    {"batch_manifest": {…}}                                    a manifest dropped into the inputs bucket, as S3 tells
     {"batch_id": …, "n": …, "task_token": …, …}                a line of a batch
     {"pipeline_id": …, "step": …, "index": …}                  a step of a pipeline
     {"input": {…}, "model" | "version" | "deployment": …, …}   a request of its own: a `RequestBody`, and `task_token`
 
 None of them says whose request it is. A recipe, a batch and a pipeline are known by ids that nobody can guess, and
 what they start, and for whom, was written down when an owner asked for them. Of a manifest its place says it, which is
-looked at anew. What has no such id belongs to the owner
-that the queue's configuration gives its sender.
+looked at anew. What has no such id belongs to the owner that the queue's configuration gives its sender.
 """
 
 import json
@@ -201,27 +200,29 @@ class Requests:
 
 
 def _source_of(body: Mapping[str, Any]) -> Source | None:
-    """What the message names; each is imported with the first message that needs it."""
-    if "recipe_id" in body:
-        return _recipes()
-    if "pipeline_id" in body:
-        from predictions.pipelines import Pipelines
-
-        return Pipelines.from_env()
-    if "batch_id" in body:
-        from predictions.batches import Batches
-
-        return Batches.from_env()
-    return None
+    """What the message names, if anything."""
+    named = next((name for name in ("recipe_id", "pipeline_id", "batch_id") if name in body), None)
+    return _source(named) if named else None
 
 
 @cache
-def _recipes() -> Source:
-    from predictions.recipes import Recipes
+def _source(named: str) -> Source:
+    """Imported with the first message that needs it, and kept: the secret of links is not read for each message."""
+    match named:
+        case "recipe_id":
+            from predictions.recipes import Recipes
 
-    return Recipes.from_env()
+            return Recipes.from_env()
+        case "pipeline_id":
+            from predictions.pipelines import Pipelines
+
+            return Pipelines.from_env()
+    from predictions.batches import Batches
+
+    return Batches.from_env()
 
 
+@cache
 def _dropped_manifests() -> "DroppedManifests":
     from predictions.dropped_manifests import DroppedManifests
 
