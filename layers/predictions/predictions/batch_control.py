@@ -20,7 +20,7 @@ from predictions.batch_files import (
     recipe_key,
     template_key,
 )
-from predictions.batches import Batch, Batches, timestamp
+from predictions.batches import Batch, Batches
 from predictions.errors import Problem
 from predictions.intents import (
     LIFETIME_LIMIT_SECONDS,
@@ -29,6 +29,7 @@ from predictions.intents import (
     parse_json,
     random_id,
 )
+from predictions.items import timestamp
 from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import logger
 from predictions.placeholders import PlaceholderError, expressions

@@ -22,14 +22,13 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from predictions.aws import client
 from predictions.batch_files import read_range, requests_key
 from predictions.errors import NoLongerWanted, Problem
 from predictions.intents import BODY_LIMIT_BYTES, Intent, create_requested_intent, derived_id
-from predictions.items import deserialize, list_page, read_items, serialize
+from predictions.items import deserialize, list_page, read_items, serialize, timestamp
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -406,11 +405,6 @@ def event_of(change: Mapping[str, Any], bucket_name: str) -> tuple[str, dict[str
         "created_at": batch.created_at,
         "completed_at": batch.completed_at,
     }
-
-
-def timestamp(moment: float) -> str:
-    """RFC 3339 in UTC, with microseconds."""
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _key(batch_id: str) -> dict[str, Any]:

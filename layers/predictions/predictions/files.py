@@ -25,7 +25,7 @@ from urllib.parse import urlencode
 from botocore.exceptions import ClientError
 
 from predictions.aws import client
-from predictions.items import deserialize, list_page, read_items, serialize
+from predictions.items import deserialize, list_page, read_items, serialize, timestamp
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -231,7 +231,7 @@ class Files:
             content_type=new.content_type,
             size=new.size,
             metadata_json=new.metadata_json,
-            created_at=datetime.fromtimestamp(now, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            created_at=timestamp(now),
             expires_at=int(now) + self._lifetime_seconds,
             signature=secrets.token_urlsafe(32),
         )

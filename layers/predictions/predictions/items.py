@@ -5,6 +5,7 @@ that form itself instead: importing the serializers imports boto3.
 """
 
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
@@ -31,6 +32,12 @@ def deserialize(item: Mapping[str, Any]) -> dict[str, Any]:
     """What `serialize` made, as it was; numbers are ints, since every number in this table is whole."""
     values = {name: _deserializer.deserialize(value) for name, value in item.items()}
     return {name: int(value) if hasattr(value, "to_integral") else value for name, value in values.items()}
+
+
+def timestamp(moment: float | datetime) -> str:
+    """A moment (a number is Unix seconds) as places in lists begin with it: RFC 3339 in UTC, with microseconds."""
+    given = moment if isinstance(moment, datetime) else datetime.fromtimestamp(moment, UTC)
+    return given.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def read_items(

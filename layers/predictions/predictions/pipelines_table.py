@@ -15,12 +15,11 @@ import os
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from predictions.aws import client
 from predictions.errors import PredictionsError
-from predictions.items import deserialize, list_page, read_items, serialize
+from predictions.items import deserialize, list_page, read_items, serialize, timestamp
 from predictions.outputs import OutputsBucket
 from predictions.pipeline_definition import Definition
 from predictions.table import PAYLOAD_LIMIT_BYTES
@@ -134,7 +133,7 @@ class PipelinesTable:
         Raises:
             PipelineExists: The id is taken.
         """
-        created_at = _timestamp(now)
+        created_at = timestamp(now)
         self._put_definition(pipeline_id, fingerprint, definition.to_json(), expires)
         item: dict[str, Any] = {
             **_key(pipeline_id),
@@ -263,7 +262,7 @@ class PipelinesTable:
             counts: How many steps ended how, for who hears of it.
             now: The time.
         """
-        values = {":status": status, ":at": _timestamp(now), ":counts": dict(counts), ":running": "running"}
+        values = {":status": status, ":at": timestamp(now), ":counts": dict(counts), ":running": "running"}
         if error:
             values[":error"] = error[:_ERROR_LIMIT_CHARACTERS]
         return self._change(
@@ -338,10 +337,6 @@ _PIPELINES_OF = "pipelines#"
 def _list_key(owner: str) -> str:
     """The key of the index `by_owner`: an owner's pipelines are a list of their own. No owner's name holds a `#`."""
     return f"{_PIPELINES_OF}{owner}"
-
-
-def _timestamp(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _pipeline(item: Mapping[str, Any]) -> Pipeline:

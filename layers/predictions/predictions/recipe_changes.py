@@ -13,13 +13,13 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from predictions.errors import Problem
 from predictions.intents import Reference, create_requested_intent, parse_json, random_id
+from predictions.items import timestamp
 from predictions.observability import logger
 from predictions.placeholders import PlaceholderError, expressions, holds_placeholders
 from predictions.recipe_bodies import NAME, RecipeBody
@@ -144,7 +144,7 @@ class RecipeChanges:
             return existing, False
         if existing is not None and name is None and existing.state == "active":
             raise Problem(409, f"There is a recipe {named} already: replace it with PUT /recipes/{named}.")
-        now = datetime.fromtimestamp(self._now(), UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+        now = timestamp(self._now())
         recipe = Recipe(
             id=existing.id if existing else self._items.claim_name(owner, named, random_id()),
             owner=owner,

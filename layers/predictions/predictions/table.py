@@ -30,7 +30,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,7 +38,7 @@ from botocore.exceptions import ClientError
 
 from predictions.aws import client
 from predictions.errors import PredictionsError
-from predictions.items import deserialize, list_page, read_items, serialize
+from predictions.items import deserialize, list_page, read_items, serialize, timestamp
 from predictions.outputs import OutputsBucket, StoredFile
 from predictions.statuses import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status, rank_of, visible
 
@@ -288,7 +288,7 @@ class PredictionsTable:
         Raises:
             AlreadyExists: The id is taken.
         """
-        created_at = _timestamp(now)
+        created_at = timestamp(now)
         self._put_payload(intent.id, f"input#{intent.fingerprint}", intent.input_json, expires)
         item: dict[str, Any] = {
             **_key(intent.id),
@@ -513,7 +513,7 @@ class PredictionsTable:
         if rank >= TERMINAL_RANK:
             metrics_json = json.dumps(told.metrics) if told.metrics else None
             values |= {
-                "completed_at": told.completed_at or _timestamp(now),
+                "completed_at": told.completed_at or timestamp(now),
                 "error": told.error[:_ERROR_LIMIT_CHARACTERS] if told.error else None,
                 "metrics_json": metrics_json if metrics_json and len(metrics_json) <= _METRICS_LIMIT_BYTES else None,
                 "data_removed": told.data_removed or None,
@@ -569,7 +569,7 @@ class PredictionsTable:
             "rank": TERMINAL_RANK,
             "status": status.value,
             "visible": visible(status),
-            "completed_at": _timestamp(now),
+            "completed_at": timestamp(now),
             "ended": int(now),
         }
         if error:
@@ -830,8 +830,8 @@ class PredictionsTable:
         """
         key = _list_key(owner, object)
         between = (
-            _timestamp_of(created_after) if created_after else None,
-            _timestamp_of(created_before) if created_before else None,
+            timestamp(created_after) if created_after else None,
+            timestamp(created_before) if created_before else None,
         )
         pks, more = list_page(self._dynamodb, self._name, key, start, older=older, size=size, between=between)
         return Page(self._wholes(pks), more=more)
@@ -1154,14 +1154,6 @@ def _list_key(owner: str, kind: str) -> str:
 
 
 _TRAININGS_OF = "trainings#"
-
-
-def _timestamp(moment: float) -> str:
-    return _timestamp_of(datetime.fromtimestamp(moment, UTC))
-
-
-def _timestamp_of(moment: datetime) -> str:
-    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _digest(value: Any) -> str | None:
