@@ -12,7 +12,7 @@ PYTHON := $(IN)python
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo local send test lint types validate unit simulation sim stack conformance bench batch lock clean
+.PHONY: help setup demo local send test lint types validate unit attacks simulation sim stack conformance bench batch lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ local: setup ## Keep a local cloud running: .local/stack.json says where (LOCAL_
 send: setup ## Send EVENT=events/… to the stack of "make local", and follow what it starts (MODEL=…, FILE=…)
 	@$(PYTHON) -m local send "$(EVENT)" $(if $(MODEL),--model "$(MODEL)") $(if $(FILE),--file "$(FILE)")
 
-test: lint types validate unit simulation stack ## Check everything, in this order; what fails stops it
+test: lint types validate unit attacks simulation stack ## Check everything, in this order; what fails stops it
 
 lint: setup ## Check the style, and that the requirements are those of pyproject.toml
 	$(call heading,lint)
@@ -48,6 +48,10 @@ validate: setup ## Check template.yaml with SAM and cfn-lint
 unit: setup ## Run the unit tests
 	$(call heading,unit tests)
 	@$(PYTHON) -m pytest tests/unit --numprocesses auto --maxprocesses 4
+
+attacks: setup ## Run the tables of attacks: hostile webhooks, addresses, files, JSON, schemas, owners
+	$(call heading,attacks)
+	@$(PYTHON) -m pytest tests/attacks --numprocesses auto --maxprocesses 4
 
 simulation: setup ## Run 5,000 schedules of faults, and sabotage the code to see them notice
 	$(call heading,simulation)
