@@ -16,6 +16,7 @@ from predictions.api import (
     resolver,
 )
 from predictions.intents import (
+    Attempt,
     Intent,
     Reference,
     create_intent,
@@ -102,11 +103,14 @@ def _remaining_seconds() -> float:
 
 
 def _start(intent: Intent, rate_limit: dict[str, str], wait_seconds: float = 0) -> Prediction:
-    attempt = headers_of(app).get("x-stainless-retry-count", "")
-    sdk_attempt = int(attempt) if attempt.isdecimal() and len(attempt) < 4 else None
-    limits = OwnerLimits.of_context(app.current_event.request_context.authorizer.raw_event)
+    context = app.current_event.request_context
     return submissions.start(
-        intent, sdk_attempt=sdk_attempt, wait_seconds=wait_seconds, limits=limits, rate_limit=rate_limit
+        intent,
+        attempt=Attempt.of(headers_of(app), context.request_time_epoch),
+        wait_seconds=wait_seconds,
+        remaining_seconds=_remaining_seconds,
+        limits=OwnerLimits.of_context(context.authorizer.raw_event),
+        rate_limit=rate_limit,
     )
 
 

@@ -186,7 +186,13 @@ SABOTAGES: dict[str, Sabotage] = {
         _method(PredictionsTable, "merge", _without_token_when_closed),
         _value(submissions, "wake", lambda _: False),
     ),
-    "the SDK's retry is another request": _method(PredictionsTable, "recent", _constant(None)),
+    "the SDK's retry is another request": _all(
+        _method(PredictionsTable, "recent", _constant(None)),
+        _method(PredictionsTable, "note_request", lambda _: lambda self, prediction_id, *_: prediction_id),
+    ),
+    "the SDK's retry finds only what is there already": _method(
+        PredictionsTable, "note_request", lambda note: lambda self, new_id, *told: note(self, new_id, *told) and new_id
+    ),
     "late writers are not waited for after a deletion": _value(table, "_LATE_WRITER_SECONDS", 0),
     "an intent is not looked after": _value(table, "_START_CHECK_SECONDS", 10**7),
     "executions are not counted up": _method(PredictionsTable, "next_execution", _constant(None)),

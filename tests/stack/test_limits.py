@@ -20,7 +20,7 @@ from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud
 from local.replicate.process import LocalReplicate
 
 SLEEPER = {"version": "local/sleeper", "input": {"seconds": 0}}
-AHEAD_SECONDS = 14
+AHEAD_SECONDS = 16
 CACHED_SECONDS = 1.2
 """Longer than a function keeps what it has read of the limiter."""
 
@@ -118,7 +118,7 @@ def test_queued_predictions_are_created_at_their_reserved_times_and_wait_once(
     stack.put(queue_at=int((began + AHEAD_SECONDS) * 1000))
     run = hex(int(began * 1000))
     ids = []
-    for n in range(12):
+    for n in range(8):
         ids.append(stack.queue(f"limited-{run}-{n}"))
         time.sleep(0.2)  # or the emulator starts a process for each
         # And what others reserve in between.

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 from botocore.exceptions import ReadTimeoutError
 from predictions import aws
+from predictions.intents import Attempt
 
 API_URL = "https://api.example.com/v1"
 VERSION = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
@@ -50,6 +51,11 @@ class Clock:
 
     def advance(self, seconds: float) -> None:
         self.moment += seconds
+
+
+def attempt(clock: Clock, number: int) -> Attempt:
+    """An attempt of an SDK's that comes now."""
+    return Attempt(number, int(clock.now() * 1000))
 
 
 _CREATES = ("/predictions", "/trainings")

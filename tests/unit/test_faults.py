@@ -38,6 +38,7 @@ from tests.unit.fakes import (
     accept_then,
     answer,
     answers_lost,
+    attempt,
     fail,
     faulty,
     meanwhile,
@@ -326,7 +327,7 @@ def intend(*faults: Answer, keyed: bool = False, **options: Any) -> Callable[[Wo
 
 def start(world: World) -> None:
     # As an SDK does, which says how often it has tried where it has no key.
-    world.submissions.start(world.intent, sdk_attempt=None if world.intent.keyed else 0)
+    world.submissions.start(world.intent, attempt=None if world.intent.keyed else attempt(world.clock, 0))
 
 
 def started(*faults: Answer, **options: Any) -> Callable[[World], None]:
@@ -597,12 +598,12 @@ def test_submit_that_cannot_read_what_it_sends_leaves_no_claim(
 
 
 def test_note_of_a_recent_request_that_cannot_be_written_leaves_no_intent(
-    submissions: Submissions, table: PredictionsTable
+    submissions: Submissions, table: PredictionsTable, clock: Clock
 ) -> None:
     intent = wanted()
     note = refusing("PutItem", "ThrottlingException", lambda asked: "recent#" in str(asked), service="dynamodb")
     with note, pytest.raises(ClientError):
-        submissions.start(intent, sdk_attempt=0)
+        submissions.start(intent, attempt=attempt(clock, 0))
     assert table.get(intent.id) is None
 
 
@@ -634,12 +635,12 @@ def test_token_that_is_none_is_a_502_and_nothing_is_sent(
 
 
 def test_retry_of_a_request_that_the_stacks_token_could_not_pay_gets_the_same_refusal(
-    submissions: Submissions, replicate: ReplicateInMemory
+    submissions: Submissions, replicate: ReplicateInMemory, clock: Clock
 ) -> None:
     replicate.faults = [answer(402)]
-    for attempt in range(2):
+    for number in range(2):
         with pytest.raises(Problem) as problem:
-            submissions.start(wanted(), sdk_attempt=attempt)
+            submissions.start(wanted(), attempt=attempt(clock, number))
         assert problem.value.status == 502
     assert len(replicate.creates) == 1
 

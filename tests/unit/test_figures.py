@@ -12,7 +12,7 @@ from predictions.receipts import receive
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
 
-from tests.unit.fakes import PNG, VERSION, Clock, ReplicateInMemory, Wakes, served
+from tests.unit.fakes import PNG, VERSION, Clock, ReplicateInMemory, Wakes, attempt, served
 from tests.unit.test_submissions import hold_token, wanted
 from tests.unit.test_table import FILE
 
@@ -42,7 +42,7 @@ def run(
     clock: Clock,
     output: Any,
     *,
-    sdk_attempt: int | None = None,
+    number: int | None = None,
     polls: int = 0,
     known: bool = True,
 ) -> Calls:
@@ -54,7 +54,7 @@ def run(
         table.keep_schema(VERSION, "null", int(clock.now()) + 3600, "stability-ai/sdxl")
     calls = Calls("dynamodb")
     replicate.files = {FILE: served(PNG)}
-    started = submissions.start(wanted(), sdk_attempt=sdk_attempt)
+    started = submissions.start(wanted(), attempt=None if number is None else attempt(clock, number))
     hold_token(table, started.id, "token-1")
     bound = table.get(started.id)
     assert bound is not None
@@ -111,7 +111,7 @@ def test_version_of_which_nothing_is_known_costs_two_writes_once(
         assert run(submissions, table, replicate, outputs, clock, [FILE], known=False).writes == writes
 
 
-@pytest.mark.parametrize(("sdk_attempt", "polls", "writes"), [(0, 0, 9), (None, 1, 9), (None, 3, 11), (0, 1, 10)])
+@pytest.mark.parametrize(("number", "polls", "writes"), [(0, 0, 9), (None, 1, 9), (None, 3, 11), (0, 1, 10)])
 def test_request_of_an_sdk_and_each_poll_write_one_item_more(
     submissions: Submissions,
     table: PredictionsTable,
@@ -119,9 +119,9 @@ def test_request_of_an_sdk_and_each_poll_write_one_item_more(
     outputs: OutputsBucket,
     wakes: Wakes,
     clock: Clock,
-    sdk_attempt: int | None,
+    number: int | None,
     polls: int,
     writes: int,
 ) -> None:
-    calls = run(submissions, table, replicate, outputs, clock, [FILE], sdk_attempt=sdk_attempt, polls=polls)
+    calls = run(submissions, table, replicate, outputs, clock, [FILE], number=number, polls=polls)
     assert calls.writes == writes

@@ -8,7 +8,7 @@ import pytest
 from botocore.exceptions import ClientError
 from predictions import aws
 from predictions.errors import PredictionThrottled, Problem
-from predictions.intents import Intent, create_intent, model_reference
+from predictions.intents import Attempt, Intent, create_intent, model_reference
 from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions
 from predictions.table import Prediction, PredictionsTable
@@ -23,6 +23,7 @@ from tests.unit.fakes import (
     Wakes,
     accept_then,
     answer,
+    attempt,
     fail,
     refusing,
 )
@@ -359,22 +360,66 @@ class TestSameRequest:
         assert len(replicate.creates) == 1
 
     def test_requests_without_a_key_are_all_their_own(
-        self, submissions: Submissions, replicate: ReplicateInMemory
+        self, submissions: Submissions, replicate: ReplicateInMemory, clock: Clock
     ) -> None:
         assert submissions.start(wanted()).id != submissions.start(wanted()).id
-        assert submissions.start(wanted(), sdk_attempt=0).id != submissions.start(wanted(), sdk_attempt=0).id
+        first = submissions.start(wanted(), attempt=attempt(clock, 0))
+        assert submissions.start(wanted(), attempt=attempt(clock, 0)).id != first.id
         assert len(replicate.creates) == 4
 
     def test_retry_of_the_sdk_finds_the_same_owners_same_request(
         self, submissions: Submissions, replicate: ReplicateInMemory, clock: Clock
     ) -> None:
-        first = submissions.start(wanted(), sdk_attempt=0)
+        first = submissions.start(wanted(), attempt=attempt(clock, 0))
         clock.advance(119)
-        assert submissions.start(wanted(), sdk_attempt=1).id == first.id
-        assert submissions.start(wanted(owner="bob"), sdk_attempt=1).id != first.id
-        assert submissions.start(wanted(input={"prompt": "a cat"}), sdk_attempt=1).id != first.id
+        assert submissions.start(wanted(), attempt=attempt(clock, 1)).id == first.id
+        assert submissions.start(wanted(owner="bob"), attempt=attempt(clock, 1)).id != first.id
+        other = wanted(input={"prompt": "a cat"})
+        assert submissions.start(other, attempt=attempt(clock, 1)).id != first.id
         clock.advance(2)
-        assert submissions.start(wanted(), sdk_attempt=1).id != first.id
+        assert submissions.start(wanted(), attempt=attempt(clock, 1)).id != first.id
+
+    @pytest.mark.parametrize("first_to_put", [0, 1])
+    def test_retry_while_the_first_attempt_is_at_work_starts_the_same_one(
+        self,
+        submissions: Submissions,
+        replicate: ReplicateInMemory,
+        clock: Clock,
+        monkeypatch: pytest.MonkeyPatch,
+        first_to_put: int,
+    ) -> None:
+        note = PredictionsTable.note_request
+        attempts = [attempt(clock, 0), Attempt(1, attempt(clock, 0).asked_at + 2000)]
+        others: list[str] = []
+
+        def overtaken(self: PredictionsTable, *args: Any) -> str:
+            # The other attempt comes all the way through, just before or just after this one's note.
+            monkeypatch.undo()
+            noted = note(self, *args) if first_to_put else ""
+            others.append(submissions.start(wanted(), attempt=attempts[1]).id)
+            return noted or note(self, *args)
+
+        monkeypatch.setattr(PredictionsTable, "note_request", overtaken)
+        assert [submissions.start(wanted(), attempt=attempts[0]).id] == others
+        assert len(replicate.creates) == 1
+
+    def test_later_request_is_not_taken_for_the_first_attempt_of_a_retry(
+        self, submissions: Submissions, clock: Clock
+    ) -> None:
+        retried = submissions.start(wanted(), attempt=attempt(clock, 1))
+        clock.advance(5)
+        assert submissions.start(wanted(), attempt=attempt(clock, 0)).id != retried.id
+
+    def test_little_time_is_left_for_the_create_so_the_execution_submits(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, executed: Executed
+    ) -> None:
+        prediction = submissions.start(wanted(), remaining_seconds=lambda: 9.9)
+        assert (replicate.creates, current(table, prediction.id).claimed) == ([], None)
+        assert executed.inputs == {f"{prediction.id}-1": {"id": prediction.id, "submit": True}}
+        submissions.submit(prediction.id)
+        assert len(replicate.creates) == 1
+        submissions.start(wanted(), remaining_seconds=lambda: 10)
+        assert len(replicate.creates) == 2
 
 
 class TestSubmit:

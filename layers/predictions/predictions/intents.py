@@ -349,6 +349,26 @@ def model_reference(kind: Literal["model", "deployment"], owner: str, name: str)
     return Reference(kind, full_name)
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One of the attempts of a client that repeats a request whose answer it did not see, and counts.
+
+    Attributes:
+        number: How often it was sent before.
+        asked_at: When it reached the API, in milliseconds: one clock for all attempts, and before anything that can
+            hold up the function.
+    """
+
+    number: int
+    asked_at: int
+
+    @classmethod
+    def of(cls, headers: Mapping[str, str], asked_at: int) -> "Attempt | None":
+        """The attempt that `x-stainless-retry-count` tells, as clients made by Stainless send it; None without."""
+        number = headers.get("x-stainless-retry-count", "")
+        return cls(int(number), asked_at) if number.isdecimal() and len(number) < 4 else None
+
+
 def wait_seconds(prefer: str | None, limit: int) -> int | None:
     """How long a `Prefer` header asks to wait, at most `limit`; None where it does not.
 

@@ -22,7 +22,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +31,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws import api_url
 from predictions.errors import PredictionThrottled, Problem
 from predictions.executions import Executions, wake
-from predictions.intents import Intent, Reference, input_json_canonical
+from predictions.intents import Attempt, Intent, Reference, input_json_canonical
 from predictions.limiter import Limiter, Pause
 from predictions.limits import LimitReached, OwnerLimits, OwnersUsage
 from predictions.observability import MetricUnit, count_ended, logger, metrics
@@ -73,6 +73,8 @@ _STUCK_SECONDS = 600
 _PAUSE_STEP_SECONDS = 300
 # A start that is as near as this is not waited for.
 _SOON_SECONDS = 1
+# From the claim to the last byte of the POST: the write, the token, and a connection that takes its time.
+_CLAIM_SECONDS = 10
 # How long an owner's other predictions are waited for: a quarter of the time that has passed, within these bounds.
 _OWN_LIMIT_WAITS = (10, 300)
 
@@ -185,8 +187,9 @@ class Submissions:
         self,
         intent: Intent,
         *,
-        sdk_attempt: int | None = None,
+        attempt: Attempt | None = None,
         wait_seconds: float = 0,
+        remaining_seconds: Callable[[], float] | None = None,
         limits: OwnerLimits | None = None,
         rate_limit: dict[str, str] | None = None,
     ) -> Prediction:
@@ -194,10 +197,11 @@ class Submissions:
 
         Args:
             intent: What is wanted.
-            sdk_attempt: The caller's `x-stainless-retry-count`, where it sends one: such a client repeats a POST
-                whose answer it did not see, without a key, and counts how often.
+            attempt: Which attempt of its client's this is, where that repeats a POST whose answer it did not see,
+                without a key, and counts how often.
             wait_seconds: How long the caller waits for the end: as long, at most, Replicate is asked to hold its
                 answer.
+            remaining_seconds: How long the function may still run, where that may be too short for a create.
             limits: The owner's, where an authorizer has told them; None: they are looked up.
             rate_limit: Takes what Replicate's answer to the create says of its limit, as headers; nothing where no
                 create was made, or none was answered.
@@ -215,8 +219,10 @@ class Submissions:
         comes_again = intent.keyed or intent.source != "http"
         if comes_again and (existing := self.table.get(intent.id)):
             return _existing(existing, intent)
-        if sdk_attempt and not intent.keyed:
-            existing = self.table.recent(intent.owner, intent.fingerprint, self._now())
+        if intent.keyed:
+            attempt = None
+        if attempt and attempt.number:
+            existing = self.table.recent(intent.owner, intent.fingerprint, attempt)
             if existing is not None:
                 return _existing(existing, intent)
         if pause := self._limiter.pause_now():
@@ -231,14 +237,18 @@ class Submissions:
         # All that can fail on our side comes before the claim: after it, a POST that was never made is as unknown
         # as one whose answer was lost.
         api_url()
+        if attempt:
+            noted_id = self.table.note_request(intent.id, intent.owner, intent.fingerprint, attempt)
+            intent = replace(intent, id=noted_id)
         if limits is None:
             limits = self._usage.known_limits(intent.owner)
         if limits:
             self._take_place(intent, limits)
         start = self._limiter.reserve_for_caller()
         submit_at = math.ceil(start) if start > self._now() + _SOON_SECONDS else None
-        if sdk_attempt is not None and not intent.keyed:
-            self.table.remember_recent(intent.id, intent.owner, intent.fingerprint, now)
+        if submit_at is None and remaining_seconds and remaining_seconds() < _CLAIM_SECONDS:
+            # Who dies between claim and POST leaves what nobody may submit again: the execution has the time.
+            submit_at = math.ceil(self._now())
         try:
             prediction = self.table.put_intent(
                 intent,
@@ -255,7 +265,7 @@ class Submissions:
         logger.set_correlation_id(prediction.id)
         metrics.add_metric(name="PredictionsStarted", unit=MetricUnit.Count, value=1)
         if submit_at is not None:
-            logger.info("not yet: more creates than the limiter lets start at once", submit_at=submit_at)
+            logger.info("submitted later: by the limiter, or for want of time", submit_at=submit_at)
             return self._track_for_caller(prediction, submit=True)
         return self._submit_for_caller(prediction, intent.input_json, wait_until, rate_limit)
 

@@ -45,7 +45,7 @@ from predictions.statuses import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status, 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
-    from predictions.intents import Intent
+    from predictions.intents import Attempt, Intent
     from predictions.upstream_prediction import UpstreamPrediction
 
 PAYLOAD_LIMIT_BYTES = 100 * 1024
@@ -65,7 +65,7 @@ _NO_ORPHANS = " AND attribute_not_exists(#orphans)"
 _FILES_LIMIT_BYTES = 16 * 1024
 _ERROR_LIMIT_CHARACTERS = 4000
 _METRICS_LIMIT_BYTES = 4000
-_RECENT_SECONDS = 120
+_RECENT_MS = 120_000
 
 # No function lives longer that could have read a prediction while it was open: what such a one may still write after a
 # deletion is removed by then. The copier lives longest.
@@ -341,14 +341,45 @@ class PredictionsTable:
                 raise AlreadyExists(there) from None
         return _prediction_of(item)
 
-    def remember_recent(self, prediction_id: str, owner: str, fingerprint: str, now: float) -> None:
-        """Notes the latest request of a client whose SDK says that it may send it again."""
-        item = {"pk": f"recent#{owner}#{fingerprint}", "sk": "recent", "id": prediction_id, "created": int(now),
-                "expires_at": int(now) + 3600}  # fmt: skip
-        self._dynamodb.put_item(TableName=self._name, Item=serialize(item))
+    def note_request(self, prediction_id: str, owner: str, fingerprint: str, attempt: "Attempt") -> str:
+        """Notes which prediction a request starts that comes without a key and may be sent again.
 
-    def recent(self, owner: str, fingerprint: str, now: float) -> Prediction | None:
-        """The same owner's same request of the last two minutes, noted by `remember_recent`."""
+        A first attempt is a request of its own and takes the note over, unless a later attempt has it that was sent
+        after this one: that can only be its own repetition, which has overtaken it. A later attempt takes what an
+        earlier one noted in the last two minutes. Whoever of them then puts the prediction first has started it.
+
+        Args:
+            prediction_id: The id that a new prediction would have.
+            owner: Whose request it is.
+            fingerprint: The request's.
+            attempt: Which of its attempts this is.
+
+        Returns:
+            The id of the prediction to start: `prediction_id`, or the noted one.
+        """
+        item = {"pk": f"recent#{owner}#{fingerprint}", "sk": "recent", "id": prediction_id,
+                "asked_at": attempt.asked_at, "attempt": attempt.number,
+                "expires_at": attempt.asked_at // 1000 + 3600}  # fmt: skip
+        condition = "attribute_not_exists(pk) OR asked_at < :forgotten"
+        values = {":forgotten": attempt.asked_at - _RECENT_MS}
+        if attempt.number == 0:
+            condition += " OR asked_at < :asked_at OR attempt = :first"
+            values |= {":asked_at": attempt.asked_at, ":first": 0}
+        try:
+            self._dynamodb.put_item(
+                TableName=self._name,
+                Item=serialize(item),
+                ConditionExpression=condition,
+                ExpressionAttributeValues=serialize(values),
+                ReturnValuesOnConditionCheckFailure="ALL_OLD",
+            )
+        except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
+            noted: str = deserialize(_left_behind(error))["id"]
+            return noted
+        return prediction_id
+
+    def recent(self, owner: str, fingerprint: str, attempt: "Attempt") -> Prediction | None:
+        """The same owner's same request of the two minutes before, noted by `note_request`."""
         found = self._dynamodb.get_item(
             TableName=self._name,
             Key=serialize({"pk": f"recent#{owner}#{fingerprint}", "sk": "recent"}),
@@ -357,7 +388,7 @@ class PredictionsTable:
         if not found:
             return None
         noted = deserialize(found)
-        return self.get(noted["id"]) if noted["created"] >= now - _RECENT_SECONDS else None
+        return self.get(noted["id"]) if noted["asked_at"] >= attempt.asked_at - _RECENT_MS else None
 
     def claim(self, prediction_id: str, version: str | None, now: float, *, counted: bool = False) -> Prediction | None:
         """Takes the right to submit `version`; None where somebody has it, it was canceled, or it has ended.
