@@ -60,9 +60,9 @@ simulation: setup ## Run 5,000 schedules of faults, and sabotage the code to see
 sim: setup ## Run SCHEDULES=100000 schedules of faults and write docs/simulation.md; SEED=n shows one step by step
 	@$(PYTHON) -m tests.simulation $(if $(SEED),--seed $(SEED),--schedules $(or $(SCHEDULES),100000) --write)
 
-stack: setup ## Run the stack tests, on a local cloud of their own
+stack: setup ## Run the stack tests, on three local clouds side by side
 	$(call heading,stack tests)
-	@$(PYTHON) -m pytest tests/stack
+	@$(PYTHON) -m pytest tests/stack --numprocesses 3 --dist loadfile
 
 conformance: setup ## Run the official clients' flows (needs node) and write docs/conformance.md
 	@$(PYTHON) -m tests.conformance

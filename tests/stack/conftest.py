@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
-from local.cloud import LocalCloud
 from local.replicate.process import LocalReplicate
+from tests.stack.secrecy import WatchedCloud, leaks, told
 
 T = TypeVar("T")
 
@@ -26,27 +26,36 @@ QUICK = {
 
 
 @pytest.fixture(scope="session")
-def cloud() -> Iterator[LocalCloud]:
-    """The deployed stack."""
-    with LocalCloud(parameters=QUICK) as started:
+def cloud() -> Iterator[WatchedCloud]:
+    """The deployed stack; when all tests are over, no secret may be anywhere that any of them has left anything."""
+    with WatchedCloud(parameters=QUICK) as started:
+        started.hear_events()
         yield started
+        found = leaks(started)
+        assert not found, told(found)
 
 
 @pytest.fixture(scope="session")
-def boto(cloud: LocalCloud) -> Callable[[str], Any]:
+def boto(cloud: WatchedCloud) -> Callable[[str], Any]:
     """Makes clients of the cloud's AWS services, with all rights."""
     return cloud.client
 
 
 @pytest.fixture(scope="session")
-def api(cloud: LocalCloud) -> Iterator[Callable[..., httpx.Client]]:
+def api(cloud: WatchedCloud) -> Iterator[Callable[..., httpx.Client]]:
     """Makes HTTP clients of the API that carry an access token of an owner; one of each owner."""
     clients: dict[str, httpx.Client] = {}
 
     def client(owner: str = "alice") -> httpx.Client:
         if owner not in clients:
             headers = {"Authorization": f"Bearer {cloud.create_token(owner)}"}
-            clients[owner] = httpx.Client(base_url=cloud.stack.api_url, headers=headers, timeout=60, trust_env=False)
+            clients[owner] = httpx.Client(
+                base_url=cloud.stack.api_url,
+                headers=headers,
+                timeout=60,
+                trust_env=False,
+                event_hooks={"response": [cloud.hear]},
+            )
         return clients[owner]
 
     yield client
@@ -55,10 +64,11 @@ def api(cloud: LocalCloud) -> Iterator[Callable[..., httpx.Client]]:
 
 
 @pytest.fixture
-def replicate(cloud: LocalCloud) -> Iterator[LocalReplicate]:
+def replicate(cloud: WatchedCloud) -> Iterator[LocalReplicate]:
     """The stand-in for Replicate, without faults and with an empty record; what its 429, 401 and 402 held is let go."""
     cloud.replicate.reset()
     yield cloud.replicate
+    cloud.look_at_record()
     cloud.replicate.reset()
     held = cloud.client("dynamodb").delete_item(
         TableName=cloud.stack.table_name,
