@@ -5,6 +5,8 @@ from typing import Any
 
 import moto  # before anything that makes a client
 import pytest
+from moto.backends import get_backend
+from moto.core import DEFAULT_ACCOUNT_ID
 from predictions import aws
 from predictions.executions import Executions
 from predictions.limiter import Limiter
@@ -90,6 +92,18 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics.clear_metrics()
 
 
+SECRETS = {
+    "replicate-token": ReplicateInMemory.TOKEN,
+    "signing-secret": "{}",
+    "webhook-master": "m" * 64,
+    "link-secret": "l" * 64,
+}
+
+
+def _account(service: str, region: str = ENVIRONMENT["AWS_REGION"]) -> Any:
+    return get_backend(service)[DEFAULT_ACCOUNT_ID][region]
+
+
 @pytest.fixture
 def cloud(environment: None) -> Iterator[None]:
     """An empty AWS account with the stack's table, bucket, parameter and secrets."""
@@ -97,20 +111,17 @@ def cloud(environment: None) -> Iterator[None]:
         aws._client.cache_clear()
         aws._api_url = None
         aws.client("dynamodb").create_table(TableName="predictions", **table_properties())
-        aws.client("s3").create_bucket(Bucket="outputs")
-        aws.client("s3").create_bucket(Bucket="inputs")
-        aws.client("ssm").put_parameter(Name="/replicate-serverless/api_url", Value=API_URL, Type="String")
-        aws.client("secretsmanager").create_secret(Name="replicate-token", SecretString=ReplicateInMemory.TOKEN)
-        aws.client("secretsmanager").create_secret(Name="signing-secret", SecretString="{}")
-        aws.client("secretsmanager").create_secret(Name="webhook-master", SecretString="m" * 64)
-        aws.client("secretsmanager").create_secret(Name="link-secret", SecretString="l" * 64)
-        aws.client("sqs").create_queue(QueueName="requests")
-        aws.client("sqs").create_queue(QueueName="deliveries")
-        aws.client("sqs").create_queue(QueueName="dead-deliveries")
-        aws.client("sqs").create_queue(QueueName="dead-requests")
-        aws.client("s3").create_bucket(Bucket="source")
-        aws.client("scheduler").create_schedule_group(Name="replicate-serverless")
-        aws.client("events").create_event_bus(Name="bus")
+        # The others not through clients, each of which costs a test more than all of these.
+        s3, ssm, sqs = _account("s3", "aws"), _account("ssm"), _account("sqs")
+        for bucket in ("outputs", "inputs", "source"):
+            s3.create_bucket(bucket, ENVIRONMENT["AWS_REGION"])
+        ssm.put_parameter("/replicate-serverless/api_url", "", API_URL, "String", "", "", False, [], "text", None, [])
+        for name, text in SECRETS.items():
+            _account("secretsmanager").create_secret(name, text, None, "", [], None, None, [], False)
+        for queue in ("requests", "deliveries", "dead-deliveries", "dead-requests"):
+            sqs.create_queue(queue)
+        _account("scheduler").create_schedule_group("replicate-serverless", [])
+        _account("events").create_event_bus("bus")
         yield
     aws._client.cache_clear()
     aws._api_url = None
