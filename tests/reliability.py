@@ -1,0 +1,201 @@
+"""Which test shows which promise, and `make reliability`, which runs them all and writes docs/reliability.md.
+
+Figures in the page are what tests record of themselves with pytest's `record_property` (schedules, cases, bytes); the
+seconds are those of the run that wrote the page.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "reliability.md"
+SUITES = ("unit", "attacks", "simulation", "stack")
+"""The make targets that run tests, as `make test` has them, each of a folder of the same name."""
+
+
+class NotShown(Exception):
+    """A page cannot be written: a test failed, did not run, or is not there; the message says which."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What some tests show of a promise.
+
+    Attributes:
+        what: What holds, as a sentence without its full stop.
+        tests: Ids of tests, of classes or of files; all parameters of a test are meant.
+    """
+
+    what: str
+    tests: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A promise of the README, and what shows it."""
+
+    text: str
+    shown: Sequence[Shown]
+
+
+@dataclass
+class Ran:
+    """What ran of some tests.
+
+    Attributes:
+        tests: How many.
+        seconds: How long, all of them together.
+        figures: What they have recorded, added up by name.
+    """
+
+    tests: int = 0
+    seconds: float = 0.0
+    figures: Counter[str] = field(default_factory=Counter)
+
+
+PROMISES: Sequence[Promise] = ()
+
+
+def read(report: Path) -> dict[str, Ran]:
+    """What a JUnit report of pytest's tells, by id of the test without its parameters.
+
+    Raises:
+        NotShown: A test of it failed.
+    """
+    found: dict[str, Ran] = {}
+    for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314  # pytest has just written it
+        name = _id(case.get("classname", ""), case.get("name", ""))
+        if case.find("failure") is not None or case.find("error") is not None:
+            raise NotShown(f"{name} failed.")
+        if case.find("skipped") is not None:
+            continue
+        ran = found.setdefault(name, Ran())
+        ran.tests += 1
+        ran.seconds += float(case.get("time", "0"))
+        for recorded in case.iter("property"):
+            ran.figures[recorded.get("name", "")] += int(recorded.get("value", "0"))
+    return found
+
+
+def _id(classname: str, name: str) -> str:
+    # "tests.unit.test_x.TestY" and "test_z[a::b]": the file is the longest part of it that is one.
+    parts = classname.split(".")
+    for length in range(len(parts), 0, -1):
+        path = Path(*parts[:length]).with_suffix(".py")
+        if (ROOT / path).is_file():
+            return "::".join([path.as_posix(), *parts[length:], name.partition("[")[0]])
+    raise NotShown(f"{classname}.{name} is in no file.")
+
+
+def of(shown: Shown, ran: Mapping[str, Ran]) -> Ran:
+    """What ran of the tests that show something.
+
+    Raises:
+        NotShown: One of them did not run.
+    """
+    total = Ran()
+    for wanted in shown.tests:
+        there = [each for name, each in ran.items() if name == wanted or name.startswith(f"{wanted}::")]
+        if not there:
+            raise NotShown(f"{wanted} did not run.")
+        for each in there:
+            total.tests += each.tests
+            total.seconds += each.seconds
+            total.figures += each.figures
+    return total
+
+
+def page(ran: Mapping[str, Ran], took: Mapping[str, float]) -> str:
+    """The page.
+
+    Args:
+        ran: All tests by their ids.
+        took: Seconds by suite, from beginning to end.
+    """
+    return "\n".join([*_head(ran, took), *_promises(ran)]) + "\n"
+
+
+def _head(ran: Mapping[str, Ran], took: Mapping[str, float]) -> Iterable[str]:
+    python = platform.python_version()
+    tests = {suite: sum(each.tests for name, each in ran.items() if f"tests/{suite}/" in name) for suite in took}
+    yield f"""# Reliability: each promise, and the tests that show it
+
+Written by `make reliability` on {datetime.now(UTC):%Y-%m-%d}, with Python {python} on {os.cpu_count()} cores: {sum(tests.values()):,} tests in
+{sum(took.values()) / 60:.1f} minutes. `make test` runs the same ones, after style, types and template. Longer runs: `make sim` (its figures are in
+[simulation.md](simulation.md)), `make faults`, `make batch`.
+
+| command | tests | seconds |
+|---|---:|---:|"""
+    for suite, seconds in took.items():
+        yield f"| `make {suite}` | {tests[suite]:,} | {seconds:,.0f} |"
+    named = ", ".join(f'"{suite}"' for suite in took)
+    yield f"""
+```mermaid
+xychart-beta
+    title "Seconds from beginning to end"
+    x-axis [{named}]
+    y-axis "s"
+    bar [{", ".join(f"{seconds:.0f}" for seconds in took.values())}]
+```
+
+Seconds in the tables below are those of the tests alone, added up; several run side by side. A row's tests run again with
+`.venv/bin/python -m pytest` and what stands in its second column."""
+
+
+def _promises(ran: Mapping[str, Ran]) -> Iterable[str]:
+    for number, promise in enumerate(PROMISES, 1):
+        yield f"\n## {number}. {promise.text}\n\n| what holds | tests | figures | seconds |\n|---|---|---|---:|"
+        for shown in promise.shown:
+            total = of(shown, ran)
+            figures = [f"{total.tests:,} {'test' if total.tests == 1 else 'tests'}"]
+            figures += [f"{count:,} {name}" for name, count in total.figures.items()]
+            tests = "<br>".join(f"[{_short(each)}](../{each.partition('::')[0]})" for each in shown.tests)
+            yield f"| {shown.what} | {tests} | {', '.join(figures)} | {total.seconds:,.1f} |"
+
+
+def _short(test: str) -> str:
+    path, _, name = test.partition("::")
+    return f"`{path}{'::' if name else ''}{name}`"
+
+
+def main() -> int:
+    """Run the suites, and write the page; with `--reports` what was run before.
+
+    Returns:
+        0, or 1 where a test failed or is missing: the page then stays as it was.
+    """
+    parser = argparse.ArgumentParser(prog="make reliability", description=main.__doc__)
+    parser.add_argument("--reports", type=Path, default=ROOT / ".local" / "reliability", help="where reports are kept")
+    reports: Path = parser.parse_args().reports
+    reports.mkdir(parents=True, exist_ok=True)
+    ran: dict[str, Ran] = {}
+    took = {}
+    try:
+        for suite in SUITES:
+            report = reports / f"{suite}.xml"
+            environment = os.environ | {"PYTEST_ADDOPTS": f"--junitxml={report}"}
+            began = time.monotonic()
+            if subprocess.run(["make", suite], cwd=ROOT, env=environment).returncode:
+                raise NotShown(f"make {suite} failed.")
+            took[suite] = time.monotonic() - began
+            ran |= read(report)
+        PAGE.write_text(page(ran, took))
+    except NotShown as error:
+        print(f"{PAGE.name} is not written: {error}", file=sys.stderr)
+        return 1
+    print(f"written to {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
