@@ -44,7 +44,10 @@ ROUTES = {
 ITEM_LIMIT_BYTES = 400 * 1024
 DEPTH_LIMIT = 32
 """https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/Constraints.html"""
-EXECUTION_INPUT_LIMIT_BYTES = MESSAGE_LIMIT_BYTES = EVENT_LIMIT_BYTES = 256 * 1024
+EXECUTION_INPUT_LIMIT_BYTES = 256 * 1024
+EVENT_LIMIT_BYTES = 256 * 1024
+MESSAGE_LIMIT_BYTES = 1024 * 1024
+"""https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/quotas-messages.html"""
 
 
 _STATUSES = {"404": 404, "NoSuchKey": 404, "PreconditionFailed": 412}
@@ -131,7 +134,7 @@ class QuickAccount(Account):
         return {}
 
     def _sqs_SendMessage(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        if len(asked["MessageBody"].encode()) > 4 * MESSAGE_LIMIT_BYTES:
+        if len(asked["MessageBody"].encode()) > MESSAGE_LIMIT_BYTES:
             raise Refused("a message is too large")
         self.messages.append(asked)
         return {"MessageId": "m"}
@@ -300,7 +303,7 @@ class Stack:
                 allowed = self.invoke(
                     "authorize_request", given | {"methodArn": f"arn:aws:execute-api:x:1:api/v1/{method}{bare}"}
                 )
-            except Exception as error:  # noqa: BLE001  # as API Gateway takes it
+            except Exception as error:  # as API Gateway takes it
                 if str(error) != "Unauthorized":
                     raise
                 return {"statusCode": 401, "headers": {}, "body": '{"message":"Unauthorized"}'}
@@ -329,7 +332,7 @@ class Stack:
         return self.api("POST", f"/webhooks/replicate/{prediction_id}", body=body, headers=headers)
 
     def send(self, *bodies: str, sender: str = "AROAALICE0000") -> tuple[list[str], dict[str, str]]:
-        """Messages in the requests queue: the ids that stay in it, and the reasons of those that were refused, by id."""
+        """Messages in the requests queue: the ids that stay in it, and why others were refused, by their body."""
         before = len(self.account.messages)
         records = [
             {
