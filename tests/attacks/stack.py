@@ -188,7 +188,7 @@ class QuickClients:
     def __init__(self) -> None:
         self.stack: Stack | None = None
         session = botocore.session.Session()
-        keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
+        keys: dict[str, Any] = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
         self._clients: dict[str, Any] = {}
         for name in SERVICES:
             client: Any = session.create_client(name, region_name="us-east-1", **keys)
@@ -242,9 +242,8 @@ class Stack:
         monkeypatch.setattr(httpx, "Client", Client)
         monkeypatch.setattr(aws, "_client", clients)
         monkeypatch.setattr(aws, "_api_url", None)
-        monkeypatch.setattr(outputs.OutputsBucket.__init__, "__kwdefaults__", {
-            **outputs.OutputsBucket.__init__.__kwdefaults__, "open_client": replicate.client,
-        })  # fmt: skip
+        made: Any = outputs.OutputsBucket.__init__
+        monkeypatch.setattr(made, "__kwdefaults__", {**made.__kwdefaults__, "open_client": replicate.client})
         monkeypatch.setenv("CREATES_PER_MINUTE", "6000")
         requests._source.cache_clear()
         requests._dropped_manifests.cache_clear()

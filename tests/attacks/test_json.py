@@ -186,7 +186,7 @@ def test_message_is_refused_alone_with_its_reason_or_starts_with_an_equal_input(
                 for item in inputs
             } - {'{"x":"good"}'}
             if not same(read_strictly(held)["x"], json.loads(text)["input"]["x"]):
-                wrong.append((case, "another input", 0, [str(held)[:200]]))
+                wrong.append((case, ["another input"], 0, [str(held)[:200]]))
     assert wrong == []
     assert tried > 90
 
@@ -199,9 +199,9 @@ def test_line_of_a_manifest_is_refused_alone_with_its_reason(stack: Stack, token
     lines: list[tuple[str, bytes, str | None]] = []
     for name, each in FRAGMENTS.items():
         lines.append((f"within: {name}", b'{"model":"meta/llama","input":{"x":%s}}' % each.text, each.refused))
-    for name, (text, _, said) in DOCUMENTS.items():
-        if b"\n" not in text and text.strip(b" \t\r"):
-            lines.append((name, text, TOO_LONG if len(text) > 1024 * 1024 else said))
+    for name, (document, _, reason) in DOCUMENTS.items():
+        if b"\n" not in document and document.strip(b" \t\r"):
+            lines.append((name, document, TOO_LONG if len(document) > 1024 * 1024 else reason))
     manifest = b"\n".join(part for _, text, _ in lines for part in (text, good))
     stack.account.objects["batches/alice/hostile.jsonl"] = manifest, "application/jsonl"
     began = time.process_time()

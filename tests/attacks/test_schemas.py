@@ -204,16 +204,18 @@ PATTERNS = (
     "[",
 )
 
+NO_SCHEMAS: tuple[Any, ...] = (None, False, 7, 1.5, [], "x")
+
 THROUGH: dict[str, tuple[Any, Any, str]] = {
     **{f"refers to {ref[:40]!a}": (of_x({"$ref": ref}), 1, UNCHECKED) for ref in REMOTE},
     **{
         f"refers within a list to {ref[:40]!a}": (of_x({"items": {"anyOf": [{"$ref": ref}]}}), [1], UNCHECKED)
         for ref in REMOTE
     },
-    **{f"is {value!r}": (document({"Input": value}), 1, UNCHECKED) for value in (None, False, True, 7, [], "x", 1.5)},
-    **{f"schemas are {value!r}": (document(value), 1, UNCHECKED) for value in (None, False, 7, [], "x", {})},
-    **{f"the document is {value!r}": (value, 1, UNCHECKED) for value in (None, False, 7, [], "x", {})},
-    **{f"x is {value!r}": (of_x(value), 1, UNCHECKED) for value in (None, 7, [], "x")},
+    **{f"is {value!r}": (document({"Input": value}), 1, UNCHECKED) for value in (*NO_SCHEMAS, True)},
+    **{f"schemas are {value!r}": (document(value), 1, UNCHECKED) for value in (*NO_SCHEMAS, {})},
+    **{f"the document is {value!r}": (value, 1, UNCHECKED) for value in (*NO_SCHEMAS, {})},
+    **{f"x is {value!r}": (of_x(value), 1, UNCHECKED) for value in NO_SCHEMAS if value is not False},
     "x is true": (of_x(True), 1, FITS),
     "x is false": (of_x(False), 1, "input.x"),
     **{f"format {name[:20]!a}": (text(format=name), "https://a.example", FITS) for name in FORMATS},

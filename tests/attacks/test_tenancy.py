@@ -245,7 +245,7 @@ def snapshot(stack: Stack, owner: str) -> dict[Any, Any]:
 
 
 @pytest.fixture
-def town(stack: Stack, request: pytest.FixtureRequest) -> Town:
+def town(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Town:
     """Two owners, with a few of each thing."""
     replicate = stack.replicate
     replicate.deployments["meta/llama"] = {
@@ -262,10 +262,10 @@ def town(stack: Stack, request: pytest.FixtureRequest) -> Town:
         except (IndexError, KeyError):
             return httpx.Response(200, json={"next": None, "previous": None, "results": []})
 
-    replicate._read = forwarded  # type: ignore[method-assign]
+    monkeypatch.setattr(replicate, "_read", forwarded)
     for path in ("/models/acme/fox",):
         replicate.others["GET", path] = lambda: httpx.Response(200, json={"owner": "acme", "name": "fox"})
-    return Town(stack, int(getattr(request, "param", 0)))
+    return Town(stack, 0)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
