@@ -481,7 +481,7 @@ def meeting(simulation: Simulation, seed: int, **options: Any) -> Meeting:
     return world
 
 
-SEEDS = 12
+SEEDS = 8
 LIMITS = {
     "one in flight": OwnerLimits(in_flight=1),
     "three in flight": OwnerLimits(in_flight=3),

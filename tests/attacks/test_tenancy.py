@@ -190,7 +190,7 @@ class Town:
             if method == "POST" and self.rng.random() < 0.3:
                 # The same keys for both: they are two requests.
                 whose.keys.append(f"key-{self.n}")
-                headers["Idempotency-Key"] = self.rng.choice(whose.keys[-10:])
+                headers["Idempotency-Key"] = whose.keys[-1] if mine == 1.0 else self.rng.choice(whose.keys[-10:])
         if method == "GET" and whose.cursors and self.rng.random() < 0.3:
             path += f"?cursor={self.rng.choice(whose.cursors[-20:])}"
         if token is True and method == "GET" and whose.links and self.rng.random() < 0.05:
