@@ -1,5 +1,10 @@
 """The same account, Replicate and clock in process as the unit tests have: what differs is who calls."""
 
+from collections.abc import Iterator
+
+import pytest
+
+from tests.attacks.stack import Stack, quick_stack
 from tests.unit.conftest import (  # noqa: F401 - fixtures
     clock,
     cloud,
@@ -12,3 +17,10 @@ from tests.unit.conftest import (  # noqa: F401 - fixtures
     table,
     wakes,
 )
+
+
+@pytest.fixture
+def stack(environment: None) -> Iterator[Stack]:  # noqa: F811 - the fixture
+    """The whole stack, quick: for attacks in great numbers."""
+    with quick_stack() as stack:
+        yield stack

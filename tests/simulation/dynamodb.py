@@ -89,7 +89,7 @@ class Table:
         condition = _condition(asked["KeyConditionExpression"])
         names, values = asked.get("ExpressionAttributeNames", {}), asked["ExpressionAttributeValues"]
         found = []
-        for key in list(self.items):
+        for key in self._candidates(index, values):
             item = self._indexed(key) if index else self.items[key]
             if item is not None and all(name in item for name in needs) and condition(item, names, values):
                 found.append(item)
@@ -103,6 +103,10 @@ class Table:
             wanted = [names.get(name.strip(), name.strip()) for name in projection.split(",")]
             found = [{name: item[name] for name in wanted if name in item} for item in found]
         return {"Items": [dict(item) for item in found], "Count": len(found)}
+
+    def _candidates(self, index: str | None, values: dict[str, Any]) -> list[tuple[str, str]]:
+        """The keys of whatever a query may find."""
+        return list(self.items)
 
     def _indexed(self, key: tuple[str, str]) -> Item | None:
         """An item as indexes have it."""
@@ -140,6 +144,10 @@ class Table:
             return {"Attributes": dict(after)}
         if wanted == "NONE":
             return {}
+        if wanted == "UPDATED_OLD":
+            # Of a map of which one place changes, that place alone.
+            old = _changed_paths(asked["UpdateExpression"], before or {}, names)
+            return {"Attributes": old} if old else {}
         raise NotModelled(f"ReturnValues {wanted}")
 
     def _check(self, key: tuple[str, str], asked: dict[str, Any]) -> None:
@@ -230,8 +238,14 @@ class _Reader:
         if token in ("attribute_exists", "attribute_not_exists", "begins_with", "contains"):
             return self.function(self.next())
         left = self.operand()
-        sign = self.next("=", "<>", "<", "<=", ">", ">=")
+        sign = self.next("=", "<>", "<", "<=", ">", ">=", "BETWEEN")
         right = self.operand()
+        if sign == "BETWEEN":
+            self.next("AND")
+            last = self.operand()
+            return lambda i, n, v: (
+                _compare(left(i, n, v), ">=", right(i, n, v)) and _compare(left(i, n, v), "<=", last(i, n, v))
+            )
         return lambda i, n, v: _compare(left(i, n, v), sign, right(i, n, v))
 
     def function(self, name: str) -> Evaluate:
@@ -249,6 +263,13 @@ class _Reader:
 
     def operand(self) -> Evaluate:
         token = self.next()
+        if token == "if_not_exists":
+            self.next("(")
+            path = self.operand()
+            self.next(",")
+            other = self.operand()
+            self.next(")")
+            return lambda i, n, v: there if (there := path(i, n, v)) is not None else other(i, n, v)
         if token == "size":
             self.next("(")
             inner = self.operand()
@@ -290,7 +311,7 @@ def _update(text: str) -> list[Change]:
 def _change(reader: _Reader, clause: str) -> Change:
     path = reader.next()
     if "." in path:
-        raise NotModelled(f"{path!r} in {reader.text!r}")
+        return _change_within(reader, clause, path)
     if clause == "REMOVE":
         return lambda before, after, n, v: after.pop(_name(path, n), None) and None
     if clause == "SET":
@@ -318,6 +339,44 @@ def _change(reader: _Reader, clause: str) -> Change:
                 del after[name]
 
     return delete
+
+
+def _change_within(reader: _Reader, clause: str, path: str) -> Change:
+    """Of one place in a map: the form `map.place`, to set or to remove."""
+    outer, _, inner = path.partition(".")
+    if "." in inner or clause not in ("SET", "REMOVE"):
+        raise NotModelled(f"{path!r} in {reader.text!r}")
+    value = None
+    if clause == "SET":
+        reader.next("=")
+        value = reader.operand()
+        if reader.peek() == "+":
+            raise NotModelled(f"{path!r} in {reader.text!r}")
+
+    def change(before: Item, after: Item, names: Names, values: dict[str, Any]) -> None:
+        name = _name(outer, names)
+        if "M" not in after.get(name, {}):
+            raise NotModelled(f"{path!r} of no map, which DynamoDB refuses")
+        places = dict(after[name]["M"])
+        if value is None:
+            places.pop(_name(inner, names), None)
+        else:
+            places[_name(inner, names)] = value(before, names, values)
+        after[name] = {"M": places}
+
+    return change
+
+
+def _changed_paths(text: str, before: Item, names: Names) -> Item:
+    """What was there before at the places that an update sets, which has to be its only clause."""
+    match = re.fullmatch(r"SET ([^ ,=]+) = [^,]+", text)
+    if match is None:
+        raise NotModelled(f"UPDATED_OLD of {text!r}")
+    outer, _, inner = match[1].partition(".")
+    there = _at(before, names, match[1])
+    if there is None:
+        return {}
+    return {_name(outer, names): {"M": {_name(inner, names): there}} if inner else there}
 
 
 def _name(token: str, names: Names) -> str:

@@ -14,6 +14,11 @@ for how long, once. Each HTTP create moves the other lane too: what is reserved 
 
 Nothing in here loses a prediction or keeps one: where the table fails, a create goes as if there were no limiter, and
 Replicate's own 429 is what holds it.
+
+Nor does a value that no rule can have written, no whole number or further ahead than `HORIZON_SECONDS` lets any be, as
+by a hand that edits the table: it counts as none, creates go on at their rate, and the next reservation replaces it. A
+lane begins anew with its burst used up, since nobody knows what was reserved. A pause that is not by Replicate counts
+whatever its end is: somebody who may write the item wants it.
 """
 
 import os
@@ -39,6 +44,9 @@ QUIET_SECONDS = 10
 AUTOMATIC_PAUSE_SECONDS = 300
 """For how long an answer 401 or 402 of Replicate holds all submissions; then one of them finds out how it is."""
 
+HORIZON_SECONDS = 7 * 86400
+"""No start is reserved further ahead: the longest deadline, a training's (`TrainingLifetimeSeconds`), is over then."""
+
 MANUAL = "command"
 AUTOMATIC = "Replicate"
 
@@ -49,11 +57,22 @@ _ATTEMPTS = 5
 # A reservation that was not used in this time, as in a pause, is none any more: many of them would start at once.
 _STALE_SECONDS = 30
 _FOREVER = 253_402_300_799_000  # the year 9999
+# By so much the clocks of functions may differ.
+_CLOCKS_SECONDS = 600
 
 Lane = Literal["http_at", "queue_at"]
 
 _KEY = {"pk": {"S": "limiter"}, "sk": {"S": "creates"}}
 _PAUSE = ("paused_until", "paused_at", "paused_by", "pause_reason")
+
+# How far ahead rules put each of these at most; `upstream` takes a `Retry-After` up to an hour.
+_BLOCK_SECONDS = 3600
+_FARTHEST_SECONDS: dict[str, int] = {
+    "http_at": HORIZON_SECONDS + _BLOCK_SECONDS,
+    "queue_at": HORIZON_SECONDS + _BLOCK_SECONDS,
+    "blocked_until": _BLOCK_SECONDS,
+    "paused_until": AUTOMATIC_PAUSE_SECONDS,
+}
 
 
 @dataclass(frozen=True)
@@ -120,6 +139,8 @@ class Limiter:
         self._interval = 60_000 / creates_per_minute
         self._now = now
         self._known = LimiterState()
+        # Values that no rule can have written, as they are in the table.
+        self._absurd: dict[str, Any] = {}
         self._known_at = float("-inf")
         self._last_create = float("-inf")
         self._uncounted = 0
@@ -180,32 +201,44 @@ class Limiter:
         # The burst is used up, or it would all be sent at that moment.
         for name, value in (("blocked_until", until), ("queue_at", until), ("http_at", until + BURST_SECONDS * 1000)):
             condition = f"attribute_not_exists({name}) OR {name} < :value"
-            self._write(f"SET {name} = :value", condition, {":value": value})
+            self._replace(name, f"SET {name} = :value", condition, {":value": value})
 
     def _move(self, steps: Mapping[Lane, int], *, follows: Lane | None = None) -> float:
         """Moves lanes on, in one write; returns where the first one ends then, in milliseconds, 0 if unknown.
 
         A lane that is not used up begins at this moment, and one that only `follows` is then left alone. Which lane is
         used up is the write's condition, and what is known says which to suppose: so it holds at the first try but
-        where a lane has just run out or begun.
+        where a lane has just run out or begun. One that is used up for as long as anything can wait is not moved on:
+        who is told that end never starts.
         """
         now = round(self._now() * 1000)
+        horizon = now + HORIZON_SECONDS * 1000
         first = next(iter(steps))
         for _ in range(_ATTEMPTS):
             changes: list[str] = []
             conditions: list[str] = []
             values: dict[str, int | str] = {":now": now}
+            raw: dict[str, Any] = {}
+            if (first_at := getattr(self._known, first)) > horizon:
+                return float(first_at + steps[first])
             for name, step in steps.items():
-                if getattr(self._known, name) > now:
+                if name in self._absurd:
+                    conditions.append(f"{name} = :was_{name}")
+                    raw[f":was_{name}"] = self._absurd[name]
+                    changes.append(f"{name} = :{name}")
+                    values[f":{name}"] = now + step + (BURST_SECONDS * 1000 if name == "http_at" else 0)
+                elif (at := getattr(self._known, name)) > horizon:
+                    continue
+                elif at > now:
                     changes.append(f"{name} = {name} + :{name}")
-                    conditions.append(f"{name} > :now")
-                    values[f":{name}"] = step
+                    conditions.append(f"{name} > :now AND {name} <= :horizon")
+                    values[f":{name}"], values[":horizon"] = step, horizon
                 else:
                     conditions.append(f"(attribute_not_exists({name}) OR {name} <= :now)")
                     if name != follows:
                         changes.append(f"{name} = :{name}")
                         values[f":{name}"] = now + step
-            held = self._write("SET " + ", ".join(changes), " AND ".join(conditions), values)
+            held = self._write("SET " + ", ".join(changes), " AND ".join(conditions), values, raw)
             if held is None:
                 return 0.0
             if held:
@@ -228,7 +261,8 @@ class Limiter:
             ":by": AUTOMATIC,
             ":reason": reason,
         }
-        held = self._write(
+        held = self._replace(
+            "paused_until",
             "SET paused_until = :until, paused_at = :now, paused_by = :by, pause_reason = :reason",
             "attribute_not_exists(paused_until) OR paused_until <= :now OR paused_by = :by",
             values,
@@ -271,7 +305,16 @@ class Limiter:
                 logger.exception("the limiter cannot be read")
         return self._known
 
-    def _write(self, expression: str, condition: str, values: Mapping[str, int | str]) -> bool | None:
+    def _replace(self, name: str, expression: str, condition: str, values: Mapping[str, int | str]) -> bool | None:
+        """As `_write`; a value that no rule can have written gives way, whatever the condition says of it."""
+        held = self._write(expression, condition, values)
+        if held is False and name in self._absurd:
+            held = self._write(expression, f"{name} = :was", values, {":was": self._absurd[name]})
+        return held
+
+    def _write(
+        self, expression: str, condition: str, values: Mapping[str, int | str], raw: Mapping[str, Any] | None = None
+    ) -> bool | None:
         """One conditional update: whether its condition held, and None where the table failed."""
         try:
             answer = self._dynamodb.update_item(
@@ -279,7 +322,7 @@ class Limiter:
                 Key=_KEY,
                 UpdateExpression=expression,
                 ConditionExpression=condition,
-                ExpressionAttributeValues=_values(values),
+                ExpressionAttributeValues={**_values(values), **(raw or {})},
                 ReturnValues="ALL_NEW",
                 ReturnValuesOnConditionCheckFailure="ALL_OLD",
             )
@@ -294,15 +337,34 @@ class Limiter:
         return True
 
     def _know(self, item: Mapping[str, Any]) -> LimiterState:
-        read = {name: next(iter(value.values())) for name, value in item.items() if name in _FIELDS}
-        self._known = LimiterState(**{name: _FIELDS[name](value) for name, value in read.items()})
-        self._known_at = self._now()
+        now = self._now()
+        read: dict[str, Any] = {name: str(value.get("S", "")) for name, value in item.items() if name in _TEXTS}
+        absurd: dict[str, Any] = {}
+        for name in _NUMBERS & item.keys():
+            number, farthest = _whole(item[name]), _FARTHEST_SECONDS.get(name)
+            if name == "paused_until" and read.get("paused_by") != AUTOMATIC:
+                farthest = None
+            if number is None or (farthest is not None and number > (now + farthest + _CLOCKS_SECONDS) * 1000):
+                absurd[name] = item[name]
+            else:
+                read[name] = number
+        if absurd and absurd != self._absurd:
+            logger.error("the limiter holds what no rule can have written: it counts as none", values=str(absurd)[:500])
+        self._absurd = absurd
+        self._known, self._known_at = LimiterState(**read), now
         return self._known
 
 
-_FIELDS: dict[str, Callable[[str], Any]] = {
-    name: str if field.type is str else int for name, field in LimiterState.__dataclass_fields__.items()
-}
+_TEXTS = {name for name, field in LimiterState.__dataclass_fields__.items() if field.type is str}
+_NUMBERS = LimiterState.__dataclass_fields__.keys() - _TEXTS
+
+
+def _whole(value: Mapping[str, Any]) -> int | None:
+    """A whole number of the table; None for anything else."""
+    try:
+        return int(value["N"])
+    except (KeyError, ValueError):
+        return None
 
 
 def _values(values: Mapping[str, int | str]) -> dict[str, Any]:

@@ -12,6 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from predictions.errors import PredictionsError
 
+DEPTH_LIMIT = 300
+"""The deepest answer: what Python reads beyond that depends on its version, and on who calls."""
+
+_DIGITS_LIMIT = 4300
+"""https://docs.python.org/3/library/stdtypes.html#integer-string-conversion-length-limitation"""
+
 
 class UnreadablePrediction(PredictionsError):
     """What should be a prediction has no id or status, or is not JSON at all."""
@@ -68,7 +74,7 @@ class UpstreamPrediction(BaseModel):
         Raises:
             UnreadablePrediction: It is none.
         """
-        return cls.parse(read_json(body))
+        return cls.parse(read_json(body, replace=True))
 
     @classmethod
     def parse(cls, value: Any) -> "UpstreamPrediction":
@@ -84,17 +90,45 @@ class UpstreamPrediction(BaseModel):
             raise UnreadablePrediction(f"not a prediction: {fields}") from None
 
 
-def read_json(body: bytes) -> Any:
-    """Parses JSON as models write it; None for what is none.
+def read_json(body: bytes, *, replace: bool = False) -> Any:
+    """Parses JSON as models write it; None for what is none, or is nested deeper than `DEPTH_LIMIT`.
 
-    Models return NaN and Infinity, which JSON does not have and clients cannot parse: they become null. Half a
-    surrogate pair, which is no character and can be neither sent nor stored, becomes a question mark.
+    Models return NaN and Infinity, which JSON does not have and clients cannot parse: they become null, as does a whole
+    number of more digits than Python reads. Half a surrogate pair, which is no character and can be neither sent nor
+    stored, becomes a question mark. Control characters are taken as they are: none of this is worth a paid result.
+
+    Args:
+        body: The text.
+        replace: Whether bytes that are no UTF-8 become U+FFFD; else a text with such bytes is none.
     """
     try:
-        value = json.loads(body, parse_constant=lambda _: None, parse_float=_finite)
+        value = _parse(body, replace)
         return _whole_characters(value) if _SURROGATE.search(body) else value
     except (ValueError, RecursionError):
         return None
+
+
+def _parse(body: bytes, replace: bool) -> Any:
+    try:
+        text = body.decode(json.detect_encoding(body), "surrogatepass")
+    except UnicodeDecodeError:
+        if not replace:
+            raise
+        text = body.decode("utf-8", "replace")
+    value = json.loads(text, strict=False, parse_constant=lambda _: None, parse_float=_finite, parse_int=_readable)
+    if text.count("[") + text.count("{") > DEPTH_LIMIT and _is_deep(value):
+        return None
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEPTH_LIMIT):
+        parts = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [inner for part in parts for inner in part if isinstance(inner, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
@@ -114,3 +148,7 @@ def _whole_characters(value: Any) -> Any:
 def _finite(digits: str) -> float | None:
     number = float(digits)
     return number if math.isfinite(number) else None
+
+
+def _readable(digits: str) -> int | None:
+    return int(digits) if len(digits) <= _DIGITS_LIMIT else None
