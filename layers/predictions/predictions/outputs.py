@@ -276,7 +276,7 @@ class OutputsBucket:
         self._open_client = open_client or self._guarded_client
         self._clock = clock
         self._sleep = sleep
-        self._thread = _Thread()
+        self._thread = _Copier()
 
     @classmethod
     def from_env(cls) -> "OutputsBucket":
@@ -501,7 +501,7 @@ class OutputsBucket:
                     upload = None
                 else:
                     part.seek(0)
-                    self._s3.put_object(Bucket=self.name, Key=key, Body=part, IfNoneMatch="*", **headers)
+                    self._s3.put_object(Bucket=self.name, Key=key, Body=part, IfNoneMatch="*", **headers)  # type: ignore[arg-type]  # a file in all but typing
             except ClientError as error:
                 # NoSuchUpload: a complete of which the answer was lost, repeated by botocore.
                 if _code(error) not in ("PreconditionFailed", "412", "NoSuchUpload"):
@@ -566,7 +566,7 @@ class OutputsBucket:
             raise _Interrupted(f"the connection to the file host failed ({type(error).__name__})") from None
 
 
-class _Thread(threading.local):
+class _Copier(threading.local):
     """What belongs to a thread that copies.
 
     Attributes:
@@ -576,7 +576,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.left: Callable[[], float] = lambda: math.inf
-        self.part = _Part()
+        self.part = _UploadPart()
 
 
 class _Refused(Exception):
@@ -606,7 +606,7 @@ class _Body:
     chunks: Iterable[bytes]
 
 
-class _Part(io.RawIOBase):
+class _UploadPart(io.RawIOBase):
     """One part after the other in the same memory, as a file that botocore can send.
 
     Memory of this size that is given back and asked for again is not always found again by the allocator.
@@ -663,10 +663,10 @@ class _Multipart:
         self._at["UploadId"] = s3.create_multipart_upload(**self._at, **headers)["UploadId"]
         self._parts: list[CompletedPartTypeDef] = []
 
-    def add(self, part: _Part) -> None:
+    def add(self, part: _UploadPart) -> None:
         part.seek(0)
         number = len(self._parts) + 1
-        answer = self._s3.upload_part(**self._at, PartNumber=number, Body=part)
+        answer = self._s3.upload_part(**self._at, PartNumber=number, Body=part)  # type: ignore[arg-type]  # the same
         self._parts.append({"PartNumber": number, "ETag": answer["ETag"]})
 
     def complete(self) -> None:
