@@ -25,7 +25,8 @@ class HostileHost:
         self.answers = answers
         self.asked: list[bytes] = []
         self.connections = 0
-        self._listening = socket.create_server((address, 0), backlog=64)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._listening = socket.create_server((address, 0), family=family, backlog=64)
         self._threads: list[threading.Thread] = []
         self._open: set[socket.socket] = set()
         self._accepting = threading.Thread(target=self._accept)
