@@ -3,7 +3,7 @@
 import time
 
 from aws_lambda_powertools.event_handler import Response
-from predictions.api import answer_with, body_of, headers_of, json_response, resolver
+from predictions.api import all_headers_of, answer_with, body_of, json_response, resolver
 from predictions.errors import Problem
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.receipts import receive
@@ -21,7 +21,7 @@ def webhook(prediction_id: str) -> Response[str]:
     now = time.time()
     body = body_of(app)
     try:
-        secrets.verify(body, headers_of(app), now)
+        secrets.verify(body, all_headers_of(app), now)
     except WebhookRefused as error:
         logger.warning("webhook refused", reason=str(error))
         metrics.add_metric(name="WebhooksRejected", unit=MetricUnit.Count, value=1)

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -473,7 +472,7 @@ def test_large_data_url_is_stored_in_parts(s3: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "parts"), [(0, 0), (1, 0), (8 * MIB - 1, 0), (8 * MIB, 0), (8 * MIB + 1, 2), (17 * MIB + 5, 3)]
+    ("size", "parts"), [(0, 0), (1, 0), (5 * MIB - 1, 0), (5 * MIB, 0), (5 * MIB + 1, 2), (15 * MIB, 3), (16 * MIB, 4)]
 )
 def test_file_of_any_size_is_stored_at_once_or_in_parts(s3: Any, size: int, parts: int) -> None:
     content = random_bytes(size)
@@ -486,58 +485,10 @@ def test_file_of_any_size_is_stored_at_once_or_in_parts(s3: Any, size: int, part
     assert s3.list_multipart_uploads(Bucket=BUCKET).get("Uploads", []) == []
 
 
-@pytest.mark.parametrize(
-    ("named", "served", "attachment"),
-    [
-        ("image/png", "image/png", False),
-        ("IMAGE/JPEG; q=1", "image/jpeg", False),
-        ("text/plain", "text/plain", False),
-        ('text/csv; charset="UTF-8"', "text/csv; charset=utf-8", False),
-        ("text/plain; charset=utf-7", "text/plain", False),
-        ("application/json; charset=utf-8", "application/json", False),
-        ("model/gltf-binary", "model/gltf-binary", False),
-        ("text/html", "application/octet-stream", True),
-        ("text/html; charset=utf-8", "application/octet-stream", True),
-        ("image/svg+xml", "application/octet-stream", True),
-        ("application/xhtml+xml", "application/octet-stream", True),
-        ("text/xml", "application/octet-stream", True),
-        ("application/javascript", "application/octet-stream", True),
-        ("application/octet-stream", "application/octet-stream", True),
-        ("image/png, text/html", "application/octet-stream", True),
-        ("image/pngx", "application/octet-stream", True),
-        ("multipart/x-mixed-replace", "application/octet-stream", True),
-        ("", "application/octet-stream", True),
-    ],
-)
-def test_only_harmless_types_are_shown_and_all_others_are_downloads(
-    s3: Any, named: str, served: str, attachment: bool
-) -> None:
-    [stored] = store(bucket_of(answering(b"file", named)), URL)
-    found = s3.head_object(Bucket=BUCKET, Key=f"{PREFIX}/0")
-    assert stored.content_type == found["ContentType"] == served
-    assert found.get("ContentDisposition") == ("attachment" if attachment else None)
-
-
 def test_unknown_type_in_parts_is_a_download_too(s3: Any) -> None:
     store(bucket_of(answering(bytes(9 * MIB), "text/html")), URL)
     found = s3.head_object(Bucket=BUCKET, Key=f"{PREFIX}/0")
     assert (found["ContentType"], found["ContentDisposition"]) == ("application/octet-stream", "attachment")
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "https://replicate.delivery/../../../etc/passwd",
-        "https://replicate.delivery/%2e%2e%2f%2e%2e%2fpayloads/x",
-        "https://replicate.delivery/a/b/c?name=/../x",
-        "data:text/plain;name=../../x,hello",
-    ],
-)
-def test_name_that_climbs_never_reaches_the_key(s3: Any, url: str) -> None:
-    named = {"Content-Disposition": 'attachment; filename="../../x"'}
-    [stored] = store(bucket_of(answering(b"x", headers=named)), [0, url])
-    assert stored.key == f"{PREFIX}/0"
-    assert keys(s3) == [f"{PREFIX}/0"]
 
 
 def test_redirects_within_the_file_hosts_are_followed(s3: Any) -> None:
@@ -841,37 +792,6 @@ def test_error_of_our_own_is_not_swallowed_and_leaves_no_upload(s3: Any) -> None
     with pytest.raises(ZeroDivisionError):
         store(bucket_of(lambda request: httpx.Response(200, stream=Chunks(body()))), URL)
     assert_nothing_left(s3)
-
-
-# ---- memory
-
-
-def test_memory_is_bounded_whatever_the_size_of_the_files(s3: Any, s3_fault: S3Fault) -> None:
-    """Four streams of 64 MiB at once, against an S3 that keeps nothing."""
-    received: Counter[str] = Counter()
-
-    def upload_part(params: dict[str, Any]) -> S3Answer:
-        while piece := params["body"].read(64 * 1024):
-            received[params["url"]] += len(piece)
-        return s3_answer(ETag="part")
-
-    s3_fault("CreateMultipartUpload", lambda params: s3_answer(UploadId="upload"))
-    s3_fault("UploadPart", upload_part)
-    s3_fault("CompleteMultipartUpload", lambda params: s3_answer())
-    chunk = bytes(64 * 1024)
-
-    def handler(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, stream=Chunks(chunk for _ in range(1024)))
-
-    tracemalloc.start()
-    try:
-        stored = store(bucket_of(handler), [f"{URL}?{number}" for number in range(4)])
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert [file.bytes for file in stored] == [64 * MIB] * 4
-    assert received.total() == 4 * 64 * MIB
-    assert peak < 64 * MIB
 
 
 # ---- over a real connection

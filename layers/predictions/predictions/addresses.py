@@ -207,6 +207,68 @@ def guarded_client(
     )
 
 
+class TimedNetwork(httpcore.NetworkBackend):
+    """A network in which time ends: a server that sends a byte a second keeps every timeout, and lasts for ever.
+
+    Args:
+        left: How many seconds are left to whoever asks, in the thread that asks; from zero down every step fails.
+    """
+
+    def __init__(self, left: Callable[[], float]) -> None:
+        self._left = left
+        self._network = httpcore.SyncBackend()
+
+    def limited(self, timeout: float | None) -> float:
+        """How long one step may take.
+
+        Raises:
+            httpcore.ReadTimeout: No time is left.
+        """
+        left = self._left()
+        if left <= 0:
+            raise httpcore.ReadTimeout("the time is over")
+        return left if timeout is None else min(left, timeout)
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.NetworkStream:
+        """A connection on which each step is limited too."""
+        stream = self._network.connect_tcp(host, port, self.limited(timeout), local_address, socket_options)
+        return _TimedStream(stream, self)
+
+
+class _TimedStream(httpcore.NetworkStream):
+    """A connection of a `TimedNetwork`."""
+
+    def __init__(self, stream: httpcore.NetworkStream, network: TimedNetwork) -> None:
+        self._stream = stream
+        self._network = network
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, self._network.limited(timeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        for start in range(0, len(buffer), 65536):
+            self._stream.write(buffer[start : start + 65536], self._network.limited(timeout))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        stream = self._stream.start_tls(ssl_context, server_hostname, self._network.limited(timeout))
+        return _TimedStream(stream, self._network)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
 def _origin(url: httpx.URL) -> str:
     port = {"http": 80, "https": 443}.get(url.scheme) if url.port is None else url.port
     return f"{url.scheme}://{url.host}:{port}"

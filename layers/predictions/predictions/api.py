@@ -109,6 +109,21 @@ def headers_of(app: APIGatewayRestResolver) -> dict[str, str]:
     return {name.lower(): value for name, value in headers.items() if value is not None}
 
 
+def all_headers_of(app: APIGatewayRestResolver) -> dict[str, str]:
+    """As `headers_of`, but with all values of a header that was sent more than once, joined as RFC 9110 does.
+
+    The last of them is what `headers_of` has; whoever must not choose among several uses this.
+    """
+    event = app.current_event.raw_event
+    many: Mapping[str, list[str | None]] = event.get("multiValueHeaders") or {
+        name: [value] for name, value in (event.get("headers") or {}).items()
+    }
+    joined: dict[str, list[str]] = {}
+    for name, values in many.items():
+        joined.setdefault(name.lower(), []).extend(value for value in values if value is not None)
+    return {name: ", ".join(values) for name, values in joined.items() if values}
+
+
 def body_of(app: APIGatewayRestResolver) -> bytes:
     """The current request's body, as sent.
 

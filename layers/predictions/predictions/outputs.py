@@ -8,16 +8,18 @@
 An object is visible only when all of its bytes are there, and is never written twice (`If-None-Match: *`), so an
 object that exists is a finished copy: of an earlier attempt that crashed afterwards, or of one that runs now.
 
-Memory while storing: four files at once, each with one part of 8 MiB (34 MiB measured), plus the pieces that botocore
-and TLS hold of it: below 64 MiB whatever the size of the files. A `data:` URL's text is in memory anyway, as part of
-the output; what it decodes to comes on top.
+Memory while storing: four files at once, each with one part of 5 MiB, plus the pieces that botocore and TLS hold of
+it: below 32 MiB whatever the size of the files. A `data:` URL's text is in memory anyway, as part of the output; what
+it decodes to comes on top.
 """
 
 import binascii
 import hashlib
 import io
+import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,15 +48,16 @@ FILE_SECONDS = 600.0
 """How long one file may take with all its attempts: 5 GiB in ten minutes is 9 MiB/s."""
 
 STOP_BEFORE_SECONDS = 30.0
-"""Copying stops when this little is left: the longest read (15 s) and the clean-up fit in it."""
+"""Copying stops when this little is left: what S3 is being sent then and the clean-up fit in it."""
 
 _ATTEMPTS = 3
 _FILES_AT_ONCE = 4
 _MAX_REDIRECTS = 5
 # S3 takes 10,000 parts of at least 5 MiB (https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html).
-# A part is closed when the next piece does not fit, so it holds at least 7 MiB: the largest file has 732.
-_PART_BYTES = 8 * 1024**2
-_PIECE_BYTES = 1024**2
+# The largest file has 1,024.
+_PART_BYTES = 5 * 1024**2
+_PIECE_BYTES = 256 * 1024
+_SENT_BYTES = 64 * 1024
 
 # What a browser may show when it follows a link to the bucket. Not here, and so a download of
 # application/octet-stream: everything that can carry a script (HTML, SVG, XML), and everything unknown.
@@ -273,6 +276,7 @@ class OutputsBucket:
         self._open_client = open_client or self._guarded_client
         self._clock = clock
         self._sleep = sleep
+        self._thread = _Copier()
 
     @classmethod
     def from_env(cls) -> "OutputsBucket":
@@ -401,9 +405,10 @@ class OutputsBucket:
     def _guarded_client(self) -> "httpx.Client":
         # Imported here, because the functions that only read outputs must not pay for httpx at their cold
         # start.
-        from predictions.addresses import guarded_client
+        from predictions.addresses import TimedNetwork, guarded_client
 
-        return guarded_client(allowed_origins=self._file_origins, timeout=15)
+        network = TimedNetwork(lambda: self._thread.left())
+        return guarded_client(allowed_origins=self._file_origins, timeout=15, network=network)
 
     def _copy(
         self,
@@ -422,11 +427,15 @@ class OutputsBucket:
             if self._clock() > end:
                 raise _OutOfTime(f"the file host took more than {FILE_SECONDS:.0f} seconds")
 
+        def left() -> float:
+            return min(remaining_seconds() - STOP_BEFORE_SECONDS, end - self._clock())
+
+        self._thread.left = left
         reason = ""
         for attempt in range(_ATTEMPTS):
             try:
                 if attempt:
-                    self._sleep(2.0 ** (attempt - 1))
+                    self._sleep(min(2.0 ** (attempt - 1), max(0.0, left())))
                 check_time()
                 return self._copy_once(file, key, http, check_time, depth)
             except _Refused as refusal:
@@ -467,7 +476,8 @@ class OutputsBucket:
         headers: dict[str, Any] = {**_served_as(body.content_type), "Metadata": {ORIGIN_DEPTH: str(depth)}}
         sha256 = hashlib.sha256()
         size = 0
-        part = io.BytesIO()
+        part = self._thread.part
+        part.clear()
         upload: _Multipart | None = None
         try:
             for piece in _pieces(body.chunks):
@@ -476,11 +486,11 @@ class OutputsBucket:
                 if size > FILE_MAX_BYTES:
                     raise _Refused(_TOO_LARGE)
                 sha256.update(piece)
-                if part.tell() + len(piece) > _PART_BYTES:
+                if rest := part.add(piece):
                     upload = upload or _Multipart(self._s3, self.name, key, headers)
                     upload.add(part)
-                    part = io.BytesIO()
-                part.write(piece)
+                    part.clear()
+                    part.add(rest)
             if body.length not in (None, size):
                 raise _Interrupted(f"the file ended after {size} of {body.length} bytes")
             check_time()
@@ -491,7 +501,7 @@ class OutputsBucket:
                     upload = None
                 else:
                     part.seek(0)
-                    self._s3.put_object(Bucket=self.name, Key=key, Body=part, IfNoneMatch="*", **headers)
+                    self._s3.put_object(Bucket=self.name, Key=key, Body=part, IfNoneMatch="*", **headers)  # type: ignore[arg-type]  # a file in all but typing
             except ClientError as error:
                 # NoSuchUpload: a complete of which the answer was lost, repeated by botocore.
                 if _code(error) not in ("PreconditionFailed", "412", "NoSuchUpload"):
@@ -556,6 +566,19 @@ class OutputsBucket:
             raise _Interrupted(f"the connection to the file host failed ({type(error).__name__})") from None
 
 
+class _Copier(threading.local):
+    """What belongs to a thread that copies.
+
+    Attributes:
+        left: How many seconds are left for its file.
+        part: The memory for what it sends.
+    """
+
+    def __init__(self) -> None:
+        self.left: Callable[[], float] = lambda: math.inf
+        self.part = _UploadPart()
+
+
 class _Refused(Exception):
     """A file cannot be copied, now or later."""
 
@@ -583,6 +606,54 @@ class _Body:
     chunks: Iterable[bytes]
 
 
+class _UploadPart(io.RawIOBase):
+    """One part after the other in the same memory, as a file that botocore can send.
+
+    Memory of this size that is given back and asked for again is not always found again by the allocator.
+    """
+
+    def __init__(self) -> None:
+        self._memory = memoryview(bytearray(_PART_BYTES))
+        self._size = self._at = 0
+
+    def clear(self) -> None:
+        """Forgets what is in it."""
+        self._size = self._at = 0
+
+    def add(self, piece: memoryview) -> memoryview:
+        """Takes what fits, and gives back the rest."""
+        fits = piece[: _PART_BYTES - self._size]
+        self._memory[self._size : self._size + len(fits)] = fits
+        self._size += len(fits)
+        return piece[len(fits) :]
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence] + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        # All that is asked for, or a little of it: botocore asks for 1 MiB at a time, which each file would have twice.
+        end = self._size if size is None or size < 0 else min(self._at + min(size, _SENT_BYTES), self._size)
+        read = bytes(self._memory[self._at : end])
+        self._at += len(read)
+        return read
+
+    def readinto(self, buffer: Any, /) -> int:
+        read = self._memory[self._at : min(self._at + len(buffer), self._size)]
+        buffer[: len(read)] = read
+        self._at += len(read)
+        return len(read)
+
+
 class _Multipart:
     """A multipart upload in progress; what a crash leaves behind is for the bucket's lifecycle rule."""
 
@@ -592,10 +663,10 @@ class _Multipart:
         self._at["UploadId"] = s3.create_multipart_upload(**self._at, **headers)["UploadId"]
         self._parts: list[CompletedPartTypeDef] = []
 
-    def add(self, part: io.BytesIO) -> None:
+    def add(self, part: _UploadPart) -> None:
         part.seek(0)
         number = len(self._parts) + 1
-        answer = self._s3.upload_part(**self._at, PartNumber=number, Body=part)
+        answer = self._s3.upload_part(**self._at, PartNumber=number, Body=part)  # type: ignore[arg-type]  # the same
         self._parts.append({"PartNumber": number, "ETag": answer["ETag"]})
 
     def complete(self) -> None:

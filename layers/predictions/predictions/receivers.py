@@ -4,14 +4,13 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import httpcore
 import httpx
 
-from predictions.addresses import AddressRefused, guarded_client
+from predictions.addresses import AddressRefused, TimedNetwork, guarded_client
 from predictions.api import Presenter
 from predictions.deliveries import FIRST_WAIT_SECONDS, DeadLetters, DeliveriesQueue, Delivery
 from predictions.observability import MetricUnit, logger, metrics
@@ -192,9 +191,10 @@ class Receivers:
         # One for each try: a connection that was kept might end just then, and so might the time of another try.
         target = httpx.URL(url)
         local = self._allow_loopback and target.host in _LOOPBACK
+        until = time.monotonic() + self._total_seconds
         return self._open_client(
             allowed_origins=[f"{target.scheme}://{target.netloc.decode()}"] if local else [],
-            network=_TimedNetwork(time.monotonic() + self._total_seconds),
+            network=TimedNetwork(lambda: until - time.monotonic()),
             timeout=httpx.Timeout(self._total_seconds, connect=_CONNECT_SECONDS),
         )
 
@@ -207,54 +207,3 @@ def _read_a_little(answer: httpx.Response) -> None:
             length += len(piece)
             if length > ANSWER_LIMIT_BYTES:
                 return
-
-
-class _TimedNetwork(httpcore.NetworkBackend):
-    """A network whose connections end at a set time: a receiver that answers a byte a second must not last for ever."""
-
-    def __init__(self, until: float) -> None:
-        self._until = until
-        self._network = httpcore.SyncBackend()
-
-    def left(self, timeout: float | None) -> float:
-        """How long one step may take."""
-        left = self._until - time.monotonic()
-        if left <= 0:
-            raise httpcore.ReadTimeout("the time of this try is over")
-        return left if timeout is None else min(left, timeout)
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.NetworkStream:
-        stream = self._network.connect_tcp(host, port, self.left(timeout), local_address, socket_options)
-        return _TimedStream(stream, self)
-
-
-class _TimedStream(httpcore.NetworkStream):
-    """A connection of a `_TimedNetwork`."""
-
-    def __init__(self, stream: httpcore.NetworkStream, network: _TimedNetwork) -> None:
-        self._stream = stream
-        self._network = network
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, self._network.left(timeout))
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        for start in range(0, len(buffer), 65536):
-            self._stream.write(buffer[start : start + 65536], self._network.left(timeout))
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None) -> Any:
-        stream = self._stream.start_tls(ssl_context, server_hostname, self._network.left(timeout))
-        return _TimedStream(stream, self._network)
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
