@@ -874,6 +874,17 @@ class PredictionsTable:
         for item in found["Items"]:
             yield str(deserialize(item)["pk"])
 
+    def count_open(self) -> int:
+        """How much is open: predictions, trainings, pipelines, batches. Of more than a page of the index, that page."""
+        return self._dynamodb.query(
+            TableName=self._name,
+            IndexName="due",
+            KeyConditionExpression="#open = :open",
+            ExpressionAttributeNames={"#open": "open"},
+            ExpressionAttributeValues=serialize({":open": "open"}),
+            Select="COUNT",
+        )["Count"]
+
     def bound_to(self, upstream_id: str) -> str | None:
         """The id of the prediction that an upstream id is bound to, as far as the index knows."""
         found = self._dynamodb.query(
