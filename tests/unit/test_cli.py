@@ -20,7 +20,7 @@ from predictions.limits import OwnerLimits, OwnersLimits
 from predictions.requests import Message
 from predictions.table import Prediction
 
-from tests.unit.template import table_properties
+from tests.unit.template import ROOT, table_properties
 
 REGION = "us-east-1"
 ENVIRONMENT = (
@@ -893,3 +893,26 @@ def test_new_token_is_stored_as_it_is_and_not_shown(
     assert main(["secrets", "rotate", "replicate-token", "--stack", "hooks"]) == 0
     assert secret_values("token") == "r8_new_token"
     assert "r8_" not in "".join(capsys.readouterr())
+
+
+# -- what the pages say --------------------------------------------------------------------------------------------
+
+SHOWN = sorted(
+    {
+        re.split(r"\s+[#<>] ?", found)[0].strip()
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for block in re.findall(r"^```(?:bash|console)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        for found in re.findall(r"^(?:\$ )?replicate-serverless (.*)$", block, re.MULTILINE)
+    }
+)
+
+
+@pytest.mark.parametrize("shown", SHOWN)
+def test_command_of_the_readme_or_a_page_is_one(shown: str) -> None:
+    assert parser().parse_args(shlex.split(shown)).stack
+
+
+def test_every_command_is_shown_on_some_page() -> None:
+    whole = "".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    for command in COMMANDS:
+        assert " ".join(command) in whole, command

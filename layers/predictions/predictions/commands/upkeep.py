@@ -52,7 +52,7 @@ def rotate(stack: Stack, arguments: argparse.Namespace) -> None:
         arn = stack.output("ReplicateTokenSecretArn")
         stack.client("secretsmanager").put_secret_value(SecretId=arn, SecretString=token)
         print(
-            "Stored. Functions use it within five minutes, and at once after a 401. What runs goes on. Then revoke the"
+            "Stored. Functions use it within a minute, and at once after a 401. What runs goes on. Then revoke the"
             " old one at Replicate; `resume` ends a pause that it caused.",
             file=sys.stderr,
         )
@@ -105,14 +105,25 @@ def kept(stack: Stack, arguments: argparse.Namespace) -> None:
         raise StackUnusable(f"There is no stack {stack.name!r}, and there was none for 90 days.")
     rows = []
     for each in stacks:
-        # One that is deleted is known by its id alone.
-        pages = cloudformation.get_paginator("list_stack_resources").paginate(StackName=each["StackId"])
-        rows += [
-            (resource["ResourceType"], str(resource.get("PhysicalResourceId", "-")), each["StackStatus"])
-            for page in pages
-            for resource in page["StackResourceSummaries"]
-            if resource["ResourceType"] in _KEPT_TYPES
+        # One that is deleted is known by its id alone, and what it left by its events.
+        resources = [
+            resource
+            for operation, listed in (
+                ("list_stack_resources", "StackResourceSummaries"),
+                ("describe_stack_events", "StackEvents"),
+            )
+            for page in cloudformation.get_paginator(operation).paginate(StackName=each["StackId"])
+            for resource in page[listed]
+            if listed == "StackResourceSummaries" or resource["ResourceStatus"] == "DELETE_SKIPPED"
         ]
+        found_here = {
+            (resource["ResourceType"], str(resource["PhysicalResourceId"]), each["StackStatus"])
+            for resource in resources
+            if resource["ResourceType"] in _KEPT_TYPES
+            and resource.get("PhysicalResourceId")
+            and resource["ResourceStatus"] != "DELETE_COMPLETE"
+        }
+        rows += sorted(found_here)
     if arguments.json:
         print(json.dumps([{"type": kind, "name": name, "stack": status} for kind, name, status in rows], indent=2))
         return
