@@ -9,6 +9,7 @@ state machine catches it by that name. The class is in the traceback that the em
 It checks permissions on EventBridge's rules and on schedules by other ARNs than AWS has for them.
 Of a Distributed Map it knows `MaxConcurrency` and `ToleratedFailurePercentage`, and not the fields that say where these
 are in the input; and it checks whether a function may describe any run of a Map, not this one.
+It refuses a template with an alarm of metric math: here such an alarm is there, and watches the first of its metrics.
 """
 
 import functools
@@ -26,6 +27,7 @@ from typing import Any
 from ministack.app import main
 from ministack.core import iam_actions, lambda_runtime
 from ministack.services import lambda_svc, stepfunctions
+from ministack.services.cloudformation import provisioners
 
 # The last line of a traceback: `package.module.ClassName: message`.
 RAISED = re.compile(r"^(?:[\w.]+\.)?(\w+)(?::|$)", re.MULTILINE | re.ASCII)
@@ -61,6 +63,20 @@ def with_paths(run_map: Callable[..., Any]) -> Callable[..., Any]:
         return run_map({**state, **numbers}, raw_input, effective, *others)
 
     return run
+
+
+def of_one_metric(record: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Makes the emulator take an alarm of metric math for one of the first metric that it reads."""
+
+    @functools.wraps(record)
+    def make(name: str, properties: dict[str, Any]) -> dict[str, Any]:
+        read = [each["MetricStat"] for each in properties.get("Metrics", []) if "MetricStat" in each]
+        if not read:
+            return record(name, properties)
+        others = {key: value for key, value in properties.items() if key != "Metrics"}
+        return record(name, others | read[0]["Metric"] | {"Period": read[0]["Period"], "Statistic": read[0]["Stat"]})
+
+    return make
 
 
 def with_map_runs(resource_of: Callable[..., str]) -> Callable[..., str]:
@@ -130,4 +146,5 @@ lambda_runtime.zipfile = types.SimpleNamespace(**{**vars(zipfile), "ZipFile": Ar
 lambda_svc._execute_function_warm = named(lambda_svc._execute_function_warm)
 iam_actions.extract_resource_arn = with_map_runs(iam_actions.extract_resource_arn)
 stepfunctions._run_distributed_map = with_paths(stepfunctions._run_distributed_map)
+provisioners._cw_metric_alarm_record = of_one_metric(provisioners._cw_metric_alarm_record)
 main()

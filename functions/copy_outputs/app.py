@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from predictions.copies import copy
+from predictions.copies import copy, copy_again
 from predictions.observability import handler_of, logger
 from predictions.outputs import OutputsBucket
 from predictions.table import PredictionsTable
@@ -17,22 +17,30 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
     """Copies what is not copied yet.
 
     Args:
-        event: `{"id": …, "execution": "{id}-{n}"}`.
+        event: `{"id": …, "execution": "{id}-{n}"}`; or `{"id": …, "again": true}` of an operator, for what could not
+            be copied then.
         context: Tells how long the function may still run.
 
     Returns:
-        `{}`.
+        `{}`; for an operator what became of it: see `copy_again`.
 
     Raises:
         CopyInterrupted: Some files could not be had now; the machine tries again.
     """
     logger.set_correlation_id(event["id"])
+
+    def remaining_seconds() -> float:
+        milliseconds: int = context.get_remaining_time_in_millis()
+        return milliseconds / 1000
+
+    if event.get("again"):
+        return copy_again(table, outputs, event["id"], remaining_seconds=remaining_seconds)
     copy(
         table,
         outputs,
         event["id"],
         int(event["execution"].rpartition("-")[2]),
-        remaining_seconds=lambda: context.get_remaining_time_in_millis() / 1000,
+        remaining_seconds=remaining_seconds,
         now=time.time,
     )
     return {}

@@ -47,6 +47,11 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:  # noqa: ARG
         SWEEP_LIMIT, remaining_seconds, {"batch": sweep_batch, "pipeline": pipeline_executions.restart}
     )
     metrics.add_metric(name="SweepFound", unit=MetricUnit.Count, value=found)
+    try:
+        submissions.measure()
+    except (ClientError, BotoCoreError):
+        # They are for alarms and the dashboard only; the next sweep tells.
+        logger.exception("not measured")
     return {"found": found}
 
 

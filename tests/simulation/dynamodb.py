@@ -96,6 +96,8 @@ class Table:
         found.sort(key=lambda item: _sortable(item[order]), reverse=not asked.get("ScanIndexForward", True))
         limit = asked.get("Limit")
         found = found[:limit] if limit else found
+        if asked.get("Select") == "COUNT":
+            return {"Count": len(found)}
         if index:  # keys only
             own = ("pk", "sk", *needs)
             found = [{name: item[name] for name in own} for item in found]

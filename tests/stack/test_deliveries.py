@@ -123,7 +123,7 @@ def alice(api: Api, receiver: Receiver, wait_until: WaitUntil) -> Caller:
 def command(cloud: LocalCloud, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **CREDENTIALS, "AWS_ENDPOINT_URL": cloud.endpoint_url, "AWS_REGION": REGION}
     return subprocess.run(  # noqa: S603  # ours
-        [sys.executable, "-m", "predictions", "webhooks", *arguments, "--stack", STACK_NAME],
+        [sys.executable, "-m", "predictions", *arguments, "--stack", STACK_NAME],
         env=environment, check=True, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -280,7 +280,7 @@ class TestSecrets:
     ) -> None:
         erin = Caller(api("erin"), receiver, wait_until)
         old = erin.secret()
-        command(cloud, "rotate", "--owner", "erin")
+        command(cloud, "webhooks", "rotate", "--owner", "erin")
         new = erin.secret()
         assert new != old
         erin.completed(erin.create(sleeper(0), ["completed"]))
@@ -295,7 +295,7 @@ class TestOperated:
     ) -> None:
         prediction_id = alice.create(sleeper(0), ["completed"])
         alice.completed(prediction_id)
-        command(cloud, "redeliver", prediction_id)
+        command(cloud, "webhooks", "redeliver", prediction_id)
         tries = wait_until(lambda: len(t := receiver.headers(prediction_id, "completed")) == 2 and t, 20)
         assert len({headers["webhook-id"] for headers in tries}) == 1
 
@@ -317,11 +317,11 @@ class TestOperated:
             return bool(counts[name] == "1")
 
         wait_until(given_up, 20, "the delivery to be given up")
-        listed = json.loads(command(cloud, "failed", "--json").stdout)
+        listed = json.loads(command(cloud, "dead-letters", "list", "webhooks", "--json").stdout)
         assert listed == [{**message, "reason": "answered 503"}]
         # What was looked at is hidden for half a minute: let it be seen again at once.
         sqs.purge_queue(QueueUrl=dead)
         sqs.send_message(QueueUrl=dead, MessageBody=json.dumps({**message, "reason": "answered 503"}))
-        assert "Queued again: 1" in command(cloud, "redrive").stderr
+        assert "Tried once more: 1." in command(cloud, "dead-letters", "redrive", "webhooks").stderr
         wait_until(lambda: len(receiver.headers(prediction_id, "completed")) == 3, 20, "the third webhook")
-        assert command(cloud, "failed", "--json").stdout.strip() == "[]"
+        assert command(cloud, "dead-letters", "list", "webhooks", "--json").stdout.strip() == "[]"

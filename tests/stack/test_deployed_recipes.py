@@ -8,8 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
+from predictions.__main__ import main
 
-from local.cloud import CHECKOUT, STACK_NAME, LocalCloud, LocalCloudError
+from local.cloud import CHECKOUT, CREDENTIALS, REGION, STACK_NAME, LocalCloud, LocalCloudError
 
 Wait = Callable[..., Any]
 
@@ -48,7 +49,13 @@ def own(checkout: Path) -> Iterator[LocalCloud]:
         yield started
 
 
-def test_recipes_of_files_live_and_go_with_the_stack(own: LocalCloud, checkout: Path, wait_until: Wait) -> None:
+def test_recipes_of_files_live_and_go_with_the_stack(
+    own: LocalCloud,
+    checkout: Path,
+    wait_until: Wait,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     headers = {owner: {"Authorization": f"Bearer {own.create_token(owner)}"} for owner in ("queue", "team-a")}
 
     def call(method: str, path: str, body: Any = None, owner: str = "queue") -> tuple[int, Any]:
@@ -118,3 +125,13 @@ def test_recipes_of_files_live_and_go_with_the_stack(own: LocalCloud, checkout: 
     assert rules() == []
     groups = own.client("scheduler").list_schedule_groups()["ScheduleGroups"]
     assert STACK_NAME not in [group["Name"] for group in groups]
+
+    # Its data stays, and is named.
+    for name, value in {**CREDENTIALS, "AWS_REGION": REGION, "AWS_ENDPOINT_URL": own.endpoint_url}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["kept", "--stack", STACK_NAME, "--json"]) == 0
+    left = {each["name"] for each in json.loads(capsys.readouterr().out)}
+    assert left == {own.stack.table_name, own.stack.outputs_bucket, own.stack.inputs_bucket}
+    assert own.client("dynamodb").scan(TableName=own.stack.table_name)["Count"] > 0
+    for bucket in (own.stack.outputs_bucket, own.stack.inputs_bucket):
+        own.client("s3").head_bucket(Bucket=bucket)

@@ -72,7 +72,7 @@ class Queue:
             **os.environ, **CREDENTIALS, "AWS_ENDPOINT_URL": self.cloud.endpoint_url, "AWS_REGION": REGION,
         }  # fmt: skip
         return subprocess.run(  # noqa: S603  # ours
-            [sys.executable, "-m", "predictions", "requests", *arguments, "--stack", STACK_NAME],
+            [sys.executable, "-m", "predictions", "dead-letters", *arguments, "--stack", STACK_NAME],
             env=environment, check=True, capture_output=True, text=True,
         )  # fmt: skip
 
@@ -125,7 +125,7 @@ class TestQueue:
         assert {each["status"] for each in queue.ended(2)} == {"succeeded"}
         queue.handled()
         queue.wait_until(lambda: queue.dead() == 2, 20, "two dead letters")
-        listed = {each["id"]: each for each in json.loads(queue.command("list", "--json").stdout)}
+        listed = {each["id"]: each for each in json.loads(queue.command("list", "requests", "--json").stdout)}
         assert listed[poison]["reason"] == "The body is not JSON at line 1, column 35."
         (other,) = [each for each in listed.values() if each["id"] != poison]
         assert other["reason"].startswith("owner: This field is not known.")
@@ -148,7 +148,7 @@ class TestQueue:
             message_id = queue.send(hook)
             queue.wait_until(lambda: queue.dead() == 1, 30, "a dead letter")
         assert queue.started() == []
-        assert "Tried once more: 1." in queue.command("redrive", "--id", message_id).stderr
+        assert "Tried once more: 1." in queue.command("redrive", "requests", "--id", message_id).stderr
         (ended,) = queue.ended()
         assert queue.dead() == 0
         # Given up all the same, after it had started: as where the function died each time after that.
@@ -160,16 +160,16 @@ class TestQueue:
                 for name, value in {"request_id": message_id, "sender": "AIDA", "sent_at": "1750000000"}.items()
             },
         )
-        assert "Tried once more: 1." in queue.command("redrive").stderr
+        assert "Tried once more: 1." in queue.command("redrive", "requests").stderr
         assert [each["id"] for each in queue.started()] == [ended["id"]]
         assert len(replicate.creates()) == 1
 
     def test_refused_again_it_is_listed_again(self, queue: Queue) -> None:
         message_id = queue.send("{")
         queue.wait_until(lambda: queue.dead() == 1, 30, "a dead letter")
-        queue.command("redrive")
+        queue.command("redrive", "requests")
         queue.wait_until(lambda: queue.dead() == 1, 20, "the dead letter to be back")
-        (listed,) = json.loads(queue.command("list", "--json").stdout)
+        (listed,) = json.loads(queue.command("list", "requests", "--json").stdout)
         assert (listed["id"], listed["body"]) == (message_id, "{")
 
 

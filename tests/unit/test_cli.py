@@ -1,21 +1,26 @@
 import io
 import json
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import botocore.session
 import moto  # before predictions: it must see every client being made
 import pytest
-from predictions.__main__ import Stack, main
+from predictions.__main__ import _COMMANDS, _Group, main, parser
 from predictions.access import AccessTokens
+from predictions.commands.letters import QUEUES
+from predictions.commands.stack import Stack
+from predictions.commands.story import waits_for
 from predictions.dead_requests import DeadRequests
 from predictions.limiter import Limiter
 from predictions.limits import OwnerLimits, OwnersLimits
 from predictions.requests import Message
+from predictions.table import Prediction
 
-from tests.unit.template import table_properties
+from tests.unit.template import ROOT, table_properties
 
 REGION = "us-east-1"
 ENVIRONMENT = (
@@ -31,10 +36,10 @@ ENVIRONMENT = (
 )
 
 
-def template(outputs: dict[str, str]) -> str:
+def template(outputs: dict[str, str], resources: dict[str, Any] | None = None) -> str:
     return json.dumps(
         {
-            "Resources": {"Topic": {"Type": "AWS::SNS::Topic"}},
+            "Resources": resources or {"Topic": {"Type": "AWS::SNS::Topic"}},
             **({"Outputs": {key: {"Value": value} for key, value in outputs.items()}} if outputs else {}),
         }
     )
@@ -158,8 +163,13 @@ def test_what_cannot_be_done_is_said(capsys: pytest.CaptureFixture[str], argv: t
         ("webhooks", "redeliver", "--stack", "demo"),
         ("webhooks", "redeliver", "--stack", "demo", "a" * 26, "--event", "deleted"),
         ("webhooks", "rotate", "--stack", "demo"),
-        ("requests",),
-        ("requests", "redrive", "--stack", "demo", "--id"),
+        ("dead-letters",),
+        ("dead-letters", "redrive", "--stack", "demo"),
+        ("dead-letters", "redrive", "letters", "--stack", "demo"),
+        ("dead-letters", "redrive", "requests", "--stack", "demo", "--id"),
+        ("show", "--stack", "demo"),
+        ("outputs", "archive", "--stack", "demo"),
+        ("secrets", "rotate", "signing", "--stack", "demo"),
         ("pause",),
         ("status", "--sta", "demo"),
         ("limits",),
@@ -177,36 +187,29 @@ def test_an_incomplete_command_shows_its_usage(capsys: pytest.CaptureFixture[str
     assert err.startswith("usage: replicate-serverless")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        (),
-        ("tokens",),
-        ("tokens", "create"),
-        ("tokens", "list"),
-        ("tokens", "revoke"),
-        ("webhooks",),
-        ("webhooks", "redeliver"),
-        ("webhooks", "failed"),
-        ("webhooks", "redrive"),
-        ("webhooks", "rotate"),
-        ("requests",),
-        ("requests", "list"),
-        ("requests", "redrive"),
-        ("pause",),
-        ("resume",),
-        ("status",),
-        ("limits",),
-        ("limits", "set"),
-        ("limits", "list"),
-        ("limits", "remove"),
-    ],
-)
+COMMANDS = [
+    (name, *inner)
+    for name, each in _COMMANDS.items()
+    for inner in ([(own,) for own in each.commands] if isinstance(each, _Group) else [()])
+]
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in _COMMANDS), *COMMANDS], ids=" ".join)
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])
     assert end.value.code == 0
     assert " ".join(["usage: replicate-serverless", *command]) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_example_of_a_commands_help_is_one_of_it(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    _, _, example = " ".join(capsys.readouterr().out.split()).partition("example: replicate-serverless ")
+    words = shlex.split(re.split(" [<>] ", example)[0])
+    assert words[: len(command)] == list(command)
+    assert parser().parse_args(words).stack == "NAME"
 
 
 def test_a_created_token_alone_is_on_stdout_and_works(stack: AccessTokens, capsys: pytest.CaptureFixture[str]) -> None:
@@ -372,6 +375,19 @@ def test_limits_are_set_listed_and_removed(limited: Any, capsys: pytest.CaptureF
 # -- webhooks ------------------------------------------------------------------------------------------------------
 
 ID = "a" * 26
+FUNCTIONS = ("StartFromQueue", "PublishChanges", "RunPrediction", "CopyOutputs")
+SECRETS = ("WebhookMasterSecret", "LinkSecret")
+
+
+def queue_named(name: str) -> dict[str, Any]:
+    return {"Type": "AWS::SQS::Queue", "Properties": {"QueueName": name}}
+
+
+def named(function: str) -> dict[str, Any]:
+    """A resource with the physical id of what moto makes no resource of: functions, secrets."""
+    return {"Type": "AWS::Logs::LogGroup", "Properties": {"LogGroupName": function}}
+
+
 FAILED = {"id": ID, "event": "completed", "n": 1, "first_at": 1_750_000_000}
 
 
@@ -382,16 +398,23 @@ def hooks(stack: AccessTokens) -> Any:
     dynamodb, sqs, cloudformation = (
         create_client(name, region_name=REGION) for name in ("dynamodb", "sqs", "cloudformation")
     )
-    urls = {name: sqs.create_queue(QueueName=name)["QueueUrl"] for name in ("deliveries", "dead")}
+    deliveries = sqs.create_queue(QueueName="deliveries")["QueueUrl"]
     cloudformation.create_stack(
         StackName="hooks",
         TemplateBody=template(
             {
                 "TableName": "table-1",
                 "OutputsBucketName": "outputs",
-                "DeliveriesQueueUrl": urls["deliveries"],
-                "DeliveriesDeadLetterQueueUrl": urls["dead"],
-            }
+                "DeliveriesQueueUrl": deliveries,
+                "ReplicateTokenSecretArn": "token",
+                "SigningSecretArn": "signing",
+                "TrackPredictionStateMachineArn": f"arn:aws:states:{REGION}:123456789012:stateMachine:track",
+            },
+            {
+                **{letters: queue_named(letters) for letters in QUEUES.values()},
+                **{f"{function}Function": named(function) for function in FUNCTIONS},
+                **{secret: named(secret) for secret in SECRETS},
+            },
         ),
     )
     for id_, rank, visible, webhook in (
@@ -459,23 +482,25 @@ def test_redelivery_is_queued_under_the_id_of_the_first(hooks: Any, options: lis
 
 
 def test_failed_webhooks_are_listed_and_sent_again(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    dead = hooks.get_queue_url(QueueName="dead")["QueueUrl"]
+    dead = hooks.get_queue_url(QueueName="DeliveriesDeadLetterQueue")["QueueUrl"]
     hooks.send_message(QueueUrl=dead, MessageBody=json.dumps({**FAILED, "reason": "answered 500"}))
     hooks.send_message(QueueUrl=dead, MessageBody="[]")
-    assert main(["webhooks", "failed", "--stack", "hooks"]) == 0
+    assert main(["dead-letters", "list", "webhooks", "--stack", "hooks"]) == 0
     heading, *rows = capsys.readouterr().out.splitlines()
     assert heading.split() == ["ID", "EVENT", "DUE", "REASON"]
     assert [row.split(maxsplit=3) for row in rows] == [
         [ID, "completed", "2025-06-15T15:06:40Z", "answered 500"],
         ["-", "-", "-", "not a delivery"],
     ]
-    assert main(["webhooks", "failed", "--stack", "hooks", "--json"]) == 0
+    assert main(["dead-letters", "list", "webhooks", "--stack", "hooks", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [], "what was listed is hidden for a while"
     hooks.purge_queue(QueueUrl=dead)
     hooks.send_message(QueueUrl=dead, MessageBody=json.dumps({**FAILED, "reason": "answered 500"}))
     hooks.send_message(QueueUrl=dead, MessageBody="[]")
-    assert main(["webhooks", "redrive", "--stack", "hooks"]) == 0
-    assert "Queued again: 1" in capsys.readouterr().err
+    assert main(["dead-letters", "redrive", "webhooks", "--stack", "hooks"]) == 0
+    err = capsys.readouterr().err
+    assert "Tried once more: 1." in err
+    assert "it is no delivery" in err
     (again,) = messages(hooks, "deliveries")
     assert {**again, "first_at": 0} == {**FAILED, "first_at": 0}
     assert again["first_at"] > FAILED["first_at"], "it is tried for another day"
@@ -490,14 +515,20 @@ class Queue:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         create_client: Any = botocore.session.Session().create_client
         self._sqs = create_client("sqs", region_name=REGION)
-        self._url = self._sqs.create_queue(QueueName="dead-requests")["QueueUrl"]
-        self.dead = DeadRequests(self._url, self._sqs)
         self.asked: list[dict[str, Any]] = []
         self.answers: list[tuple[dict[str, Any], str | None]] = []
         create_client("cloudformation", region_name=REGION).create_stack(
             StackName="queue",
-            TemplateBody=template({"RequestsDeadLetterQueueUrl": self._url, "StartFromQueueFunctionName": "start"}),
+            TemplateBody=template(
+                {},
+                {
+                    "RequestsDeadLetterQueue": queue_named("dead-requests"),
+                    "StartFromQueueFunction": named("start"),
+                },
+            ),
         )
+        self._url = self._sqs.get_queue_url(QueueName="dead-requests")["QueueUrl"]
+        self.dead = DeadRequests(self._url, self._sqs)
         make: Any = Stack.client
 
         def client(stack: Stack, service_name: str) -> Any:
@@ -529,8 +560,8 @@ def queue(stack: AccessTokens, monkeypatch: pytest.MonkeyPatch) -> Queue:
     return Queue(monkeypatch)
 
 
-REQUESTS = ("requests", "list", "--stack", "queue")
-PUT_BACK = ("requests", "redrive", "--stack", "queue")
+REQUESTS = ("dead-letters", "list", "requests", "--stack", "queue")
+PUT_BACK = ("dead-letters", "redrive", "requests", "--stack", "queue")
 
 
 def test_dead_requests_are_listed_with_their_reasons_and_no_token(
@@ -579,7 +610,7 @@ def test_dead_request_that_cannot_be_started_stays(queue: Queue, capsys: pytest.
     queue.bury("message-1", "{}")
     queue.answers = [({"batchItemFailures": [{"itemIdentifier": "message-1"}]}, None)]
     assert main(PUT_BACK) == 0
-    assert "Left where they are" in capsys.readouterr().err
+    assert "Left where it is: message-1: AWS did not let it start" in capsys.readouterr().err
     assert queue.left == 1
 
 
@@ -592,3 +623,296 @@ def test_function_that_fails_over_a_dead_request_is_said(queue: Queue, capsys: p
 
 def test_unknown_dead_request_is_said(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no dead letter 'message-9'" in refused(capsys, *PUT_BACK, "--id", "message-9")
+
+
+# -- other dead letters --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def invoked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """What is asked of functions: their names and events. Each answers as `publish_changes` without a failure."""
+    asked: list[tuple[str, Any]] = []
+    make: Any = Stack.client
+
+    def answer(params: dict[str, Any], model: Any, **_: Any) -> tuple[Any, dict[str, Any]]:
+        http = type("Http", (), {"status_code": 200})()
+        if model.name == "ListEventSourceMappings":
+            pattern = json.dumps({"eventName": ["INSERT"], "dynamodb": {"NewImage": {"sk": {"S": ["status"]}}}})
+            return http, {"EventSourceMappings": [{"FilterCriteria": {"Filters": [{"Pattern": pattern}]}}]}
+        asked.append((params["url_path"].split("/")[-2], json.loads(params["body"])))
+        said: dict[str, Any] = {"batchItemFailures": [], "stored": ["/0"], "failed": [{"path": "/1", "error": "gone"}]}
+        return http, {"StatusCode": 200, "Payload": io.BytesIO(json.dumps(said).encode())}
+
+    def client(stack: Stack, service_name: str) -> Any:
+        made = make(stack, service_name)
+        if service_name == "lambda":  # moto runs functions in Docker only
+            made.meta.events.register("before-call.lambda", answer)
+        return made
+
+    monkeypatch.setattr(Stack, "client", client)
+    return asked
+
+
+def bury(sqs: Any, queue: str, *bodies: Any) -> None:
+    url = sqs.get_queue_url(QueueName=queue)["QueueUrl"]
+    for body in bodies:
+        sqs.send_message(QueueUrl=url, MessageBody=body if isinstance(body, str) else json.dumps(body))
+
+
+def counts(capsys: pytest.CaptureFixture[str]) -> dict[str, int]:
+    assert main(["dead-letters", "count", "--stack", "hooks", "--json"]) == 0
+    found: dict[str, int] = json.loads(capsys.readouterr().out)
+    return found
+
+
+FAILED_JOB = {
+    "timestamp": "2025-06-15T15:06:40.000Z",
+    "requestContext": {"requestId": "request-1", "condition": "RetriesExhausted"},
+    "requestPayload": {"model": "acme/painter", "prompt": "CANARY"},
+    "responsePayload": {"errorMessage": "no table"},
+}
+
+
+def test_failed_jobs_are_invoked_again_as_what_they_were(
+    hooks: Any, invoked: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    keyed = {**FAILED_JOB, "requestPayload": {"model": "acme/painter", "idempotency_key": "mine"}}
+    bury(hooks, "RunJobsDeadLetterQueue", FAILED_JOB, keyed, "no JSON")
+    assert main(["dead-letters", "redrive", "run-jobs", "--stack", "hooks"]) == 0
+    assert [event for _, event in invoked] == [
+        {"idempotency_key": "request-1", "model": "acme/painter", "prompt": "CANARY"},
+        {"idempotency_key": "mine", "model": "acme/painter"},
+    ]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Tried once more: 2." in err
+    assert "no invocation" in err
+    assert counts(capsys) == {"requests": 0, "webhooks": 0, "changes": 0, "run-jobs": 1, "invocations": 0}
+
+
+def test_failed_jobs_are_listed_without_what_they_asked_for(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    bury(hooks, "RunJobsDeadLetterQueue", FAILED_JOB)
+    assert main(["dead-letters", "list", "run-jobs", "--stack", "hooks"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].split(maxsplit=2) == ["request-1", "2025-06-15T15:06:40.000Z", "no table"]
+    assert "CANARY" not in out
+
+
+@pytest.mark.parametrize(("options", "left"), [(["--all"], 0), (["--id", "?"], 1)])
+def test_letters_are_forgotten_one_by_one_or_all(
+    hooks: Any, capsys: pytest.CaptureFixture[str], options: list[str], left: int
+) -> None:
+    failed = {"requestContext": {"functionArn": "arn:aws:lambda:x:1:function:sweep:$LATEST"}, "responsePayload": {}}
+    bury(hooks, "InvocationsDeadLetterQueue", failed)
+    forget = ["dead-letters", "forget", "invocations", "--stack", "hooks"]
+    if left:
+        assert "no dead letter" in refused(capsys, *forget, *options)
+    else:
+        assert main([*forget, *options]) == 0
+    assert counts(capsys)["invocations"] == left
+
+
+def test_letters_are_never_forgotten_without_being_named(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    bury(hooks, "InvocationsDeadLetterQueue", {})
+    forget = ("dead-letters", "forget", "invocations", "--stack", "hooks")
+    assert "--id or --all" in refused(capsys, *forget)
+    assert "--id or --all" in refused(capsys, *forget, "--id", "x", "--all")
+    assert counts(capsys)["invocations"] == 1
+
+
+def test_failed_sweep_cannot_be_redriven(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    bury(hooks, "InvocationsDeadLetterQueue", {})
+    assert main(["dead-letters", "redrive", "invocations", "--stack", "hooks"]) == 0
+    assert "the next sweep" in capsys.readouterr().err
+    assert counts(capsys)["invocations"] == 1
+
+
+def streamed(dynamodb: Any) -> tuple[str, str, list[dict[str, Any]]]:
+    create_client: Any = botocore.session.Session().create_client
+    streams = create_client("dynamodbstreams", region_name=REGION)
+    (stream,) = streams.list_streams(TableName=dynamodb)["Streams"]
+    (shard,) = streams.describe_stream(StreamArn=stream["StreamArn"])["StreamDescription"]["Shards"]
+    iterator = streams.get_shard_iterator(
+        StreamArn=stream["StreamArn"], ShardId=shard["ShardId"], ShardIteratorType="TRIM_HORIZON"
+    )["ShardIterator"]
+    return stream["StreamArn"], shard["ShardId"], streams.get_records(ShardIterator=iterator)["Records"]
+
+
+def test_changes_that_were_given_up_are_read_from_the_stream_again_and_published(
+    hooks: Any, invoked: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_client: Any = botocore.session.Session().create_client
+    dynamodb = create_client("dynamodb", region_name=REGION)
+    dynamodb.create_table(TableName="predictions", **table_properties())
+    for n, sk in enumerate(("status", "status", "input#1", "status", "status")):
+        dynamodb.put_item(TableName="predictions", Item={"pk": {"S": f"prediction#{n}"}, "sk": {"S": sk}})
+    arn, shard, records = streamed("predictions")
+    numbers = [record["dynamodb"]["SequenceNumber"] for record in records]
+    part = {
+        "shardId": shard,
+        "startSequenceNumber": numbers[1],
+        "endSequenceNumber": numbers[3],
+        "approximateArrivalOfFirstRecord": "2025-06-15T15:06:40Z",
+        "approximateArrivalOfLastRecord": "2025-06-15T15:06:41Z",
+        "batchSize": 3,
+        "streamArn": arn,
+    }
+    bury(hooks, "ChangesDeadLetterQueue", {"DDBStreamBatchInfo": part}, {"DDBStreamBatchInfo": {}})
+    assert main(["dead-letters", "redrive", "changes", "--stack", "hooks"]) == 0
+    ((_, event),) = invoked
+    # What its filter lets through, and nothing of before or after.
+    assert [record["dynamodb"]["SequenceNumber"] for record in event["Records"]] == [numbers[1], numbers[3]]
+    assert all(isinstance(each["dynamodb"]["ApproximateCreationDateTime"], float) for each in event["Records"])
+    assert "names no part of the stream" in capsys.readouterr().err
+    assert counts(capsys)["changes"] == 1
+
+
+# -- a prediction's story ------------------------------------------------------------------------------------------
+
+
+def told(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
+    assert main([*argv, "--stack", "hooks", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def payloads(hooks: Any) -> Any:
+    create_client: Any = botocore.session.Session().create_client
+    dynamodb = create_client("dynamodb", region_name=REGION)
+    for sk, text in (("input#f", '{"prompt": "CANARY"}'), ("progress", '{"output": "CANARY", "logs": "CANARY"}')):
+        item = {"pk": {"S": f"prediction#{'b' * 26}"}, "sk": {"S": sk}, "json": {"S": text}, "length": {"N": "20"}}
+        dynamodb.put_item(TableName="table-1", Item=item)
+    return dynamodb
+
+
+@pytest.mark.usefixtures("payloads")
+def test_story_is_told_in_its_order_without_input_and_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "b" * 26, "--stack", "hooks"]) == 0
+    out = capsys.readouterr().out
+    assert "asked for by alice (http)" in out
+    assert "It waits for: the sweep to start another execution, since this one is not there" in out
+    shown = told(capsys, "show", "b" * 26)
+    assert [each["at"] for each in shown["story"]] == sorted(each["at"] for each in shown["story"])
+    assert shown["characters"] == {"input": 20, "progress": 20}
+    assert "hooks.example.com" not in out + json.dumps(shown)
+    assert "CANARY" not in out + json.dumps(shown)
+
+
+@pytest.mark.usefixtures("payloads")
+def test_input_and_output_are_shown_where_they_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(capsys, "show", "b" * 26, "--input")["input"] == {"prompt": "CANARY"}
+
+
+def test_unknown_prediction_is_said(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no prediction" in refused(capsys, "show", "z" * 26, "--stack", "hooks")
+    assert "no prediction" in refused(capsys, "outputs", "archive", "../x", "--stack", "hooks")
+
+
+def prediction(**changed: Any) -> Prediction:
+    texts = {"id": ID, "owner": "alice", "created_at": "2025-06-15T15:06:40Z", "fingerprint": "f", "source": "http"}
+    values: dict[str, Any] = {**texts, "kind": "version", "status": "queued", "visible": "starting", "keyed": False}
+    values |= {"created": 1, "rank": 0, "deadline": 1000, "execution_n": 1, "expires_at": 1}
+    return Prediction(**(values | changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "execution", "said"),
+    [
+        ({"rank": 9, "visible": "succeeded"}, "SUCCEEDED", None),
+        ({"rank": 9, "visible": "succeeded", "orphans": frozenset({"x"})}, "SUCCEEDED", "1 orphan"),
+        ({"rank": 9, "visible": "succeeded", "deleted": 1, "next_check_at": 2}, None, "finish its deletion"),
+        ({}, "FAILED", "since this one is FAILED"),
+        ({"rank": 9, "visible": "processing"}, "RUNNING", "copy_outputs"),
+        ({"rank": 2, "upstream_id": "u", "claimed": 1}, "RUNNING", "Replicate to end it"),
+        ({"rank": 2, "upstream_id": "u", "claimed": 1, "deadline": 10}, "RUNNING", "its deadline being over"),
+        ({"claimed": 1}, "RUNNING", "whose answer was lost"),
+        ({"submit_at": 200}, "RUNNING", "its turn to be submitted"),
+        ({}, "RUNNING", "submit_prediction"),
+    ],
+)
+def test_what_a_prediction_waits_for_is_said(changed: dict[str, Any], execution: str | None, said: str | None) -> None:
+    waits = waits_for(prediction(**changed), execution, now=100)
+    assert waits is None if said is None else said in str(waits)
+
+
+@pytest.mark.parametrize("older_than", ["10", "-1m", "1w", "", "0m"])
+def test_time_that_is_none_is_said(hooks: Any, capsys: pytest.CaptureFixture[str], older_than: str) -> None:
+    assert "such as 90s" in refused(capsys, "stuck", "--stack", "hooks", f"--older-than={older_than}")
+
+
+# -- files and secrets ---------------------------------------------------------------------------------------------
+
+
+def test_what_could_not_be_copied_again_is_said(
+    hooks: Any,
+    invoked: list[tuple[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["outputs", "archive", ID, "--stack", "hooks"]) == 2
+    assert invoked == [("CopyOutputs", {"id": ID, "again": True})]
+    err = capsys.readouterr().err
+    assert "1 copied, 1 not." in err
+    assert "/1: gone" in err
+
+
+@pytest.fixture
+def secret_values(hooks: Any) -> Callable[[str], str]:
+    create_client: Any = botocore.session.Session().create_client
+    secretsmanager = create_client("secretsmanager", region_name=REGION)
+    for name in (*SECRETS, "token", "signing"):
+        secretsmanager.create_secret(Name=name, SecretString="old")
+    return lambda name: str(secretsmanager.get_secret_value(SecretId=name)["SecretString"])
+
+
+@pytest.mark.parametrize(("secret", "name"), [("webhook-master", "WebhookMasterSecret"), ("links", "LinkSecret")])
+def test_secret_whose_change_ends_what_is_in_use_is_changed_only_by_a_clear_word(
+    secret_values: Callable[[str], str], capsys: pytest.CaptureFixture[str], secret: str, name: str
+) -> None:
+    rotate = ("secrets", "rotate", secret, "--stack", "hooks")
+    assert "--yes" in refused(capsys, *rotate)
+    assert secret_values(name) == "old"
+    assert main([*rotate, "--yes"]) == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"[A-Za-z0-9]{64}", secret_values(name))
+    assert secret_values(name) not in out + err
+
+
+@pytest.mark.parametrize("given", ["", "short\n", "r8_" + "x" * 600, "r8_with spaces\ttabs\n", "r8_ümlaut-token\n"])
+def test_token_that_can_be_none_is_not_stored(
+    secret_values: Callable[[str], str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(given))
+    assert "stdin" in refused(capsys, "secrets", "rotate", "replicate-token", "--stack", "hooks")
+    assert secret_values("token") == "old"
+
+
+def test_new_token_is_stored_as_it_is_and_not_shown(
+    secret_values: Callable[[str], str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("r8_new_token\n"))
+    assert main(["secrets", "rotate", "replicate-token", "--stack", "hooks"]) == 0
+    assert secret_values("token") == "r8_new_token"
+    assert "r8_" not in "".join(capsys.readouterr())
+
+
+# -- what the pages say --------------------------------------------------------------------------------------------
+
+SHOWN = sorted(
+    {
+        re.split(r"\s+[#<>] ?", found)[0].strip()
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for block in re.findall(r"^```(?:bash|console)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        for found in re.findall(r"^(?:\$ )?replicate-serverless (.*)$", block, re.MULTILINE)
+    }
+)
+
+
+@pytest.mark.parametrize("shown", SHOWN)
+def test_command_of_the_readme_or_a_page_is_one(shown: str) -> None:
+    assert parser().parse_args(shlex.split(shown)).stack
+
+
+def test_every_command_is_shown_on_some_page() -> None:
+    whole = "".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    for command in COMMANDS:
+        assert " ".join(command) in whole, command

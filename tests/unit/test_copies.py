@@ -1,10 +1,12 @@
 """Copying outputs: the end is visible only when every file is stored or given up, and only once."""
 
 import hashlib
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from predictions import aws
-from predictions.copies import copy
+from predictions.copies import copy, copy_again
 from predictions.errors import CopyInterrupted
 from predictions.outputs import OutputsBucket
 from predictions.table import Prediction, PredictionsTable
@@ -113,3 +115,54 @@ def test_copied_twice_stores_and_ends_once(
     before = table.get(ended.id)
     run(table, outputs, ended.id, clock)
     assert table.get(ended.id) == before
+
+
+# -- once more, for an operator ------------------------------------------------------------------------------------
+
+
+def again(table: PredictionsTable, outputs: OutputsBucket, prediction_id: str) -> dict[str, Any]:
+    return copy_again(table, outputs, prediction_id, remaining_seconds=lambda: 900)
+
+
+def test_what_could_not_be_copied_is_copied_again_and_the_end_stays_as_it_was_told(
+    table: PredictionsTable, outputs: OutputsBucket, clock: Clock, replicate: ReplicateInMemory, ended: Prediction
+) -> None:
+    replicate.files = {FILE: served(PNG)}
+    run(table, outputs, ended.id, clock)
+    before = table.get(ended.id)
+    replicate.files[OTHER] = served(b"other")
+    assert again(table, outputs, ended.id) == {"stored": ["/2/more"], "failed": []}
+    after = table.get(ended.id)
+    assert before is not None
+    assert after is not None
+    assert replace(after, files_json=before.files_json) == before
+    assert [(file.path, file.bytes, file.error) for file in table.stored_files(after)] == [
+        ("/0", len(PNG), None),
+        ("/2/more", 5, None),
+    ]
+    assert again(table, outputs, ended.id) == {"refused": "No file of it is missing."}
+
+
+def test_file_that_is_still_gone_stays_so_with_its_reason(
+    table: PredictionsTable, outputs: OutputsBucket, clock: Clock, replicate: ReplicateInMemory, ended: Prediction
+) -> None:
+    replicate.files = {FILE: served(PNG)}
+    run(table, outputs, ended.id, clock)
+    before = table.get(ended.id)
+    answer = again(table, outputs, ended.id)
+    assert (answer["stored"], [file["path"] for file in answer["failed"]]) == ([], ["/2/more"])
+    assert answer["failed"][0]["error"]
+    assert table.get(ended.id) == before
+
+
+def test_what_has_not_ended_or_is_deleted_or_unknown_is_not_copied_again(
+    table: PredictionsTable, outputs: OutputsBucket, clock: Clock, replicate: ReplicateInMemory, ended: Prediction
+) -> None:
+    assert "no such" in again(table, outputs, "d" * 26)["refused"]
+    assert "not ended" in again(table, outputs, ended.id)["refused"]
+    replicate.files = {FILE: served(PNG)}
+    run(table, outputs, ended.id, clock)
+    assert table.request_delete(ended.id, clock.now())
+    replicate.files[OTHER] = served(b"other")
+    assert "deleted" in again(table, outputs, ended.id)["refused"]
+    assert keys() == [f"alice/{ended.id}/{ended.upstream_id}/0"]

@@ -97,7 +97,12 @@ def test_table_of_routes_names_those_of_the_template_and_no_others() -> None:
     assert sorted(named("With curl")) == sorted(routes)
 
 
-def test_tables_of_operation_name_every_alarm_and_every_metric() -> None:
+RUNBOOK = BLOCKS.sub("", (ROOT / "docs/runbook.md").read_text())
+
+
+def test_runbook_has_a_section_for_every_alarm_and_a_row_for_every_metric() -> None:
+    sections = re.findall(r"^## (\w+Alarm)$", RUNBOOK, re.MULTILINE)
+    assert sorted(sections) == sorted(resources("AWS::CloudWatch::Alarm"))
     sources = [*(ROOT / "functions").rglob("*.py"), *LIBRARY.glob("*.py")]
     metrics = {
         name
@@ -105,8 +110,8 @@ def test_tables_of_operation_name_every_alarm_and_every_metric() -> None:
         for name in re.findall(r"(?:add_metric|single_metric)\(\s*name=\"(\w+)\"", source.read_text())
     }
     assert metrics
-    expected = metrics | set(resources("AWS::CloudWatch::Alarm"))
-    assert set(named("Operate")) == expected
+    table = RUNBOOK.partition("\n## Metrics\n")[2].partition("\n## ")[0]
+    assert {name for row in rows(table) for name in code(row[0])} == metrics
 
 
 LIMITS = {
@@ -186,10 +191,13 @@ def test_table_of_limits_gives_those_of_the_code(what: str) -> None:
 
 
 def test_table_of_limits_gives_the_throttling_of_the_template() -> None:
-    (settings,) = resources("AWS::Serverless::Api")["Api"]["Properties"]["MethodSettings"]
-    rate, burst = settings["ThrottlingRateLimit"], settings["ThrottlingBurstLimit"]
+    settings, *_ = resources("AWS::Serverless::Api")["Api"]["Properties"]["MethodSettings"]
+    rate, burst = PARAMETERS[settings["ThrottlingRateLimit"]["Ref"]]["Default"], settings["ThrottlingBurstLimit"]
     (limit,) = [row[1] for row in rows(section("Limits")) if row[0] == "requests to the API"]
     assert limit.startswith(f"{rate} a second, bursts of {burst}")
+    public = PARAMETERS["PublicRequestsPerSecond"]["Default"]
+    (limit,) = [row[1] for row in rows(section("Limits")) if row[0] == "requests to a public route"]
+    assert limit.startswith(f"{public} a second")
 
 
 def test_every_make_target_that_is_named_exists() -> None:

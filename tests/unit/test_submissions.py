@@ -9,6 +9,7 @@ from botocore.exceptions import ClientError
 from predictions import aws
 from predictions.errors import PredictionThrottled, Problem
 from predictions.intents import Attempt, Intent, create_intent, model_reference
+from predictions.observability import metrics
 from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions
 from predictions.table import Prediction, PredictionsTable
@@ -949,3 +950,71 @@ def test_database_that_fails_before_the_post_spends_nothing(
     with pytest.raises(ClientError):
         submissions.start(wanted())
     assert replicate.creates == []
+
+
+class TestMeasured:
+    """What alarms and the dashboard read: a metric that nobody emits is an alarm that never comes."""
+
+    @staticmethod
+    def measured() -> dict[str, list[float]]:
+        found = {name: list(each["Value"]) for name, each in metrics.provider.metric_set.items()}
+        metrics.clear_metrics()
+        return found
+
+    def test_poll_counts_the_end_that_it_finds_and_no_other(
+        self, submissions: Submissions, replicate: ReplicateInMemory, table: PredictionsTable, clock: Clock
+    ) -> None:
+        started = submissions.start(wanted())
+        clock.advance(60)
+        self.measured()
+        submissions.poll(started.id)
+        found = self.measured()
+        assert "EndsByPoll" not in found
+        assert found["OpenSeconds"] == [60]
+        assert "SecondsPastDeadline" not in found
+        assert len(found["UpstreamSeconds"]) == 1
+        replicate.finish(current(table, started.id).upstream_id or "", output="done")
+        submissions.poll(started.id)
+        assert self.measured()["EndsByPoll"] == [1]
+        submissions.poll(started.id)
+        assert self.measured() == {}
+
+    def test_what_is_open_past_its_deadline_is_told_with_how_long(
+        self, submissions: Submissions, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        started = submissions.start(wanted(lifetime="10m"))
+        replicate.read_faults = [answer(500)]
+        clock.advance(600 + 1800)
+        self.measured()
+        submissions.poll(started.id)
+        assert self.measured()["SecondsPastDeadline"] == [1800]
+
+    def test_execution_that_the_sweep_starts_is_counted_and_one_that_runs_is_not(
+        self, submissions: Submissions, table: PredictionsTable, executed: Executed, clock: Clock
+    ) -> None:
+        waiting(table, clock, key="k")
+        self.measured()
+        clock.advance(61)
+        assert submissions.sweep(10, lambda: 300) == 1
+        assert self.measured()["ExecutionsReplaced"] == [1]
+        assert len(executed.inputs) == 1
+        clock.advance(600)
+        assert submissions.sweep(10, lambda: 300) == 1
+        assert "ExecutionsReplaced" not in self.measured()
+
+    def test_what_is_open_is_counted_and_a_pause_noted_where_there_is_any(
+        self, submissions: Submissions, table: PredictionsTable, clock: Clock
+    ) -> None:
+        self.measured()
+        submissions.measure()
+        assert self.measured() == {}
+        for key in ("a", "b"):
+            waiting(table, clock, key=key)
+        submissions._limiter.pause_by_command("Moving.")  # the table's, as the command writes it
+        submissions.measure()
+        assert self.measured() == {"OpenItems": [2], "Paused": [1]}
+
+    def test_429_of_replicate_is_counted(self, submissions: Submissions, replicate: ReplicateInMemory) -> None:
+        replicate.faults = [answer(429, {})]
+        submissions.start(wanted(key="k"))
+        assert self.measured()["UpstreamThrottles"] == [1]

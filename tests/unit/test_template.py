@@ -1,5 +1,6 @@
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -333,7 +334,9 @@ def test_everything_of_cloudfront_is_made_only_where_it_is_asked_for() -> None:
 
 @pytest.mark.parametrize("name", QUEUES)
 def test_queue_is_encrypted_and_closed_to_plain_http(name: str) -> None:
-    assert resources("AWS::SQS::Queue")[name]["Properties"]["SqsManagedSseEnabled"] is True
+    assert resources("AWS::SQS::Queue")[name]["Properties"]["SqsManagedSseEnabled"] == {
+        "Fn::If": ["OwnKey", False, True]
+    }
     (policy,) = resources("AWS::SQS::QueuePolicy").values()
     assert {"Ref": name} in policy["Properties"]["Queues"]
     statement, recipes, manifests = policy["Properties"]["PolicyDocument"]["Statement"]
@@ -381,7 +384,7 @@ def test_parameter_has_a_description_a_bound_a_default_and_a_group(name: str) ->
     if "MinValue" in parameter:
         assert parameter["MinValue"] <= parameter["Default"] <= parameter["MaxValue"]
         # Its unit is in its name, its bounds in its description.
-        assert re.search(r"(Seconds|Days|Depth|PerMinute)$", name)
+        assert re.search(r"(Seconds|Days|Depth|PerMinute|PerSecond|Concurrency)$", name)
         assert f"{parameter['MinValue']} to {parameter['MaxValue']}" in parameter["Description"]
     if "AllowedValues" in parameter:
         assert parameter["Default"] in parameter["AllowedValues"]
@@ -419,6 +422,8 @@ def test_parameter_has_a_description_a_bound_a_default_and_a_group(name: str) ->
         ("DomainName", "localhost"),
         ("CertificateArn", "arn:aws:iam::123456789012:server-certificate/x"),
         ("AlarmTopicArn", "arn:aws:sqs:eu-central-1:123456789012:queue"),
+        ("KmsKeyArn", "arn:aws:kms:eu-central-1:123456789012:alias/team"),
+        ("KmsKeyArn", "1234abcd-12ab-34cd-56ef-1234567890ab"),
     ],
 )
 def test_parameter_with_a_malformed_value_is_refused(name: str, value: str) -> None:
@@ -433,6 +438,8 @@ def test_parameter_with_a_malformed_value_is_refused(name: str, value: str) -> N
         ("ReplicateApiUrl", "http://127.0.0.1:4010/v1"),
         ("FileOrigins", "http://127.0.0.1:4010,https://files.example:8443"),
         ("AlarmTopicArn", "arn:aws-us-gov:sns:us-gov-west-1:123456789012:alarms"),
+        ("KmsKeyArn", "arn:aws:kms:eu-central-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"),
+        ("KmsKeyArn", "arn:aws:kms:eu-central-1:123456789012:key/mrk-1234abcd12ab34cd56ef1234567890ab"),
     ],
 )
 def test_parameter_with_a_sound_value_is_taken(name: str, value: str) -> None:
@@ -575,9 +582,26 @@ def test_api_asks_for_a_token_unless_a_route_says_otherwise() -> None:
     assert authorizer["FunctionPayloadType"] == "TOKEN"
     assert authorizer["Identity"] == {"Header": "Authorization", "ReauthorizeEvery": 60}
     assert api["BinaryMediaTypes"] == ["multipart~1form-data"]
-    (settings,) = api["MethodSettings"]
-    assert settings["DataTraceEnabled"] is False
-    assert settings["ThrottlingRateLimit"] > 0
+    assert [settings["DataTraceEnabled"] for settings in api["MethodSettings"]] == [False] * len(api["MethodSettings"])
+
+
+def test_public_routes_have_limits_of_their_own_so_that_strangers_cannot_use_up_that_of_the_callers() -> None:
+    every, *public = load_template()["Resources"]["Api"]["Properties"]["MethodSettings"]
+    assert (every["HttpMethod"], every["ResourcePath"]) == ("*", "/*")
+    assert every["ThrottlingRateLimit"] == {"Ref": "ApiRequestsPerSecond"}
+    open_to_all = {
+        (event["Properties"]["Method"], event["Properties"]["Path"])
+        for function in resources("AWS::Serverless::Function").values()
+        for event in function["Properties"].get("Events", {}).values()
+        if event["Type"] == "Api" and event["Properties"].get("Auth") == {"Authorizer": "NONE"}
+    }
+    assert {
+        # https://docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/aws-properties-apigateway-stage-methodsetting.html
+        (settings["HttpMethod"], settings["ResourcePath"].removeprefix("/").replace("~1", "/"))
+        for settings in public
+    } == open_to_all
+    limits = ("ThrottlingRateLimit", "ThrottlingBurstLimit")
+    assert all(settings[limit] == {"Ref": "PublicRequestsPerSecond"} for settings in public for limit in limits)
 
 
 def test_an_origin_is_allowed_everywhere_or_nowhere() -> None:
@@ -645,7 +669,9 @@ def test_table_is_on_demand_recoverable_expiring_streamed_and_kept() -> None:
     assert properties["PointInTimeRecoverySpecification"] == {"PointInTimeRecoveryEnabled": True}
     assert properties["TimeToLiveSpecification"] == {"AttributeName": "expires_at", "Enabled": True}
     assert properties["StreamSpecification"] == {"StreamViewType": "NEW_AND_OLD_IMAGES"}
-    assert properties["SSESpecification"] == {"SSEEnabled": True}
+    assert properties["SSESpecification"]["Fn::If"][2] == {"SSEEnabled": True}
+    assert properties["DeletionProtectionEnabled"] == {"Fn::If": ["ProtectTable", True, False]}
+    assert PARAMETERS["DeletionProtection"]["Default"] == "true"
     assert (table["DeletionPolicy"], table["UpdateReplacePolicy"]) == ("Retain", "Retain")
 
 
@@ -684,12 +710,6 @@ def test_messages_that_fail_again_and_again_are_kept(queue: str, dead_letters: s
     redrive = queues[queue]["Properties"]["RedrivePolicy"]
     assert redrive["deadLetterTargetArn"] == {"Fn::GetAtt": [dead_letters, "Arn"]}
     assert queues[dead_letters]["Properties"]["MessageRetentionPeriod"] == 14 * 86400
-    watched = [
-        alarm["Properties"]["Dimensions"][0]["Value"]
-        for alarm in resources("AWS::CloudWatch::Alarm").values()
-        if alarm["Properties"]["Namespace"] == "AWS/SQS"
-    ]
-    assert {"Fn::GetAtt": [dead_letters, "QueueName"]} in watched
 
 
 def test_delivery_outlives_its_tries_and_its_message_the_function() -> None:
@@ -845,34 +865,316 @@ def test_sweep_runs_every_minute_and_is_not_repeated() -> None:
     assert sweep["EventInvokeConfig"]["MaximumRetryAttempts"] == 0
 
 
+ALARMS = {name: found["Properties"] for name, found in resources("AWS::CloudWatch::Alarm").items()}
+COMMON = load_template()["Globals"]["Function"]["Environment"]["Variables"]
+SOURCES_OF_METRICS = "".join(
+    path.read_text()
+    for folder in ("functions", "layers/predictions/predictions")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if path.parent.name != "commands"  # of operators
+)
+EMITTED = set(re.findall(r'(?:add_metric|single_metric)\(\s*name="(\w+)"', SOURCES_OF_METRICS))
+
+# Metrics of AWS that alarms and the dashboard read, with the dimensions by which AWS gives them.
+# https://docs.aws.amazon.com/lambda/latest/dg/monitoring-metrics-types.html
+# https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-available-cloudwatch-metrics.html
+# https://docs.aws.amazon.com/step-functions/latest/dg/procedure-cw-metrics.html
+# https://docs.aws.amazon.com/apigateway/latest/developerguide/api-gateway-metrics-and-dimensions.html
+AWS_METRICS = {
+    ("AWS/Lambda", ("FunctionName",)): {"Invocations", "Errors", "Throttles", "Duration", "IteratorAge"},
+    ("AWS/Lambda", ()): {"Throttles"},
+    ("AWS/SQS", ("QueueName",)): {"ApproximateNumberOfMessagesVisible"},
+    ("AWS/States", ("StateMachineArn",)): {"ExecutionsFailed"},
+    ("AWS/ApiGateway", ("ApiName", "Stage")): {"Count", "4XXError", "5XXError", "Latency"},
+}
+
+
+def read_by(alarm: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """The metrics that an alarm reads: namespace, name, dimensions."""
+    found = [each["MetricStat"]["Metric"] for each in alarm.get("Metrics", []) if "MetricStat" in each] or [alarm]
+    return [
+        (each["Namespace"], each["MetricName"], {one["Name"]: one["Value"] for one in each.get("Dimensions", [])})
+        for each in found
+    ]
+
+
+def assert_is_emitted(namespace: str, metric: str, dimensions: dict[str, Any], service: Any) -> None:
+    if namespace == COMMON["POWERTOOLS_METRICS_NAMESPACE"]:
+        assert metric in EMITTED
+        # Powertools' one dimension: what asks for another one watches nothing. One metric has a second.
+        assert dimensions.pop("service") == service
+        assert dimensions.keys() <= ({"status"} if metric == "PredictionsEnded" else set())
+    else:
+        assert metric in AWS_METRICS[namespace, tuple(dimensions)]
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_alarm_reads_metrics_that_exist_tells_the_topic_and_says_where_its_remedy_is(name: str) -> None:
+    alarm = ALARMS[name]
+    for namespace, metric, dimensions in read_by(alarm):
+        assert_is_emitted(namespace, metric, dimensions, COMMON["POWERTOOLS_SERVICE_NAME"])
+    for told in ("AlarmActions", "OKActions"):
+        assert alarm[told] == {"Fn::If": ["NotifyAlarms", [{"Ref": "AlarmTopicArn"}], {"Ref": "AWS::NoValue"}]}
+    # Silence is good news, except from the sweep itself.
+    assert alarm["TreatMissingData"] == ("breaching" if name == "SweepStoppedAlarm" else "notBreaching")
+    text, _, anchor = alarm["AlarmDescription"].rpartition(" ")
+    assert anchor == f"docs/runbook.md#{name.lower()}"
+    assert 40 < len(text) < 900
+    # What one alarm may read: https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/Create-alarm-on-metric-math-expression.html
+    assert sum("MetricStat" in each for each in alarm.get("Metrics", [])) <= 10
+    assert sum(each.get("ReturnData", True) for each in alarm.get("Metrics", [{}])) == 1
+
+
 def test_alarms_watch_what_loses_results_or_money() -> None:
-    alarms = {
-        (alarm["Properties"]["Namespace"], alarm["Properties"]["MetricName"]): alarm["Properties"]
-        for alarm in resources("AWS::CloudWatch::Alarm").values()
+    assert {
+        metric for alarm in ALARMS.values() for space, metric, _ in read_by(alarm) if space == "ReplicateServerless"
+    } == {
+        "CopiesFailed",
+        "UpstreamRefusals",
+        "UpstreamThrottles",
+        "WebhooksRejected",
+        "EndsByPoll",
+        "SecondsToEnd",
+        "ExecutionsReplaced",
+        "SecondsPastDeadline",
+        "Paused",
     }
-    assert alarms.keys() == {
-        ("ReplicateServerless", "CopiesFailed"),
-        ("ReplicateServerless", "UpstreamRefusals"),
-        ("AWS/Lambda", "Errors"),
-        ("AWS/Lambda", "Invocations"),
-        ("AWS/SQS", "ApproximateNumberOfMessagesVisible"),
-        ("AWS/States", "ExecutionsFailed"),
-    }
-    common = load_template()["Globals"]["Function"]["Environment"]["Variables"]
-    for (namespace, metric), alarm in alarms.items():
-        assert alarm["AlarmDescription"]
-        assert alarm["AlarmActions"]["Fn::If"][:2] == ["NotifyAlarms", [{"Ref": "AlarmTopicArn"}]]
-        # Silence is good news, except from the sweep itself.
-        assert alarm["TreatMissingData"] == ("breaching" if metric == "Invocations" else "notBreaching")
-        if namespace == common["POWERTOOLS_METRICS_NAMESPACE"]:
-            # Powertools' one dimension: an alarm with another one would watch nothing.
-            assert alarm["Dimensions"] == [{"Name": "service", "Value": common["POWERTOOLS_SERVICE_NAME"]}]
+    failed = [
+        dimensions["StateMachineArn"]
+        for alarm in ALARMS.values()
+        for _, metric, dimensions in read_by(alarm)
+        if metric == "ExecutionsFailed"
+    ]
+    assert sorted(each["Ref"] for each in failed) == MACHINES
 
 
-@pytest.mark.parametrize("metric", ["CopiesFailed", "DeliveriesFailed", "UpstreamRefusals"])
-def test_metric_that_is_watched_is_one_that_the_code_emits(metric: str) -> None:
-    sources = "".join(path.read_text() for path in (ROOT / "layers/predictions/predictions").glob("*.py"))
-    assert f'metrics.add_metric(name="{metric}"' in sources
+def test_errors_of_every_function_are_watched_but_of_those_that_fail_by_design() -> None:
+    watched = [
+        dimensions["FunctionName"]["Ref"]
+        for alarm in ALARMS.values()
+        for _, metric, dimensions in read_by(alarm)
+        if metric == "Errors"
+    ]
+    by_design = {
+        # They raise PredictionThrottled and CopyInterrupted, which the state machine takes; else its execution fails.
+        "SubmitPredictionFunction",
+        "PollPredictionFunction",
+        "CopyOutputsFunction",
+        # Its deployment fails, and DeadInvocationsAlarm tells.
+        "DeployRecipesFunction",
+    }
+    # The gateway answers 502 where a function fails, and 500 where the authorizer does.
+    behind_the_api = {
+        name
+        for name, function in resources("AWS::Serverless::Function").items()
+        if any(event["Type"] == "Api" for event in function["Properties"].get("Events", {}).values())
+    } | {"AuthorizeRequestFunction"}
+    assert ("AWS/ApiGateway", "5XXError") in [each[:2] for alarm in ALARMS.values() for each in read_by(alarm)]
+    assert sorted(watched) == sorted(set(FUNCTIONS) - by_design - behind_the_api)
+
+
+def kept(destination: Any) -> str:
+    """The queue in which what fails is kept, by how a resource names it."""
+    assert list(destination) == ["Fn::GetAtt"], f"not kept in a queue of this stack: {destination}"
+    queue, attribute = destination["Fn::GetAtt"]
+    assert attribute == "Arn"
+    return str(queue)
+
+
+def dead_letter_queues() -> dict[str, str]:
+    """Every asynchronous hop of the template, and the queue that keeps what does not get across; fails without one."""
+    found: dict[str, str] = {}
+    template = load_template()["Resources"]
+    invoked: set[str] = set()  # asynchronously
+    for name, resource in template.items():
+        properties = resource.get("Properties", {})
+        kind = resource["Type"]
+        if kind == "AWS::Events::Rule":
+            for target in properties["Targets"]:
+                found[f"{name} → {target['Id']}"] = kept(target["DeadLetterConfig"]["Arn"])
+        elif kind == "AWS::Scheduler::Schedule":
+            found[name] = kept(properties["Target"]["DeadLetterConfig"]["Arn"])
+        elif kind == "AWS::Lambda::EventSourceMapping":
+            source, attribute = properties["EventSourceArn"]["Fn::GetAtt"]
+            if attribute == "StreamArn":
+                found[name] = kept(properties["DestinationConfig"]["OnFailure"]["Destination"])
+            else:
+                found[name] = kept(template[source]["Properties"]["RedrivePolicy"]["deadLetterTargetArn"])
+        elif kind.startswith("Custom::"):
+            invoked.add(properties["ServiceToken"]["Fn::GetAtt"][0])
+        elif kind == "AWS::Serverless::Function":
+            for event, source in properties.get("Events", {}).items():
+                if source["Type"] == "ScheduleV2":
+                    found[f"{name} {event}"] = kept(source["Properties"]["DeadLetterConfig"]["Arn"])
+                    invoked.add(name)
+                else:
+                    assert source["Type"] == "Api", f"what keeps what fails of a {source['Type']}?"
+        elif kind == "AWS::S3::Bucket":
+            # To the default bus, which is AWS's own; the rules there are those above.
+            assert properties.get("NotificationConfiguration", {}).keys() <= {"EventBridgeConfiguration"}
+        else:
+            assert kind not in ("AWS::SNS::Subscription", "AWS::Pipes::Pipe", "AWS::Lambda::Permission"), name
+    invoked |= {
+        output["Value"]["Fn::GetAtt"][0]
+        for output in load_template()["Outputs"].values()
+        # Whoever has a function's ARN may have a schedule or a rule invoke it.
+        if "Fn::GetAtt" in output["Value"] and output["Value"]["Fn::GetAtt"][0] in FUNCTIONS
+    }
+    for name in invoked:
+        on_failure = template[name]["Properties"]["EventInvokeConfig"]["DestinationConfig"]["OnFailure"]
+        assert on_failure["Type"] == "SQS"
+        found[f"invocations of {name}"] = kept(on_failure["Destination"])
+    return found
+
+
+def test_what_does_not_get_across_an_asynchronous_hop_is_kept_and_an_alarm_tells() -> None:
+    kept_in = dead_letter_queues()
+    assert len(kept_in) == 9
+    queues = resources("AWS::SQS::Queue")
+    watched = {
+        dimensions["QueueName"]["Fn::GetAtt"][0]
+        for alarm in ALARMS.values()
+        for _, metric, dimensions in read_by(alarm)
+        if metric == "ApproximateNumberOfMessagesVisible" and alarm["Threshold"] == 1
+    }
+    assert (
+        set(kept_in.values())
+        == watched
+        == {name for name in queues if "RedrivePolicy" not in queues[name]["Properties"]}
+    )
+
+
+def test_code_makes_no_asynchronous_hop_without_a_queue_that_keeps_what_fails() -> None:
+    assert "InvocationType" not in SOURCES_OF_METRICS
+    for made in ("put_targets(", "create_schedule("):
+        assert SOURCES_OF_METRICS.count(made) <= 1
+    # The target of recipes' rules and that of their schedules, which are put there and nowhere else.
+    assert SOURCES_OF_METRICS.count('"DeadLetterConfig": {"Arn": self._dead_letter_queue_arn}') == 2
+
+
+# -- dashboard -----------------------------------------------------------------------------------------------------
+
+
+def dashboard() -> list[dict[str, Any]]:
+    widgets: list[dict[str, Any]] = json.loads(
+        load_template()["Resources"]["StackDashboard"]["Properties"]["DashboardBody"]["Fn::Sub"]
+    )["widgets"]
+    return widgets
+
+
+def test_dashboard_shows_every_alarm_and_only_metrics_that_exist() -> None:
+    alarms, *graphs = dashboard()
+    assert alarms["properties"]["alarms"] == [f"${{{name}.Arn}}" for name in ALARMS]
+    for graph in graphs:
+        assert graph["properties"]["region"] == "${AWS::Region}"
+        for row in graph["properties"]["metrics"]:
+            if isinstance(row[0], dict):
+                search = re.fullmatch(
+                    r"""SEARCH\('\{AWS/Lambda,FunctionName\} MetricName="(\w+)" \$\{AWS::StackName\}', '\w+', 300\)""",
+                    row[0]["expression"],
+                )
+                assert search
+                assert search[1] in AWS_METRICS["AWS/Lambda", ("FunctionName",)]
+                continue
+            texts = [each for each in row if isinstance(each, str)]
+            dimensions: dict[str, Any] = dict(zip(texts[2::2], texts[3::2], strict=True))
+            assert_is_emitted(texts[0], texts[1], dimensions, "${AWS::StackName}")
+    shown = {row[1] for graph in graphs for row in graph["properties"]["metrics"] if row[0] == "ReplicateServerless"}
+    assert shown >= {"PredictionsStarted", "PredictionsEnded", "OpenItems", "OpenSeconds", "UpstreamSeconds", "Polls"}
+
+
+def test_dashboard_names_resources_of_the_stack_and_fits_its_grid() -> None:
+    body = load_template()["Resources"]["StackDashboard"]["Properties"]["DashboardBody"]["Fn::Sub"]
+    named = {name.partition(".")[0] for name in re.findall(r"\$\{([^}]+)\}", body)}
+    assert named - {"AWS::Region", "AWS::StackName"} <= load_template()["Resources"].keys()
+    assert not [name for name in named if "Condition" in load_template()["Resources"].get(name, {})]
+    taken = [(x, y) for each in dashboard() for x in range(each["x"], each["x"] + each["width"])
+             for y in range(each["y"], each["y"] + each["height"])]  # fmt: skip
+    assert len(taken) == len(set(taken))
+    assert max(x for x, _ in taken) < 24
+    assert load_template()["Resources"]["StackDashboard"]["Condition"] == "ShowDashboard"
+
+
+# -- a key of one's own --------------------------------------------------------------------------------------------
+
+
+def key_users(policy: str) -> set[str]:
+    return {role["Ref"].removesuffix("Role") for role in load_template()["Resources"][policy]["Properties"]["Roles"]}
+
+
+def test_everything_that_holds_data_is_encrypted_with_the_key_that_is_named() -> None:
+    key = {"Ref": "KmsKeyArn"}
+    encrypted: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
+        "AWS::SQS::Queue": lambda properties: properties["KmsMasterKeyId"]["Fn::If"][:2],
+        "AWS::Logs::LogGroup": lambda properties: properties["KmsKeyId"]["Fn::If"][:2],
+        "AWS::DynamoDB::Table": lambda properties: [
+            properties["SSESpecification"]["Fn::If"][0],
+            properties["SSESpecification"]["Fn::If"][1]["KMSMasterKeyId"],
+        ],
+        "AWS::S3::Bucket": lambda properties: [
+            (chosen := properties["BucketEncryption"]["ServerSideEncryptionConfiguration"][0]["Fn::If"])[0],
+            chosen[1]["ServerSideEncryptionByDefault"]["KMSMasterKeyID"],
+        ],
+    }
+    for kind, found in encrypted.items():
+        for name, resource in resources(kind).items():
+            assert found(resource["Properties"]) == ["OwnKey", key], name
+
+
+def test_role_may_use_the_key_through_the_services_that_it_uses_and_no_others() -> None:
+    def doing(*wanted: str) -> set[str]:
+        return {name for name in [*FUNCTIONS, *MACHINES] if actions(name) & set(wanted)}
+
+    on_table = {name for name in [*FUNCTIONS, *MACHINES] if any(each.startswith("dynamodb:") for each in actions(name))}
+    writing = doing("s3:PutObject")
+    failing = {
+        name
+        for name, function in resources("AWS::Serverless::Function").items()
+        if "DestinationConfig" in function["Properties"].get("EventInvokeConfig", {})
+    }
+    sending = doing("sqs:SendMessage") | failing
+    assert key_users("TableKeyPolicy") == on_table
+    assert key_users("WriteObjectsKeyPolicy") == writing
+    assert key_users("ReadObjectsKeyPolicy") == doing("s3:GetObject") - writing
+    # Besides the roles of the schedules, whose own failures are sent to a queue too.
+    assert key_users("SendMessagesKeyPolicy") == sending | {"Scheduler", "SweepPredictionsFunctionEveryMinute"}
+    # Who receives may decrypt because it sends as well.
+    assert doing("sqs:ReceiveMessage") <= sending
+
+
+@pytest.mark.parametrize(
+    ("name", "service", "allowed"),
+    [
+        (
+            "TableKeyPolicy",
+            "dynamodb",
+            {"Decrypt", "DescribeKey", "Encrypt", "GenerateDataKey", "ReEncryptFrom", "ReEncryptTo"},
+        ),
+        ("ReadObjectsKeyPolicy", "s3", {"Decrypt"}),
+        ("WriteObjectsKeyPolicy", "s3", {"Decrypt", "GenerateDataKey"}),
+        ("SendMessagesKeyPolicy", "sqs", {"Decrypt", "GenerateDataKey"}),
+    ],
+)
+def test_use_of_the_key_is_bound_to_one_service(name: str, service: str, allowed: set[str]) -> None:
+    policy = load_template()["Resources"][name]
+    assert policy["Condition"] == "OwnKey"
+    (statement,) = policy["Properties"]["PolicyDocument"]["Statement"]
+    assert statement["Resource"] == {"Ref": "KmsKeyArn"}
+    assert set(statement["Action"]) == {f"kms:{action}" for action in allowed}
+    via = {"Fn::Sub": f"{service}.${{AWS::Region}}.${{AWS::URLSuffix}}"}
+    assert statement["Condition"] == {"StringEquals": {"kms:ViaService": via}}
+
+
+def test_concurrency_is_reserved_for_webhooks_only_where_it_is_asked_for() -> None:
+    reserved = {
+        name: function["Properties"]["ReservedConcurrentExecutions"]
+        for name, function in resources("AWS::Serverless::Function").items()
+        if "ReservedConcurrentExecutions" in function["Properties"]
+    }
+    asked = ["ReserveForWebhooks", {"Ref": "WebhookReservedConcurrency"}, {"Ref": "AWS::NoValue"}]
+    assert reserved == {"ReceiveWebhookFunction": {"Fn::If": asked}}
+    # A new account has 10, and Lambda lets nothing be reserved of the last 100: the stack could not be deployed.
+    assert PARAMETERS["WebhookReservedConcurrency"]["Default"] == 0
 
 
 def test_outputs_are_those_that_users_and_tools_rely_on() -> None:

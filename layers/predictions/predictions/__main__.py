@@ -1,9 +1,9 @@
 """The command `replicate-serverless`: what an operator does to a deployed stack.
 
     replicate-serverless tokens create --stack NAME --owner alice
-    replicate-serverless urls keys --stack NAME
+    replicate-serverless show ID --stack NAME
+    replicate-serverless dead-letters list requests --stack NAME
     replicate-serverless pause --stack NAME --reason "The model is being changed."
-    replicate-serverless limits set alice --stack NAME --in-flight 20 --per-day 5000
 
 What a command makes goes to stdout, and nothing else does: `TOKEN=$(replicate-serverless tokens create …)`
 works.
@@ -11,103 +11,256 @@ Exit codes: 0 done; 2 not done, and stderr says why and what to do.
 """
 
 import argparse
-import json
-import os
-import re
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import botocore.session
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError
 
-from predictions.access import AccessTokens, Scope, is_owner
-from predictions.dead_requests import DeadRequests
-from predictions.deliveries import EVENTS, DeadLetters, DeliveriesQueue, Delivery
+from predictions.access import Scope
+from predictions.commands import flow, letters, story, tokens, upkeep, urls, webhooks
+from predictions.commands.stack import Stack
+from predictions.deliveries import EVENTS
 from predictions.errors import PredictionsError
-from predictions.limiter import Limiter
-from predictions.limits import IN_FLIGHT_MAX, PER_DAY_MAX, LimitInvalid, OwnerLimits, OwnersLimits
-from predictions.outputs import OutputsBucket
-from predictions.owner_secrets import SecretVersions
-from predictions.table import PredictionsTable, is_id
+from predictions.limits import IN_FLIGHT_MAX, PER_DAY_MAX
+
+_PROGRAM = "replicate-serverless"
 
 
-class StackUnusable(PredictionsError):
-    """The named stack is not there, or is not one of this project's."""
+@dataclass(frozen=True)
+class _Argument:
+    names: tuple[str, ...]
+    options: Mapping[str, Any]
 
 
-class CannotDeliver(PredictionsError):
-    """There is nothing to deliver, or nobody to deliver it to; the message says which."""
+@dataclass(frozen=True)
+class _Command:
+    """One command: what it runs with the stack and the parsed arguments, what it is for, and an example of its use."""
+
+    run: Callable[[Stack, argparse.Namespace], None]
+    help: str
+    example: str
+    arguments: tuple[_Argument, ...] = ()
 
 
-LOOK_SECONDS = 30
-"""For how long `webhooks failed` and `requests list` hide what they have shown from the next look."""
-
-_BODY_SHOWN_CHARACTERS = 60
-
-
-class CannotRedrive(PredictionsError):
-    """There is no such dead letter, or what tries it once more fails; the message says which."""
+@dataclass(frozen=True)
+class _Group:
+    help: str
+    commands: Mapping[str, _Command]
 
 
-class ReasonUnusable(PredictionsError):
-    """The reason given for a pause cannot be shown to callers."""
+def _argument(*names: str, **options: Any) -> _Argument:
+    return _Argument(names, options)
 
 
-class KeysExist(PredictionsError):
-    """There is a key pair for signed URLs already, and URLs may have been signed with it."""
+def _flag(name: str, what: str) -> _Argument:
+    return _argument(name, action="store_true", help=what)
 
 
-class CryptographyMissing(PredictionsError):
-    """A key pair cannot be made without the package `cryptography`."""
+_LIST_AS_JSON = _flag("--json", "as a JSON list of objects")
+_AS_JSON = _flag("--json", "as a JSON object")
+_OWNER = _argument("owner", metavar="OWNER", help="whose")
+_ID = _argument("id", metavar="ID", help="the prediction's id")
+_QUEUE = _argument("queue", metavar="QUEUE", choices=letters.QUEUES, help=f"one of {', '.join(letters.QUEUES)}")
+_ONE_LETTER = _argument("--id", help="only this one, by the id that `dead-letters list` shows")
 
-
-class Stack:
-    """A deployed stack, found by its name, with the region and credentials of the command line.
-
-    Region: `--region`, else AWS_REGION, else as botocore finds one. AWS_ENDPOINT_URL is honoured.
-    """
-
-    def __init__(self, name: str, region: str | None, profile: str | None) -> None:
-        self._name = name
-        self._region = region or os.environ.get("AWS_REGION") or None
-        self._session = botocore.session.Session(profile=profile)
-
-    def client(self, service_name: str) -> Any:
-        """A client of an AWS service in the stack's region."""
-        return self._session.create_client(service_name, region_name=self._region)
-
-    def output(self, key: str) -> str:
-        """The value of one of the stack's outputs, such as `TableName`.
-
-        Raises:
-            StackUnusable: There is no such stack, or it has no such output.
-        """
-        cloudformation = self.client("cloudformation")
-        try:
-            stack = cloudformation.describe_stacks(StackName=self._name)["Stacks"][0]
-        except ClientError as error:
-            if "does not exist" not in error.response["Error"].get("Message", ""):
-                raise
-            raise StackUnusable(
-                f"There is no stack {self._name!r} in {cloudformation.meta.region_name}."
-                " Check its name, --region and --profile."
-            ) from error
-        for output in stack.get("Outputs", []):
-            if output["OutputKey"] == key:
-                return str(output["OutputValue"])
-        raise StackUnusable(
-            f"The stack {self._name!r} ({stack['StackStatus']}) has no output {key}:"
-            " either it is not one of replicate-serverless, or it is not deployed completely."
-        )
+_COMMANDS: Mapping[str, _Command | _Group] = {
+    "show": _Command(
+        story.show,
+        "tell a prediction's story: what happened when, its files, and what it waits for",
+        "show yyys72zxolexwjthl2aalbmehp --stack NAME",
+        (
+            _ID,
+            _flag("--input", "its input, too"),
+            _flag("--output", "its output and the model's logs, too"),
+            _flag("--no-log", "do not search the functions' log, which may take a while"),
+            _AS_JSON,
+        ),
+    ),
+    "stuck": _Command(
+        story.stuck,
+        "list what is open and should have moved on, and what it waits for",
+        "stuck --stack NAME --older-than 1h",
+        (
+            _argument("--older-than", default="10m", help="how long ago, such as 90s, 10m, 2h or 1d (default: 10m)"),
+            _LIST_AS_JSON,
+        ),
+    ),
+    "dead-letters": _Group(
+        "count, list, try again and forget what was given up",
+        {
+            "count": _Command(
+                letters.count_letters,
+                "how many there are of each queue",
+                "dead-letters count --stack NAME",
+                (_AS_JSON,),
+            ),
+            "list": _Command(
+                letters.list_letters,
+                f"list those of a queue, and why; each is then hidden for {letters.LOOK_SECONDS} seconds",
+                "dead-letters list requests --stack NAME",
+                (_QUEUE, _LIST_AS_JSON),
+            ),
+            "redrive": _Command(
+                letters.redrive_letters,
+                "try them once more, as what they were: nothing is started or told twice",
+                "dead-letters redrive webhooks --stack NAME",
+                (_QUEUE, _ONE_LETTER),
+            ),
+            "forget": _Command(
+                letters.forget_letters,
+                "delete one, or all of a queue",
+                "dead-letters forget invocations --all --stack NAME",
+                (_QUEUE, _ONE_LETTER, _flag("--all", "all that there are now")),
+            ),
+        },
+    ),
+    "outputs": _Group(
+        "copy files again",
+        {
+            "archive": _Command(
+                upkeep.archive,
+                "copy what could not be copied when predictions ended, while Replicate has it",
+                "outputs archive yyys72zxolexwjthl2aalbmehp --stack NAME",
+                (_argument("ids", metavar="ID", nargs="+", help="ids of predictions that have ended"),),
+            )
+        },
+    ),
+    "webhooks": _Group(
+        "send webhooks again, and rotate the secrets of owners",
+        {
+            "redeliver": _Command(
+                webhooks.redeliver,
+                "send one prediction's webhook again",
+                "webhooks redeliver yyys72zxolexwjthl2aalbmehp --stack NAME",
+                (
+                    _ID,
+                    _argument("--event", choices=EVENTS, default="completed", help="which one (default: %(default)s)"),
+                ),
+            ),
+            "rotate": _Command(
+                webhooks.rotate_secret,
+                "give an owner a new secret; the old one signs too for 24 h",
+                "webhooks rotate --owner alice --stack NAME",
+                (
+                    _argument("--owner", required=True, help="whose secret"),
+                    _flag("--force", "also within 24 hours of the last rotation"),
+                ),
+            ),
+        },
+    ),
+    "secrets": _Group(
+        "change the stack's secrets",
+        {
+            "rotate": _Command(
+                upkeep.rotate,
+                "give a secret another value: Replicate's token from stdin, others a random one",
+                "secrets rotate replicate-token --stack NAME < new-token.txt",
+                (
+                    _argument(
+                        "secret",
+                        metavar="SECRET",
+                        choices=("replicate-token", *upkeep.MADE),
+                        help=f"one of {', '.join(('replicate-token', *upkeep.MADE))}",
+                    ),
+                    _flag("--yes", "also where that ends what is in use"),
+                ),
+            ),
+            "refresh": _Command(
+                upkeep.refresh,
+                "ask Replicate for the secret with which it signs webhooks; the sweep does every ten minutes",
+                "secrets refresh --stack NAME",
+            ),
+        },
+    ),
+    "tokens": _Group(
+        "create, list and revoke access tokens of the API",
+        {
+            "create": _Command(
+                tokens.create_token,
+                "create a token; it goes to stdout, this once",
+                "tokens create --owner alice --name laptop --stack NAME",
+                (
+                    _argument("--owner", required=True, help="whose predictions it sees: a-z, 0-9 and '-', at most 32"),
+                    _argument(
+                        "--scopes",
+                        default=f"{Scope.PREDICT},{Scope.READ}",
+                        help=f"comma separated, of {', '.join(Scope)} (default: %(default)s)",
+                    ),
+                    _argument("--name", default="", help="a label, such as the machine it is used on"),
+                ),
+            ),
+            "list": _Command(
+                tokens.list_tokens, "list tokens, oldest first", "tokens list --stack NAME", (_LIST_AS_JSON,)
+            ),
+            "revoke": _Command(
+                tokens.revoke_token,
+                "revoke a token",
+                "tokens revoke abcdef123456 --stack NAME",
+                (_argument("id", metavar="ID", help="the token's id as `tokens list` shows it"),),
+            ),
+        },
+    ),
+    "limits": _Group(
+        "limit owners: predictions in flight, and per day",
+        {
+            "set": _Command(
+                flow.set_limits,
+                "give an owner these limits, and no others",
+                "limits set alice --in-flight 20 --per-day 5000 --stack NAME",
+                (
+                    _OWNER,
+                    _argument("--in-flight", type=int, help=f"started and not ended at once, 0 to {IN_FLIGHT_MAX}"),
+                    _argument("--per-day", type=int, help=f"started in a day (UTC), 0 to {PER_DAY_MAX}"),
+                ),
+            ),
+            "list": _Command(
+                flow.list_limits, "list the owners with limits", "limits list --stack NAME", (_LIST_AS_JSON,)
+            ),
+            "remove": _Command(
+                flow.remove_limits, "take an owner's limits away", "limits remove alice --stack NAME", (_OWNER,)
+            ),
+        },
+    ),
+    "pause": _Command(
+        flow.pause,
+        "hold all new submissions until `resume`",
+        'pause --reason "We move to another account until noon." --stack NAME',
+        (
+            _argument(
+                "--reason",
+                default="Its operator has paused it.",
+                help="a sentence that callers are shown, at most 200 characters (default: %(default)s)",
+            ),
+        ),
+    ),
+    "resume": _Command(flow.resume, "end a pause, by command or automatic", "resume --stack NAME"),
+    "status": _Command(
+        flow.show_status, "show whether submissions are paused, and what waits", "status --stack NAME", (_AS_JSON,)
+    ),
+    "urls": _Group(
+        "make the key pair of signed URLs of output files",
+        {
+            "keys": _Command(
+                urls.make_url_keys,
+                "store a new private key in Secrets Manager; the parameters for `sam deploy` go to stdout",
+                "urls keys --stack NAME > keys.yaml",
+            )
+        },
+    ),
+    "kept": _Command(
+        upkeep.kept,
+        "list the table and the buckets, which a deletion of the stack leaves; before and after it",
+        "kept --stack NAME",
+        (_LIST_AS_JSON,),
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         arguments.run(Stack(arguments.stack, arguments.region, arguments.profile), arguments)
     except NoCredentialsError:
@@ -119,442 +272,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _create_token(stack: Stack, arguments: argparse.Namespace) -> None:
-    scopes = [scope.strip() for scope in arguments.scopes.split(",")]
-    token, access = _access_tokens(stack).create(arguments.owner, scopes, arguments.name)
-    # Stored, the token cannot be shown again: nothing may come between the two.
-    print(token, flush=True)
-    print(
-        f"Token {access.id} for {access.owner}: {', '.join(access.scopes)}. It is shown only this once.",
-        file=sys.stderr,
-    )
-
-
-def _list_tokens(stack: Stack, arguments: argparse.Namespace) -> None:
-    tokens = _access_tokens(stack).list()
-    if arguments.json:
-        print(json.dumps([asdict(token) for token in tokens], indent=2))
-        return
-    rows = [
-        (
-            token.id,
-            token.owner,
-            ",".join(token.scopes),
-            token.token_hint,
-            token.created_at[:19] + "Z",
-            token.name,
-        )
-        for token in tokens
-    ]
-    _print_table(("ID", "OWNER", "SCOPES", "ENDS IN", "CREATED", "NAME"), rows)
-
-
-def _revoke_token(stack: Stack, arguments: argparse.Namespace) -> None:
-    access = _access_tokens(stack).revoke(arguments.id)
-    print(
-        f"Token {access.id} of {access.owner} is revoked; the API refuses it within 60 seconds.",
-        file=sys.stderr,
-    )
-
-
-def _redeliver(stack: Stack, arguments: argparse.Namespace) -> None:
-    outputs = OutputsBucket(stack.output("OutputsBucketName"))
-    table = PredictionsTable(stack.output("TableName"), outputs, stack.client("dynamodb"))
-    prediction = table.get(arguments.id) if is_id(arguments.id) else None
-    if prediction is None:
-        raise CannotDeliver(f"There is no prediction {arguments.id[:64]!r}.")
-    if not prediction.webhook:
-        raise CannotDeliver(f"The prediction {prediction.id} was asked for without a webhook.")
-    if arguments.event == "completed" and (not prediction.terminal or prediction.awaits_copy):
-        raise CannotDeliver(f"The prediction {prediction.id} has not ended: its webhook is sent when it has.")
-    # Numbered as the first time, or for what may come often as the last one: a receiver that has it can tell.
-    number = 1 if arguments.event in ("start", "completed") else 0
-    delivery = Delivery(prediction.id, arguments.event, number, int(time.time()))
-    _deliveries_queue(stack).send(delivery)
-    print(f"Queued, with the webhook-id {delivery.webhook_id}.", file=sys.stderr)
-
-
-def _list_failed(stack: Stack, arguments: argparse.Namespace) -> None:
-    letters = list(_dead_letters(stack).look(LOOK_SECONDS))
-    if arguments.json:
-        found = [
-            {**(asdict(letter.delivery) if letter.delivery else {"message": letter.body}), "reason": letter.reason}
-            for letter in letters
-        ]
-        print(json.dumps(found, indent=2))
-        return
-    _print_table(
-        ("ID", "EVENT", "DUE", "REASON"),
-        [
-            (each.delivery.id, each.delivery.event, _second(each.delivery.first_at), each.reason)
-            if each.delivery
-            else ("-", "-", "-", each.reason)
-            for each in letters
-        ],
-    )
-
-
-def _redrive(stack: Stack, arguments: argparse.Namespace) -> None:  # noqa: ARG001  # every command is called with both
-    queue, dead_letters = _deliveries_queue(stack), _dead_letters(stack)
-    count = left = 0
-    for letter in dead_letters.look(LOOK_SECONDS):
-        if letter.delivery is None:
-            left += 1
-            continue
-        # In this order: a crash in between delivers it twice, under one id, and loses nothing.
-        queue.send(replace(letter.delivery, first_at=int(time.time())))
-        dead_letters.forget(letter)
-        count += 1
-    print(f"Queued again: {count}. Each is tried for another 24 hours.", file=sys.stderr)
-    if left:
-        print(f"Left where they are, since they are no deliveries: {left}.", file=sys.stderr)
-
-
-def _list_requests(stack: Stack, arguments: argparse.Namespace) -> None:
-    letters = sorted(_dead_requests(stack).look(LOOK_SECONDS), key=lambda letter: letter.sent_at)
-    if arguments.json:
-        shown = ("id", "sender", "sent_at", "reason", "body")
-        print(json.dumps([{name: getattr(letter, name) for name in shown} for letter in letters], indent=2))
-        return
-    _print_table(
-        ("ID", "SENT", "REASON", "BODY"),
-        [(each.id, _second(each.sent_at), _line(each.reason, 100), _line(_hidden(each.body), _BODY_SHOWN_CHARACTERS))
-         for each in letters],
-    )  # fmt: skip
-
-
-def _redrive_requests(stack: Stack, arguments: argparse.Namespace) -> None:
-    dead_requests, function = _dead_requests(stack), stack.output("StartFromQueueFunctionName")
-    lambda_ = stack.client("lambda")
-    count = left = 0
-    # Before any is tried: one that is refused again comes back as a new letter, which would be met once more.
-    for letter in list(dead_requests.look(LOOK_SECONDS)):
-        if arguments.id not in (None, letter.id):
-            continue
-        answer = lambda_.invoke(FunctionName=function, Payload=json.dumps(letter.event()).encode())
-        said = answer["Payload"].read().decode()
-        if answer.get("FunctionError"):
-            raise CannotRedrive(f"start_from_queue fails over {letter.id}, which stays where it is: {said[:500]}")
-        if json.loads(said)["batchItemFailures"]:
-            left += 1
-            continue
-        # In this order: a crash in between tries it twice, which starts nothing twice, and loses nothing.
-        dead_requests.forget(letter)
-        count += 1
-    if arguments.id is not None and not count + left:
-        raise CannotRedrive(
-            f"There is no dead letter {arguments.id[:100]!r}. One that was listed is hidden for {LOOK_SECONDS} seconds."
-        )
-    print(f"Tried once more: {count}. What is refused again is listed again.", file=sys.stderr)
-    if left:
-        print(f"Left where they are, since AWS did not let them start (see the log): {left}.", file=sys.stderr)
-
-
-def _dead_requests(stack: Stack) -> DeadRequests:
-    return DeadRequests(stack.output("RequestsDeadLetterQueueUrl"), stack.client("sqs"))
-
-
-def _hidden(body: str) -> str:
-    """A body without the token of a state that waits, which is somebody's to keep."""
-    return re.sub(r'("task_token"\s*:\s*")[^"]*', r"\1…", body)
-
-
-def _line(text: str, characters: int) -> str:
-    """A text of strangers as a part of a line: nothing in it moves the terminal's cursor."""
-    shown = "".join(each if each.isprintable() else " " for each in text[: characters + 1])
-    return shown if len(shown) <= characters else shown[: characters - 1] + "…"
-
-
-def _rotate_secret(stack: Stack, arguments: argparse.Namespace) -> None:
-    if not is_owner(arguments.owner):
-        raise CannotDeliver(f"The owner {arguments.owner[:64]!r} must be 1 to 32 of a-z, 0-9 and '-'.")
-    versions = SecretVersions(stack.output("TableName"), stack.client("dynamodb"))
-    rotated = versions.rotate(arguments.owner, time.time(), force=arguments.force)
-    print(
-        f"The webhook secret of {arguments.owner} is now version {rotated.version}."
-        " GET /webhooks/default/secret gives it; webhooks carry a signature of the old one too for 24 hours.",
-        file=sys.stderr,
-    )
-
-
-def _pause(stack: Stack, arguments: argparse.Namespace) -> None:
-    reason = arguments.reason.strip()
-    if not 1 <= len(reason) <= 200 or not reason.isprintable():
-        raise ReasonUnusable("The reason must be 1 to 200 printable characters: callers are shown it.")
-    _limiter(stack).pause_by_command(reason)
-    print("Nothing is submitted from now on (within a second or two). `resume` ends that.", file=sys.stderr)
-
-
-def _resume(stack: Stack, arguments: argparse.Namespace) -> None:  # noqa: ARG001  # every command is called with both
-    _limiter(stack).resume()
-    print("Submissions go on; what waited follows within 5 minutes.", file=sys.stderr)
-
-
-def _show_status(stack: Stack, arguments: argparse.Namespace) -> None:
-    now = time.time()
-    state = _limiter(stack).limiter_state()
-    pause = state.pause(now)
-    shown = {
-        "paused": pause is not None,
-        "paused_by": pause.by if pause else None,
-        "pause_reason": pause.reason if pause else None,
-        "paused_since": _second(int(pause.since)) if pause else None,
-        "paused_until": _second(int(pause.until)) if pause and pause.until else None,
-        "throttled_seconds": max(0, round(state.blocked_until / 1000 - now)),
-        "queue_reserved_seconds": max(0, round(state.queue_at / 1000 - now)),
-        "http_reserved_seconds": max(0, round(state.http_at / 1000 - now)),
-    }
-    if arguments.json:
-        print(json.dumps(shown, indent=2))
-        return
-    until = f"until {shown['paused_until']}" if shown["paused_until"] else "until `resume`"
-    rows = [
-        ("submissions", f"paused by {pause.by} since {shown['paused_since']}, {until}" if pause else "go on"),
-        *([("reason", pause.reason)] if pause else []),
-        ("Replicate's own limit", f"holds creates for {shown['throttled_seconds']} s"),
-        ("reserved by others", f"for {shown['queue_reserved_seconds']} s"),
-        ("reserved over HTTP", f"for {shown['http_reserved_seconds']} s"),
-    ]
-    _print_table(("WHAT", "IS"), rows)
-
-
-def _set_limits(stack: Stack, arguments: argparse.Namespace) -> None:
-    limits = OwnerLimits(arguments.in_flight, arguments.per_day)
-    _owners_limits(stack).set_limits(_owner_of_limits(arguments), limits)
-    print(f"The limits of {arguments.owner} are {_limits_text(limits)}, within a minute.", file=sys.stderr)
-
-
-def _list_limits(stack: Stack, arguments: argparse.Namespace) -> None:
-    found = list(_owners_limits(stack).list_limits())
-    if arguments.json:
-        print(json.dumps([{"owner": owner, **asdict(limits)} for owner, limits in found], indent=2))
-        return
-    texts = [
-        (owner, *("-" if limit is None else str(limit) for limit in (limits.in_flight, limits.per_day)))
-        for owner, limits in found
-    ]
-    _print_table(("OWNER", "IN FLIGHT", "PER DAY"), texts)
-
-
-def _remove_limits(stack: Stack, arguments: argparse.Namespace) -> None:
-    _owners_limits(stack).remove_limits(_owner_of_limits(arguments))
-    print(f"{arguments.owner} has no limits any more, within a minute.", file=sys.stderr)
-
-
-def _limits_text(limits: OwnerLimits) -> str:
-    given = ((limits.in_flight, "in flight"), (limits.per_day, "a day"))
-    return " and ".join(f"{limit} {name}" for limit, name in given if limit is not None)
-
-
-def _owner_of_limits(arguments: argparse.Namespace) -> str:
-    owner: str = arguments.owner
-    if not is_owner(owner):
-        raise LimitInvalid(f"The owner {owner[:64]!r} must be 1 to 32 of a-z, 0-9 and '-'.")
-    return owner
-
-
-def _owners_limits(stack: Stack) -> OwnersLimits:
-    return OwnersLimits(stack.output("TableName"), stack.client("dynamodb"))
-
-
-def _limiter(stack: Stack) -> Limiter:
-    return Limiter(stack.output("TableName"), stack.client("dynamodb"))
-
-
-def _deliveries_queue(stack: Stack) -> DeliveriesQueue:
-    return DeliveriesQueue(stack.output("DeliveriesQueueUrl"), stack.client("sqs"))
-
-
-def _dead_letters(stack: Stack) -> DeadLetters:
-    return DeadLetters(stack.output("DeliveriesDeadLetterQueueUrl"), stack.client("sqs"))
-
-
-def _second(moment: int) -> str:
-    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _print_table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    table = [heading, *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _make_url_keys(stack: Stack, arguments: argparse.Namespace) -> None:
-    """Puts a private key into Secrets Manager; stdout gets what `sam deploy` needs to know of it."""
-    try:
-        from cryptography.hazmat.primitives.asymmetric import rsa
-        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-    except ImportError:
-        raise CryptographyMissing("Install the package with its extra: replicate-serverless[cli].") from None
-    from predictions.output_urls import PrivateKey
-
-    # The one size that CloudFront takes.
-    # https://docs.aws.amazon.com/AmazonCloudFront/latest/DeveloperGuide/private-content-trusted-signers.html
-    made = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    numbers = made.private_numbers()
-    name = f"{arguments.stack}/output-urls"
-    secretsmanager = stack.client("secretsmanager")
-    try:
-        secret = secretsmanager.create_secret(
-            Name=name,
-            Description=f"Private key of the signed URLs of {arguments.stack}.",
-            SecretString=PrivateKey(numbers.p, numbers.q, 65537).to_json(),
-        )
-    except secretsmanager.exceptions.ResourceExistsException:
-        raise KeysExist(
-            f"The secret {name} exists, and the stack may sign with it. For a new pair, deploy with"
-            " OutputUrls=presigned, delete that secret without recovery, and call this again."
-        ) from None
-    public_key = made.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-    parameters = {"OutputUrls": "cloudfront", "OutputUrlPublicKey": public_key, "OutputUrlSecretArn": secret["ARN"]}
-    print(json.dumps(parameters, indent=2))  # which is YAML too, as `sam deploy` wants it
-    print(f"The private key is in the secret {name} and nowhere else. Deploy with these parameters.", file=sys.stderr)
-
-
-def _access_tokens(stack: Stack) -> AccessTokens:
-    return AccessTokens(stack.output("TableName"), stack.client("dynamodb"))
-
-
 def _refuse(message: str) -> int:
-    print(f"replicate-serverless: {message}", file=sys.stderr)
+    print(f"{_PROGRAM}: {message}", file=sys.stderr)
     return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    """Every command sets `run`, called with the stack and the parsed arguments."""
-    stack = argparse.ArgumentParser(add_help=False)
-    stack.add_argument("--stack", required=True, help="name of the deployed CloudFormation stack")
-    stack.add_argument("--region", help="AWS region of the stack (default: AWS_REGION, else the profile's)")
-    stack.add_argument("--profile", help="profile of the AWS configuration to use")
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands; what it parses has `run`, called with the stack and the parsed arguments."""
+    made = argparse.ArgumentParser(
+        prog=_PROGRAM, description="Operate a deployed replicate-serverless stack.", allow_abbrev=False
+    )
+    commands = made.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, each in _COMMANDS.items():
+        if isinstance(each, _Command):
+            _add(commands, name, each)
+            continue
+        group = commands.add_parser(name, help=each.help, description=f"{_sentence(each.help)}")
+        inner = group.add_subparsers(title="commands", required=True, metavar="COMMAND")
+        for own_name, command in each.commands.items():
+            _add(inner, own_name, command)
+    return made
 
-    parser = argparse.ArgumentParser(
-        prog="replicate-serverless",
-        description="Operate a deployed replicate-serverless stack.",
+
+def _add(commands: Any, name: str, command: _Command) -> None:
+    added = commands.add_parser(
+        name,
+        help=command.help,
+        description=_sentence(command.help),
+        epilog=f"example: {_PROGRAM} {command.example}",
         allow_abbrev=False,
     )
-    groups = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for argument in command.arguments:
+        added.add_argument(*argument.names, **argument.options)
+    added.add_argument("--stack", required=True, help="name of the deployed CloudFormation stack")
+    added.add_argument("--region", help="AWS region of the stack (default: AWS_REGION, else the profile's)")
+    added.add_argument("--profile", help="profile of the AWS configuration to use")
+    added.set_defaults(run=command.run)
 
-    tokens = groups.add_parser("tokens", help="create, list and revoke access tokens of the API")
-    commands = tokens.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    create = commands.add_parser(
-        "create", parents=[stack], help="create a token; it goes to stdout, this once", allow_abbrev=False
-    )
-    create.add_argument("--owner", required=True, help="whose predictions it sees: a-z, 0-9 and '-', at most 32")
-    create.add_argument(
-        "--scopes",
-        default=f"{Scope.PREDICT},{Scope.READ}",
-        help=f"comma separated, of {', '.join(Scope)} (default: %(default)s)",
-    )
-    create.add_argument("--name", default="", help="a label, such as the machine it is used on")
-    create.set_defaults(run=_create_token)
-
-    list_ = commands.add_parser("list", parents=[stack], help="list tokens, oldest first", allow_abbrev=False)
-    list_.add_argument("--json", action="store_true", help="as a JSON list of objects")
-    list_.set_defaults(run=_list_tokens)
-
-    revoke = commands.add_parser("revoke", parents=[stack], help="revoke a token", allow_abbrev=False)
-    revoke.add_argument("id", metavar="ID", help="the token's id as `tokens list` shows it")
-    revoke.set_defaults(run=_revoke_token)
-
-    webhooks = groups.add_parser("webhooks", help="send webhooks again, list what failed, rotate secrets")
-    commands = webhooks.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    redeliver = commands.add_parser(
-        "redeliver", parents=[stack], help="send one prediction's webhook again", allow_abbrev=False
-    )
-    redeliver.add_argument("id", metavar="ID", help="the prediction's id")
-    redeliver.add_argument("--event", choices=EVENTS, default="completed", help="which one (default: %(default)s)")
-    redeliver.set_defaults(run=_redeliver)
-
-    failed = commands.add_parser(
-        "failed",
-        parents=[stack],
-        help=f"list the webhooks that were given up; each is then hidden for {LOOK_SECONDS} seconds",
-        allow_abbrev=False,
-    )
-    failed.add_argument("--json", action="store_true", help="as a JSON list of objects")
-    failed.set_defaults(run=_list_failed)
-
-    redrive = commands.add_parser(
-        "redrive", parents=[stack], help="send all webhooks that were given up again", allow_abbrev=False
-    )
-    redrive.set_defaults(run=_redrive)
-
-    rotate = commands.add_parser(
-        "rotate", parents=[stack], help="give an owner a new secret; the old one signs too for 24 h", allow_abbrev=False
-    )
-    rotate.add_argument("--owner", required=True, help="whose secret")
-    rotate.add_argument("--force", action="store_true", help="also within 24 hours of the last rotation")
-    rotate.set_defaults(run=_rotate_secret)
-
-    requests = groups.add_parser("requests", help="list and put back what the requests queue could not start")
-    commands = requests.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    dead = commands.add_parser(
-        "list",
-        parents=[stack],
-        help=f"list the messages that started nothing, and why; each is then hidden for {LOOK_SECONDS} seconds",
-        allow_abbrev=False,
-    )
-    dead.add_argument("--json", action="store_true", help="as a JSON list of objects, with whole bodies")
-    dead.set_defaults(run=_list_requests)
-
-    back = commands.add_parser(
-        "redrive",
-        parents=[stack],
-        help="try them once more, as the requests that they were: nothing is started twice",
-        allow_abbrev=False,
-    )
-    back.add_argument("--id", help="only this one, by the id that `requests list` shows")
-    back.set_defaults(run=_redrive_requests)
-
-    urls = groups.add_parser("urls", help="make the key pair of signed URLs of output files")
-    commands = urls.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    keys = commands.add_parser(
-        "keys",
-        parents=[stack],
-        help="store a new private key in Secrets Manager; the parameters for `sam deploy` go to stdout",
-        allow_abbrev=False,
-    )
-    keys.set_defaults(run=_make_url_keys)
-
-    pause = groups.add_parser(
-        "pause", parents=[stack], help="hold all new submissions until `resume`", allow_abbrev=False
-    )
-    pause.add_argument(
-        "--reason",
-        default="Its operator has paused it.",
-        help="a sentence that callers are shown, at most 200 characters (default: %(default)s)",
-    )
-    pause.set_defaults(run=_pause)
-    resume = groups.add_parser(
-        "resume", parents=[stack], help="end a pause, by command or automatic", allow_abbrev=False
-    )
-    resume.set_defaults(run=_resume)
-    status = groups.add_parser(
-        "status", parents=[stack], help="show whether submissions are paused, and what waits", allow_abbrev=False
-    )
-    status.add_argument("--json", action="store_true", help="as a JSON object")
-    status.set_defaults(run=_show_status)
-
-    limits = groups.add_parser("limits", help="limit owners: predictions in flight, and per day")
-    commands = limits.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    set_ = commands.add_parser(
-        "set", parents=[stack], help="give an owner these limits, and no others", allow_abbrev=False
-    )
-    set_.add_argument("owner", metavar="OWNER", help="whose")
-    set_.add_argument("--in-flight", type=int, help=f"started and not ended at once, 0 to {IN_FLIGHT_MAX}")
-    set_.add_argument("--per-day", type=int, help=f"started in a day (UTC), 0 to {PER_DAY_MAX}")
-    set_.set_defaults(run=_set_limits)
-    listed = commands.add_parser("list", parents=[stack], help="list the owners with limits", allow_abbrev=False)
-    listed.add_argument("--json", action="store_true", help="as a JSON list of objects")
-    listed.set_defaults(run=_list_limits)
-    remove = commands.add_parser("remove", parents=[stack], help="take an owner's limits away", allow_abbrev=False)
-    remove.add_argument("owner", metavar="OWNER", help="whose")
-    remove.set_defaults(run=_remove_limits)
-    return parser
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 if __name__ == "__main__":

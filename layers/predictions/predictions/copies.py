@@ -1,6 +1,7 @@
 """Copying a prediction's files into the outputs bucket, and making its end visible."""
 
 from collections.abc import Callable
+from typing import Any
 
 from predictions.errors import CopyInterrupted
 from predictions.observability import MetricUnit, count_ended, logger, metrics
@@ -60,3 +61,45 @@ def copy(
     metrics.add_metric(name="BytesCopied", unit=MetricUnit.Bytes, value=sum(file.bytes or 0 for file in stored))
     logger.info("outputs stored", files=len(stored) - len(failed), failed=len(failed))
     count_ended(ended.visible, now() - ended.created)
+
+
+def copy_again(
+    table: PredictionsTable,
+    outputs: OutputsBucket,
+    prediction_id: str,
+    *,
+    remaining_seconds: Callable[[], float],
+) -> dict[str, Any]:
+    """Copies the files that could not be copied when a prediction ended, for an operator who has mended why.
+
+    The end stays as it was told: only the places of the files that are there now are written. Twice, or two at once:
+    an object is written once, and recognised after that.
+
+    Returns:
+        `{"refused": why}`, or `{"stored": [path, …], "failed": [{"path", "error"}, …]}`.
+    """
+    prediction = table.get(prediction_id)
+    if prediction is None:
+        return {"refused": "There is no such prediction."}
+    if not prediction.ended_visibly:
+        return {"refused": "It has not ended yet; its files are copied then."}
+    if prediction.deleted:
+        return {"refused": "Its owner has deleted it."}
+    before = table.stored_files(prediction)
+    missing = {file.path for file in before if file.error}
+    if not missing:
+        return {"refused": "No file of it is missing."}
+    found = outputs.find_files(table.result_output(prediction))
+    now_there = outputs.store(
+        [file for file in found if file.path in missing],
+        prefix=f"{folder(prediction.owner, prediction.id, prediction.output_prefix)}/{prediction.upstream_id}",
+        remaining_seconds=remaining_seconds,
+        depth=prediction.depth,
+        final=True,
+    )
+    stored = {file.path: file for file in now_there if not file.error}
+    if stored and not table.replace_files(prediction, [stored.get(file.path, file) for file in before]):
+        return {"refused": "It was deleted meanwhile."}
+    logger.info("outputs stored again", files=len(stored), failed=len(missing) - len(stored))
+    failed = [{"path": file.path, "error": file.error} for file in now_there if file.error]
+    return {"stored": sorted(stored), "failed": failed}

@@ -516,6 +516,7 @@ class Submissions:
     def _wait_seconds(self, prediction: Prediction, error: NotAccepted) -> int:
         """How long to wait after a submission that was not accepted."""
         if isinstance(error, Throttled):
+            metrics.add_metric(name="UpstreamThrottles", unit=MetricUnit.Count, value=1)
             # Those that wait with it start one after another then, as do all others.
             self._limiter.block(error.seconds)
             start = self._reserve_start(prediction)
@@ -554,6 +555,7 @@ class Submissions:
         if prediction is None or prediction.terminal:
             return
         metrics.add_metric(name="Polls", unit=MetricUnit.Count, value=1)
+        self._measure_age(prediction)
         if prediction.orphans:
             self._cancel_orphans(prediction)
         if prediction.upstream_id:
@@ -569,7 +571,9 @@ class Submissions:
         not_found = 0
         try:
             prediction = self._merge(prediction, self._replicate.get(upstream_id, prediction.collection))
-            if not prediction.terminal and (prediction.cancel_requested or now >= prediction.deadline):
+            if prediction.terminal:
+                metrics.add_metric(name="EndsByPoll", unit=MetricUnit.Count, value=1)
+            elif prediction.cancel_requested or now >= prediction.deadline:
                 prediction = self._cancel_upstream(prediction)
         except NotFound:
             not_found = prediction.not_found_count + 1
@@ -761,12 +765,14 @@ class Submissions:
             self._end(prediction, Status.FAILED, "It was not submitted: its caller was told of an error.")
             return
         logger.info("stands still", status=prediction.status, execution=execution)
+        self._measure_age(prediction)
         if prediction.cancel_requested and prediction.upstream_id and not prediction.terminal:
             prediction = self._cancel_upstream(prediction)
         if execution == "RUNNING":
             if prediction.terminal:
                 wake(prediction.task_token)
         else:
+            metrics.add_metric(name="ExecutionsReplaced", unit=MetricUnit.Count, value=1)
             self._track(prediction, submit=unclaimed)
         self.table.check_again_at(prediction, now + self._timing.first_poll + 120)
 
@@ -780,6 +786,25 @@ class Submissions:
                 logger.warning("orphan not canceled yet", upstream_id=upstream_id, reason=str(error))
                 continue
             self.table.orphan_canceled(prediction, upstream_id)
+
+    def measure(self) -> None:
+        """Counts what is open, and notes whether submissions are paused, for the stack's metrics; none where none is.
+
+        Raises:
+            ClientError, BotoCoreError: AWS did not tell.
+        """
+        if open_ := self.table.count_open():
+            metrics.add_metric(name="OpenItems", unit=MetricUnit.Count, value=open_)
+        if self._limiter.limiter_state().pause(self._now()):
+            metrics.add_metric(name="Paused", unit=MetricUnit.Count, value=1)
+
+    def _measure_age(self, prediction: Prediction) -> None:
+        # Polls and sweeps look at everything that stays open: the maximum is the age of the oldest.
+        now = self._now()
+        metrics.add_metric(name="OpenSeconds", unit=MetricUnit.Seconds, value=max(0, now - prediction.created))
+        if now > prediction.deadline:
+            overdue = now - prediction.deadline
+            metrics.add_metric(name="SecondsPastDeadline", unit=MetricUnit.Seconds, value=overdue)
 
     def signing_secret(self) -> str:
         """The secret with which Replicate signs its webhooks.

@@ -775,13 +775,11 @@ class PredictionsTable:
 
     def end_copy(self, prediction: Prediction, files: Sequence[StoredFile], now: float) -> Prediction | None:
         """Makes a prediction's end visible, with its files' places; None where that was done already."""
-        files_json = json.dumps([stored.to_item() for stored in files], separators=(",", ":"))
-        values: dict[str, Any] = {"visible": visible(prediction.status), "ended": int(now)}
-        if len(files_json) <= _FILES_LIMIT_BYTES:
-            values["files_json"] = files_json
-        else:
-            self._put_payload(prediction.id, "files", files_json, prediction.expires_at)
-            values["files_json"] = ""  # there are some, in an item of their own
+        values: dict[str, Any] = {
+            "visible": visible(prediction.status),
+            "ended": int(now),
+            "files_json": self._kept_files(prediction, files),
+        }
         closed = [] if prediction.orphans else ["open", "next_check_at"]
         ended = self._change(
             prediction.id,
@@ -794,6 +792,23 @@ class PredictionsTable:
             # Only an orphan came in between: it stays on the sweep's list, and the end is the same.
             return self.end_copy(there, files, now)
         return ended
+
+    def replace_files(self, prediction: Prediction, files: Sequence[StoredFile]) -> bool:
+        """Writes where the files of a prediction are whose end is visible, and stays; False where it is deleted."""
+        changed = self._change(
+            prediction.id,
+            set={"files_json": self._kept_files(prediction, files)},
+            condition="#rank = :terminal AND #visible = :visible AND attribute_not_exists(#deleted)",
+            values={":visible": prediction.visible},
+        )
+        return changed is not None
+
+    def _kept_files(self, prediction: Prediction, files: Sequence[StoredFile]) -> str:
+        files_json = json.dumps([stored.to_item() for stored in files], separators=(",", ":"))
+        if len(files_json) <= _FILES_LIMIT_BYTES:
+            return files_json
+        self._put_payload(prediction.id, "files", files_json, prediction.expires_at)
+        return ""  # there are some, in an item of their own
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -904,6 +919,17 @@ class PredictionsTable:
         )
         for item in found["Items"]:
             yield str(deserialize(item)["pk"])
+
+    def count_open(self) -> int:
+        """How much is open: predictions, trainings, pipelines, batches. Of more than a page of the index, that page."""
+        return self._dynamodb.query(
+            TableName=self._name,
+            IndexName="due",
+            KeyConditionExpression="#open = :open",
+            ExpressionAttributeNames={"#open": "open"},
+            ExpressionAttributeValues=serialize({":open": "open"}),
+            Select="COUNT",
+        )["Count"]
 
     def bound_to(self, upstream_id: str) -> str | None:
         """The id of the prediction that an upstream id is bound to, as far as the index knows."""

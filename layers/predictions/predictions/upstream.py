@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,6 +28,7 @@ from aws_lambda_powertools.utilities.parameters.exceptions import GetParameterEr
 
 from predictions.aws import client
 from predictions.errors import PredictionsError
+from predictions.observability import MetricUnit, metrics
 from predictions.upstream_prediction import UnreadablePrediction, UpstreamPrediction, read_json
 
 CREATE_TIMEOUT_SECONDS = 20
@@ -370,7 +372,11 @@ class Replicate:
         most = _ANSWER_LIMIT_BYTES if limit_bytes is None else limit_bytes
         headers = {**request.pop("headers", {}), "Authorization": f"Bearer {self._token.value()}"}
         url = path if path.startswith(self._url + "/") else self._url + path
+        began = time.monotonic()
         with self._http.stream(method, url, headers=headers, **request) as answer:
+            if "Prefer" not in headers:  # else it waited for the model
+                seconds = time.monotonic() - began
+                metrics.add_metric(name="UpstreamSeconds", unit=MetricUnit.Seconds, value=seconds)
             received = bytearray()
             for chunk in answer.iter_bytes():
                 received += chunk

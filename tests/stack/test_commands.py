@@ -1,0 +1,216 @@
+"""The commands of an operator, on the deployed stack: those of the runbook, and what each does."""
+
+import io
+import json
+import re
+import shlex
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from predictions.__main__ import main, parser
+
+from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud
+from local.replicate.process import LocalReplicate
+from tests.unit.template import ROOT
+
+Api = Callable[..., httpx.Client]
+WaitUntil = Callable[..., Any]
+Run = Callable[..., tuple[int, str, str]]
+
+PAINTER = {"version": "local/painter", "input": {"prompt": "CANARY of an operator"}}
+
+
+@pytest.fixture
+def run(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command as on a terminal: its exit code, stdout and stderr."""
+    for name, value in {**CREDENTIALS, "AWS_REGION": REGION, "AWS_ENDPOINT_URL": cloud.endpoint_url}.items():
+        monkeypatch.setenv(name, value)
+
+    def command(*argv: str) -> tuple[int, str, str]:
+        code = main([*argv, "--stack", STACK_NAME])
+        return code, *capsys.readouterr()
+
+    return command
+
+
+@pytest.fixture
+def painted(api: Api, replicate: LocalReplicate) -> str:  # without faults
+    """A prediction that has ended, with a file."""
+    answer = api("operated").post("/predictions", json=PAINTER, headers={"Prefer": "wait"})
+    assert answer.json()["status"] == "succeeded"
+    return str(answer.json()["id"])
+
+
+def test_story_of_a_prediction_has_its_states_its_webhooks_and_its_files_in_order(run: Run, painted: str) -> None:
+    code, out, _ = run("show", painted, "--json")
+    assert code == 0
+    shown = json.loads(out)
+    what = [f"{each['where']}: {each['what']}" for each in shown["story"]]
+    for part in ("asked for by operated (http)", "enters AwaitWebhook", "enters CopyOutputs", "webhook verified"):
+        assert [each for each in what if part in each], (part, what)
+    assert [each["at"] for each in shown["story"]] == sorted(each["at"] for each in shown["story"])
+    (file,) = shown["files"]
+    assert file["bytes"] > 0
+    assert "CANARY" not in out
+    _, text, _ = run("show", painted)
+    assert file["key"] in text
+    assert "CANARY" not in text
+    assert "CANARY" in run("show", painted, "--input")[1]
+
+
+def test_file_that_could_not_be_copied_is_archived_while_replicate_has_it(
+    run: Run, api: Api, replicate: LocalReplicate, cloud: LocalCloud, wait_until: WaitUntil
+) -> None:
+    # Gone for the copy, and there again.
+    replicate.fault("file_error", status=404, times=None)
+    prediction_id = api("operated").post("/predictions", json=PAINTER).json()["id"]
+
+    def read() -> dict[str, Any]:
+        found: dict[str, Any] = api("operated").get(f"/predictions/{prediction_id}").json()
+        return found
+
+    ended = wait_until(lambda: read() if read()["status"] == "succeeded" else None, 20, "the end")
+    assert ended["error"]
+    code, _, err = run("outputs", "archive", prediction_id)
+    assert code == 2
+    assert "0 copied, 1 not" in err
+    replicate.reset()
+    code, _, err = run("outputs", "archive", prediction_id)
+    assert (code, "1 copied, 0 not." in err) == (0, True)
+    assert read()["error"] is None
+    (file,) = read()["output_files"]
+    stored = cloud.client("s3").head_object(Bucket=cloud.stack.outputs_bucket, Key=file["key"])
+    assert stored["ContentLength"] == file["bytes"]
+
+
+def test_what_stands_still_is_listed_with_what_it_waits_for(run: Run, cloud: LocalCloud, painted: str) -> None:
+    assert painted not in run("stuck")[1]
+    table, key = cloud.client("dynamodb"), {"pk": {"S": f"prediction#{painted}"}, "sk": {"S": "status"}}
+
+    def overdue() -> list[Any]:
+        table.update_item(
+            TableName=cloud.stack.table_name,
+            Key=key,
+            UpdateExpression="SET #open = :open, next_check_at = :then",
+            ExpressionAttributeNames={"#open": "open"},
+            ExpressionAttributeValues={":open": {"S": "open"}, ":then": {"N": str(int(time.time()) - 3600)}},
+        )
+        rows = json.loads(run("stuck", "--older-than", "30m", "--json")[1])
+        return [row["waits_for"] for row in rows if row["id"] == painted]
+
+    try:
+        # A sweep may come in between, once.
+        assert (overdue() or overdue()) == ["the sweep to take it off its list"]
+        assert painted not in run("stuck", "--older-than", "2h")[1]
+    finally:
+        table.update_item(
+            TableName=cloud.stack.table_name,
+            Key=key,
+            UpdateExpression="REMOVE #open, next_check_at",
+            ExpressionAttributeNames={"#open": "open"},
+        )
+
+
+def test_change_that_was_given_up_is_read_again_and_told(run: Run, cloud: LocalCloud, painted: str) -> None:
+    streams = cloud.client("dynamodbstreams")
+    (stream,) = streams.list_streams(TableName=cloud.stack.table_name)["Streams"]
+    (shard,) = streams.describe_stream(StreamArn=stream["StreamArn"])["StreamDescription"]["Shards"]
+    iterator = streams.get_shard_iterator(
+        StreamArn=stream["StreamArn"], ShardId=shard["ShardId"], ShardIteratorType="TRIM_HORIZON"
+    )["ShardIterator"]
+    numbers: list[str] = []
+    while iterator:
+        answer = streams.get_records(ShardIterator=iterator)
+        keys = [(each["dynamodb"]["Keys"]["pk"]["S"], each["dynamodb"]["SequenceNumber"]) for each in answer["Records"]]
+        numbers += [number for pk, number in keys if pk == f"prediction#{painted}"]
+        if not answer["Records"]:
+            break
+        iterator = answer.get("NextShardIterator")
+    part = {
+        "shardId": shard["ShardId"],
+        "streamArn": stream["StreamArn"],
+        "startSequenceNumber": numbers[0],
+        "endSequenceNumber": numbers[-1],
+        "batchSize": len(numbers),
+    }
+    queue = cloud.resources["ChangesDeadLetterQueue"]
+    cloud.client("sqs").send_message(QueueUrl=queue, MessageBody=json.dumps({"DDBStreamBatchInfo": part}))
+    assert json.loads(run("dead-letters", "count", "--json")[1])["changes"] == 1
+    code, _, err = run("dead-letters", "redrive", "changes")
+    assert (code, "Tried once more: 1." in err) == (0, True), err
+    assert json.loads(run("dead-letters", "count", "--json")[1])["changes"] == 0
+
+
+def test_failed_job_is_invoked_again_under_its_own_id_and_starts_nothing_twice(
+    run: Run, cloud: LocalCloud, replicate: LocalReplicate, wait_until: WaitUntil
+) -> None:
+    job = {"model": "local/painter", "input_data": {"prompt": "operated again"}}
+    letter = {"requestContext": {"requestId": "operated-1"}, "requestPayload": job, "responsePayload": {}}
+    queue = cloud.resources["RunJobsDeadLetterQueue"]
+    for _ in range(2):
+        cloud.client("sqs").send_message(QueueUrl=queue, MessageBody=json.dumps(letter))
+    code, _, err = run("dead-letters", "redrive", "run-jobs")
+    assert (code, "Tried once more: 2." in err) == (0, True), err
+
+    def created() -> int:
+        return len(replicate.creates())
+
+    wait_until(created, 20, "the job's create")
+    time.sleep(0.5)
+    assert created() == 1
+
+
+def test_secrets_are_refreshed_and_changed(
+    run: Run,
+    cloud: LocalCloud,
+    replicate: LocalReplicate,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    secrets = cloud.client("secretsmanager")
+
+    def value(arn: str) -> str:
+        return str(secrets.get_secret_value(SecretId=arn)["SecretString"])
+
+    signing = value(cloud.outputs["SigningSecretArn"])
+    code, _, err = run("secrets", "refresh")
+    assert (code, "is the one that is stored" in err) == (0, True), err
+    assert value(cloud.outputs["SigningSecretArn"]) == signing
+    token = value(cloud.outputs["ReplicateTokenSecretArn"])
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{token}\n"))
+    assert run("secrets", "rotate", "replicate-token")[0] == 0
+    assert value(cloud.outputs["ReplicateTokenSecretArn"]) == token
+    for secret in ("links", "webhook-master"):
+        assert run("secrets", "rotate", secret)[0] == 2
+
+
+def test_what_a_deletion_leaves_is_named(run: Run, cloud: LocalCloud) -> None:
+    kept = {each["name"] for each in json.loads(run("kept", "--json")[1])}
+    assert kept == {cloud.stack.table_name, cloud.stack.outputs_bucket, cloud.stack.inputs_bucket}
+
+
+RUNBOOK = (ROOT / "docs/runbook.md").read_text()
+COMMANDS = sorted(
+    {
+        re.split(r"\s+[#<>] ?", text)[0].strip()
+        for block in re.findall(r"^```bash\n(.*?)^```", RUNBOOK, re.MULTILINE | re.DOTALL)
+        for text in block.splitlines()
+        if text.startswith("replicate-serverless ")
+    }
+)
+
+
+@pytest.mark.parametrize("text", COMMANDS)
+def test_command_of_the_runbook_runs(run: Run, text: str, request: pytest.FixtureRequest) -> None:
+    _, *words = shlex.split(text)
+    assert parser().parse_args(words).stack == "NAME"
+    if {"rotate", "forget", "redrive"} & set(words):
+        return  # those above, and what other tests still need
+    if "ID" in words:
+        words = [request.getfixturevalue("painted") if word == "ID" else word for word in words]
+    del words[words.index("--stack") : words.index("--stack") + 2]
+    code, _, err = run(*words)
+    # Nothing is missing, and it has no webhook: which is said.
+    assert code == (2 if words[0] in ("outputs", "webhooks") else 0), err
