@@ -12,7 +12,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 SUITES = ("unit", "attacks", "simulation", "stack")
 """The make targets that run tests, as `make test` has them, each of a folder of the same name."""
+
+
+Recorded = Callable[[str, object], None]
+"""The type of pytest's fixture `record_property`: counts by what was counted, for the page."""
 
 
 class NotShown(Exception):
@@ -128,11 +132,12 @@ def page(ran: Mapping[str, Ran], took: Mapping[str, float]) -> str:
 def _head(ran: Mapping[str, Ran], took: Mapping[str, float]) -> Iterable[str]:
     python = platform.python_version()
     tests = {suite: sum(each.tests for name, each in ran.items() if f"tests/{suite}/" in name) for suite in took}
+    minutes = sum(took.values()) / 60
     yield f"""# Reliability: each promise, and the tests that show it
 
-Written by `make reliability` on {datetime.now(UTC):%Y-%m-%d}, with Python {python} on {os.cpu_count()} cores: {sum(tests.values()):,} tests in
-{sum(took.values()) / 60:.1f} minutes. `make test` runs the same ones, after style, types and template. Longer runs: `make sim` (its figures are in
-[simulation.md](simulation.md)), `make faults`, `make batch`.
+Written by `make reliability` on {datetime.now(UTC):%Y-%m-%d}, with Python {python} on {os.cpu_count()} cores:
+{sum(tests.values()):,} tests in {minutes:.1f} minutes. `make test` runs the same ones, after style, types and template.
+Longer runs: `make sim` (its figures are in [simulation.md](simulation.md)), `make faults`, `make batch`.
 
 | command | tests | seconds |
 |---|---:|---:|"""
@@ -148,8 +153,8 @@ xychart-beta
     bar [{", ".join(f"{seconds:.0f}" for seconds in took.values())}]
 ```
 
-Seconds in the tables below are those of the tests alone, added up; several run side by side. A row's tests run again with
-`.venv/bin/python -m pytest` and what stands in its second column."""
+Seconds in the tables below are those of the tests alone, added up; several run side by side. A row's tests run again
+with `.venv/bin/python -m pytest` and what stands in its second column."""
 
 
 def _promises(ran: Mapping[str, Ran]) -> Iterable[str]:

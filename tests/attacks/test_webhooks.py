@@ -22,6 +22,7 @@ from predictions.webhooks import (
     verify,
 )
 
+from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error
 from tests.simulation.dynamodb import ConditionFailed, Item, Table
 from tests.unit.apps import Context, clock_module, load_app
@@ -346,8 +347,11 @@ FAMILIES = {"refused": MALFORMED, "mismatch": MISMATCHES, "genuine": GENUINE}
 
 
 @pytest.mark.parametrize("verdict", FAMILIES)
-def test_headers_of_each_family_have_their_verdict(send: Call, account: Account, clock: Clock, verdict: str) -> None:
+def test_headers_of_each_family_have_their_verdict(
+    send: Call, account: Account, clock: Clock, verdict: str, record_property: Recorded
+) -> None:
     clock.moment = NOW
+    record_property("cases", len(FAMILIES[verdict]))
     wrong = {}
     for case, headers in FAMILIES[verdict].items():
         account.calls.clear()
@@ -615,7 +619,10 @@ def flip(headers: Headers, rng: random.Random) -> tuple[str, bytes, bytes, list[
 
 
 @pytest.mark.parametrize("headers", [SIGNED, TWICE_SIGNED], ids=["one signature", "two signatures"])
-def test_each_single_bit_that_changes_is_noticed_or_of_no_importance(headers: Headers) -> None:
+def test_each_single_bit_that_changes_is_noticed_or_of_no_importance(
+    headers: Headers, record_property: Recorded
+) -> None:
+    record_property("changed bits", CHANGES // 2)
     rng = random.Random(SEED)  # noqa: S311  # not for secrets
     verdicts = {"refused": 0, "genuine": 0}
     for _ in range(CHANGES // 2):
@@ -632,7 +639,10 @@ def test_each_single_bit_that_changes_is_noticed_or_of_no_importance(headers: He
     assert verdicts["refused"] > 40_000
 
 
-def test_each_single_bit_that_changes_is_noticed_at_the_door(send: Call, account: Account, clock: Clock) -> None:
+def test_each_single_bit_that_changes_is_noticed_at_the_door(
+    send: Call, account: Account, clock: Clock, record_property: Recorded
+) -> None:
+    record_property("changed bits", CHANGES_THROUGH_THE_DOOR)
     clock.moment = NOW
     rng = random.Random(SEED + 1)  # noqa: S311  # not for secrets
     genuine = 0
@@ -805,7 +815,7 @@ def seen(prediction_id: str, woken: list[str]) -> Expected:
 
 @pytest.mark.parametrize("bound", [None, U1], ids=["answer lost", "answered"])
 def test_every_order_of_up_to_seven_events_ends_in_the_right_state(
-    send: Call, account: Account, clock: Clock, bound: str | None
+    send: Call, account: Account, clock: Clock, bound: str | None, record_property: Recorded
 ) -> None:
     """All orders with repetition, 13 + 13² + … + 13⁷: those that lead to the same table and the same expectation go on
     alike, since the function knows nothing else, so from each such pair each event is sent once.
@@ -843,5 +853,6 @@ def test_every_order_of_up_to_seven_events_ends_in_the_right_state(
         orders = further
         all_orders += sum(orders.values())
     assert all_orders == sum(13**n for n in range(1, 8)) == 67_977_559
-    print(f"{len(edges)} states, {len(edges) * len(EVENTS)} webhooks")  # noqa: T201  # figures, with pytest -s
+    record_property("orders", all_orders)
+    record_property("webhooks from each state", len(edges) * len(EVENTS))
     assert len(edges) > 40
