@@ -444,9 +444,6 @@ STRANGE: dict[str, bytes] = {
     "truncated in a name": BODY[:3],
     "followed by more": BODY + b"{}",
     "twice": BODY * 2,
-    "invalid UTF-8": BODY.replace(b"succeeded", b"succ\xff\xfe"),
-    "overlong UTF-8": BODY.replace(b"succeeded", b"\xc0\xaf"),
-    "a control character": BODY.replace(b"succeeded", b"succ\x01eeded"),
     "deep": b"[" * 100_000,
     "deep objects": b'{"a":' * 100_000,
     "deep and whole": b"[" * 5_000 + b"]" * 5_000,
@@ -486,6 +483,18 @@ ODD: dict[str, bytes] = {
     "a name of ours": BODY.replace(b'"logs"', b'"pk": "tokens", "rank": 99, "logs"'),
     "dunder names": BODY.replace(b'"logs"', b'"__proto__": {"a": 1}, "__class__": "x", "logs"'),
     "spaces around": b" \r\n\t" + BODY + b"\n",
+    "invalid UTF-8": BODY.replace(b'"output": null', b'"output": "\xff\xfe"'),
+    "overlong UTF-8": BODY.replace(b'"logs": ""', b'"logs": "\xc0\xaf"'),
+    "a control character": BODY.replace(b'"output": null', b'"output": "\x01"'),
+}
+
+# Genuine and a prediction, in a state that nobody knows: it is bound, and has not ended.
+UNKNOWN_WORDS: dict[str, bytes] = {
+    "invalid UTF-8": BODY.replace(b"succeeded", b"succ\xff\xfe"),
+    "overlong UTF-8": BODY.replace(b"succeeded", b"\xc0\xaf"),
+    "a control character": BODY.replace(b"succeeded", b"succ\x01eeded"),
+    "capitals": BODY.replace(b"succeeded", b"SUCCEEDED"),
+    "another word": BODY.replace(b"succeeded", b"paused"),
 }
 
 
@@ -522,6 +531,22 @@ def test_genuine_webhook_with_odd_contents_ends_the_prediction_all_the_same(
             wrong[case] = answers
         else:
             json.dumps([whole.output, whole.logs], allow_nan=False).encode()
+    assert wrong == {}
+
+
+def test_genuine_webhook_of_an_unknown_status_binds_and_ends_nothing(
+    send: Call, account: Account, clock: Clock
+) -> None:
+    clock.moment = NOW
+    wrong = {}
+    for case, body in UNKNOWN_WORDS.items():
+        account.table.items.clear()
+        prediction_id = intent(clock)
+        answer, found = send(body, signed(body), prediction_id), predictions().get(prediction_id)
+        if answer != (200, "merged") or not found or (found.upstream_id, found.visible) != (U1, "starting"):
+            wrong[case] = answer, found
+        elif send(BODY, SIGNED, prediction_id) != (200, "merged"):
+            wrong[case] = "its end is not taken any more", found
     assert wrong == {}
 
 
