@@ -538,7 +538,7 @@ def test_genuine_webhook_of_an_unknown_status_binds_and_ends_nothing(
     send: Call, account: Account, clock: Clock
 ) -> None:
     clock.moment = NOW
-    wrong = {}
+    wrong: dict[str, Any] = {}
     for case, body in UNKNOWN_WORDS.items():
         account.table.items.clear()
         prediction_id = intent(clock)
