@@ -62,7 +62,7 @@ sim: setup ## Run SCHEDULES=100000 schedules of faults and write docs/simulation
 
 stack: setup ## Run the stack tests, on three local clouds side by side
 	$(call heading,stack tests)
-	@$(PYTHON) -m pytest tests/stack --numprocesses 3 --dist loadfile
+	@$(PYTHON) -m pytest tests/stack --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 faults: setup ## Run PREDICTIONS=200 on a local cloud where everything goes wrong (SEED=n; or CALL="…" FAULT="killed after")
 	@$(PYTHON) -m tests.stack.faults $(if $(PREDICTIONS),--predictions $(PREDICTIONS)) $(if $(SEED),--seed $(SEED)) \

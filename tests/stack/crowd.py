@@ -267,15 +267,21 @@ class Crowd:
         Raises:
             AssertionError: It did not end in time; the message says what is left, and its story.
         """
+        if left := self.left(seconds, say):
+            self.proxy.calm()
+            raise AssertionError(f"not ended within {seconds:.0f} s: {left}\n\n{verdict(self.evidence())}")
+        for future in self._waiting:
+            future.result()
+
+    def left(self, seconds: float, say: Callable[[str], None] = lambda _: None) -> str:
+        """Waits so long for the end, and returns what has not ended by then."""
         deadline = time.monotonic() + seconds
         while left := self._left():
             say(left)
             if time.monotonic() > deadline:
-                self.proxy.calm()
-                raise AssertionError(f"not ended within {seconds:.0f} s: {left}\n\n{verdict(self.evidence())}")
+                return left
             time.sleep(0.4)
-        for future in self._waiting:
-            future.result()
+        return ""
 
     def _left(self) -> str:
         """What has not ended yet; empty where all has."""
