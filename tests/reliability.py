@@ -103,10 +103,6 @@ PROMISES: Sequence[Promise] = (
                 "Webhooks that never come are made up for by polls",
                 ["tests/stack/test_predictions.py::TestLostWebhooks"],
             ),
-            Shown(
-                "Predictions go on through a new deployment, and what an older one wrote is read",
-                ["tests/stack/test_upgrades.py"],
-            ),
         ),
     ),
     Promise(
@@ -166,10 +162,6 @@ PROMISES: Sequence[Promise] = (
             Shown(
                 "No secret is in any log, item, object, event, message, history or answer that the stack tests leave",
                 ["tests/stack/test_secrecy.py"],
-            ),
-            Shown(
-                "Each function is denied what it must not do, by the deployed policies",
-                ["tests/stack/test_permissions.py"],
             ),
             Shown("Each policy is what the code calls, and no more", ["tests/unit/test_template.py"]),
             Shown(
