@@ -12,7 +12,7 @@ PYTHON := $(IN)python
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo local send test lint types validate audit unit attacks simulation sim stack conformance bench batch lock clean
+.PHONY: help setup demo local send test lint types validate audit unit attacks simulation sim stack faults reliability conformance bench batch lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,7 +66,14 @@ sim: setup ## Run SCHEDULES=100000 schedules of faults and write docs/simulation
 
 stack: setup ## Run the stack tests, on three local clouds side by side
 	$(call heading,stack tests)
-	@$(PYTHON) -m pytest tests/stack --numprocesses 3 --dist loadfile
+	@$(PYTHON) -m pytest tests/stack --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+faults: setup ## Run PREDICTIONS=200 on a local cloud where everything goes wrong (SEED=n; or CALL="…" FAULT="killed after")
+	@$(PYTHON) -m tests.stack.faults $(if $(PREDICTIONS),--predictions $(PREDICTIONS)) $(if $(SEED),--seed $(SEED)) \
+		$(if $(CALL),--call "$(CALL)") $(if $(FAULT),--fault "$(FAULT)")
+
+reliability: setup ## Run all tests and write docs/reliability.md: each promise, its tests, their figures and times
+	@$(PYTHON) -m tests.reliability
 
 conformance: setup ## Run the official clients' flows (needs node) and write docs/conformance.md
 	@$(PYTHON) -m tests.conformance

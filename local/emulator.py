@@ -6,6 +6,11 @@ share it.
 The emulator reports every error of a function as `Runtime.HandlerError`. AWS reports the class of the exception, and a
 state machine catches it by that name. The class is in the traceback that the emulator keeps for the function's log.
 
+It starts a process for each invocation that finds none free, so that a burst makes dozens, each slowed down by the
+others. Here each function starts one at a time, and an invocation takes the first one that is free.
+
+A function whose process dies it reports by words of its own; AWS by `Runtime.ExitError`, and so it is here.
+
 It checks permissions on EventBridge's rules and on schedules by other ARNs than AWS has for them.
 Of a Distributed Map it knows `MaxConcurrency` and `ToleratedFailurePercentage`, and not the fields that say where these
 are in the input; and it checks whether a function may describe any run of a Map, not this one.
@@ -20,6 +25,7 @@ import json
 import re
 import tempfile
 import threading
+import time
 import types
 import zipfile
 from collections.abc import Callable, Iterator
@@ -35,9 +41,14 @@ from ministack.services.cloudformation import provisioners
 # The last line of a traceback: `package.module.ClassName: message`.
 RAISED = re.compile(r"^(?:[\w.]+\.)?(\w+)(?::|$)", re.MULTILINE | re.ASCII)
 
+# What the emulator says of a function whose process has ended.
+DIED = "Worker process died"
+
+SECONDS_TO_START = 10
+
 
 def named(execute: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Makes the emulator's runner of functions tell the name of the exception that a function raised."""
+    """Makes the emulator's runner of functions name the exception that a function raised, and tell how one died."""
 
     @functools.wraps(execute)
     def run(*args: Any, **options: Any) -> dict[str, Any]:
@@ -45,10 +56,48 @@ def named(execute: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
         body = result.get("body")
         if isinstance(body, dict) and body.get("errorType") == "Runtime.HandlerError":
             message = str(body.get("errorMessage", ""))
+            if message == DIED:
+                exited = "RequestId: unknown Error: Runtime exited with error: signal: killed"
+                body.update(errorType="Runtime.ExitError", errorMessage=exited)
+                return result
             last = str(result.get("log", "")).rstrip().removesuffix(message).rstrip().rpartition("\n")[2]
             if raised := RAISED.match(last):
                 body["errorType"] = raised[1]
         return result
+
+    return run
+
+
+def known_to_start(spawn: Callable[..., None]) -> Callable[..., None]:
+    """Makes the emulator's worker know that its process is starting."""
+
+    @functools.wraps(spawn)
+    def run(worker: Any) -> None:
+        worker.starting = True
+        try:
+            spawn(worker)
+        finally:
+            worker.starting = False
+
+    return run
+
+
+def one_at_a_time(acquire: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the emulator wait for a worker of a function to be free as long as another one is starting."""
+
+    @functools.wraps(acquire)
+    def run(name: str, config: dict[str, Any], code: bytes, qualifier: str = "$LATEST", **options: Any) -> Any:
+        key = lambda_runtime._worker_key(name, config, qualifier)
+        deadline = time.monotonic() + SECONDS_TO_START
+        while True:
+            with lambda_runtime._lock:
+                workers = lambda_runtime._workers.get(key, [])
+                workers.sort(key=lambda worker: worker._proc is None)  # the emulator takes the first one that is free
+                free = any(worker._proc and not worker.in_use for worker in workers)
+                starting = any(worker.in_use and (not worker._proc or worker.starting) for worker in workers)
+            if free or not starting or time.monotonic() > deadline:
+                return acquire(name, config, code, qualifier=qualifier, **options)
+            time.sleep(0.01)
 
     return run
 
@@ -204,6 +253,9 @@ iam_actions.extract_resource_arn = addressed(iam_actions.extract_resource_arn)
 iam_actions.dynamodb_service_context = with_leading_keys(iam_actions.dynamodb_service_context)
 iam_actions.dynamodb_transaction_checks = with_leading_keys_of_items(iam_actions.dynamodb_transaction_checks)
 lambda_runtime.zipfile = types.SimpleNamespace(**{**vars(zipfile), "ZipFile": Archive})
+lambda_runtime.Worker._spawn = known_to_start(lambda_runtime.Worker._spawn)
+lambda_runtime.Worker.starting = False
+lambda_svc.acquire_worker = one_at_a_time(lambda_svc.acquire_worker)
 lambda_svc._execute_function_warm = named(lambda_svc._execute_function_warm)
 iam_actions.extract_resource_arn = with_map_runs(iam_actions.extract_resource_arn)
 stepfunctions._run_distributed_map = with_paths(stepfunctions._run_distributed_map)

@@ -12,7 +12,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 SUITES = ("unit", "attacks", "simulation", "stack")
 """The make targets that run tests, as `make test` has them, each of a folder of the same name."""
+
+
+OUT_OF_DATE = "test_page_has_every_promise_with_what_shows_it"
+"""The test that says that the page has to be written again."""
+
+Recorded = Callable[[str, object], None]
+"""The type of pytest's fixture `record_property`: counts by what was counted, for the page."""
 
 
 class NotShown(Exception):
@@ -63,7 +70,152 @@ class Ran:
     figures: Counter[str] = field(default_factory=Counter)
 
 
-PROMISES: Sequence[Promise] = ()
+PROMISES: Sequence[Promise] = (
+    Promise(
+        "Every accepted request ends in a terminal status",
+        (
+            Shown(
+                "No schedule of losses, delays, doubles, reorderings and crashes leaves one open",
+                ["tests/simulation/test_simulation.py::test_schedule_of_faults_breaks_no_promise"],
+            ),
+            Shown(
+                "The schedules would notice: each sabotage of the code is found",
+                ["tests/simulation/test_simulation.py::test_sabotaged_code_breaks_a_promise_in_some_schedule"],
+            ),
+            Shown(
+                "A fault at any call of AWS, before it or after it, in every situation of a prediction",
+                [
+                    "tests/unit/test_faults.py::test_fault_at_any_call_to_aws_ends_with_at_most_one_create_bound_stored_and_told"
+                ],
+            ),
+            Shown(
+                "Deployed functions that are killed before and after each of their calls of AWS",
+                [
+                    "tests/stack/test_faults.py::test_each_call_of_each_function_is_survived_when_it_is_killed_before_and_after_it"
+                ],
+            ),
+            Shown(
+                "Predictions through every door while everything is wrong at once, deployed",
+                ["tests/stack/test_faults.py::test_every_promise_is_kept_while_everything_is_wrong"],
+            ),
+            Shown("The audit of these two notices what is tampered with", ["tests/stack/test_faults.py::TestAudit"]),
+            Shown(
+                "Webhooks that never come are made up for by polls",
+                ["tests/stack/test_predictions.py::TestLostWebhooks"],
+            ),
+        ),
+    ),
+    Promise(
+        "One request starts at most one prediction",
+        (
+            Shown(
+                "The same key, message, object, schedule or state twice, at once or later",
+                [
+                    "tests/stack/test_predictions.py::TestSameRequest",
+                    "tests/stack/test_queue.py::TestQueue",
+                    "tests/stack/test_recipes.py::TestObjects",
+                ],
+            ),
+            Shown(
+                "A create whose answer was lost is found again, never posted again",
+                ["tests/stack/test_predictions.py::TestSubmission", "tests/stack/test_trainings.py"],
+            ),
+            Shown("A batch of 200 lines, canceled half-way and run again", ["tests/stack/test_batches.py"]),
+            Shown(
+                "Starts at the same time, in any order of their calls", ["tests/unit/test_submissions.py::TestStart"]
+            ),
+        ),
+    ),
+    Promise(
+        "A terminal status never changes",
+        (
+            Shown(
+                "Every order, with repetition, of up to seven webhooks of thirteen kinds",
+                ["tests/attacks/test_webhooks.py::test_every_order_of_up_to_seven_events_ends_in_the_right_state"],
+            ),
+            Shown("The merge rule, for any words and ids", ["tests/unit/test_table.py::TestMerge"]),
+        ),
+    ),
+    Promise(
+        "Every output file is in the bucket, byte for byte; a partial object is never visible",
+        (
+            Shown(
+                "Bombs, endless, slow, short, lying and mistyped answers: a reason, or exactly the bytes, in time",
+                ["tests/attacks/test_downloads.py"],
+            ),
+            Shown(
+                "Files that break off are copied again; files that are gone are named",
+                ["tests/stack/test_predictions.py::TestFiles"],
+            ),
+            Shown("The copier, its lease and its uploads", ["tests/unit/test_outputs.py", "tests/unit/test_copies.py"]),
+        ),
+    ),
+    Promise(
+        "Strangers, other owners and forged webhooks get nothing",
+        (
+            Shown("Generated calls of two owners and a stranger to every route", ["tests/attacks/test_tenancy.py"]),
+            Shown("Webhooks of every malformed kind, and with any one bit changed", ["tests/attacks/test_webhooks.py"]),
+            Shown(
+                "Private addresses in all notations, redirects, and names that change between check and dial",
+                ["tests/attacks/test_addresses.py"],
+            ),
+            Shown(
+                "No secret is in any log, item, object, event, message, history or answer that the stack tests leave",
+                ["tests/stack/test_secrecy.py"],
+            ),
+            Shown("Each policy is what the code calls, and no more", ["tests/unit/test_template.py"]),
+            Shown(
+                "Without a token of the right scope nothing is answered",
+                ["tests/stack/test_predictions.py::TestAccess"],
+            ),
+        ),
+    ),
+    Promise(
+        "Bad input gets a clear answer before any money is spent; limits are never passed",
+        (
+            Shown(
+                "Hostile JSON at the API, the webhook, the queue, in manifests and from models",
+                ["tests/attacks/test_json.py"],
+            ),
+            Shown(
+                "Hostile schemas: bounded steps, linear-time patterns, nothing fetched",
+                ["tests/attacks/test_schemas.py"],
+            ),
+            Shown("Inputs that are not the model's never reach Replicate", ["tests/stack/test_inputs.py"]),
+            Shown(
+                "Parallel starts by all doors pass neither an owner's limits nor the rate",
+                ["tests/attacks/test_money.py"],
+            ),
+            Shown("Every operation answers whatever comes as its document says", ["tests/stack/test_description.py"]),
+        ),
+    ),
+    Promise(
+        "A prediction takes at most 4 states, 6 functions and 8 writes, however long the model runs",
+        (
+            Shown("Items written, counted at the table", ["tests/unit/test_figures.py"]),
+            Shown(
+                "States entered, by the definition",
+                ["tests/unit/test_state_machines.py::test_submitted_prediction_ends_by_webhook_in_three_states"],
+            ),
+            Shown(
+                "Functions run, counted in the deployed stack",
+                ["tests/stack/test_queue.py::TestEvents::test_prediction_of_a_webhook_runs_six_functions_at_most"],
+            ),
+        ),
+    ),
+    Promise(
+        "An operator sees what goes wrong and can mend it",
+        (
+            Shown("The commands of the runbook, on the deployed stack", ["tests/stack/test_commands.py"]),
+            Shown("Pauses, limits and waiting turns", ["tests/stack/test_limits.py"]),
+            Shown(
+                "Dead letters are put back, and start nothing twice",
+                ["tests/stack/test_queue.py", "tests/stack/test_deliveries.py"],
+            ),
+        ),
+    ),
+)
+"""What the README promises, in the order of its promises, and last what an operator is promised."""
 
 
 def read(report: Path) -> dict[str, Ran]:
@@ -128,11 +280,12 @@ def page(ran: Mapping[str, Ran], took: Mapping[str, float]) -> str:
 def _head(ran: Mapping[str, Ran], took: Mapping[str, float]) -> Iterable[str]:
     python = platform.python_version()
     tests = {suite: sum(each.tests for name, each in ran.items() if f"tests/{suite}/" in name) for suite in took}
+    minutes = sum(took.values()) / 60
     yield f"""# Reliability: each promise, and the tests that show it
 
-Written by `make reliability` on {datetime.now(UTC):%Y-%m-%d}, with Python {python} on {os.cpu_count()} cores: {sum(tests.values()):,} tests in
-{sum(took.values()) / 60:.1f} minutes. `make test` runs the same ones, after style, types and template. Longer runs: `make sim` (its figures are in
-[simulation.md](simulation.md)), `make faults`, `make batch`.
+Written by `make reliability` on {datetime.now(UTC):%Y-%m-%d}, with Python {python} on {os.cpu_count()} cores:
+{sum(tests.values()):,} tests in {minutes:.1f} minutes. `make test` runs the same ones, after style, types and template.
+Longer runs: `make sim` (its figures are in [simulation.md](simulation.md)), `make faults`, `make batch`.
 
 | command | tests | seconds |
 |---|---:|---:|"""
@@ -148,8 +301,8 @@ xychart-beta
     bar [{", ".join(f"{seconds:.0f}" for seconds in took.values())}]
 ```
 
-Seconds in the tables below are those of the tests alone, added up; several run side by side. A row's tests run again with
-`.venv/bin/python -m pytest` and what stands in its second column."""
+Seconds in the tables below are those of the tests alone, added up; several run side by side. A row's tests run again
+with `.venv/bin/python -m pytest` and what stands in its second column."""
 
 
 def _promises(ran: Mapping[str, Ran]) -> Iterable[str]:
@@ -183,7 +336,9 @@ def main() -> int:
     try:
         for suite in SUITES:
             report = reports / f"{suite}.xml"
-            environment = os.environ | {"PYTEST_ADDOPTS": f"--junitxml={report}"}
+            # What is to be written now may still be out of date.
+            options = f"--junitxml={report} --deselect=tests/unit/test_reliability.py::{OUT_OF_DATE}"
+            environment = os.environ | {"PYTEST_ADDOPTS": options}
             began = time.monotonic()
             if subprocess.run(["make", suite], cwd=ROOT, env=environment).returncode:
                 raise NotShown(f"make {suite} failed.")

@@ -317,8 +317,8 @@ class Stack:
             "multiValueQueryStringParameters": {name: [v for n, v in pairs if n == name] for name, _ in pairs} or None,
             "pathParameters": None, "stageVariables": None,
             "requestContext": {
-                "requestId": "r", "stage": "v1", "path": f"/v1{bare}", "httpMethod": method, "identity": {},
-                "authorizer": context,
+                "requestId": "r", "requestTimeEpoch": int(time.time() * 1000), "stage": "v1",
+                "path": f"/v1{bare}", "httpMethod": method, "identity": {}, "authorizer": context,
             },
             "body": text, "isBase64Encoded": isinstance(body, bytes),
         }  # fmt: skip

@@ -18,6 +18,7 @@ from predictions.outputs import OutputsBucket
 from predictions.table import PredictionsTable
 
 from tests.attacks.hosts import HostileHost, head, hostile_host, sends, whole
+from tests.reliability import Recorded
 from tests.unit.apps import Context, clock_module, load_app, sample
 from tests.unit.fakes import VERSION, Clock
 from tests.unit.test_receivers import hook
@@ -107,11 +108,13 @@ PUBLIC = [
 ]  # fmt: skip
 
 
-def test_no_special_address_is_public_in_any_notation() -> None:
+def test_no_special_address_is_public_in_any_notation(record_property: Recorded) -> None:
+    record_property("addresses", len(ADDRESSES + OTHER_NOTATIONS))
     assert [address for address in ADDRESSES + OTHER_NOTATIONS if is_public(address)] == []
 
 
-def test_addresses_around_the_special_ones_are_public() -> None:
+def test_addresses_around_the_special_ones_are_public(record_property: Recorded) -> None:
+    record_property("addresses", len(PUBLIC))
     assert [address for address in PUBLIC if not is_public(address)] == []
 
 
@@ -222,7 +225,8 @@ ALLOWED_URLS = [
 
 
 @pytest.mark.parametrize("family", REFUSED_URLS)
-def test_bad_webhook_url_is_refused_with_a_reason(family: str) -> None:
+def test_bad_webhook_url_is_refused_with_a_reason(family: str, record_property: Recorded) -> None:
+    record_property("URLs", len(REFUSED_URLS[family]))
     wrong = {}
     for url, reason in REFUSED_URLS[family]:
         for allow_loopback in (False, True):

@@ -22,6 +22,7 @@ from predictions.outputs import STOP_BEFORE_SECONDS, OutputsBucket, folder, safe
 from predictions.table import PredictionsTable
 
 from tests.attacks.hosts import Answer, HostileHost, endless, head, hostile_host, sends, silent, sink, whole
+from tests.reliability import Recorded
 from tests.unit.apps import Context, clock_module, load_app
 from tests.unit.fakes import PNG, Clock
 from tests.unit.test_table import put, told
@@ -225,7 +226,10 @@ HOSTILE: dict[str, tuple[Answer, str | bytes]] = {
 NAMED: dict[str, Answer] = {"": sends(whole(b"named"))}
 
 
-def test_each_hostile_answer_has_its_reason_or_exactly_its_bytes(copy: Copy, host: HostileHost) -> None:
+def test_each_hostile_answer_has_its_reason_or_exactly_its_bytes(
+    copy: Copy, host: HostileHost, record_property: Recorded
+) -> None:
+    record_property("answers", len(HOSTILE))
     stored = copy([host.origin + path for path in HOSTILE])
     found = [file.get("error") or content(file["key"]) for file in stored]
     expected = [verdict for _, verdict in HOSTILE.values()]
@@ -494,7 +498,8 @@ def names(count: int) -> list[str]:
     return NAMES + made
 
 
-def test_place_made_of_any_name_is_in_the_owners_part_and_short() -> None:
+def test_place_made_of_any_name_is_in_the_owners_part_and_short(record_property: Recorded) -> None:
+    record_property("names", 20_000)
     bucket = OutputsBucket("outputs")
     for name in names(20_000):
         place = folder("alice", "p" * 26, safe_prefix(name) or None)

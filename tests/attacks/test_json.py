@@ -13,6 +13,7 @@ import pytest
 
 from tests.attacks.stack import MESSAGE_LIMIT_BYTES, Stack, read_strictly
 from tests.attacks.texts import DOCUMENTS, FRAGMENTS, OBJECT, TOO_LONG, UNREADABLE, Text
+from tests.reliability import Recorded
 from tests.unit.fakes import VERSION, ReplicateInMemory
 
 CASE_SECONDS = 2.0
@@ -90,7 +91,10 @@ DOORS: dict[str, Door] = {
 
 
 @pytest.mark.parametrize("name", DOORS)
-def test_text_within_a_body_is_refused_or_comes_back_equal(stack: Stack, token: str, name: str) -> None:
+def test_text_within_a_body_is_refused_or_comes_back_equal(
+    stack: Stack, token: str, name: str, record_property: Recorded
+) -> None:
+    record_property("texts", len(FRAGMENTS))
     door = DOORS[name]
     release = {"number": 1, "model": "meta/llama", "version": VERSION}
     stack.replicate.deployments["meta/llama"] = {"owner": "meta", "name": "llama", "current_release": release}
@@ -126,7 +130,10 @@ def test_text_within_a_body_is_refused_or_comes_back_equal(stack: Stack, token: 
 
 
 @pytest.mark.parametrize("name", DOORS)
-def test_body_is_refused_with_its_reason_and_starts_nothing(stack: Stack, token: str, name: str) -> None:
+def test_body_is_refused_with_its_reason_and_starts_nothing(
+    stack: Stack, token: str, name: str, record_property: Recorded
+) -> None:
+    record_property("texts", len(DOCUMENTS))
     door, wrong = DOORS[name], []
     for case, (text, status, said) in DOCUMENTS.items():
         if len(text) > door.limit_bytes:
@@ -154,7 +161,9 @@ NO_MESSAGE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 """What no message holds: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_SendMessage.html"""
 
 
-def test_message_is_refused_alone_with_its_reason_or_starts_with_an_equal_input(stack: Stack) -> None:
+def test_message_is_refused_alone_with_its_reason_or_starts_with_an_equal_input(
+    stack: Stack, record_property: Recorded
+) -> None:
     good, wrong = b'{"model":"meta/llama","input":{"x":"good"}}', []
     tried = 0
     cases = {
@@ -189,12 +198,15 @@ def test_message_is_refused_alone_with_its_reason_or_starts_with_an_equal_input(
                 wrong.append((case, ["another input"], 0, [str(held)[:200]]))
     assert wrong == []
     assert tried > 90
+    record_property("texts", tried)
 
 
 # -- manifests ------------------------------------------------------------------------------------------------------
 
 
-def test_line_of_a_manifest_is_refused_alone_with_its_reason(stack: Stack, token: str) -> None:
+def test_line_of_a_manifest_is_refused_alone_with_its_reason(
+    stack: Stack, token: str, record_property: Recorded
+) -> None:
     good = b'{"model":"meta/llama","input":{"x":"good"}}'
     lines: list[tuple[str, bytes, str | None]] = []
     for name, each in FRAGMENTS.items():
@@ -202,6 +214,7 @@ def test_line_of_a_manifest_is_refused_alone_with_its_reason(stack: Stack, token
     for name, (document, _, reason) in DOCUMENTS.items():
         if b"\n" not in document and document.strip(b" \t\r"):
             lines.append((name, document, TOO_LONG if len(document) > 1024 * 1024 else reason))
+    record_property("texts", len(lines))
     manifest = b"\n".join(part for _, text, _ in lines for part in (text, good))
     stack.account.objects["batches/alice/hostile.jsonl"] = manifest, "application/jsonl"
     began = time.process_time()
@@ -303,7 +316,10 @@ def shown(text: Text, field: str) -> Any:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("field", ["output", "logs", "error", "metrics"])
-def test_whatever_a_model_says_is_kept_and_shown_as_json(stack: Stack, token: str, way: str, field: str) -> None:
+def test_whatever_a_model_says_is_kept_and_shown_as_json(
+    stack: Stack, token: str, way: str, field: str, record_property: Recorded
+) -> None:
+    record_property("texts", len(FRAGMENTS))
     wrong = []
     for case, text in FRAGMENTS.items():
         with in_time(f"{way}, {field}: {case}"):

@@ -27,6 +27,7 @@ from predictions.limiter import (
 )
 from predictions.limits import LimitReached, OwnerLimits, OwnersUsage
 
+from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error
 from tests.simulation.dynamodb import ConditionFailed, Table
 from tests.simulation.functions import FunctionFailed
@@ -493,7 +494,10 @@ LIMITS = {
 
 @pytest.mark.parametrize("faults", [False, True], ids=["calm", "faults"])
 @pytest.mark.parametrize("name", LIMITS)
-def test_owner_never_passes_a_limit_by_any_door(simulation: Simulation, name: str, faults: bool) -> None:
+def test_owner_never_passes_a_limit_by_any_door(
+    simulation: Simulation, name: str, faults: bool, record_property: Recorded
+) -> None:
+    record_property("worlds", SEEDS)
     limits, started, kept_out = LIMITS[name], 0, 0
     for seed in range(SEEDS):
         world = meeting(simulation, seed, faults=faults, limits=limits)

@@ -8,6 +8,7 @@ import pytest
 from predictions.input_schema import InputSchema, NotChecked, UnusableSchema
 
 from tests.attacks.stack import Stack
+from tests.reliability import Recorded
 
 NOWHERE = "#/components/schemas/nowhere"
 CASE_SECONDS = 2.0
@@ -261,7 +262,10 @@ It is unchecked, or refused by field. What makes the whole description unreadabl
 
 
 @pytest.mark.parametrize("door", ["official", "community", "version"])
-def test_hostile_schema_refuses_by_field_or_leaves_the_input_to_replicate(stack: Stack, door: str) -> None:
+def test_hostile_schema_refuses_by_field_or_leaves_the_input_to_replicate(
+    stack: Stack, door: str, record_property: Recorded
+) -> None:
+    record_property("schemas", len(THROUGH))
     token, wrong = stack.tokens.create("alice", ("predict",))[0], []
     for n, (case, (told, value, verdict)) in enumerate(THROUGH.items()):
         name, version = f"evil/model-{n}", f"{n:064x}"

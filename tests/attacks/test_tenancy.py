@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from tests.attacks.stack import ROUTES, Stack
+from tests.reliability import Recorded
 from tests.unit.fakes import VERSION
 
 CALLS = 10_000
@@ -269,7 +270,9 @@ def town(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Town:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_nothing_of_another_owner_is_seen_or_changed(stack: Stack, town: Town, part: int) -> None:
+def test_nothing_of_another_owner_is_seen_or_changed(
+    stack: Stack, town: Town, part: int, record_property: Recorded
+) -> None:
     town.rng.seed(part)
     print(f"seed {part}")  # noqa: T201  # with a failure it is shown
     began = time.process_time()
@@ -294,6 +297,8 @@ def test_nothing_of_another_owner_is_seen_or_changed(stack: Stack, town: Town, p
     called = set(town.own) | set(town.foreign)
     assert sum(town.own.values()) > calls * 0.05, "own calls work"
     assert time.process_time() - began < 60
+    record_property("calls", calls)
+    record_property("own calls that worked", sum(town.own.values()))
     print(calls, dict(town.statuses), len(called))  # noqa: T201
 
 

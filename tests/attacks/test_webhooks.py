@@ -22,6 +22,7 @@ from predictions.webhooks import (
     verify,
 )
 
+from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error
 from tests.simulation.dynamodb import ConditionFailed, Item, Table
 from tests.unit.apps import Context, clock_module, load_app
@@ -346,8 +347,11 @@ FAMILIES = {"refused": MALFORMED, "mismatch": MISMATCHES, "genuine": GENUINE}
 
 
 @pytest.mark.parametrize("verdict", FAMILIES)
-def test_headers_of_each_family_have_their_verdict(send: Call, account: Account, clock: Clock, verdict: str) -> None:
+def test_headers_of_each_family_have_their_verdict(
+    send: Call, account: Account, clock: Clock, verdict: str, record_property: Recorded
+) -> None:
     clock.moment = NOW
+    record_property("cases", len(FAMILIES[verdict]))
     wrong = {}
     for case, headers in FAMILIES[verdict].items():
         account.calls.clear()
@@ -440,9 +444,6 @@ STRANGE: dict[str, bytes] = {
     "truncated in a name": BODY[:3],
     "followed by more": BODY + b"{}",
     "twice": BODY * 2,
-    "invalid UTF-8": BODY.replace(b"succeeded", b"succ\xff\xfe"),
-    "overlong UTF-8": BODY.replace(b"succeeded", b"\xc0\xaf"),
-    "a control character": BODY.replace(b"succeeded", b"succ\x01eeded"),
     "deep": b"[" * 100_000,
     "deep objects": b'{"a":' * 100_000,
     "deep and whole": b"[" * 5_000 + b"]" * 5_000,
@@ -482,6 +483,18 @@ ODD: dict[str, bytes] = {
     "a name of ours": BODY.replace(b'"logs"', b'"pk": "tokens", "rank": 99, "logs"'),
     "dunder names": BODY.replace(b'"logs"', b'"__proto__": {"a": 1}, "__class__": "x", "logs"'),
     "spaces around": b" \r\n\t" + BODY + b"\n",
+    "invalid UTF-8": BODY.replace(b'"output": null', b'"output": "\xff\xfe"'),
+    "overlong UTF-8": BODY.replace(b'"logs": ""', b'"logs": "\xc0\xaf"'),
+    "a control character": BODY.replace(b'"output": null', b'"output": "\x01"'),
+}
+
+# Genuine and a prediction, in a state that nobody knows: it is bound, and has not ended.
+UNKNOWN_WORDS: dict[str, bytes] = {
+    "invalid UTF-8": BODY.replace(b"succeeded", b"succ\xff\xfe"),
+    "overlong UTF-8": BODY.replace(b"succeeded", b"\xc0\xaf"),
+    "a control character": BODY.replace(b"succeeded", b"succ\x01eeded"),
+    "capitals": BODY.replace(b"succeeded", b"SUCCEEDED"),
+    "another word": BODY.replace(b"succeeded", b"paused"),
 }
 
 
@@ -518,6 +531,22 @@ def test_genuine_webhook_with_odd_contents_ends_the_prediction_all_the_same(
             wrong[case] = answers
         else:
             json.dumps([whole.output, whole.logs], allow_nan=False).encode()
+    assert wrong == {}
+
+
+def test_genuine_webhook_of_an_unknown_status_binds_and_ends_nothing(
+    send: Call, account: Account, clock: Clock
+) -> None:
+    clock.moment = NOW
+    wrong: dict[str, Any] = {}
+    for case, body in UNKNOWN_WORDS.items():
+        account.table.items.clear()
+        prediction_id = intent(clock)
+        answer, found = send(body, signed(body), prediction_id), predictions().get(prediction_id)
+        if answer != (200, "merged") or not found or (found.upstream_id, found.visible) != (U1, "starting"):
+            wrong[case] = answer, found
+        elif send(BODY, SIGNED, prediction_id) != (200, "merged"):
+            wrong[case] = "its end is not taken any more", found
     assert wrong == {}
 
 
@@ -615,7 +644,10 @@ def flip(headers: Headers, rng: random.Random) -> tuple[str, bytes, bytes, list[
 
 
 @pytest.mark.parametrize("headers", [SIGNED, TWICE_SIGNED], ids=["one signature", "two signatures"])
-def test_each_single_bit_that_changes_is_noticed_or_of_no_importance(headers: Headers) -> None:
+def test_each_single_bit_that_changes_is_noticed_or_of_no_importance(
+    headers: Headers, record_property: Recorded
+) -> None:
+    record_property("changed bits", CHANGES // 2)
     rng = random.Random(SEED)  # noqa: S311  # not for secrets
     verdicts = {"refused": 0, "genuine": 0}
     for _ in range(CHANGES // 2):
@@ -632,7 +664,10 @@ def test_each_single_bit_that_changes_is_noticed_or_of_no_importance(headers: He
     assert verdicts["refused"] > 40_000
 
 
-def test_each_single_bit_that_changes_is_noticed_at_the_door(send: Call, account: Account, clock: Clock) -> None:
+def test_each_single_bit_that_changes_is_noticed_at_the_door(
+    send: Call, account: Account, clock: Clock, record_property: Recorded
+) -> None:
+    record_property("changed bits", CHANGES_THROUGH_THE_DOOR)
     clock.moment = NOW
     rng = random.Random(SEED + 1)  # noqa: S311  # not for secrets
     genuine = 0
@@ -805,7 +840,7 @@ def seen(prediction_id: str, woken: list[str]) -> Expected:
 
 @pytest.mark.parametrize("bound", [None, U1], ids=["answer lost", "answered"])
 def test_every_order_of_up_to_seven_events_ends_in_the_right_state(
-    send: Call, account: Account, clock: Clock, bound: str | None
+    send: Call, account: Account, clock: Clock, bound: str | None, record_property: Recorded
 ) -> None:
     """All orders with repetition, 13 + 13² + … + 13⁷: those that lead to the same table and the same expectation go on
     alike, since the function knows nothing else, so from each such pair each event is sent once.
@@ -843,5 +878,6 @@ def test_every_order_of_up_to_seven_events_ends_in_the_right_state(
         orders = further
         all_orders += sum(orders.values())
     assert all_orders == sum(13**n for n in range(1, 8)) == 67_977_559
-    print(f"{len(edges)} states, {len(edges) * len(EVENTS)} webhooks")  # noqa: T201  # figures, with pytest -s
+    record_property("orders", all_orders)
+    record_property("webhooks from each state", len(edges) * len(EVENTS))
     assert len(edges) > 40

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.reliability import Recorded
 from tests.simulation.sabotages import SABOTAGES
 from tests.simulation.world import Simulation
 from tests.unit.template import ROOT
@@ -16,14 +17,18 @@ SABOTAGE_SCHEDULES = 3000
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_schedule_of_faults_breaks_no_promise(simulation: Simulation, part: int) -> None:
+def test_schedule_of_faults_breaks_no_promise(simulation: Simulation, part: int, record_property: Recorded) -> None:
     for seed in range(part * SCHEDULES // PARTS, (part + 1) * SCHEDULES // PARTS):
         broken = simulation.run(seed).broken
         assert not broken, f"{broken}\n`make sim SEED={seed}` shows it step by step."
+    record_property("schedules", SCHEDULES // PARTS)
 
 
 @pytest.mark.parametrize("name", SABOTAGES)
-def test_sabotaged_code_breaks_a_promise_in_some_schedule(simulation: Simulation, name: str) -> None:
+def test_sabotaged_code_breaks_a_promise_in_some_schedule(
+    simulation: Simulation, name: str, record_property: Recorded
+) -> None:
+    record_property("sabotages", 1)
     with SABOTAGES[name]():
         caught = any(simulation.run(seed).broken for seed in range(SABOTAGE_SCHEDULES))
     assert caught, f"{SABOTAGE_SCHEDULES} schedules did not notice: {name}"

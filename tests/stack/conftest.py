@@ -24,6 +24,13 @@ QUICK = {
     "CorsOrigin": "https://app.example.com",
 }
 
+LONG = ("test_faults.py", "test_conformance.py", "test_upgrades.py", "test_deployed_recipes.py", "test_batches.py")
+"""Begun first, each in a process of its own: the shorter ones fill what time is left."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(scope="session")
 def cloud() -> Iterator[WatchedCloud]:

@@ -6,7 +6,7 @@ from typing import Any
 import moto  # before anything that makes a client
 import pytest
 from moto.backends import get_backend
-from moto.core import DEFAULT_ACCOUNT_ID
+from moto.core.models import DEFAULT_ACCOUNT_ID
 from predictions import aws
 from predictions.executions import Executions
 from predictions.limiter import Limiter
@@ -101,7 +101,8 @@ SECRETS = {
 
 
 def _account(service: str, region: str = ENVIRONMENT["AWS_REGION"]) -> Any:
-    return get_backend(service)[DEFAULT_ACCOUNT_ID][region]
+    find: Any = get_backend
+    return find(service)[DEFAULT_ACCOUNT_ID][region]
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ AWS_ERRORS = {
     "States.ExceedToleratedFailureThreshold",
     "SQS.AmazonSQSException",
     "SQS.SdkClientException",
+    "Runtime.ExitError",  # Lambda's, of a function whose process ended: https://docs.aws.amazon.com/lambda/latest/dg/troubleshooting-invocation.html
     "Sandbox.Timedout",
     *(
         f"Lambda.{name}"

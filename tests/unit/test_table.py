@@ -1,6 +1,5 @@
 """The merge rule and what else may change an item, whatever the order, and how payloads are kept."""
 
-import itertools
 import json
 from typing import Any
 
@@ -153,30 +152,6 @@ class TestMerge:
         assert merge.change is Change.ORPHAN
         assert merge.prediction is not None
         assert merge.prediction.visible == "failed"
-
-    def test_every_order_with_repetition_ends_in_the_right_state(self, table: PredictionsTable, clock: Clock) -> None:
-        events = [
-            told("starting"),
-            told("processing", output=["a"], logs="1"),
-            told("processing", output=["a", "b"], logs="12"),
-            told("succeeded", output=["a", "b", "c"], logs="123"),
-            told("succeeded", output=None, data_removed=True),
-        ]
-        for order in itertools.permutations(events):
-            prediction = put(table, clock)
-            ended = None
-            for event in order:
-                merge = table.merge(prediction.id, event, clock.now())
-                assert merge.prediction is not None
-                if ended is not None:
-                    assert merge.prediction == ended, "a terminal item changed"
-                if merge.prediction.terminal:
-                    ended = merge.prediction
-            whole = table.read(prediction.id)
-            assert whole is not None
-            first_end = next(e for e in order if rank_of(e.status) == 9)
-            assert whole.prediction.visible == "succeeded"
-            assert whole.output == first_end.output
 
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
