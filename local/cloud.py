@@ -204,12 +204,14 @@ class LocalCloud:
         self._deploy()
 
     def delete(self) -> None:
-        """Delete the stack with ``sam delete``.
+        """Delete the stack with ``sam delete``, and wait until it is gone.
 
         Raises:
             LocalCloudError: It failed.
         """
         log = self._log("sam-delete")
+        cloudformation = self.client("cloudformation")
+        stack_id = cloudformation.describe_stacks(StackName=STACK_NAME)["Stacks"][0]["StackId"]
         command = [_sam_program(), "delete", "--stack-name", STACK_NAME, "--no-prompts", *_sam_options()]
         with log.open("wb") as output:
             deleting = subprocess.Popen(
@@ -217,8 +219,11 @@ class LocalCloud:
                 env=_sam_variables() | {"AWS_ENDPOINT_URL": self.endpoint_url}, start_new_session=True,
             )  # fmt: skip
         self._cleanup.callback(_stop, deleting)
-        if deleting.wait() != 0:
-            raise LocalCloudError(f"sam delete failed.\n{_tail(log)}")
+        # Deleting the stack is its last step, and it looks for the end of that only every half a minute.
+        while cloudformation.describe_stacks(StackName=stack_id)["Stacks"][0]["StackStatus"] != "DELETE_COMPLETE":
+            if deleting.poll() is not None:
+                raise LocalCloudError(f"sam delete failed.\n{_tail(log)}")
+            time.sleep(0.2)
 
     def stop(self, *, keep_logs: bool = False) -> None:
         """Stop everything; the logs are removed unless they are wanted."""
