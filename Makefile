@@ -12,7 +12,7 @@ PYTHON := $(IN)python
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo local send test lint types validate unit attacks simulation sim stack faults reliability conformance bench batch lock clean
+.PHONY: help setup demo local send test lint types validate audit unit attacks simulation sim stack faults reliability conformance bench batch lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ types: setup ## Check the types
 validate: setup ## Check template.yaml with SAM and cfn-lint
 	$(call heading,validate)
 	@$(PYTHON) -m local validate
+
+audit: setup ## Check the template with checkov, and the locked packages for known vulnerabilities (AUDIT=strict: or fail)
+	$(call heading,audit)
+	@$(PYTHON) -m local.audit
 
 unit: setup ## Run the unit tests
 	$(call heading,unit tests)

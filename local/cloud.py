@@ -203,6 +203,23 @@ class LocalCloud:
             self._build.finish(building)
         self._deploy()
 
+    def delete(self) -> None:
+        """Delete the stack with ``sam delete``.
+
+        Raises:
+            LocalCloudError: It failed.
+        """
+        log = self._log("sam-delete")
+        command = [_sam_program(), "delete", "--stack-name", STACK_NAME, "--no-prompts", *_sam_options()]
+        with log.open("wb") as output:
+            deleting = subprocess.Popen(
+                command, cwd=self.run_directory, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env=_sam_variables() | {"AWS_ENDPOINT_URL": self.endpoint_url}, start_new_session=True,
+            )  # fmt: skip
+        self._cleanup.callback(_stop, deleting)
+        if deleting.wait() != 0:
+            raise LocalCloudError(f"sam delete failed.\n{_tail(log)}")
+
     def stop(self, *, keep_logs: bool = False) -> None:
         """Stop everything; the logs are removed unless they are wanted."""
         logs = self._directory / "logs"
@@ -573,9 +590,16 @@ def stack_parameters(text: str) -> dict[str, str]:
 
 
 def _sam(command: str, template: Path) -> list[str]:
+    return [_sam_program(), command, "--template-file", str(template), *_sam_options()]
+
+
+def _sam_program() -> str:
+    return str(Path(sys.executable).parent / "sam")
+
+
+def _sam_options() -> list[str]:
     # A samconfig.toml that somebody made for the real AWS has no say here.
-    return [str(Path(sys.executable).parent / "sam"), command, "--template-file", str(template),
-            "--config-file", str(_sam_directory() / "samconfig.toml"), "--region", REGION]  # fmt: skip
+    return ["--config-file", str(_sam_directory() / "samconfig.toml"), "--region", REGION]
 
 
 def _sam_directory() -> Path:

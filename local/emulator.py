@@ -15,6 +15,8 @@ It checks permissions on EventBridge's rules and on schedules by other ARNs than
 Of a Distributed Map it knows `MaxConcurrency` and `ToleratedFailurePercentage`, and not the fields that say where these
 are in the input; and it checks whether a function may describe any run of a Map, not this one.
 It refuses a template with an alarm of metric math: here such an alarm is there, and watches the first of its metrics.
+
+It does not know `dynamodb:LeadingKeys`, with which policies say which items of the table a function may touch.
 """
 
 import functools
@@ -26,7 +28,8 @@ import threading
 import time
 import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +146,62 @@ def with_map_runs(resource_of: Callable[..., str]) -> Callable[..., str]:
     return arn
 
 
+# The leading keys that the request at hand is checked with.
+CHECKED: ContextVar[list[str]] = ContextVar("CHECKED")
+CONDITION = re.compile(r"^\s*(#?\w+)\s*=\s*(:\w+)")
+
+
+def leading_keys(request: Any) -> list[str]:
+    """The partition keys that a request to DynamoDB names, of one table or index: strings, as all of this stack's."""
+    found = [request[part].get("pk") for part in ("Key", "Item") if part in request]
+    for table in request.get("RequestItems", {}).values():
+        puts = [each["PutRequest"]["Item"] for each in table if "PutRequest" in each] if isinstance(table, list) else []
+        found += [key.get("pk") for key in (puts if isinstance(table, list) else table.get("Keys", []))]
+    if named := CONDITION.match(request.get("KeyConditionExpression", "")):
+        found.append(request.get("ExpressionAttributeValues", {}).get(named[2]))
+    return [str(key["S"]) for key in found if isinstance(key, dict) and "S" in key]
+
+
+def with_leading_keys(context_of: Callable[[bytes], dict[str, Any]]) -> Callable[[bytes], dict[str, Any]]:
+    """Makes the emulator tell policies the leading keys of a request.
+
+    https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/specifying-conditions.html
+    """
+
+    @functools.wraps(context_of)
+    def context(body: bytes) -> dict[str, Any]:
+        keys = leading_keys(json.loads(body or b"{}"))
+        CHECKED.set(keys)
+        # Without any it is absent, as AWS has it for a Scan or a DescribeTable.
+        return context_of(body) | ({"dynamodb:LeadingKeys": keys} if keys or b"TransactItems" in body else {})
+
+    return context
+
+
+class EachWithItsKeys(list[tuple[str, str]]):
+    """What a transaction's items are checked for, one after the other, each with its own leading keys."""
+
+    keys: list[list[str]]
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        checked = CHECKED.get()
+        for check, checked[:] in zip(super().__iter__(), self.keys, strict=True):
+            yield check
+
+
+def with_leading_keys_of_items(checks_of: Callable[..., list[tuple[str, str]]]) -> Callable[..., list[tuple[str, str]]]:
+    """Makes the emulator check each item of a transaction with its own leading keys."""
+
+    @functools.wraps(checks_of)
+    def checks(action: str, body: bytes, *others: Any) -> list[tuple[str, str]]:
+        found = EachWithItsKeys(checks_of(action, body, *others))
+        if found:
+            found.keys = [leading_keys(each) for item in json.loads(body)["TransactItems"] for each in item.values()]
+        return found
+
+    return checks
+
+
 class Archive(zipfile.ZipFile):
     """An archive of a function or a layer; a layer is unpacked once and linked to from then on."""
 
@@ -191,6 +250,8 @@ def addressed(find: Callable[..., str]) -> Callable[..., str]:
 
 
 iam_actions.extract_resource_arn = addressed(iam_actions.extract_resource_arn)
+iam_actions.dynamodb_service_context = with_leading_keys(iam_actions.dynamodb_service_context)
+iam_actions.dynamodb_transaction_checks = with_leading_keys_of_items(iam_actions.dynamodb_transaction_checks)
 lambda_runtime.zipfile = types.SimpleNamespace(**{**vars(zipfile), "ZipFile": Archive})
 lambda_runtime.Worker._spawn = known_to_start(lambda_runtime.Worker._spawn)
 lambda_runtime.Worker.starting = False

@@ -34,12 +34,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cloud() -> Iterator[WatchedCloud]:
-    """The deployed stack; when all tests are over, no secret may be anywhere that any of them has left anything."""
+    """The deployed stack; when all tests are over, no secret may be anywhere that any of them has left anything.
+
+    Nor may any function have been refused by AWS, even where it went on without what it wanted.
+    """
     with WatchedCloud(parameters=QUICK) as started:
         started.hear_events()
         yield started
         found = leaks(started)
         assert not found, told(found)
+        refused = [line for name in started.functions.values() for line in refusals(started, name)]
+        assert not refused, "\n".join(refused)
+
+
+def refusals(cloud: WatchedCloud, function: str) -> list[str]:
+    """What a function's log tells of calls that AWS refused for want of permission."""
+    pages = cloud.client("logs").get_paginator("filter_log_events").paginate(logGroupName=f"/aws/lambda/{function}")
+    return [each["message"][:2000] for page in pages for each in page["events"] if "AccessDenied" in each["message"]]
 
 
 @pytest.fixture(scope="session")

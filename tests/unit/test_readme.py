@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.template import ROOT, folder_name, load_template, resources
+from tests.unit.template import ROOT, load_template, resources
 
 BLOCKS = re.compile(r"^```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
 WHOLE = (ROOT / "README.md").read_text()
@@ -80,11 +80,6 @@ def test_table_of_parameters_gives_the_default_and_the_bounds_of_the_template(na
 
 def test_table_of_outputs_names_those_of_the_template_and_no_others() -> None:
     assert sorted(named("Deploy to AWS")) == sorted(load_template()["Outputs"])
-
-
-def test_table_of_functions_names_those_of_the_template_and_no_others() -> None:
-    functions = [folder_name(name) for name in resources("AWS::Serverless::Function")]
-    assert sorted(named("Security")) == sorted(functions)
 
 
 def test_table_of_routes_names_those_of_the_template_and_no_others() -> None:

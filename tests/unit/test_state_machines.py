@@ -237,16 +237,24 @@ def test_task_allows_its_function_to_use_all_its_time(path: Path, name: str, sta
         assert substitutions[f"{name}FunctionArn"] == {"Fn::GetAtt": [f"{name}Function", "Arn"]}
 
 
-@every_task
-def test_role_may_do_what_the_task_does(path: Path, name: str, state: dict[str, Any]) -> None:
-    machine, properties = resource_of(path)
-    action = ACTIONS[state["Resource"].partition(":states:::")[2]]
-    granted = [each for each in statements(machine) if action in listed(each["Action"])]
+def used_by(path: Path, state: dict[str, Any]) -> tuple[str, Any]:
+    """The action that a task takes, and on what, as the role names it."""
     (used,) = [arguments(state)[key] for key in ("FunctionName", "TableName", "QueueUrl") if key in arguments(state)]
-    substituted = properties["DefinitionSubstitutions"][used.strip("{}")]
+    substituted = resource_of(path)[1]["DefinitionSubstitutions"][used.strip("{}")]
     # A table or a queue is named in the machine and given by its ARN in the role.
     wanted = {"Fn::GetAtt": [substituted["Ref"], "Arn"]} if "Ref" in substituted else substituted
-    assert any(wanted in listed(each["Resource"]) for each in granted)
+    return ACTIONS[state["Resource"].partition(":states:::")[2]], wanted
+
+
+@every_task
+def test_role_may_do_what_the_task_does(path: Path, name: str, state: dict[str, Any]) -> None:
+    action, wanted = used_by(path, state)
+    granted = [each for each in statements(resource_of(path)[0]) if action in listed(each["Action"])]
+    (found,) = [each for each in granted if wanted in listed(each["Resource"])]
+    if key := arguments(state).get("Key"):
+        # Of the table, the items of its own kind only: `{% 'prediction#' & … %}`.
+        (pattern,) = found["Condition"]["ForAllValues:StringLike"]["dynamodb:LeadingKeys"]
+        assert key["pk"]["S"].startswith(f"{{% '{pattern.removesuffix('*')}' & ")
 
 
 @every_machine
@@ -259,6 +267,14 @@ def test_role_may_do_nothing_that_no_task_does(path: Path) -> None:
     allowed = {action for statement in statements(machine) for action in listed(statement["Action"])}
     # What Step Functions itself does with logs and traces.
     assert {action for action in allowed if not action.startswith(("logs:", "xray:"))} == needed
+
+
+@every_machine
+def test_role_names_nothing_that_no_task_uses(path: Path) -> None:
+    used = [used_by(path, state) for state in states_of(path).values() if state["Type"] == "Task"]
+    for statement in statements(resource_of(path)[0]):
+        for action in set(listed(statement["Action"])) & set(ACTIONS.values()):
+            assert [each for each in listed(statement["Resource"]) if (action, each) not in used] == []
 
 
 @every_state
