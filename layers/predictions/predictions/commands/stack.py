@@ -8,11 +8,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 import botocore.session
+from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from predictions.errors import PredictionsError
 from predictions.outputs import OutputsBucket
 from predictions.table import Prediction, PredictionsTable, is_id
+
+# A function may take 15 minutes. By default, botocore waits for one, and then invokes it again beside the first.
+# https://docs.aws.amazon.com/lambda/latest/dg/configuration-timeout.html
+_PATIENT = Config(read_timeout=960, tcp_keepalive=True)
 
 
 class StackUnusable(PredictionsError):
@@ -48,7 +53,8 @@ class Stack:
 
     def client(self, service_name: str) -> Any:
         """A client of an AWS service in the stack's region."""
-        return self._session.create_client(service_name, region_name=self._region)
+        config = _PATIENT if service_name == "lambda" else None
+        return self._session.create_client(service_name, region_name=self._region, config=config)
 
     @property
     def name(self) -> str:
