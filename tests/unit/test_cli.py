@@ -940,6 +940,19 @@ def test_new_token_is_stored_as_it_is_and_not_shown(
     assert "r8_" not in "".join(capsys.readouterr())
 
 
+@pytest.mark.parametrize("stored", ['{"token": ', '{"other": "r8_secret"}', "r8_secret with a space"])
+def test_secret_without_a_token_is_said_and_not_shown(
+    secret_values: Callable[[str], str], capsys: pytest.CaptureFixture[str], stored: str
+) -> None:
+    create_client: Any = botocore.session.Session().create_client
+    secrets = create_client("secretsmanager", region_name=REGION)
+    secrets.put_secret_value(SecretId="token", SecretString=stored)
+    said = refused(capsys, "secrets", "refresh", "--stack", "hooks")
+    assert "holds no Replicate token" in said
+    assert "r8_secret" not in said
+    assert secret_values("signing") == "old"
+
+
 # -- what the pages say --------------------------------------------------------------------------------------------
 
 SHOWN = sorted(

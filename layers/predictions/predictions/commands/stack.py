@@ -84,10 +84,12 @@ class Stack:
         return str(found["StackResourceDetail"]["PhysicalResourceId"])
 
     def parameter(self, key: str) -> str:
-        """The value of one of the parameters that the stack was deployed with."""
-        (stack,) = self.client("cloudformation").describe_stacks(StackName=self._name)["Stacks"]
-        given = {each["ParameterKey"]: each["ParameterValue"] for each in stack.get("Parameters", [])}
-        return str(given[key])
+        """The value of one of the parameters that the stack was deployed with.
+
+        Raises:
+            StackUnusable: There is no such stack, or it has no such parameter.
+        """
+        return self._told("Parameter", key)
 
     def invoke(self, function: str, event: Any) -> Any:
         """Invokes a function by its name, and waits for its answer.
@@ -107,6 +109,10 @@ class Stack:
         Raises:
             StackUnusable: There is no such stack, or it has no such output.
         """
+        return self._told("Output", key)
+
+    def _told(self, kind: str, key: str) -> str:
+        """One of the values that CloudFormation tells of the stack."""
         cloudformation = self.client("cloudformation")
         try:
             stack = cloudformation.describe_stacks(StackName=self._name)["Stacks"][0]
@@ -117,11 +123,11 @@ class Stack:
                 f"There is no stack {self._name!r} in {cloudformation.meta.region_name}."
                 " Check its name, --region and --profile."
             ) from error
-        for output in stack.get("Outputs", []):
-            if output["OutputKey"] == key:
-                return str(output["OutputValue"])
+        for each in stack.get(f"{kind}s", []):
+            if each[f"{kind}Key"] == key:
+                return str(each[f"{kind}Value"])
         raise StackUnusable(
-            f"The stack {self._name!r} ({stack['StackStatus']}) has no output {key}:"
+            f"The stack {self._name!r} ({stack['StackStatus']}) has no {kind.lower()} {key}:"
             " either it is not one of replicate-serverless, or it is not deployed completely."
         )
 
