@@ -100,6 +100,10 @@ PROMISES: Sequence[Promise] = (
             ),
             Shown("The audit of these two notices what is tampered with", ["tests/stack/test_faults.py::TestAudit"]),
             Shown(
+                "Predictions go on through a new deployment, and what the first release wrote is read",
+                ["tests/stack/test_upgrades.py"],
+            ),
+            Shown(
                 "Webhooks that never come are made up for by polls",
                 ["tests/stack/test_predictions.py::TestLostWebhooks"],
             ),
@@ -166,6 +170,10 @@ PROMISES: Sequence[Promise] = (
             Shown(
                 "No secret is in any log, item, object, event, message, history or answer that the stack tests leave",
                 ["tests/stack/test_secrecy.py"],
+            ),
+            Shown(
+                "Each function is refused what it must not do, by the deployed policies",
+                ["tests/stack/test_permissions.py"],
             ),
             Shown("Each policy is what the code calls, and no more", ["tests/unit/test_template.py"]),
             Shown(

@@ -14,13 +14,14 @@ from predictions.access import AccessTokens
 from predictions.commands.letters import QUEUES
 from predictions.commands.stack import Stack
 from predictions.commands.story import waits_for
+from predictions.dead_letters import DeadLetterQueue
 from predictions.dead_requests import DeadRequests
 from predictions.limiter import Limiter
 from predictions.limits import OwnerLimits, OwnersLimits
 from predictions.requests import Message
 from predictions.table import Prediction
 
-from tests.unit.template import ROOT, table_properties
+from tests.unit.template import ROOT, resources, table_properties
 
 REGION = "us-east-1"
 ENVIRONMENT = (
@@ -336,6 +337,17 @@ def test_status_tells_of_a_pause_from_its_command_to_its_end(limited: Any, capsy
         "queue_reserved_seconds": 0,
         "http_reserved_seconds": 0,
     }
+    limited.put_item(
+        TableName="predictions",
+        Item={
+            "pk": {"S": "limiter"},
+            "sk": {"S": "creates"},
+            "paused_at": {"N": "9" * 38},
+            "paused_until": {"N": "9" * 38},
+        },
+    )
+    assert status()["paused_since"] == "1970-01-01T00:00:00Z", "a hand that edits the table does not break the command"
+    Limiter("predictions", limited).resume()
     limiter = Limiter("predictions", limited)
     limiter.block(30)
     limiter.pause_automatically("Replicate refuses it.")
@@ -497,7 +509,7 @@ def test_failed_webhooks_are_listed_and_sent_again(hooks: Any, capsys: pytest.Ca
     hooks.purge_queue(QueueUrl=dead)
     hooks.send_message(QueueUrl=dead, MessageBody=json.dumps({**FAILED, "reason": "answered 500"}))
     hooks.send_message(QueueUrl=dead, MessageBody="[]")
-    assert main(["dead-letters", "redrive", "webhooks", "--stack", "hooks"]) == 0
+    assert main(["dead-letters", "redrive", "webhooks", "--stack", "hooks"]) == 2
     err = capsys.readouterr().err
     assert "Tried once more: 1." in err
     assert "it is no delivery" in err
@@ -609,16 +621,46 @@ def test_dead_request_is_tried_as_the_message_that_it_was_and_forgotten(
 def test_dead_request_that_cannot_be_started_stays(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
     queue.bury("message-1", "{}")
     queue.answers = [({"batchItemFailures": [{"itemIdentifier": "message-1"}]}, None)]
-    assert main(PUT_BACK) == 0
+    assert main(PUT_BACK) == 2
     assert "Left where it is: message-1: AWS did not let it start" in capsys.readouterr().err
     assert queue.left == 1
 
 
-def test_function_that_fails_over_a_dead_request_is_said(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
+def test_function_that_fails_over_one_dead_request_is_said_and_tries_the_others(
+    queue: Queue, capsys: pytest.CaptureFixture[str]
+) -> None:
     queue.bury("message-1", "{}")
+    queue.bury("message-2", "{}")
     queue.answers = [({"errorMessage": "no memory"}, "Unhandled")]
-    assert "no memory" in refused(capsys, *PUT_BACK)
+    assert main(PUT_BACK) == 2
+    err = capsys.readouterr().err
+    assert "Tried once more: 1." in err
+    assert "no memory" in err
+    assert "1 could not be tried" in err
     assert queue.left == 1
+
+
+def test_function_is_waited_for_as_long_as_it_may_take_and_invoked_once() -> None:
+    config = Stack("demo", REGION, None).client("lambda").meta.config
+    longest = max(each["Properties"].get("Timeout", 0) for each in resources("AWS::Serverless::Function").values())
+    assert config.read_timeout > longest == 900
+
+
+def test_look_at_more_letters_than_can_be_seen_before_the_first_come_back_ends() -> None:
+    class Returning:
+        """A queue whose letters are seen again at once."""
+
+        def __init__(self) -> None:
+            self._at = 0
+
+        def receive_message(self, **_: Any) -> dict[str, Any]:
+            self._at += 10
+            ids = [f"message-{n % 25}" for n in range(self._at - 10, self._at)]
+            return {"Messages": [{"MessageId": id_, "Body": "", "ReceiptHandle": "r"} for id_ in ids]}
+
+    sqs: Any = Returning()
+    letters = [letter.id for letter in DeadLetterQueue("url", sqs).look(30)]
+    assert sorted(letters) == sorted(f"message-{n}" for n in range(25))
 
 
 def test_unknown_dead_request_is_said(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
@@ -678,7 +720,7 @@ def test_failed_jobs_are_invoked_again_as_what_they_were(
 ) -> None:
     keyed = {**FAILED_JOB, "requestPayload": {"model": "acme/painter", "idempotency_key": "mine"}}
     bury(hooks, "RunJobsDeadLetterQueue", FAILED_JOB, keyed, "no JSON")
-    assert main(["dead-letters", "redrive", "run-jobs", "--stack", "hooks"]) == 0
+    assert main(["dead-letters", "redrive", "run-jobs", "--stack", "hooks"]) == 2
     assert [event for _, event in invoked] == [
         {"idempotency_key": "request-1", "model": "acme/painter", "prompt": "CANARY"},
         {"idempotency_key": "mine", "model": "acme/painter"},
@@ -722,7 +764,7 @@ def test_letters_are_never_forgotten_without_being_named(hooks: Any, capsys: pyt
 
 def test_failed_sweep_cannot_be_redriven(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:
     bury(hooks, "InvocationsDeadLetterQueue", {})
-    assert main(["dead-letters", "redrive", "invocations", "--stack", "hooks"]) == 0
+    assert main(["dead-letters", "redrive", "invocations", "--stack", "hooks"]) == 2
     assert "the next sweep" in capsys.readouterr().err
     assert counts(capsys)["invocations"] == 1
 
@@ -757,14 +799,17 @@ def test_changes_that_were_given_up_are_read_from_the_stream_again_and_published
         "batchSize": 3,
         "streamArn": arn,
     }
-    bury(hooks, "ChangesDeadLetterQueue", {"DDBStreamBatchInfo": part}, {"DDBStreamBatchInfo": {}})
-    assert main(["dead-letters", "redrive", "changes", "--stack", "hooks"]) == 0
+    beyond = {**part, "endSequenceNumber": str(int(numbers[-1]) + 1)}
+    bury(hooks, "ChangesDeadLetterQueue", *({"DDBStreamBatchInfo": each} for each in (part, beyond, {})))
+    assert main(["dead-letters", "redrive", "changes", "--stack", "hooks"]) == 2
     ((_, event),) = invoked
     # What its filter lets through, and nothing of before or after.
     assert [record["dynamodb"]["SequenceNumber"] for record in event["Records"]] == [numbers[1], numbers[3]]
     assert all(isinstance(each["dynamodb"]["ApproximateCreationDateTime"], float) for each in event["Records"])
-    assert "names no part of the stream" in capsys.readouterr().err
-    assert counts(capsys)["changes"] == 1
+    err = capsys.readouterr().err
+    assert "names no part of the stream" in err
+    assert "did not give all of it" in err
+    assert counts(capsys)["changes"] == 2
 
 
 # -- a prediction's story ------------------------------------------------------------------------------------------
@@ -893,6 +938,19 @@ def test_new_token_is_stored_as_it_is_and_not_shown(
     assert main(["secrets", "rotate", "replicate-token", "--stack", "hooks"]) == 0
     assert secret_values("token") == "r8_new_token"
     assert "r8_" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("stored", ['{"token": ', '{"other": "r8_secret"}', "r8_secret with a space"])
+def test_secret_without_a_token_is_said_and_not_shown(
+    secret_values: Callable[[str], str], capsys: pytest.CaptureFixture[str], stored: str
+) -> None:
+    create_client: Any = botocore.session.Session().create_client
+    secrets = create_client("secretsmanager", region_name=REGION)
+    secrets.put_secret_value(SecretId="token", SecretString=stored)
+    said = refused(capsys, "secrets", "refresh", "--stack", "hooks")
+    assert "holds no Replicate token" in said
+    assert "r8_secret" not in said
+    assert secret_values("signing") == "old"
 
 
 # -- what the pages say --------------------------------------------------------------------------------------------

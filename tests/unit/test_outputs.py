@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -925,3 +926,14 @@ def test_readers_do_not_import_the_http_client() -> None:
     layer = str(Path(outputs.__file__).parents[1])
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, env={"PYTHONPATH": layer}, check=False).returncode == 0  # noqa: S603  # our own code
+
+
+def test_bucket_that_copies_nothing_holds_no_memory_for_it() -> None:
+    tracemalloc.start()
+    try:
+        bucket = OutputsBucket(BUCKET)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert bucket.name == BUCKET
+    assert held < MIB

@@ -24,6 +24,7 @@ AWS_ERRORS = {
     "SQS.AmazonSQSException",
     "SQS.SdkClientException",
     "Runtime.ExitError",  # Lambda's, of a function whose process ended: https://docs.aws.amazon.com/lambda/latest/dg/troubleshooting-invocation.html
+    "Runtime.OutOfMemory",
     "Sandbox.Timedout",
     *(
         f"Lambda.{name}"

@@ -411,6 +411,16 @@ class TestSameRequest:
         clock.advance(5)
         assert submissions.start(wanted(), attempt=attempt(clock, 0)).id != retried.id
 
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_note_of_an_earlier_release_is_none(self, submissions: Submissions, clock: Clock, number: int) -> None:
+        started = submissions.start(wanted(), attempt=attempt(clock, 0))
+        dynamodb = aws.client("dynamodb")
+        items = dynamodb.scan(TableName="predictions")["Items"]
+        (note,) = (item for item in items if item["pk"]["S"].startswith("recent#"))
+        del note["asked_at"], note["attempt"]
+        dynamodb.put_item(TableName="predictions", Item=note | {"created": {"N": str(int(clock.now()))}})
+        assert submissions.start(wanted(), attempt=attempt(clock, number)).id != started.id
+
     def test_little_time_is_left_for_the_create_so_the_execution_submits(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, executed: Executed
     ) -> None:

@@ -9,6 +9,7 @@ from predictions.deployed_recipes import NEEDED_SECONDS as NEEDED_FOR_A_FILE_SEC
 from predictions.dropped_manifests import PREFIX
 from predictions.forwarding import ROUTES
 from predictions.receivers import TOTAL_SECONDS
+from predictions.submissions import _ABANDON_SECONDS
 
 from tests.unit.code_reach import reach
 from tests.unit.template import (
@@ -1163,6 +1164,20 @@ def test_use_of_the_key_is_bound_to_one_service(name: str, service: str, allowed
     assert set(statement["Action"]) == {f"kms:{action}" for action in allowed}
     via = {"Fn::Sub": f"{service}.${{AWS::Region}}.${{AWS::URLSuffix}}"}
     assert statement["Condition"] == {"StringEquals": {"kms:ViaService": via}}
+
+
+def test_recipes_are_deployed_once_their_function_may_use_the_key_and_removed_while_it_may() -> None:
+    (deployed,) = resources("Custom::DeployedRecipes").values()
+    condition, policies, none = deployed["Properties"]["KeyPolicies"]["Fn::If"]
+    assert (condition, none) == ("OwnKey", {"Ref": "AWS::NoValue"})
+    for name in ("TableKeyPolicy", "ReadObjectsKeyPolicy", "WriteObjectsKeyPolicy"):
+        assert ({"Ref": name} in policies) == ("DeployRecipesFunction" in key_users(name)), name
+
+
+def test_alarm_for_what_is_past_its_deadline_comes_after_the_last_poll_that_may_end_it() -> None:
+    longest = load_template()["Parameters"]["PollSeconds"]["MaxValue"]
+    alarm = load_template()["Resources"]["OverduePredictionsAlarm"]["Properties"]
+    assert alarm["Threshold"] > _ABANDON_SECONDS + longest
 
 
 def test_concurrency_is_reserved_for_webhooks_only_where_it_is_asked_for() -> None:

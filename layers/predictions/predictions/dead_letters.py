@@ -50,7 +50,11 @@ class DeadLetterQueue:
         )
 
     def look(self, hidden_seconds: int) -> Iterator[Letter]:
-        """All that are there. Each is hidden from another look for a while, so that none is met twice."""
+        """All that are there, each once. Each is hidden from another look for a while.
+
+        Of thousands, the first are seen again before the last are reached: a look ends when it meets nothing new.
+        """
+        met: set[str] = set()
         while True:
             messages = self._sqs.receive_message(
                 QueueUrl=self._url,
@@ -60,9 +64,11 @@ class DeadLetterQueue:
                 MessageSystemAttributeNames=["SenderId", "SentTimestamp", "DeadLetterQueueSourceArn"],
                 MessageAttributeNames=["All"],
             ).get("Messages", [])
-            if not messages:
+            new = [message for message in messages if message["MessageId"] not in met]
+            if not new:
                 return
-            for message in messages:
+            met |= {message["MessageId"] for message in new}
+            for message in new:
                 known = {str(name): value for name, value in message.get("Attributes", {}).items()}
                 yield Letter(
                     id=message["MessageId"],

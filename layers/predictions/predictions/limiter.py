@@ -72,6 +72,7 @@ _FARTHEST_SECONDS: dict[str, int] = {
     "queue_at": HORIZON_SECONDS + _BLOCK_SECONDS,
     "blocked_until": _BLOCK_SECONDS,
     "paused_until": AUTOMATIC_PAUSE_SECONDS,
+    "paused_at": 0,
 }
 
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import unquote_to_bytes
 
@@ -571,12 +572,15 @@ class _Copier(threading.local):
 
     Attributes:
         left: How many seconds are left for its file.
-        part: The memory for what it sends.
     """
 
     def __init__(self) -> None:
         self.left: Callable[[], float] = lambda: math.inf
-        self.part = _UploadPart()
+
+    @cached_property
+    def part(self) -> "_UploadPart":
+        """The memory for what it sends; a thread that copies nothing has none."""
+        return _UploadPart()
 
 
 class _Refused(Exception):

@@ -360,7 +360,8 @@ class PredictionsTable:
         item = {"pk": f"recent#{owner}#{fingerprint}", "sk": "recent", "id": prediction_id,
                 "asked_at": attempt.asked_at, "attempt": attempt.number,
                 "expires_at": attempt.asked_at // 1000 + 3600}  # fmt: skip
-        condition = "attribute_not_exists(pk) OR asked_at < :forgotten"
+        # An item without it is of a release that noted other things: it says nothing of this request.
+        condition = "attribute_not_exists(asked_at) OR asked_at < :forgotten"
         values = {":forgotten": attempt.asked_at - _RECENT_MS}
         if attempt.number == 0:
             condition += " OR asked_at < :asked_at OR attempt = :first"
@@ -388,7 +389,7 @@ class PredictionsTable:
         if not found:
             return None
         noted = deserialize(found)
-        return self.get(noted["id"]) if noted["asked_at"] >= attempt.asked_at - _RECENT_MS else None
+        return self.get(noted["id"]) if noted.get("asked_at", 0) >= attempt.asked_at - _RECENT_MS else None
 
     def claim(self, prediction_id: str, version: str | None, now: float, *, counted: bool = False) -> Prediction | None:
         """Takes the right to submit `version`; None where somebody has it, it was canceled, or it has ended.

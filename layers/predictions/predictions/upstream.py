@@ -403,11 +403,26 @@ class AnswerTooLargeError(UpstreamError):
     """An answer is larger than a function can hold."""
 
 
-class Token:
-    """The stack's Replicate token, read from Secrets Manager at most once a minute.
+def token_of(secret: str) -> str:
+    """The token in a secret's value: the bare token, or JSON with a key `token`.
 
-    The secret is the bare token, or JSON with a key `token`.
+    Raises:
+        TokenUnreadable: There is none in it. The value is not repeated.
     """
+    text = secret.strip()
+    if text.startswith("{"):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        text = str(value.get("token", "")).strip() if isinstance(value, dict) else ""
+    if not re.fullmatch(r"[!-~]+", text):
+        raise TokenUnreadable("this stack's secret holds no Replicate token")
+    return text
+
+
+class Token:
+    """The stack's Replicate token, read from Secrets Manager at most once a minute."""
 
     def __init__(self, secret_arn: str) -> None:
         self._secret_arn = secret_arn
@@ -423,16 +438,7 @@ class Token:
             secret = self._secrets.get(self._secret_arn, max_age=_TOKEN_CACHE_SECONDS)
         except GetParameterError as error:
             raise TokenUnreadable("Secrets Manager does not give this stack's Replicate token") from error
-        text = (secret.decode("utf-8", "replace") if isinstance(secret, bytes) else str(secret)).strip()
-        if text.startswith("{"):
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError):
-                value = None
-            text = str(value.get("token", "")).strip() if isinstance(value, dict) else ""
-        if not re.fullmatch(r"[!-~]+", text):
-            raise TokenUnreadable("this stack's secret holds no Replicate token")
-        return text
+        return token_of(secret.decode("utf-8", "replace") if isinstance(secret, bytes) else str(secret))
 
     def forget(self) -> None:
         """Reads the secret anew for the next call: this token was refused."""

@@ -20,6 +20,8 @@ LOOK_SECONDS = 30
 """For how long what has been shown, or tried, is hidden from the next look."""
 
 _SHOWN_CHARACTERS = 60
+# A stream answers with nothing now and then.
+_EMPTY_PAGES = 5
 
 
 class _Left(Exception):
@@ -76,7 +78,7 @@ def redrive_letters(stack: Stack, arguments: argparse.Namespace) -> None:
     for letter in _chosen(stack, arguments):
         try:
             letter.redrive()
-        except _Left as reason:
+        except (_Left, NotDone) as reason:  # one that cannot be tried keeps no other from it
             left.append(f"{letter.id}: {reason}")
             continue
         # In this order: a crash in between tries it twice, which starts and tells nothing twice, and loses nothing.
@@ -85,6 +87,8 @@ def redrive_letters(stack: Stack, arguments: argparse.Namespace) -> None:
     print(f"Tried once more: {count}. What fails again is listed again.", file=sys.stderr)
     for why in left:
         print(f"Left where it is: {line(why, 500)}", file=sys.stderr)
+    if left:
+        raise NotDone(f"{len(left)} could not be tried, and can be listed again in {LOOK_SECONDS} seconds.")
 
 
 def forget_letters(stack: Stack, arguments: argparse.Namespace) -> None:
@@ -243,28 +247,27 @@ def _read_stream(stack: Stack, part: Mapping[str, Any], function: str) -> list[d
     patterns = _patterns(stack, function)
     records: list[dict[str, Any]] = []
     empty = 0
-    while iterator and empty < 5:
+    while iterator and empty < _EMPTY_PAGES:
         answer = streams.get_records(ShardIterator=iterator)
         iterator = answer.get("NextShardIterator")
         empty = 0 if answer["Records"] else empty + 1
         for record in answer["Records"]:
             number = int(record["dynamodb"]["SequenceNumber"])
-            if number > end:
-                return records
-            if number >= start and any(_passes(pattern, record) for pattern in patterns):
+            if start <= number <= end and any(_passes(pattern, record) for pattern in patterns):
                 at: datetime = record["dynamodb"]["ApproximateCreationDateTime"]
                 change = {**record["dynamodb"], "ApproximateCreationDateTime": at.astimezone(UTC).timestamp()}
                 records.append({**record, "dynamodb": change})
-            if number == end:
+            if number >= end:
                 return records
-    return records
+    # What is missing would be forgotten with the letter.
+    raise _Left("the stream did not give all of it: try again")
 
 
 def _patterns(stack: Stack, function: str) -> list[Any]:
-    """Of which records the function is told."""
+    """Of which records the function is told; of all where its event source has no filter."""
     found = stack.client("lambda").list_event_source_mappings(FunctionName=function)["EventSourceMappings"]
     filters = [each for source in found for each in source.get("FilterCriteria", {}).get("Filters", [])]
-    return [json.loads(each["Pattern"]) for each in filters]
+    return [json.loads(each["Pattern"]) for each in filters] or [{}]
 
 
 def _passes(pattern: Any, value: Any) -> bool:

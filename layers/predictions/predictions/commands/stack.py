@@ -8,11 +8,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 import botocore.session
+from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from predictions.errors import PredictionsError
 from predictions.outputs import OutputsBucket
 from predictions.table import Prediction, PredictionsTable, is_id
+
+# A function may take 15 minutes. By default, botocore waits for one, and then invokes it again beside the first.
+# https://docs.aws.amazon.com/lambda/latest/dg/configuration-timeout.html
+_PATIENT = Config(read_timeout=960, tcp_keepalive=True)
 
 
 class StackUnusable(PredictionsError):
@@ -48,7 +53,8 @@ class Stack:
 
     def client(self, service_name: str) -> Any:
         """A client of an AWS service in the stack's region."""
-        return self._session.create_client(service_name, region_name=self._region)
+        config = _PATIENT if service_name == "lambda" else None
+        return self._session.create_client(service_name, region_name=self._region, config=config)
 
     @property
     def name(self) -> str:
@@ -78,10 +84,12 @@ class Stack:
         return str(found["StackResourceDetail"]["PhysicalResourceId"])
 
     def parameter(self, key: str) -> str:
-        """The value of one of the parameters that the stack was deployed with."""
-        (stack,) = self.client("cloudformation").describe_stacks(StackName=self._name)["Stacks"]
-        given = {each["ParameterKey"]: each["ParameterValue"] for each in stack.get("Parameters", [])}
-        return str(given[key])
+        """The value of one of the parameters that the stack was deployed with.
+
+        Raises:
+            StackUnusable: There is no such stack, or it has no such parameter.
+        """
+        return self._told("Parameter", key)
 
     def invoke(self, function: str, event: Any) -> Any:
         """Invokes a function by its name, and waits for its answer.
@@ -101,6 +109,10 @@ class Stack:
         Raises:
             StackUnusable: There is no such stack, or it has no such output.
         """
+        return self._told("Output", key)
+
+    def _told(self, kind: str, key: str) -> str:
+        """One of the values that CloudFormation tells of the stack."""
         cloudformation = self.client("cloudformation")
         try:
             stack = cloudformation.describe_stacks(StackName=self._name)["Stacks"][0]
@@ -111,11 +123,11 @@ class Stack:
                 f"There is no stack {self._name!r} in {cloudformation.meta.region_name}."
                 " Check its name, --region and --profile."
             ) from error
-        for output in stack.get("Outputs", []):
-            if output["OutputKey"] == key:
-                return str(output["OutputValue"])
+        for each in stack.get(f"{kind}s", []):
+            if each[f"{kind}Key"] == key:
+                return str(each[f"{kind}Value"])
         raise StackUnusable(
-            f"The stack {self._name!r} ({stack['StackStatus']}) has no output {key}:"
+            f"The stack {self._name!r} ({stack['StackStatus']}) has no {kind.lower()} {key}:"
             " either it is not one of replicate-serverless, or it is not deployed completely."
         )
 

@@ -71,16 +71,16 @@ def refresh(stack: Stack, arguments: argparse.Namespace) -> None:  # noqa: ARG00
     """Asks Replicate for the secret with which it signs, as the sweep does every ten minutes."""
     import httpx  # no other command needs it
 
-    from predictions.upstream import UpstreamError
+    from predictions.upstream import UpstreamError, token_of
 
     secretsmanager = stack.client("secretsmanager")
     stored = secretsmanager.get_secret_value(SecretId=stack.output("ReplicateTokenSecretArn"))["SecretString"]
-    token = json.loads(stored)["token"] if stored.lstrip().startswith("{") else stored.strip()
+    token = token_of(stored)
     url = f"{stack.parameter('ReplicateApiUrl')}/webhooks/default/secret"
     try:
         answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=10)
         answer.raise_for_status()
-        secret = answer.json()["key"]
+        secret = str(answer.json()["key"])
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
         raise UpstreamError(f"Replicate did not tell its signing secret ({type(error).__name__}).") from None
     changed = SigningSecrets(stack.output("SigningSecretArn"), secretsmanager).store(secret, time.time())
