@@ -718,12 +718,16 @@ FAILED_JOB = {
 def test_failed_jobs_are_invoked_again_as_what_they_were(
     hooks: Any, invoked: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keyed = {**FAILED_JOB, "requestPayload": {"model": "acme/painter", "idempotency_key": "mine"}}
-    bury(hooks, "RunJobsDeadLetterQueue", FAILED_JOB, keyed, "no JSON")
+    redriven = {
+        **FAILED_JOB,
+        "requestContext": {"requestId": "request-9"},
+        "requestPayload": {"request_id": "request-2", "job": {"model": "acme/painter"}},
+    }
+    bury(hooks, "RunJobsDeadLetterQueue", FAILED_JOB, redriven, "no JSON")
     assert main(["dead-letters", "redrive", "run-jobs", "--stack", "hooks"]) == 2
     assert [event for _, event in invoked] == [
-        {"idempotency_key": "request-1", "model": "acme/painter", "prompt": "CANARY"},
-        {"idempotency_key": "mine", "model": "acme/painter"},
+        {"request_id": "request-1", "job": {"model": "acme/painter", "prompt": "CANARY"}},
+        {"request_id": "request-2", "job": {"model": "acme/painter"}},
     ]
     out, err = capsys.readouterr()
     assert out == ""
