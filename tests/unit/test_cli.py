@@ -852,6 +852,23 @@ def test_input_and_output_are_shown_where_they_are_asked_for(capsys: pytest.Capt
     assert told(capsys, "show", "b" * 26, "--input")["input"] == {"prompt": "CANARY"}
 
 
+@pytest.mark.parametrize("told", ["soon", "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "\x1b[2J"])
+def test_story_goes_without_a_time_of_replicate_that_is_none(
+    payloads: Any, capsys: pytest.CaptureFixture[str], told: str
+) -> None:
+    payloads.update_item(
+        TableName="table-1",
+        Key={"pk": {"S": f"prediction#{'b' * 26}"}, "sk": {"S": "status"}},
+        UpdateExpression="SET started_at = :told",
+        ExpressionAttributeValues={":told": {"S": told}},
+    )
+    assert main(["show", "b" * 26, "--stack", "hooks"]) == 0
+    out = capsys.readouterr().out
+    assert "asked for by alice" in out
+    assert "the model began" not in out
+    assert "\x1b" not in out
+
+
 def test_unknown_prediction_is_said(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no prediction" in refused(capsys, "show", "z" * 26, "--stack", "hooks")
     assert "no prediction" in refused(capsys, "outputs", "archive", "../x", "--stack", "hooks")
