@@ -168,8 +168,8 @@ def _of_item(prediction: Prediction) -> Iterator[_Moment]:
         (prediction.completed_at, f"it ended: {prediction.status}"),
     ):
         # Kept as Replicate tells it, which need not be a time.
-        if text and (at := _told_at(text)) is not None:
-            yield _Moment(at, "Replicate", what)
+        if text and (moment := _told_at(text)) is not None:
+            yield _Moment(moment, "Replicate", what)
 
 
 def _of_executions(stack: Stack, executions: Executions, prediction: Prediction) -> Iterator[_Moment]:
