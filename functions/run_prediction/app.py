@@ -14,7 +14,8 @@ def handler(event: Any, context: Any) -> dict[str, Any]:
 
     Args:
         event: `{"model", "prompt", "webhook_url"?}`, or `{"model", "input_data", "wait_for_completion"?,
-            "poll_interval"?, "max_poll_attempts"?}`; each with `idempotency_key`?.
+            "poll_interval"?, "max_poll_attempts"?}`; each with `idempotency_key`?. Or `{"request_id", "job"}`: one of
+            these whose invocation failed, redriven under the id of that.
         context: Lambda's.
 
     Returns:

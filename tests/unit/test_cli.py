@@ -718,12 +718,16 @@ FAILED_JOB = {
 def test_failed_jobs_are_invoked_again_as_what_they_were(
     hooks: Any, invoked: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keyed = {**FAILED_JOB, "requestPayload": {"model": "acme/painter", "idempotency_key": "mine"}}
-    bury(hooks, "RunJobsDeadLetterQueue", FAILED_JOB, keyed, "no JSON")
+    redriven = {
+        **FAILED_JOB,
+        "requestContext": {"requestId": "request-9"},
+        "requestPayload": {"request_id": "request-2", "job": {"model": "acme/painter"}},
+    }
+    bury(hooks, "RunJobsDeadLetterQueue", FAILED_JOB, redriven, "no JSON")
     assert main(["dead-letters", "redrive", "run-jobs", "--stack", "hooks"]) == 2
     assert [event for _, event in invoked] == [
-        {"idempotency_key": "request-1", "model": "acme/painter", "prompt": "CANARY"},
-        {"idempotency_key": "mine", "model": "acme/painter"},
+        {"request_id": "request-1", "job": {"model": "acme/painter", "prompt": "CANARY"}},
+        {"request_id": "request-2", "job": {"model": "acme/painter"}},
     ]
     out, err = capsys.readouterr()
     assert out == ""
@@ -846,6 +850,23 @@ def test_story_is_told_in_its_order_without_input_and_output(capsys: pytest.Capt
 @pytest.mark.usefixtures("payloads")
 def test_input_and_output_are_shown_where_they_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert told(capsys, "show", "b" * 26, "--input")["input"] == {"prompt": "CANARY"}
+
+
+@pytest.mark.parametrize("told", ["soon", "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "\x1b[2J"])
+def test_story_goes_without_a_time_of_replicate_that_is_none(
+    payloads: Any, capsys: pytest.CaptureFixture[str], told: str
+) -> None:
+    payloads.update_item(
+        TableName="table-1",
+        Key={"pk": {"S": f"prediction#{'b' * 26}"}, "sk": {"S": "status"}},
+        UpdateExpression="SET started_at = :told",
+        ExpressionAttributeValues={":told": {"S": told}},
+    )
+    assert main(["show", "b" * 26, "--stack", "hooks"]) == 0
+    out = capsys.readouterr().out
+    assert "asked for by alice" in out
+    assert "the model began" not in out
+    assert "\x1b" not in out
 
 
 def test_unknown_prediction_is_said(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -368,6 +368,22 @@ def test_invocation_that_lambda_repeats_starts_nothing_more(
     assert run(job, "request-2")["prediction_id"] != first["prediction_id"]
 
 
+@pytest.mark.parametrize("key", [{}, {"idempotency_key": None}, {"idempotency_key": "mine"}])
+def test_invocation_that_is_redriven_starts_nothing_more(
+    run: Run, replicate: ReplicateInMemory, key: dict[str, Any]
+) -> None:
+    first = run({**PROMPT, **key}, "request-1")
+    again = run({"request_id": "request-1", "job": {**PROMPT, **key}}, "request-2")
+    assert again["prediction_id"] == first["prediction_id"]
+    assert len(replicate.creates) == 1
+
+
+@pytest.mark.parametrize("event", [{"request_id": 1, "job": PROMPT}, {"request_id": "r", "job": "x"}, {"job": PROMPT}])
+def test_redriven_job_that_is_none_is_refused(run: Run, replicate: ReplicateInMemory, event: Any) -> None:
+    assert run(event)["success"] is False
+    assert replicate.creates == []
+
+
 def test_key_makes_one_prediction_of_two_invocations(run: Run, replicate: ReplicateInMemory) -> None:
     job = PROMPT | {"idempotency_key": "nightly-2025-06-15T06:00:00Z"}
     assert run(job) == run(job, "request-2")

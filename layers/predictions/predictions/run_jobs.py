@@ -8,6 +8,9 @@ A job comes in one of two shapes, and is answered in the same shape, whatever ha
 Underneath it is the same prediction as any other. Lambda repeats an event that nobody waits for, with the same request
 id: the job's id is made from it, so that the repetition finds the prediction. Whoever invokes twice by himself, as a
 schedule or an SDK may, gives an `idempotency_key`.
+
+An invocation that failed for good may have started its prediction all the same. `dead-letters redrive` invokes it again
+as `{"request_id", "job"}`, under the request id that it had. Who may invoke the function is trusted with that id.
 """
 
 import json
@@ -163,7 +166,7 @@ class RunJobs:
         """Runs one job; the same one again is answered with the prediction that it started before.
 
         Args:
-            event: The job, of a stranger's making.
+            event: The job, of a stranger's making; or one that failed, with its request id.
             request_id: The invocation's; the same when Lambda repeats it.
             remaining_seconds: How long the function may still run.
 
@@ -173,6 +176,7 @@ class RunJobs:
         Raises:
             ClientError, BotoCoreError: AWS failed before the prediction was started: a repetition starts it.
         """
+        event, request_id = _redriven(event, request_id)
         kind, job = _kind(event), None
         try:
             job = _read(kind, event)
@@ -240,6 +244,13 @@ class RunJobs:
             logger.exception("started, but not read")
             whole = None
         return whole or Whole(prediction, json.loads(intent.input_json), None, None, [])
+
+
+def _redriven(event: Any, request_id: str) -> tuple[Any, str]:
+    """The job and the id of its first invocation, which this one may be."""
+    if isinstance(event, dict) and event.keys() == {"request_id", "job"} and isinstance(event["request_id"], str):
+        return event["job"], event["request_id"]
+    return event, request_id
 
 
 def _kind(event: Any) -> type[PromptJob] | type[InputJob]:

@@ -170,12 +170,14 @@ def _run_jobs(stack: Stack) -> Iterator[_Dead]:
     for letter, body in _records(stack, "run-jobs"):
         context, job = body.get("requestContext", {}), body.get("requestPayload")
         request_id, reason = str(context.get("requestId", "-")), _why(body)
+        if isinstance(job, dict) and job.keys() == {"request_id", "job"}:
+            request_id, job = str(job["request_id"]), job["job"]  # it was redriven before
 
         def redrive(job: Any = job, request_id: str = request_id) -> None:
             if not isinstance(job, dict):
                 raise _Left("it is no invocation of run_prediction")
             # Its id is what the first one was known by, and so it starts nothing twice. Nobody waits for it now either.
-            again = {"idempotency_key": request_id, **job}
+            again = {"request_id": request_id, "job": job}
             lambda_.invoke(FunctionName=function, InvocationType="Event", Payload=json.dumps(again).encode())
 
         row = (str(body.get("timestamp", "-")), reason)

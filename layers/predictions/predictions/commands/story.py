@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -20,6 +21,7 @@ _STUCK_LIMIT = 1000
 _LOG_LINES_LIMIT = 200
 # What of a log line is shown: never an exception's text, which may be of anything.
 _TOLD = ("status", "change", "upstream_id", "reason", "wait_seconds", "files", "failed", "path", "event", "execution")
+_YEAR_10000 = 253_402_300_800
 _DURATION = re.compile(r"([1-9][0-9]{0,5})([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -148,7 +150,11 @@ def _get_many(table: PredictionsTable, ids: list[str]) -> dict[str, Prediction]:
 
 
 def _of_item(prediction: Prediction) -> Iterator[_Moment]:
-    yield _Moment(_unix(prediction.created_at), "table", f"asked for by {prediction.owner} ({prediction.source})")
+    yield _Moment(
+        _told_at(prediction.created_at) or prediction.created,
+        "table",
+        f"asked for by {prediction.owner} ({prediction.source})",
+    )
     for at, what in (
         (prediction.claimed, "claimed, to be submitted once"),
         (prediction.cancel_requested, "its cancel was asked for"),
@@ -161,8 +167,9 @@ def _of_item(prediction: Prediction) -> Iterator[_Moment]:
         (prediction.started_at, "the model began"),
         (prediction.completed_at, f"it ended: {prediction.status}"),
     ):
-        if text:
-            yield _Moment(_unix(text), "Replicate", what)
+        # Kept as Replicate tells it, which need not be a time.
+        if text and (moment := _told_at(text)) is not None:
+            yield _Moment(moment, "Replicate", what)
 
 
 def _of_executions(stack: Stack, executions: Executions, prediction: Prediction) -> Iterator[_Moment]:
@@ -235,8 +242,11 @@ def _sizes(stack: Stack, prediction: Prediction) -> dict[str, int]:
     return {str(item["sk"]).partition("#")[0]: int(item["length"]) for item in items if "length" in item}
 
 
-def _unix(text: str) -> float:
-    return datetime.fromisoformat(text).timestamp()
+def _told_at(text: str) -> float | None:
+    with suppress(ValueError, OverflowError):
+        at = datetime.fromisoformat(text).timestamp()
+        return at if 0 <= at < _YEAR_10000 else None
+    return None
 
 
 def _exact(moment: float) -> str:
