@@ -179,10 +179,9 @@ def _of_the_rest(cloud: LocalCloud) -> Iterator[Probe]:
         yield Probe(
             f"GetSecretValue {name}", "secretsmanager:GetSecretValue", arn, _call("get_secret_value", SecretId=arn)
         )
-        # No text and no bytes: refused for that, once it is let through.
-        yield Probe(
-            f"PutSecretValue {name}", "secretsmanager:PutSecretValue", arn, _call("put_secret_value", SecretId=arn)
-        )
+        # Beside what is there, which stays the current one.
+        put = _call("put_secret_value", SecretId=arn, SecretString="{}", VersionStages=["PROBE"])
+        yield Probe(f"PutSecretValue {name}", "secretsmanager:PutSecretValue", arn, put)
     for name in (*QUEUES, "another-stack"):
         url = at.get(name) or _address_of(cloud, name)
         arn = f"arn:aws:sqs:{REGION}:{ACCOUNT}:{url.rpartition('/')[2]}"
