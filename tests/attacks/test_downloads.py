@@ -101,6 +101,7 @@ NESTED = gzip.compress(gzip.compress(GZIP, mtime=0), mtime=0)
 BROTLI = bytes.fromhex("5bffffff0f00") + b"\x00" * 16
 
 COMPRESSED = "the file host compressed the file, although it was asked not to"
+CLOSE = "Connection: close"
 NOT_HTTP = "the connection to the file host failed (RemoteProtocolError), 3 times"
 NO_LENGTH = "the file host's answer has no valid Content-Length, 3 times"
 CHUNKED = "Transfer-Encoding: chunked"
@@ -165,8 +166,12 @@ HOSTILE: dict[str, tuple[Answer, str | bytes]] = {
     "/two-lengths-alike-in-one": (sends(head("Content-Length: 2, 2") + b"xy"), b"xy"),
     "/two-lengths": (sends(head("Content-Length: 1", "Content-Length: 2") + b"xy"), NOT_HTTP),
     "/two-lengths-in-one": (sends(head("Content-Length: 1, 2") + b"xy"), NOT_HTTP),
-    "/length-and-fewer-chunks": (sends(head("Content-Length: 9", CHUNKED) + chunks(b"x" * 8)), ended_after(8, 9)),
-    "/length-and-more-chunks": (sends(head("Content-Length: 2", CHUNKED) + chunks(b"x" * 8)), ended_after(8, 2)),
+    # These are whole, so that the connection would be used again by the next attempt, while the host hangs up.
+    "/length-and-fewer-chunks": (
+        sends(head("Content-Length: 9", CHUNKED, CLOSE) + chunks(b"x" * 8)),
+        ended_after(8, 9),
+    ),
+    "/length-and-more-chunks": (sends(head("Content-Length: 2", CHUNKED, CLOSE) + chunks(b"x" * 8)), ended_after(8, 2)),
     "/length-and-as-many-chunks": (sends(head("Content-Length: 8", CHUNKED) + chunks(b"x" * 8)), b"x" * 8),
     "/no-length": (sends(head("Content-Type: image/png") + b"until the end"), b"until the end"),
     # Chunks.
