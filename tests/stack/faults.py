@@ -62,9 +62,9 @@ def situations(crowd: Crowd, number: int) -> Iterator[Request]:
         # Killed at each of its calls, before and after, and asked again each time.
         return Request(crowd.mark(), "http with key", body, f"key-{crowd.mark()}-{next(key)}", tries=60, **more)  # type: ignore[arg-type]
 
-    def queued(body: dict[str, object]) -> Request:
+    def queued(body: dict[str, object], **more: object) -> Request:
         body["model"] = body.pop("version")
-        return Request(crowd.mark(), "queue", body)
+        return Request(crowd.mark(), "queue", body, **more)  # type: ignore[arg-type]
 
     crowd.cloud.replicate.fault("webhook_lost", times=None, model="local/album")
     crowd.cloud.replicate.fault("webhook_lost", times=None, model="local/crasher")
@@ -78,6 +78,8 @@ def situations(crowd: Crowd, number: int) -> Iterator[Request]:
         yield keyed(storyteller(crowd.mark()), cancel_after_seconds=1.0)
     yield keyed({**sleeper(crowd.mark()), "webhook": crowd.receiver.url})
     yield keyed(crasher(crowd.mark()))
+    # Told twice: the second time, its execution is there.
+    yield queued(sleeper(crowd.mark(), 3), key=f"key-{crowd.mark()}-{next(key)}", again=True)
     for _ in range(2):
         yield queued(sleeper(crowd.mark()))
         yield queued(album(crowd.mark()))

@@ -14,7 +14,7 @@ from tests.stack.aws_proxy import Call
 from tests.stack.crowd import Crowd
 from tests.stack.faults import ON_THE_WAY, everything_at_once, faulty_stack, strike_each
 
-ROUNDS = 8
+ROUNDS = 12
 PREDICTIONS = 200
 """In all, those of the rounds included."""
 
