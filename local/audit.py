@@ -14,7 +14,6 @@ hash; where it cannot be made, nothing passes.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import logging
 import os
@@ -27,6 +26,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from local.set_up import environment_of
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PAGE = CHECKOUT / "docs" / "security.md"
@@ -111,22 +112,10 @@ def environment(folder: Path = ENVIRONMENT, requirements: Path = REQUIREMENTS) -
     Raises:
         AuditError: It could not be made.
     """
-    wanted = hashlib.sha256(requirements.read_bytes() + sys.executable.encode()).hexdigest()
-    finished = folder / "finished"
-    if not finished.exists() or finished.read_text() != wanted:
-        uv = str(Path(sys.executable).parent / "uv")
-        python = str(Path(sys.executable).resolve())
-        install = [uv, "pip", "install", "--quiet", "--require-hashes", "--python", str(folder / "bin" / "python")]
-        for command in (
-            [uv, "venv", "--quiet", "--no-project", "--clear", "--python", python, str(folder)],
-            [*install, "--requirement", str(requirements)],
-        ):
-            try:
-                subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                raise AuditError(f"{requirements.name} could not be installed, see above ({error})") from error
-        finished.write_text(wanted)
-    return folder / "bin"
+    try:
+        return environment_of(requirements, folder) / "bin"
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise AuditError(f"{requirements.name} could not be installed, see above ({error})") from error
 
 
 def translated(template: Path) -> dict[str, Any]:

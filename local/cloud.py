@@ -213,12 +213,7 @@ class LocalCloud:
         cloudformation = self.client("cloudformation")
         stack_id = cloudformation.describe_stacks(StackName=STACK_NAME)["Stacks"][0]["StackId"]
         command = [_sam_program(), "delete", "--stack-name", STACK_NAME, "--no-prompts", *_sam_options()]
-        with log.open("wb") as output:
-            deleting = subprocess.Popen(
-                command, cwd=self.run_directory, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=_sam_variables() | {"AWS_ENDPOINT_URL": self.endpoint_url}, start_new_session=True,
-            )  # fmt: skip
-        self._cleanup.callback(_stop, deleting)
+        deleting = self._start_sam(command, self.run_directory, log)
         # Deleting the stack is its last step, and it looks for the end of that only every half a minute.
         while cloudformation.describe_stacks(StackName=stack_id)["Stacks"][0]["StackStatus"] != "DELETE_COMPLETE":
             if deleting.poll() is not None:
@@ -362,6 +357,16 @@ class LocalCloud:
             "Architecture": self._parameters.get("Architecture", architecture),
         }
 
+    def _start_sam(self, command: Sequence[str], folder: Path, log: Path) -> subprocess.Popen[bytes]:
+        """Start a SAM command on this cloud's AWS; it is stopped at the latest when this cloud is."""
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env=_sam_variables() | {"AWS_ENDPOINT_URL": self.endpoint_url}, start_new_session=True,
+            )  # fmt: skip
+        self._cleanup.callback(_stop, process)
+        return process
+
     def _deploy(self) -> None:
         url = urlsplit(self.replicate_url)
         parameters = {
@@ -384,13 +389,7 @@ class LocalCloud:
             *("--capabilities", "CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"),
             *("--parameter-overrides", f"file://{overrides}"),
         ]
-        with log.open("wb") as output:
-            deploying = subprocess.Popen(
-                command, cwd=self._checkout, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=_sam_variables() | {"AWS_ENDPOINT_URL": self.endpoint_url}, start_new_session=True,
-            )  # fmt: skip
-        self._cleanup.callback(_stop, deploying)
-        if deploying.wait() != 0:
+        if self._start_sam(command, self._checkout, log).wait() != 0:
             raise LocalCloudError(f"sam deploy failed.\n{_tail(log)}")
         cloudformation = self.client("cloudformation")
         stack = cloudformation.describe_stacks(StackName=STACK_NAME)["Stacks"][0]

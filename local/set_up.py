@@ -122,6 +122,36 @@ def make_environments(checkout: Path) -> None:
     say(f"ready in {time.monotonic() - began:.0f} s")
 
 
+def environment_of(requirements: Path, folder: Path) -> Path:
+    """Make an environment that holds a requirements file's packages, checked by hash, unless it is there.
+
+    For what can be had once the other two are there: with the Python and the uv of the one that runs this.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: uv is not there, or failed and said why.
+    """
+    wanted = hashlib.sha256(requirements.read_bytes() + sys.executable.encode()).hexdigest()
+    finished = folder / "finished"
+    if not finished.exists() or finished.read_text() != wanted:
+        uv = str(Path(sys.executable).parent / "uv")
+        run(
+            [
+                uv,
+                "venv",
+                "--quiet",
+                "--no-project",
+                "--clear",
+                "--python",
+                str(Path(sys.executable).resolve()),
+                str(folder),
+            ]
+        )
+        interpreter = str(folder / "bin" / "python")
+        run([uv, "pip", "install", "--quiet", "--require-hashes", "--python", interpreter, "-r", str(requirements)])
+        finished.write_text(wanted)
+    return folder
+
+
 def choose_python(interpreters: Iterable[tuple[str, str]]) -> tuple[str, str]:
     """Return the first of `interpreters` that works and is Python 3.13, or the one that runs this.
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from predictions.observability import handler_of, logger
+from predictions.observability import handler_of, logger, remaining_seconds
 from predictions.pipeline_progress import Progress
 
 progress = Progress.from_env()
@@ -21,4 +21,4 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
         `{"done": …, "seen": …}`: whether the pipeline has ended, else the number of its events that this turn knew of.
     """
     logger.set_correlation_id(event["id"])
-    return asdict(progress.advance(event["id"], lambda: context.get_remaining_time_in_millis() / 1000))
+    return asdict(progress.advance(event["id"], remaining_seconds(context)))

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from predictions.copies import copy, copy_again
-from predictions.observability import handler_of, logger
+from predictions.observability import handler_of, logger, remaining_seconds
 from predictions.outputs import OutputsBucket
 from predictions.table import PredictionsTable
 
@@ -28,19 +28,15 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
         CopyInterrupted: Some files could not be had now; the machine tries again.
     """
     logger.set_correlation_id(event["id"])
-
-    def remaining_seconds() -> float:
-        milliseconds: int = context.get_remaining_time_in_millis()
-        return milliseconds / 1000
-
+    left = remaining_seconds(context)
     if event.get("again"):
-        return copy_again(table, outputs, event["id"], remaining_seconds=remaining_seconds)
+        return copy_again(table, outputs, event["id"], remaining_seconds=left)
     copy(
         table,
         outputs,
         event["id"],
         int(event["execution"].rpartition("-")[2]),
-        remaining_seconds=remaining_seconds,
+        remaining_seconds=left,
         now=time.time,
     )
     return {}

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 from predictions.deployed_recipes import DeployedRecipes, DeploymentRefused, recipe_files
 from predictions.errors import PredictionsError
-from predictions.observability import handler_of, logger
+from predictions.observability import handler_of, logger, remaining_seconds
 
 ANSWER_SECONDS = 10
 ANSWER_ATTEMPTS = 3
@@ -50,14 +50,11 @@ def handler(event: dict[str, Any], context: Any) -> None:
 
 
 def _deal_with(event: dict[str, Any], context: Any) -> None:
-    def seconds_left() -> float:
-        left: float = context.get_remaining_time_in_millis() / 1000
-        return left
-
+    left = remaining_seconds(context)
     if event["RequestType"] == "Delete":
-        deployed_recipes.remove(event["StackId"], seconds_left)
+        deployed_recipes.remove(event["StackId"], left)
     elif event["ResourceProperties"]["Files"] == os.environ["RECIPE_FILES_ARN"]:
-        deployed_recipes.apply(recipe_files(), seconds_left)
+        deployed_recipes.apply(recipe_files(), left)
     else:
         # CloudFormation changes this function before it asks. So this is a rollback, before the function's own: what
         # it would apply is what has failed, and a failure now would leave the stack stuck.

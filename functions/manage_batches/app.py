@@ -8,6 +8,7 @@ from predictions.aws import api_url
 from predictions.batch_control import BatchControl
 from predictions.batches import Batch
 from predictions.cursors import page_links, read_cursor
+from predictions.observability import remaining_seconds
 from predictions.submissions import Submissions
 
 PAGE_SIZE = 25
@@ -59,8 +60,7 @@ def retry(batch_id: str) -> Response[str]:
 
 
 def _remaining_seconds() -> float:
-    milliseconds: int = app.lambda_context.get_remaining_time_in_millis()
-    return milliseconds / 1000 - ANSWER_SECONDS
+    return remaining_seconds(app.lambda_context)() - ANSWER_SECONDS
 
 
 def _show(batch: Batch) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from predictions.batch_preparation import prepare
 from predictions.batches import Batches
-from predictions.observability import handler_of, logger
+from predictions.observability import handler_of, logger, remaining_seconds
 
 batches = Batches.from_env()
 
@@ -21,4 +21,4 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
         `{"id", "attempt", "lines", "key", "max_concurrency", "tolerated_failure_percentage"}` for the next states.
     """
     logger.set_correlation_id(event["id"])
-    return prepare(batches, event["id"], event["attempt"], lambda: context.get_remaining_time_in_millis() / 1000)
+    return prepare(batches, event["id"], event["attempt"], remaining_seconds(context))

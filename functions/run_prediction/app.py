@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from predictions.observability import handler_of
+from predictions.observability import handler_of, remaining_seconds
 from predictions.run_jobs import RunJobs
 
 run_jobs = RunJobs.from_env()
@@ -26,4 +26,4 @@ def handler(event: Any, context: Any) -> dict[str, Any]:
     Raises:
         ClientError, BotoCoreError: AWS failed before anything was started.
     """
-    return run_jobs.run(event, context.aws_request_id, lambda: context.get_remaining_time_in_millis() / 1000)
+    return run_jobs.run(event, context.aws_request_id, remaining_seconds(context))

@@ -26,7 +26,7 @@ from predictions.intents import (
     wait_seconds,
 )
 from predictions.limits import OwnerLimits
-from predictions.observability import logger
+from predictions.observability import logger, remaining_seconds
 from predictions.submissions import Submissions
 from predictions.table import Prediction, Whole
 
@@ -98,8 +98,7 @@ def _create(reference: Reference | None) -> Response[str]:
 
 
 def _remaining_seconds() -> float:
-    milliseconds: int = app.lambda_context.get_remaining_time_in_millis()
-    return milliseconds / 1000
+    return remaining_seconds(app.lambda_context)()
 
 
 def _start(intent: Intent, rate_limit: dict[str, str], wait_seconds: float = 0) -> Prediction:

@@ -5,7 +5,7 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 from predictions.batch_control import BatchControl
-from predictions.observability import MetricUnit, handler_of, logger, metrics
+from predictions.observability import MetricUnit, handler_of, logger, metrics, remaining_seconds
 from predictions.pipeline_progress import PipelineExecutions
 from predictions.submissions import Submissions
 from predictions.upstream import UpstreamError
@@ -35,17 +35,12 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:  # noqa: ARG
         `{"found": …}`, how many predictions, pipelines and batches stood still.
     """
     _refresh_signing_secret()
-
-    def remaining_seconds() -> float:
-        milliseconds: int = context.get_remaining_time_in_millis()
-        return milliseconds / 1000
+    left = remaining_seconds(context)
 
     def sweep_batch(batch_id: str) -> None:
-        batch_control.sweep_one(batch_id, submissions, remaining_seconds)
+        batch_control.sweep_one(batch_id, submissions, left)
 
-    found = submissions.sweep(
-        SWEEP_LIMIT, remaining_seconds, {"batch": sweep_batch, "pipeline": pipeline_executions.restart}
-    )
+    found = submissions.sweep(SWEEP_LIMIT, left, {"batch": sweep_batch, "pipeline": pipeline_executions.restart})
     metrics.add_metric(name="SweepFound", unit=MetricUnit.Count, value=found)
     try:
         submissions.measure()

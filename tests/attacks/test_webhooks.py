@@ -26,7 +26,7 @@ from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error
 from tests.simulation.dynamodb import ConditionFailed, Item, Table
 from tests.unit.apps import Context, clock_module, load_app
-from tests.unit.fakes import API_URL, Clock
+from tests.unit.fakes import API_URL, WEBHOOK_VECTORS, Clock
 from tests.unit.test_table import FILE, put, told
 
 SEED = 20250615
@@ -152,27 +152,8 @@ def without(name: str) -> Headers:
 
 # -- published vectors --------------------------------------------------------------------------------------------
 
-# Published with Standard Webhooks' libraries and with Svix's: https://github.com/standard-webhooks/standard-webhooks
-# and by Replicate: https://replicate.com/docs/topics/webhooks/verify-webhook
-VECTORS = [
-    (
-        "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
-        "msg_p5jXN8AQM9LWM0D4loKWxJek",
-        1614265330,
-        b'{"test": 2432232314}',
-        "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
-    ),
-    (
-        "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD",
-        "msg_27UH4WbU6Z5A5EzD8u03UvzRbpk",
-        1649367553,
-        b'{"email":"test@example.com","username":"test_user"}',
-        "v1,tZ1I4/hDygAJgO5TYxiSd6Sd0kDW6hPenDe+bTa3Kkw=",
-    ),
-]
 
-
-@pytest.mark.parametrize(("secret", "webhook_id", "timestamp", "body", "signature"), VECTORS)
+@pytest.mark.parametrize(("secret", "webhook_id", "timestamp", "body", "signature"), WEBHOOK_VECTORS)
 def test_a_published_vector_is_verified_and_made(
     send: Call,
     account: Account,

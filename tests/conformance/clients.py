@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from local.cloud import LocalCloud
+from local.set_up import environment_of
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
@@ -169,18 +170,7 @@ def install_python2() -> Path:
         subprocess.CalledProcessError: uv failed, and said why.
     """
     folder = CHECKOUT / ".local" / "conformance" / "python2"
-    requirements = CHECKOUT / "requirements" / "python2-client.txt"
-    digest = hashlib.sha256(requirements.read_bytes() + sys.executable.encode()).hexdigest()
-    finished = folder / "finished"
-    if not finished.exists() or finished.read_text() != digest:
-        uv = str(Path(sys.executable).parent / "uv")
-        python = str(Path(sys.executable).resolve())
-        install = [uv, "pip", "install", "--quiet", "--require-hashes", "--python", str(folder / "bin" / "python")]
-        make = [uv, "venv", "--quiet", "--no-project", "--clear", "--python", python, str(folder)]
-        for command in (make, [*install, "--requirement", str(requirements)]):
-            subprocess.run(command, stdin=subprocess.DEVNULL, check=True)  # noqa: S603 - uv, with our own arguments
-        finished.write_text(digest)
-    return folder
+    return environment_of(CHECKOUT / "requirements" / "python2-client.txt", folder)
 
 
 def _environment() -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Recipes and a schedule that come with the deployment, on a stack of its own, deployed again and deleted."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ import httpx
 import pytest
 from predictions.__main__ import main
 
-from local.cloud import CHECKOUT, CREDENTIALS, REGION, STACK_NAME, LocalCloud, LocalCloudError
+from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud, LocalCloudError
+from tests.stack.conftest import copy_checkout
 
 Wait = Callable[..., Any]
 
@@ -27,10 +27,7 @@ SCHEDULED = {
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout with two recipes."""
-    folder = tmp_path_factory.mktemp("checkout")
-    shutil.copy(CHECKOUT / "template.yaml", folder)
-    for name in ("functions", "layers", "recipes", "statemachine"):
-        shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    folder = copy_checkout(tmp_path_factory)
     (folder / "recipes/shop.json").write_text(json.dumps(SHOP))
     (folder / "recipes/daily.json").write_text(json.dumps(DAILY))
     return folder

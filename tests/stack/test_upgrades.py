@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 from local.cloud import CHECKOUT, CREDENTIALS, REGION, STACK_NAME, LocalCloud
-from tests.stack.conftest import QUICK
+from tests.stack.conftest import QUICK, copy_checkout
 
 Wait = Callable[..., Any]
 
@@ -54,10 +54,7 @@ def older(definition: str) -> str:
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout of the earlier version."""
-    folder = tmp_path_factory.mktemp("checkout")
-    shutil.copy(CHECKOUT / "template.yaml", folder)
-    for name in ("functions", "layers", "recipes", "statemachine"):
-        shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    folder = copy_checkout(tmp_path_factory)
     (folder / MACHINE).write_text(older((folder / MACHINE).read_text()))
     return folder
 

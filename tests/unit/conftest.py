@@ -13,6 +13,9 @@ from predictions.limiter import Limiter
 from predictions.limits import OwnersUsage
 from predictions.observability import metrics
 from predictions.outputs import OutputsBucket
+from predictions.recipe_changes import RecipeChanges
+from predictions.recipe_rules import RecipeRules
+from predictions.recipes import RecipeItems
 from predictions.schemas import ModelSchemas
 from predictions.submissions import Submissions, Timing
 from predictions.table import PredictionsTable
@@ -206,4 +209,19 @@ def make_submissions(
         now=clock.now,
         sleep=clock.sleep,
         **options,
+    )
+
+
+def make_recipe_changes(table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock) -> RecipeChanges:
+    """Changes to recipes, whose models are those of the Replicate in this process."""
+    upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
+    return RecipeChanges(
+        RecipeItems.from_env(),
+        RecipeRules.from_env(),
+        upstream,
+        ModelSchemas(table, upstream, now=clock.now),
+        source_bucket_name="source",
+        outputs_bucket_name="outputs",
+        allow_loopback_webhooks=False,
+        now=clock.now,
     )

@@ -34,6 +34,24 @@ SCHEMA = {
         }
     }
 }
+# Published with Standard Webhooks' libraries and with Svix's: https://github.com/standard-webhooks/standard-webhooks
+# and by Replicate: https://replicate.com/docs/topics/webhooks/verify-webhook
+WEBHOOK_VECTORS = [
+    (
+        "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+        "msg_p5jXN8AQM9LWM0D4loKWxJek",
+        1614265330,
+        b'{"test": 2432232314}',
+        "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
+    ),
+    (
+        "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD",
+        "msg_27UH4WbU6Z5A5EzD8u03UvzRbpk",
+        1649367553,
+        b'{"email":"test@example.com","username":"test_user"}',
+        "v1,tZ1I4/hDygAJgO5TYxiSd6Sd0kDW6hPenDe+bTa3Kkw=",
+    ),
+]
 PNG = b"\x89PNG\r\n\x1a\n" + b"pixels" * 100
 
 

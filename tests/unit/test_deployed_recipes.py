@@ -12,12 +12,10 @@ from predictions.errors import Problem
 from predictions.recipe_changes import RECIPE_LIMIT_BYTES, RecipeChanges
 from predictions.recipe_rules import RecipeRules
 from predictions.recipes import RecipeItems
-from predictions.schemas import ModelSchemas
 from predictions.table import PredictionsTable
-from predictions.upstream import Replicate, Token
 
 from tests.unit.apps import Context, load_app, sample
-from tests.unit.conftest import ENVIRONMENT
+from tests.unit.conftest import ENVIRONMENT, make_recipe_changes
 from tests.unit.fakes import Clock, ReplicateInMemory, refusing
 from tests.unit.template import ROOT
 
@@ -42,18 +40,8 @@ def items(cloud: None) -> RecipeItems:
 
 
 @pytest.fixture
-def changes(table: PredictionsTable, replicate: ReplicateInMemory, items: RecipeItems, clock: Clock) -> RecipeChanges:
-    upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
-    return RecipeChanges(
-        items,
-        RecipeRules.from_env(),
-        upstream,
-        ModelSchemas(table, upstream, now=clock.now),
-        source_bucket_name="source",
-        outputs_bucket_name="outputs",
-        allow_loopback_webhooks=False,
-        now=clock.now,
-    )
+def changes(table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock) -> RecipeChanges:
+    return make_recipe_changes(table, replicate, clock)
 
 
 @pytest.fixture

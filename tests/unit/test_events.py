@@ -25,14 +25,11 @@ from predictions.pipeline_api import PipelineApi
 from predictions.pipeline_progress import PipelineExecutions, Progress
 from predictions.pipelines import Pipelines
 from predictions.pipelines_table import PipelinesTable
-from predictions.recipe_changes import RecipeChanges
-from predictions.recipe_rules import RecipeRules
 from predictions.recipes import Recipe, RecipeItems
 from predictions.run_jobs import RunJobs
-from predictions.schemas import ModelSchemas
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
-from predictions.upstream import Replicate, Token
+from predictions.upstream import Token
 
 from tests.unit.apps import (
     EVENTS,
@@ -45,6 +42,7 @@ from tests.unit.apps import (
     load_app,
     sample,
 )
+from tests.unit.conftest import make_recipe_changes
 from tests.unit.described import check_answer, operation_of
 from tests.unit.fakes import API_URL, PNG, Clock, Executed, ReplicateInMemory, Wakes, refusing
 from tests.unit.template import resources
@@ -349,17 +347,7 @@ def run(
     """
 
     versions = VersionCache("predictions", aws.client("dynamodb"), clock.now)
-    upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
-    changes = RecipeChanges(
-        RecipeItems.from_env(),
-        RecipeRules.from_env(),
-        upstream,
-        ModelSchemas(table, upstream, now=clock.now),
-        source_bucket_name="source",
-        outputs_bucket_name="outputs",
-        allow_loopback_webhooks=False,
-        now=clock.now,
-    )
+    changes = make_recipe_changes(table, replicate, clock)
     forwarding = Forwarding(ReplicateInMemory.URL, Token("replicate-token"), replicate.client(), versions)
 
     pipelines = PipelinesTable("predictions", outputs, aws.client("dynamodb"))

@@ -25,6 +25,7 @@ from local.replicate.faults import Bucket
 from local.replicate.process import LocalReplicate
 from local.replicate.schema import openapi_schema
 from local.replicate.webhooks import signature
+from tests.unit.fakes import WEBHOOK_VECTORS
 
 JsonObject = dict[str, Any]
 
@@ -609,25 +610,7 @@ def test_data_is_removed_when_its_time_has_come(replicate: LocalReplicate, api: 
 # Webhooks
 
 
-@pytest.mark.parametrize(
-    ("secret", "webhook_id", "timestamp", "body", "expected"),
-    [
-        (
-            "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
-            "msg_p5jXN8AQM9LWM0D4loKWxJek",
-            1614265330,
-            b'{"test": 2432232314}',
-            "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
-        ),
-        (
-            "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD",
-            "msg_27UH4WbU6Z5A5EzD8u03UvzRbpk",
-            1649367553,
-            b'{"email":"test@example.com","username":"test_user"}',
-            "v1,tZ1I4/hDygAJgO5TYxiSd6Sd0kDW6hPenDe+bTa3Kkw=",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("secret", "webhook_id", "timestamp", "body", "expected"), WEBHOOK_VECTORS)
 def test_signature_is_the_one_of_standard_webhooks(
     secret: str, webhook_id: str, timestamp: int, body: bytes, expected: str
 ) -> None:

@@ -10,14 +10,12 @@ from predictions.intents import Intent
 from predictions.links import Links
 from predictions.outputs import folder, safe_prefix
 from predictions.recipe_changes import RECIPE_LIMIT_BYTES, RecipeChanges
-from predictions.recipe_rules import RecipeRules
 from predictions.recipes import RecipeItems, Recipes
 from predictions.requests import Message, RequestRefused, Requests
-from predictions.schemas import ModelSchemas
 from predictions.table import PredictionsTable
-from predictions.upstream import Replicate, Token
 
 from tests.unit.apps import Context, load_app, sample
+from tests.unit.conftest import make_recipe_changes
 from tests.unit.fakes import API_URL, Clock, Executed, ReplicateInMemory, answer, refusing
 
 Call = Callable[..., tuple[int, Any]]
@@ -33,18 +31,8 @@ def items(cloud: None) -> RecipeItems:
 
 
 @pytest.fixture
-def changes(table: PredictionsTable, replicate: ReplicateInMemory, items: RecipeItems, clock: Clock) -> RecipeChanges:
-    upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
-    return RecipeChanges(
-        items,
-        RecipeRules.from_env(),
-        upstream,
-        ModelSchemas(table, upstream, now=clock.now),
-        source_bucket_name="source",
-        outputs_bucket_name="outputs",
-        allow_loopback_webhooks=False,
-        now=clock.now,
-    )
+def changes(table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock) -> RecipeChanges:
+    return make_recipe_changes(table, replicate, clock)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from aws_lambda_powertools import Logger, Metrics
 from aws_lambda_powertools.metrics import MetricUnit, single_metric
 
-__all__ = ["MetricUnit", "count_ended", "handler_of", "logger", "metrics"]
+__all__ = ["MetricUnit", "count_ended", "handler_of", "logger", "metrics", "remaining_seconds"]
 
 logger = Logger()
 metrics = Metrics()
@@ -50,6 +50,11 @@ def handler_of(function: Handler) -> Handler:
         )
     wrapped: Handler = logger.inject_lambda_context(handler, clear_state=True)
     return wrapped
+
+
+def remaining_seconds(context: Any) -> Callable[[], float]:
+    """Tells how long the function may still run, whenever it is asked, by the context that Lambda gives a handler."""
+    return lambda: context.get_remaining_time_in_millis() / 1000
 
 
 def count_ended(status: str, seconds: float) -> None:

@@ -44,22 +44,25 @@ class Stack:
     """A deployed stack, found by its name, with the region and credentials of the command line.
 
     Region: `--region`, else AWS_REGION, else as botocore finds one. AWS_ENDPOINT_URL is honoured.
+
+    Attributes:
+        name: Its name.
     """
 
     def __init__(self, name: str, region: str | None, profile: str | None) -> None:
-        self._name = name
+        self.name = name
         self._region = region or os.environ.get("AWS_REGION") or None
         self._session = botocore.session.Session(profile=profile)
+        self._clients: dict[str, Any] = {}
 
     def client(self, service_name: str) -> Any:
-        """A client of an AWS service in the stack's region."""
-        config = _PATIENT if service_name == "lambda" else None
-        return self._session.create_client(service_name, region_name=self._region, config=config)
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self._name
+        """A client of an AWS service in the stack's region; one of each service."""
+        if service_name not in self._clients:
+            config = _PATIENT if service_name == "lambda" else None
+            self._clients[service_name] = self._session.create_client(
+                service_name, region_name=self._region, config=config
+            )
+        return self._clients[service_name]
 
     @property
     def table(self) -> PredictionsTable:
@@ -75,12 +78,12 @@ class Stack:
         """
         try:
             found = self.client("cloudformation").describe_stack_resource(
-                StackName=self._name, LogicalResourceId=logical_id
+                StackName=self.name, LogicalResourceId=logical_id
             )
         except ClientError as error:
             if error.response["Error"]["Code"] != "ValidationError":
                 raise
-            raise StackUnusable(f"The stack {self._name!r} is not there, or has no {logical_id}.") from error
+            raise StackUnusable(f"The stack {self.name!r} is not there, or has no {logical_id}.") from error
         return str(found["StackResourceDetail"]["PhysicalResourceId"])
 
     def parameter(self, key: str) -> str:
@@ -115,19 +118,19 @@ class Stack:
         """One of the values that CloudFormation tells of the stack."""
         cloudformation = self.client("cloudformation")
         try:
-            stack = cloudformation.describe_stacks(StackName=self._name)["Stacks"][0]
+            stack = cloudformation.describe_stacks(StackName=self.name)["Stacks"][0]
         except ClientError as error:
             if "does not exist" not in error.response["Error"].get("Message", ""):
                 raise
             raise StackUnusable(
-                f"There is no stack {self._name!r} in {cloudformation.meta.region_name}."
+                f"There is no stack {self.name!r} in {cloudformation.meta.region_name}."
                 " Check its name, --region and --profile."
             ) from error
         for each in stack.get(f"{kind}s", []):
             if each[f"{kind}Key"] == key:
                 return str(each[f"{kind}Value"])
         raise StackUnusable(
-            f"The stack {self._name!r} ({stack['StackStatus']}) has no {kind.lower()} {key}:"
+            f"The stack {self.name!r} ({stack['StackStatus']}) has no {kind.lower()} {key}:"
             " either it is not one of replicate-serverless, or it is not deployed completely."
         )
 
