@@ -293,7 +293,8 @@ class TestStart:
         intent = wanted()
         with pytest.raises(KeyboardInterrupt):
             submissions.start(intent)
-        clock.advance(59)
+        assert current(table, intent.id).submit_until == int(clock.now()) + 25
+        clock.advance(29)
         assert submissions.sweep(10, lambda: 300) == 0
         clock.advance(2)
         assert submissions.sweep(10, lambda: 300) == 1

@@ -52,6 +52,7 @@ from predictions.upstream import (
 from predictions.upstream_prediction import UpstreamPrediction
 
 if TYPE_CHECKING:
+    from predictions.create_window import SendWindow
     from predictions.input_schema import InputSchema
 
 # A prediction whose submission nobody can account for is given up this long after Replicate must have ended it.
@@ -257,8 +258,9 @@ class Submissions:
                 expires=int(now) + self._timing.retention,
                 claim=submit_at is None,
                 execution_arn=self._executions.arn(intent.id, 1),
-                now=now,
+                now=self._now(),
                 submit_at=submit_at,
+                wait_seconds=max(0, math.ceil(wait_seconds)),
             )
         except AlreadyExists as error:
             return _existing(error.prediction, intent)
@@ -399,7 +401,7 @@ class Submissions:
             return
         api_url()
         counted = self._take_turn(prediction)
-        claimed = self.table.claim(prediction_id, version, now, counted=counted)
+        claimed = self.table.claim(prediction_id, version, self._now(), counted=counted)
         if claimed is None:
             return
         self._submit_for_execution(claimed, input_json)
@@ -498,12 +500,21 @@ class Submissions:
             cancel_after_seconds=remaining_seconds,
             wait_seconds=wait_seconds if wait_seconds >= 1 else None,
             rate_limit=rate_limit,
+            window=self._window(prediction),
         )
         logger.info("submitted", upstream_id=told.id, status=told.status)
         bound = self._bind(prediction, told)
         if self._schemas and prediction.version and not prediction.name:
             self._schemas.learn(prediction.version, told)
         return bound
+
+    def _window(self, prediction: Prediction) -> "SendWindow | None":
+        """When the holder of this claim may send its create."""
+        from predictions.create_window import SendWindow  # loaded with the first create
+
+        if prediction.claimed is None or prediction.submit_until is None:
+            return None
+        return SendWindow(prediction.claimed + _CLAIM_SECONDS, prediction.submit_until, self._now)
 
     def _bind(self, prediction: Prediction, told: UpstreamPrediction) -> Prediction:
         now = self._now()

@@ -55,6 +55,12 @@ https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.h
 COPY_LEASE_SECONDS = 1020
 """Longer than the longest life of copy_outputs (900 s) and the way there."""
 
+SUBMIT_SECONDS = 25
+"""How long the holder of a claim may act on it, besides the time that Replicate is asked to wait for the end."""
+
+# After `submit_until` the holder of a claim has sent all it will ever send.
+_AFTER_SUBMIT_SECONDS = 5
+
 # How long before the sweep looks at an item that should have moved on by itself.
 _START_CHECK_SECONDS = 60
 _COPY_CHECK_SECONDS = 120
@@ -121,6 +127,7 @@ class Prediction:
     stream: bool | None = None
     claimed: int | None = None
     written_by: str | None = None
+    submit_until: int | None = None
     submit_at: int | None = None
     reserved: bool = False
     counted: bool = False
@@ -269,7 +276,7 @@ class PredictionsTable:
 
     def put_intent(
         self, intent: "Intent", *, version: str | None, deadline: int, expires: int, claim: bool, execution_arn: str,
-        now: float, submit_at: int | None = None,
+        now: float, submit_at: int | None = None, wait_seconds: int = 0,
     ) -> Prediction:  # fmt: skip
         """Writes down that a prediction is wanted and, in the same write, that the writer is about to submit it.
 
@@ -284,6 +291,7 @@ class PredictionsTable:
             execution_arn: The execution that will track it, `{id}-1`.
             now: The time.
             submit_at: When it may be submitted, where that start is reserved for it (see `predictions.limiter`).
+            wait_seconds: How long Replicate may hold its answer to the create.
 
         Raises:
             AlreadyExists: The id is taken.
@@ -316,14 +324,17 @@ class PredictionsTable:
             "status": Status.QUEUED.value,
             "visible": Status.STARTING.value,
             "deadline": deadline,
-            "claimed": int(now) if claim else None,
+            **(
+                _lease(now, wait_seconds)
+                if claim
+                else {"next_check_at": (submit_at or int(now)) + _START_CHECK_SECONDS}
+            ),
             "submit_at": submit_at,
             "reserved": True if submit_at else None,
             "written_by": secrets.token_hex(8),
             "execution_n": 1,
             "execution_arn": execution_arn,
             "open": "open",
-            "next_check_at": (submit_at or int(now)) + _START_CHECK_SECONDS,
             "expires_at": expires,
         }
         item = {name: value for name, value in item.items() if value is not None}
@@ -404,7 +415,7 @@ class PredictionsTable:
         claimed = self._change(
             prediction_id,
             set={
-                "claimed": int(now),
+                **_lease(now, 0),
                 "written_by": written_by,
                 **({"version": version} if version else {}),
                 **({"counted": True} if counted else {}),
@@ -1204,6 +1215,16 @@ def _key(prediction_id: str) -> dict[str, str]:
 def schema_key(version: str) -> dict[str, str]:
     """The key of the item that holds what is known of a version: see `PredictionsTable.kept_schema`."""
     return {"pk": f"schema#{version}", "sk": "input"}
+
+
+def _lease(now: float, wait_seconds: int) -> dict[str, int]:
+    """The attributes of every claim: since when, until when its holder may act, and when the sweep looks."""
+    submit_until = int(now) + wait_seconds + SUBMIT_SECONDS
+    return {
+        "claimed": int(now),
+        "submit_until": submit_until,
+        "next_check_at": submit_until + _AFTER_SUBMIT_SECONDS,
+    }
 
 
 def _list_key(owner: str, kind: str) -> str:
