@@ -19,6 +19,7 @@ from predictions.recipes import RecipeItems
 from predictions.schemas import ModelSchemas
 from predictions.submissions import Submissions, Timing
 from predictions.table import PredictionsTable
+from predictions.unknown_submissions import UnknownSubmissions
 from predictions.upstream import Replicate, Token
 
 from tests.unit.fakes import API_URL, Clock, Executed, ReplicateInMemory, Wakes
@@ -66,6 +67,7 @@ ENVIRONMENT = {
     "TRAINING_LIFETIME_SECONDS": "604800",
     "SUBMIT_GRACE_SECONDS": "90",
     "UNKNOWN_SUBMISSION": "fail",
+    "MAX_UNKNOWN_CREATES": "5",
     "VALIDATE_INPUT": "true",
     "CREATES_PER_MINUTE": "600",
     "RETENTION_DAYS": "30",
@@ -194,18 +196,24 @@ def make_submissions(
     """The protocol with other options; `schemas=None` checks no input."""
     upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
     dynamodb = aws.client("dynamodb")
+    timing = timing or Timing(
+        lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, poll=600, retention=30 * 86400
+    )
     options = {
         "schemas": ModelSchemas(table, upstream, now=clock.now),
         "limiter": Limiter("predictions", dynamodb, now=clock.now),
         "usage": OwnersUsage("predictions", dynamodb, now=clock.now),
+        "unknown": UnknownSubmissions(
+            table, upstream, "predictions", dynamodb, grace=timing.grace, first_poll=timing.first_poll,
+            now=clock.now, sleep=clock.sleep,
+        ),
         **options,
-    }
+    }  # fmt: skip
     return Submissions(
         table,
         upstream,
         Executions(executed.machine_arn, aws.client("stepfunctions")),
-        timing
-        or Timing(lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, poll=600, retention=30 * 86400),
+        timing,
         now=clock.now,
         sleep=clock.sleep,
         **options,

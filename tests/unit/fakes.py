@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from email.utils import format_datetime
 from enum import StrEnum
 from types import TracebackType
 from typing import Any
@@ -178,6 +179,13 @@ class ReplicateInMemory:
         return datetime.fromtimestamp(self._clock.now(), UTC).isoformat().replace("+00:00", "Z")
 
     def _answer(self, request: httpx.Request) -> httpx.Response:
+        answered = self._answer_of(request)
+        answered.headers.setdefault(
+            "date", format_datetime(datetime.fromtimestamp(self._clock.now(), UTC), usegmt=True)
+        )
+        return answered
+
+    def _answer_of(self, request: httpx.Request) -> httpx.Response:
         request.read()
         self.asked.append(request)
         if request.url.host != "api.replicate.com":

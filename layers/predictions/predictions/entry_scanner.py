@@ -121,10 +121,13 @@ class EntryScanner:
                 if not self._skip_text():
                     return
             else:
-                before = len(self._buffer)
                 yield from self._walk()
-                if len(self._buffer) == before and not self._depth and not self._in_long_text:
+                if not self._skips:
                     return
+
+    @property
+    def _skips(self) -> bool:
+        return self._depth > 0 or self._in_long_text
 
     # -- what is skipped --------------------------------------------------------------------------------------
 

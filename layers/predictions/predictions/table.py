@@ -65,6 +65,11 @@ _AFTER_SUBMIT_SECONDS = 5
 _START_CHECK_SECONDS = 60
 _COPY_CHECK_SECONDS = 120
 
+# A claim is the second and the writer: another one may be made in the same second.
+_THIS_CLAIM = (
+    "#claimed = :claimed AND #written_by = :written_by AND attribute_not_exists(#upstream_id) AND #rank < :terminal"
+)
+
 # What leaves the sweep's list must hold no orphan, also none that was recorded since the item was read.
 _NO_ORPHANS = " AND attribute_not_exists(#orphans)"
 
@@ -128,6 +133,18 @@ class Prediction:
     claimed: int | None = None
     written_by: str | None = None
     submit_until: int | None = None
+    submit_over: int | None = None
+    submit_answered: bool = False
+    first_claimed: int | None = None
+    unknown_creates: int = 0
+    unanswered: bool = False
+    read_at: int | None = None
+    read_failed: bool = False
+    absent_at: int | None = None
+    evidence_at: int | None = None
+    bound_at: int | None = None
+    submissions_json: str | None = None
+    readings_json: str | None = None
     submit_at: int | None = None
     reserved: bool = False
     counted: bool = False
@@ -160,6 +177,16 @@ class Prediction:
     def listed_at(self) -> str:
         """Its place in its owner's list."""
         return f"{self.created_at}#{self.id}"
+
+    @property
+    def holder_done_at(self) -> int | None:
+        """From this moment on the holder of its claim sends nothing more; None without a claim, or of older code."""
+        return self.submit_over or self.submit_until if self.claimed else None
+
+    @property
+    def searched_from(self) -> int:
+        """The moment of its first claim, since which Replicate may have accepted it."""
+        return self.first_claimed or self.claimed or self.created
 
     @property
     def wanted_events(self) -> tuple[str, ...]:
@@ -462,7 +489,7 @@ class PredictionsTable:
                 "next_check_at": int(now) + wait_seconds + _START_CHECK_SECONDS,
                 **({"reserved": True} if reserved else {}),
             },
-            remove=["claimed", *([] if reserved else ["reserved"])],
+            remove=["claimed", "submit_until", *([] if reserved else ["reserved"])],
             # Not only the second of the claim: another one may be made in it, once this very write was made but its
             # answer lost, and botocore writes again.
             condition="#claimed = :claimed AND #written_by = :written_by AND attribute_not_exists(#upstream_id) "
@@ -470,16 +497,36 @@ class PredictionsTable:
             values={":claimed": prediction.claimed, ":written_by": prediction.written_by},
         )
 
-    def resubmit(self, prediction: Prediction, deadline: int, now: float) -> Prediction | None:
-        """Gives up a claim whose outcome stayed unknown beyond the deadline, once, for a second submission."""
+    # -- unknown outcomes: see `predictions.unknown_submissions` ------------------------------------------------
+
+    def note_unknown(self, prediction: Prediction, values: Mapping[str, Any]) -> Prediction | None:
+        """Record something about a claim whose outcome is unknown; None if it is no longer this claim, or bound."""
+        return self._change(prediction.id, set=values, condition=_THIS_CLAIM, values=_this_claim(prediction))
+
+    def release_absent(
+        self, prediction: Prediction, now: float, wait_seconds: int, unknown_creates: int
+    ) -> Prediction | None:
+        """Release a claim for which there is evidence that Replicate accepted nothing.
+
+        Twice: the second finds another claim, or none. If the function crashes right after, the sweep starts an
+        execution, which submits it.
+
+        Returns:
+            The prediction, or None if it is no longer this claim, is bound, or was canceled meanwhile.
+        """
         return self._change(
             prediction.id,
-            set={"deadline": deadline, "resubmitted": True, "next_check_at": int(now) + _START_CHECK_SECONDS},
-            remove=["claimed"],
-            condition="#claimed = :claimed AND attribute_not_exists(#upstream_id) "
-            "AND attribute_not_exists(#resubmitted) AND #rank < :terminal",
-            values={":claimed": prediction.claimed},
-        )
+            set={
+                "submit_at": int(now) + wait_seconds,
+                "next_check_at": int(now) + wait_seconds + _START_CHECK_SECONDS,
+                "first_claimed": prediction.searched_from,
+                "unknown_creates": unknown_creates,
+            },
+            remove=["claimed", "submit_until", "submit_over", "submit_answered", "read_at", "read_failed", "absent_at",
+                    "evidence_at", "reserved"],
+            condition=f"{_THIS_CLAIM} AND attribute_not_exists(#cancel_requested)",
+            values=_this_claim(prediction),
+        )  # fmt: skip
 
     # -- what Replicate says ----------------------------------------------------------------------------------
 
@@ -550,6 +597,8 @@ class PredictionsTable:
             "stream_url": _short(told.urls.get("stream")),
             "next_check_at": next_check_at,
         }
+        if prediction.unknown_creates and not prediction.upstream_id:
+            values["bound_at"] = int(now)
         if prediction.cancel_requested and not prediction.upstream_id and next_check_at is None:
             # Whoever binds an item that is to be canceled may lack the token for it: the sweep has it.
             values["next_check_at"] = int(now)
@@ -580,7 +629,8 @@ class PredictionsTable:
         return ["open", "next_check_at"]
 
     def _add_orphan(self, prediction: Prediction, told: "UpstreamPrediction", now: float) -> Merge:
-        if told.id in prediction.orphans | prediction.orphans_canceled or rank_of(told.status) >= TERMINAL_RANK:
+        # One that has ended is recorded too: it was paid for.
+        if told.id in prediction.orphans | prediction.orphans_canceled:
             return Merge(Change.ORPHAN, prediction)
         changed = self._change(
             prediction.id,
@@ -1215,6 +1265,10 @@ def _key(prediction_id: str) -> dict[str, str]:
 def schema_key(version: str) -> dict[str, str]:
     """The key of the item that holds what is known of a version: see `PredictionsTable.kept_schema`."""
     return {"pk": f"schema#{version}", "sk": "input"}
+
+
+def _this_claim(prediction: Prediction) -> dict[str, Any]:
+    return {":claimed": prediction.claimed, ":written_by": prediction.written_by}
 
 
 def _lease(now: float, wait_seconds: int) -> dict[str, int]:
