@@ -268,8 +268,8 @@ class UnknownSubmissions:
         if failed:
             least, most = _FAILED_WAITS
             return read_at + min(most, max(least, elapsed / 4))
-        if prediction.absent_at is not None and prediction.evidence_at is None:
-            return max(done_at + self._grace + 1, read_at + _SECOND_READING_SECONDS)
+        if prediction.absent_at is not None and prediction.evidence_at is None and elapsed >= self._grace:
+            return read_at + _SECOND_READING_SECONDS
         for wait in waits:
             if wait > elapsed:
                 return done_at + wait
@@ -388,8 +388,8 @@ class UnknownSubmissions:
         Younger ones than the grace are left out: the list may be late by as much.
         """
         start = max(back_to, reading.reached)
-        # A bound one is looked at by the sweep two minutes after its first poll, and later ones rarer still.
-        due_from = max(int(reading.began), int(start) + self._first_poll)
+        # The sweep looks at a bound one after its first poll at the earliest.
+        due_from = int(start) + self._first_poll
         found = self._dynamodb.query(
             TableName=self._table_name,
             IndexName="due",
