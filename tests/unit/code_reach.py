@@ -38,6 +38,7 @@ _PREFIXES = {
     "cloudformation": "cloudformation",
     "dynamodb": "dynamodb",
     "events": "events",
+    "lambda": "lambda",
     "scheduler": "scheduler",
     "stepfunctions": "states",
     "secretsmanager": "secretsmanager",
@@ -240,7 +241,10 @@ def _note_call(client: ast.expr, call: str, found: Reach) -> None:
     service = _PREFIXES.get(name.lstrip("_"))
     if service is None or call in ("get_paginator", "exceptions"):
         return
-    if service == "s3":
+    if service == "lambda":
+        assert call == "invoke"
+        found.actions.add("lambda:InvokeFunction")
+    elif service == "s3":
         found.actions.add(_S3_ACTIONS[call])
     else:
         if call == "create_schedule":

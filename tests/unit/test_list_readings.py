@@ -97,7 +97,7 @@ def no_date(clock: Clock) -> httpx.Response:
 
 def odd(clock: Clock) -> dict[str, list[httpx.Response]]:
     now = clock.now()
-    good = {"next": None, "results": []}
+    good: dict[str, Any] = {"next": None, "results": []}
     second = f"{URL}/predictions?cursor=1"
     return {
         "an error": [httpx.Response(500, json={}, headers=dated(clock))],

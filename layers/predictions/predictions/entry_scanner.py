@@ -165,10 +165,11 @@ class EntryScanner:
             self._take(len(self._buffer))
             return False
         for found in _BRACKETS.finditer(self._buffer):
-            step = _STEPS.get(self._buffer[found.start()], 0) if found.end() - found.start() == 1 else 0
-            self._depth += step
+            start, end = found.span()
+            if end - start == 1:
+                self._depth += _STEPS[self._buffer[start]]
             if self._depth == 0:
-                self._take(found.end())
+                self._take(end)
                 break
         if self._kept is not None and self._key == "input":
             self._input = bytes(self._kept)
