@@ -1,4 +1,4 @@
-"""What a function's code can reach, read from the source: its variables, its AWS calls, the statuses of its problems.
+"""What a function's code can reach, read from the source: variables, AWS calls, statuses of its problems, methods.
 
 A call is followed into the method of its object's class where that is written down (`self`, an annotation, `Class(…)`,
 `Class.from_env()`), else into every method of that name in the modules that the handler imports. So a name that two
@@ -58,6 +58,7 @@ class Reach:
     variables: set[str] = field(default_factory=set)
     actions: set[str] = field(default_factory=set)
     statuses: set[int] = field(default_factory=set)
+    methods: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ def reach(folder: str) -> Reach:
         if id(code.node) in seen:
             continue
         seen.add(id(code.node))
+        if isinstance(code.node, ast.FunctionDef):
+            found.methods.add(f"{code.types.get('self', '')}.{code.node.name}".lstrip("."))
         called = {id(part.func) for part in ast.walk(code.node) if isinstance(part, ast.Call)}
         for part in ast.walk(code.node):
             _note(part, found)

@@ -44,6 +44,7 @@ ENVIRONMENT = {
     "REPLICATE_API_URL": ReplicateInMemory.URL,
     "REPLICATE_TOKEN_SECRET_ARN": "replicate-token",
     "SIGNING_SECRET_ARN": "signing-secret",
+    "POLL_PREDICTION_FUNCTION_NAME": "poll-prediction",
     "WEBHOOK_MASTER_SECRET_ARN": "webhook-master",
     "LINK_SECRET_ARN": "link-secret",
     "SOURCE_BUCKET_NAME": "source",
@@ -191,10 +192,11 @@ def make_submissions(
     clock: Clock,
     *,
     timing: Timing | None = None,
+    upstream: Replicate | None = None,
     **options: Any,
 ) -> Submissions:
     """The protocol with other options; `schemas=None` checks no input."""
-    upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
+    upstream = upstream or Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
     dynamodb = aws.client("dynamodb")
     timing = timing or Timing(
         lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, poll=600, retention=30 * 86400

@@ -5,14 +5,24 @@ import itertools
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
+from predictions import aws
 from predictions.create_window import CreateTooLateError, SendWindow, single_use_client
+from predictions.errors import PredictionThrottled
+from predictions.run_jobs import RunJobs
+from predictions.submissions import Submissions
+from predictions.table import PredictionsTable
 from predictions.upstream import NotAccepted, OutcomeUnknown, Replicate, Target
 
 from tests.attacks.hosts import HostileHost, endless, head, hostile_host, silent, whole
-from tests.unit.fakes import VERSION, Clock
+from tests.unit.code_reach import reach
+from tests.unit.conftest import make_submissions
+from tests.unit.fakes import VERSION, Clock, Executed, ReplicateInMemory, Wakes
+from tests.unit.template import ROOT, logical_name, resources
+from tests.unit.test_submissions import waiting, wanted
 
 TARGET = Target("version", None, VERSION)
 CREATED = b'{"id": "aaaa", "status": "starting"}'
@@ -147,6 +157,68 @@ def test_connection_that_is_refused_is_not_accepted(client: httpx.Client, clock:
         replicate = upstream(host, client)
     with pytest.raises(NotAccepted):
         create(replicate, window)
+
+
+class _FreezingToken:
+    """A token whose reading takes as long as its function may run: it is frozen, and thawed after its end."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.seconds = 0
+
+    def value(self) -> str:
+        self._clock.advance(self.seconds)
+        return ReplicateInMemory.TOKEN
+
+    def forget(self) -> None:
+        """Nothing is cached here."""
+
+
+def _run(submissions: Submissions, _: PredictionsTable, __: Clock) -> None:
+    presenter: Any = None  # nothing is shown: the start fails
+    jobs = RunJobs(submissions, presenter, owner="alice", allow_loopback_webhooks=False)
+    jobs.run({"model": VERSION, "prompt": "a fox"}, "c6af9ac6-7b61-11e6-9a41-93e8deadbeef", lambda: 900)
+
+
+CLAIMERS: dict[str, Callable[[Submissions, PredictionsTable, Clock], object]] = {
+    "start_prediction": lambda submissions, _, __: submissions.start(wanted()),
+    "submit_prediction": lambda submissions, table, clock: submissions.submit(waiting(table, clock).id),
+    "poll_prediction": lambda submissions, table, clock: submissions.poll(waiting(table, clock).id),
+    "run_prediction": _run,
+}
+"""How each function that can claim does it."""
+
+
+def test_functions_that_can_claim_are_these() -> None:
+    folders = [path.parent.name for path in (ROOT / "functions").glob("*/app.py")]
+    assert {folder for folder in folders if "Replicate.create" in reach(folder).methods} == CLAIMERS.keys()
+
+
+@pytest.mark.parametrize("folder", CLAIMERS)
+def test_function_that_claims_sends_nothing_after_its_window_however_long_it_may_run(
+    folder: str,
+    table: PredictionsTable,
+    replicate: ReplicateInMemory,
+    executed: Executed,
+    wakes: Wakes,
+    clock: Clock,
+) -> None:
+    token = _FreezingToken(clock)
+    given: Any = token
+    upstream = Replicate(ReplicateInMemory.URL, given, replicate.client())
+    submissions = make_submissions(table, replicate, executed, clock, upstream=upstream, schemas=None)
+    token.seconds = resources("AWS::Serverless::Function")[logical_name(folder)]["Properties"]["Timeout"]
+    assert token.seconds > 10
+    with contextlib.suppress(PredictionThrottled, AttributeError):
+        CLAIMERS[folder](submissions, table, clock)
+    assert replicate.creates == []
+    token.seconds = 0
+    (prediction_id,) = {
+        item["id"]["S"] for item in aws.client("dynamodb").scan(TableName="predictions")["Items"] if "visible" in item
+    }
+    left = table.get(prediction_id)
+    assert left is not None
+    assert (left.claimed, left.submit_until) == (None, None)
 
 
 def test_threads_do_not_share_a_window(client: httpx.Client, clock: Clock) -> None:
