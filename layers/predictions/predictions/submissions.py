@@ -78,6 +78,11 @@ _CLAIM_SECONDS = 10
 # How long an owner's other predictions are waited for: a quarter of the time that has passed, within these bounds.
 _OWN_LIMIT_WAITS = (10, 300)
 
+REFUSAL_FIELDS_LIMIT = 50
+REFUSAL_FIELD_CHARACTERS = 300
+"""With these an item keeps at most 180 KB of a refusal (6 bytes a character, where JSON has to escape it), of the 400 KB
+that DynamoDB allows. https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.html"""
+
 _WAIT_STEP_SECONDS = 0.1
 _MODEL_CACHE_SECONDS = 300
 _MODELS_CACHED = 64
@@ -282,12 +287,7 @@ class Submissions:
         try:
             prediction = self._submit(prediction, input_json, wait_until, rate_limit)
         except Refused as error:
-            refusal: dict[str, Any] = {
-                "status": error.status,
-                "detail": error.detail,
-                "invalid_fields": error.invalid_fields,
-                "upstream_status": error.status,
-            }
+            refusal = _refusal_of(error)
             self._end(prediction, Status.FAILED, error.detail, refusal=refusal)
             raise _problem_of(refusal) from None
         except Unauthorized as error:
@@ -948,6 +948,26 @@ def _not_ended(prediction: Prediction) -> str:
     if prediction.terminal:
         return f"Prediction {prediction.id} has ended, and its files are being stored: delete it when that is done."
     return f"Prediction {prediction.id} has not ended: cancel it first, and delete it when it has ended."
+
+
+def _refusal_of(error: Refused) -> dict[str, Any]:
+    """Return a refusal by Replicate as the caller is answered, now and when the request is repeated.
+
+    Bounded, because the table keeps it in the prediction's item: `REFUSAL_FIELDS_LIMIT` fields, each with
+    `REFUSAL_FIELD_CHARACTERS` of its name and of its explanation.
+    """
+    fields = [
+        {name: text[:REFUSAL_FIELD_CHARACTERS] for name, text in field.items()}
+        for field in error.invalid_fields[:REFUSAL_FIELDS_LIMIT]
+    ]
+    left_out = len(error.invalid_fields) + error.fields_left_out - len(fields)
+    listed = f" {left_out} more fields were refused; `invalid_fields` lists the first {len(fields)}."
+    return {
+        "status": error.status,
+        "detail": error.detail + (listed if left_out else ""),
+        "invalid_fields": fields,
+        "upstream_status": error.status,
+    }
 
 
 def _problem_of(refusal: dict[str, Any]) -> Problem:

@@ -607,7 +607,8 @@ class PredictionsTable:
         if error:
             values["error"] = error[:_ERROR_LIMIT_CHARACTERS]
         if refusal:
-            values["refusal_json"] = json.dumps(refusal)
+            # UTF-8, not ASCII: escaped, a character takes up to 12 bytes.
+            values["refusal_json"] = json.dumps(refusal, separators=(",", ":"), ensure_ascii=False)
         conditions = ["#rank < :terminal"]
         closed = [] if prediction.orphans else ["open", "next_check_at"]
         expected: dict[str, Any] = {}
