@@ -132,7 +132,7 @@ class Account:
     def _s3_HeadObject(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         if asked["Key"] not in self.objects:
             raise AwsError("404")
-        return {"ContentLength": len(self.objects[asked["Key"]][0])}
+        return {"ContentLength": len(self.objects[asked["Key"]][0]), "ETag": '"etag"', "Metadata": {}}
 
     def _s3_GetObject(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         if asked["Key"] not in self.objects:

@@ -343,19 +343,20 @@ def answers_lost(*services: str) -> Iterator[list[str]]:
 
 
 @contextmanager
-def meanwhile(operation: str, act: Callable[[], Any]) -> Iterator[None]:
-    """Somebody else acts right before the next call of a DynamoDB operation."""
+def meanwhile(operation: str, act: Callable[[], Any], *, service: str = "dynamodb") -> Iterator[None]:
+    """Another process acts right before the next call of an operation of AWS."""
     acts = [act]
 
     def interrupt(**_: Any) -> None:
         while acts:
             acts.pop()()
 
-    _events("dynamodb").register_first(f"before-call.dynamodb.{operation}", interrupt)
+    event = f"before-call.{_SERVICES[service]}.{operation}"
+    _events(service).register_first(event, interrupt)
     try:
         yield
     finally:
-        _events("dynamodb").unregister(f"before-call.dynamodb.{operation}", interrupt)
+        _events(service).unregister(event, interrupt)
 
 
 class Died(BaseException):

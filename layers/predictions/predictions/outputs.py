@@ -78,6 +78,16 @@ _PAYLOADS = "payloads/"
 _UNSAFE = re.compile(r"[^A-Za-z0-9._@+=-]")
 _OUTPUT_PREFIX_LIMIT_CHARACTERS = 512
 
+# 403 is S3's answer for a missing key to those who may not list the bucket, as our functions:
+# https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadObject.html
+_NOT_THERE = ("404", "403")
+# Of a conditional write: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
+_REPLACED_MEANWHILE = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404")
+# Concurrent webhooks of one prediction: each attempt that fails is one that another writer won.
+_LONGER_ATTEMPTS = 3
+# Metadata of an object that grows: the length of its text.
+_CHARACTERS = "characters"
+
 ORIGIN_DEPTH = "origin-depth"
 """Metadata of a stored file: how many results of this stack the prediction that made it descends from."""
 
@@ -310,6 +320,43 @@ class OutputsBucket:
         """
         self._s3.put_object(Bucket=self.name, Key=_payload_key(key), Body=text.encode(), ContentType="application/json")
 
+    def put_longer_payload(self, key: str, text: str) -> bool:
+        """Store JSON text in an object that grows, unless a text at least as long is stored there.
+
+        Each write is conditional on the object that was measured, so a concurrent or late writer never shortens it.
+
+        Args:
+            key: Starts with `payloads/`.
+            text: JSON.
+
+        Returns:
+            Whether the object holds this text or one at least as long; False if other writers replaced it between each
+            measurement and the write.
+        """
+        to = {"Bucket": self.name, "Key": _payload_key(key)}
+        for _ in range(_LONGER_ATTEMPTS):
+            condition: dict[str, Any] = {"IfNoneMatch": "*"}
+            try:
+                there = self._s3.head_object(**to)
+            except ClientError as error:
+                if _code(error) not in _NOT_THERE:
+                    raise
+            else:
+                if int(there["Metadata"].get(_CHARACTERS, "0")) >= len(text):
+                    return True
+                condition = {"IfMatch": there["ETag"]}
+            try:
+                self._s3.put_object(
+                    **to, Body=text.encode(), ContentType="application/json",
+                    Metadata={_CHARACTERS: str(len(text))}, **condition,
+                )  # fmt: skip
+            except ClientError as error:
+                if _code(error) not in _REPLACED_MEANWHILE:
+                    raise
+            else:
+                return True
+        return False
+
     def get_payload(self, key: str) -> str:
         """JSON text that `put_payload` stored.
 
@@ -532,9 +579,7 @@ class OutputsBucket:
         try:
             return self._s3.head_object(Bucket=self.name, Key=key)["ContentLength"]
         except ClientError as error:
-            # 403 is S3's answer for a missing key to those who may not list the bucket, as our functions:
-            # https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadObject.html
-            if _code(error) in ("404", "403"):
+            if _code(error) in _NOT_THERE:
                 return None
             raise
 

@@ -5,8 +5,9 @@ billed by its size. Of a training it says `object` = `training`. Payloads are it
 written once each, or objects in the outputs bucket above `PAYLOAD_LIMIT_BYTES`:
 
     input#{fingerprint}     the model's input, written before the intent, so that an intent always has one
-    progress                output and logs of a prediction that runs; replaced by longer ones only. Where the caller
-                            wants to be told of them: `notify` and digests, for the table's stream
+    progress                output and logs of a prediction that runs; replaced by longer ones only, as an item and as
+                            an object, always of the same key. Where the caller wants to be told of them: `notify` and
+                            digests, for the table's stream
     result#{upstream_id}    output and logs at the end, written before the status turns terminal; the first one stays
     files                   where the outputs are stored, where there are too many for the status item
     caller#{token's hash}   the task token of another state machine that waits for the end
@@ -1107,12 +1108,18 @@ class PredictionsTable:
         item: dict[str, Any] = {"pk": _key(prediction_id)["pk"], "sk": sk, "expires_at": expires, "length": len(text)}
         item |= notice or {}
         body = text.encode()
-        if len(body) > PAYLOAD_LIMIT_BYTES:
+        if len(body) <= PAYLOAD_LIMIT_BYTES:
+            item["json"] = text
+        elif only_longer:
+            # One object, however often it grows. It is only ever replaced by a longer one, so it holds at least what the
+            # item says even if the item is written late, or never.
+            item["s3_key"] = f"payloads/{prediction_id}/{sk}.json"
+            if not self._outputs.put_longer_payload(item["s3_key"], text):
+                return
+        else:
             # Named by its content, so that a late writer can never replace what the item points to.
             item["s3_key"] = f"payloads/{prediction_id}/{hashlib.sha256(body).hexdigest()}.json"
             self._outputs.put_payload(item["s3_key"], text)
-        else:
-            item["json"] = text
         condition: dict[str, Any] = {}
         if only_first:
             condition = {"ConditionExpression": "attribute_not_exists(pk)"}
