@@ -21,7 +21,7 @@ from predictions.aws import api_url
 from predictions.errors import Problem
 from predictions.observability import handler_of, logger
 from predictions.output_urls import Distribution
-from predictions.outputs import OutputsBucket, StoredFile, replace_files
+from predictions.outputs import FILES_LIMIT, OutputsBucket, StoredFile
 from predictions.table import Page, Prediction, PredictionsTable, Whole, is_id
 
 # Lambda answers with at most 6 MB, in which the body is a string: JSON within JSON.
@@ -289,9 +289,7 @@ class Presenter:
             # Its files are still upstream's: callers are shown no URL that is not ours.
             return None if self._outputs.holds_files(whole.output) else whole.output
         # A file that nobody copied, as after an end by our own word, is shown as missing: its URL is not ours.
-        links: dict[str, Any] = {file.path: None for file in self._outputs.find_files(whole.output)}
-        links |= {f.path: self._url(f.key) for f in whole.files if f.key}
-        return replace_files(whole.output, links)
+        return self._outputs.place_files(whole.output, {f.path: self._url(f.key) for f in whole.files if f.key})
 
     def _url(self, key: str) -> str:
         return (self._distribution or self._outputs).url(key, self._url_seconds)
@@ -321,8 +319,12 @@ def _is_too_large(shown: Any) -> bool:
 def _error(prediction: Prediction, files: Any) -> str | None:
     if prediction.error:
         return prediction.error
-    lost = [f"output{file.path}: {file.error}" for file in files if file.error]
-    return f"{len(lost)} of {len(files)} output files could not be stored. " + "; ".join(lost[:10]) if lost else None
+    said = [f"output{file.path}: {file.error}" for file in files if file.error]
+    # The entry for all files beyond the limit is the last one, and says how many there are.
+    beyond = said[-1:] if files and files[-1].index >= FILES_LIMIT else []
+    lost, known = len(said) - len(beyond), len(files) - len(beyond)
+    counted = f"{lost} of {known} output files could not be stored. " if lost else ""
+    return counted + "; ".join([*said[:lost][:10], *beyond]) or None
 
 
 def _rfc3339(moment: int) -> str:

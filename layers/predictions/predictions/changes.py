@@ -21,7 +21,7 @@ from predictions.deliveries import DeliveriesQueue
 from predictions.errors import PredictionsError
 from predictions.events import Event, EventBus, event_of_prediction, list_files
 from predictions.observability import logger
-from predictions.outputs import OutputsBucket, StoredFile, replace_files
+from predictions.outputs import OutputsBucket, StoredFile
 from predictions.statuses import Status
 from predictions.table import Prediction, PredictionsTable, read_image
 
@@ -185,9 +185,10 @@ class Changes:
         if prediction.deleted:
             return {"output": None}
         found = self._table.result_output(prediction)
-        stored: dict[str, str] = {file.path: f"s3://{self._outputs.name}/{file.key}" for file in files if file.key}
         # A file that nobody copied is missing: its URL is not ours.
-        output = replace_files(found, {file.path: stored.get(file.path) for file in self._outputs.find_files(found)})
+        output = self._outputs.place_files(
+            found, {file.path: f"s3://{self._outputs.name}/{file.key}" for file in files if file.key}
+        )
         if len(json.dumps(output, separators=(",", ":")).encode()) > OUTPUT_LIMIT_BYTES:
             return {"output_truncated": True}
         return {"output": output}

@@ -19,7 +19,7 @@ from predictions.intents import BODY_LIMIT_BYTES, Intent, create_requested_inten
 from predictions.items import deserialize, serialize
 from predictions.links import Links
 from predictions.observability import logger
-from predictions.outputs import OutputsBucket, replace_files
+from predictions.outputs import OutputsBucket
 from predictions.pipeline_definition import Step, elements
 from predictions.pipeline_runs import run_ids, run_key, states_of
 from predictions.pipelines_table import PipelinesTable, StoredPipeline
@@ -220,9 +220,8 @@ class Pipelines:
 
     def _output(self, whole: Whole, expires: int) -> Any:
         """An output whose files are links; null for one that was not stored."""
-        values: dict[str, Any] = {file.path: None for file in self._outputs.find_files(whole.output)}
-        values |= {f.path: self._links.url("outputs", f.key, expires=expires) for f in whole.files if f.key}
-        return replace_files(whole.output, values)
+        links = {f.path: self._links.url("outputs", f.key, expires=expires) for f in whole.files if f.key}
+        return self._outputs.place_files(whole.output, links)
 
 
 def _named(body: Mapping[str, Any]) -> tuple[str, str, int]:

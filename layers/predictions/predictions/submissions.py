@@ -80,8 +80,8 @@ _OWN_LIMIT_WAITS = (10, 300)
 
 REFUSAL_FIELDS_LIMIT = 50
 REFUSAL_FIELD_CHARACTERS = 300
-"""With these an item keeps at most 180 KB of a refusal (6 bytes a character, where JSON has to escape it), of the 400 KB
-that DynamoDB allows. https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.html"""
+"""With these limits a refusal takes at most 180 KB of its item (6 bytes a character, where JSON escapes it); DynamoDB
+allows 400 KB. https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.html"""
 
 _WAIT_STEP_SECONDS = 0.1
 _MODEL_CACHE_SECONDS = 300

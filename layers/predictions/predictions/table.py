@@ -1111,8 +1111,8 @@ class PredictionsTable:
         if len(body) <= PAYLOAD_LIMIT_BYTES:
             item["json"] = text
         elif only_longer:
-            # One object, however often it grows. It is only ever replaced by a longer one, so it holds at least what the
-            # item says even if the item is written late, or never.
+            # One object, however often it grows. It is only ever replaced by longer text, so it holds at least what the
+            # item says, even if the item is written late or never.
             item["s3_key"] = f"payloads/{prediction_id}/{sk}.json"
             if not self._outputs.put_longer_payload(item["s3_key"], text):
                 return
