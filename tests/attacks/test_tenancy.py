@@ -21,7 +21,7 @@ from tests.unit.fakes import VERSION
 
 CALLS = 10_000
 PARTS = 4
-ALL_SCOPES = ("predict", "read", "manage")
+ALL_SCOPES = ("predict", "read", "train", "manage")
 CANARIES = {"alice": "kanari7alice", "bob": "zeisig3bob"}
 OTHER = {"alice": "bob", "bob": "alice"}
 FORM = "multipart/form-data; boundary=b0undary"
@@ -353,24 +353,33 @@ def test_strangers_and_tokens_without_the_scope_are_refused_at_every_route(stack
 def test_every_route_needs_its_scope(stack: Stack, town: Town) -> None:
     from predictions.description import operations
 
-    scopes = {(each.method, each.path): each.scope for each in operations()}
+    scopes = {(each.method, each.path): each.scopes for each in operations()}
     assert scopes.keys() == ROUTES.keys()
+    # What one of several scopes allows; everything else needs the one that it names.
+    training = "/models/{owner}/{name}/versions/{id}/trainings"
+    several = {route: needed for route, needed in scopes.items() if len(needed) > 1}
+    assert several == {
+        ("POST", training): ("train", "manage"),
+        ("POST", "/trainings/{id}/cancel"): ("predict", "train", "manage"),
+    }
+    assert scopes["GET", "/webhooks/default/secret"] == ("predict",), "`read` forges no webhook"
     refused = allowed = 0
     for (method, resource), needed in sorted(scopes.items()):
-        if needed is None:
+        if not needed:
             continue
         for scope in ALL_SCOPES:
             token = stack.tokens.create("alice", [scope])[0]
             before = dict(stack.table.items)
             answer = town.call(town.owners["alice"], method, resource, mine=1.0, token=token)
-            if scope == needed:
+            if scope in needed:
                 assert answer["statusCode"] != 403, (method, resource, answer)
                 allowed += 1
             else:
                 assert answer["statusCode"] == 403, (method, resource, scope, answer)
                 assert stack.table.items == before
                 refused += 1
-    assert (refused, allowed) == (allowed * 2, allowed)
+    with_token = sum(bool(needed) for needed in scopes.values())
+    assert (refused, allowed) == (with_token * 3 - 3, with_token + 3)
 
 
 def test_same_key_of_two_owners_is_two_predictions(stack: Stack, town: Town) -> None:

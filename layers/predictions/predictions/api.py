@@ -90,16 +90,24 @@ def json_response(status: int, body: Any, headers: Mapping[str, str] | None = No
     return _response(status, body, _JSON, headers)
 
 
-def owner_with(app: APIGatewayRestResolver, scope: Literal["predict", "read", "manage"]) -> str:
-    """The owner of the access token of the current request.
+def owner_with(app: APIGatewayRestResolver, *scopes: Literal["predict", "read", "train", "manage"]) -> str:
+    """Return the owner of the access token of the current request.
+
+    Args:
+        app: The resolver of the request.
+        scopes: The token needs one of these; `manage` includes `train`.
 
     Raises:
-        Problem: 403, where the token lacks the scope that the route needs.
+        Problem: 403, where the token has none of the scopes.
     """
     authorized: Mapping[str, Any] = app.current_event.request_context.authorizer.raw_event
     owner = authorized.get("owner")
-    if not owner or scope not in str(authorized.get("scopes", "")).split():
-        raise Problem(403, f"This access token lacks the scope `{scope}`: its owner has to make one that has it.")
+    given = set(str(authorized.get("scopes", "")).split())
+    if "manage" in given:
+        given.add("train")
+    if not owner or given.isdisjoint(scopes):
+        wanted = " or ".join(f"`{scope}`" for scope in scopes)
+        raise Problem(403, f"This access token lacks the scope {wanted}: its owner has to make one that has it.")
     return str(owner)
 
 
