@@ -4,6 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from predictions.access import parse_authorization
 from predictions.deliveries import LONGEST_WAIT_SECONDS, RETRY_SECONDS
 from predictions.deployed_recipes import NEEDED_SECONDS as NEEDED_FOR_A_FILE_SECONDS
 from predictions.dropped_manifests import PREFIX
@@ -581,9 +584,37 @@ def test_api_asks_for_a_token_unless_a_route_says_otherwise() -> None:
     authorizer = api["Auth"]["Authorizers"][api["Auth"]["DefaultAuthorizer"]]
     assert authorizer["FunctionArn"] == {"Fn::GetAtt": ["AuthorizeRequestFunction", "Arn"]}
     assert authorizer["FunctionPayloadType"] == "TOKEN"
-    assert authorizer["Identity"] == {"Header": "Authorization", "ReauthorizeEvery": 60}
+    assert {name: authorizer["Identity"][name] for name in ("Header", "ReauthorizeEvery")} == {
+        "Header": "Authorization", "ReauthorizeEvery": 60,
+    }  # fmt: skip
     assert api["BinaryMediaTypes"] == ["multipart~1form-data"]
     assert [settings["DataTraceEnabled"] for settings in api["MethodSettings"]] == [False] * len(api["MethodSettings"])
+
+
+@given(
+    st.text()
+    | st.from_regex(r"(bearer|token|Bearer|TOKEN|Basic|bearer\t|) *[ -~]{0,300} *", fullmatch=True)
+    | st.sampled_from(
+        ["Bearer rs_" + "A" * 43, "token  x ", "Bearer " + "x" * 256, "Bearer " + "x" * 257, "Bearer x y"]
+    )
+)
+def test_header_runs_the_authorizer_exactly_if_it_can_hold_a_token(header: str) -> None:
+    # A header has one line: whether `$` also matches before a line's end is no matter here.
+    header = header.replace("\n", "")
+    authorizer = load_template()["Resources"]["Api"]["Properties"]["Auth"]["Authorizers"]["AccessToken"]
+    matched = re.search(authorizer["Identity"]["ValidationExpression"], header)
+    assert bool(matched) == (parse_authorization(header) is not None)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "events:PutTargets" in actions(name)])
+def test_rules_of_recipes_may_send_to_the_requests_queue_only(name: str) -> None:
+    (targets,) = [each for each in statements(name) if "events:PutTargets" in listed(each["Action"])]
+    assert targets["Action"] == "events:PutTargets"
+    queue = {"Fn::GetAtt": ["RequestsQueue", "Arn"]}
+    assert targets["Condition"] == {"ForAllValues:ArnEquals": {"events:TargetArn": queue}}
+    assert variables(name)["REQUESTS_QUEUE_ARN"] == queue, "which is where the code sends them"
+    for resource in targets["Resource"]:
+        assert resource["Fn::Sub"].endswith("/${AWS::StackName}-recipe-*")
 
 
 def test_public_routes_have_limits_of_their_own_so_that_strangers_cannot_use_up_that_of_the_callers() -> None:
