@@ -25,7 +25,7 @@ from predictions.statuses import Status
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
 
-from tests.unit.fakes import Clock, Executed, ReplicateInMemory, Wakes, refusing
+from tests.unit.fakes import Clock, Executed, ReplicateInMemory, Wakes, meanwhile, refusing
 from tests.unit.template import resources
 from tests.unit.test_changes import Bus
 from tests.unit.test_changes import make as make_changes
@@ -239,6 +239,22 @@ def test_same_key_gives_the_same_batch_and_ids_cannot_be_guessed(world: World) -
     assert world.make(LLAMA, key="k", owner="bob").id != first.id
     assert world.make(LLAMA).id != first.id
     assert world.executions[f"{first.id}-1-1"] == {"id": first.id, "attempt": 1}
+
+
+def test_batch_whose_requests_two_calls_with_one_key_wrote_at_once_is_read(world: World) -> None:
+    made: list[Batch] = []
+    other = {name: LLAMA[name] for name in reversed(LLAMA)}  # the same request, in other bytes, hence of another ETag
+
+    def make() -> None:
+        made.append(world.make(LLAMA, LLAMA, key="k"))
+
+    # The first call has taken the key and found no batch; the second one comes before it stores its requests.
+    with meanwhile("PutObject", make, service="s3"):
+        made.append(world.make(other, other, key="k"))
+    assert made[0] == made[1]
+    prepare(world.batches, made[0].id, 1)
+    there = world.there(made[0])
+    assert (there.status, there.lines, there.error) == ("running", 2, None)
 
 
 def test_making_that_died_half_way_is_completed_by_the_same_key(world: World) -> None:
