@@ -118,6 +118,7 @@ PROMISES: Sequence[Promise] = (
                     "tests/stack/test_predictions.py::TestSameRequest",
                     "tests/stack/test_queue.py::TestQueue",
                     "tests/stack/test_recipes.py::TestObjects",
+                    "tests/unit/test_batches.py::test_batch_whose_requests_two_calls_with_one_key_wrote_at_once_is_read",
                 ],
             ),
             Shown(
@@ -137,7 +138,10 @@ PROMISES: Sequence[Promise] = (
                 "Every order, with repetition, of up to seven webhooks of thirteen kinds",
                 ["tests/attacks/test_webhooks.py::test_every_order_of_up_to_seven_events_ends_in_the_right_state"],
             ),
-            Shown("The merge rule, for any words and ids", ["tests/unit/test_table.py::TestMerge"]),
+            Shown(
+                "The merge rule, for any words and ids",
+                ["tests/unit/test_table.py::TestMerge", "tests/unit/test_table.py::TestPayloads"],
+            ),
         ),
     ),
     Promise(
@@ -174,7 +178,10 @@ PROMISES: Sequence[Promise] = (
             Shown("Each policy is what the code calls, and no more", ["tests/unit/test_template.py"]),
             Shown(
                 "Without a token of the right scope nothing is answered",
-                ["tests/stack/test_predictions.py::TestAccess"],
+                [
+                    "tests/stack/test_predictions.py::TestAccess",
+                    "tests/unit/test_events.py::test_a_sample_needs_one_of_the_scopes_that_are_described_and_no_other",
+                ],
             ),
         ),
     ),
@@ -183,7 +190,10 @@ PROMISES: Sequence[Promise] = (
         (
             Shown(
                 "Hostile JSON at the API, the webhook, the queue, in manifests and from models",
-                ["tests/attacks/test_json.py"],
+                [
+                    "tests/attacks/test_json.py",
+                    "tests/unit/test_submissions.py::TestStart::test_refusal_of_any_size_ends_the_prediction_and_is_answered_alike_when_it_is_repeated",
+                ],
             ),
             Shown(
                 "Hostile schemas: bounded steps, linear-time patterns, nothing fetched",
