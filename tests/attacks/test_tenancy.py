@@ -383,8 +383,10 @@ def test_every_route_needs_its_scope(stack: Stack, town: Town) -> None:
 
 
 def test_same_key_of_two_owners_is_two_predictions(stack: Stack, town: Town) -> None:
-    for resource in ("/models/meta/llama/predictions", "/batches", "/pipelines"):
+    trainings = f"/models/meta/llama/versions/{VERSION}/trainings"
+    for resource in ("/models/meta/llama/predictions", "/batches", "/pipelines", trainings):
         bodies = {
+            trainings: {"destination": "acme/fox", "input": {"prompt": "x"}},
             "/batches": {"requests": [{"model": "meta/llama", "input": {"prompt": "x"}}]},
             "/pipelines": {"steps": [{"name": "one", "model": "meta/llama", "input": {"prompt": "x"}}]},
         }
@@ -413,3 +415,30 @@ def test_webhook_of_one_prediction_sent_to_anothers_changes_nothing(stack: Stack
             told = {"id": upstream_id, "status": "succeeded", "output": bob.canary, "webhook": webhook}
             assert stack.webhook(prediction_id, json.dumps(told).encode())["statusCode"] == 200
     assert snapshot(stack, "alice") == before
+
+
+def test_secret_of_webhooks_is_the_owners_and_no_other_owner_gets_it(stack: Stack, town: Town) -> None:
+    keys = {}
+    for name, owner in town.owners.items():
+        shown = [
+            json.loads(stack.api("GET", path, token=owner.token)["body"])["key"]
+            for path in ("/webhooks/default/secret", f"/webhooks/default/secret?owner={OTHER[name]}")
+        ]
+        assert len(set(shown)) == 1
+        keys[name] = shown[0]
+        poor = stack.tokens.create(name, ["read", "train", "manage"])[0]
+        refused = stack.api("GET", "/webhooks/default/secret", token=poor)
+        assert refused["statusCode"] == 403
+        assert keys[name] not in json.dumps(refused)
+    assert keys["alice"] != keys["bob"]
+
+
+def test_training_of_one_owner_is_canceled_by_no_other_whatever_the_scopes(stack: Stack, town: Town) -> None:
+    alice = town.owners["alice"]
+    for scopes in (["train"], ["predict"], ["manage"], list(ALL_SCOPES)):
+        token = stack.tokens.create("bob", scopes)[0]
+        before = snapshot(stack, "alice")
+        for training in alice.ids["training"]:
+            answer = stack.api("POST", f"/trainings/{training}/cancel", token=token)
+            assert answer["statusCode"] == 404, scopes
+        assert snapshot(stack, "alice") == before
