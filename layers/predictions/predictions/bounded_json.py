@@ -63,7 +63,6 @@ _SCALAR = re.compile(rb"[^,\]}\s]++")
 
 # Each step of a scan in Python takes about a microsecond.
 _STEPS_LIMIT = 300_000
-_SKIP_DEPTH_LIMIT = 1000
 _MEMBERS_LIMIT = 10_000
 _MEMBER_LIMIT_BYTES = 256 * 1024
 
@@ -307,8 +306,6 @@ def _end_of_value(body: bytes, start: int, steps: _Steps) -> int:
         match body[at : at + 1]:
             case b"[" | b"{":
                 depth += 1
-                if depth > _SKIP_DEPTH_LIMIT:
-                    raise Unscannable("too deep")
             case b"]" | b"}":
                 depth -= 1
                 if depth == 0:

@@ -17,7 +17,7 @@ from predictions.statuses import TERMINAL_RANK, Status, rank_of
 DEPTH_LIMIT = 300
 """The deepest answer: what Python reads beyond that depends on its version, and on who calls."""
 
-PARSED_LIMIT_BYTES = 240 * 1024 * 1024
+PARSED_LIMIT_BYTES = 288 * 1024 * 1024
 """The memory that an answer may take when it is parsed, kept and written out again (`bounded_json.weigh`): what the
 smallest function that does so has left of its 512 MB. Each function that reads a kept output bears as much."""
 
@@ -107,7 +107,10 @@ class UpstreamPrediction(BaseModel):
         """
         reason = too_large(body, truncated=truncated)
         if reason is None:
-            return cls.parse(read_json(body, replace=True))
+            try:
+                return cls.parse(_read(body, replace=True))
+            except _TooDeep:
+                reason = f"The output is too large: it is nested deeper than {DEPTH_LIMIT} levels. {_ADVICE}"
         return cls._without_output(body, reason, upstream_id)
 
     @classmethod
@@ -149,6 +152,7 @@ class UpstreamPrediction(BaseModel):
             raise UnreadablePrediction(f"not a prediction: {fields}") from None
 
 
+_ADVICE = "Have the model return it as a file."
 _OTHER_ENDS = (Status.FAILED.value, Status.CANCELED.value, Status.ABORTED.value)
 
 
@@ -159,10 +163,9 @@ def too_large(body: bytes, *, truncated: bool = False) -> str | None:
         body: The text.
         truncated: Whether it is only the beginning.
     """
-    advice = "Have the model return it as a file."
     if truncated:
         size = f"more than {TEXT_LIMIT_BYTES // 1024**2} MiB"
-        return f"The output is too large: Replicate's answer with it has {size}, which is the limit. {advice}"
+        return f"The output is too large: Replicate's answer with it has {size}, which is the limit. {_ADVICE}"
     if len(body) <= LIGHT_BYTES:
         return None
     text = utf8(body)
@@ -171,7 +174,7 @@ def too_large(body: bytes, *, truncated: bool = False) -> str | None:
         return (
             f"The output is too large: Replicate's answer with it has {len(body)} bytes and about {weight.values} "
             f"values, which take about {weight.bytes // 1024**2} MiB of memory to read; the limit is "
-            f"{PARSED_LIMIT_BYTES // 1024**2} MiB. {advice}"
+            f"{PARSED_LIMIT_BYTES // 1024**2} MiB. {_ADVICE}"
         )
     return None
 
@@ -198,9 +201,27 @@ def read_json(body: bytes, *, replace: bool = False) -> Any:
     if len(body) > LIGHT_BYTES and weigh(utf8(body), PARSED_LIMIT_BYTES).bytes > PARSED_LIMIT_BYTES:
         return None
     try:
+        return _read(body, replace)
+    except _TooDeep:
+        return None
+
+
+class _TooDeep(Exception):
+    """JSON that is nested deeper than `DEPTH_LIMIT`."""
+
+
+def _read(body: bytes, replace: bool) -> Any:
+    """Parses JSON that is not too large; None for what is none.
+
+    Raises:
+        _TooDeep: It is nested deeper than `DEPTH_LIMIT`.
+    """
+    try:
         value = _parse(body, replace)
         return _whole_characters(value) if _SURROGATE.search(body) else value
-    except (ValueError, RecursionError):
+    except RecursionError:
+        raise _TooDeep from None
+    except ValueError:
         return None
 
 
@@ -213,7 +234,7 @@ def _parse(body: bytes, replace: bool) -> Any:
         text = body.decode("utf-8", "replace")
     value = json.loads(text, strict=False, parse_constant=lambda _: None, parse_float=_finite, parse_int=_readable)
     if text.count("[") + text.count("{") > DEPTH_LIMIT and _is_deep(value):
-        return None
+        raise _TooDeep
     return value
 
 
