@@ -357,8 +357,8 @@ class Batches:
     def abandon(self, batch: Batch) -> Batch | None:
         """End an attempt over which functions died, without results; None if it ended meanwhile."""
         error = (
-            "This stack's functions ran out of memory or time each time that they worked on this batch, so it was ended "
-            "without results. Its predictions have their own ends: read them one by one."
+            "This stack's functions ran out of memory or time each time that they worked on this batch, so it was "
+            "ended without results. Its predictions have their own ends: read them one by one."
         )
         return self._change(
             batch,
