@@ -3,7 +3,8 @@
     python -m tests.attacks.function_process FUNCTION PIPE < event.json
 
 To the file descriptor PIPE it writes a line when the handler begins, and one with the answer and the peak of its memory
-when it has returned; what the handler logs goes to stdout.
+when it has returned; what the handler logs goes to stdout. The variable PARSED_LIMIT_BYTES takes the place of the
+library's constant.
 """
 
 import importlib
@@ -33,6 +34,8 @@ class _Context:
 def main() -> None:
     function, pipe = sys.argv[1], int(sys.argv[2])
     event: Any = json.load(sys.stdin)
+    if limit := os.environ.get("PARSED_LIMIT_BYTES"):
+        importlib.import_module("predictions.upstream_prediction").PARSED_LIMIT_BYTES = int(limit)  # type: ignore[attr-defined]
     app = importlib.import_module(f"functions.{function}.app")
     context = _Context(int(os.environ["AWS_LAMBDA_FUNCTION_MEMORY_SIZE"]), int(os.environ["TIMEOUT_SECONDS"]))
     os.write(pipe, b"began\n")

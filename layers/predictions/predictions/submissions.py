@@ -818,7 +818,9 @@ class Submissions:
         else:
             metrics.add_metric(name="ExecutionsReplaced", unit=MetricUnit.Count, value=1)
             self._track(prediction, submit=unclaimed)
-        self.table.end_look(prediction, now + self._timing.first_poll + 120, stalled=dead)
+        # The new execution notes a time of its own where it waits for a webhook; where it copies, this one holds.
+        again = self._look_again_at(prediction, now) if dead and prediction.stalled_looks > 1 else 0
+        self.table.end_look(prediction, max(again, now + self._timing.first_poll + 120), stalled=dead)
 
     def _look_again_at(self, prediction: Prediction, now: float) -> float:
         """When to look next at a prediction if this look dies: exponential backoff, never past the last look of all."""
