@@ -367,6 +367,11 @@ class BatchControl:
         if taken is None:
             return
         logger.set_correlation_id(batch_id)
+        over = taken.abandoned_at is not None and self.batches.now() >= taken.abandoned_at
+        if over and not self._is_running(taken):
+            logger.error("functions died over it: ended without results", executions=taken.execution_n)
+            self.batches.abandon(taken)
+            return
         if taken.stop:
             self.cancel_lines(taken, submissions, remaining_seconds)
         self._run(taken)
@@ -389,9 +394,16 @@ class BatchControl:
                 input=json.dumps({"id": batch.id, "attempt": batch.attempt}),
             )
         except stepfunctions.exceptions.ExecutionAlreadyExists:
+            return self._is_running(batch)
+        return True
+
+    def _is_running(self, batch: Batch) -> bool:
+        stepfunctions = self._stepfunctions
+        try:
             arn = self._execution_arn(batch)
             return stepfunctions.describe_execution(executionArn=arn)["status"] == "RUNNING"
-        return True
+        except stepfunctions.exceptions.ExecutionDoesNotExist:
+            return False
 
     def _execution_arn(self, batch: Batch) -> str:
         return f"{self._machine_arn.replace(':stateMachine:', ':execution:')}:{batch.execution_name}"

@@ -815,18 +815,33 @@ class _Multipart:
 
 
 def _walk(output: JSON, is_file_url: Callable[[str], bool]) -> "Iterator[tuple[_Place, str]]":
-    # An own stack, since a hostile output is nested deeper than Python recurses. Places are linked, not
-    # written out: text for each level would take the square of the depth.
-    stack: list[tuple[_Place, Any]] = [(None, output)]
-    while stack:
-        place, value = stack.pop()
+    # An own stack, since a hostile output is nested deeper than Python recurses: of iterators, since all children of a
+    # long list would take more memory than the list. Places are linked, not written out: text for each level would
+    # take the square of the depth.
+    stack: list[tuple[_Place, Iterator[tuple[str | int, Any]]]] = []
+    place: _Place = None
+    value: Any = output
+    while True:
         if isinstance(value, str):
             if _is_file(value, is_file_url):
                 yield place, value
         elif isinstance(value, dict):
-            stack.extend(((place, name), value[name]) for name in sorted(value, reverse=True))
+            stack.append((place, _members(value)))
         elif isinstance(value, list):
-            stack.extend(((place, number), value[number]) for number in range(len(value) - 1, -1, -1))
+            stack.append((place, enumerate(value)))
+        while stack:
+            above, children = stack[-1]
+            if (child := next(children, None)) is not None:
+                break
+            stack.pop()
+        else:
+            return
+        place, value = (above, child[0]), child[1]
+
+
+def _members(container: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name in sorted(container):
+        yield name, container[name]
 
 
 _Place: TypeAlias = "tuple[_Place, str | int] | None"

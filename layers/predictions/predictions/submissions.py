@@ -35,8 +35,9 @@ from predictions.intents import Attempt, Intent, Reference, input_json_canonical
 from predictions.limiter import Limiter, Pause
 from predictions.limits import LimitReached, OwnerLimits, OwnersUsage
 from predictions.observability import MetricUnit, count_ended, logger, metrics
+from predictions.outputs import StoredFile
 from predictions.schemas import ModelSchemas
-from predictions.statuses import Status
+from predictions.statuses import TERMINAL_RANK, Status, rank_of
 from predictions.table import AlreadyExists, Change, Prediction, PredictionsTable
 from predictions.upstream import (
     NotAccepted,
@@ -59,6 +60,15 @@ _GIVE_UP_SECONDS = 300
 # A bound one is given up by our own word only this long after its deadline, or after that many 404s in a row.
 _ABANDON_SECONDS = 3600
 _NOT_FOUND_LIMIT = 5
+# The files of one that has ended are given up by the sweep this long after the end: Replicate has removed them by then,
+# and the copier would have taken the file host at its word an hour before.
+_ABANDON_COPY_SECONDS = 3 * 3600
+
+# Backoff of the sweep's looks at a prediction over which functions die: from 3 minutes, doubled, up to an hour.
+_LOOK_AGAIN_SECONDS = 180
+_LOOK_AGAIN_MOST_SECONDS = 3600
+# That many looks in a row died, or found the execution dead, before a prediction is ended without asking Replicate.
+_STALLED_LOOKS = 3
 
 # Replicate's clock and ours may differ by this much.
 _CLOCK_SKEW_SECONDS = 30
@@ -556,6 +566,10 @@ class Submissions:
             return
         metrics.add_metric(name="Polls", unit=MetricUnit.Count, value=1)
         self._measure_age(prediction)
+        # One look fewer than in the sweep: the poll is what the look that started this execution waits for.
+        if prediction.stalled_looks >= _STALLED_LOOKS - 1 and self._is_abandoned(prediction):
+            self._abandon(prediction)
+            return
         if prediction.orphans:
             self._cancel_orphans(prediction)
         if prediction.upstream_id:
@@ -564,13 +578,22 @@ class Submissions:
             self._reconcile(prediction)
         else:
             self.submit(prediction_id)
+        if prediction.stalled_looks:
+            self.table.forget_stalled_looks(prediction)
 
     def _ask(self, prediction: Prediction) -> None:
         now = self._now()
         upstream_id = prediction.upstream_id or ""
         not_found = 0
         try:
-            prediction = self._merge(prediction, self._replicate.get(upstream_id, prediction.collection))
+            told = self._replicate.get(upstream_id, prediction.collection)
+            if told.too_large and rank_of(told.status) < TERMINAL_RANK:
+                # It may go on for hours, and what it makes can be neither kept nor shown: it is not to be paid for.
+                # Where this is not heard, the next poll says it again.
+                canceled = self._replicate.cancel(upstream_id, prediction.collection)
+                logger.warning("canceled: its output is too large", upstream_id=upstream_id, status=canceled.status)
+                told = told.failed_for_its_size()
+            prediction = self._merge(prediction, told)
             if prediction.terminal:
                 metrics.add_metric(name="EndsByPoll", unit=MetricUnit.Count, value=1)
             elif prediction.cancel_requested or now >= prediction.deadline:
@@ -679,8 +702,17 @@ class Submissions:
         return flagged
 
     def _cancel_upstream(self, prediction: Prediction) -> Prediction:
+        """Asks Replicate to cancel a prediction, and merges an end that it answers with.
+
+        Of the answer to a cancel, which holds the whole prediction, only the status is read: an end is read by a GET,
+        by the same rules as in a poll.
+        """
+        upstream_id = prediction.upstream_id or ""
         try:
-            return self._merge(prediction, self._replicate.cancel(prediction.upstream_id or "", prediction.collection))
+            status = self._replicate.cancel(upstream_id, prediction.collection).status
+            if status is None or rank_of(status) < TERMINAL_RANK:
+                return prediction
+            return self._merge(prediction, self._replicate.get(upstream_id, prediction.collection))
         except (NotFound, Unavailable) as error:
             # The flag or the deadline stays: the next poll, or the sweep in a minute, asks again.
             logger.warning("cancel without answer", reason=str(error))
@@ -734,7 +766,7 @@ class Submissions:
                 sweepers[kind](each)
             except Exception:  # noqa: BLE001  # one that cannot be mended must not keep the sweep from the others
                 logger.exception("swept without success", pk=pk)
-                # Nor stay before them in the queue.
+                # Nor stay before them in the queue, where its first write was the one that failed.
                 with contextlib.suppress(ClientError, BotoCoreError):
                     if stuck := self.table.get(each):
                         self.table.check_again_at(stuck, self._now() + _STUCK_SECONDS)
@@ -747,14 +779,22 @@ class Submissions:
         if prediction is None or prediction.next_check_at is None or prediction.next_check_at > now:
             return
         logger.set_correlation_id(prediction_id)
+        # Before anything is asked of anybody: a function that is killed by its memory or its time raises nothing, and
+        # what stays due stays before all others.
+        begun = self.table.begin_look(prediction, self._look_again_at(prediction, now))
+        if begun is None:
+            return
+        prediction = begun
+        if prediction.stalled_looks >= _STALLED_LOOKS and self._is_abandoned(prediction):
+            prediction = self._abandon(prediction)
         if prediction.orphans:
             self._cancel_orphans(prediction)
             prediction = self.table.get(prediction_id) or prediction
         if prediction.deleted:
             self.table.delete_data(prediction, now)
-        if prediction.terminal and not prediction.awaits_copy:
+        if prediction.ended_visibly:
             if prediction.orphans:
-                self.table.check_again_at(prediction, now + _SUBMITTER_SECONDS)
+                self.table.end_look(prediction, now + _SUBMITTER_SECONDS, stalled=False)
             elif not prediction.deleted:
                 self.table.close(prediction)
             return
@@ -764,17 +804,73 @@ class Submissions:
         if unclaimed and never_tracked and prediction.source == "http" and not prediction.keyed:
             self._end(prediction, Status.FAILED, "It was not submitted: its caller was told of an error.")
             return
-        logger.info("stands still", status=prediction.status, execution=execution)
+        logger.info("stands still", status=prediction.status, execution=execution, stalled=prediction.stalled_looks)
         self._measure_age(prediction)
         if prediction.cancel_requested and prediction.upstream_id and not prediction.terminal:
             prediction = self._cancel_upstream(prediction)
+        dead = execution not in ("RUNNING", None)
+        if dead and self._resumes_later(prediction):
+            self.table.end_look(prediction, self._look_again_at(prediction, now), stalled=True, put_off=True)
+            return
         if execution == "RUNNING":
             if prediction.terminal:
                 wake(prediction.task_token)
         else:
             metrics.add_metric(name="ExecutionsReplaced", unit=MetricUnit.Count, value=1)
             self._track(prediction, submit=unclaimed)
-        self.table.check_again_at(prediction, now + self._timing.first_poll + 120)
+        # The new execution notes a time of its own where it waits for a webhook; where it copies, this one holds.
+        again = self._look_again_at(prediction, now) if dead and prediction.stalled_looks > 1 else 0
+        self.table.end_look(prediction, max(again, now + self._timing.first_poll + 120), stalled=dead)
+
+    def _look_again_at(self, prediction: Prediction, now: float) -> float:
+        """When to look next at a prediction if this look dies: exponential backoff, never past the last look of all."""
+        doubled: int = 2 ** min(prediction.stalled_looks, 10)
+        backoff = min(_LOOK_AGAIN_MOST_SECONDS, _LOOK_AGAIN_SECONDS * doubled)
+        last = self._abandoned_at(prediction)
+        return now + backoff if now >= last else min(now + backoff, last)
+
+    def _resumes_later(self, prediction: Prediction) -> bool:
+        """Whether a dead execution is replaced by the next look only: the second in a row, and each one after it.
+
+        The files of one that has ended do not wait: Replicate removes them.
+        """
+        again = prediction.stalled_looks > 1 and prediction.resume_n != prediction.execution_n
+        return again and not prediction.terminal
+
+    @staticmethod
+    def _abandoned_at(prediction: Prediction) -> int:
+        """When a prediction over which functions die is ended by our own word."""
+        if prediction.awaits_copy:
+            return (prediction.ended or 0) + _ABANDON_COPY_SECONDS
+        return prediction.deadline + _ABANDON_SECONDS
+
+    def _is_abandoned(self, prediction: Prediction) -> bool:
+        return self._now() >= self._abandoned_at(prediction)
+
+    def _abandon(self, prediction: Prediction) -> Prediction:
+        """End a prediction over which functions died, without asking Replicate or its file host anything.
+
+        Orphans are struck off too: they were created with the same deadline, so Replicate has canceled them.
+        """
+        logger.error("functions died over it: ended without asking", stalled=prediction.stalled_looks)
+        for upstream_id in sorted(prediction.orphans):
+            self.table.orphan_canceled(prediction, upstream_id)
+        prediction = self.table.get(prediction.id) or prediction
+        if prediction.awaits_copy:
+            lost = StoredFile("", 0, error="The files could not be copied: functions died over this output each time.")
+            metrics.add_metric(name="CopiesFailed", unit=MetricUnit.Count, value=1)
+            ended = self.table.end_copy(prediction, [lost], self._now())
+            if ended is not None:
+                count_ended(ended.visible, self._now() - ended.created)
+            return ended or self.table.get(prediction.id) or prediction
+        if prediction.terminal:
+            return prediction
+        of = f" Its id at Replicate is {prediction.upstream_id}." if prediction.upstream_id else ""
+        why = (
+            "This stack's functions ran out of memory or time each time that they looked at it, so it was ended an "
+            f"hour past its deadline without asking Replicate again.{of} Have the model return large outputs as files."
+        )
+        return self._end(prediction, Status.FAILED, why)
 
     def _cancel_orphans(self, prediction: Prediction) -> None:
         for upstream_id in sorted(prediction.orphans):

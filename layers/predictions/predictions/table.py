@@ -139,6 +139,8 @@ class Prediction:
     next_check_at: int | None = None
     ended: int | None = None
     not_found_count: int = 0
+    stalled_looks: int = 0
+    resume_n: int | None = None
     orphans: frozenset[str] = frozenset()
     orphans_canceled: frozenset[str] = frozenset()
     copy_until: int | None = None
@@ -508,10 +510,12 @@ class PredictionsTable:
                 return Merge(Change.NOTHING, prediction)
             values: dict[str, Any] = {":rank": max(rank, prediction.rank), ":upstream_id": told.id}
             closed = self._closed_by(prediction, told, rank)
+            # What Replicate told was read to the end: no function died over it.
+            read = ["stalled_looks", "resume_n"] if prediction.stalled_looks else []
             changed = self._change(
                 prediction_id,
                 set=self._told(prediction, told, rank, now, next_check_at),
-                remove=closed,
+                remove=closed + read,
                 condition="(#rank < :rank OR attribute_not_exists(#upstream_id)) AND #rank < :terminal "
                 "AND (attribute_not_exists(#upstream_id) OR #upstream_id = :upstream_id)"
                 + (_NO_ORPHANS if closed else ""),
@@ -649,6 +653,43 @@ class PredictionsTable:
             condition="attribute_exists(#open) AND #rank = :rank",
             values={":rank": prediction.rank},
         )
+
+    def begin_look(self, prediction: Prediction, moment: float) -> Prediction | None:
+        """Postpone the next check of an open prediction before the sweep asks anything about it.
+
+        The same write counts the look in `stalled_looks`. A look that completes resets the count (`end_look`), so the
+        attribute holds how many looks in a row died or found the execution dead.
+
+        Returns:
+            The prediction, or None if it changed since it was read, or another sweep has begun this look.
+        """
+        return self._change(
+            prediction.id,
+            set={"next_check_at": int(moment), "stalled_looks": prediction.stalled_looks + 1},
+            condition="attribute_exists(#open) AND #next_check_at = :due",
+            values={":due": prediction.next_check_at},
+        )
+
+    def end_look(self, prediction: Prediction, moment: float, *, stalled: bool, put_off: bool = False) -> None:
+        """Schedule the next check of an open prediction at the end of a look, unless it changed meanwhile.
+
+        Args:
+            prediction: The prediction as the look left it.
+            moment: When the sweep should look next.
+            stalled: Whether the look found the execution dead; only a healthy one resets `stalled_looks`.
+            put_off: Whether the dead execution is replaced by the next look instead of this one.
+        """
+        self._change(
+            prediction.id,
+            set={"next_check_at": int(moment), **({"resume_n": prediction.execution_n} if put_off else {})},
+            remove=[] if stalled else ["stalled_looks", "resume_n"],
+            condition="attribute_exists(#open) AND #rank = :rank",
+            values={":rank": prediction.rank},
+        )
+
+    def forget_stalled_looks(self, prediction: Prediction) -> None:
+        """Reset the count of stalled looks: a function has dealt with this prediction and did not die."""
+        self._change(prediction.id, remove=["stalled_looks", "resume_n"], condition="attribute_exists(#open)")
 
     def count_not_found(self, prediction: Prediction, count: int) -> None:
         """Notes how often in a row Replicate has denied to know an open prediction."""
