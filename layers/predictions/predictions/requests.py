@@ -158,6 +158,9 @@ class Requests:
         now = self._now()
         logger.set_correlation_id(intent.id)
         try:
+            # First: a message that comes again writes nothing, and so brings back no input that its owner has deleted.
+            if there := self._table.get(intent.id):
+                raise AlreadyExists(there)
             prediction = self._table.put_intent(
                 intent,
                 version=intent.reference.version,
