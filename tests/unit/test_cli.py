@@ -18,6 +18,7 @@ from predictions.dead_letters import DeadLetterQueue
 from predictions.dead_requests import DeadRequests
 from predictions.limiter import Limiter
 from predictions.limits import OwnerLimits, OwnersLimits
+from predictions.outputs import OutputsBucket
 from predictions.requests import Message
 from predictions.table import Prediction
 
@@ -540,7 +541,7 @@ class Queue:
             ),
         )
         self._url = self._sqs.get_queue_url(QueueName="dead-requests")["QueueUrl"]
-        self.dead = DeadRequests(self._url, self._sqs)
+        self.dead = DeadRequests(self._url, self._sqs, lambda: OutputsBucket("outputs"))
         make: Any = Stack.client
 
         def client(stack: Stack, service_name: str) -> Any:

@@ -11,6 +11,7 @@ from predictions.dead_requests import DeadRequest, DeadRequests
 from predictions.executions import Executions
 from predictions.items import deserialize
 from predictions.observability import logger
+from predictions.outputs import OutputsBucket
 from predictions.requests import Message, RequestRefused, Requests, _source_of, task_token_of
 from predictions.table import PredictionsTable
 
@@ -195,7 +196,7 @@ def function(requests: Requests, cloud: None) -> Iterator[Function]:
 
 def look() -> list[DeadRequest]:
     url = "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests"
-    return list(DeadRequests(url, aws.client("sqs")).look(30))
+    return list(DeadRequests(url, aws.client("sqs"), lambda: OutputsBucket("outputs")).look(30))
 
 
 @pytest.mark.parametrize("named", ["recipe_id", "pipeline_id", "batch_id"])
@@ -214,13 +215,16 @@ class TestFunction:
         assert (letter.id, letter.sender, letter.sent_at, letter.body) == ("m-2", "AIDANOBODY00", SENT, "{")
         assert letter.reason == "The body is not JSON at line 1, column 2."
 
-    def test_refusal_fails_the_state_that_waits_once_it_is_kept(self, function: Function, wakes: Wakes) -> None:
+    def test_refusal_fails_the_state_that_waits_also_where_it_cannot_be_kept(self, function: Function, wakes: Wakes) -> None:
         bad = record({"model": MODEL, "task_token": "token"})
         with refusing("SendMessage", "AccessDenied", service="sqs"):
             assert function(bad) == ["message-1"]
-        assert wakes.told == []
+        told = ("token", ("RequestRefused", "input: This field is required."))
+        assert wakes.told == [told], "nothing else would ever tell it"
         assert function(bad) == []
-        assert wakes.told == [("token", ("RequestRefused", "input: This field is required."))]
+        assert wakes.told == [told, told]
+        (letter,) = look()
+        assert letter.reason == "input: This field is required."
         wakes.stale = {"token"}
         assert function(bad) == [], "a state that no longer waits is no error"
 

@@ -31,8 +31,8 @@ GATHERED_LIMIT_BYTES = 16 * 1024 * 1024
 """The most bytes of outputs, with their logs, that a step refers to; summed before any of them is read."""
 
 GATHERED_LIMIT_VALUES = 1_000_000
-"""The most values in these outputs. A value takes up to 70 bytes of memory when it is parsed: with the limit above, about
-200 MB at most, of 1,024 MB in start_from_queue and 512 MB in advance_pipeline."""
+"""The most values in these outputs. A parsed value takes up to 70 bytes of memory: with the limit above, about 200 MB
+in all, of the 1,024 MB of start_from_queue and the 512 MB of advance_pipeline."""
 
 # advance_pipeline has 120 seconds, and only its pipeline waits for it.
 _COUNT_SECONDS = 20.0
