@@ -215,7 +215,9 @@ class TestFunction:
         assert (letter.id, letter.sender, letter.sent_at, letter.body) == ("m-2", "AIDANOBODY00", SENT, "{")
         assert letter.reason == "The body is not JSON at line 1, column 2."
 
-    def test_refusal_fails_the_state_that_waits_also_where_it_cannot_be_kept(self, function: Function, wakes: Wakes) -> None:
+    def test_refusal_fails_the_state_that_waits_also_where_it_cannot_be_kept(
+        self, function: Function, wakes: Wakes
+    ) -> None:
         bad = record({"model": MODEL, "task_token": "token"})
         with refusing("SendMessage", "AccessDenied", service="sqs"):
             assert function(bad) == ["message-1"]

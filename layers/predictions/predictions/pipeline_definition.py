@@ -35,7 +35,7 @@ FAN_OUTS_LIMIT = 5
 history holds 25,000 events: https://docs.aws.amazon.com/step-functions/latest/dg/service-quotas.html"""
 
 PART_LIMIT_BYTES = 2 * 1024 * 1024
-"""The most bytes of a pipeline's input, and of what one step asks for: each message of a step fills templates with it."""
+"""The most bytes of a pipeline's input, and of what a step asks for: each message of a step fills templates with it."""
 
 PART_LIMIT_VALUES = 20_000
 """The most values in each of these: a tenth of the steps that filling may take."""
