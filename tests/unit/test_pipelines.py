@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +24,14 @@ from predictions.pipeline_api import LIFETIME_SECONDS, PipelineApi
 from predictions.pipeline_definition import ITEMS_LIMIT, PART_LIMIT_VALUES
 from predictions.pipeline_progress import RESEND_SECONDS, PipelineExecutions, Progress, Turn
 from predictions.pipeline_runs import run_id, run_key
-from predictions.pipelines import GATHERED_LIMIT_BYTES, Pipelines, event_of, is_canceled, prediction_ended
+from predictions.pipelines import (
+    GATHERED_LIMIT_BYTES,
+    GATHERED_LIMIT_VALUES,
+    Pipelines,
+    event_of,
+    is_canceled,
+    prediction_ended,
+)
 from predictions.pipelines_table import Pipeline, PipelinesTable
 from predictions.requests import Message, RequestRefused, Requests
 from predictions.submissions import Submissions
@@ -845,6 +854,25 @@ def test_no_pipeline_within_the_limits_takes_a_second_of_a_message(world: World)
     notes = world.table.read_pipeline(pipeline_id)
     assert notes is not None
     assert "too many steps" in notes.notes["each"].errors[0]
+
+
+@pytest.mark.parametrize(
+    ("element", "marks"),
+    [("{}", 2), ("[]", 2), ("[1234,1567]", 3), ('{"a":1}', 3), ('"x"', 1), ("1234.5", 1)],
+)
+def test_outputs_within_the_limits_fit_the_memory_of_the_smallest_function(element: str, marks: int) -> None:
+    # In a process of its own, since what another test freed would be used again.
+    count = min(GATHERED_LIMIT_VALUES // marks, GATHERED_LIMIT_BYTES // (len(element) + 1)) - 10
+    code = f"""
+import json, resource, sys
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+text = '{{"output":[' + ",".join([{element!r}] * {count}) + '],"logs":""}}'
+output = json.loads(text)["output"]
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
+    # advance_pipeline has 512 MB, of which it uses about 130 for its code and clients.
+    assert int(done.stdout) < 300
 
 
 def test_list_and_input_of_a_message_share_their_steps(world: World) -> None:

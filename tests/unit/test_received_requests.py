@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 from predictions import aws
 from predictions.items import deserialize
+from predictions.outputs import OutputsBucket
+from predictions.pipeline_definition import Definition, Step
+from predictions.pipelines_table import PipelinesTable
 from predictions.received_requests import FAILURES_LIMIT, KILLS_LIMIT, NEEDED_SECONDS, RETURN_SECONDS
+from predictions.table import PredictionsTable
 
 from tests.unit.apps import Context
-from tests.unit.fakes import Died, Executed, Wakes, refusing
+from tests.unit.fakes import Clock, Died, Executed, Wakes, refusing
 from tests.unit.template import load_template, resources
 from tests.unit.test_requests import BODY, Function, function, items, look, record, requests
 
@@ -323,3 +327,23 @@ def test_counts_of_tries_expire_after_the_message(function: Function) -> None:
     (item,) = [item for item in found if item["sk"] == "tries"]
     keeps = resources("AWS::SQS::Queue")["RequestsQueue"]["Properties"]["MessageRetentionPeriod"]
     assert item["expires_at"] > time.time() + keeps
+
+
+def test_step_of_a_pipeline_that_kills_the_function_fails_its_pipeline_with_the_reason(
+    function: Function, table: PredictionsTable, outputs: OutputsBucket, clock: Clock
+) -> None:
+    pipelines = PipelinesTable("predictions", outputs, aws.client("dynamodb"))
+    step = Step("image", {"model": BODY["model"]}, {"prompt": "{{ input.prompt }}"}, None, ())
+    pipelines.put_pipeline(
+        "p" * 26, Definition({"prompt": "POISON"}, (step,)), owner="alice", fingerprint="f",
+        deadline=int(clock.now()) + 600, expires=int(clock.now()) + 6000, depth=0, now=clock.now(),
+    )  # fmt: skip
+    queue = Queue(function, {"m-0": {"pipeline_id": "p" * 26, "step": "image", "index": 0}, "m-1": BODY})
+    with killed_over("POISON"):
+        while queue.receives:
+            queue.turn()
+    stored = pipelines.read_pipeline("p" * 26)
+    assert stored is not None
+    (letter,) = look()
+    assert stored.notes["image"].errors == {0: letter.reason}
+    assert stored.pipeline.events == 1, "its execution looks at it"
