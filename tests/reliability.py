@@ -228,7 +228,13 @@ PROMISES: Sequence[Promise] = (
             Shown("Pauses, limits and waiting turns", ["tests/stack/test_limits.py"]),
             Shown(
                 "Dead letters are put back, and start nothing twice",
-                ["tests/stack/test_queue.py", "tests/stack/test_deliveries.py"],
+                [
+                    "tests/stack/test_queue.py",
+                    "tests/stack/test_deliveries.py",
+                    "tests/unit/test_cli.py::test_dead_letter_of_every_hop_to_the_requests_queue_is_redriven",
+                    "tests/unit/test_requests.py::TestLargeRefused",
+                    "tests/unit/test_received_requests.py",
+                ],
             ),
         ),
     ),

@@ -12,16 +12,18 @@ import pytest
 from predictions.__main__ import _COMMANDS, _Group, main, parser
 from predictions.access import AccessTokens
 from predictions.commands.letters import QUEUES
-from predictions.commands.stack import Stack
+from predictions.commands.stack import Stack, _Bucket
 from predictions.commands.story import waits_for
 from predictions.dead_letters import DeadLetterQueue
-from predictions.dead_requests import DeadRequests
+from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequests
 from predictions.limiter import Limiter
 from predictions.limits import OwnerLimits, OwnersLimits
+from predictions.outputs import OutputsBucket
 from predictions.requests import Message
 from predictions.table import Prediction
 
 from tests.unit.template import ROOT, resources, table_properties
+from tests.unit.test_template import dead_letter_queues
 
 REGION = "us-east-1"
 ENVIRONMENT = (
@@ -540,7 +542,7 @@ class Queue:
             ),
         )
         self._url = self._sqs.get_queue_url(QueueName="dead-requests")["QueueUrl"]
-        self.dead = DeadRequests(self._url, self._sqs)
+        self.dead = DeadRequests(self._url, self._sqs, lambda: OutputsBucket("outputs"))
         make: Any = Stack.client
 
         def client(stack: Stack, service_name: str) -> Any:
@@ -551,6 +553,22 @@ class Queue:
 
         # moto runs functions in Docker only: this answers in AWS's place, at the client's own door.
         monkeypatch.setattr(Stack, "client", client)
+
+    def with_bucket(self) -> None:
+        """The stack tells of its outputs bucket."""
+        create_client: Any = botocore.session.Session().create_client
+        create_client("s3", region_name=REGION).create_bucket(Bucket="outputs")
+        self.dead._outputs = lambda: _Bucket("outputs", create_client("s3", region_name=REGION))
+        create_client("cloudformation", region_name=REGION).update_stack(
+            StackName="queue",
+            TemplateBody=template(
+                {"OutputsBucketName": "outputs"},
+                {
+                    "RequestsDeadLetterQueue": queue_named("dead-requests"),
+                    "StartFromQueueFunction": named("start"),
+                },
+            ),
+        )
 
     def bury(self, id_: str, body: str, reason: str = "model: not a name") -> None:
         self.dead.bury(Message(id_, "AROAALICE0000", body, 1_750_000_000), reason)
@@ -616,6 +634,62 @@ def test_dead_request_is_tried_as_the_message_that_it_was_and_forgotten(
     assert (record["messageId"], record["body"]) == ("message-2", "{}")
     assert record["attributes"] == {"SenderId": "AROAALICE0000", "SentTimestamp": "1750000000000"}
     assert queue.left == 1
+
+
+MANIFEST = {"source": "aws.s3", "detail-type": "Object Created", "detail": {"object": {"key": "batches/a/b/c.csv"}}}
+UNSENT: dict[str, tuple[dict[str, str], Any, Any]] = {
+    "ManifestsRule → requests-queue": (
+        {"RULE_ARN": f"arn:aws:events:{REGION}:123456789012:rule/queue-ManifestsRule-1ABC"},
+        MANIFEST,
+        {"batch_manifest": MANIFEST},
+    ),
+    "RequestSchedule": (
+        {"SCHEDULE_ARN": f"arn:aws:scheduler:{REGION}:123456789012:schedule/queue/RequestSchedule"},
+        {"model": "acme/painter", "input": {}},
+        {"model": "acme/painter", "input": {}},
+    ),
+    "RequestsEventSource": ({}, {"model": "acme/painter"}, {"model": "acme/painter"}),
+    "a recipe's rule": (
+        {"RULE_ARN": f"arn:aws:events:{REGION}:123456789012:rule/queue-recipe-{'a' * 26}"},
+        {"id": "event-1"},
+        {"recipe_id": "a" * 26, "event": {"id": "event-1"}},
+    ),
+    "a recipe's schedule": (
+        {"SCHEDULE_ARN": f"arn:aws:scheduler:{REGION}:123456789012:schedule/queue/recipe"},
+        {"recipe_id": "a" * 26, "event": {"time": "2025-06-15T15:06:40Z"}},
+        {"recipe_id": "a" * 26, "event": {"time": "2025-06-15T15:06:40Z"}},
+    ),
+}
+"""What each hop to the requests queue leaves in its dead-letter queue, and what a redrive makes of it."""
+
+
+def test_every_hop_to_the_requests_queue_has_a_dead_letter_that_is_tried() -> None:
+    hops = {hop for hop, kept in dead_letter_queues().items() if kept == QUEUES["requests"]}
+    assert UNSENT.keys() >= hops
+
+
+@pytest.mark.parametrize("hop", UNSENT)
+def test_dead_letter_of_every_hop_to_the_requests_queue_is_redriven(queue: Queue, hop: str) -> None:
+    names, body, message = UNSENT[hop]
+    attributes = {**names, **({"ERROR_CODE": "NO_PERMISSIONS"} if names else {})}
+    queue._sqs.send_message(
+        QueueUrl=queue._url,
+        MessageBody=json.dumps(body),
+        MessageAttributes={n: {"DataType": "String", "StringValue": v} for n, v in attributes.items()},
+    )
+    assert main(PUT_BACK) == 0
+    ((record,),) = [event["Records"] for event in queue.asked]
+    assert json.loads(record["body"]) == message
+    assert queue.left == 0
+
+
+def test_dead_request_whose_body_is_an_object_is_redriven_whole(queue: Queue, stack: AccessTokens) -> None:
+    body = "x" * MESSAGE_LIMIT_BYTES
+    queue.with_bucket()
+    queue.bury("message-1", body)
+    assert main(PUT_BACK) == 0
+    ((record,),) = [event["Records"] for event in queue.asked]
+    assert record["body"] == body
 
 
 def test_dead_request_that_cannot_be_started_stays(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from predictions.access import parse_authorization
+from predictions.access import _OWNER, is_owner, parse_authorization
+from predictions.commands.letters import QUEUES as LETTERS
 from predictions.deliveries import LONGEST_WAIT_SECONDS, RETRY_SECONDS
 from predictions.deployed_recipes import NEEDED_SECONDS as NEEDED_FOR_A_FILE_SECONDS
 from predictions.dropped_manifests import PREFIX
 from predictions.forwarding import ROUTES
+from predictions.received_requests import FAILURES_LIMIT, NEEDED_SECONDS
 from predictions.receivers import TOTAL_SECONDS
 from predictions.submissions import _ABANDON_SECONDS
 
@@ -34,9 +36,6 @@ MACHINES = sorted(resources("AWS::Serverless::StateMachine"))
 BUCKETS = sorted(resources("AWS::S3::Bucket"))
 QUEUES = sorted(resources("AWS::SQS::Queue"))
 PARAMETERS = load_template()["Parameters"]
-# Of functions/start_from_queue/app.py, which needs a cloud to import.
-NEEDED_SECONDS = 10
-
 # Actions of AWS that know no resource types, and so take only "*".
 WITHOUT_RESOURCES = {
     "events:ListRules",
@@ -183,6 +182,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                     "recipe#*",
                     "pipeline#*",
                     "batch#*",
+                    "message#*",
                 }
 
 
@@ -759,7 +759,9 @@ def test_request_outlives_its_tries_and_its_message_the_function() -> None:
     function = resources("AWS::Serverless::Function")["StartFromQueueFunction"]["Properties"]
     # https://docs.aws.amazon.com/lambda/latest/dg/services-sqs-configure.html
     assert queue["VisibilityTimeout"] >= 6 * function["Timeout"]
-    assert queue["RedrivePolicy"]["maxReceiveCount"] >= 5
+    # SQS counts receives that touched nothing, too: the function gives up long before, by its own count.
+    assert queue["RedrivePolicy"]["maxReceiveCount"] > 3 * (FAILURES_LIMIT + 1)
+    assert queue["RedrivePolicy"]["maxReceiveCount"] * queue["VisibilityTimeout"] < queue["MessageRetentionPeriod"]
     assert function["Timeout"] > 2 * NEEDED_SECONDS
     source = SOURCES["RequestsEventSource"]["Properties"]
     assert source["EventSourceArn"] == {"Fn::GetAtt": ["RequestsQueue", "Arn"]}
@@ -1013,6 +1015,14 @@ def kept(destination: Any) -> str:
     return str(queue)
 
 
+UNKEPT = {
+    each["Properties"]["ServiceToken"]["Fn::GetAtt"][0]
+    for each in load_template()["Resources"].values()
+    if each["Type"].startswith("Custom::")
+}
+"""Functions whose failed invocations are kept nowhere, because what they are invoked with is a secret."""
+
+
 def dead_letter_queues() -> dict[str, str]:
     """Every asynchronous hop of the template, and the queue that keeps what does not get across; fails without one."""
     found: dict[str, str] = {}
@@ -1052,7 +1062,9 @@ def dead_letter_queues() -> dict[str, str]:
         # Whoever has a function's ARN may have a schedule or a rule invoke it.
         if "Fn::GetAtt" in output["Value"] and output["Value"]["Fn::GetAtt"][0] in FUNCTIONS
     }
-    for name in invoked:
+    # Its payload holds CloudFormation's presigned URL, and CloudFormation tells of an answer that does not come.
+    assert invoked >= UNKEPT
+    for name in invoked - UNKEPT:
         on_failure = template[name]["Properties"]["EventInvokeConfig"]["DestinationConfig"]["OnFailure"]
         assert on_failure["Type"] == "SQS"
         found[f"invocations of {name}"] = kept(on_failure["Destination"])
@@ -1061,7 +1073,7 @@ def dead_letter_queues() -> dict[str, str]:
 
 def test_what_does_not_get_across_an_asynchronous_hop_is_kept_and_an_alarm_tells() -> None:
     kept_in = dead_letter_queues()
-    assert len(kept_in) == 9
+    assert len(kept_in) == 8
     queues = resources("AWS::SQS::Queue")
     watched = {
         dimensions["QueueName"]["Fn::GetAtt"][0]
@@ -1074,6 +1086,39 @@ def test_what_does_not_get_across_an_asynchronous_hop_is_kept_and_an_alarm_tells
         == watched
         == {name for name in queues if "RedrivePolicy" not in queues[name]["Properties"]}
     )
+
+
+@pytest.mark.parametrize("function", sorted(UNKEPT))
+def test_invocation_that_holds_a_secret_url_is_kept_in_no_queue(function: str) -> None:
+    properties = resources("AWS::Serverless::Function")[function]["Properties"]
+    assert "DestinationConfig" not in properties.get("EventInvokeConfig", {})
+    assert "DeadLetterQueue" not in properties
+    # It writes nothing of the event into a queue itself, either.
+    assert not {action for action in actions(function) if action.startswith("sqs:")}
+
+
+def test_every_dead_letter_queue_is_one_of_the_command_line() -> None:
+    queues = resources("AWS::SQS::Queue")
+    assert set(dead_letter_queues().values()) == set(LETTERS.values())
+    assert {name for name in queues if "RedrivePolicy" not in queues[name]["Properties"]} == set(LETTERS.values())
+
+
+def test_owner_in_a_parameter_is_one_that_the_code_takes() -> None:
+    owner = _OWNER.pattern
+    assert PARAMETERS["QueueOwner"]["AllowedPattern"] == f"^{owner}$"
+    inner = owner.replace("payloads$", "payloads(,|$)")
+    pair = f"[A-Z0-9]{{12,128}}={inner}"
+    assert PARAMETERS["QueueSenders"]["AllowedPattern"] == f"^$|^{pair}(,{pair})*$"
+
+
+@pytest.mark.parametrize(
+    "owner", ["payloads", "-x", "", "a" * 33, "A", "a_b", "payloads-", "payload", "a", "0", "a-", "a" * 32, "queue"]
+)
+def test_parameters_take_the_owners_that_the_code_takes(owner: str) -> None:
+    assert bool(re.search(PARAMETERS["QueueOwner"]["AllowedPattern"], owner)) == is_owner(owner)
+    first, second = "AROAEXAMPLE00", "AROAEXAMPLE11"
+    for senders in (f"{first}={owner}", f"{first}=a,{second}={owner}", f"{first}={owner},{second}=a"):
+        assert bool(re.search(PARAMETERS["QueueSenders"]["AllowedPattern"], senders)) == is_owner(owner), senders
 
 
 def test_code_makes_no_asynchronous_hop_without_a_queue_that_keeps_what_fails() -> None:

@@ -237,6 +237,22 @@ class Result:
 
 
 @dataclass(frozen=True)
+class UnreadResult:
+    """The output and logs of a prediction, not read yet: the text may be an object in S3.
+
+    Attributes:
+        length: How many bytes the text has; 0 where there is none.
+        files: Where its files are.
+        item: The table's item of the text; None where there is none.
+    """
+
+    prediction: Prediction
+    length: int
+    files: Sequence[StoredFile]
+    item: Mapping[str, Any] | None = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Page:
     """A page of an owner's predictions.
 
@@ -341,6 +357,11 @@ class PredictionsTable:
             there = _prediction(_left_behind(error))
             # botocore repeats a write whose answer it did not see: then what is there is this very one.
             if there.written_by != item["written_by"]:
+                if there.deleted:
+                    # Its owner had the data removed: what this write brought back must not stay. Whoever may write
+                    # intents may not delete items; the last look of the sweep removes what is empty then.
+                    self._put_payload(intent.id, f"input#{intent.fingerprint}", "{}", there.expires_at)
+                    self._empty_payload(intent.id, intent.input_json)
                 raise AlreadyExists(there) from None
         return _prediction_of(item)
 
@@ -894,6 +915,33 @@ class PredictionsTable:
         text = self._payload(prediction.id, f"result#{prediction.upstream_id}")
         return json.loads(text)["output"] if text else None
 
+    def unread_results(self, prediction_ids: Sequence[str]) -> "list[UnreadResult]":
+        """The results of those of these predictions that there are, in this order; `result_text` reads one of them."""
+        statuses = read_items(self._dynamodb, self._name, [(_key(id_)["pk"], "status") for id_ in prediction_ids])
+        predictions = {p.id: p for p in map(_prediction_of, statuses.values())}
+        wanted = [
+            (_key(p.id)["pk"], sk)
+            for p in predictions.values()
+            if p.ended_visibly and not p.deleted
+            for sk in (f"result#{p.upstream_id}", *([] if p.files_json else ["files"]))
+        ]
+        items = read_items(self._dynamodb, self._name, wanted)
+        results = []
+        for prediction in (predictions[id_] for id_ in prediction_ids if id_ in predictions):
+            pk = _key(prediction.id)["pk"]
+            item, files = items.get((pk, f"result#{prediction.upstream_id}")), items.get((pk, "files"))
+            files_json = None if prediction.deleted else prediction.files_json
+            if files:
+                files_json = self._payload_text(files)
+            length = int(item.get("length") or len(item.get("json", ""))) if item else 0
+            stored = [StoredFile.from_item(each) for each in json.loads(files_json or "[]")]
+            results.append(UnreadResult(prediction, length, stored, item))
+        return results
+
+    def result_text(self, result: UnreadResult) -> str | None:
+        """The JSON text `{"output", "logs"}` of a result; None where there is none, or it has expired."""
+        return self._payload_text(result.item) if result.item else None
+
     def stored_files(self, prediction: Prediction) -> Sequence[StoredFile]:
         """Where the files of a prediction are; none before its visible end, and after its deletion."""
         files_json = prediction.files_json
@@ -1148,8 +1196,8 @@ class PredictionsTable:
     ) -> None:
         item: dict[str, Any] = {"pk": _key(prediction_id)["pk"], "sk": sk, "expires_at": expires, "length": len(text)}
         item |= notice or {}
-        body = text.encode()
-        if len(body) <= PAYLOAD_LIMIT_BYTES:
+        key = _payload_object(prediction_id, text)
+        if key is None:
             item["json"] = text
         elif only_longer:
             # One object, however often it grows. It is only ever replaced by longer text, so it holds at least what the
@@ -1158,9 +1206,8 @@ class PredictionsTable:
             if not self._outputs.put_longer_payload(item["s3_key"], text):
                 return
         else:
-            # Named by its content, so that a late writer can never replace what the item points to.
-            item["s3_key"] = f"payloads/{prediction_id}/{hashlib.sha256(body).hexdigest()}.json"
-            self._outputs.put_payload(item["s3_key"], text)
+            item["s3_key"] = key
+            self._outputs.put_payload(key, text)
         condition: dict[str, Any] = {}
         if only_first:
             condition = {"ConditionExpression": "attribute_not_exists(pk)"}
@@ -1174,6 +1221,11 @@ class PredictionsTable:
             self._dynamodb.put_item(TableName=self._name, Item=serialize(item), **condition)
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
             return  # an earlier or longer one is there, and stays
+
+    def _empty_payload(self, prediction_id: str, text: str) -> None:
+        """Replace the object that `_put_payload` made of a text, if it made one, by an empty one."""
+        if key := _payload_object(prediction_id, text):
+            self._outputs.put_payload(key, "{}")
 
     def _payload(self, prediction_id: str, sk: str) -> str | None:
         found = self._dynamodb.get_item(
@@ -1261,6 +1313,17 @@ def _list_key(owner: str, kind: str) -> str:
 
 
 _TRAININGS_OF = "trainings#"
+
+
+def _payload_object(prediction_id: str, text: str) -> str | None:
+    """The key of the object that holds a payload; None for one that fits into an item.
+
+    It is named by its content, so that a late writer can never replace what the item points to.
+    """
+    body = text.encode()
+    if len(body) <= PAYLOAD_LIMIT_BYTES:
+        return None
+    return f"payloads/{prediction_id}/{hashlib.sha256(body).hexdigest()}.json"
 
 
 def _digest(value: Any) -> str | None:

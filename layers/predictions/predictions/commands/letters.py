@@ -118,10 +118,8 @@ def _chosen(stack: Stack, arguments: argparse.Namespace) -> list[_Dead]:
 
 
 def _requests(stack: Stack) -> Iterator[_Dead]:
-    dead, function = (
-        DeadRequests(_url(stack, "requests"), stack.client("sqs")),
-        stack.resource("StartFromQueueFunction"),
-    )
+    dead = DeadRequests(_url(stack, "requests"), stack.client("sqs"), lambda: stack.outputs_bucket)
+    function = stack.resource("StartFromQueueFunction")
     for each in sorted(dead.look(LOOK_SECONDS), key=lambda request: request.sent_at):
 
         def redrive(request: DeadRequest = each) -> None:
@@ -187,7 +185,7 @@ def _run_jobs(stack: Stack) -> Iterator[_Dead]:
 
 def _invocations(stack: Stack) -> Iterator[_Dead]:
     def redrive() -> None:
-        raise _Left("nothing of it is to be done again: the next sweep, or the next deployment, does")
+        raise _Left("nothing of it is to be done again: the next sweep does it")
 
     for letter, body in _records(stack, "invocations"):
         function = str(body.get("requestContext", {}).get("functionArn", "the schedule of the sweep"))
