@@ -15,6 +15,7 @@ from predictions.api import (
     owner_with,
     resolver,
 )
+from predictions.aws import api_url
 from predictions.intents import (
     Attempt,
     Intent,
@@ -90,6 +91,10 @@ def _create(reference: Reference | None) -> Response[str]:
     allowed = min(seconds, _remaining_seconds() - ANSWER_SECONDS)
     until = _remaining_seconds() - allowed
     prediction = _start(intent, told, allowed)
+    if prediction.repeated and not prediction.ended_visibly:
+        # Only the request that started it waits, in its place of its owner's limits: repetitions would hold functions
+        # outside of every limit. Its client is answered `starting`, and polls.
+        return _answer(intent, prediction, told)
     try:
         submissions.wait_for_end(prediction.id, _remaining_seconds() - until)
     except (ClientError, BotoCoreError):
@@ -103,6 +108,8 @@ def _remaining_seconds() -> float:
 
 def _start(intent: Intent, rate_limit: dict[str, str], wait_seconds: float = 0) -> Prediction:
     context = app.current_event.request_context
+    # The answer needs it: what cannot be answered is not started.
+    api_url()
     return submissions.start(
         intent,
         attempt=Attempt.of(headers_of(app), context.request_time_epoch),
@@ -114,13 +121,10 @@ def _start(intent: Intent, rate_limit: dict[str, str], wait_seconds: float = 0) 
 
 
 def _answer(intent: Intent, prediction: Prediction, headers: dict[str, str]) -> Response[str]:
-    try:
-        whole = own_prediction(submissions.table, prediction.id, intent.owner, intent.object)
-    except (ClientError, BotoCoreError):
-        # It is started: a caller who is told of an error would start another one.
-        logger.exception("started, but not read")
-        whole = Whole(prediction, json.loads(intent.input_json), None, None, [])
-    shown = presenter.show(whole, as_starting=True)
+    def read() -> Whole:
+        return own_prediction(submissions.table, prediction.id, intent.owner, intent.object)
+
+    shown = presenter.show_started(prediction, json.loads(intent.input_json), read)
     return json_response(201, shown, {**headers, "Location": shown["urls"]["get"]})
 
 

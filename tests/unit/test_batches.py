@@ -266,12 +266,13 @@ def test_making_that_died_half_way_is_completed_by_the_same_key(world: World) ->
 
 
 def test_batch_whose_execution_was_not_started_is_started_by_the_sweep(world: World, clock: Clock) -> None:
-    with refusing("StartExecution", "AccessDeniedException"), pytest.raises(ClientError):
-        world.make(LLAMA, key="k")
-    assert world.executions == {}
+    with refusing("StartExecution", "AccessDeniedException"):
+        accepted = world.make(LLAMA, key="k")
+    assert (accepted.status, world.executions) == ("preparing", {})
     clock.advance(61)
     world.submissions.sweep(10, plenty, {"batch": lambda id_: world.control.sweep_one(id_, world.submissions, plenty)})
     batch = world.make(LLAMA, key="k")
+    assert batch.id == accepted.id
     assert list(world.executions) == [f"{batch.id}-1-1"]
 
 

@@ -375,11 +375,19 @@ def test_limits_are_set_listed_and_removed(limited: Any, capsys: pytest.CaptureF
     run("set", "bob", "--in-flight", "20", "--per-day", "5000")
     run("set", "alice", "--per-day", "0")
     run("set", "bob", "--in-flight", "30")
+    run("set", "carol", "--open-batches", "3", "--open-pipelines", "0")
     assert json.loads(run("list", "--json")) == [
-        {"owner": "alice", "in_flight": None, "per_day": 0},
-        {"owner": "bob", "in_flight": 30, "per_day": None},
+        {"owner": "alice", "in_flight": None, "per_day": 0, "open_batches": None, "open_pipelines": None},
+        {"owner": "bob", "in_flight": 30, "per_day": None, "open_batches": None, "open_pipelines": None},
+        {"owner": "carol", "in_flight": None, "per_day": None, "open_batches": 3, "open_pipelines": 0},
     ]
-    assert run("list").splitlines()[1:] == ["alice  -          0", "bob    30         -"]
+    # What is not set of batches and pipelines is the default of owners with limits.
+    assert [line.split() for line in run("list").splitlines()[1:]] == [
+        ["alice", "-", "0", "100", "500"],
+        ["bob", "30", "-", "100", "500"],
+        ["carol", "-", "-", "3", "0"],
+    ]
+    run("remove", "carol")
     run("remove", "bob")
     run("remove", "bob")
     assert [each["owner"] for each in json.loads(run("list", "--json"))] == ["alice"]

@@ -1256,16 +1256,21 @@ def test_alarm_for_what_is_past_its_deadline_comes_after_the_last_poll_that_may_
     assert alarm["Threshold"] > _ABANDON_SECONDS + longest
 
 
-def test_concurrency_is_reserved_for_webhooks_only_where_it_is_asked_for() -> None:
+def test_concurrency_is_reserved_for_webhooks_and_starts_only_where_it_is_asked_for() -> None:
     reserved = {
         name: function["Properties"]["ReservedConcurrentExecutions"]
         for name, function in resources("AWS::Serverless::Function").items()
         if "ReservedConcurrentExecutions" in function["Properties"]
     }
-    asked = ["ReserveForWebhooks", {"Ref": "WebhookReservedConcurrency"}, {"Ref": "AWS::NoValue"}]
-    assert reserved == {"ReceiveWebhookFunction": {"Fn::If": asked}}
+    webhooks = ["ReserveForWebhooks", {"Ref": "WebhookReservedConcurrency"}, {"Ref": "AWS::NoValue"}]
+    starts = ["ReserveForStarts", {"Ref": "StartReservedConcurrency"}, {"Ref": "AWS::NoValue"}]
+    assert reserved == {
+        "ReceiveWebhookFunction": {"Fn::If": webhooks},
+        "StartPredictionFunction": {"Fn::If": starts},
+    }
     # A new account has 10, and Lambda lets nothing be reserved of the last 100: the stack could not be deployed.
     assert PARAMETERS["WebhookReservedConcurrency"]["Default"] == 0
+    assert PARAMETERS["StartReservedConcurrency"]["Default"] == 0
 
 
 def test_outputs_are_those_that_users_and_tools_rely_on() -> None:

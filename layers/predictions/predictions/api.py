@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws import api_url
 from predictions.errors import Problem
-from predictions.observability import handler_of, logger
+from predictions.observability import MetricUnit, handler_of, logger, metrics
 from predictions.output_urls import Distribution
 from predictions.outputs import FILES_LIMIT, OutputsBucket, StoredFile
 from predictions.table import Page, Prediction, PredictionsTable, Whole, is_id
@@ -28,6 +28,7 @@ from predictions.table import Page, Prediction, PredictionsTable, Whole, is_id
 # https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
 ANSWER_LIMIT_BYTES = 5_500_000
 _LOGS_LIMIT_CHARACTERS = 256 * 1024
+_LARGE_INPUT_BYTES = ANSWER_LIMIT_BYTES - 1024**2
 
 # What a page's script may read of an answer, besides its body.
 _EXPOSED_HEADERS = [
@@ -270,6 +271,30 @@ class Presenter:
             if link is None:
                 shown["error"] = f"The output with its {len(whole.files)} files is too large for an answer."
         return shown
+
+    def show_started(
+        self, prediction: Prediction, asked: Any, read: Callable[[], Whole], *, as_starting: bool = True
+    ) -> dict[str, Any]:
+        """Show a prediction to the caller who has just started it, whatever fails while it is shown.
+
+        It is started, and may be paid for: a caller who got an error would start another one. So on any error
+        (AWS fails, the secret that signs URLs is refused or damaged) it is shown as `starting`, without output: the
+        caller reads it by its id.
+
+        Args:
+            prediction: What was started.
+            asked: Its input.
+            read: Reads it with its payloads.
+            as_starting: As for `show`.
+        """
+        try:
+            return self.show(read(), as_starting=as_starting)
+        except Exception:  # noqa: BLE001  # whatever it is, the caller must not take it for "nothing was started"
+            logger.exception("started, but not shown", prediction_id=prediction.id)
+            metrics.add_metric(name="AnswersWithoutOutput", unit=MetricUnit.Count, value=1)
+        # Nothing of this has to be signed or read. The input is left out where it leaves no room for the rest.
+        open_ = replace(prediction, status="starting", visible="starting", rank=0)
+        return self.show(Whole(open_, {} if answer_bytes(asked) > _LARGE_INPUT_BYTES else asked, None, None, []))
 
     def link(self, key: str) -> str:
         """A URL of an object in the outputs bucket, which works for a while."""

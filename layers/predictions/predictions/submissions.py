@@ -33,7 +33,7 @@ from predictions.errors import PredictionThrottled, Problem
 from predictions.executions import Executions, wake
 from predictions.intents import Attempt, Intent, Reference, input_json_canonical
 from predictions.limiter import Limiter, Pause
-from predictions.limits import LimitReached, OwnerLimits, OwnersUsage
+from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, refusal_of
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.outputs import StoredFile
 from predictions.schemas import ModelSchemas
@@ -93,7 +93,10 @@ REFUSAL_FIELD_CHARACTERS = 300
 """With these limits a refusal takes at most 180 KB of its item (6 bytes a character, where JSON escapes it); DynamoDB
 allows 400 KB. https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.html"""
 
+# A caller waits in looks at the table that become ever rarer: each is a consistent read.
 _WAIT_STEP_SECONDS = 0.1
+_WAIT_STEP_GROWTH = 1.3
+_WAIT_STEP_LIMIT_SECONDS = 1.0
 _MODEL_CACHE_SECONDS = 300
 _MODELS_CACHED = 64
 
@@ -222,7 +225,7 @@ class Submissions:
                 create was made, or none was answered.
 
         Returns:
-            The prediction: new, or the one that the same request started before.
+            The prediction: new, or `repeated`, the one that the same request started before.
 
         Raises:
             Problem: 404 or 422 (an input that is not the model's, Replicate's refusal, or another request with the same
@@ -232,7 +235,9 @@ class Submissions:
         wait_until = self._now() + wait_seconds
         # Without a key, the id of an HTTP request is random; any other is made of the event that it came with.
         comes_again = intent.keyed or intent.source != "http"
-        if comes_again and (existing := self.table.get(intent.id)):
+        existing = self.table.get(intent.id) if comes_again else None
+        # A key that outlives its prediction starts another one: what has expired may be there for days.
+        if existing and not existing.expired(self._now()):
             return _existing(existing, intent)
         if intent.keyed:
             attempt = None
@@ -288,7 +293,7 @@ class Submissions:
         try:
             self._usage.take_place(intent.owner, intent.id, limits)
         except LimitReached as reached:
-            raise Problem(429, reached.detail, headers={"Retry-After": str(reached.seconds)}) from None
+            raise refusal_of(reached) from None
 
     def _submit_for_caller(
         self, prediction: Prediction, input_json: str, wait_until: float, rate_limit: dict[str, str] | None
@@ -348,6 +353,7 @@ class Submissions:
             Whether it has.
         """
         until = self._now() + seconds
+        step = _WAIT_STEP_SECONDS
         while True:
             prediction = self.table.get(prediction_id)
             if prediction is None or (prediction.terminal and not prediction.awaits_copy):
@@ -355,7 +361,8 @@ class Submissions:
             remaining = until - self._now()
             if remaining <= 0:
                 return False
-            self._sleep(min(_WAIT_STEP_SECONDS, remaining))
+            self._sleep(min(step, remaining))
+            step = min(step * _WAIT_STEP_GROWTH, _WAIT_STEP_LIMIT_SECONDS)
 
     def violations(self, reference: Reference, asked: Any) -> list[dict[str, str]]:
         """What is wrong with an input by its model's schema, for what is to be started later; nothing is written.
@@ -392,10 +399,15 @@ class Submissions:
             raise PredictionThrottled(self._within_lifetime(prediction, pause.remaining(now, _PAUSE_STEP_SECONDS)))
         # What came over HTTP was checked before it was written down; a training's input is not of its version's schema.
         check = prediction.source != "http" and prediction.object == "prediction"
+        # Before anything that may refuse it: what is refused costs executions too, and counts for its owner's day.
+        counted = self._take_place_in_queue(prediction)
         try:
             version, schema = self._look_up(_reference(prediction), check=check)
         except Problem as problem:
             if problem.status >= 500:
+                if counted:
+                    # A crash before this write counts it twice: too many of the day, never too few.
+                    self.table.note_counted(prediction)
                 raise PredictionThrottled(self._within_lifetime(prediction, self._outage_seconds(prediction))) from None
             self._end(prediction, Status.FAILED, problem.detail)
             return
@@ -408,41 +420,48 @@ class Submissions:
             self._end(prediction, Status.FAILED, _listed(invalid))
             return
         api_url()
-        counted = self._take_turn(prediction)
+        self._take_turn(prediction, counted=counted)
         claimed = self.table.claim(prediction_id, version, now, counted=counted)
         if claimed is None:
             return
         self._submit_for_execution(claimed, input_json)
 
-    def _take_turn(self, prediction: Prediction) -> bool:
-        """Takes a place in the owner's limits, and a start at the limiter, unless it has them.
+    def _take_turn(self, prediction: Prediction, *, counted: bool) -> None:
+        """Takes a start at the limiter, unless it has one.
 
-        A place is taken before a start: who has to wait for the one must not use up the other.
+        A place in the owner's limits is taken before: who has to wait for the one must not use up the other.
 
-        Returns:
-            Whether it has a place that its item does not tell of yet.
+        Args:
+            prediction: The prediction.
+            counted: Whether it has a place that its item does not tell of yet.
 
         Raises:
-            PredictionThrottled: It has to wait; for a start, this once.
+            PredictionThrottled: It has to wait, this once.
         """
-        counted = False
-        # What `start` has put off has its place.
-        if prediction.source not in ("http", "run_job") and not prediction.counted:
-            limits = self._usage.known_limits(prediction.owner)
-            if limits:
-                self._take_place_in_queue(prediction, limits)
-                counted = True
         if prediction.reserved and prediction.submit_at and self._limiter.is_reserved(prediction.submit_at):
-            return counted
+            return
         start, now = self._reserve_start(prediction), self._now()
         if start > now + _SOON_SECONDS:
             submit_at = math.ceil(start)
             # Where it moved on meanwhile, the next look finds out.
             self.table.put_off(prediction, submit_at, counted=counted)
             raise PredictionThrottled(self._within_lifetime(prediction, int(submit_at - now) + 1))
-        return counted
 
-    def _take_place_in_queue(self, prediction: Prediction, limits: OwnerLimits) -> None:
+    def _take_place_in_queue(self, prediction: Prediction) -> bool:
+        """Takes a place in the owner's limits, unless it has one.
+
+        Returns:
+            Whether it has a place that its item does not tell of yet.
+
+        Raises:
+            PredictionThrottled: There is none.
+        """
+        # What `start` has put off has its place.
+        if prediction.source in ("http", "run_job") or prediction.counted:
+            return False
+        limits = self._usage.known_limits(prediction.owner)
+        if not limits:
+            return False
         try:
             self._usage.take_place(prediction.owner, prediction.id, limits)
         except LimitReached as reached:
@@ -450,6 +469,7 @@ class Submissions:
             seconds = max(reached.seconds, min(most, max(least, (int(self._now()) - prediction.created) // 4)))
             logger.info("waits for its owner's limit", reason=reached.detail, wait_seconds=seconds)
             raise PredictionThrottled(self._within_lifetime(prediction, seconds)) from None
+        return True
 
     def _reserve_start(self, prediction: Prediction) -> float:
         if prediction.source == "http":
@@ -1022,7 +1042,7 @@ def _existing(prediction: Prediction, intent: Intent) -> Prediction:
         raise Problem(422, detail, invalid_fields=[{"field": "Idempotency-Key", "detail": detail}])
     if prediction.refusal_json:
         raise _problem_of(json.loads(prediction.refusal_json))
-    return prediction
+    return replace(prediction, repeated=True)
 
 
 def _paused(pause: Pause, now: float) -> Problem:

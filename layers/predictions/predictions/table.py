@@ -41,6 +41,7 @@ from predictions.aws import client
 from predictions.errors import PredictionsError
 from predictions.items import deserialize, list_page, read_items, serialize, timestamp
 from predictions.outputs import OutputsBucket, StoredFile
+from predictions.recent_requests import RecentRequests
 from predictions.statuses import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status, rank_of, visible
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ _NO_ORPHANS = " AND attribute_not_exists(#orphans)"
 _FILES_LIMIT_BYTES = 16 * 1024
 _ERROR_LIMIT_CHARACTERS = 4000
 _METRICS_LIMIT_BYTES = 4000
-_RECENT_MS = 120_000
 
 # No function lives longer that could have read a prediction while it was open: what such a one may still write after a
 # deletion is removed by then. The copier lives longest.
@@ -151,6 +151,8 @@ class Prediction:
     origin: Mapping[str, str | int] = field(default_factory=dict)
     depth: int = 0
     output_prefix: str | None = None
+    # No attribute of the item: whether a start found it instead of making it.
+    repeated: bool = field(default=False, compare=False)
 
     @property
     def listed_at(self) -> str:
@@ -176,6 +178,10 @@ class Prediction:
     def ended_visibly(self) -> bool:
         """Whether callers see that it has ended."""
         return self.terminal and not self.awaits_copy
+
+    def expired(self, now: float) -> bool:
+        """Whether it is over and past its retention: TTL removes it late, and until then its key is free already."""
+        return self.ended_visibly and self.expires_at <= now
 
     @property
     def awaits_copy(self) -> bool:
@@ -305,7 +311,7 @@ class PredictionsTable:
             submit_at: When it may be submitted, where that start is reserved for it (see `predictions.limiter`).
 
         Raises:
-            AlreadyExists: The id is taken.
+            AlreadyExists: The id is taken by one that has not expired.
         """
         created_at = timestamp(now)
         self._put_payload(intent.id, f"input#{intent.fingerprint}", intent.input_json, expires)
@@ -350,7 +356,13 @@ class PredictionsTable:
             self._dynamodb.put_item(
                 TableName=self._name,
                 Item=serialize(item),
-                ConditionExpression="attribute_not_exists(pk)",
+                # One that has expired may be there for days until TTL removes it: its key is used anew.
+                ConditionExpression="attribute_not_exists(pk) OR (expires_at <= :now AND #rank = :terminal"
+                " AND #visible <> :processing)",
+                ExpressionAttributeNames={"#rank": "rank", "#visible": "visible"},
+                ExpressionAttributeValues=serialize(
+                    {":now": int(now), ":terminal": TERMINAL_RANK, ":processing": Status.PROCESSING.value}
+                ),
                 ReturnValuesOnConditionCheckFailure="ALL_OLD",
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
@@ -366,11 +378,7 @@ class PredictionsTable:
         return _prediction_of(item)
 
     def note_request(self, prediction_id: str, owner: str, fingerprint: str, attempt: "Attempt") -> str:
-        """Notes which prediction a request starts that comes without a key and may be sent again.
-
-        A first attempt is a request of its own and takes the note over, unless a later attempt has it that was sent
-        after this one: that can only be its own repetition, which has overtaken it. A later attempt takes what an
-        earlier one noted in the last two minutes. Whoever of them then puts the prediction first has started it.
+        """Notes which prediction a request starts that comes without a key; see `predictions.recent_requests`.
 
         Args:
             prediction_id: The id that a new prediction would have.
@@ -381,39 +389,16 @@ class PredictionsTable:
         Returns:
             The id of the prediction to start: `prediction_id`, or the noted one.
         """
-        item = {"pk": f"recent#{owner}#{fingerprint}", "sk": "recent", "id": prediction_id,
-                "asked_at": attempt.asked_at, "attempt": attempt.number,
-                "expires_at": attempt.asked_at // 1000 + 3600}  # fmt: skip
-        # An item without it is of a release that noted other things: it says nothing of this request.
-        condition = "attribute_not_exists(asked_at) OR asked_at < :forgotten"
-        values = {":forgotten": attempt.asked_at - _RECENT_MS}
-        if attempt.number == 0:
-            condition += " OR asked_at < :asked_at OR attempt = :first"
-            values |= {":asked_at": attempt.asked_at, ":first": 0}
-        try:
-            self._dynamodb.put_item(
-                TableName=self._name,
-                Item=serialize(item),
-                ConditionExpression=condition,
-                ExpressionAttributeValues=serialize(values),
-                ReturnValuesOnConditionCheckFailure="ALL_OLD",
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
-            noted: str = deserialize(_left_behind(error))["id"]
-            return noted
-        return prediction_id
+        return RecentRequests(self._name, self._dynamodb).note(prediction_id, owner, fingerprint, attempt)
 
     def recent(self, owner: str, fingerprint: str, attempt: "Attempt") -> Prediction | None:
         """The same owner's same request of the two minutes before, noted by `note_request`."""
-        found = self._dynamodb.get_item(
-            TableName=self._name,
-            Key=serialize({"pk": f"recent#{owner}#{fingerprint}", "sk": "recent"}),
-            ConsistentRead=True,
-        ).get("Item")
-        if not found:
-            return None
-        noted = deserialize(found)
-        return self.get(noted["id"]) if noted.get("asked_at", 0) >= attempt.asked_at - _RECENT_MS else None
+        noted = self.recent_id(owner, fingerprint, attempt)
+        return self.get(noted) if noted else None
+
+    def recent_id(self, owner: str, fingerprint: str, attempt: "Attempt") -> str | None:
+        """Return the id that `note_request` recorded for the same request in the two minutes before, or None."""
+        return RecentRequests(self._name, self._dynamodb).find(owner, fingerprint, attempt)
 
     def claim(self, prediction_id: str, version: str | None, now: float, *, counted: bool = False) -> Prediction | None:
         """Takes the right to submit `version`; None where somebody has it, it was canceled, or it has ended.
@@ -458,6 +443,14 @@ class PredictionsTable:
                 "next_check_at": submit_at + _START_CHECK_SECONDS,
                 **({"counted": True} if counted else {}),
             },
+            condition="attribute_not_exists(#claimed) AND attribute_not_exists(#upstream_id) AND #rank < :terminal",
+        )
+
+    def note_counted(self, prediction: Prediction) -> None:
+        """Record that a prediction that waits has its place in its owner's limits, so that it takes no second one."""
+        self._change(
+            prediction.id,
+            set={"counted": True},
             condition="attribute_not_exists(#claimed) AND attribute_not_exists(#upstream_id) AND #rank < :terminal",
         )
 
@@ -1213,9 +1206,10 @@ class PredictionsTable:
             condition = {"ConditionExpression": "attribute_not_exists(pk)"}
         elif only_longer:
             condition = {
-                "ConditionExpression": "attribute_not_exists(pk) OR #length < :length",
+                # What expires earlier is of an earlier prediction, whose key was used again.
+                "ConditionExpression": "attribute_not_exists(pk) OR #length < :length OR expires_at < :expires",
                 "ExpressionAttributeNames": {"#length": "length"},
-                "ExpressionAttributeValues": serialize({":length": len(text)}),
+                "ExpressionAttributeValues": serialize({":length": len(text), ":expires": expires}),
             }
         try:
             self._dynamodb.put_item(TableName=self._name, Item=serialize(item), **condition)
@@ -1275,6 +1269,10 @@ class PredictionsTable:
             # Whatever is still there, or was written late.
             return Whole(prediction, input={}, output=None, logs=None, files=[])
         asked = items.get(f"input#{prediction.fingerprint}")
+        # What expires earlier is of an earlier prediction, whose key was used again once it had expired.
+        items = {
+            sk: i for sk, i in items.items() if i.get("expires_at", prediction.expires_at) >= prediction.expires_at
+        }
         told = items.get(f"result#{prediction.upstream_id}" if prediction.terminal else "progress")
         said_json = self._payload_text(told) if told else None
         said = json.loads(said_json) if said_json else {"output": None, "logs": None}
@@ -1348,7 +1346,7 @@ def _prediction(item: Mapping[str, Any]) -> Prediction:
     return _prediction_of(deserialize(item))
 
 
-_FIELDS = frozenset(Prediction.__dataclass_fields__)
+_FIELDS = frozenset(Prediction.__dataclass_fields__) - {"repeated"}
 
 
 def _prediction_of(item: Mapping[str, Any]) -> Prediction:
