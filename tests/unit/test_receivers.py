@@ -358,6 +358,27 @@ def drip(connection: socket.socket) -> None:
         threading.Event().wait(0.02)
 
 
+def test_name_server_without_answer_ends_the_try_in_time_and_the_delivery_is_tried_again(
+    table: PredictionsTable, clock: Clock, make: Any
+) -> None:
+    over = threading.Event()
+
+    def resolve(host: str, port: int) -> list[str]:
+        over.wait(30)
+        return ["1.1.1.1"]
+
+    def open_client(**options: Any) -> httpx.Client:
+        return guarded_client(**{**options, "resolve": resolve})
+
+    started = time.monotonic()
+    try:
+        receivers = make(open_client, total_seconds=0.3)
+        assert not receivers.deliver(*queued(clock, ended(table, clock)))
+        assert time.monotonic() - started < 5, "the scaled bound: 10 s are 0.3 s here"
+    finally:
+        over.set()
+
+
 def test_answer_without_end_is_not_read(table: PredictionsTable, clock: Clock, make: Any) -> None:
     prediction_id = ended(table, clock)
     with server(pour) as url:
