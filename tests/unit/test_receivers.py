@@ -14,16 +14,17 @@ import pytest
 from predictions import aws
 from predictions.addresses import guarded_client
 from predictions.api import Presenter
-from predictions.deliveries import DeadLetters, DeliveriesQueue, Delivery
+from predictions.deliveries import DeadLetters, DeliveriesQueue, Delivery, deliveries_of
 from predictions.observability import metrics
 from predictions.outputs import OutputsBucket, StoredFile
 from predictions.owner_secrets import OwnerSecrets, SecretVersions
 from predictions.receivers import Receivers
 from predictions.table import PredictionsTable
+from predictions.webhook_slots import WebhookSlots
 from standardwebhooks import Webhook
 
 from tests.unit.fakes import Clock
-from tests.unit.test_deliveries import waiting
+from tests.unit.test_deliveries import stream, waiting
 from tests.unit.test_table import FILE, put, told
 
 HOOK = "https://hooks.example.com/replicate?job=7"
@@ -75,6 +76,7 @@ def make(table: PredictionsTable, outputs: OutputsBucket, secrets: OwnerSecrets,
             secrets,
             DeliveriesQueue.from_env(),
             DeadLetters.from_env(),
+            WebhookSlots.from_env(),
             open_client=open_client,
             now=clock.now,
             jitter=lambda: 0.5,
@@ -293,6 +295,35 @@ def test_only_the_end_shows_an_end(table: PredictionsTable, clock: Clock, receiv
         ("failed", "text", "log", "no paint"),
     ]
     assert [bool(b["completed_at"]) for b in sent.bodies] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("output", "logs", "expected"),
+    [
+        ("text", "log", ["output", "logs"]),
+        ("text", "", ["output"]),
+        (None, "log", ["logs"]),
+        (None, "", []),
+    ],
+)
+def test_end_tells_output_and_logs_that_there_are_to_those_who_want_nothing_else(
+    table: PredictionsTable,
+    clock: Clock,
+    receivers: Receivers,
+    sent: Sent,
+    output: str | None,
+    logs: str,
+    expected: list[str],
+) -> None:
+    prediction = put(table, clock, webhook=HOOK, webhook_events_filter=["output", "logs"])
+    table.merge(prediction.id, told("succeeded", output=output, logs=logs), clock.now())
+    for record in stream():
+        for delivery in deliveries_of(record):
+            clock.moment = delivery.first_at + 30  # late, and nothing else tells it
+            assert receivers.deliver(*queued(clock, delivery.id, delivery.event, delivery.n))
+    assert [request.headers["webhook-id"].split("-")[1] for request in sent.requests] == expected
+    for body in sent.bodies:
+        assert (body["status"], body["output"], body["logs"]) == ("processing", output, logs)
 
 
 def test_output_of_files_is_told_with_our_urls_only(
