@@ -247,11 +247,8 @@ def test_receiver_that_hangs_delays_no_other_owners_webhook_by_half_a_minute(
 ) -> None:
     town.run(20, ends_a_minute)
     assert len(town.late["alice"]) >= 118, "all but those that are on their way"
-    worst = max(town.late["alice"])
-    record_property(
-        f"seconds late at most, beside {ends_a_minute} ends a minute to a receiver that hangs", round(worst, 1)
-    )
-    assert worst < 30
+    assert max(town.late["alice"]) < 30
+    record_property("webhooks of another owner in time", len(town.late["alice"]))
     assert town.late["mallory"] == []
 
 
