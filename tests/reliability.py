@@ -107,6 +107,16 @@ PROMISES: Sequence[Promise] = (
                 "Webhooks that never come are made up for by polls",
                 ["tests/stack/test_predictions.py::TestLostWebhooks"],
             ),
+            Shown(
+                "A bus or Step Functions that refuse for hours lose no event and no answer, and delay and repeat no webhook",
+                ["tests/unit/test_changes.py::TestFailures"],
+            ),
+            Shown(
+                "Each kind of webhook that a caller wants is sent, in every order of Replicate's",
+                [
+                    "tests/unit/test_deliveries.py::TestChanges::test_each_wanted_kind_is_told_in_every_order_of_replicates_webhooks"
+                ],
+            ),
         ),
     ),
     Promise(
@@ -174,6 +184,10 @@ PROMISES: Sequence[Promise] = (
             Shown(
                 "Each function is refused what it must not do, by the deployed policies",
                 ["tests/stack/test_permissions.py"],
+            ),
+            Shown(
+                "A receiver that hangs delays no other owner's webhook by half a minute",
+                ["tests/unit/test_webhook_slots.py"],
             ),
             Shown("Each policy is what the code calls, and no more", ["tests/unit/test_template.py"]),
             Shown(

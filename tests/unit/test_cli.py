@@ -433,7 +433,7 @@ def hooks(stack: AccessTokens) -> Any:
                 "TrackPredictionStateMachineArn": f"arn:aws:states:{REGION}:123456789012:stateMachine:track",
             },
             {
-                **{letters: queue_named(letters) for letters in QUEUES.values()},
+                **{name: queue_named(name) for name in (*QUEUES.values(), "ChangesRetryQueue")},
                 **{f"{function}Function": named(function) for function in FUNCTIONS},
                 **{secret: named(secret) for secret in SECRETS},
             },
@@ -896,6 +896,43 @@ def test_changes_that_were_given_up_are_read_from_the_stream_again_and_published
     assert "names no part of the stream" in err
     assert "did not give all of it" in err
     assert counts(capsys)["changes"] == 2
+
+
+EFFECT = {
+    "effect": "event",
+    "first_at": 1_750_000_000,
+    "record": {
+        "eventName": "MODIFY",
+        "dynamodb": {
+            "SequenceNumber": "7",
+            "ApproximateCreationDateTime": 1_750_000_000.5,
+            "Keys": {"pk": {"S": f"prediction#{ID}"}, "sk": {"S": "status"}},
+            "NewImage": {"visible": {"S": "succeeded"}},
+        },
+    },
+}
+
+
+def test_effects_that_were_given_up_are_listed_with_their_reason_and_retried_for_another_day(
+    hooks: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    died = {**EFFECT, "effect": "callers", "callers": ["caller#1"]}
+    bury(hooks, "ChangesDeadLetterQueue", {**EFFECT, "reason": "failed for a day"}, died)
+    assert main(["dead-letters", "list", "changes", "--stack", "hooks"]) == 0
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["ID", "RECORDS", "FROM", "TO", "REASON"]
+    moment = "2025-06-15T15:06:40Z"
+    assert [row.split(maxsplit=4)[1:] for row in rows] == [
+        ["1", moment, moment, "event: failed for a day"],
+        ["1", moment, moment, "callers: publish_changes died over it each time: see its log"],
+    ]
+    hooks.purge_queue(QueueUrl=hooks.get_queue_url(QueueName="ChangesDeadLetterQueue")["QueueUrl"])
+    bury(hooks, "ChangesDeadLetterQueue", {**EFFECT, "reason": "failed for a day"}, died)
+    assert main(["dead-letters", "redrive", "changes", "--stack", "hooks"]) == 0
+    again = messages(hooks, "ChangesRetryQueue")
+    assert [{**each, "first_at": 1_750_000_000} for each in again] == [EFFECT, died]
+    assert all(each["first_at"] > 1_750_000_000 for each in again)
+    assert counts(capsys)["changes"] == 0
 
 
 # -- a prediction's story ------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from predictions.access import _OWNER, is_owner, parse_authorization
+from predictions.change_retries import RETRY_SECONDS as CHANGE_RETRY_SECONDS
+from predictions.changes import NEEDED_SECONDS as CHANGE_NEEDED_SECONDS
 from predictions.commands.letters import QUEUES as LETTERS
 from predictions.deliveries import LONGEST_WAIT_SECONDS, RETRY_SECONDS
 from predictions.deployed_recipes import NEEDED_SECONDS as NEEDED_FOR_A_FILE_SECONDS
@@ -735,7 +737,11 @@ def test_bucket_keeps_files_for_the_retention_time_and_is_kept_itself(name: str)
 
 @pytest.mark.parametrize(
     ("queue", "dead_letters"),
-    [("RequestsQueue", "RequestsDeadLetterQueue"), ("DeliveriesQueue", "DeliveriesDeadLetterQueue")],
+    [
+        ("RequestsQueue", "RequestsDeadLetterQueue"),
+        ("DeliveriesQueue", "DeliveriesDeadLetterQueue"),
+        ("ChangesRetryQueue", "ChangesDeadLetterQueue"),
+    ],
 )
 def test_messages_that_fail_again_and_again_are_kept(queue: str, dead_letters: str) -> None:
     queues = resources("AWS::SQS::Queue")
@@ -752,6 +758,18 @@ def test_delivery_outlives_its_tries_and_its_message_the_function() -> None:
     assert function["Timeout"] > 2 * TOTAL_SECONDS
     source = SOURCES["DeliveriesEventSource"]["Properties"]
     assert (source["BatchSize"], source["FunctionResponseTypes"]) == (1, ["ReportBatchItemFailures"])
+
+
+def test_retry_of_a_change_outlives_its_tries_and_its_message_the_function() -> None:
+    queue = resources("AWS::SQS::Queue")["ChangesRetryQueue"]["Properties"]
+    function = resources("AWS::Serverless::Function")["PublishChangesFunction"]["Properties"]
+    assert queue["MessageRetentionPeriod"] > CHANGE_RETRY_SECONDS
+    assert queue["VisibilityTimeout"] >= 6 * function["Timeout"]
+    assert function["Timeout"] >= 3 * CHANGE_NEEDED_SECONDS
+    source = SOURCES["ChangesRetryEventSource"]["Properties"]
+    assert source["EventSourceArn"] == {"Fn::GetAtt": ["ChangesRetryQueue", "Arn"]}
+    assert (source["BatchSize"], source["FunctionResponseTypes"]) == (10, ["ReportBatchItemFailures"])
+    assert source["ScalingConfig"] == {"MaximumConcurrency": 5}
 
 
 def test_request_outlives_its_tries_and_its_message_the_function() -> None:
@@ -963,6 +981,7 @@ def test_alarms_watch_what_loses_results_or_money() -> None:
     assert {
         metric for alarm in ALARMS.values() for space, metric, _ in read_by(alarm) if space == "ReplicateServerless"
     } == {
+        "ChangesDelayed",
         "CopiesFailed",
         "UpstreamRefusals",
         "UpstreamThrottles",
@@ -1073,7 +1092,7 @@ def dead_letter_queues() -> dict[str, str]:
 
 def test_what_does_not_get_across_an_asynchronous_hop_is_kept_and_an_alarm_tells() -> None:
     kept_in = dead_letter_queues()
-    assert len(kept_in) == 8
+    assert len(kept_in) == 9
     queues = resources("AWS::SQS::Queue")
     watched = {
         dimensions["QueueName"]["Fn::GetAtt"][0]

@@ -54,12 +54,17 @@ PAYLOAD_LIMIT_BYTES = 100 * 1024
 """Above this a payload goes to S3: an item holds 400 KB, and a page of a list has to hold many.
 https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.html"""
 
+CALLERS_LIMIT = 1000
+"""How many states may wait for the end of one prediction: the stream's reader can tell them all in one run."""
+
 COPY_LEASE_SECONDS = 1020
 """Longer than the longest life of copy_outputs (900 s) and the way there."""
 
 # How long before the sweep looks at an item that should have moved on by itself.
 _START_CHECK_SECONDS = 60
 _COPY_CHECK_SECONDS = 120
+
+_CALLER = "caller#"
 
 # What leaves the sweep's list must hold no orphan, also none that was recorded since the item was read.
 _NO_ORPHANS = " AND attribute_not_exists(#orphans)"
@@ -79,6 +84,10 @@ class AlreadyExists(PredictionsError):
     def __init__(self, prediction: "Prediction") -> None:
         super().__init__(f"prediction {prediction.id} exists")
         self.prediction = prediction
+
+
+class PayloadTooLong(PredictionsError):
+    """A payload is longer than its reader can parse."""
 
 
 class Change(Enum):
@@ -787,6 +796,9 @@ class PredictionsTable:
     def delete_data(self, prediction: Prediction, now: float) -> None:
         """Removes input, output, logs and files of a prediction that is flagged as deleted; the status item stays.
 
+        So do the items of callers that wait for the end: they hold task tokens and no data, and the table's stream
+        may not have been read up to the end yet. They expire with the prediction.
+
         Twice does no harm. A function that read the item while it was open may write a payload or a file afterwards:
         so it stays on the sweep's list until none of those can be alive, and is gone through once more.
 
@@ -803,7 +815,7 @@ class PredictionsTable:
             ConsistentRead=True,
         ):
             for item in map(deserialize, page["Items"]):
-                if item["sk"] != "status":
+                if item["sk"] != "status" and not item["sk"].startswith(_CALLER):
                     self._dynamodb.delete_item(TableName=self._name, Key=serialize({"pk": pk, "sk": item["sk"]}))
         last_look = (prediction.deleted or 0) + _LATE_WRITER_SECONDS
         if now < last_look:
@@ -903,9 +915,17 @@ class PredictionsTable:
         """A prediction's input as it was asked for, as JSON text; None where it is gone."""
         return self._payload(prediction.id, f"input#{prediction.fingerprint}")
 
-    def result_output(self, prediction: Prediction) -> Any:
-        """The output a terminal prediction ended with, as Replicate gave it."""
-        text = self._payload(prediction.id, f"result#{prediction.upstream_id}")
+    def result_output(self, prediction: Prediction, longest: int | None = None) -> Any:
+        """The output a terminal prediction ended with, as Replicate gave it.
+
+        Args:
+            prediction: The prediction.
+            longest: The most characters of output and logs together that may be read; None: all that there are.
+
+        Raises:
+            PayloadTooLong: There are more. Nothing was read but their noted length.
+        """
+        text = self._payload(prediction.id, f"result#{prediction.upstream_id}", longest)
         return json.loads(text)["output"] if text else None
 
     def unread_results(self, prediction_ids: Sequence[str]) -> "list[UnreadResult]":
@@ -1045,27 +1065,39 @@ class PredictionsTable:
 
         The table's stream tells publish_changes of it, as it does of the end. Twice changes nothing.
         """
-        digest = hashlib.sha256(task_token.encode()).hexdigest()
-        item = {
-            "pk": _key(prediction_id)["pk"],
-            "sk": f"caller#{digest}",
-            "task_token": task_token,
-            "expires_at": expires,
-        }
+        item = {**_caller_key(prediction_id, task_token), "task_token": task_token, "expires_at": expires}
         self._dynamodb.put_item(TableName=self._name, Item=serialize(item))
 
-    def callers(self, prediction_id: str) -> Iterator[str]:
-        """The task tokens of the states that wait for a prediction's end, read consistently.
+    def takes_caller(self, prediction_id: str, task_token: str) -> bool:
+        """Check whether one more state may wait for a prediction: fewer than `CALLERS_LIMIT` do, or this one does.
 
-        Nothing is ever struck off: a token works once, and expires with its prediction.
+        Writers that check at the same time may pass the limit by their number.
         """
+        count = 0
         for page in self._dynamodb.get_paginator("query").paginate(
-            TableName=self._name,
-            KeyConditionExpression="pk = :pk AND begins_with(sk, :caller)",
-            ExpressionAttributeValues=serialize({":pk": _key(prediction_id)["pk"], ":caller": "caller#"}),
-            ConsistentRead=True,
+            **self._query_callers(prediction_id), Select="COUNT"
         ):
-            yield from (str(deserialize(item)["task_token"]) for item in page["Items"])
+            count += page["Count"]
+        if count < CALLERS_LIMIT:
+            return True
+        key = serialize(_caller_key(prediction_id, task_token))
+        return "Item" in self._dynamodb.get_item(TableName=self._name, Key=key, ConsistentRead=True)
+
+    def callers(self, prediction_id: str) -> Iterator[tuple[str, str]]:
+        """The states that wait for a prediction's end, read consistently: the item's `sk`, and the task token.
+
+        No item is removed: a token works once, and expires with its prediction.
+        """
+        for page in self._dynamodb.get_paginator("query").paginate(**self._query_callers(prediction_id)):
+            yield from ((str(item["sk"]), str(item["task_token"])) for item in map(deserialize, page["Items"]))
+
+    def _query_callers(self, prediction_id: str) -> dict[str, Any]:
+        return {
+            "TableName": self._name,
+            "KeyConditionExpression": "pk = :pk AND begins_with(sk, :caller)",
+            "ExpressionAttributeValues": serialize({":pk": _key(prediction_id)["pk"], ":caller": _CALLER}),
+            "ConsistentRead": True,
+        }
 
     # -- schemas of models' inputs ----------------------------------------------------------------------------
 
@@ -1171,9 +1203,14 @@ class PredictionsTable:
         text = json.dumps({"output": output, "logs": told.logs}, separators=(",", ":"))
         notice: dict[str, str] = {}
         if notify := [event for event in ("output", "logs") if event in prediction.wanted_events]:
-            # For the stream's reader, who sees no payload that is an object: who is told, and whether it is news.
+            # For the stream's reader, who sees no payload that is an object: who is told, and whether it is news. Not
+            # `owner`, which is a key of an index.
             digests = {"output_digest": _digest(output), "logs_digest": _digest(told.logs)}
-            notice = {"notify": ",".join(notify), **{name: digest for name, digest in digests.items() if digest}}
+            notice = {
+                "notify": ",".join(notify),
+                "notify_owner": prediction.owner,
+                **{name: digest for name, digest in digests.items() if digest},
+            }
         self._put_payload(prediction.id, "progress", text, prediction.expires_at, only_longer=True, notice=notice)
 
     def _put_payload(
@@ -1221,11 +1258,16 @@ class PredictionsTable:
         if key := _payload_object(prediction_id, text):
             self._outputs.put_payload(key, "{}")
 
-    def _payload(self, prediction_id: str, sk: str) -> str | None:
+    def _payload(self, prediction_id: str, sk: str, longest: int | None = None) -> str | None:
         found = self._dynamodb.get_item(
             TableName=self._name, Key=serialize({**_key(prediction_id), "sk": sk}), ConsistentRead=True
         ).get("Item")
-        return self._payload_text(deserialize(found)) if found else None
+        if not found:
+            return None
+        item = deserialize(found)
+        if longest is not None and item["length"] > longest:
+            raise PayloadTooLong(f"{sk} has {item['length']} characters; at most {longest} can be read")
+        return self._payload_text(item)
 
     def _payload_text(self, item: Mapping[str, Any]) -> str | None:
         """A payload's text; None where its object has expired, which may be some days before its item does."""
@@ -1298,6 +1340,11 @@ def is_id(text: str) -> bool:
 
 def _key(prediction_id: str) -> dict[str, str]:
     return {"pk": f"prediction#{prediction_id}", "sk": "status"}
+
+
+def _caller_key(prediction_id: str, task_token: str) -> dict[str, str]:
+    digest = hashlib.sha256(task_token.encode()).hexdigest()
+    return {"pk": _key(prediction_id)["pk"], "sk": f"{_CALLER}{digest}"}
 
 
 def schema_key(version: str) -> dict[str, str]:
