@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from predictions import aws
 from predictions.errors import PredictionThrottled, Problem
-from predictions.limiter import BURST_SECONDS, QUIET_SECONDS, Limiter
+from predictions.limiter import BURST_SECONDS, QUIET_SECONDS, Limiter, Start
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
 
@@ -22,6 +22,31 @@ from tests.unit.test_submissions import current, waiting, wanted
 
 def limiter_of(clock: Clock, creates_per_minute: int = 600) -> Limiter:
     return Limiter("predictions", aws.client("dynamodb"), creates_per_minute=creates_per_minute, now=clock.now)
+
+
+LONG = 4e9
+"""A deadline that no start and no turn passes."""
+
+_owners = itertools.count()
+
+
+def other_owner() -> str:
+    """An owner that has reserved nothing: one owner alone reserves starts of a second at most."""
+    return f"owner-{next(_owners)}"
+
+
+def for_caller(limiter: Limiter, owner: str = "alice") -> float:
+    """The start of a create over HTTP, which has to be granted."""
+    start = limiter.reserve_for_caller(owner, latest=LONG)
+    assert isinstance(start, Start)
+    return start.at
+
+
+def for_queue(limiter: Limiter, owner: str = "alice") -> float:
+    """The start of a queued create, which has to be granted."""
+    start = limiter.reserve_for_queue(owner, latest=LONG)
+    assert isinstance(start, Start)
+    return start.at
 
 
 @pytest.fixture
@@ -55,9 +80,9 @@ class TestFailure:
         self, limiter: Limiter, clock: Clock, operation: str
     ) -> None:
         with refusing(operation, "InternalServerError", service="dynamodb"):
-            assert limiter.reserve_for_queue() == clock.now()
+            assert for_queue(limiter) == clock.now()
             for _ in range(3):
-                assert limiter.reserve_for_caller() == clock.now()
+                assert for_caller(limiter) == clock.now()
                 assert limiter.pause_now() is None
             limiter.block(30)
             limiter.pause_automatically("x")
@@ -70,7 +95,7 @@ class TestFailure:
             return True
 
         with refusing("UpdateItem", "ConditionalCheckFailedException", noted, service="dynamodb"):
-            assert limiter.reserve_for_queue() == clock.now()
+            assert for_queue(limiter) == clock.now()
         assert len(asked) == 5
 
     def test_command_that_was_not_written_says_so(self, limiter: Limiter) -> None:
@@ -82,55 +107,55 @@ class TestCallers:
     def test_lone_create_writes_nothing(self, limiter: Limiter, clock: Clock) -> None:
         calls = AwsCalls()
         for _ in range(3):
-            assert limiter.reserve_for_caller() == clock.now()
+            assert for_caller(limiter) == clock.now()
             clock.advance(QUIET_SECONDS)
         assert set(calls.made) == {"dynamodb.GetItem"}
 
     def test_uncounted_create_is_counted_with_the_next(self, limiter: Limiter, clock: Clock) -> None:
-        limiter.reserve_for_caller()
-        limiter.reserve_for_caller()
+        for_caller(limiter)
+        for_caller(limiter)
         assert limiter.limiter_state().http_at == clock.now() * 1000 + 200
-        limiter.reserve_for_caller()
+        for_caller(limiter)
         assert limiter.limiter_state().http_at == clock.now() * 1000 + 300
 
     def test_lone_create_writes_where_others_have_used_the_burst_up(self, limiter: Limiter, clock: Clock) -> None:
         limiter.block(7)
-        assert limiter_of(clock).reserve_for_caller() == clock.now() + 7
+        assert for_caller(limiter_of(clock)) == clock.now() + 7
 
     def test_burst_goes_at_once_and_what_is_beyond_it_one_after_another(self, limiter: Limiter, clock: Clock) -> None:
-        starts = [round(limiter.reserve_for_caller() - clock.now(), 3) for _ in range(BURST_SECONDS * 10 + 4)]
+        starts = [round(for_caller(limiter) - clock.now(), 3) for _ in range(BURST_SECONDS * 10 + 4)]
         assert starts == [0.0] * (BURST_SECONDS * 10 + 1) + [0.1, 0.2, 0.3]
 
     def test_callers_come_before_what_is_reserved_after_them(self, limiter: Limiter, clock: Clock) -> None:
-        limiter.reserve_for_queue()
-        limiter.reserve_for_queue()
+        for_queue(limiter)
+        for_queue(limiter)
         ahead = limiter.limiter_state().queue_at
         for _ in range(10):
-            assert limiter.reserve_for_caller() == clock.now()
+            assert for_caller(limiter) == clock.now()
         assert limiter.limiter_state().queue_at == ahead + 1000
-        assert limiter.reserve_for_queue() == (ahead + 1000) / 1000
+        assert for_queue(limiter) == (ahead + 1000) / 1000
 
 
 class TestQueue:
     def test_starts_are_apart_by_nine_tenths_of_the_rate(self, limiter: Limiter, clock: Clock) -> None:
-        starts = [limiter.reserve_for_queue() - clock.now() for _ in range(20)]
+        starts = [for_queue(limiter, other_owner()) - clock.now() for _ in range(20)]
         assert starts[0] == 0
         assert [round(b - a, 3) for a, b in itertools.pairwise(starts)] == [0.111] * 19
 
     def test_unused_time_is_not_saved_up(self, limiter: Limiter, clock: Clock) -> None:
-        limiter.reserve_for_queue()
+        for_queue(limiter)
         clock.advance(3600)
-        assert limiter.reserve_for_queue() == clock.now()
-        assert limiter.reserve_for_queue() > clock.now()
+        assert for_queue(limiter) == clock.now()
+        assert for_queue(limiter) > clock.now()
 
     def test_block_keeps_all_back_and_they_start_one_after_another_then(self, limiter: Limiter, clock: Clock) -> None:
         other = limiter_of(clock)
-        other.reserve_for_caller()
+        for_caller(other)
         limiter.block(30)
         limiter.block(10)
-        starts = [round(lane() - clock.now(), 1) for lane in (other.reserve_for_caller, other.reserve_for_caller)]
+        starts = [round(for_caller(other) - clock.now(), 1) for _ in range(2)]
         assert starts == [30.1, 30.2], "it owed one"
-        assert round(other.reserve_for_queue() - clock.now(), 1) == 30.3
+        assert round(for_queue(other) - clock.now(), 1) == 30.3
 
     @pytest.mark.parametrize(
         ("late", "counts"), [(0, True), (29, True), (31, False)], ids=["at its time", "a little late", "too late"]
@@ -167,7 +192,7 @@ class TestQueue:
                 clock.advance(seconds)
                 continue
             limiter = functions[n]
-            start = limiter.reserve_for_caller() if kind == "caller" else limiter.reserve_for_queue()
+            start = (for_caller if kind == "caller" else for_queue)(limiter, other_owner())
             assert start >= clock.now()
             starts[kind].append(start)
         # One create each function owes, and a millisecond each for the rounding.
