@@ -19,7 +19,7 @@ cell rate algorithm), so any number of functions do it at once and no lock is wa
 other lane too: later reservations start behind it. A lane only moves forward, and no start time is handed out twice.
 
 Starts are reserved at the last moment. An owner reserves the next start only while its last one is at most
-`NEAR_SECONDS` ahead, so the lane stays about as short as that, owners alternate, and the single request of one owner
+`NEAR_SECONDS` ahead: so the lane stays about as short as that, owners alternate, and the single request of one owner
 waits seconds whatever the backlog of another is. A request that is refused gets a turn: a time in its owner's own line
 at which to ask again. A turn holds no start, so a line may be long, may move back when requests are canceled, and may
 be wrong: a request that finds the lane idle takes the start, whatever turns are ahead.
@@ -65,9 +65,10 @@ AUTOMATIC_PAUSE_SECONDS = 300
 HORIZON_SECONDS = 7 * 86400
 """No turn is further ahead: the longest deadline, a training's (`TrainingLifetimeSeconds`), is over then."""
 
-NEAR_SECONDS = 1
-"""How far ahead an owner's last reserved start may be when it reserves the next one: starts this near are not waited
-for (see `submissions`), so a request whose turn has come mostly starts at once."""
+NEAR_SECONDS = (1, 5)
+"""How far ahead an owner's last reserved start may be when it reserves the next one: two starts of the lane, within
+these bounds. Starts a second ahead are not waited for (see `submissions`), so a request whose turn has come mostly
+starts at once; at a slow rate, requests that ask a little late would leave the lane idle with less than two."""
 
 MAX_START_DELAY_SECONDS = 3600
 """The largest `MaxStartDelaySeconds` of the template."""
@@ -98,6 +99,10 @@ _REMOVED_MOST = 20
 _PASSED_SECONDS = 10
 # Turns are by so much rarer than starts: requests that came late, and found the lane ahead, catch up by it.
 _TURN_SLACK = 1.02
+# How many turns there are for each start while many owners wait: see `_plan_turn`.
+_TURNS_PER_START = 3
+# A request asks up to some seconds after its turn: then a start must still be early enough for it.
+_TURN_MARGIN_SECONDS = 5
 
 Lane = Literal["http", "queue"]
 
@@ -409,7 +414,8 @@ class Limiter:
         start, floor = self._next(lane, now), max(now, self._known.blocked_until)
         line, last = (each.get((lane, slot), 0) for each in (self._known.turns, self._known.last))
         bound = max(now, min(latest, now + self.max_start_delay_seconds * 1000))
-        near = floor + NEAR_SECONDS * 1000
+        least, most = NEAR_SECONDS
+        near = floor + max(least * 1000, min(most * 1000, 2 * self._step(lane)))
         if start <= now:
             # Nobody waits for it: unused it would be wasted, whoever's turn it is.
             return self._plan_start(lane, slot, now, bound=now, near=None)
@@ -417,12 +423,13 @@ class Limiter:
             return self._plan_free(lane, given_back[0])
         if turn is not None and turn > now:
             return Turn(turn / 1000, 0)
-        # A request without a turn goes behind those of its owner that have one.
-        if start <= bound and last <= near and (turn is not None or line <= now):
+        # A request without a turn goes behind those of its owner that have one, unless its deadline is before that.
+        latest_turn = latest - _TURN_MARGIN_SECONDS * 1000
+        if start <= bound and last <= near and (turn is not None or line <= now or line > latest_turn):
             return self._plan_start(lane, slot, now, bound=bound, near=near)
-        if max(start, line) > latest:
+        if max(start, line) > latest_turn:
             return TooLate(max(start, line) / 1000)
-        return self._plan_turn(lane, slot, now, start, latest)
+        return self._plan_turn(lane, slot, now, start, latest_turn)
 
     def _plan_start(self, lane: Lane, slot: str, now: int, *, bound: int, near: int | None) -> "_Plan":
         """Move the lane on; `near` says how far ahead the owner's last start may be, None that it does not matter."""
@@ -470,13 +477,14 @@ class Limiter:
         return plan
 
     def _plan_turn(self, lane: Lane, slot: str, now: int, start: int, latest: int) -> "_Plan":
-        """Make the owner's line longer, by the share of the lane that owners who wait have; at least by half of it.
+        """Make the owner's line longer: by a third of what the owners who wait leave to each, at least by one start.
 
-        Half, so that the lane is used up also while some of them stop waiting: then requests ask twice, not once.
+        A third, so that the lane is used up also when two thirds of them stop waiting: turns that were given cannot be
+        moved. The price is that a request asks up to three times while many owners wait.
         """
         line = f"{lane}_turn_{slot}"
         others = sum(at > now for (of, other), at in self._known.turns.items() if of == lane and other != slot)
-        step = round(self._step(lane) * max(1.0, (others + 1) / 2) * _TURN_SLACK)
+        step = round(self._step(lane) * max(1.0, (others + 1) / _TURNS_PER_START) * _TURN_SLACK)
         plan = _Plan("turn", step)
         if self._known.turns.get((lane, slot), 0) >= start:
             plan.conditions.append(f"{line} BETWEEN :start AND :latest")

@@ -299,8 +299,8 @@ class Submissions:
         logger.warning("refused: it would start too late", owner=intent.owner, seconds=math.ceil(late.at - now))
         detail = (
             f"Creates of the owner {intent.owner} would start in {math.ceil(late.at - now)} s at the earliest: this"
-            f" stack creates at most {self._limiter.creates_per_minute} a minute (CreatesPerMinute) and accepts a create"
-            f" only if it can start within {self._limiter.max_start_delay_seconds} s (MaxStartDelaySeconds) and"
+            f" stack creates at most {self._limiter.creates_per_minute} a minute (CreatesPerMinute) and accepts a"
+            f" create only if it can start within {self._limiter.max_start_delay_seconds} s (MaxStartDelaySeconds) and"
             f" {_START_MARGIN_SECONDS} s before its deadline. Nothing was started or counted. Retry in"
             f" {retry_seconds} s, or send the request through the queue."
         )
@@ -486,9 +486,9 @@ class Submissions:
     def _put_off_until(self, prediction: Prediction, submit_at: int, turn_ms: int | None) -> PredictionThrottled:
         """How long to wait for a start or a turn: until then, and for a turn that is far ahead until half of it."""
         seconds = int(submit_at - self._now()) + 1
-        if turn_ms:
-            # Whatever is ahead of it may be canceled meanwhile, and the lane idle.
-            seconds = min(seconds, max(self._limiter.max_start_delay_seconds, math.ceil(seconds / 2)))
+        if turn_ms and seconds > self._limiter.max_start_delay_seconds:
+            # What is ahead of it may be canceled meanwhile, and the lane idle: those who wait look at different times.
+            seconds = math.ceil(seconds / 2)
         return PredictionThrottled(self._within_lifetime(prediction, seconds))
 
     def _look_seconds(self, prediction: Prediction) -> float:
