@@ -400,7 +400,7 @@ class Limiter:
         if plan.kind == "turn":
             return Turn((self._known.turns.get((lane, slot), now) - plan.step) / 1000, plan.step)
         if plan.kind == "free":
-            return Start(plan.number / _GENERATIONS / 1000, plan.number)
+            return Start(plan.number // _GENERATIONS / 1000, plan.number)
         self._uncounted = 0
         at = self._known.end(lane) - plan.step
         if lane == "http":
@@ -460,8 +460,9 @@ class Limiter:
             if near is not None:
                 # The lane's end before this write, and what lies between it and the start.
                 plan.sets.append(f"{last} = {own} + :lead")
-                plan.values |= {":lead": lead, ":near": near}
+                plan.values[":lead"] = lead
                 if last not in self._removable or (lane, slot) in self._known.last:
+                    plan.values[":near"] = near
                     plan.conditions.append(f"(attribute_not_exists({last}) OR {last} <= :near)")
         self._clean(plan, lane, last)
         return plan
