@@ -70,6 +70,7 @@ ENVIRONMENT = {
     "UNKNOWN_SUBMISSION": "fail",
     "VALIDATE_INPUT": "true",
     "CREATES_PER_MINUTE": "600",
+    "MAX_START_DELAY_SECONDS": "300",
     "RETENTION_DAYS": "30",
     "FIRST_POLL_SECONDS": "60",
     "POLL_SECONDS": "600",
@@ -184,6 +185,9 @@ def submissions(
     return make_submissions(table, replicate, executed, clock)
 
 
+TIMING = Timing(lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, poll=600, retention=30 * 86400)
+
+
 def make_submissions(
     table: PredictionsTable,
     replicate: ReplicateInMemory,
@@ -206,8 +210,7 @@ def make_submissions(
         table,
         upstream,
         Executions(executed.machine_arn, aws.client("stepfunctions")),
-        timing
-        or Timing(lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, poll=600, retention=30 * 86400),
+        timing or TIMING,
         now=clock.now,
         sleep=clock.sleep,
         **options,

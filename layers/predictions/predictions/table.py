@@ -133,6 +133,8 @@ class Prediction:
     written_by: str | None = None
     submit_at: int | None = None
     reserved: bool = False
+    reserved_start: int | None = None
+    turn_ms: int | None = None
     counted: bool = False
     resubmitted: bool = False
     cancel_requested: int | None = None
@@ -196,6 +198,31 @@ class Prediction:
     def awaits_copy(self) -> bool:
         """Whether only the copying of its files stands between this prediction and its visible end."""
         return self.terminal and self.visible == Status.PROCESSING
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """What a prediction that nobody has claimed waits for at the limiter (see `predictions.limiter`).
+
+    Attributes:
+        reserved_start: The number of the start that is reserved for it.
+        turn_ms: By how much it made its owner's line longer, where it has a turn instead.
+    """
+
+    reserved_start: int | None = None
+    turn_ms: int | None = None
+
+    def attributes(self, *, without_none: bool = False) -> dict[str, Any]:
+        """As attributes of the item."""
+        found = {
+            "reserved": True if self.reserved_start is not None else None,
+            "reserved_start": self.reserved_start,
+            "turn_ms": self.turn_ms,
+        }
+        return {name: value for name, value in found.items() if value is not None or not without_none}
+
+
+NOTHING_RESERVED = Waits()
 
 
 @dataclass(frozen=True)
@@ -303,7 +330,7 @@ class PredictionsTable:
 
     def put_intent(
         self, intent: "Intent", *, version: str | None, deadline: int, expires: int, claim: bool, execution_arn: str,
-        now: float, submit_at: int | None = None,
+        now: float, submit_at: int | None = None, waits: "Waits | None" = None,
     ) -> Prediction:  # fmt: skip
         """Writes down that a prediction is wanted and, in the same write, that the writer is about to submit it.
 
@@ -317,7 +344,8 @@ class PredictionsTable:
             claim: Whether the caller of this method submits it now.
             execution_arn: The execution that will track it, `{id}-1`.
             now: The time.
-            submit_at: When it may be submitted, where that start is reserved for it (see `predictions.limiter`).
+            submit_at: When it may be submitted, where the caller of this method does not do it.
+            waits: What it waits for until then (see `predictions.limiter`).
 
         Raises:
             AlreadyExists: The id is taken by one that has not expired.
@@ -352,7 +380,7 @@ class PredictionsTable:
             "deadline": deadline,
             "claimed": int(now) if claim else None,
             "submit_at": submit_at,
-            "reserved": True if submit_at else None,
+            **(waits or NOTHING_RESERVED).attributes(),
             "written_by": secrets.token_hex(8),
             "execution_n": 1,
             "execution_arn": execution_arn,
@@ -436,22 +464,26 @@ class PredictionsTable:
             claimed = there if there and there.claimed and there.written_by == written_by else None
         return claimed
 
-    def put_off(self, prediction: Prediction, submit_at: int, *, counted: bool) -> Prediction | None:
-        """Notes the start that is reserved for a prediction nobody has claimed; None where it moved on meanwhile.
+    def put_off(
+        self, prediction: Prediction, submit_at: int, *, counted: bool, waits: "Waits | None" = None
+    ) -> Prediction | None:
+        """Notes when a prediction that nobody has claimed may be submitted; None where it moved on meanwhile.
 
         Args:
             prediction: The prediction.
-            submit_at: The start; nobody submits it before.
+            submit_at: When; nobody submits it before.
             counted: Whether it has its place in its owner's limits.
+            waits: What it waits for until then.
         """
         return self._change(
             prediction.id,
             set={
                 "submit_at": submit_at,
-                "reserved": True,
                 "next_check_at": submit_at + _START_CHECK_SECONDS,
+                **(waits or NOTHING_RESERVED).attributes(without_none=True),
                 **({"counted": True} if counted else {}),
             },
+            remove=list(NOTHING_RESERVED.attributes()),
             condition="attribute_not_exists(#claimed) AND attribute_not_exists(#upstream_id) AND #rank < :terminal",
         )
 
@@ -464,20 +496,20 @@ class PredictionsTable:
         )
 
     def release(
-        self, prediction: Prediction, now: float, wait_seconds: int, *, reserved: bool = False
+        self, prediction: Prediction, now: float, wait_seconds: int, *, waits: "Waits | None" = None
     ) -> Prediction | None:
         """Gives the claim back: it is certain that nothing was started. None where the item moved on meanwhile.
 
-        Nobody submits it before `wait_seconds` have passed; `reserved` says whether that start is reserved for it.
+        Nobody submits it before `wait_seconds` have passed; `waits` says what it waits for.
         """
         return self._change(
             prediction.id,
             set={
                 "submit_at": int(now) + wait_seconds,
                 "next_check_at": int(now) + wait_seconds + _START_CHECK_SECONDS,
-                **({"reserved": True} if reserved else {}),
+                **(waits or NOTHING_RESERVED).attributes(without_none=True),
             },
-            remove=["claimed", *([] if reserved else ["reserved"])],
+            remove=["claimed", *NOTHING_RESERVED.attributes()],
             # Not only the second of the claim: another one may be made in it, once this very write was made but its
             # answer lost, and botocore writes again.
             condition="#claimed = :claimed AND #written_by = :written_by AND attribute_not_exists(#upstream_id) "
