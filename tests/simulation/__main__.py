@@ -12,7 +12,8 @@ import time
 from collections import Counter
 
 from tests.simulation.sabotages import SABOTAGES
-from tests.simulation.world import Verdict, installed, run_seeds
+from tests.simulation.installed import installed, run_seeds
+from tests.simulation.verdict import Verdict
 from tests.unit.template import ROOT
 
 CHUNK = 250
@@ -59,7 +60,7 @@ def many(first: int, schedules: int, processes: int, *, write: bool) -> int:
     broken: list[Verdict] = []
     done, began = 0, time.monotonic()
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for number, counted, failed in pool.imap_unordered(run_seeds, chunks):
+        for number, counted, worst, failed in pool.imap_unordered(run_seeds, chunks):
             done += number
             figures.update(counted)
             broken += failed
