@@ -75,4 +75,4 @@ class Receivers:
         world.step("receiver", 0.1)
         before.append(Call(began, name, status, told))
         world.note(f"{url} answers {status} to {name}")
-        return httpx.Response(status or 500)
+        return httpx.Response(status or 500, stream=httpx.ByteStream(b"noted"))

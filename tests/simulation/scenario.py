@@ -35,6 +35,9 @@ class Scenario:
     def ended(self, prediction_id: str) -> None:
         """A prediction has visibly ended: called in the midst of that write."""
 
+    def count_prompts(self) -> None:
+        """Counts, in the world's `prompts`, how often what it asked for may have been started."""
+
     def check(self) -> None:
         """Looks at what is left, and adds what is broken to the world's violations."""
 
@@ -42,9 +45,9 @@ class Scenario:
         """What happened in it, counted."""
         return {}
 
-    def worst(self) -> dict[str, float]:
-        """The longest delays, in seconds."""
-        return {}
+    def longest(self, what: str, seconds: float) -> None:
+        """Notes a delay, of which figures show the longest."""
+        self.world.longest(what, seconds)
 
     def bad(self, what: str) -> None:
         """Something is broken."""

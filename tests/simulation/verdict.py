@@ -70,9 +70,42 @@ class Check:
         for prediction_id, item in items.items():
             if prediction_id not in self.world.special:
                 self._check_item(prediction_id, item, runs.get(prediction_id, []))
+        self._check_writers()
+        if self.world.stream is not None:
+            self._check_events(items)
         for (pk, sk), left in self.world.table.items.items():
             if "open" in left and not pk.startswith("prediction#"):
                 bad(f"{pk} {sk} is still on the sweep's list")
+
+    def _check_writers(self) -> None:
+        """What was written down, and may be paid for, was not answered as if it were not."""
+        for pk, process in self.world.writers.items():
+            answer = process.result if isinstance(process.result, dict) else {}
+            if answer.get("statusCode", 0) < 500:
+                continue
+            kind, _, id_ = pk.partition("#")
+            runs = [run for run in self.world.upstream.runs.values() if run.our_id == id_]
+            if kind != "prediction" or any(run.created <= (process.ended_at or 0) for run in runs):
+                self.world.violations.append(f"{pk}: goes on, and was answered {answer['statusCode']}")
+
+    def _check_events(self, items: dict[str, Any]) -> None:
+        """Every visible change is on the bus, at least once and as it is."""
+        assert self.world.stream is not None
+        told: dict[str, tuple[float, dict[str, Any]]] = {}
+        for at, entry in self.world.events:
+            detail = json.loads(entry["Detail"])
+            told.setdefault(detail["event_id"], (at, detail))
+        for record in self.world.stream.dead:
+            self.world.violations.append(f"a change was given up: {record['dynamodb']['Keys']}")
+        for prediction_id, item in items.items():
+            for word in ("started", item["visible"]):
+                if f"{prediction_id}-{word}" not in told:
+                    self.world.violations.append(f"{prediction_id}: no event of {word!r}")
+            at, detail = told.get(f"{prediction_id}-{item['visible']}", (0.0, {}))
+            if detail and (detail["status"] != item["visible"] or detail["owner"] != item["owner"].rpartition("#")[2]):
+                self.world.violations.append(f"{prediction_id}: its event says {detail}")
+            if detail and prediction_id in self.world.visible_at:
+                self.world.longest("event after its change", at - self.world.visible_at[prediction_id])
 
     def _check_starts(self) -> None:
         wanted: dict[str, int] = dict(self.world.prompts)

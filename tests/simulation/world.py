@@ -95,6 +95,7 @@ class World:
         """Which run of a function wrote each batch, pipeline and prediction down."""
         self.events: list[tuple[float, dict[str, Any]]] = []
         """What is on the bus: entries of PutEvents."""
+        self.delays: dict[str, float] = {}
         self.terminal_at: dict[str, float] = {}
         self.visible_at: dict[str, float] = {}
         self._copiers: dict[str, list[tuple[str, Process]]] = {}
@@ -175,6 +176,10 @@ class World:
         """A line of the trace, where there is one."""
         if self.trace is not None:
             self._say(what)
+
+    def longest(self, what: str, seconds: float) -> None:
+        """Notes a delay, of which figures show the longest."""
+        self.delays[what] = max(self.delays.get(what, 0.0), seconds)
 
     def _say(self, what: str) -> None:
         assert self.trace is not None
@@ -362,10 +367,11 @@ class World:
     def run(self) -> Verdict:
         """Runs the schedule, and looks at what is left."""
         rng, callers = self.rng, self.callers
-        callers.requests = callers.plan()
+        ordinary = callers.plan()
+        callers.requests = list(ordinary)
         for scenario in self.scenarios:
             scenario.begin()
-        for wanted in callers.requests:
+        for wanted in ordinary:
             for scenario in self.scenarios:
                 scenario.dress(wanted)
             self.scheduler.spawn(f"caller {wanted.number}", partial(callers.ask_for, wanted))
@@ -381,6 +387,8 @@ class World:
         over = self.scheduler.run(BEGIN + end)
         if self.broken is not None:
             raise self.broken
+        for scenario in self.scenarios:
+            scenario.count_prompts()
         Check(self).all(over)
         for scenario in self.scenarios:
             scenario.check()
@@ -408,11 +416,8 @@ class World:
         return figures
 
     def _worst(self) -> dict[str, float]:
-        return {
-            f"world {scenario.name}: {what}": seconds
-            for scenario in self.scenarios
-            for what, seconds in scenario.worst().items()
-        }
+        names = "+".join(scenario.name for scenario in self.scenarios) or "predictions alone"
+        return {f"world {names}: {what}": seconds for what, seconds in self.delays.items()}
 
     def _stop_one(self) -> None:
         running = [

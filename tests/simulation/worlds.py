@@ -2,11 +2,23 @@
 
 import random
 
+from tests.simulation.jobs import Batches, Pipelines, Trainings
+from tests.simulation.notices import Events, Redelivery, TaskTokens, Webhooks
 from tests.simulation.scenario import Scenario
 
-WORLDS: dict[type[Scenario], float] = {}
+WORLDS: dict[type[Scenario], float] = {
+    Events: 0.06,
+    Webhooks: 0.06,
+    TaskTokens: 0.06,
+    Redelivery: 0.02,
+    Batches: 0.05,
+    Pipelines: 0.05,
+    Trainings: 0.04,
+}
+"""The share of the schedules that have each of them."""
 
 
 def worlds_of(seed: int) -> list[type[Scenario]]:
     """The worlds of a schedule: none in most of them, else mostly one."""
-    return []
+    rng = random.Random(f"worlds of {seed}")  # noqa: S311  # not for secrets
+    return [world for world, share in WORLDS.items() if rng.random() < share]
