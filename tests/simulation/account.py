@@ -239,6 +239,11 @@ def call(world: "World", service: str, operation: str, asked: dict[str, Any], cl
     faults = world.faults
     world.step(f"{service}.{operation}", faults.aws_seconds())
     fault = faults.of_aws(service, operation)
+    for scenario in world.scenarios:
+        if operation == "PutItem" and scenario.writes(asked["Item"].get("json", {}).get("S", "")):
+            world.die()
+        if seconds := scenario.tells(asked.get("taskToken", "")):
+            world.step("tells", seconds)
     if fault == "died before":
         world.die()
     if fault == "refused":

@@ -74,6 +74,13 @@ class Faults:
         if foci and self._rng.random() < 0.3:
             self._focus, self._at = self._rng.choice(foci), 0.5
 
+    def calm(self) -> None:
+        """Nothing goes wrong but what a world adds."""
+        self._aws = self._at = self._slowness = self._create = self._read = self._lost = self._late_webhooks = 0.0
+        self._file = self._invoke = self._source = self._bus = self._doubled = self._list_lag = 0.0
+        self._focus, self._stream_lag, self.poll_seconds = None, 0.5, 0.2
+        self.very_late = self.stops = self.doubled_sweeps = self.long_runs = False
+
     def _strike(self, kind: str, budget: int) -> bool:
         """Whether one more of this kind may strike."""
         if self.struck.get(kind, 0) >= budget or self._scheduler.now > BEGIN + CALM_SECONDS:

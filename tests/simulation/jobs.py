@@ -11,7 +11,7 @@ from predictions.items import deserialize
 
 from tests.simulation.callers import Wanted
 from tests.simulation.scenario import Scenario
-from tests.simulation.upstream import TERMINAL
+from tests.simulation.upstream import TERMINAL, Run
 
 _derived_id = derived_id
 """As it is, whatever a sabotage puts into its place."""
@@ -185,6 +185,8 @@ class Batches(_Jobs):
         for attempt in range(1, int(item["attempt"]) + 1):
             if f"{item['id']}-{attempt}-completed" not in events:
                 bad(f"no event of the end of attempt {attempt}")
+        if "error" in item and self.world.faults.struck.get("aws"):
+            return  # it was given up, after too many executions died over its manifest
         lines = job.body["requests"]
         results = [json.loads(line) for line in self.world.account.objects[item["results_key"]][0].splitlines()]
         if [result["n"] for result in results] != list(range(1, len(lines) + 1)):
@@ -263,6 +265,11 @@ class Pipelines(_Jobs):
                 prompts += [f"pipeline {number} b", f"pipeline {number} c"]
         body = {"input": {"items": items}, "steps": steps}
         return Job(number, body, f"pipeline-{number}" if rng.random() < 0.5 else None, prompts)
+
+    def plan(self, run: Run, plan: dict[str, Any]) -> None:
+        """Mostly it goes well: what needs it would not run else."""
+        if run.prompt.startswith("pipeline") and self.rng.random() < 0.7:
+            plan |= {"status": "succeeded", "text": True, "run_seconds": min(plan["run_seconds"], 70.0)}
 
     def count_prompts(self) -> None:
         """Each run of a step may be started once for each pipeline that there is."""

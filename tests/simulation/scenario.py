@@ -1,9 +1,10 @@
 """What a schedule may have beside predictions and their callers: the interface of the named worlds."""
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from tests.simulation.callers import Wanted
+    from tests.simulation.upstream import Run
     from tests.simulation.world import World
 
 
@@ -31,6 +32,21 @@ class Scenario:
 
     def dress(self, wanted: "Wanted") -> None:
         """Adds to an ordinary request, before it is made."""
+
+    def plan(self, run: "Run", plan: dict[str, Any]) -> None:
+        """Changes how a prediction goes at Replicate, before it begins."""
+
+    def reads(self, run: "Run") -> bool:  # noqa: ARG002  # for others to say
+        """Whether the function that reads Replicate's answer of a prediction is killed over it."""
+        return False
+
+    def writes(self, text: str) -> bool:  # noqa: ARG002
+        """Whether the function that writes an input down is killed over it."""
+        return False
+
+    def tells(self, token: str) -> float:  # noqa: ARG002
+        """How many seconds longer it takes to tell a state."""
+        return 0.0
 
     def ended(self, prediction_id: str) -> None:
         """A prediction has visibly ended: called in the midst of that write."""

@@ -176,9 +176,11 @@ class Scheduler:
         return True
 
     @property
-    def idle(self) -> bool:
-        """Whether nobody is to go on."""
-        return all(waiter is not None and waiter.done for _, _, _, waiter in self._queue)
+    def next_at(self) -> float | None:
+        """When somebody goes on next; None where nobody does."""
+        while self._queue and self._queue[0][3] is not None and self._queue[0][3].done:
+            heapq.heappop(self._queue)
+        return self._queue[0][0] if self._queue else None
 
     def stop(self) -> None:
         """Forgets what is left."""

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import hmac
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -101,6 +102,8 @@ class World:
         self._copiers: dict[str, list[tuple[str, Process]]] = {}
         self._open: dict[str, int] = {}
         self._sweeps = 0
+        self._expiring = False
+        self.expired = 0
         secret = {"current": SECRET, "previous": None, "rotated_at": "2025-01-01T00:00:00+00:00"}
         self.account.secrets = {
             "replicate-token": TOKEN,
@@ -266,7 +269,8 @@ class World:
         if sk != "status":
             return
         if after is None:
-            self.violations.append(f"{prediction_id}: the item was removed")
+            if not self._expiring:
+                self.violations.append(f"{prediction_id}: the item was removed")
             return
         now = self.scheduler.now
         ended = after["rank"]["N"] == "9"
@@ -315,6 +319,28 @@ class World:
         self.machine.stop(process.event["execution"])
         return True
 
+    def expire(self, share: float) -> None:
+        """Removes items that have expired, or this share of them: the table's own clock is late, and in no order."""
+        self._expiring = True
+        for key, item in list(self.table.items.items()):
+            if int(item.get("expires_at", {"N": 10**12})["N"]) <= self.scheduler.now:
+                self.expired += 1
+                if self.rng.random() < share:
+                    self.table.call("DeleteItem", {"Key": {"pk": {"S": key[0]}, "sk": {"S": key[1]}}})
+        self._expiring = False
+
+    def forget_expired(self) -> None:
+        """What has expired need not be there; see `expire`."""
+        now = self.scheduler.now
+        there = {pk for pk, sk in self.table.items if sk == "status"}
+        for request in list(self.callers.requests):
+            if f"prediction#{request.accepted_id}" not in there:
+                self.callers.requests.remove(request)
+                self.prompts[request.prompt] += 1
+        for (pk, sk), item in self.table.items.items():
+            if sk == "status" and int(item["expires_at"]["N"]) <= now:
+                self.special.add(pk.partition("#")[2])
+
     def signing_secrets(self, url: str) -> list[str]:
         """What webhooks to a receiver have to be signed with: his owner's secret, as the API would tell it."""
         owner = url.rpartition("/")[2].partition("-")[0]
@@ -359,8 +385,11 @@ class World:
             self._sweeps += 1
             for delay in (0.0, 0.02) if self.faults.doubled_sweeps else (0.0,):
                 self.scheduler.spawn("schedule", lambda: self.invoke("sweep_predictions", {}), delay)
-        if self._open or not self.scheduler.idle:
+        if self._open:
             self.scheduler.at(now + 60, self._tick)
+        elif (following := self.scheduler.next_at) is not None:
+            # With nothing to look at, as in the night, no minute is looked at.
+            self.scheduler.at(now + 60 * max(1, math.ceil((following - now) / 60)), self._tick)
 
     # -- run --------------------------------------------------------------------------------------------------
 
@@ -381,7 +410,7 @@ class World:
                 self.scheduler.spawn(f"delete {wanted.number}", partial(callers.delete_some_time, wanted))
         if self.faults.stops:
             for _ in range(2):
-                self.scheduler.at(BEGIN + rng.choice((2.0, 20.0, 45.0, 90.0, 200.0, 500.0)), self._stop_one)
+                self.scheduler.at(BEGIN + rng.choice((2.0, 20.0, 45.0, 90.0, 200.0, 500.0)), self.stop_one)
         self.scheduler.at(BEGIN + rng.uniform(0, 60), self._tick)
         end = max([END_SECONDS, *(scenario.end_seconds for scenario in self.scenarios)])
         over = self.scheduler.run(BEGIN + end)
@@ -419,7 +448,8 @@ class World:
         names = "+".join(scenario.name for scenario in self.scenarios) or "predictions alone"
         return {f"world {names}: {what}": seconds for what, seconds in self.delays.items()}
 
-    def _stop_one(self) -> None:
+    def stop_one(self) -> None:
+        """Stops an execution, as by hand."""
         running = [
             name
             for name, execution in self.machine.executions.items()

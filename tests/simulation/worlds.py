@@ -2,6 +2,7 @@
 
 import random
 
+from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood
 from tests.simulation.jobs import Batches, Pipelines, Trainings
 from tests.simulation.notices import Events, Redelivery, TaskTokens, Webhooks
 from tests.simulation.scenario import Scenario
@@ -14,6 +15,13 @@ WORLDS: dict[type[Scenario], float] = {
     Batches: 0.05,
     Pipelines: 0.05,
     Trainings: 0.04,
+    Killer: 0.04,
+    PoisonMessage: 0.02,
+    Tarpit: 0.008,
+    Backlog: 0.008,
+    Overload: 0.003,
+    TokenFlood: 0.006,
+    OldKeys: 0.008,
 }
 """The share of the schedules that have each of them."""
 
