@@ -56,11 +56,13 @@ class Simulation:
         aws._api_url = None
         for cached in (requests._source, requests._dropped_manifests):
             cached.cache_clear()
-        with mock.patch.dict(os.environ, world.environment):
-            try:
-                return world.run()
-            finally:
-                self._clients.world = None
+        kept = {name: os.environ[name] for name in world.environment}
+        os.environ.update(world.environment)
+        try:
+            return world.run()
+        finally:
+            os.environ.update(kept)
+            self._clients.world = None
 
     @property
     def world(self) -> World:
