@@ -36,7 +36,8 @@ from tests.simulation.dynamodb import ConditionFailed, Table
 from tests.simulation.functions import FunctionFailed
 from tests.simulation.scheduler import BEGIN, Died
 from tests.simulation.upstream import Run
-from tests.simulation.world import END_SECONDS, Simulation, World, installed
+from tests.simulation.installed import Simulation, installed
+from tests.simulation.world import END_SECONDS, World
 
 NOW = BEGIN
 RATE = 60
