@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,9 +34,9 @@ from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error
 from tests.simulation.dynamodb import ConditionFailed, Table
 from tests.simulation.functions import FunctionFailed
+from tests.simulation.installed import Simulation, installed
 from tests.simulation.scheduler import BEGIN, Died
 from tests.simulation.upstream import Run
-from tests.simulation.installed import Simulation, installed
 from tests.simulation.world import END_SECONDS, World
 
 NOW = BEGIN
@@ -78,10 +78,10 @@ class Turns:
             raise Died
         return answer
 
-    def run(self, starters: list[Callable[[], None]]) -> None:
+    def run(self, starters: Sequence[Callable[[], object]]) -> None:
         """Lets all of them start."""
 
-        def begin(starter: Callable[[], None]) -> None:
+        def begin(starter: Callable[[], object]) -> None:
             with contextlib.suppress(Died):
                 starter()
 

@@ -11,8 +11,8 @@ import sys
 import time
 from collections import Counter
 
-from tests.simulation.sabotages import SABOTAGES
 from tests.simulation.installed import installed, run_seeds
+from tests.simulation.sabotages import SABOTAGES
 from tests.simulation.scenario import Scenario
 from tests.simulation.verdict import Verdict
 from tests.simulation.worlds import WORLDS

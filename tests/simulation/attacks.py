@@ -36,7 +36,9 @@ class Killer(Scenario):
             world.scheduler.sleep(self.rng.choice((30.0, 90.0, 200.0)))
             for _ in range(3):
                 if wanted.accepted_id:
-                    callers.call("cancel_prediction", "POST", f"/predictions/{wanted.accepted_id}/cancel", owner="mallory")
+                    callers.call(
+                        "cancel_prediction", "POST", f"/predictions/{wanted.accepted_id}/cancel", owner="mallory"
+                    )
                 world.scheduler.sleep(60.0)
 
         world.scheduler.spawn("mallory cancels", cancel)
@@ -220,7 +222,9 @@ class Backlog(_Limited):
             Wanted(701, "key", "alice by http", "alice-http", None, None),
         ]
         for n in range(30):
-            wanted = Wanted(720 + n, "queue" if door == "queue" else "key", f"backlog {n}", f"b{n}", None, None, "mallory")
+            wanted = Wanted(
+                720 + n, "queue" if door == "queue" else "key", f"backlog {n}", f"b{n}", None, None, "mallory"
+            )
             callers.requests.append(wanted)
             world.scheduler.spawn(f"mallory {n}", partial(self._create_and_cancel, wanted, door == "http"), n * 0.4)
         for wanted in self.alices:

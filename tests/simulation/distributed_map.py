@@ -151,8 +151,6 @@ def _filled(template: Any, given: Any, context: Mapping[str, Any]) -> Any:
     if not isinstance(template, dict):
         return template
     return {
-        name.removesuffix(".$"): _at(value, given, context)
-        if name.endswith(".$")
-        else _filled(value, given, context)
+        name.removesuffix(".$"): _at(value, given, context) if name.endswith(".$") else _filled(value, given, context)
         for name, value in template.items()
     }

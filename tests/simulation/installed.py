@@ -6,11 +6,10 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
-from inspect import signature
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock

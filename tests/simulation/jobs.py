@@ -130,9 +130,7 @@ class Batches(_Jobs):
     def ended(self, prediction_id: str) -> None:
         """A line's owner may delete it at once."""
         for job in self.jobs:
-            if self._deleted_at_once and any(
-                prediction_id in self.world.ids_by_prompt.get(p, ()) for p in job.prompts
-            ):
+            if self._deleted_at_once and any(prediction_id in self.world.ids_by_prompt.get(p, ()) for p in job.prompts):
                 call = self.world.callers.call
                 path = f"/predictions/{prediction_id}"
                 self.world.scheduler.spawn("deletes", lambda: call("cancel_prediction", "DELETE", path), 0.001)

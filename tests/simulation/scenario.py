@@ -36,15 +36,15 @@ class Scenario:
     def plan(self, run: "Run", plan: dict[str, Any]) -> None:
         """Changes how a prediction goes at Replicate, before it begins."""
 
-    def reads(self, run: "Run") -> bool:  # noqa: ARG002  # for others to say
+    def reads(self, run: "Run") -> bool:  # for others to say
         """Whether the function that reads Replicate's answer of a prediction is killed over it."""
         return False
 
-    def writes(self, text: str) -> bool:  # noqa: ARG002
+    def writes(self, text: str) -> bool:
         """Whether the function that writes an input down is killed over it."""
         return False
 
-    def tells(self, token: str) -> float:  # noqa: ARG002
+    def tells(self, token: str) -> float:
         """How many seconds longer it takes to tell a state."""
         return 0.0
 

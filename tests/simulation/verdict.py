@@ -186,7 +186,9 @@ class Check:
         quiet = not set(self.world.faults.struck) - {"webhook", "file"} and not self.world.faults.secret_is_unknown
         if quiet and late > 1100:
             bad(f"its end came {late:.0f} s late, though only webhooks and files were lost")
-        only_receiving = not set(self.world.faults.struck) - {"webhook", "receiver"} and not self.world.faults.secret_is_unknown
+        only_receiving = (
+            not set(self.world.faults.struck) - {"webhook", "receiver"} and not self.world.faults.secret_is_unknown
+        )
         waited = self.world.visible_at[item["id"]] - self.world.terminal_at[item["id"]]
         if only_receiving and waited > 300:
             bad(f"its files were waited for {waited:.0f} s, though only webhooks went wrong")
@@ -211,5 +213,3 @@ class Check:
         left += [key for key in self.world.account.objects if item["id"] in key]
         if left:
             bad(f"was deleted, and {left} is left")
-
-

@@ -23,8 +23,8 @@ from tests.simulation.functions import FunctionFailed, Functions
 from tests.simulation.machine import StateMachine, TaskError, Tokens
 from tests.simulation.queues import names_by_url, queues_of
 from tests.simulation.receivers import Receivers
-from tests.simulation.scheduler import BEGIN, Died, Process, Scheduler
 from tests.simulation.scenario import Scenario
+from tests.simulation.scheduler import BEGIN, Died, Process, Scheduler
 from tests.simulation.stream import Stream
 from tests.simulation.upstream import SECRET, TERMINAL, TOKEN, Upstream, file_bytes
 from tests.simulation.verdict import Check, Verdict
@@ -221,7 +221,7 @@ class World:
             self.note(f"{function} failed: {failed.kind} {failed.message}")
             return None
 
-    def _update(self, given: dict[str, Any], timeout: float) -> None:  # noqa: ARG002  # as every task
+    def _update(self, given: dict[str, Any], timeout: float) -> None:  # as every task
         self.step("AwaitWebhook", 0.02)
         if self.faults.of_state():
             raise TaskError("DynamoDb.ThrottlingException")
@@ -233,7 +233,7 @@ class World:
             self.recorder("dynamodb", "UpdateItem", given, answer)
         self.step("AwaitWebhook answered", 0.02)
 
-    def _send_message(self, given: dict[str, Any], timeout: float) -> None:  # noqa: ARG002  # as every task
+    def _send_message(self, given: dict[str, Any], timeout: float) -> None:  # as every task
         self.step("sqs.SendMessage of a state", 0.02)
         fault = self.faults.of_state()
         queue = self.queues[names_by_url()[given["QueueUrl"]]]
