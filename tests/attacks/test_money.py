@@ -24,9 +24,9 @@ from predictions.limiter import (
     BURST_SECONDS,
     HORIZON_SECONDS,
     MANUAL,
+    AskAgain,
     Limiter,
     Start,
-    Turn,
 )
 from predictions.limits import LimitReached, OwnerLimits, OwnersUsage
 
@@ -252,7 +252,11 @@ def test_starter_that_dies_at_any_call_passes_no_limit_and_gives_its_place_back(
                 table.call("PutItem", {"Item": {**item, "rank": {"N": "9"}}})
         turns = Turns(clients, table, [], None)
         later = OwnersUsage("predictions", clients("dynamodb"), now=lambda: NOW + 121)
-        turns.run([lambda: later.take_place("alice", "later", limits)])
+
+        def start_later() -> None:
+            later.take_place("alice", "later", limits)
+
+        turns.run([start_later])
         assert "later" in used(table)[0]
 
 
@@ -774,7 +778,7 @@ def test_lane_is_never_put_further_ahead_than_the_delay(clients: Clients) -> Non
             starts = [each.at - NOW for each in answers if isinstance(each, Start)]
             assert max(starts) <= DELAY_SECONDS
             assert 75 <= len(starts) <= 91
-            assert all(isinstance(each, Turn) for each in answers[len(starts) :])
+            assert all(isinstance(each, AskAgain) for each in answers[len(starts) :])
 
     Turns(clients, table, [], None).run([reserve])
     for name in ("queue_at", "http_at"):

@@ -324,6 +324,17 @@ def limited() -> Iterator[Any]:
         yield dynamodb
 
 
+def test_status_tells_which_owners_wait(limited: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    limiter = Limiter("predictions", limited)
+    for _ in range(80):
+        limiter.reserve_for_queue("team-a", latest=4e9)
+    assert main(["status", "--json", "--stack", "demo", "--region", REGION]) == 0
+    waiting = json.loads(capsys.readouterr().out)["queue_waiting_seconds"]
+    assert 4 <= waiting["team-a"] <= 9
+    assert main(["status", "--stack", "demo", "--region", REGION]) == 0
+    assert "team-a, for" in capsys.readouterr().out
+
+
 def test_status_tells_of_a_pause_from_its_command_to_its_end(limited: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def status() -> Any:
         assert main(["status", "--json", "--stack", "demo", "--region", REGION]) == 0
@@ -338,6 +349,8 @@ def test_status_tells_of_a_pause_from_its_command_to_its_end(limited: Any, capsy
         "throttled_seconds": 0,
         "queue_reserved_seconds": 0,
         "http_reserved_seconds": 0,
+        "queue_waiting_seconds": {},
+        "http_waiting_seconds": {},
     }
     limited.put_item(
         TableName="predictions",

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from predictions import aws
 from predictions.errors import PredictionThrottled, Problem
-from predictions.limiter import BURST_SECONDS, QUIET_SECONDS, Limiter, Start, TooLate, Turn
+from predictions.limiter import BURST_SECONDS, QUIET_SECONDS, AskAgain, Limiter, Start, TooLate
 from predictions.limits import OwnerLimits
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
@@ -312,7 +312,7 @@ class TestTurns:
         limiter.block(30)
         before = limiter.limiter_state().queue_at
         turn = limiter.reserve_for_queue("alice", latest=LONG)
-        assert isinstance(turn, Turn)
+        assert isinstance(turn, AskAgain)
         assert turn.at == clock.now() + 30
         assert limiter.limiter_state().queue_at == before
 
@@ -321,7 +321,7 @@ class TestTurns:
     ) -> None:
         answers = [limiter.reserve_for_queue("alice", latest=LONG) for _ in range(50)]
         starts = [each.at for each in answers if isinstance(each, Start)]
-        turns = [each.at for each in answers if isinstance(each, Turn)]
+        turns = [each.at for each in answers if isinstance(each, AskAgain)]
         assert len(starts) == 11
         assert len(turns) == 39
         assert turns[0] == pytest.approx(starts[-1] + 0.111, abs=0.001)
@@ -331,21 +331,25 @@ class TestTurns:
     def test_turn_that_has_come_is_a_start_and_a_later_request_goes_behind(
         self, limiter: Limiter, clock: Clock
     ) -> None:
-        turns = [each for _ in range(50) if isinstance(each := limiter.reserve_for_queue("alice", latest=LONG), Turn)]
+        turns = [
+            each for _ in range(50) if isinstance(each := limiter.reserve_for_queue("alice", latest=LONG), AskAgain)
+        ]
         clock.advance(2)
         for_queue(limiter, "bob")  # the lane is not idle
         behind = limiter.reserve_for_queue("alice", latest=LONG)
-        assert isinstance(behind, Turn)
+        assert isinstance(behind, AskAgain)
         assert behind.at > turns[-1].at
         assert isinstance(limiter.reserve_for_queue("alice", latest=LONG, turn_at=clock.now()), Start)
         # One that is woken before its turn keeps it.
         early = limiter.reserve_for_queue("alice", latest=LONG, turn_at=turns[-1].at)
-        assert early == Turn(turns[-1].at, 0)
+        assert early == AskAgain(turns[-1].at, 0)
 
     def test_start_that_nobody_waits_for_is_taken_whatever_turns_are_ahead(
         self, limiter: Limiter, clock: Clock
     ) -> None:
-        turns = [each for _ in range(50) if isinstance(each := limiter.reserve_for_queue("alice", latest=LONG), Turn)]
+        turns = [
+            each for _ in range(50) if isinstance(each := limiter.reserve_for_queue("alice", latest=LONG), AskAgain)
+        ]
         clock.advance(2)
         assert limiter.is_idle("queue")
         assert limiter.reserve_for_queue("alice", latest=LONG, turn_at=turns[-1].at) == Start(clock.now())
@@ -354,7 +358,9 @@ class TestTurns:
     def test_turns_that_are_given_back_shorten_the_line_to_this_moment_at_most(
         self, limiter: Limiter, clock: Clock
     ) -> None:
-        turns = [each for _ in range(50) if isinstance(each := limiter.reserve_for_queue("alice", latest=LONG), Turn)]
+        turns = [
+            each for _ in range(50) if isinstance(each := limiter.reserve_for_queue("alice", latest=LONG), AskAgain)
+        ]
         for each in turns * 2:
             limiter.give_turn_back("queue", "alice", each.step_ms)
         (line,) = limiter.limiter_state().turns.values()
@@ -390,7 +396,7 @@ class TestTurns:
         )
         limiter = limiter_of(clock)
         answers = [limiter.reserve_for_queue("alice", latest=LONG) for _ in range(30)]
-        assert {type(each) for each in answers} == {Start, Turn}
+        assert {type(each) for each in answers} == {Start, AskAgain}
         assert len({each.at for each in answers}) == 30
         start = reserved(limiter)
         limiter.give_back("queue", start.number or 0)

@@ -52,7 +52,8 @@ _WORDS = {
     414: "The query is too long.",
     415: "Another media type, charset or encoding is needed.",
     422: "Fields are wrong: `invalid_fields` names each one.",
-    429: "Too many requests, or a limit of the owner's is used up: see `Retry-After`.",
+    429: "Too many requests, a limit of the owner's is used up, or the create could start only later than"
+    " `MaxStartDelaySeconds` from now: see `Retry-After`.",
     502: "The request failed, or Replicate did.",
     503: "Not now, as in a pause: see `Retry-After`, or try again.",
     504: "It took too long.",

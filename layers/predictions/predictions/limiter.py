@@ -140,7 +140,7 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class AskAgain:
     """A create may not start yet; nothing is reserved for it.
 
     Attributes:
@@ -161,6 +161,10 @@ class TooLate:
     """
 
     at: float
+
+
+Reservation = Start | AskAgain | TooLate
+"""The answer to a request for a start."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +278,7 @@ class Limiter:
 
     # -- reserving --------------------------------------------------------------------------------------------
 
-    def reserve_for_caller(self, owner: str, *, latest: float, turn_at: float | None = None) -> Start | Turn | TooLate:
+    def reserve_for_caller(self, owner: str, *, latest: float, turn_at: float | None = None) -> Reservation:
         """Reserve a start for a create of the HTTP API; mostly it is now.
 
         A process whose last create is `QUIET_SECONDS` back does not write: it counts this one with its next, so that
@@ -296,7 +300,7 @@ class Limiter:
             return Start(now)
         return self._reserve("http", owner, latest, turn_at)
 
-    def reserve_for_queue(self, owner: str, *, latest: float, turn_at: float | None = None) -> Start | Turn | TooLate:
+    def reserve_for_queue(self, owner: str, *, latest: float, turn_at: float | None = None) -> Reservation:
         """Reserve a start for a create of any other source, behind what is reserved already.
 
         Args:
@@ -371,7 +375,7 @@ class Limiter:
             free = f" REMOVE {name.removesuffix('_at')}_free" if name.endswith("_at") else ""
             self._replace(name, f"SET {name} = :value{free}", condition, {":value": value})
 
-    def _reserve(self, lane: Lane, owner: str, latest: float, turn_at: float | None) -> Start | Turn | TooLate:
+    def _reserve(self, lane: Lane, owner: str, latest: float, turn_at: float | None) -> Reservation:
         """Move a lane or a line on, in one write; a start of now where the table fails.
 
         What is known says which write to try, and the write's condition whether that was right: so it holds at the
@@ -395,10 +399,10 @@ class Limiter:
         self._uncounted = 0
         return Start(self._now())
 
-    def _done(self, plan: "_Plan", lane: Lane, slot: str, now: int) -> Start | Turn:
+    def _done(self, plan: "_Plan", lane: Lane, slot: str, now: int) -> Start | AskAgain:
         """What a write has brought, by the item as it is after it."""
         if plan.kind == "turn":
-            return Turn((self._known.turns.get((lane, slot), now) - plan.step) / 1000, plan.step)
+            return AskAgain((self._known.turns.get((lane, slot), now) - plan.step) / 1000, plan.step)
         if plan.kind == "free":
             return Start(plan.number // _GENERATIONS / 1000, plan.number)
         self._uncounted = 0
@@ -409,7 +413,7 @@ class Limiter:
 
     def _plan(
         self, lane: Lane, slot: str, now: int, latest: int, turn: int | None, *, free: bool
-    ) -> "_Plan | Turn | TooLate":
+    ) -> "_Plan | AskAgain | TooLate":
         """The write that a request needs by what is known, or the answer where it needs none."""
         start, floor = self._next(lane, now), max(now, self._known.blocked_until)
         line, last = (each.get((lane, slot), 0) for each in (self._known.turns, self._known.last))
@@ -422,7 +426,7 @@ class Limiter:
         if free and (given_back := self._given_back(lane, now)) and given_back[0] // _GENERATIONS <= bound:
             return self._plan_free(lane, given_back[0])
         if turn is not None and turn > now:
-            return Turn(turn / 1000, 0)
+            return AskAgain(turn / 1000, 0)
         # A request without a turn goes behind those of its owner that have one, unless its deadline is before that.
         latest_turn = latest - _TURN_MARGIN_SECONDS * 1000
         if start <= bound and last <= near and (turn is not None or line <= now or line > latest_turn):

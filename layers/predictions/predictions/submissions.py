@@ -32,7 +32,7 @@ from predictions.aws import api_url
 from predictions.errors import PredictionThrottled, Problem
 from predictions.executions import Executions, wake
 from predictions.intents import Attempt, Intent, Reference, input_json_canonical
-from predictions.limiter import Lane, Limiter, Pause, Start, TooLate, Turn
+from predictions.limiter import AskAgain, Lane, Limiter, Pause, Reservation, Start, TooLate
 from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, Place, refusal_of
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.outputs import StoredFile
@@ -490,7 +490,7 @@ class Submissions:
             if turn_is_ahead:
                 self._limiter.give_turn_back(_lane(prediction), prediction.owner, prediction.turn_ms or 0)
             return
-        if isinstance(start, Turn) and not start.step_ms:
+        if isinstance(start, AskAgain) and not start.step_ms:
             raise self._put_off_until(prediction, math.ceil(start.at), prediction.turn_ms)
         submit_at = math.ceil(now + self._look_seconds(prediction) if isinstance(start, TooLate) else start.at)
         waits = _waits(start)
@@ -555,7 +555,7 @@ class Submissions:
             raise PredictionThrottled(self._within_lifetime(prediction, seconds)) from None
         return True
 
-    def _reserve_start(self, prediction: Prediction) -> Start | Turn | TooLate:
+    def _reserve_start(self, prediction: Prediction) -> Reservation:
         latest = prediction.deadline - _START_MARGIN_SECONDS
         has_turn = prediction.turn_ms or prediction.reserved
         turn_at = prediction.submit_at if has_turn else None
@@ -1145,11 +1145,11 @@ def _paused(pause: Pause, now: float) -> Problem:
     return Problem(503, detail, title="Paused", headers={"Retry-After": str(seconds)})
 
 
-def _waits(start: Start | Turn | TooLate) -> Waits:
+def _waits(start: Reservation) -> Waits:
     """What a prediction waits for, after this answer of the limiter."""
     if isinstance(start, Start):
         return Waits(reserved_start=start.number)
-    return Waits(turn_ms=start.step_ms) if isinstance(start, Turn) else Waits()
+    return Waits(turn_ms=start.step_ms) if isinstance(start, AskAgain) else Waits()
 
 
 def _lane(prediction: Prediction) -> Lane:
