@@ -126,7 +126,7 @@ PROMISES: Sequence[Promise] = (
             ),
             Shown("A batch of 200 lines, canceled half-way and run again", ["tests/stack/test_batches.py"]),
             Shown(
-                "A fault at any call of a new batch or pipeline, repeated on 5xx, makes one; keys that have expired run anew",
+                "A fault at any call of a new batch or pipeline makes one of them; expired keys start new ones",
                 ["tests/unit/test_once.py"],
             ),
             Shown(
