@@ -137,6 +137,10 @@ PROMISES: Sequence[Promise] = (
             ),
             Shown("A batch of 200 lines, canceled half-way and run again", ["tests/stack/test_batches.py"]),
             Shown(
+                "A fault at any call of a new batch or pipeline makes one of them; expired keys start new ones",
+                ["tests/unit/test_once.py"],
+            ),
+            Shown(
                 "Starts at the same time, in any order of their calls", ["tests/unit/test_submissions.py::TestStart"]
             ),
         ),
@@ -217,6 +221,10 @@ PROMISES: Sequence[Promise] = (
             Shown(
                 "Parallel starts by all doors pass neither an owner's limits nor the rate",
                 ["tests/attacks/test_money.py"],
+            ),
+            Shown(
+                "Open batches and pipelines, attempts and refused lines count against their owner's limits",
+                ["tests/unit/test_owner_bounds.py"],
             ),
             Shown("Every operation answers whatever comes as its document says", ["tests/stack/test_description.py"]),
         ),

@@ -15,7 +15,6 @@ from predictions.api import (
     owner_with,
     resolver,
 )
-from predictions.aws import api_url
 from predictions.intents import (
     Attempt,
     Intent,
@@ -108,8 +107,6 @@ def _remaining_seconds() -> float:
 
 def _start(intent: Intent, rate_limit: dict[str, str], wait_seconds: float = 0) -> Prediction:
     context = app.current_event.request_context
-    # The answer needs it: what cannot be answered is not started.
-    api_url()
     return submissions.start(
         intent,
         attempt=Attempt.of(headers_of(app), context.request_time_epoch),

@@ -143,6 +143,14 @@ def test_same_request_is_another_one_unless_its_client_says_that_it_repeats(
     assert made(door) == 5
 
 
+@pytest.mark.parametrize("door", BODIES)
+def test_request_whose_answer_cannot_be_put_together_makes_nothing(post: Post, door: str) -> None:
+    aws._api_url = None
+    with refusing("GetParameter", "ThrottlingException", service="ssm"):
+        assert post(door, 0) == 503
+    assert made(door) == 0
+
+
 def test_pipeline_that_was_repeated_is_answered_though_it_cannot_be_read(post: Post) -> None:
     assert post("pipelines", 0, Idempotency_Key="k") == 201
     # It is found by its key; that its steps cannot be read is no reason to send it again.
@@ -188,6 +196,32 @@ def test_retry_that_its_client_repeats_is_answered_with_the_attempt_that_was_beg
     begun = batch_world.control.again(failed_batch(batch_world, replicate))
     assert batch_world.control.again(batch_world.there(begun), repeated=True).attempt == 2
     assert batch_world.there(begun).attempt == 2
+
+
+@pytest.mark.parametrize("route", ["retry", "cancel"])
+def test_change_of_a_batch_that_cannot_be_shown_is_answered_without_what_is_missing(
+    batch_world: BatchWorld,  # noqa: F811
+    outputs: OutputsBucket,
+    replicate: ReplicateInMemory,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    route: str,
+) -> None:
+    with pytest.MonkeyPatch.context() as only_here:
+        app = load_app("manage_batches", only_here)
+    distribution = Distribution("d111.cloudfront.net", "K2JCJMDEHXQW5F", damaged_key, now=clock.now)
+    monkeypatch.setattr(app, "control", batch_world.control)
+    monkeypatch.setattr(app, "submissions", batch_world.submissions)
+    monkeypatch.setattr(app, "presenter", Presenter(outputs, 3600, distribution))
+    # A retry shows the results of the attempt before, a cancel how far the Map is.
+    batch = failed_batch(batch_world, replicate) if route == "retry" else batch_world.prepared(LLAMA)
+    event = sample("manage_batches", "cancel")
+    event["path"], event["resource"] = f"/batches/{batch.id}/{route}", f"/batches/{{id}}/{route}"
+    with refusing("ListMapRuns", "ThrottlingException"):
+        answer = app.handler(event, Context())
+    shown = json.loads(answer["body"])
+    assert (answer["statusCode"], shown["results"]) == (200, None)
+    assert (shown["attempt"], shown["cancel_requested"]) == ((2, False) if route == "retry" else (1, True))
 
 
 def test_cancel_of_a_batch_that_fails_half_way_is_answered_and_finished_by_the_sweep(
@@ -321,15 +355,6 @@ def test_run_job_that_cannot_be_shown_is_answered_with_its_id_and_status(
                      "r", lambda: 900)  # fmt: skip
     assert (again["prediction_id"], again["status"], again["output"]) == (first["prediction_id"], "starting", None)
     assert len(replicate.creates) == 1
-
-
-def test_start_of_which_the_urls_cannot_be_told_starts_nothing(
-    submissions: Submissions, outputs: OutputsBucket, replicate: ReplicateInMemory
-) -> None:
-    jobs = RunJobs(submissions, Presenter(outputs, 3600), owner="queue", allow_loopback_webhooks=False)
-    with refusing("GetParameter", "ThrottlingException", service="ssm"), pytest.raises(ClientError):
-        jobs.run({"model": "meta/llama", "prompt": "a fox"}, "r", lambda: 900)
-    assert replicate.creates == []
 
 
 # -- keys that outlive what they name -------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from predictions.api import Presenter
-from predictions.aws import api_url
 from predictions.errors import Problem
 from predictions.intents import Intent, create_requested_intent, parse_json
 from predictions.observability import MetricUnit, logger, metrics
@@ -183,8 +182,6 @@ class RunJobs:
             job = _read(kind, event)
             intent = self._intent(job, request_id)
             logger.set_correlation_id(intent.id)
-            # The answer needs it: what cannot be answered is not started.
-            api_url()
             prediction = self._start(intent, remaining_seconds)
         except Problem as problem:
             fields = [str(field["field"]) for field in problem.invalid_fields[:10]]
