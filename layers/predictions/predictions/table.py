@@ -1150,7 +1150,7 @@ class PredictionsTable:
         if len(body) > PAYLOAD_LIMIT_BYTES:
             # Named by its content, so that a late writer can never replace what the item points to.
             item["s3_key"] = f"payloads/{prediction_id}/{hashlib.sha256(body).hexdigest()}.json"
-            self._outputs.put_payload(item["s3_key"], text)
+            self._outputs.put_payload(item["s3_key"], body)
         else:
             item["json"] = text
         condition: dict[str, Any] = {}
