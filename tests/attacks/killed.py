@@ -21,7 +21,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
-import botocore.session
+import pytest
+from predictions import aws
 from predictions.outputs import OutputsBucket
 from predictions.table import PredictionsTable
 
@@ -103,11 +104,7 @@ class Cloud:
 
     def predictions(self) -> PredictionsTable:
         """The table, by the library's own reader and writer."""
-        dynamodb: Any = botocore.session.get_session().create_client(
-            "dynamodb", region_name="us-east-1", endpoint_url=self.url,
-            aws_access_key_id="testing", aws_secret_access_key="testing",
-        )  # fmt: skip
-        return PredictionsTable("predictions", OutputsBucket("outputs"), dynamodb)
+        return PredictionsTable("predictions", OutputsBucket("outputs"), aws.client("dynamodb"))
 
     def invoke(self, function: str, event: Any, **environment: str) -> Run:
         """Runs a function of the template once."""
@@ -320,11 +317,15 @@ def _used(pid: int) -> tuple[int, float] | None:
 
 @contextmanager
 def cloud() -> Iterator[Cloud]:
-    """An empty account, and a Replicate that knows nothing."""
+    """An empty account, which this process's clients have too, and a Replicate that knows nothing."""
     cloud = Cloud()
     try:
-        yield cloud
+        with pytest.MonkeyPatch.context() as here:
+            here.setenv("AWS_ENDPOINT_URL", cloud.url)
+            aws._client.cache_clear()
+            yield cloud
     finally:
+        aws._client.cache_clear()
         cloud.close()
 
 

@@ -9,6 +9,7 @@ everybody who reads the kept output bears it.
 import json
 import time
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -70,13 +71,15 @@ def told(output: bytes, upstream_id: str, status: str = "succeeded") -> bytes:
     return head[:-1].encode() + b',"output":' + output + b',"error":null,"status":"' + status.encode() + b'"}'
 
 
+@cache
 def at_the_bound(unit: bytes) -> bytes:
-    """A list that is just read: what it weighs grows with its length."""
-    size = 4 * MB
-    size = int(size * 0.99 * PARSED_LIMIT_BYTES / weigh(told(filled(unit, size), "u"), PARSED_LIMIT_BYTES).bytes)
-    output = filled(unit, size)
-    assert 0.97 < weigh(told(output, "u"), PARSED_LIMIT_BYTES).bytes / PARSED_LIMIT_BYTES <= 1
-    return output
+    """The longest list that is just read, to within a twentieth."""
+    read, refused = 4 * MB, 60 * MB
+    while refused > 1.05 * read:
+        size = (read + refused) // 2
+        within = weigh(told(filled(unit, size), "u"), PARSED_LIMIT_BYTES).bytes <= PARSED_LIMIT_BYTES
+        read, refused = (size, refused) if within else (read, size)
+    return filled(unit, read)
 
 
 @pytest.fixture
@@ -91,7 +94,8 @@ def prediction(here: Cloud, n: int = 1, *, claim: bool = True, lifetime: int = 8
     table, now = here.predictions(), time.time()
     intent = create_intent(
         json.dumps({"version": VERSION, "input": {"n": n}, **body}, separators=(",", ":")).encode(),
-        {"content-type": "application/json"}, owner="alice" if n == 1 else "bob", reference=None, allow_loopback_webhooks=True,
+        {"content-type": "application/json"}, owner="alice" if n == 1 else "bob", reference=None,
+        allow_loopback_webhooks=True,
     )  # fmt: skip
     made = table.put_intent(
         intent, version=VERSION, deadline=int(now) + lifetime, expires=int(now) + 30 * 86400, claim=claim,
@@ -115,6 +119,7 @@ def due(here: Cloud, prediction_id: str, **attributes: Any) -> None:
 
 
 def ended(run: Run) -> Run:
+    """A run that was not killed, and raised nothing."""
     assert (run.killed, run.error) == (None, None), f"{run.killed} at {run.peak_bytes >> 20} MiB, {run.seconds:.1f} s"
     return run
 

@@ -346,7 +346,9 @@ def answer_bytes(shown: Any) -> int:
 
 
 def _is_too_large(shown: Any) -> bool:
-    return answer_bytes(shown) > ANSWER_LIMIT_BYTES
+    text = json.dumps(shown)
+    # Within Lambda's answer it only gets longer, which would take its memory twice more.
+    return len(text) > ANSWER_LIMIT_BYTES or len(json.dumps(text)) > ANSWER_LIMIT_BYTES
 
 
 def _error(prediction: Prediction, files: Any) -> str | None:

@@ -119,6 +119,8 @@ class _Counted:
         self.commas = body.count(b",")
         self.colons = body.count(b":")
         self.strings = (body.count(b'"') + 1) // 2
+        # No more numbers than these have an exponent, and are written longer than they were.
+        self._exponents = body.count(b"e") + body.count(b"E")
         special = body.translate(None, _PLAIN)
         high = len(special.translate(None, bytes(range(0x80))))
         spaces = sum(special.count(each) for each in (b"\t", b"\r", b"\n"))
@@ -165,7 +167,7 @@ class _Counted:
         memory = (
             _LIST * self.lists
             + _FIRST_ELEMENTS * min(self.lists, full)
-            + _ELEMENT * max(0, values - items)
+            + _ELEMENT * max(0, values - items - min(self.lists, full))
             + _DICT * self.dicts
             + _FIRST_ITEMS * full_dicts
             + _ITEM * (items - full_dicts)
@@ -175,7 +177,7 @@ class _Counted:
             + self._string_bytes
         )
         size = len(self._body)
-        written = size + self._written_more + _DIGITS_MORE * numbers
+        written = size + self._written_more + _DIGITS_MORE * min(numbers, self._exponents)
         return Weight(values, size + memory + max(size * self._text_width, 2 * written))
 
 

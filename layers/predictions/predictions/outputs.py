@@ -396,16 +396,17 @@ class OutputsBucket:
             "get_object", Params={"Bucket": self.name, "Key": key}, ExpiresIn=expires_seconds
         )
 
-    def put_payload(self, key: str, text: str) -> None:
+    def put_payload(self, key: str, text: str | bytes) -> None:
         """Stores JSON text.
 
         The last writer wins: where contents can differ, give each a key of its own (with its hash, say).
 
         Args:
             key: Starts with `payloads/`.
-            text: JSON.
+            text: JSON; as bytes where the caller has them, so that a long one is not encoded twice.
         """
-        self._s3.put_object(Bucket=self.name, Key=_payload_key(key), Body=text.encode(), ContentType="application/json")
+        body = text.encode() if isinstance(text, str) else text
+        self._s3.put_object(Bucket=self.name, Key=_payload_key(key), Body=body, ContentType="application/json")
 
     def put_longer_payload(self, key: str, text: str) -> bool:
         """Store JSON text in an object that grows, unless a text at least as long is stored there.

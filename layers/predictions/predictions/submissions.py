@@ -896,6 +896,9 @@ class Submissions:
         if begun is None:
             return
         prediction = begun
+        if prediction.stalled_looks > 1:
+            # Where the function is killed, this is the last that its log says.
+            logger.warning("looked at again: the look before died, or the execution", stalled=prediction.stalled_looks)
         if prediction.stalled_looks >= _STALLED_LOOKS and self._is_abandoned(prediction):
             prediction = self._abandon(prediction)
         if prediction.orphans:

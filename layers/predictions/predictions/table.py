@@ -1258,7 +1258,8 @@ class PredictionsTable:
     ) -> None:
         item: dict[str, Any] = {"pk": _key(prediction_id)["pk"], "sk": sk, "expires_at": expires, "length": len(text)}
         item |= notice or {}
-        key = _payload_object(prediction_id, text)
+        body = text.encode()
+        key = _payload_object(prediction_id, body)
         if key is None:
             item["json"] = text
         elif only_longer:
@@ -1269,7 +1270,7 @@ class PredictionsTable:
                 return
         else:
             item["s3_key"] = key
-            self._outputs.put_payload(key, text)
+            self._outputs.put_payload(key, body)
         condition: dict[str, Any] = {}
         if only_first:
             condition = {"ConditionExpression": "attribute_not_exists(pk)"}
@@ -1287,7 +1288,7 @@ class PredictionsTable:
 
     def _empty_payload(self, prediction_id: str, text: str) -> None:
         """Replace the object that `_put_payload` made of a text, if it made one, by an empty one."""
-        if key := _payload_object(prediction_id, text):
+        if key := _payload_object(prediction_id, text.encode()):
             self._outputs.put_payload(key, "{}")
 
     def _payload(self, prediction_id: str, sk: str, longest: int | None = None) -> str | None:
@@ -1392,12 +1393,11 @@ def _list_key(owner: str, kind: str) -> str:
 _TRAININGS_OF = "trainings#"
 
 
-def _payload_object(prediction_id: str, text: str) -> str | None:
+def _payload_object(prediction_id: str, body: bytes) -> str | None:
     """The key of the object that holds a payload; None for one that fits into an item.
 
     It is named by its content, so that a late writer can never replace what the item points to.
     """
-    body = text.encode()
     if len(body) <= PAYLOAD_LIMIT_BYTES:
         return None
     return f"payloads/{prediction_id}/{hashlib.sha256(body).hexdigest()}.json"

@@ -17,7 +17,7 @@ from predictions.statuses import TERMINAL_RANK, Status, rank_of
 DEPTH_LIMIT = 300
 """The deepest answer: what Python reads beyond that depends on its version, and on who calls."""
 
-PARSED_LIMIT_BYTES = 288 * 1024 * 1024
+PARSED_LIMIT_BYTES = 256 * 1024 * 1024
 """The memory that an answer may take when it is parsed, kept and written out again (`bounded_json.weigh`): what the
 smallest function that does so has left of its 512 MB. Each function that reads a kept output bears as much."""
 
