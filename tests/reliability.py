@@ -108,7 +108,7 @@ PROMISES: Sequence[Promise] = (
                 ["tests/stack/test_predictions.py::TestLostWebhooks"],
             ),
             Shown(
-                "A bus or Step Functions that refuse for hours lose no event and no answer, and delay and repeat no webhook",
+                "A bus or Step Functions that refuse for hours lose nothing, and delay and repeat no webhook",
                 ["tests/unit/test_changes.py::TestFailures"],
             ),
             Shown(

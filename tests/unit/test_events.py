@@ -248,6 +248,7 @@ PUBLISHED = {
     ("publish_changes", "canceled"): [],
     ("publish_changes", "deleted"): [],
     ("publish_changes", "pipeline_succeeded"): [],
+    ("publish_changes", "retry"): [],
 }
 """What is queued at once of what each calls for; the rest follows a second later."""
 TOLD_TO_THE_BUS = {
@@ -259,6 +260,7 @@ TOLD_TO_THE_BUS = {
     "files_stored": ["Prediction Succeeded"],
     "nothing_visible": [],
     "pipeline_succeeded": ["Pipeline Completed"],
+    "retry": ["Prediction Succeeded"],
     "start_and_output": [],
     "succeeded": ["Prediction Succeeded"],
 }
@@ -667,6 +669,14 @@ def test_a_sample_of_the_stream_that_cannot_be_queued_is_read_again(run: Run, cl
     with refusing("SendMessage", "AccessDenied", service="sqs"):
         failed = run("publish_changes", event)["batchItemFailures"]
     assert failed == [{"itemIdentifier": event["Records"][0]["dynamodb"]["SequenceNumber"]}]
+
+
+def test_the_sample_of_a_retry_stays_in_its_queue_where_it_cannot_be_queued_again(run: Run, cloud: None) -> None:
+    event = sample("publish_changes", "retry")
+    Bus().call_refused_with = "AccessDeniedException"
+    with refusing("SendMessage", "AccessDenied", service="sqs"):
+        failed = run("publish_changes", event)["batchItemFailures"]
+    assert failed == [{"itemIdentifier": event["Records"][0]["messageId"]}]
 
 
 @pytest.fixture
