@@ -324,6 +324,17 @@ def limited() -> Iterator[Any]:
         yield dynamodb
 
 
+def test_status_tells_which_owners_wait(limited: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    limiter = Limiter("predictions", limited)
+    for _ in range(80):
+        limiter.reserve_for_queue("team-a", latest=4e9)
+    assert main(["status", "--json", "--stack", "demo", "--region", REGION]) == 0
+    waiting = json.loads(capsys.readouterr().out)["queue_waiting_seconds"]
+    assert 4 <= waiting["team-a"] <= 9
+    assert main(["status", "--stack", "demo", "--region", REGION]) == 0
+    assert "team-a, for" in capsys.readouterr().out
+
+
 def test_status_tells_of_a_pause_from_its_command_to_its_end(limited: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def status() -> Any:
         assert main(["status", "--json", "--stack", "demo", "--region", REGION]) == 0
@@ -338,6 +349,8 @@ def test_status_tells_of_a_pause_from_its_command_to_its_end(limited: Any, capsy
         "throttled_seconds": 0,
         "queue_reserved_seconds": 0,
         "http_reserved_seconds": 0,
+        "queue_waiting_seconds": {},
+        "http_waiting_seconds": {},
     }
     limited.put_item(
         TableName="predictions",
@@ -375,11 +388,19 @@ def test_limits_are_set_listed_and_removed(limited: Any, capsys: pytest.CaptureF
     run("set", "bob", "--in-flight", "20", "--per-day", "5000")
     run("set", "alice", "--per-day", "0")
     run("set", "bob", "--in-flight", "30")
+    run("set", "carol", "--open-batches", "3", "--open-pipelines", "0")
     assert json.loads(run("list", "--json")) == [
-        {"owner": "alice", "in_flight": None, "per_day": 0},
-        {"owner": "bob", "in_flight": 30, "per_day": None},
+        {"owner": "alice", "in_flight": None, "per_day": 0, "open_batches": None, "open_pipelines": None},
+        {"owner": "bob", "in_flight": 30, "per_day": None, "open_batches": None, "open_pipelines": None},
+        {"owner": "carol", "in_flight": None, "per_day": None, "open_batches": 3, "open_pipelines": 0},
     ]
-    assert run("list").splitlines()[1:] == ["alice  -          0", "bob    30         -"]
+    # What is not set of batches and pipelines is the default of owners with limits.
+    assert [line.split() for line in run("list").splitlines()[1:]] == [
+        ["alice", "-", "0", "100", "500"],
+        ["bob", "30", "-", "100", "500"],
+        ["carol", "-", "-", "3", "0"],
+    ]
+    run("remove", "carol")
     run("remove", "bob")
     run("remove", "bob")
     assert [each["owner"] for each in json.loads(run("list", "--json"))] == ["alice"]
@@ -425,7 +446,7 @@ def hooks(stack: AccessTokens) -> Any:
                 "TrackPredictionStateMachineArn": f"arn:aws:states:{REGION}:123456789012:stateMachine:track",
             },
             {
-                **{letters: queue_named(letters) for letters in QUEUES.values()},
+                **{name: queue_named(name) for name in (*QUEUES.values(), "ChangesRetryQueue")},
                 **{f"{function}Function": named(function) for function in FUNCTIONS},
                 **{secret: named(secret) for secret in SECRETS},
             },
@@ -888,6 +909,43 @@ def test_changes_that_were_given_up_are_read_from_the_stream_again_and_published
     assert "names no part of the stream" in err
     assert "did not give all of it" in err
     assert counts(capsys)["changes"] == 2
+
+
+EFFECT = {
+    "effect": "event",
+    "first_at": 1_750_000_000,
+    "record": {
+        "eventName": "MODIFY",
+        "dynamodb": {
+            "SequenceNumber": "7",
+            "ApproximateCreationDateTime": 1_750_000_000.5,
+            "Keys": {"pk": {"S": f"prediction#{ID}"}, "sk": {"S": "status"}},
+            "NewImage": {"visible": {"S": "succeeded"}},
+        },
+    },
+}
+
+
+def test_effects_that_were_given_up_are_listed_with_their_reason_and_retried_for_another_day(
+    hooks: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    died = {**EFFECT, "effect": "callers", "callers": ["caller#1"]}
+    bury(hooks, "ChangesDeadLetterQueue", {**EFFECT, "reason": "failed for a day"}, died)
+    assert main(["dead-letters", "list", "changes", "--stack", "hooks"]) == 0
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["ID", "RECORDS", "FROM", "TO", "REASON"]
+    moment = "2025-06-15T15:06:40Z"
+    assert [row.split(maxsplit=4)[1:] for row in rows] == [
+        ["1", moment, moment, "event: failed for a day"],
+        ["1", moment, moment, "callers: publish_changes died over it each time: see its log"],
+    ]
+    hooks.purge_queue(QueueUrl=hooks.get_queue_url(QueueName="ChangesDeadLetterQueue")["QueueUrl"])
+    bury(hooks, "ChangesDeadLetterQueue", {**EFFECT, "reason": "failed for a day"}, died)
+    assert main(["dead-letters", "redrive", "changes", "--stack", "hooks"]) == 0
+    again = messages(hooks, "ChangesRetryQueue")
+    assert [{**each, "first_at": 1_750_000_000} for each in again] == [EFFECT, died]
+    assert all(each["first_at"] > 1_750_000_000 for each in again)
+    assert counts(capsys)["changes"] == 0
 
 
 # -- a prediction's story ------------------------------------------------------------------------------------------

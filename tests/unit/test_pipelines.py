@@ -634,6 +634,7 @@ class TestTwiceLateNever:
         self, world: World, executed: Executed
     ) -> None:
         body = json.dumps({"steps": [step()]}).encode()
+        aws.api_url()  # asked once for both
         with faulty(Fault.REFUSED, 10_000) as made:
             world.api.create_pipeline("alice", body, {"idempotency-key": "counted"})
         start = made.index("stepfunctions.StartExecution")

@@ -12,12 +12,12 @@ from predictions import aws
 from predictions.changes import Changes
 from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequest, DeadRequests
 from predictions.executions import Executions
-from predictions.items import deserialize
+from predictions.items import deserialize, serialize
 from predictions.observability import logger
 from predictions.outputs import OutputsBucket
 from predictions.requests import Message, RequestRefused, Requests, _source_of, task_token_of
 from predictions.statuses import Status
-from predictions.table import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
+from predictions.table import CALLERS_LIMIT, PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
 
 from tests.unit.apps import Context, load_app
 from tests.unit.conftest import ENVIRONMENT
@@ -86,6 +86,26 @@ class TestRefused:
             requests.take(message(body))
         assert items("") == []
         assert executed.inputs == {}
+
+    def test_more_states_than_may_wait_for_one_prediction_are_refused_and_those_that_wait_are_not(
+        self, requests: Requests, table: PredictionsTable
+    ) -> None:
+        asked = {**BODY, "idempotency_key": "k"}
+        prediction = requests.take(message({**asked, "task_token": "token 0"}))
+        assert prediction is not None
+        # As many as it takes, in few calls.
+        rows = [{"pk": f"prediction#{prediction.id}", "sk": f"caller#{n}", "task_token": f"t{n}"} for n in range(998)]
+        for n in range(0, len(rows), 25):
+            puts: Any = [{"PutRequest": {"Item": serialize(row)}} for row in rows[n : n + 25]]
+            aws.client("dynamodb").batch_write_item(RequestItems={"predictions": puts})
+        requests.take(message({**asked, "task_token": "the last one"}, id="message-2"))
+        assert len(items("caller#")) == CALLERS_LIMIT
+        with pytest.raises(RequestRefused, match=f"1000 states wait for prediction {prediction.id} already"):
+            requests.take(message({**asked, "task_token": "one too many"}, id="message-3"))
+        assert len(items("caller#")) == CALLERS_LIMIT
+        for token in ("token 0", "the last one"):  # SQS may deliver a message twice
+            assert requests.take(message({**asked, "task_token": token})) is not None
+        assert requests.take(message(asked)) is not None, "nobody waits for this one"
 
     def test_key_of_another_request_is_refused_and_its_caller_not_noted(
         self, requests: Requests, executed: Executed

@@ -4,7 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from predictions.access import _OWNER, is_owner
+from hypothesis import given
+from hypothesis import strategies as st
+from predictions.access import _OWNER, is_owner, parse_authorization
+from predictions.change_retries import RETRY_SECONDS as CHANGE_RETRY_SECONDS
+from predictions.changes import NEEDED_SECONDS as CHANGE_NEEDED_SECONDS
 from predictions.commands.letters import QUEUES as LETTERS
 from predictions.deliveries import LONGEST_WAIT_SECONDS, RETRY_SECONDS
 from predictions.deployed_recipes import NEEDED_SECONDS as NEEDED_FOR_A_FILE_SECONDS
@@ -582,9 +586,37 @@ def test_api_asks_for_a_token_unless_a_route_says_otherwise() -> None:
     authorizer = api["Auth"]["Authorizers"][api["Auth"]["DefaultAuthorizer"]]
     assert authorizer["FunctionArn"] == {"Fn::GetAtt": ["AuthorizeRequestFunction", "Arn"]}
     assert authorizer["FunctionPayloadType"] == "TOKEN"
-    assert authorizer["Identity"] == {"Header": "Authorization", "ReauthorizeEvery": 60}
+    assert {name: authorizer["Identity"][name] for name in ("Header", "ReauthorizeEvery")} == {
+        "Header": "Authorization", "ReauthorizeEvery": 60,
+    }  # fmt: skip
     assert api["BinaryMediaTypes"] == ["multipart~1form-data"]
     assert [settings["DataTraceEnabled"] for settings in api["MethodSettings"]] == [False] * len(api["MethodSettings"])
+
+
+@given(
+    st.text()
+    | st.from_regex(r"(bearer|token|Bearer|TOKEN|Basic|bearer\t|) *[ -~]{0,300} *", fullmatch=True)
+    | st.sampled_from(
+        ["Bearer rs_" + "A" * 43, "token  x ", "Bearer " + "x" * 256, "Bearer " + "x" * 257, "Bearer x y"]
+    )
+)
+def test_header_runs_the_authorizer_exactly_if_it_can_hold_a_token(header: str) -> None:
+    # A header has one line: whether `$` also matches before a line's end is no matter here.
+    header = header.replace("\n", "")
+    authorizer = load_template()["Resources"]["Api"]["Properties"]["Auth"]["Authorizers"]["AccessToken"]
+    matched = re.search(authorizer["Identity"]["ValidationExpression"], header)
+    assert bool(matched) == (parse_authorization(header) is not None)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "events:PutTargets" in actions(name)])
+def test_rules_of_recipes_may_send_to_the_requests_queue_only(name: str) -> None:
+    (targets,) = [each for each in statements(name) if "events:PutTargets" in listed(each["Action"])]
+    assert targets["Action"] == "events:PutTargets"
+    queue = {"Fn::GetAtt": ["RequestsQueue", "Arn"]}
+    assert targets["Condition"] == {"ForAllValues:ArnEquals": {"events:TargetArn": queue}}
+    assert variables(name)["REQUESTS_QUEUE_ARN"] == queue, "which is where the code sends them"
+    for resource in targets["Resource"]:
+        assert resource["Fn::Sub"].endswith("/${AWS::StackName}-recipe-*")
 
 
 def test_public_routes_have_limits_of_their_own_so_that_strangers_cannot_use_up_that_of_the_callers() -> None:
@@ -705,7 +737,11 @@ def test_bucket_keeps_files_for_the_retention_time_and_is_kept_itself(name: str)
 
 @pytest.mark.parametrize(
     ("queue", "dead_letters"),
-    [("RequestsQueue", "RequestsDeadLetterQueue"), ("DeliveriesQueue", "DeliveriesDeadLetterQueue")],
+    [
+        ("RequestsQueue", "RequestsDeadLetterQueue"),
+        ("DeliveriesQueue", "DeliveriesDeadLetterQueue"),
+        ("ChangesRetryQueue", "ChangesDeadLetterQueue"),
+    ],
 )
 def test_messages_that_fail_again_and_again_are_kept(queue: str, dead_letters: str) -> None:
     queues = resources("AWS::SQS::Queue")
@@ -722,6 +758,18 @@ def test_delivery_outlives_its_tries_and_its_message_the_function() -> None:
     assert function["Timeout"] > 2 * TOTAL_SECONDS
     source = SOURCES["DeliveriesEventSource"]["Properties"]
     assert (source["BatchSize"], source["FunctionResponseTypes"]) == (1, ["ReportBatchItemFailures"])
+
+
+def test_retry_of_a_change_outlives_its_tries_and_its_message_the_function() -> None:
+    queue = resources("AWS::SQS::Queue")["ChangesRetryQueue"]["Properties"]
+    function = resources("AWS::Serverless::Function")["PublishChangesFunction"]["Properties"]
+    assert queue["MessageRetentionPeriod"] > CHANGE_RETRY_SECONDS
+    assert queue["VisibilityTimeout"] >= 6 * function["Timeout"]
+    assert function["Timeout"] >= 3 * CHANGE_NEEDED_SECONDS
+    source = SOURCES["ChangesRetryEventSource"]["Properties"]
+    assert source["EventSourceArn"] == {"Fn::GetAtt": ["ChangesRetryQueue", "Arn"]}
+    assert (source["BatchSize"], source["FunctionResponseTypes"]) == (10, ["ReportBatchItemFailures"])
+    assert source["ScalingConfig"] == {"MaximumConcurrency": 5}
 
 
 def test_request_outlives_its_tries_and_its_message_the_function() -> None:
@@ -933,6 +981,7 @@ def test_alarms_watch_what_loses_results_or_money() -> None:
     assert {
         metric for alarm in ALARMS.values() for space, metric, _ in read_by(alarm) if space == "ReplicateServerless"
     } == {
+        "ChangesDelayed",
         "CopiesFailed",
         "UpstreamRefusals",
         "UpstreamThrottles",
@@ -1043,7 +1092,7 @@ def dead_letter_queues() -> dict[str, str]:
 
 def test_what_does_not_get_across_an_asynchronous_hop_is_kept_and_an_alarm_tells() -> None:
     kept_in = dead_letter_queues()
-    assert len(kept_in) == 8
+    assert len(kept_in) == 9
     queues = resources("AWS::SQS::Queue")
     watched = {
         dimensions["QueueName"]["Fn::GetAtt"][0]
@@ -1226,16 +1275,21 @@ def test_alarm_for_what_is_past_its_deadline_comes_after_the_last_poll_that_may_
     assert alarm["Threshold"] > _ABANDON_SECONDS + longest
 
 
-def test_concurrency_is_reserved_for_webhooks_only_where_it_is_asked_for() -> None:
+def test_concurrency_is_reserved_for_webhooks_and_starts_only_where_it_is_asked_for() -> None:
     reserved = {
         name: function["Properties"]["ReservedConcurrentExecutions"]
         for name, function in resources("AWS::Serverless::Function").items()
         if "ReservedConcurrentExecutions" in function["Properties"]
     }
-    asked = ["ReserveForWebhooks", {"Ref": "WebhookReservedConcurrency"}, {"Ref": "AWS::NoValue"}]
-    assert reserved == {"ReceiveWebhookFunction": {"Fn::If": asked}}
+    webhooks = ["ReserveForWebhooks", {"Ref": "WebhookReservedConcurrency"}, {"Ref": "AWS::NoValue"}]
+    starts = ["ReserveForStarts", {"Ref": "StartReservedConcurrency"}, {"Ref": "AWS::NoValue"}]
+    assert reserved == {
+        "ReceiveWebhookFunction": {"Fn::If": webhooks},
+        "StartPredictionFunction": {"Fn::If": starts},
+    }
     # A new account has 10, and Lambda lets nothing be reserved of the last 100: the stack could not be deployed.
     assert PARAMETERS["WebhookReservedConcurrency"]["Default"] == 0
+    assert PARAMETERS["StartReservedConcurrency"]["Default"] == 0
 
 
 def test_outputs_are_those_that_users_and_tools_rely_on() -> None:

@@ -34,10 +34,15 @@ _ID = re.compile(r"[0-9a-f]{6,64}")
 
 
 class Scope(StrEnum):
-    """What a token allows: start and cancel predictions, read them, manage what belongs to the owner."""
+    """What a token allows: start and cancel predictions, read them, start trainings, manage recipes and models.
+
+    A training adds a version to a model of the Replicate account, which others may run by its name; so `manage`, which
+    may change models in any way, includes `train`, and `predict` does not.
+    """
 
     PREDICT = "predict"
     READ = "read"
+    TRAIN = "train"
     MANAGE = "manage"
 
 

@@ -19,7 +19,7 @@ from predictions.intents import BODY_LIMIT_BYTES, Intent, create_requested_inten
 from predictions.items import deserialize, serialize
 from predictions.links import Links
 from predictions.observability import logger
-from predictions.outputs import OutputsBucket, replace_files
+from predictions.outputs import OutputsBucket
 from predictions.pipeline_definition import Step, elements
 from predictions.pipeline_runs import run_ids, run_key, states_of
 from predictions.pipelines_table import PipelinesTable, StoredPipeline
@@ -264,9 +264,8 @@ class Pipelines:
 
     def _output(self, output: Any, result: UnreadResult, expires: int) -> Any:
         """An output whose files are links; null for one that was not stored."""
-        values: dict[str, Any] = {file.path: None for file in self._outputs.find_files(output)}
-        values |= {f.path: self._links.url("outputs", f.key, expires=expires) for f in result.files if f.key}
-        return replace_files(output, values)
+        links = {f.path: self._links.url("outputs", f.key, expires=expires) for f in result.files if f.key}
+        return self._outputs.place_files(output, links)
 
 
 def _too_large(step: Step, what: str) -> CannotRun:

@@ -26,7 +26,7 @@ from predictions.errors import PredictionsError, Problem
 from predictions.executions import Executions
 from predictions.intents import Intent, create_requested_intent, parse_json
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.table import AlreadyExists, Prediction, PredictionsTable
+from predictions.table import CALLERS_LIMIT, AlreadyExists, Prediction, PredictionsTable
 
 if TYPE_CHECKING:
     from predictions.dropped_manifests import DroppedManifests
@@ -177,7 +177,7 @@ class Requests:
             task_token: Of a state that waits for its end.
 
         Raises:
-            RequestRefused: Its idempotency key belongs to another request.
+            RequestRefused: Its idempotency key belongs to another request, or too many states wait for it already.
         """
         now = self._now()
         logger.set_correlation_id(intent.id)
@@ -202,6 +202,12 @@ class Requests:
             ):
                 reason = "Its idempotency key belongs to another request: use a new key for a new request."
                 raise RequestRefused(reason) from None
+            # Not before it is known to be the same request. A new prediction has no callers yet, so nothing is counted.
+            if task_token is not None and not self._table.takes_caller(prediction.id, task_token):
+                raise RequestRefused(
+                    f"task_token: {CALLERS_LIMIT} states wait for prediction {prediction.id} already, which is the "
+                    "limit. Send a request with an idempotency key of its own, or poll the prediction."
+                ) from None
         if task_token is not None:
             # Not before it is known to be the same request. It may have ended: publish_changes sees both, this and the
             # end, and tells the state with the later one.
