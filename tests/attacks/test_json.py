@@ -30,7 +30,7 @@ def in_time(name: str) -> Iterator[None]:
 @pytest.fixture
 def token(stack: Stack) -> str:
     """Alice's."""
-    return stack.tokens.create("alice", ("predict", "read", "manage"))[0]
+    return stack.tokens.create("alice", ("predict", "read", "train", "manage"))[0]
 
 
 def body_of(answer: dict[str, Any]) -> Any:

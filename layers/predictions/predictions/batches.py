@@ -12,11 +12,10 @@ had more failing lines than it tolerates. `stop` in the item says that no furthe
 It is written before anybody looks for lines that run, and a line looks at it right before it is submitted, when it has
 been written down: so either of the two sees the other, and no line is left running.
 
-`sk` = `key` under `batch#{owner's key, hashed}` holds the id that belongs to an `Idempotency-Key`. Batches' own ids are
-random, because messages name them without further proof.
+`sk` = `key` under `batch#{owner's key, hashed}` holds the id that belongs to an `Idempotency-Key` (see
+`predictions.idempotency_keys`). Batches' own ids are random, because messages name them without further proof.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -24,9 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from botocore.exceptions import BotoCoreError, ClientError
+
 from predictions.aws import client
 from predictions.batch_files import read_range, requests_key
 from predictions.errors import NoLongerWanted, Problem
+from predictions.idempotency_keys import IdempotencyKeys
 from predictions.intents import BODY_LIMIT_BYTES, Intent, create_requested_intent, derived_id
 from predictions.items import deserialize, list_page, read_items, serialize, timestamp
 
@@ -232,26 +234,17 @@ class Batches:
 
     # -- what changes -------------------------------------------------------------------------------------------------
 
-    def take_key(self, owner: str, key: str, batch_id: str, fingerprint: str, expires: int) -> tuple[str, str]:
-        """The id and the fingerprint that belong to an owner's key: these, or those that it had before."""
-        dynamodb = self._dynamodb
-        hashed = hashlib.sha256(f"{owner}\0{key}".encode()).hexdigest()
-        item = {"pk": f"batch#{hashed}", "sk": "key", "id": batch_id, "fingerprint": fingerprint, "expires_at": expires}
-        try:
-            dynamodb.put_item(
-                TableName=self._table_name,
-                Item=serialize(item),
-                ConditionExpression="attribute_not_exists(pk)",
-                ReturnValuesOnConditionCheckFailure="ALL_OLD",
-            )
-        except dynamodb.exceptions.ConditionalCheckFailedException as error:
-            left: Any = error.response
-            there = deserialize(left["Item"])
-            return there["id"], there["fingerprint"]
-        return batch_id, fingerprint
+    @property
+    def idempotency_keys(self) -> IdempotencyKeys:
+        """The idempotency keys of batches."""
+        return IdempotencyKeys("batch", self._table_name, self._dynamodb, now=self.now)
 
     def write_down(self, batch: Batch) -> Batch:
-        """Writes a new batch down; one that is there already stays as it is, and is given."""
+        """Writes a new batch down; one that is there already stays as it is, and is given.
+
+        Raises:
+            ClientError, BotoCoreError: It is not there, as far as the table tells: nobody is about to run it.
+        """
         dynamodb = self._dynamodb
         values = {name: getattr(batch, name) for name in _FIELDS}
         item = {
@@ -267,6 +260,12 @@ class Batches:
             )
         except dynamodb.exceptions.ConditionalCheckFailedException:
             return self.find(batch.id) or batch
+        except (ClientError, BotoCoreError):
+            # The write may have been made, and only its answer be lost: then the sweep runs the batch, and a caller who
+            # is told of an error would make another one.
+            if there := self.find(batch.id):
+                return there
+            raise
         return batch
 
     def running(self, batch: Batch, *, lines: int, total: int, refused: int) -> None:
@@ -325,18 +324,25 @@ class Batches:
 
     def begin_again(self, batch: Batch) -> Batch | None:
         """Begins another attempt of a batch that has ended; None where somebody else did."""
-        return self._change(
-            batch,
-            {
-                "attempt": batch.attempt + 1,
-                "execution_n": 1,
-                "status": "preparing",
-                "open": "open",
-                "next_check_at": int(self.now()) + _START_CHECK_SECONDS,
-            },
-            remove=["stop", "stopped_before", "stalled_looks", "counts", "completed_at", "lines", "visible"],
-            condition="attempt = :attempt AND attribute_not_exists(#open)",
-        )
+        try:
+            return self._change(
+                batch,
+                {
+                    "attempt": batch.attempt + 1,
+                    "execution_n": 1,
+                    "status": "preparing",
+                    "open": "open",
+                    "next_check_at": int(self.now()) + _START_CHECK_SECONDS,
+                },
+                remove=["stop", "stopped_before", "stalled_looks", "counts", "completed_at", "lines", "visible"],
+                condition="attempt = :attempt AND attribute_not_exists(#open)",
+            )
+        except (ClientError, BotoCoreError):
+            # As for a new batch: the write may have been made, and only its answer be lost.
+            there = self.find(batch.id)
+            if there is None or there.attempt <= batch.attempt:
+                raise
+            return there
 
     def take_check(self, batch: Batch) -> Batch | None:
         """Takes a check that is due, so that nobody else does it; None where somebody did.

@@ -32,13 +32,13 @@ from predictions.aws import api_url
 from predictions.errors import PredictionThrottled, Problem
 from predictions.executions import Executions, wake
 from predictions.intents import Attempt, Intent, Reference, input_json_canonical
-from predictions.limiter import Limiter, Pause
-from predictions.limits import LimitReached, OwnerLimits, OwnersUsage
+from predictions.limiter import AskAgain, Lane, Limiter, Pause, Reservation, Start, TooLate
+from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, Place, refusal_of
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.outputs import StoredFile
 from predictions.schemas import ModelSchemas
 from predictions.statuses import TERMINAL_RANK, Status, rank_of
-from predictions.table import AlreadyExists, Change, Prediction, PredictionsTable
+from predictions.table import AlreadyExists, Change, Prediction, PredictionsTable, Waits
 from predictions.upstream import (
     NotAccepted,
     NotFound,
@@ -85,10 +85,25 @@ _PAUSE_STEP_SECONDS = 300
 _SOON_SECONDS = 1
 # From the claim to the last byte of the POST: the write, the token, and a connection that takes its time.
 _CLAIM_SECONDS = 10
+# No start is reserved later than this before the deadline: waits are rounded up to whole seconds.
+_START_MARGIN_SECONDS = 5
+# A prediction that could not start before its deadline asks again when half of the rest has passed, until that is less
+# than this.
+_LOOK_SECONDS = 10
+# What a caller whose create is refused is told to wait, in seconds; it would start later than that otherwise.
+_REFUSED_WAITS = (10, 300)
 # How long an owner's other predictions are waited for: a quarter of the time that has passed, within these bounds.
 _OWN_LIMIT_WAITS = (10, 300)
 
+REFUSAL_FIELDS_LIMIT = 50
+REFUSAL_FIELD_CHARACTERS = 300
+"""With these limits a refusal takes at most 180 KB of its item (6 bytes a character, where JSON escapes it); DynamoDB
+allows 400 KB. https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.html"""
+
+# A caller waits in looks at the table that become ever rarer: each is a consistent read.
 _WAIT_STEP_SECONDS = 0.1
+_WAIT_STEP_GROWTH = 1.3
+_WAIT_STEP_LIMIT_SECONDS = 1.0
 _MODEL_CACHE_SECONDS = 300
 _MODELS_CACHED = 64
 
@@ -217,17 +232,20 @@ class Submissions:
                 create was made, or none was answered.
 
         Returns:
-            The prediction: new, or the one that the same request started before.
+            The prediction: new, or `repeated`, the one that the same request started before.
 
         Raises:
             Problem: 404 or 422 (an input that is not the model's, Replicate's refusal, or another request with the same
-                key), 429 (one of the owner's limits is used up), 502 (Replicate refuses the stack's token or credit),
-                503 (submissions are paused, or Replicate cannot be asked which version to run).
+                key), 429 (one of the owner's limits is used up, or it could start only much later), 502 (Replicate
+                refuses the stack's token or credit), 503 (submissions are paused, or Replicate cannot be asked which
+                version to run).
         """
         wait_until = self._now() + wait_seconds
         # Without a key, the id of an HTTP request is random; any other is made of the event that it came with.
         comes_again = intent.keyed or intent.source != "http"
-        if comes_again and (existing := self.table.get(intent.id)):
+        existing = self.table.get(intent.id) if comes_again else None
+        # A key that outlives its prediction starts another one: what has expired may be there for days.
+        if existing and not existing.expired(self._now()):
             return _existing(existing, intent)
         if intent.keyed:
             attempt = None
@@ -244,6 +262,9 @@ class Submissions:
         now = self._now()
         default_seconds = self._timing.training_lifetime if intent.object == "training" else self._timing.lifetime
         deadline = int(now) + (intent.lifetime_seconds or default_seconds)
+        latest = min(deadline - _START_MARGIN_SECONDS, now + self._limiter.max_start_delay_seconds)
+        if late := self._limiter.too_late(intent.owner, latest):
+            raise self._refused(intent, late, latest)
         # All that can fail on our side comes before the claim: after it, a POST that was never made is as unknown
         # as one whose answer was lost.
         api_url()
@@ -252,13 +273,22 @@ class Submissions:
             intent = replace(intent, id=noted_id)
         if limits is None:
             limits = self._usage.known_limits(intent.owner)
-        if limits:
-            self._take_place(intent, limits)
-        start = self._limiter.reserve_for_caller()
-        submit_at = math.ceil(start) if start > self._now() + _SOON_SECONDS else None
+        place = self._take_place(intent, limits) if limits else Place()
+        start = self._limiter.reserve_for_caller(intent.owner, latest=latest)
+        if isinstance(start, TooLate):
+            try:
+                self._usage.give_back(intent.owner, intent.id, place)
+            except (ClientError, BotoCoreError):
+                logger.exception("a place in its owner's limits is lost")
+            raise self._refused(intent, start, latest)
+        soon = isinstance(start, Start) and start.at <= self._now() + _SOON_SECONDS
+        submit_at = None if soon else math.ceil(start.at)
+        waits = _waits(start)
         if submit_at is None and remaining_seconds and remaining_seconds() < _CLAIM_SECONDS:
-            # Who dies between claim and POST leaves what nobody may submit again: the execution has the time.
+            # A crash between claim and POST makes a prediction unsubmittable: the execution has the time. Its start is
+            # of now, so nothing else is reserved for it.
             submit_at = math.ceil(self._now())
+            waits = Waits(reserved_start=round(self._now() * 1000) * 1000)
         try:
             prediction = self.table.put_intent(
                 intent,
@@ -269,8 +299,10 @@ class Submissions:
                 execution_arn=self._executions.arn(intent.id, 1),
                 now=now,
                 submit_at=submit_at,
+                waits=waits,
             )
         except AlreadyExists as error:
+            self._return("http", intent.owner, waits)
             return _existing(error.prediction, intent)
         logger.set_correlation_id(prediction.id)
         metrics.add_metric(name="PredictionsStarted", unit=MetricUnit.Count, value=1)
@@ -279,11 +311,26 @@ class Submissions:
             return self._track_for_caller(prediction, submit=True)
         return self._submit_for_caller(prediction, intent.input_json, wait_until, rate_limit)
 
-    def _take_place(self, intent: Intent, limits: OwnerLimits) -> None:
+    def _refused(self, intent: Intent, late: TooLate, latest: float) -> Problem:
+        """The answer to a create that could start only after `latest`; nothing was written."""
+        now = self._now()
+        least, most = _REFUSED_WAITS
+        retry_seconds = max(least, min(most, math.ceil(late.at - latest)))
+        logger.warning("refused: it would start too late", owner=intent.owner, seconds=math.ceil(late.at - now))
+        detail = (
+            f"Creates of the owner {intent.owner} would start in {math.ceil(late.at - now)} s at the earliest: this"
+            f" stack creates at most {self._limiter.creates_per_minute} a minute (CreatesPerMinute) and accepts a"
+            f" create only if it can start within {self._limiter.max_start_delay_seconds} s (MaxStartDelaySeconds) and"
+            f" {_START_MARGIN_SECONDS} s before its deadline. Nothing was started or counted. Retry in"
+            f" {retry_seconds} s, or send the request through the queue."
+        )
+        return Problem(429, detail, headers={"Retry-After": str(retry_seconds)})
+
+    def _take_place(self, intent: Intent, limits: OwnerLimits) -> Place:
         try:
-            self._usage.take_place(intent.owner, intent.id, limits)
+            return self._usage.take_place(intent.owner, intent.id, limits)
         except LimitReached as reached:
-            raise Problem(429, reached.detail, headers={"Retry-After": str(reached.seconds)}) from None
+            raise refusal_of(reached) from None
 
     def _submit_for_caller(
         self, prediction: Prediction, input_json: str, wait_until: float, rate_limit: dict[str, str] | None
@@ -292,12 +339,7 @@ class Submissions:
         try:
             prediction = self._submit(prediction, input_json, wait_until, rate_limit)
         except Refused as error:
-            refusal: dict[str, Any] = {
-                "status": error.status,
-                "detail": error.detail,
-                "invalid_fields": error.invalid_fields,
-                "upstream_status": error.status,
-            }
+            refusal = _refusal_of(error)
             self._end(prediction, Status.FAILED, error.detail, refusal=refusal)
             raise _problem_of(refusal) from None
         except Unauthorized as error:
@@ -348,6 +390,7 @@ class Submissions:
             Whether it has.
         """
         until = self._now() + seconds
+        step = _WAIT_STEP_SECONDS
         while True:
             prediction = self.table.get(prediction_id)
             if prediction is None or (prediction.terminal and not prediction.awaits_copy):
@@ -355,7 +398,8 @@ class Submissions:
             remaining = until - self._now()
             if remaining <= 0:
                 return False
-            self._sleep(min(_WAIT_STEP_SECONDS, remaining))
+            self._sleep(min(step, remaining))
+            step = min(step * _WAIT_STEP_GROWTH, _WAIT_STEP_LIMIT_SECONDS)
 
     def violations(self, reference: Reference, asked: Any) -> list[dict[str, str]]:
         """What is wrong with an input by its model's schema, for what is to be started later; nothing is written.
@@ -381,21 +425,28 @@ class Submissions:
             self._end(prediction, Status.CANCELED, None)
             return
         if now >= prediction.deadline:
-            self._end(prediction, Status.FAILED, "Its deadline passed before Replicate accepted it.")
+            self._end(prediction, Status.FAILED, self._why_not_started(prediction))
             return
         if not self.table.line_wanted(prediction):
             self._end(prediction, Status.CANCELED, "It was not started: its batch has stopped.")
             return
-        if prediction.submit_at and prediction.submit_at > now:
-            raise PredictionThrottled(self._within_lifetime(prediction, int(prediction.submit_at - now) + 1))
+        # One that is woken before its turn takes a start that nobody else waits for.
+        may_go = prediction.turn_ms and self._limiter.is_idle(_lane(prediction))
+        if prediction.submit_at and prediction.submit_at > now and not may_go:
+            raise self._put_off_until(prediction, prediction.submit_at, prediction.turn_ms)
         if pause := self._limiter.pause_now():
             raise PredictionThrottled(self._within_lifetime(prediction, pause.remaining(now, _PAUSE_STEP_SECONDS)))
         # What came over HTTP was checked before it was written down; a training's input is not of its version's schema.
         check = prediction.source != "http" and prediction.object == "prediction"
+        # Before anything that may refuse it: what is refused costs executions too, and counts for its owner's day.
+        counted = self._take_place_in_queue(prediction)
         try:
             version, schema = self._look_up(_reference(prediction), check=check)
         except Problem as problem:
             if problem.status >= 500:
+                if counted:
+                    # A crash before this write counts it twice: too many of the day, never too few.
+                    self.table.note_counted(prediction)
                 raise PredictionThrottled(self._within_lifetime(prediction, self._outage_seconds(prediction))) from None
             self._end(prediction, Status.FAILED, problem.detail)
             return
@@ -408,41 +459,93 @@ class Submissions:
             self._end(prediction, Status.FAILED, _listed(invalid))
             return
         api_url()
-        counted = self._take_turn(prediction)
+        self._take_turn(prediction, counted=counted)
         claimed = self.table.claim(prediction_id, version, now, counted=counted)
         if claimed is None:
             return
         self._submit_for_execution(claimed, input_json)
 
-    def _take_turn(self, prediction: Prediction) -> bool:
-        """Takes a place in the owner's limits, and a start at the limiter, unless it has them.
+    def _take_turn(self, prediction: Prediction, *, counted: bool) -> None:
+        """Takes a start at the limiter, unless it has one.
 
-        A place is taken before a start: who has to wait for the one must not use up the other.
+        A place in the owner's limits is taken before: who has to wait for the one must not use up the other.
+
+        Args:
+            prediction: The prediction.
+            counted: Whether it has a place that its item does not tell of yet.
+
+        Raises:
+            PredictionThrottled: It has to wait, this once.
+        """
+        # One that an earlier release reserved has no number: its lane may have begun anew, so it asks again.
+        if (
+            prediction.reserved_start is not None
+            and prediction.submit_at
+            and self._limiter.is_reserved(prediction.submit_at)
+        ):
+            return
+        start, now = self._reserve_start(prediction), self._now()
+        turn_is_ahead = prediction.turn_ms and prediction.submit_at and prediction.submit_at > now
+        if isinstance(start, Start) and start.at <= now + _SOON_SECONDS:
+            if turn_is_ahead:
+                self._limiter.give_turn_back(_lane(prediction), prediction.owner, prediction.turn_ms or 0)
+            return
+        if isinstance(start, AskAgain) and not start.step_ms:
+            raise self._put_off_until(prediction, math.ceil(start.at), prediction.turn_ms)
+        submit_at = math.ceil(now + self._look_seconds(prediction) if isinstance(start, TooLate) else start.at)
+        waits = _waits(start)
+        # Where it moved on meanwhile, the next look finds out.
+        if self.table.put_off(prediction, submit_at, counted=counted, waits=waits) is None:
+            self._return(_lane(prediction), prediction.owner, waits)
+        raise self._put_off_until(prediction, submit_at, waits.turn_ms)
+
+    def _put_off_until(self, prediction: Prediction, submit_at: int, turn_ms: int | None) -> PredictionThrottled:
+        """How long to wait for a start or a turn: until then, and for a turn that is far ahead until half of it."""
+        seconds = int(submit_at - self._now()) + 1
+        if turn_ms and seconds > self._limiter.max_start_delay_seconds:
+            # What is ahead of it may be canceled meanwhile, and the lane idle: those who wait look at different times.
+            seconds = math.ceil(seconds / 2)
+        return PredictionThrottled(self._within_lifetime(prediction, seconds))
+
+    def _look_seconds(self, prediction: Prediction) -> float:
+        """How long to wait with a prediction whose turn would come after its deadline."""
+        remaining = max(1.0, prediction.deadline - self._now())
+        return remaining / 2 if remaining / 2 >= _LOOK_SECONDS else remaining
+
+    def _why_not_started(self, prediction: Prediction) -> str:
+        reason = "Its deadline passed before Replicate accepted it."
+        if not prediction.submit_at:
+            return reason
+        seconds = math.ceil(self._limiter.expected_start(_lane(prediction), prediction.owner) - self._now())
+        if seconds < _START_MARGIN_SECONDS:
+            return reason
+        return (
+            f"{reason} Requests of the owner {prediction.owner} now wait about {seconds} s for a start, at"
+            f" {self._limiter.creates_per_minute} creates a minute: allow a longer lifetime, or send fewer at once."
+        )
+
+    def _return(self, lane: Lane, owner: str, waits: Waits) -> None:
+        """Give back to the limiter what was reserved for a prediction that will not use it."""
+        if waits.reserved_start is not None:
+            self._limiter.give_back(lane, waits.reserved_start)
+        if waits.turn_ms:
+            self._limiter.give_turn_back(lane, owner, waits.turn_ms)
+
+    def _take_place_in_queue(self, prediction: Prediction) -> bool:
+        """Takes a place in the owner's limits, unless it has one.
 
         Returns:
             Whether it has a place that its item does not tell of yet.
 
         Raises:
-            PredictionThrottled: It has to wait; for a start, this once.
+            PredictionThrottled: There is none.
         """
-        counted = False
         # What `start` has put off has its place.
-        if prediction.source not in ("http", "run_job") and not prediction.counted:
-            limits = self._usage.known_limits(prediction.owner)
-            if limits:
-                self._take_place_in_queue(prediction, limits)
-                counted = True
-        if prediction.reserved and prediction.submit_at and self._limiter.is_reserved(prediction.submit_at):
-            return counted
-        start, now = self._reserve_start(prediction), self._now()
-        if start > now + _SOON_SECONDS:
-            submit_at = math.ceil(start)
-            # Where it moved on meanwhile, the next look finds out.
-            self.table.put_off(prediction, submit_at, counted=counted)
-            raise PredictionThrottled(self._within_lifetime(prediction, int(submit_at - now) + 1))
-        return counted
-
-    def _take_place_in_queue(self, prediction: Prediction, limits: OwnerLimits) -> None:
+        if prediction.source in ("http", "run_job") or prediction.counted:
+            return False
+        limits = self._usage.known_limits(prediction.owner)
+        if not limits:
+            return False
         try:
             self._usage.take_place(prediction.owner, prediction.id, limits)
         except LimitReached as reached:
@@ -450,11 +553,15 @@ class Submissions:
             seconds = max(reached.seconds, min(most, max(least, (int(self._now()) - prediction.created) // 4)))
             logger.info("waits for its owner's limit", reason=reached.detail, wait_seconds=seconds)
             raise PredictionThrottled(self._within_lifetime(prediction, seconds)) from None
+        return True
 
-    def _reserve_start(self, prediction: Prediction) -> float:
-        if prediction.source == "http":
-            return self._limiter.reserve_for_caller()
-        return self._limiter.reserve_for_queue()
+    def _reserve_start(self, prediction: Prediction) -> Reservation:
+        latest = prediction.deadline - _START_MARGIN_SECONDS
+        has_turn = prediction.turn_ms or prediction.reserved
+        turn_at = prediction.submit_at if has_turn else None
+        if _lane(prediction) == "http":
+            return self._limiter.reserve_for_caller(prediction.owner, latest=latest, turn_at=turn_at)
+        return self._limiter.reserve_for_queue(prediction.owner, latest=latest, turn_at=turn_at)
 
     def _within_lifetime(self, prediction: Prediction, seconds: int) -> int:
         """That long, but not longer than until just after the deadline, which ends it."""
@@ -523,17 +630,19 @@ class Submissions:
             return self._cancel_upstream(merged)
         return merged
 
-    def _wait_seconds(self, prediction: Prediction, error: NotAccepted) -> int:
-        """How long to wait after a submission that was not accepted."""
+    def _wait_seconds(self, prediction: Prediction, error: NotAccepted) -> tuple[int, Waits]:
+        """How long to wait after a submission that was not accepted, and what for."""
         if isinstance(error, Throttled):
             metrics.add_metric(name="UpstreamThrottles", unit=MetricUnit.Count, value=1)
             # Those that wait with it start one after another then, as do all others.
             self._limiter.block(error.seconds)
             start = self._reserve_start(prediction)
-            return max(error.seconds, math.ceil(round(start - self._now(), 3)))
+            if isinstance(start, TooLate):
+                return error.seconds, Waits()
+            return max(error.seconds, math.ceil(round(start.at - self._now(), 3))), _waits(start)
         if isinstance(error, Unauthorized):
-            return _UNAUTHORIZED_WAIT_SECONDS
-        return self._outage_seconds(prediction)
+            return _UNAUTHORIZED_WAIT_SECONDS, Waits()
+        return self._outage_seconds(prediction), Waits()
 
     def _outage_seconds(self, prediction: Prediction) -> int:
         """How long to wait while Replicate cannot be reached. The longer it lasts, the rarer: a quarter of it."""
@@ -546,9 +655,11 @@ class Submissions:
         Returns:
             The prediction, and how many seconds it has to wait.
         """
-        wait_seconds = self._wait_seconds(prediction, error)
+        wait_seconds, waits = self._wait_seconds(prediction, error)
         logger.warning("not accepted, submitted again later", wait_seconds=wait_seconds)
-        released = self.table.release(prediction, self._now(), wait_seconds, reserved=isinstance(error, Throttled))
+        released = self.table.release(prediction, self._now(), wait_seconds, waits=waits)
+        if released is None:
+            self._return(_lane(prediction), prediction.owner, waits)
         if released and released.cancel_requested:
             return self._end(released, Status.CANCELED, None), wait_seconds
         return released or prediction, wait_seconds
@@ -950,6 +1061,9 @@ class Submissions:
         logger.info("ended by the stack", status=status.value)
         count_ended(ended.visible, self._now() - ended.created)
         wake(ended.task_token)
+        # Last, since only this can be lost without harm: a start then stays unused.
+        if not ended.claimed and not ended.upstream_id and (ended.submit_at or 0) > self._now():
+            self._return(_lane(ended), ended.owner, Waits(ended.reserved_start, ended.turn_ms))
         return ended
 
     def _look_up(self, reference: Reference, *, check: bool = True) -> "_Model":
@@ -1025,13 +1139,25 @@ def _existing(prediction: Prediction, intent: Intent) -> Prediction:
         raise Problem(422, detail, invalid_fields=[{"field": "Idempotency-Key", "detail": detail}])
     if prediction.refusal_json:
         raise _problem_of(json.loads(prediction.refusal_json))
-    return prediction
+    return replace(prediction, repeated=True)
 
 
 def _paused(pause: Pause, now: float) -> Problem:
     detail = f"This stack submits nothing now: {pause.reason} Nothing was started or written: try again later."
     seconds = pause.remaining(now, _PAUSE_STEP_SECONDS)
     return Problem(503, detail, title="Paused", headers={"Retry-After": str(seconds)})
+
+
+def _waits(start: Reservation) -> Waits:
+    """What a prediction waits for, after this answer of the limiter."""
+    if isinstance(start, Start):
+        return Waits(reserved_start=start.number)
+    return Waits(turn_ms=start.step_ms) if isinstance(start, AskAgain) else Waits()
+
+
+def _lane(prediction: Prediction) -> Lane:
+    """Callers who wait for the answer to their create have a lane of their own."""
+    return "http" if prediction.source in ("http", "run_job") else "queue"
 
 
 def _unwanted(prediction: Prediction) -> bool:
@@ -1047,6 +1173,26 @@ def _not_ended(prediction: Prediction) -> str:
     if prediction.terminal:
         return f"Prediction {prediction.id} has ended, and its files are being stored: delete it when that is done."
     return f"Prediction {prediction.id} has not ended: cancel it first, and delete it when it has ended."
+
+
+def _refusal_of(error: Refused) -> dict[str, Any]:
+    """Return a refusal by Replicate as the caller is answered, now and when the request is repeated.
+
+    Bounded, because the table keeps it in the prediction's item: `REFUSAL_FIELDS_LIMIT` fields, each with
+    `REFUSAL_FIELD_CHARACTERS` of its name and of its explanation.
+    """
+    fields = [
+        {name: text[:REFUSAL_FIELD_CHARACTERS] for name, text in field.items()}
+        for field in error.invalid_fields[:REFUSAL_FIELDS_LIMIT]
+    ]
+    left_out = len(error.invalid_fields) + error.fields_left_out - len(fields)
+    listed = f" {left_out} more fields were refused; `invalid_fields` lists the first {len(fields)}."
+    return {
+        "status": error.status,
+        "detail": error.detail + (listed if left_out else ""),
+        "invalid_fields": fields,
+        "upstream_status": error.status,
+    }
 
 
 def _problem_of(refusal: dict[str, Any]) -> Problem:

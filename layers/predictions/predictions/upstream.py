@@ -58,6 +58,9 @@ SCHEMA_LIMIT_BYTES = 2 * 1024 * 1024
 # A prediction's JSON can hold data: URLs and long logs. What of it is parsed is bounded by a function's memory.
 _ANSWER_LIMIT_BYTES = TEXT_LIMIT_BYTES
 
+# An answer of Replicate may refuse any number of fields; the others are counted.
+_FIELDS_LIMIT = 100
+
 _TOKEN_CACHE_SECONDS = 60
 
 RATE_LIMIT_HEADERS = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
@@ -76,13 +79,22 @@ class NotAccepted(UpstreamError):
     Attributes:
         status: The HTTP status, or None where no connection was made.
         detail: Replicate's explanation.
+        invalid_fields: The first of the fields that Replicate refused.
+        fields_left_out: How many more it refused.
     """
 
-    def __init__(self, status: int | None, detail: str, invalid_fields: list[dict[str, str]] | None = None) -> None:
+    def __init__(
+        self,
+        status: int | None,
+        detail: str,
+        invalid_fields: list[dict[str, str]] | None = None,
+        fields_left_out: int = 0,
+    ) -> None:
         super().__init__(f"{status or 'no connection'}: {detail}")
         self.status = status
         self.detail = detail
         self.invalid_fields = invalid_fields or []
+        self.fields_left_out = fields_left_out
 
 
 class Throttled(NotAccepted):
@@ -547,7 +559,9 @@ def not_accepted(answer: httpx.Response) -> NotAccepted:
         return Throttled(detail, _retry_after_seconds(answer, detail))
     if answer.status_code in (401, 402, 403):
         return Unauthorized(answer.status_code, detail)
-    return Refused(answer.status_code, detail, _invalid_fields(answer))
+    fields = _invalid_fields(answer)
+    kept = [{"field": field[:200], "detail": text[:1000]} for field, text in fields[:_FIELDS_LIMIT]]
+    return Refused(answer.status_code, detail, kept, fields_left_out=len(fields) - len(kept))
 
 
 def _rate_limit(answer: httpx.Response) -> dict[str, str]:
@@ -568,13 +582,13 @@ def _detail(answer: httpx.Response) -> str:
     return str(detail)[:2000].encode("utf-8", "replace").decode()
 
 
-def _invalid_fields(answer: httpx.Response) -> list[dict[str, str]]:
+def _invalid_fields(answer: httpx.Response) -> list[tuple[str, str]]:
     fields = _problem_of(answer).get("invalid_fields")
     if not isinstance(fields, list):
         return []
     return [
-        {"field": str(f.get("field", ""))[:200], "detail": str(f.get("detail") or f.get("description") or "")[:1000]}
-        for f in fields[:100]
+        (str(f.get("field", "")), str(f.get("detail") or f.get("description") or ""))
+        for f in fields
         if isinstance(f, dict)
     ]
 

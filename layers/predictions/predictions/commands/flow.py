@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from predictions.access import is_owner
 from predictions.commands.stack import NotDone, Stack, print_table, second
-from predictions.limiter import Limiter
+from predictions.limiter import LANES, MAX_START_DELAY_SECONDS, Limiter
 from predictions.limits import LimitInvalid, OwnerLimits, OwnersLimits
 
 
@@ -32,6 +32,15 @@ def show_status(stack: Stack, arguments: argparse.Namespace) -> None:
     now = time.time()
     state = _limiter(stack).limiter_state()
     pause = state.pause(now)
+    # As attributes of the limiter's item name owners; those that share a line are `other`.
+    lines = {
+        lane: {
+            owner.replace("_", "-").removeprefix("-"): round(at / 1000 - now)
+            for (of, owner), at in sorted(state.turns.items())
+            if of == lane and at / 1000 > now
+        }
+        for lane in LANES
+    }
     shown = {
         "paused": pause is not None,
         "paused_by": pause.by if pause else None,
@@ -41,6 +50,7 @@ def show_status(stack: Stack, arguments: argparse.Namespace) -> None:
         "throttled_seconds": max(0, round(state.blocked_until / 1000 - now)),
         "queue_reserved_seconds": max(0, round(state.queue_at / 1000 - now)),
         "http_reserved_seconds": max(0, round(state.http_at / 1000 - now)),
+        **{f"{lane}_waiting_seconds": waiting for lane, waiting in lines.items()},
     }
     if arguments.json:
         print(json.dumps(shown, indent=2))
@@ -52,13 +62,18 @@ def show_status(stack: Stack, arguments: argparse.Namespace) -> None:
         ("Replicate's own limit", f"holds creates for {shown['throttled_seconds']} s"),
         ("reserved by others", f"for {shown['queue_reserved_seconds']} s"),
         ("reserved over HTTP", f"for {shown['http_reserved_seconds']} s"),
+        *(
+            ("waiting over HTTP" if lane == "http" else "waiting others", f"{owner}, for {seconds} s")
+            for lane, waiting in lines.items()
+            for owner, seconds in waiting.items()
+        ),
     ]
     print_table(("WHAT", "IS"), rows)
 
 
 def set_limits(stack: Stack, arguments: argparse.Namespace) -> None:
     """Gives an owner limits."""
-    limits = OwnerLimits(arguments.in_flight, arguments.per_day)
+    limits = OwnerLimits(arguments.in_flight, arguments.per_day, arguments.open_batches, arguments.open_pipelines)
     _owners_limits(stack).set_limits(_owner_of_limits(arguments), limits)
     print(f"The limits of {arguments.owner} are {_limits_text(limits)}, within a minute.", file=sys.stderr)
 
@@ -70,10 +85,10 @@ def list_limits(stack: Stack, arguments: argparse.Namespace) -> None:
         print(json.dumps([{"owner": owner, **asdict(limits)} for owner, limits in found], indent=2))
         return
     texts = [
-        (owner, *("-" if limit is None else str(limit) for limit in (limits.in_flight, limits.per_day)))
+        (owner, *("-" if limit is None else str(limit) for limit in (limits.in_flight, limits.per_day, *_open(limits))))
         for owner, limits in found
     ]
-    print_table(("OWNER", "IN FLIGHT", "PER DAY"), texts)
+    print_table(("OWNER", "IN FLIGHT", "PER DAY", "OPEN BATCHES", "OPEN PIPELINES"), texts)
 
 
 def remove_limits(stack: Stack, arguments: argparse.Namespace) -> None:
@@ -83,8 +98,19 @@ def remove_limits(stack: Stack, arguments: argparse.Namespace) -> None:
 
 
 def _limits_text(limits: OwnerLimits) -> str:
-    given = ((limits.in_flight, "in flight"), (limits.per_day, "a day"))
-    return " and ".join(f"{limit} {name}" for limit, name in given if limit is not None)
+    batches, pipelines = _open(limits)
+    given = (
+        (limits.in_flight, "in flight"),
+        (limits.per_day, "a day"),
+        (batches, "open batches"),
+        (pipelines, "open pipelines"),
+    )
+    *first, last = (f"{limit} {name}" for limit, name in given if limit is not None)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _open(limits: OwnerLimits) -> tuple[int | None, int | None]:
+    return limits.open_allowed("batch"), limits.open_allowed("pipeline")
 
 
 def _owner_of_limits(arguments: argparse.Namespace) -> str:
@@ -99,4 +125,4 @@ def _owners_limits(stack: Stack) -> OwnersLimits:
 
 
 def _limiter(stack: Stack) -> Limiter:
-    return Limiter(stack.output("TableName"), stack.client("dynamodb"))
+    return Limiter(stack.output("TableName"), stack.client("dynamodb"), max_start_delay_seconds=MAX_START_DELAY_SECONDS)
