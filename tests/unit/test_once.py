@@ -31,7 +31,8 @@ from tests.unit.fakes import PNG, Clock, Died, Executed, Fault, ReplicateInMemor
 from tests.unit.test_batches import LLAMA, RETENTION
 from tests.unit.test_batches import World as BatchWorld
 from tests.unit.test_batches import world as batch_world  # noqa: F401  # a fixture
-from tests.unit.test_pipelines import IMAGE, step
+from tests.unit.test_pipeline_definition import step
+from tests.unit.test_pipelines import IMAGE
 from tests.unit.test_pipelines import World as PipelineWorld
 from tests.unit.test_pipelines import world as pipeline_world  # noqa: F401  # a fixture
 from tests.unit.test_submissions import current, wanted
