@@ -634,7 +634,8 @@ class TestTwiceLateNever:
         self, world: World, executed: Executed
     ) -> None:
         body = json.dumps({"steps": [step()]}).encode()
-        aws.api_url()  # asked once for both
+        # What a process asks once is asked here: the model, the API's URL.
+        world.api.create_pipeline("alice", body, {"idempotency-key": "warm"})
         with faulty(Fault.REFUSED, 10_000) as made:
             world.api.create_pipeline("alice", body, {"idempotency-key": "counted"})
         start = made.index("stepfunctions.StartExecution")
