@@ -61,7 +61,7 @@ def create_with_deployment(owner: str, name: str) -> Response[str]:
 @app.post("/models/<owner>/<name>/versions/<version>/trainings")
 def create_training_of(owner: str, name: str, version: str) -> Response[str]:
     """`POST /models/{owner}/{name}/versions/{id}/trainings`: trains a version into a new one of `destination`."""
-    token_owner = owner_with(app, "predict")
+    token_owner = owner_with(app, "train")
     intent = create_training(
         body_of(app),
         headers_of(app),

@@ -6,10 +6,11 @@ threads at once in a way that no table does.
 """
 
 import contextlib
+import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +24,9 @@ from predictions.limiter import (
     BURST_SECONDS,
     HORIZON_SECONDS,
     MANUAL,
+    AskAgain,
     Limiter,
+    Start,
 )
 from predictions.limits import LimitReached, OwnerLimits, OwnersUsage
 
@@ -31,9 +34,10 @@ from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error
 from tests.simulation.dynamodb import ConditionFailed, Table
 from tests.simulation.functions import FunctionFailed
+from tests.simulation.installed import Simulation, installed
 from tests.simulation.scheduler import BEGIN, Died
 from tests.simulation.upstream import Run
-from tests.simulation.world import END_SECONDS, Simulation, World, installed
+from tests.simulation.world import END_SECONDS, World
 
 NOW = BEGIN
 RATE = 60
@@ -74,10 +78,10 @@ class Turns:
             raise Died
         return answer
 
-    def run(self, starters: list[Callable[[], None]]) -> None:
+    def run(self, starters: Sequence[Callable[[], object]]) -> None:
         """Lets all of them start."""
 
-        def begin(starter: Callable[[], None]) -> None:
+        def begin(starter: Callable[[], object]) -> None:
             with contextlib.suppress(Died):
                 starter()
 
@@ -248,7 +252,11 @@ def test_starter_that_dies_at_any_call_passes_no_limit_and_gives_its_place_back(
                 table.call("PutItem", {"Item": {**item, "rank": {"N": "9"}}})
         turns = Turns(clients, table, [], None)
         later = OwnersUsage("predictions", clients("dynamodb"), now=lambda: NOW + 121)
-        turns.run([lambda: later.take_place("alice", "later", limits)])
+
+        def start_later() -> None:
+            later.take_place("alice", "later", limits)
+
+        turns.run([start_later])
         assert "later" in used(table)[0]
 
 
@@ -273,13 +281,17 @@ def test_two_reservations_in_any_order_are_an_interval_apart(
         table.call("PutItem", {"Item": {"pk": {"S": "limiter"}, "sk": {"S": "creates"}, **values}})
         starts: list[float] = []
 
-        def reserve(kind: str) -> None:
+        def reserve(kind: str, n: int) -> None:
             limiter = Limiter("predictions", clients("dynamodb"), creates_per_minute=RATE, now=lambda: NOW)
             limiter._last_create = NOW  # not the first one of its process, which may owe a write
-            starts.append(limiter.reserve_for_caller() if kind == "caller" else limiter.reserve_for_queue())
+            reserve_in = limiter.reserve_for_caller if kind == "caller" else limiter.reserve_for_queue
+            # Each of an owner of its own, which has reserved nothing yet.
+            start = reserve_in(f"owner-{n}", latest=NOW + 86400)
+            assert isinstance(start, Start)
+            starts.append(start.at)
 
         turns = Turns(clients, table, order, None)
-        turns.run([partial(reserve, kind) for kind in kinds])
+        turns.run([partial(reserve, kind, n) for n, kind in enumerate(kinds)])
         item = table.items["limiter", "creates"]
         began = round(NOW * 1000)
         queue_from = began + max(0, LANES[lanes].get("queue_at", 0))
@@ -633,6 +645,45 @@ def test_nothing_is_created_while_replicate_wants_none(
     assert len(world.upstream.runs) >= 8, "and all that waited is started then"
 
 
+@pytest.mark.parametrize("n", [600])
+def test_canceled_creates_of_one_owner_do_not_delay_another(simulation: Simulation, n: int) -> None:
+    world = meeting(simulation, 7, faults=False, limits=OwnerLimits(in_flight=1))
+    answers: Counter[int] = Counter()
+    path = "/models/meta/llama/predictions"
+
+    def attack() -> None:
+        for i in itertools.count():
+            if answers[201] == n:
+                break
+            body = f'{{"input":{{"prompt":"{i}"}}}}'
+            created = world.functions.invoke("start_prediction", world.api_event("POST", path, JSON, body))
+            answers[created["statusCode"]] += 1
+            if created["statusCode"] == 201:
+                prediction_id = json.loads(created["body"])["id"]
+                event = world.api_event("POST", f"/predictions/{prediction_id}/cancel", JSON)
+                assert world.functions.invoke("cancel_prediction", event)["statusCode"] == 200
+            else:
+                world.scheduler.sleep(0.2)  # Replicate takes a moment to end what has started there
+        event = world.api_event("POST", path, JSON, '{"input":{"prompt":"of another owner"}}')
+        event["requestContext"]["authorizer"] = {"owner": "bob", "scopes": "predict read"}
+        began = world.scheduler.now
+        created = world.functions.invoke("start_prediction", event)
+        assert created["statusCode"] == 201
+        item = world.table.items[f"prediction#{json.loads(created['body'])['id']}", "status"]
+        if "submit_at" in item:
+            assert int(item["submit_at"]["N"]) - began <= 10
+        waited.append(began)
+
+    waited: list[float] = []
+    world.play([attack])
+    assert waited
+    assert answers[201] == n
+    check_rates(world)
+
+
+JSON = {"Content-Type": "application/json"}
+
+
 # -- the limiter's item, edited by hand ---------------------------------------------------------------------------
 
 YEARS = 20 * 366 * 86400
@@ -708,22 +759,29 @@ def test_pause_by_command_counts_whatever_its_end_is(simulation: Simulation) -> 
     assert world.creates == []
 
 
-def test_lane_is_never_put_further_ahead_than_anything_can_wait(clients: Clients) -> None:
+DELAY_SECONDS = 300
+"""`MaxStartDelaySeconds` by default."""
+
+
+def test_lane_is_never_put_further_ahead_than_the_delay(clients: Clients) -> None:
     table = Table(lambda: NOW)
     Turns(clients, table, [], None)
-    ahead = HORIZON_SECONDS - 90
-    table.call("PutItem", {"Item": edited({"queue_at": ahead, "http_at": ahead})})
+    ahead = DELAY_SECONDS - 90
+    table.call("PutItem", {"Item": edited({"queue_at": ahead, "http_at": ahead + BURST_SECONDS})})
 
     def reserve() -> None:
         limiter = Limiter("predictions", clients("dynamodb"), creates_per_minute=RATE, now=lambda: NOW)
         limiter.limiter_state()
-        starts = [limiter.reserve_for_queue() - NOW for _ in range(200)] + [
-            limiter.reserve_for_caller() - NOW + BURST_SECONDS for _ in range(200)
-        ]
-        assert starts[0] == pytest.approx(ahead)
-        assert max(starts) <= HORIZON_SECONDS + 3
-        assert min(starts[100:200]) > HORIZON_SECONDS, "the deadline of whoever is told this is over then"
+        for lane in (limiter.reserve_for_queue, limiter.reserve_for_caller):
+            # An owner each, so that nobody is kept back by starts of its own.
+            answers = [lane(f"owner-{n}", latest=NOW + 86400) for n in range(200)]
+            starts = [each.at - NOW for each in answers if isinstance(each, Start)]
+            assert max(starts) <= DELAY_SECONDS
+            assert 75 <= len(starts) <= 91
+            assert all(isinstance(each, AskAgain) for each in answers[len(starts) :])
 
     Turns(clients, table, [], None).run([reserve])
     for name in ("queue_at", "http_at"):
-        assert int(table.items["limiter", "creates"][name]["N"]) / 1000 - NOW <= HORIZON_SECONDS + 3
+        # Each HTTP create moves the queue's lane, too.
+        most = 2 * DELAY_SECONDS if name == "queue_at" else DELAY_SECONDS + BURST_SECONDS + 1
+        assert int(table.items["limiter", "creates"][name]["N"]) / 1000 - NOW <= most

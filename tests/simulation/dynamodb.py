@@ -335,8 +335,9 @@ def _change(reader: _Reader, clause: str) -> Change:
     def delete(before: Item, after: Item, names: Names, values: dict[str, Any]) -> None:
         name = _name(path, names)
         if name in before:
-            left = set(before[name]["SS"]) - set(value(before, names, values)["SS"])
-            after[name] = {"SS": sorted(left)}
+            ((kind, members),) = value(before, names, values).items()
+            left = set(before[name][kind]) - set(members)
+            after[name] = {kind: sorted(left)}
             if not left:
                 del after[name]
 
@@ -403,8 +404,9 @@ def _number(value: Decimal) -> dict[str, str]:
 
 
 def _added(there: Any, value: Any) -> Any:
-    if "SS" in value:
-        return {"SS": sorted(set(there["SS"] if there else ()) | set(value["SS"]))}
+    if value.keys() & {"SS", "NS"}:
+        ((kind, members),) = value.items()
+        return {kind: sorted(set(there[kind] if there else ()) | set(members))}
     return _number((_decimal(there) if there else Decimal(0)) + _decimal(value))
 
 
@@ -434,6 +436,8 @@ def _begins_with(value: Any, start: Any) -> bool:
 def _contains(value: Any, part: Any) -> bool:
     if value is None:
         return False
+    if "N" in part:
+        return part["N"] in value.get("NS", ())
     return part["S"] in value.get("SS", ()) or ("S" in value and part["S"] in value["S"])
 
 

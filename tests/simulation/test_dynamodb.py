@@ -9,7 +9,7 @@ from botocore.session import Session
 
 from tests.simulation.account import AwsError
 from tests.simulation.dynamodb import ConditionFailed, NotModelled, Table
-from tests.simulation.world import installed
+from tests.simulation.installed import installed
 from tests.unit.template import table_properties
 
 Call = tuple[str, dict[str, Any], Any]
@@ -49,8 +49,8 @@ _PASSED_OVER = {"ResponseMetadata", "ScannedCount", "ConsumedCapacity"}
 def in_order(answer: Any) -> Any:
     """Sets have no order, nor have the items of a batch."""
     if isinstance(answer, dict):
-        if "SS" in answer:
-            return {"SS": sorted(answer["SS"])}
+        if kind := answer.keys() & {"SS", "NS"}:
+            return {each: sorted(answer[each]) for each in kind}
         found = {name: in_order(each) for name, each in answer.items()}
         if "Responses" in found:
             found["Responses"] = {n: sorted(items, key=str) for n, items in found["Responses"].items()}

@@ -48,6 +48,8 @@ ENVIRONMENT = {
     "SOURCE_BUCKET_NAME": "source",
     "DELIVERIES_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/deliveries",
     "DELIVERIES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-deliveries",
+    "CHANGES_RETRY_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/changes-retry",
+    "CHANGES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-changes",
     "REQUESTS_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests",
     "REQUESTS_DEAD_LETTER_QUEUE_ARN": "arn:aws:sqs:us-east-1:123456789012:dead-requests",
     "REQUESTS_QUEUE_ARN": "arn:aws:sqs:us-east-1:123456789012:requests",
@@ -68,6 +70,7 @@ ENVIRONMENT = {
     "UNKNOWN_SUBMISSION": "fail",
     "VALIDATE_INPUT": "true",
     "CREATES_PER_MINUTE": "600",
+    "MAX_START_DELAY_SECONDS": "300",
     "RETENTION_DAYS": "30",
     "FIRST_POLL_SECONDS": "60",
     "POLL_SECONDS": "600",
@@ -122,7 +125,7 @@ def cloud(environment: None) -> Iterator[None]:
         ssm.put_parameter("/replicate-serverless/api_url", "", API_URL, "String", "", "", False, [], "text", None, [])
         for name, text in SECRETS.items():
             _account("secretsmanager").create_secret(name, text, None, "", [], None, None, [], False)
-        for queue in ("requests", "deliveries", "dead-deliveries", "dead-requests"):
+        for queue in ("requests", "deliveries", "dead-deliveries", "dead-requests", "changes-retry", "dead-changes"):
             sqs.create_queue(queue)
         _account("scheduler").create_schedule_group("replicate-serverless", [])
         _account("events").create_event_bus("bus")
@@ -182,6 +185,9 @@ def submissions(
     return make_submissions(table, replicate, executed, clock)
 
 
+TIMING = Timing(lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, poll=600, retention=30 * 86400)
+
+
 def make_submissions(
     table: PredictionsTable,
     replicate: ReplicateInMemory,
@@ -204,8 +210,7 @@ def make_submissions(
         table,
         upstream,
         Executions(executed.machine_arn, aws.client("stepfunctions")),
-        timing
-        or Timing(lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, poll=600, retention=30 * 86400),
+        timing or TIMING,
         now=clock.now,
         sleep=clock.sleep,
         **options,

@@ -12,16 +12,18 @@ import pytest
 from predictions.__main__ import _COMMANDS, _Group, main, parser
 from predictions.access import AccessTokens
 from predictions.commands.letters import QUEUES
-from predictions.commands.stack import Stack
+from predictions.commands.stack import Stack, _Bucket
 from predictions.commands.story import waits_for
 from predictions.dead_letters import DeadLetterQueue
-from predictions.dead_requests import DeadRequests
+from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequests
 from predictions.limiter import Limiter
 from predictions.limits import OwnerLimits, OwnersLimits
+from predictions.outputs import OutputsBucket
 from predictions.requests import Message
 from predictions.table import Prediction
 
 from tests.unit.template import ROOT, resources, table_properties
+from tests.unit.test_template import dead_letter_queues
 
 REGION = "us-east-1"
 ENVIRONMENT = (
@@ -322,6 +324,17 @@ def limited() -> Iterator[Any]:
         yield dynamodb
 
 
+def test_status_tells_which_owners_wait(limited: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    limiter = Limiter("predictions", limited)
+    for _ in range(80):
+        limiter.reserve_for_queue("team-a", latest=4e9)
+    assert main(["status", "--json", "--stack", "demo", "--region", REGION]) == 0
+    waiting = json.loads(capsys.readouterr().out)["queue_waiting_seconds"]
+    assert 4 <= waiting["team-a"] <= 9
+    assert main(["status", "--stack", "demo", "--region", REGION]) == 0
+    assert "team-a, for" in capsys.readouterr().out
+
+
 def test_status_tells_of_a_pause_from_its_command_to_its_end(limited: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def status() -> Any:
         assert main(["status", "--json", "--stack", "demo", "--region", REGION]) == 0
@@ -336,6 +349,8 @@ def test_status_tells_of_a_pause_from_its_command_to_its_end(limited: Any, capsy
         "throttled_seconds": 0,
         "queue_reserved_seconds": 0,
         "http_reserved_seconds": 0,
+        "queue_waiting_seconds": {},
+        "http_waiting_seconds": {},
     }
     limited.put_item(
         TableName="predictions",
@@ -431,7 +446,7 @@ def hooks(stack: AccessTokens) -> Any:
                 "TrackPredictionStateMachineArn": f"arn:aws:states:{REGION}:123456789012:stateMachine:track",
             },
             {
-                **{letters: queue_named(letters) for letters in QUEUES.values()},
+                **{name: queue_named(name) for name in (*QUEUES.values(), "ChangesRetryQueue")},
                 **{f"{function}Function": named(function) for function in FUNCTIONS},
                 **{secret: named(secret) for secret in SECRETS},
             },
@@ -548,7 +563,7 @@ class Queue:
             ),
         )
         self._url = self._sqs.get_queue_url(QueueName="dead-requests")["QueueUrl"]
-        self.dead = DeadRequests(self._url, self._sqs)
+        self.dead = DeadRequests(self._url, self._sqs, lambda: OutputsBucket("outputs"))
         make: Any = Stack.client
 
         def client(stack: Stack, service_name: str) -> Any:
@@ -559,6 +574,22 @@ class Queue:
 
         # moto runs functions in Docker only: this answers in AWS's place, at the client's own door.
         monkeypatch.setattr(Stack, "client", client)
+
+    def with_bucket(self) -> None:
+        """The stack tells of its outputs bucket."""
+        create_client: Any = botocore.session.Session().create_client
+        create_client("s3", region_name=REGION).create_bucket(Bucket="outputs")
+        self.dead._outputs = lambda: _Bucket("outputs", create_client("s3", region_name=REGION))
+        create_client("cloudformation", region_name=REGION).update_stack(
+            StackName="queue",
+            TemplateBody=template(
+                {"OutputsBucketName": "outputs"},
+                {
+                    "RequestsDeadLetterQueue": queue_named("dead-requests"),
+                    "StartFromQueueFunction": named("start"),
+                },
+            ),
+        )
 
     def bury(self, id_: str, body: str, reason: str = "model: not a name") -> None:
         self.dead.bury(Message(id_, "AROAALICE0000", body, 1_750_000_000), reason)
@@ -624,6 +655,62 @@ def test_dead_request_is_tried_as_the_message_that_it_was_and_forgotten(
     assert (record["messageId"], record["body"]) == ("message-2", "{}")
     assert record["attributes"] == {"SenderId": "AROAALICE0000", "SentTimestamp": "1750000000000"}
     assert queue.left == 1
+
+
+MANIFEST = {"source": "aws.s3", "detail-type": "Object Created", "detail": {"object": {"key": "batches/a/b/c.csv"}}}
+UNSENT: dict[str, tuple[dict[str, str], Any, Any]] = {
+    "ManifestsRule → requests-queue": (
+        {"RULE_ARN": f"arn:aws:events:{REGION}:123456789012:rule/queue-ManifestsRule-1ABC"},
+        MANIFEST,
+        {"batch_manifest": MANIFEST},
+    ),
+    "RequestSchedule": (
+        {"SCHEDULE_ARN": f"arn:aws:scheduler:{REGION}:123456789012:schedule/queue/RequestSchedule"},
+        {"model": "acme/painter", "input": {}},
+        {"model": "acme/painter", "input": {}},
+    ),
+    "RequestsEventSource": ({}, {"model": "acme/painter"}, {"model": "acme/painter"}),
+    "a recipe's rule": (
+        {"RULE_ARN": f"arn:aws:events:{REGION}:123456789012:rule/queue-recipe-{'a' * 26}"},
+        {"id": "event-1"},
+        {"recipe_id": "a" * 26, "event": {"id": "event-1"}},
+    ),
+    "a recipe's schedule": (
+        {"SCHEDULE_ARN": f"arn:aws:scheduler:{REGION}:123456789012:schedule/queue/recipe"},
+        {"recipe_id": "a" * 26, "event": {"time": "2025-06-15T15:06:40Z"}},
+        {"recipe_id": "a" * 26, "event": {"time": "2025-06-15T15:06:40Z"}},
+    ),
+}
+"""What each hop to the requests queue leaves in its dead-letter queue, and what a redrive makes of it."""
+
+
+def test_every_hop_to_the_requests_queue_has_a_dead_letter_that_is_tried() -> None:
+    hops = {hop for hop, kept in dead_letter_queues().items() if kept == QUEUES["requests"]}
+    assert UNSENT.keys() >= hops
+
+
+@pytest.mark.parametrize("hop", UNSENT)
+def test_dead_letter_of_every_hop_to_the_requests_queue_is_redriven(queue: Queue, hop: str) -> None:
+    names, body, message = UNSENT[hop]
+    attributes = {**names, **({"ERROR_CODE": "NO_PERMISSIONS"} if names else {})}
+    queue._sqs.send_message(
+        QueueUrl=queue._url,
+        MessageBody=json.dumps(body),
+        MessageAttributes={n: {"DataType": "String", "StringValue": v} for n, v in attributes.items()},
+    )
+    assert main(PUT_BACK) == 0
+    ((record,),) = [event["Records"] for event in queue.asked]
+    assert json.loads(record["body"]) == message
+    assert queue.left == 0
+
+
+def test_dead_request_whose_body_is_an_object_is_redriven_whole(queue: Queue, stack: AccessTokens) -> None:
+    body = "x" * MESSAGE_LIMIT_BYTES
+    queue.with_bucket()
+    queue.bury("message-1", body)
+    assert main(PUT_BACK) == 0
+    ((record,),) = [event["Records"] for event in queue.asked]
+    assert record["body"] == body
 
 
 def test_dead_request_that_cannot_be_started_stays(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
@@ -822,6 +909,43 @@ def test_changes_that_were_given_up_are_read_from_the_stream_again_and_published
     assert "names no part of the stream" in err
     assert "did not give all of it" in err
     assert counts(capsys)["changes"] == 2
+
+
+EFFECT = {
+    "effect": "event",
+    "first_at": 1_750_000_000,
+    "record": {
+        "eventName": "MODIFY",
+        "dynamodb": {
+            "SequenceNumber": "7",
+            "ApproximateCreationDateTime": 1_750_000_000.5,
+            "Keys": {"pk": {"S": f"prediction#{ID}"}, "sk": {"S": "status"}},
+            "NewImage": {"visible": {"S": "succeeded"}},
+        },
+    },
+}
+
+
+def test_effects_that_were_given_up_are_listed_with_their_reason_and_retried_for_another_day(
+    hooks: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    died = {**EFFECT, "effect": "callers", "callers": ["caller#1"]}
+    bury(hooks, "ChangesDeadLetterQueue", {**EFFECT, "reason": "failed for a day"}, died)
+    assert main(["dead-letters", "list", "changes", "--stack", "hooks"]) == 0
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["ID", "RECORDS", "FROM", "TO", "REASON"]
+    moment = "2025-06-15T15:06:40Z"
+    assert [row.split(maxsplit=4)[1:] for row in rows] == [
+        ["1", moment, moment, "event: failed for a day"],
+        ["1", moment, moment, "callers: publish_changes died over it each time: see its log"],
+    ]
+    hooks.purge_queue(QueueUrl=hooks.get_queue_url(QueueName="ChangesDeadLetterQueue")["QueueUrl"])
+    bury(hooks, "ChangesDeadLetterQueue", {**EFFECT, "reason": "failed for a day"}, died)
+    assert main(["dead-letters", "redrive", "changes", "--stack", "hooks"]) == 0
+    again = messages(hooks, "ChangesRetryQueue")
+    assert [{**each, "first_at": 1_750_000_000} for each in again] == [EFFECT, died]
+    assert all(each["first_at"] > 1_750_000_000 for each in again)
+    assert counts(capsys)["changes"] == 0
 
 
 # -- a prediction's story ------------------------------------------------------------------------------------------

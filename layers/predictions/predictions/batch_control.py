@@ -288,12 +288,14 @@ class BatchControl:
 
     def _manifest(self, asked: BatchBody, batch_id: str, key: str) -> dict[str, str]:
         if asked.requests is not None:
-            bucket, key, format_ = self.batches.bucket_name, manifest_key(batch_id), "jsonl"
+            bucket, key = self.batches.bucket_name, manifest_key(batch_id)
             with new_object(bucket, key) as writer:
                 for request in asked.requests:
                     writer.write_json(request)
-        else:
-            bucket, format_ = self._inputs_bucket_name, _format(asked, key)
+            # No ETag: of two calls with one key, each writes the object, and either may write the batch. Their requests
+            # are equal by the fingerprint, but not their ETags, which with KMS differ even for equal bytes.
+            return {"bucket": bucket, "key": key, "etag": "", "format": "jsonl"}
+        bucket, format_ = self._inputs_bucket_name, _format(asked, key)
         found = etag_of(bucket, key)
         if found is None:
             detail = "There is no such object."
@@ -467,6 +469,11 @@ class BatchControl:
         if taken is None:
             return
         logger.set_correlation_id(batch_id)
+        over = taken.abandoned_at is not None and self.batches.now() >= taken.abandoned_at
+        if over and not self._is_running(taken):
+            logger.error("functions died over it: ended without results", executions=taken.execution_n)
+            self.batches.abandon(taken)
+            return
         if taken.stop:
             self.cancel_lines(taken, submissions, remaining_seconds)
         self._run(taken)
@@ -497,9 +504,16 @@ class BatchControl:
                 input=json.dumps({"id": batch.id, "attempt": batch.attempt}),
             )
         except stepfunctions.exceptions.ExecutionAlreadyExists:
+            return self._is_running(batch)
+        return True
+
+    def _is_running(self, batch: Batch) -> bool:
+        stepfunctions = self._stepfunctions
+        try:
             arn = self._execution_arn(batch)
             return stepfunctions.describe_execution(executionArn=arn)["status"] == "RUNNING"
-        return True
+        except stepfunctions.exceptions.ExecutionDoesNotExist:
+            return False
 
     def _execution_arn(self, batch: Batch) -> str:
         return f"{self._machine_arn.replace(':stateMachine:', ':execution:')}:{batch.execution_name}"

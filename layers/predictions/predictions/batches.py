@@ -42,6 +42,11 @@ CHECK_SECONDS = 300
 """How often the sweep looks whether the execution of a batch is there."""
 
 _START_CHECK_SECONDS = 60
+# Backoff of the looks at a batch over which functions die: doubled with each execution, up to an hour.
+_CHECK_MOST_SECONDS = 3600
+# A batch has no deadline: one that functions died over for so long is ended this long before its item expires.
+_ABANDON_BEFORE_SECONDS = 86400
+_DEAD_EXECUTIONS = 3
 # What a line of requests.jsonl has around its request.
 _AROUND_BYTES = 1024
 
@@ -63,6 +68,7 @@ class Batch:
         results_key: The results of the last attempt that ended.
         stop: Why no further line starts: `canceled` or `exceeded`.
         stopped_before: How many of this attempt's lines were looked at, to cancel those that run; None once all were.
+        stalled_looks: How many looks in a row of the sweep died while they canceled lines.
     """
 
     id: str
@@ -89,6 +95,7 @@ class Batch:
     error: str | None = None
     stop: str | None = None
     stopped_before: int | None = None
+    stalled_looks: int = 0
     completed_at: str | None = None
     next_check_at: int | None = None
 
@@ -96,6 +103,17 @@ class Batch:
     def ended(self) -> bool:
         """Whether nothing of it runs any more."""
         return self.status in ENDED
+
+    @property
+    def is_canceling(self) -> bool:
+        """Whether lines of it that run are still to be canceled."""
+        return self.stop is not None and self.stopped_before is not None and self.lines is not None
+
+    @property
+    def abandoned_at(self) -> int | None:
+        """When it is ended by our own word, where functions died over it again and again."""
+        died = self.execution_n > _DEAD_EXECUTIONS or self.stalled_looks > _DEAD_EXECUTIONS
+        return self.expires_at - _ABANDON_BEFORE_SECONDS if died else None
 
     @property
     def execution_name(self) -> str:
@@ -284,7 +302,9 @@ class Batches:
         """Notes how far the cancelling of its lines has come; None: all of them were looked at."""
         set_ = {} if before is None else {"stopped_before": before}
         condition = "attempt = :attempt AND attribute_exists(#open)"
-        self._change(batch, set_, remove=["stopped_before"] if before is None else [], condition=condition)
+        done = ["stopped_before"] if before is None else []
+        # Whoever writes this did not die.
+        self._change(batch, set_, remove=[*done, "stalled_looks"], condition=condition)
 
     def end(self, batch: Batch, *, status: str, counts: Mapping[str, int], results_key: str) -> Batch | None:
         """Ends an attempt; None where that was done before."""
@@ -314,7 +334,7 @@ class Batches:
                     "open": "open",
                     "next_check_at": int(self.now()) + _START_CHECK_SECONDS,
                 },
-                remove=["stop", "stopped_before", "counts", "completed_at", "lines", "visible"],
+                remove=["stop", "stopped_before", "stalled_looks", "counts", "completed_at", "lines", "visible"],
                 condition="attempt = :attempt AND attribute_not_exists(#open)",
             )
         except (ClientError, BotoCoreError):
@@ -325,12 +345,38 @@ class Batches:
             return there
 
     def take_check(self, batch: Batch) -> Batch | None:
-        """Takes a check that is due, so that nobody else does it; None where somebody did."""
+        """Takes a check that is due, so that nobody else does it; None where somebody did.
+
+        The next check is put off by the same write, before anything is done: the further, the more executions or looks
+        have died over this batch.
+        """
+        wait = _START_CHECK_SECONDS if batch.stop else CHECK_SECONDS
+        died = batch.execution_n - 1 + batch.stalled_looks
+        look = {"stalled_looks": batch.stalled_looks + 1} if batch.is_canceling else {}
         return self._change(
             batch,
-            {"next_check_at": int(self.now()) + (_START_CHECK_SECONDS if batch.stop else CHECK_SECONDS)},
+            {"next_check_at": int(self.now()) + min(_CHECK_MOST_SECONDS, wait * 2 ** min(died, 10)), **look},
             condition="attribute_exists(#open) AND next_check_at = :due",
             values={":due": batch.next_check_at},
+        )
+
+    def abandon(self, batch: Batch) -> Batch | None:
+        """End an attempt over which functions died, without results; None if it ended meanwhile."""
+        error = (
+            "This stack's functions ran out of memory or time each time that they worked on this batch, so it was "
+            "ended without results. Its predictions have their own ends: read them one by one."
+        )
+        return self._change(
+            batch,
+            {
+                "status": "failed",
+                "visible": "failed",
+                "counts": {},
+                "error": error,
+                "completed_at": timestamp(self.now()),
+            },
+            remove=["open", "next_check_at", "stopped_before", "stalled_looks"],
+            condition="attempt = :attempt AND attribute_exists(#open)",
         )
 
     def next_execution(self, batch: Batch) -> Batch | None:
@@ -407,7 +453,7 @@ def event_of(change: Mapping[str, Any], bucket_name: str) -> tuple[str, dict[str
         "counts": dict(batch.counts or {}),
         "depth": batch.depth,
         "error": batch.error,
-        "results": f"s3://{bucket_name}/{batch.results_key}",
+        "results": f"s3://{bucket_name}/{batch.results_key}" if batch.results_key else None,
         "created_at": batch.created_at,
         "completed_at": batch.completed_at,
     }

@@ -77,6 +77,21 @@ class LimitReached(PredictionsError):
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """What `take_place` has taken, for `give_back`.
+
+    Attributes:
+        began: When it was added to those in flight, in milliseconds since 1970; None where it was not, or was before.
+        day: The day it was counted in, as in the item's key; None where it was not counted.
+        n: How many that day had then.
+    """
+
+    began: int | None = None
+    day: str | None = None
+    n: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class OwnerLimits:
     """The limits of one owner; None: there is none of that kind.
 
@@ -250,10 +265,13 @@ class OwnersUsage:
             known = self._known[owner] = (self._now() + _CACHE_SECONDS, self._limits.limits_of(owner))
         return known[1]
 
-    def take_place(self, owner: str, prediction_id: str, limits: OwnerLimits) -> None:
+    def take_place(self, owner: str, prediction_id: str, limits: OwnerLimits) -> Place:
         """Takes a place in flight, and one of the day, for a prediction that is about to be started.
 
         Twice, it has one place in flight, and two of the day.
+
+        Returns:
+            What was taken.
 
         Raises:
             LimitReached: One of the limits is used up.
@@ -262,10 +280,36 @@ class OwnersUsage:
         limit = limits.in_flight
         added = limit is not None and self._add(_IN_FLIGHT, owner, prediction_id, limit, began)
         now = self._now()  # the day that is full must be the one whose end is told
-        if limits.per_day is not None and not self._count_in_day(owner, limits.per_day, now):
+        day = datetime.fromtimestamp(now, UTC).date().isoformat()
+        n = 0
+        if limits.per_day is not None and not (n := self._count_in_day(owner, limits.per_day, day, now)):
             if added:
                 self._take_out(_IN_FLIGHT, owner, {prediction_id: began})
             raise _day_is_full(owner, limits.per_day, now)
+        return Place(began if added else None, day if n else None, n)
+
+    def give_back(self, owner: str, prediction_id: str, place: Place) -> None:
+        """Give back what `take_place` took, for a prediction that is not started after all.
+
+        A count of the day is given back only while it is the latest one: where another was counted meanwhile, or this
+        write was made before and its answer lost, the day stays as it is. So it may count too much, never too little.
+        """
+        if place.began is not None:
+            self._take_out(_IN_FLIGHT, owner, {prediction_id: place.began})
+        if place.day is None:
+            return
+        with contextlib.suppress(self._dynamodb.exceptions.ConditionalCheckFailedException):
+            self._dynamodb.update_item(
+                TableName=self._table_name,
+                Key=_usage_key(owner, f"day#{place.day}"),
+                UpdateExpression="SET n = :less, given_back = :id",
+                ConditionExpression="n = :n AND (attribute_not_exists(given_back) OR given_back <> :id)",
+                ExpressionAttributeValues={
+                    ":less": {"N": str(place.n - 1)},
+                    ":n": {"N": str(place.n)},
+                    ":id": {"S": prediction_id},
+                },
+            )
 
     def check_day(self, owner: str, limits: OwnerLimits) -> None:
         """Check that an owner's limit of the day is not used up, without using any of it.
@@ -387,14 +431,14 @@ class OwnersUsage:
                 ExpressionAttributeValues={f":p{n}": {"N": str(began)} for n, (_, began) in named.items()},
             )
 
-    def _count_in_day(self, owner: str, limit: int, now: float) -> bool:
-        """Whether the day of that moment had a place, which is taken then."""
+    def _count_in_day(self, owner: str, limit: int, day: str, now: float) -> int:
+        """Takes a place of the day, where it has one; how many are taken then, or 0."""
         if limit == 0:
-            return False
+            return 0
         try:
-            self._dynamodb.update_item(
+            counted = self._dynamodb.update_item(
                 TableName=self._table_name,
-                Key=_usage_key(owner, _day_sk(now)),
+                Key=_usage_key(owner, f"day#{day}"),
                 UpdateExpression="ADD n :one SET expires_at = :expires",
                 ConditionExpression="attribute_not_exists(n) OR n < :limit",
                 ExpressionAttributeValues={
@@ -402,10 +446,11 @@ class OwnersUsage:
                     ":limit": {"N": str(limit)},
                     ":expires": {"N": str(int(now) + 2 * 86400)},
                 },
+                ReturnValues="ALL_NEW",
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
-            return False
-        return True
+            return 0
+        return int(counted["Attributes"]["n"]["N"])
 
 
 def _has_ended(status: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """The routes below `/pipelines`: what they write, and pipelines as callers see them."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -255,7 +256,8 @@ class PipelineApi:
         """A pipeline with its steps.
 
         Outputs that would make the answer too large for Lambda are left out, the later steps' first, and
-        `outputs_left_out` names their steps: each prediction has its own.
+        `outputs_left_out` names their steps: each prediction has its own. Those whose noted length, logs included, is
+        more than there is room for are not even read.
 
         Args:
             stored: The pipeline.
@@ -273,14 +275,14 @@ class PipelineApi:
             state = states[step.name]
             if state.status != "succeeded":
                 continue
-            output = self._output(state, ids[step.name])
             # The output of a step that no other one needs is shown twice.
-            room_needed = answer_bytes(output) * (2 if step in stored.definition.last else 1)
-            if room_needed > room:
+            times = 2 if step in stored.definition.last else 1
+            shown = self._output(state, ids[step.name], room // times)
+            if shown is None:
                 left_out.append(step.name)
                 continue
-            room -= room_needed
-            outputs[step.name] = output
+            outputs[step.name], size = shown
+            room -= size * times
         last = {step.name: outputs.get(step.name) for step in stored.definition.last}
         return {
             **_shown(stored.pipeline),
@@ -301,10 +303,20 @@ class PipelineApi:
             "outputs_left_out": left_out,
         }
 
-    def _output(self, state: StepState, ids: list[str]) -> Any:
-        found: dict[str, Whole] = {whole.prediction.id: whole for whole in self._predictions.read_many(ids)}
-        outputs = [self._presenter.show(found[each])["output"] for each in ids]
-        return outputs[0] if state.step.for_each is None else outputs
+    def _output(self, state: StepState, ids: list[str], room: int) -> tuple[Any, int] | None:
+        """The output of a step and its size in an answer; None where that is more than there is room for."""
+        results = self._predictions.unread_results(ids)
+        if sum(result.length for result in results) > room:
+            return None
+        outputs = []
+        for result in results:
+            text = self._predictions.result_text(result)
+            said = json.loads(text) if text else {"output": None, "logs": None}
+            whole = Whole(result.prediction, {}, said["output"], said["logs"], result.files)
+            outputs.append(self._presenter.show(whole)["output"])
+        output = outputs[0] if state.step.for_each is None else outputs
+        size = answer_bytes(output)
+        return (output, size) if size <= room else None
 
 
 def _of_another() -> Problem:

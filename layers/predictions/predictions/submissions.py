@@ -32,12 +32,13 @@ from predictions.aws import api_url
 from predictions.errors import PredictionThrottled, Problem
 from predictions.executions import Executions, wake
 from predictions.intents import Attempt, Intent, Reference, input_json_canonical
-from predictions.limiter import Limiter, Pause
-from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, refusal_of
+from predictions.limiter import AskAgain, Lane, Limiter, Pause, Reservation, Start, TooLate
+from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, Place, refusal_of
 from predictions.observability import MetricUnit, count_ended, logger, metrics
+from predictions.outputs import StoredFile
 from predictions.schemas import ModelSchemas
-from predictions.statuses import Status
-from predictions.table import AlreadyExists, Change, Prediction, PredictionsTable
+from predictions.statuses import TERMINAL_RANK, Status, rank_of
+from predictions.table import AlreadyExists, Change, Prediction, PredictionsTable, Waits
 from predictions.upstream import (
     NotAccepted,
     NotFound,
@@ -59,6 +60,15 @@ _GIVE_UP_SECONDS = 300
 # A bound one is given up by our own word only this long after its deadline, or after that many 404s in a row.
 _ABANDON_SECONDS = 3600
 _NOT_FOUND_LIMIT = 5
+# The files of one that has ended are given up by the sweep this long after the end: Replicate has removed them by then,
+# and the copier would have taken the file host at its word an hour before.
+_ABANDON_COPY_SECONDS = 3 * 3600
+
+# Backoff of the sweep's looks at a prediction over which functions die: from 3 minutes, doubled, up to an hour.
+_LOOK_AGAIN_SECONDS = 180
+_LOOK_AGAIN_MOST_SECONDS = 3600
+# That many looks in a row died, or found the execution dead, before a prediction is ended without asking Replicate.
+_STALLED_LOOKS = 3
 
 # Replicate's clock and ours may differ by this much.
 _CLOCK_SKEW_SECONDS = 30
@@ -75,8 +85,20 @@ _PAUSE_STEP_SECONDS = 300
 _SOON_SECONDS = 1
 # From the claim to the last byte of the POST: the write, the token, and a connection that takes its time.
 _CLAIM_SECONDS = 10
+# No start is reserved later than this before the deadline: waits are rounded up to whole seconds.
+_START_MARGIN_SECONDS = 5
+# A prediction that could not start before its deadline asks again when half of the rest has passed, until that is less
+# than this.
+_LOOK_SECONDS = 10
+# What a caller whose create is refused is told to wait, in seconds; it would start later than that otherwise.
+_REFUSED_WAITS = (10, 300)
 # How long an owner's other predictions are waited for: a quarter of the time that has passed, within these bounds.
 _OWN_LIMIT_WAITS = (10, 300)
+
+REFUSAL_FIELDS_LIMIT = 50
+REFUSAL_FIELD_CHARACTERS = 300
+"""With these limits a refusal takes at most 180 KB of its item (6 bytes a character, where JSON escapes it); DynamoDB
+allows 400 KB. https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.html"""
 
 # A caller waits in looks at the table that become ever rarer: each is a consistent read.
 _WAIT_STEP_SECONDS = 0.1
@@ -214,8 +236,9 @@ class Submissions:
 
         Raises:
             Problem: 404 or 422 (an input that is not the model's, Replicate's refusal, or another request with the same
-                key), 429 (one of the owner's limits is used up), 502 (Replicate refuses the stack's token or credit),
-                503 (submissions are paused, or Replicate cannot be asked which version to run).
+                key), 429 (one of the owner's limits is used up, or it could start only much later), 502 (Replicate
+                refuses the stack's token or credit), 503 (submissions are paused, or Replicate cannot be asked which
+                version to run).
         """
         wait_until = self._now() + wait_seconds
         # Without a key, the id of an HTTP request is random; any other is made of the event that it came with.
@@ -239,6 +262,9 @@ class Submissions:
         now = self._now()
         default_seconds = self._timing.training_lifetime if intent.object == "training" else self._timing.lifetime
         deadline = int(now) + (intent.lifetime_seconds or default_seconds)
+        latest = min(deadline - _START_MARGIN_SECONDS, now + self._limiter.max_start_delay_seconds)
+        if late := self._limiter.too_late(intent.owner, latest):
+            raise self._refused(intent, late, latest)
         # All that can fail on our side comes before the claim: after it, a POST that was never made is as unknown
         # as one whose answer was lost.
         api_url()
@@ -247,13 +273,22 @@ class Submissions:
             intent = replace(intent, id=noted_id)
         if limits is None:
             limits = self._usage.known_limits(intent.owner)
-        if limits:
-            self._take_place(intent, limits)
-        start = self._limiter.reserve_for_caller()
-        submit_at = math.ceil(start) if start > self._now() + _SOON_SECONDS else None
+        place = self._take_place(intent, limits) if limits else Place()
+        start = self._limiter.reserve_for_caller(intent.owner, latest=latest)
+        if isinstance(start, TooLate):
+            try:
+                self._usage.give_back(intent.owner, intent.id, place)
+            except (ClientError, BotoCoreError):
+                logger.exception("a place in its owner's limits is lost")
+            raise self._refused(intent, start, latest)
+        soon = isinstance(start, Start) and start.at <= self._now() + _SOON_SECONDS
+        submit_at = None if soon else math.ceil(start.at)
+        waits = _waits(start)
         if submit_at is None and remaining_seconds and remaining_seconds() < _CLAIM_SECONDS:
-            # Who dies between claim and POST leaves what nobody may submit again: the execution has the time.
+            # A crash between claim and POST makes a prediction unsubmittable: the execution has the time. Its start is
+            # of now, so nothing else is reserved for it.
             submit_at = math.ceil(self._now())
+            waits = Waits(reserved_start=round(self._now() * 1000) * 1000)
         try:
             prediction = self.table.put_intent(
                 intent,
@@ -264,8 +299,10 @@ class Submissions:
                 execution_arn=self._executions.arn(intent.id, 1),
                 now=now,
                 submit_at=submit_at,
+                waits=waits,
             )
         except AlreadyExists as error:
+            self._return("http", intent.owner, waits)
             return _existing(error.prediction, intent)
         logger.set_correlation_id(prediction.id)
         metrics.add_metric(name="PredictionsStarted", unit=MetricUnit.Count, value=1)
@@ -274,9 +311,24 @@ class Submissions:
             return self._track_for_caller(prediction, submit=True)
         return self._submit_for_caller(prediction, intent.input_json, wait_until, rate_limit)
 
-    def _take_place(self, intent: Intent, limits: OwnerLimits) -> None:
+    def _refused(self, intent: Intent, late: TooLate, latest: float) -> Problem:
+        """The answer to a create that could start only after `latest`; nothing was written."""
+        now = self._now()
+        least, most = _REFUSED_WAITS
+        retry_seconds = max(least, min(most, math.ceil(late.at - latest)))
+        logger.warning("refused: it would start too late", owner=intent.owner, seconds=math.ceil(late.at - now))
+        detail = (
+            f"Creates of the owner {intent.owner} would start in {math.ceil(late.at - now)} s at the earliest: this"
+            f" stack creates at most {self._limiter.creates_per_minute} a minute (CreatesPerMinute) and accepts a"
+            f" create only if it can start within {self._limiter.max_start_delay_seconds} s (MaxStartDelaySeconds) and"
+            f" {_START_MARGIN_SECONDS} s before its deadline. Nothing was started or counted. Retry in"
+            f" {retry_seconds} s, or send the request through the queue."
+        )
+        return Problem(429, detail, headers={"Retry-After": str(retry_seconds)})
+
+    def _take_place(self, intent: Intent, limits: OwnerLimits) -> Place:
         try:
-            self._usage.take_place(intent.owner, intent.id, limits)
+            return self._usage.take_place(intent.owner, intent.id, limits)
         except LimitReached as reached:
             raise refusal_of(reached) from None
 
@@ -287,12 +339,7 @@ class Submissions:
         try:
             prediction = self._submit(prediction, input_json, wait_until, rate_limit)
         except Refused as error:
-            refusal: dict[str, Any] = {
-                "status": error.status,
-                "detail": error.detail,
-                "invalid_fields": error.invalid_fields,
-                "upstream_status": error.status,
-            }
+            refusal = _refusal_of(error)
             self._end(prediction, Status.FAILED, error.detail, refusal=refusal)
             raise _problem_of(refusal) from None
         except Unauthorized as error:
@@ -378,13 +425,15 @@ class Submissions:
             self._end(prediction, Status.CANCELED, None)
             return
         if now >= prediction.deadline:
-            self._end(prediction, Status.FAILED, "Its deadline passed before Replicate accepted it.")
+            self._end(prediction, Status.FAILED, self._why_not_started(prediction))
             return
         if not self.table.line_wanted(prediction):
             self._end(prediction, Status.CANCELED, "It was not started: its batch has stopped.")
             return
-        if prediction.submit_at and prediction.submit_at > now:
-            raise PredictionThrottled(self._within_lifetime(prediction, int(prediction.submit_at - now) + 1))
+        # One that is woken before its turn takes a start that nobody else waits for.
+        may_go = prediction.turn_ms and self._limiter.is_idle(_lane(prediction))
+        if prediction.submit_at and prediction.submit_at > now and not may_go:
+            raise self._put_off_until(prediction, prediction.submit_at, prediction.turn_ms)
         if pause := self._limiter.pause_now():
             raise PredictionThrottled(self._within_lifetime(prediction, pause.remaining(now, _PAUSE_STEP_SECONDS)))
         # What came over HTTP was checked before it was written down; a training's input is not of its version's schema.
@@ -428,14 +477,59 @@ class Submissions:
         Raises:
             PredictionThrottled: It has to wait, this once.
         """
-        if prediction.reserved and prediction.submit_at and self._limiter.is_reserved(prediction.submit_at):
+        # One that an earlier release reserved has no number: its lane may have begun anew, so it asks again.
+        if (
+            prediction.reserved_start is not None
+            and prediction.submit_at
+            and self._limiter.is_reserved(prediction.submit_at)
+        ):
             return
         start, now = self._reserve_start(prediction), self._now()
-        if start > now + _SOON_SECONDS:
-            submit_at = math.ceil(start)
-            # Where it moved on meanwhile, the next look finds out.
-            self.table.put_off(prediction, submit_at, counted=counted)
-            raise PredictionThrottled(self._within_lifetime(prediction, int(submit_at - now) + 1))
+        turn_is_ahead = prediction.turn_ms and prediction.submit_at and prediction.submit_at > now
+        if isinstance(start, Start) and start.at <= now + _SOON_SECONDS:
+            if turn_is_ahead:
+                self._limiter.give_turn_back(_lane(prediction), prediction.owner, prediction.turn_ms or 0)
+            return
+        if isinstance(start, AskAgain) and not start.step_ms:
+            raise self._put_off_until(prediction, math.ceil(start.at), prediction.turn_ms)
+        submit_at = math.ceil(now + self._look_seconds(prediction) if isinstance(start, TooLate) else start.at)
+        waits = _waits(start)
+        # Where it moved on meanwhile, the next look finds out.
+        if self.table.put_off(prediction, submit_at, counted=counted, waits=waits) is None:
+            self._return(_lane(prediction), prediction.owner, waits)
+        raise self._put_off_until(prediction, submit_at, waits.turn_ms)
+
+    def _put_off_until(self, prediction: Prediction, submit_at: int, turn_ms: int | None) -> PredictionThrottled:
+        """How long to wait for a start or a turn: until then, and for a turn that is far ahead until half of it."""
+        seconds = int(submit_at - self._now()) + 1
+        if turn_ms and seconds > self._limiter.max_start_delay_seconds:
+            # What is ahead of it may be canceled meanwhile, and the lane idle: those who wait look at different times.
+            seconds = math.ceil(seconds / 2)
+        return PredictionThrottled(self._within_lifetime(prediction, seconds))
+
+    def _look_seconds(self, prediction: Prediction) -> float:
+        """How long to wait with a prediction whose turn would come after its deadline."""
+        remaining = max(1.0, prediction.deadline - self._now())
+        return remaining / 2 if remaining / 2 >= _LOOK_SECONDS else remaining
+
+    def _why_not_started(self, prediction: Prediction) -> str:
+        reason = "Its deadline passed before Replicate accepted it."
+        if not prediction.submit_at:
+            return reason
+        seconds = math.ceil(self._limiter.expected_start(_lane(prediction), prediction.owner) - self._now())
+        if seconds < _START_MARGIN_SECONDS:
+            return reason
+        return (
+            f"{reason} Requests of the owner {prediction.owner} now wait about {seconds} s for a start, at"
+            f" {self._limiter.creates_per_minute} creates a minute: allow a longer lifetime, or send fewer at once."
+        )
+
+    def _return(self, lane: Lane, owner: str, waits: Waits) -> None:
+        """Give back to the limiter what was reserved for a prediction that will not use it."""
+        if waits.reserved_start is not None:
+            self._limiter.give_back(lane, waits.reserved_start)
+        if waits.turn_ms:
+            self._limiter.give_turn_back(lane, owner, waits.turn_ms)
 
     def _take_place_in_queue(self, prediction: Prediction) -> bool:
         """Takes a place in the owner's limits, unless it has one.
@@ -461,10 +555,13 @@ class Submissions:
             raise PredictionThrottled(self._within_lifetime(prediction, seconds)) from None
         return True
 
-    def _reserve_start(self, prediction: Prediction) -> float:
-        if prediction.source == "http":
-            return self._limiter.reserve_for_caller()
-        return self._limiter.reserve_for_queue()
+    def _reserve_start(self, prediction: Prediction) -> Reservation:
+        latest = prediction.deadline - _START_MARGIN_SECONDS
+        has_turn = prediction.turn_ms or prediction.reserved
+        turn_at = prediction.submit_at if has_turn else None
+        if _lane(prediction) == "http":
+            return self._limiter.reserve_for_caller(prediction.owner, latest=latest, turn_at=turn_at)
+        return self._limiter.reserve_for_queue(prediction.owner, latest=latest, turn_at=turn_at)
 
     def _within_lifetime(self, prediction: Prediction, seconds: int) -> int:
         """That long, but not longer than until just after the deadline, which ends it."""
@@ -533,17 +630,19 @@ class Submissions:
             return self._cancel_upstream(merged)
         return merged
 
-    def _wait_seconds(self, prediction: Prediction, error: NotAccepted) -> int:
-        """How long to wait after a submission that was not accepted."""
+    def _wait_seconds(self, prediction: Prediction, error: NotAccepted) -> tuple[int, Waits]:
+        """How long to wait after a submission that was not accepted, and what for."""
         if isinstance(error, Throttled):
             metrics.add_metric(name="UpstreamThrottles", unit=MetricUnit.Count, value=1)
             # Those that wait with it start one after another then, as do all others.
             self._limiter.block(error.seconds)
             start = self._reserve_start(prediction)
-            return max(error.seconds, math.ceil(round(start - self._now(), 3)))
+            if isinstance(start, TooLate):
+                return error.seconds, Waits()
+            return max(error.seconds, math.ceil(round(start.at - self._now(), 3))), _waits(start)
         if isinstance(error, Unauthorized):
-            return _UNAUTHORIZED_WAIT_SECONDS
-        return self._outage_seconds(prediction)
+            return _UNAUTHORIZED_WAIT_SECONDS, Waits()
+        return self._outage_seconds(prediction), Waits()
 
     def _outage_seconds(self, prediction: Prediction) -> int:
         """How long to wait while Replicate cannot be reached. The longer it lasts, the rarer: a quarter of it."""
@@ -556,9 +655,11 @@ class Submissions:
         Returns:
             The prediction, and how many seconds it has to wait.
         """
-        wait_seconds = self._wait_seconds(prediction, error)
+        wait_seconds, waits = self._wait_seconds(prediction, error)
         logger.warning("not accepted, submitted again later", wait_seconds=wait_seconds)
-        released = self.table.release(prediction, self._now(), wait_seconds, reserved=isinstance(error, Throttled))
+        released = self.table.release(prediction, self._now(), wait_seconds, waits=waits)
+        if released is None:
+            self._return(_lane(prediction), prediction.owner, waits)
         if released and released.cancel_requested:
             return self._end(released, Status.CANCELED, None), wait_seconds
         return released or prediction, wait_seconds
@@ -576,6 +677,10 @@ class Submissions:
             return
         metrics.add_metric(name="Polls", unit=MetricUnit.Count, value=1)
         self._measure_age(prediction)
+        # One look fewer than in the sweep: the poll is what the look that started this execution waits for.
+        if prediction.stalled_looks >= _STALLED_LOOKS - 1 and self._is_abandoned(prediction):
+            self._abandon(prediction)
+            return
         if prediction.orphans:
             self._cancel_orphans(prediction)
         if prediction.upstream_id:
@@ -584,13 +689,22 @@ class Submissions:
             self._reconcile(prediction)
         else:
             self.submit(prediction_id)
+        if prediction.stalled_looks:
+            self.table.forget_stalled_looks(prediction)
 
     def _ask(self, prediction: Prediction) -> None:
         now = self._now()
         upstream_id = prediction.upstream_id or ""
         not_found = 0
         try:
-            prediction = self._merge(prediction, self._replicate.get(upstream_id, prediction.collection))
+            told = self._replicate.get(upstream_id, prediction.collection)
+            if told.too_large and rank_of(told.status) < TERMINAL_RANK:
+                # It may go on for hours, and what it makes can be neither kept nor shown: it is not to be paid for.
+                # Where this is not heard, the next poll says it again.
+                canceled = self._replicate.cancel(upstream_id, prediction.collection)
+                logger.warning("canceled: its output is too large", upstream_id=upstream_id, status=canceled.status)
+                told = told.failed_for_its_size()
+            prediction = self._merge(prediction, told)
             if prediction.terminal:
                 metrics.add_metric(name="EndsByPoll", unit=MetricUnit.Count, value=1)
             elif prediction.cancel_requested or now >= prediction.deadline:
@@ -699,8 +813,17 @@ class Submissions:
         return flagged
 
     def _cancel_upstream(self, prediction: Prediction) -> Prediction:
+        """Asks Replicate to cancel a prediction, and merges an end that it answers with.
+
+        Of the answer to a cancel, which holds the whole prediction, only the status is read: an end is read by a GET,
+        by the same rules as in a poll.
+        """
+        upstream_id = prediction.upstream_id or ""
         try:
-            return self._merge(prediction, self._replicate.cancel(prediction.upstream_id or "", prediction.collection))
+            status = self._replicate.cancel(upstream_id, prediction.collection).status
+            if status is None or rank_of(status) < TERMINAL_RANK:
+                return prediction
+            return self._merge(prediction, self._replicate.get(upstream_id, prediction.collection))
         except (NotFound, Unavailable) as error:
             # The flag or the deadline stays: the next poll, or the sweep in a minute, asks again.
             logger.warning("cancel without answer", reason=str(error))
@@ -754,7 +877,7 @@ class Submissions:
                 sweepers[kind](each)
             except Exception:  # noqa: BLE001  # one that cannot be mended must not keep the sweep from the others
                 logger.exception("swept without success", pk=pk)
-                # Nor stay before them in the queue.
+                # Nor stay before them in the queue, where its first write was the one that failed.
                 with contextlib.suppress(ClientError, BotoCoreError):
                     if stuck := self.table.get(each):
                         self.table.check_again_at(stuck, self._now() + _STUCK_SECONDS)
@@ -767,14 +890,25 @@ class Submissions:
         if prediction is None or prediction.next_check_at is None or prediction.next_check_at > now:
             return
         logger.set_correlation_id(prediction_id)
+        # Before anything is asked of anybody: a function that is killed by its memory or its time raises nothing, and
+        # what stays due stays before all others.
+        begun = self.table.begin_look(prediction, self._look_again_at(prediction, now))
+        if begun is None:
+            return
+        prediction = begun
+        if prediction.stalled_looks > 1:
+            # Where the function is killed, this is the last that its log says.
+            logger.warning("looked at again: the look before died, or the execution", stalled=prediction.stalled_looks)
+        if prediction.stalled_looks >= _STALLED_LOOKS and self._is_abandoned(prediction):
+            prediction = self._abandon(prediction)
         if prediction.orphans:
             self._cancel_orphans(prediction)
             prediction = self.table.get(prediction_id) or prediction
         if prediction.deleted:
             self.table.delete_data(prediction, now)
-        if prediction.terminal and not prediction.awaits_copy:
+        if prediction.ended_visibly:
             if prediction.orphans:
-                self.table.check_again_at(prediction, now + _SUBMITTER_SECONDS)
+                self.table.end_look(prediction, now + _SUBMITTER_SECONDS, stalled=False)
             elif not prediction.deleted:
                 self.table.close(prediction)
             return
@@ -784,17 +918,73 @@ class Submissions:
         if unclaimed and never_tracked and prediction.source == "http" and not prediction.keyed:
             self._end(prediction, Status.FAILED, "It was not submitted: its caller was told of an error.")
             return
-        logger.info("stands still", status=prediction.status, execution=execution)
+        logger.info("stands still", status=prediction.status, execution=execution, stalled=prediction.stalled_looks)
         self._measure_age(prediction)
         if prediction.cancel_requested and prediction.upstream_id and not prediction.terminal:
             prediction = self._cancel_upstream(prediction)
+        dead = execution not in ("RUNNING", None)
+        if dead and self._resumes_later(prediction):
+            self.table.end_look(prediction, self._look_again_at(prediction, now), stalled=True, put_off=True)
+            return
         if execution == "RUNNING":
             if prediction.terminal:
                 wake(prediction.task_token)
         else:
             metrics.add_metric(name="ExecutionsReplaced", unit=MetricUnit.Count, value=1)
             self._track(prediction, submit=unclaimed)
-        self.table.check_again_at(prediction, now + self._timing.first_poll + 120)
+        # The new execution notes a time of its own where it waits for a webhook; where it copies, this one holds.
+        again = self._look_again_at(prediction, now) if dead and prediction.stalled_looks > 1 else 0
+        self.table.end_look(prediction, max(again, now + self._timing.first_poll + 120), stalled=dead)
+
+    def _look_again_at(self, prediction: Prediction, now: float) -> float:
+        """When to look next at a prediction if this look dies: exponential backoff, never past the last look of all."""
+        doubled: int = 2 ** min(prediction.stalled_looks, 10)
+        backoff = min(_LOOK_AGAIN_MOST_SECONDS, _LOOK_AGAIN_SECONDS * doubled)
+        last = self._abandoned_at(prediction)
+        return now + backoff if now >= last else min(now + backoff, last)
+
+    def _resumes_later(self, prediction: Prediction) -> bool:
+        """Whether a dead execution is replaced by the next look only: the second in a row, and each one after it.
+
+        The files of one that has ended do not wait: Replicate removes them.
+        """
+        again = prediction.stalled_looks > 1 and prediction.resume_n != prediction.execution_n
+        return again and not prediction.terminal
+
+    @staticmethod
+    def _abandoned_at(prediction: Prediction) -> int:
+        """When a prediction over which functions die is ended by our own word."""
+        if prediction.awaits_copy:
+            return (prediction.ended or 0) + _ABANDON_COPY_SECONDS
+        return prediction.deadline + _ABANDON_SECONDS
+
+    def _is_abandoned(self, prediction: Prediction) -> bool:
+        return self._now() >= self._abandoned_at(prediction)
+
+    def _abandon(self, prediction: Prediction) -> Prediction:
+        """End a prediction over which functions died, without asking Replicate or its file host anything.
+
+        Orphans are struck off too: they were created with the same deadline, so Replicate has canceled them.
+        """
+        logger.error("functions died over it: ended without asking", stalled=prediction.stalled_looks)
+        for upstream_id in sorted(prediction.orphans):
+            self.table.orphan_canceled(prediction, upstream_id)
+        prediction = self.table.get(prediction.id) or prediction
+        if prediction.awaits_copy:
+            lost = StoredFile("", 0, error="The files could not be copied: functions died over this output each time.")
+            metrics.add_metric(name="CopiesFailed", unit=MetricUnit.Count, value=1)
+            ended = self.table.end_copy(prediction, [lost], self._now())
+            if ended is not None:
+                count_ended(ended.visible, self._now() - ended.created)
+            return ended or self.table.get(prediction.id) or prediction
+        if prediction.terminal:
+            return prediction
+        of = f" Its id at Replicate is {prediction.upstream_id}." if prediction.upstream_id else ""
+        why = (
+            "This stack's functions ran out of memory or time each time that they looked at it, so it was ended an "
+            f"hour past its deadline without asking Replicate again.{of} Have the model return large outputs as files."
+        )
+        return self._end(prediction, Status.FAILED, why)
 
     def _cancel_orphans(self, prediction: Prediction) -> None:
         for upstream_id in sorted(prediction.orphans):
@@ -871,6 +1061,9 @@ class Submissions:
         logger.info("ended by the stack", status=status.value)
         count_ended(ended.visible, self._now() - ended.created)
         wake(ended.task_token)
+        # Last, since only this can be lost without harm: a start then stays unused.
+        if not ended.claimed and not ended.upstream_id and (ended.submit_at or 0) > self._now():
+            self._return(_lane(ended), ended.owner, Waits(ended.reserved_start, ended.turn_ms))
         return ended
 
     def _look_up(self, reference: Reference, *, check: bool = True) -> "_Model":
@@ -955,6 +1148,18 @@ def _paused(pause: Pause, now: float) -> Problem:
     return Problem(503, detail, title="Paused", headers={"Retry-After": str(seconds)})
 
 
+def _waits(start: Reservation) -> Waits:
+    """What a prediction waits for, after this answer of the limiter."""
+    if isinstance(start, Start):
+        return Waits(reserved_start=start.number)
+    return Waits(turn_ms=start.step_ms) if isinstance(start, AskAgain) else Waits()
+
+
+def _lane(prediction: Prediction) -> Lane:
+    """Callers who wait for the answer to their create have a lane of their own."""
+    return "http" if prediction.source in ("http", "run_job") else "queue"
+
+
 def _unwanted(prediction: Prediction) -> bool:
     """Whether what asked for a prediction was canceled after its request was read, and before it was written down."""
     if "pipeline" not in prediction.origin:
@@ -968,6 +1173,26 @@ def _not_ended(prediction: Prediction) -> str:
     if prediction.terminal:
         return f"Prediction {prediction.id} has ended, and its files are being stored: delete it when that is done."
     return f"Prediction {prediction.id} has not ended: cancel it first, and delete it when it has ended."
+
+
+def _refusal_of(error: Refused) -> dict[str, Any]:
+    """Return a refusal by Replicate as the caller is answered, now and when the request is repeated.
+
+    Bounded, because the table keeps it in the prediction's item: `REFUSAL_FIELDS_LIMIT` fields, each with
+    `REFUSAL_FIELD_CHARACTERS` of its name and of its explanation.
+    """
+    fields = [
+        {name: text[:REFUSAL_FIELD_CHARACTERS] for name, text in field.items()}
+        for field in error.invalid_fields[:REFUSAL_FIELDS_LIMIT]
+    ]
+    left_out = len(error.invalid_fields) + error.fields_left_out - len(fields)
+    listed = f" {left_out} more fields were refused; `invalid_fields` lists the first {len(fields)}."
+    return {
+        "status": error.status,
+        "detail": error.detail + (listed if left_out else ""),
+        "invalid_fields": fields,
+        "upstream_status": error.status,
+    }
 
 
 def _problem_of(refusal: dict[str, Any]) -> Problem:

@@ -5,8 +5,9 @@ billed by its size. Of a training it says `object` = `training`. Payloads are it
 written once each, or objects in the outputs bucket above `PAYLOAD_LIMIT_BYTES`:
 
     input#{fingerprint}     the model's input, written before the intent, so that an intent always has one
-    progress                output and logs of a prediction that runs; replaced by longer ones only. Where the caller
-                            wants to be told of them: `notify` and digests, for the table's stream
+    progress                output and logs of a prediction that runs; replaced by longer ones only, as an item and as
+                            an object, always of the same key. Where the caller wants to be told of them: `notify` and
+                            digests, for the table's stream
     result#{upstream_id}    output and logs at the end, written before the status turns terminal; the first one stays
     files                   where the outputs are stored, where there are too many for the status item
     caller#{token's hash}   the task token of another state machine that waits for the end
@@ -53,12 +54,17 @@ PAYLOAD_LIMIT_BYTES = 100 * 1024
 """Above this a payload goes to S3: an item holds 400 KB, and a page of a list has to hold many.
 https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.html"""
 
+CALLERS_LIMIT = 1000
+"""How many states may wait for the end of one prediction: the stream's reader can tell them all in one run."""
+
 COPY_LEASE_SECONDS = 1020
 """Longer than the longest life of copy_outputs (900 s) and the way there."""
 
 # How long before the sweep looks at an item that should have moved on by itself.
 _START_CHECK_SECONDS = 60
 _COPY_CHECK_SECONDS = 120
+
+_CALLER = "caller#"
 
 # What leaves the sweep's list must hold no orphan, also none that was recorded since the item was read.
 _NO_ORPHANS = " AND attribute_not_exists(#orphans)"
@@ -78,6 +84,10 @@ class AlreadyExists(PredictionsError):
     def __init__(self, prediction: "Prediction") -> None:
         super().__init__(f"prediction {prediction.id} exists")
         self.prediction = prediction
+
+
+class PayloadTooLong(PredictionsError):
+    """A payload is longer than its reader can parse."""
 
 
 class Change(Enum):
@@ -123,6 +133,8 @@ class Prediction:
     written_by: str | None = None
     submit_at: int | None = None
     reserved: bool = False
+    reserved_start: int | None = None
+    turn_ms: int | None = None
     counted: bool = False
     resubmitted: bool = False
     cancel_requested: int | None = None
@@ -138,6 +150,8 @@ class Prediction:
     next_check_at: int | None = None
     ended: int | None = None
     not_found_count: int = 0
+    stalled_looks: int = 0
+    resume_n: int | None = None
     orphans: frozenset[str] = frozenset()
     orphans_canceled: frozenset[str] = frozenset()
     copy_until: int | None = None
@@ -184,6 +198,31 @@ class Prediction:
     def awaits_copy(self) -> bool:
         """Whether only the copying of its files stands between this prediction and its visible end."""
         return self.terminal and self.visible == Status.PROCESSING
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """What a prediction that nobody has claimed waits for at the limiter (see `predictions.limiter`).
+
+    Attributes:
+        reserved_start: The number of the start that is reserved for it.
+        turn_ms: By how much it made its owner's line longer, where it has a turn instead.
+    """
+
+    reserved_start: int | None = None
+    turn_ms: int | None = None
+
+    def attributes(self, *, without_none: bool = False) -> dict[str, Any]:
+        """As attributes of the item."""
+        found = {
+            "reserved": True if self.reserved_start is not None else None,
+            "reserved_start": self.reserved_start,
+            "turn_ms": self.turn_ms,
+        }
+        return {name: value for name, value in found.items() if value is not None or not without_none}
+
+
+NOTHING_RESERVED = Waits()
 
 
 @dataclass(frozen=True)
@@ -240,6 +279,22 @@ class Result:
 
 
 @dataclass(frozen=True)
+class UnreadResult:
+    """The output and logs of a prediction, not read yet: the text may be an object in S3.
+
+    Attributes:
+        length: How many bytes the text has; 0 where there is none.
+        files: Where its files are.
+        item: The table's item of the text; None where there is none.
+    """
+
+    prediction: Prediction
+    length: int
+    files: Sequence[StoredFile]
+    item: Mapping[str, Any] | None = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Page:
     """A page of an owner's predictions.
 
@@ -275,7 +330,7 @@ class PredictionsTable:
 
     def put_intent(
         self, intent: "Intent", *, version: str | None, deadline: int, expires: int, claim: bool, execution_arn: str,
-        now: float, submit_at: int | None = None,
+        now: float, submit_at: int | None = None, waits: "Waits | None" = None,
     ) -> Prediction:  # fmt: skip
         """Writes down that a prediction is wanted and, in the same write, that the writer is about to submit it.
 
@@ -289,7 +344,8 @@ class PredictionsTable:
             claim: Whether the caller of this method submits it now.
             execution_arn: The execution that will track it, `{id}-1`.
             now: The time.
-            submit_at: When it may be submitted, where that start is reserved for it (see `predictions.limiter`).
+            submit_at: When it may be submitted, where the caller of this method does not do it.
+            waits: What it waits for until then (see `predictions.limiter`).
 
         Raises:
             AlreadyExists: The id is taken by one that has not expired.
@@ -324,7 +380,7 @@ class PredictionsTable:
             "deadline": deadline,
             "claimed": int(now) if claim else None,
             "submit_at": submit_at,
-            "reserved": True if submit_at else None,
+            **(waits or NOTHING_RESERVED).attributes(),
             "written_by": secrets.token_hex(8),
             "execution_n": 1,
             "execution_arn": execution_arn,
@@ -350,6 +406,11 @@ class PredictionsTable:
             there = _prediction(_left_behind(error))
             # botocore repeats a write whose answer it did not see: then what is there is this very one.
             if there.written_by != item["written_by"]:
+                if there.deleted:
+                    # Its owner had the data removed: what this write brought back must not stay. Whoever may write
+                    # intents may not delete items; the last look of the sweep removes what is empty then.
+                    self._put_payload(intent.id, f"input#{intent.fingerprint}", "{}", there.expires_at)
+                    self._empty_payload(intent.id, intent.input_json)
                 raise AlreadyExists(there) from None
         return _prediction_of(item)
 
@@ -403,22 +464,26 @@ class PredictionsTable:
             claimed = there if there and there.claimed and there.written_by == written_by else None
         return claimed
 
-    def put_off(self, prediction: Prediction, submit_at: int, *, counted: bool) -> Prediction | None:
-        """Notes the start that is reserved for a prediction nobody has claimed; None where it moved on meanwhile.
+    def put_off(
+        self, prediction: Prediction, submit_at: int, *, counted: bool, waits: "Waits | None" = None
+    ) -> Prediction | None:
+        """Notes when a prediction that nobody has claimed may be submitted; None where it moved on meanwhile.
 
         Args:
             prediction: The prediction.
-            submit_at: The start; nobody submits it before.
+            submit_at: When; nobody submits it before.
             counted: Whether it has its place in its owner's limits.
+            waits: What it waits for until then.
         """
         return self._change(
             prediction.id,
             set={
                 "submit_at": submit_at,
-                "reserved": True,
                 "next_check_at": submit_at + _START_CHECK_SECONDS,
+                **(waits or NOTHING_RESERVED).attributes(without_none=True),
                 **({"counted": True} if counted else {}),
             },
+            remove=list(NOTHING_RESERVED.attributes()),
             condition="attribute_not_exists(#claimed) AND attribute_not_exists(#upstream_id) AND #rank < :terminal",
         )
 
@@ -431,20 +496,20 @@ class PredictionsTable:
         )
 
     def release(
-        self, prediction: Prediction, now: float, wait_seconds: int, *, reserved: bool = False
+        self, prediction: Prediction, now: float, wait_seconds: int, *, waits: "Waits | None" = None
     ) -> Prediction | None:
         """Gives the claim back: it is certain that nothing was started. None where the item moved on meanwhile.
 
-        Nobody submits it before `wait_seconds` have passed; `reserved` says whether that start is reserved for it.
+        Nobody submits it before `wait_seconds` have passed; `waits` says what it waits for.
         """
         return self._change(
             prediction.id,
             set={
                 "submit_at": int(now) + wait_seconds,
                 "next_check_at": int(now) + wait_seconds + _START_CHECK_SECONDS,
-                **({"reserved": True} if reserved else {}),
+                **(waits or NOTHING_RESERVED).attributes(without_none=True),
             },
-            remove=["claimed", *([] if reserved else ["reserved"])],
+            remove=["claimed", *NOTHING_RESERVED.attributes()],
             # Not only the second of the claim: another one may be made in it, once this very write was made but its
             # answer lost, and botocore writes again.
             condition="#claimed = :claimed AND #written_by = :written_by AND attribute_not_exists(#upstream_id) "
@@ -500,10 +565,12 @@ class PredictionsTable:
                 return Merge(Change.NOTHING, prediction)
             values: dict[str, Any] = {":rank": max(rank, prediction.rank), ":upstream_id": told.id}
             closed = self._closed_by(prediction, told, rank)
+            # What Replicate told was read to the end: no function died over it.
+            read = ["stalled_looks", "resume_n"] if prediction.stalled_looks else []
             changed = self._change(
                 prediction_id,
                 set=self._told(prediction, told, rank, now, next_check_at),
-                remove=closed,
+                remove=closed + read,
                 condition="(#rank < :rank OR attribute_not_exists(#upstream_id)) AND #rank < :terminal "
                 "AND (attribute_not_exists(#upstream_id) OR #upstream_id = :upstream_id)"
                 + (_NO_ORPHANS if closed else ""),
@@ -600,7 +667,8 @@ class PredictionsTable:
         if error:
             values["error"] = error[:_ERROR_LIMIT_CHARACTERS]
         if refusal:
-            values["refusal_json"] = json.dumps(refusal)
+            # UTF-8, not ASCII: escaped, a character takes up to 12 bytes.
+            values["refusal_json"] = json.dumps(refusal, separators=(",", ":"), ensure_ascii=False)
         conditions = ["#rank < :terminal"]
         closed = [] if prediction.orphans else ["open", "next_check_at"]
         expected: dict[str, Any] = {}
@@ -640,6 +708,43 @@ class PredictionsTable:
             condition="attribute_exists(#open) AND #rank = :rank",
             values={":rank": prediction.rank},
         )
+
+    def begin_look(self, prediction: Prediction, moment: float) -> Prediction | None:
+        """Postpone the next check of an open prediction before the sweep asks anything about it.
+
+        The same write counts the look in `stalled_looks`. A look that completes resets the count (`end_look`), so the
+        attribute holds how many looks in a row died or found the execution dead.
+
+        Returns:
+            The prediction, or None if it changed since it was read, or another sweep has begun this look.
+        """
+        return self._change(
+            prediction.id,
+            set={"next_check_at": int(moment), "stalled_looks": prediction.stalled_looks + 1},
+            condition="attribute_exists(#open) AND #next_check_at = :due",
+            values={":due": prediction.next_check_at},
+        )
+
+    def end_look(self, prediction: Prediction, moment: float, *, stalled: bool, put_off: bool = False) -> None:
+        """Schedule the next check of an open prediction at the end of a look, unless it changed meanwhile.
+
+        Args:
+            prediction: The prediction as the look left it.
+            moment: When the sweep should look next.
+            stalled: Whether the look found the execution dead; only a healthy one resets `stalled_looks`.
+            put_off: Whether the dead execution is replaced by the next look instead of this one.
+        """
+        self._change(
+            prediction.id,
+            set={"next_check_at": int(moment), **({"resume_n": prediction.execution_n} if put_off else {})},
+            remove=[] if stalled else ["stalled_looks", "resume_n"],
+            condition="attribute_exists(#open) AND #rank = :rank",
+            values={":rank": prediction.rank},
+        )
+
+    def forget_stalled_looks(self, prediction: Prediction) -> None:
+        """Reset the count of stalled looks: a function has dealt with this prediction and did not die."""
+        self._change(prediction.id, remove=["stalled_looks", "resume_n"], condition="attribute_exists(#open)")
 
     def count_not_found(self, prediction: Prediction, count: int) -> None:
         """Notes how often in a row Replicate has denied to know an open prediction."""
@@ -723,6 +828,9 @@ class PredictionsTable:
     def delete_data(self, prediction: Prediction, now: float) -> None:
         """Removes input, output, logs and files of a prediction that is flagged as deleted; the status item stays.
 
+        So do the items of callers that wait for the end: they hold task tokens and no data, and the table's stream
+        may not have been read up to the end yet. They expire with the prediction.
+
         Twice does no harm. A function that read the item while it was open may write a payload or a file afterwards:
         so it stays on the sweep's list until none of those can be alive, and is gone through once more.
 
@@ -739,7 +847,7 @@ class PredictionsTable:
             ConsistentRead=True,
         ):
             for item in map(deserialize, page["Items"]):
-                if item["sk"] != "status":
+                if item["sk"] != "status" and not item["sk"].startswith(_CALLER):
                     self._dynamodb.delete_item(TableName=self._name, Key=serialize({"pk": pk, "sk": item["sk"]}))
         last_look = (prediction.deleted or 0) + _LATE_WRITER_SECONDS
         if now < last_look:
@@ -839,10 +947,45 @@ class PredictionsTable:
         """A prediction's input as it was asked for, as JSON text; None where it is gone."""
         return self._payload(prediction.id, f"input#{prediction.fingerprint}")
 
-    def result_output(self, prediction: Prediction) -> Any:
-        """The output a terminal prediction ended with, as Replicate gave it."""
-        text = self._payload(prediction.id, f"result#{prediction.upstream_id}")
+    def result_output(self, prediction: Prediction, longest: int | None = None) -> Any:
+        """The output a terminal prediction ended with, as Replicate gave it.
+
+        Args:
+            prediction: The prediction.
+            longest: The most characters of output and logs together that may be read; None: all that there are.
+
+        Raises:
+            PayloadTooLong: There are more. Nothing was read but their noted length.
+        """
+        text = self._payload(prediction.id, f"result#{prediction.upstream_id}", longest)
         return json.loads(text)["output"] if text else None
+
+    def unread_results(self, prediction_ids: Sequence[str]) -> "list[UnreadResult]":
+        """The results of those of these predictions that there are, in this order; `result_text` reads one of them."""
+        statuses = read_items(self._dynamodb, self._name, [(_key(id_)["pk"], "status") for id_ in prediction_ids])
+        predictions = {p.id: p for p in map(_prediction_of, statuses.values())}
+        wanted = [
+            (_key(p.id)["pk"], sk)
+            for p in predictions.values()
+            if p.ended_visibly and not p.deleted
+            for sk in (f"result#{p.upstream_id}", *([] if p.files_json else ["files"]))
+        ]
+        items = read_items(self._dynamodb, self._name, wanted)
+        results = []
+        for prediction in (predictions[id_] for id_ in prediction_ids if id_ in predictions):
+            pk = _key(prediction.id)["pk"]
+            item, files = items.get((pk, f"result#{prediction.upstream_id}")), items.get((pk, "files"))
+            files_json = None if prediction.deleted else prediction.files_json
+            if files:
+                files_json = self._payload_text(files)
+            length = int(item.get("length") or len(item.get("json", ""))) if item else 0
+            stored = [StoredFile.from_item(each) for each in json.loads(files_json or "[]")]
+            results.append(UnreadResult(prediction, length, stored, item))
+        return results
+
+    def result_text(self, result: UnreadResult) -> str | None:
+        """The JSON text `{"output", "logs"}` of a result; None where there is none, or it has expired."""
+        return self._payload_text(result.item) if result.item else None
 
     def stored_files(self, prediction: Prediction) -> Sequence[StoredFile]:
         """Where the files of a prediction are; none before its visible end, and after its deletion."""
@@ -954,27 +1097,39 @@ class PredictionsTable:
 
         The table's stream tells publish_changes of it, as it does of the end. Twice changes nothing.
         """
-        digest = hashlib.sha256(task_token.encode()).hexdigest()
-        item = {
-            "pk": _key(prediction_id)["pk"],
-            "sk": f"caller#{digest}",
-            "task_token": task_token,
-            "expires_at": expires,
-        }
+        item = {**_caller_key(prediction_id, task_token), "task_token": task_token, "expires_at": expires}
         self._dynamodb.put_item(TableName=self._name, Item=serialize(item))
 
-    def callers(self, prediction_id: str) -> Iterator[str]:
-        """The task tokens of the states that wait for a prediction's end, read consistently.
+    def takes_caller(self, prediction_id: str, task_token: str) -> bool:
+        """Check whether one more state may wait for a prediction: fewer than `CALLERS_LIMIT` do, or this one does.
 
-        Nothing is ever struck off: a token works once, and expires with its prediction.
+        Writers that check at the same time may pass the limit by their number.
         """
+        count = 0
         for page in self._dynamodb.get_paginator("query").paginate(
-            TableName=self._name,
-            KeyConditionExpression="pk = :pk AND begins_with(sk, :caller)",
-            ExpressionAttributeValues=serialize({":pk": _key(prediction_id)["pk"], ":caller": "caller#"}),
-            ConsistentRead=True,
+            **self._query_callers(prediction_id), Select="COUNT"
         ):
-            yield from (str(deserialize(item)["task_token"]) for item in page["Items"])
+            count += page["Count"]
+        if count < CALLERS_LIMIT:
+            return True
+        key = serialize(_caller_key(prediction_id, task_token))
+        return "Item" in self._dynamodb.get_item(TableName=self._name, Key=key, ConsistentRead=True)
+
+    def callers(self, prediction_id: str) -> Iterator[tuple[str, str]]:
+        """The states that wait for a prediction's end, read consistently: the item's `sk`, and the task token.
+
+        No item is removed: a token works once, and expires with its prediction.
+        """
+        for page in self._dynamodb.get_paginator("query").paginate(**self._query_callers(prediction_id)):
+            yield from ((str(item["sk"]), str(item["task_token"])) for item in map(deserialize, page["Items"]))
+
+    def _query_callers(self, prediction_id: str) -> dict[str, Any]:
+        return {
+            "TableName": self._name,
+            "KeyConditionExpression": "pk = :pk AND begins_with(sk, :caller)",
+            "ExpressionAttributeValues": serialize({":pk": _key(prediction_id)["pk"], ":caller": _CALLER}),
+            "ConsistentRead": True,
+        }
 
     # -- schemas of models' inputs ----------------------------------------------------------------------------
 
@@ -1080,9 +1235,14 @@ class PredictionsTable:
         text = json.dumps({"output": output, "logs": told.logs}, separators=(",", ":"))
         notice: dict[str, str] = {}
         if notify := [event for event in ("output", "logs") if event in prediction.wanted_events]:
-            # For the stream's reader, who sees no payload that is an object: who is told, and whether it is news.
+            # For the stream's reader, who sees no payload that is an object: who is told, and whether it is news. Not
+            # `owner`, which is a key of an index.
             digests = {"output_digest": _digest(output), "logs_digest": _digest(told.logs)}
-            notice = {"notify": ",".join(notify), **{name: digest for name, digest in digests.items() if digest}}
+            notice = {
+                "notify": ",".join(notify),
+                "notify_owner": prediction.owner,
+                **{name: digest for name, digest in digests.items() if digest},
+            }
         self._put_payload(prediction.id, "progress", text, prediction.expires_at, only_longer=True, notice=notice)
 
     def _put_payload(
@@ -1099,12 +1259,18 @@ class PredictionsTable:
         item: dict[str, Any] = {"pk": _key(prediction_id)["pk"], "sk": sk, "expires_at": expires, "length": len(text)}
         item |= notice or {}
         body = text.encode()
-        if len(body) > PAYLOAD_LIMIT_BYTES:
-            # Named by its content, so that a late writer can never replace what the item points to.
-            item["s3_key"] = f"payloads/{prediction_id}/{hashlib.sha256(body).hexdigest()}.json"
-            self._outputs.put_payload(item["s3_key"], text)
-        else:
+        key = _payload_object(prediction_id, body)
+        if key is None:
             item["json"] = text
+        elif only_longer:
+            # One object, however often it grows. It is only ever replaced by longer text, so it holds at least what the
+            # item says, even if the item is written late or never.
+            item["s3_key"] = f"payloads/{prediction_id}/{sk}.json"
+            if not self._outputs.put_longer_payload(item["s3_key"], text):
+                return
+        else:
+            item["s3_key"] = key
+            self._outputs.put_payload(key, body)
         condition: dict[str, Any] = {}
         if only_first:
             condition = {"ConditionExpression": "attribute_not_exists(pk)"}
@@ -1120,11 +1286,21 @@ class PredictionsTable:
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
             return  # an earlier or longer one is there, and stays
 
-    def _payload(self, prediction_id: str, sk: str) -> str | None:
+    def _empty_payload(self, prediction_id: str, text: str) -> None:
+        """Replace the object that `_put_payload` made of a text, if it made one, by an empty one."""
+        if key := _payload_object(prediction_id, text.encode()):
+            self._outputs.put_payload(key, "{}")
+
+    def _payload(self, prediction_id: str, sk: str, longest: int | None = None) -> str | None:
         found = self._dynamodb.get_item(
             TableName=self._name, Key=serialize({**_key(prediction_id), "sk": sk}), ConsistentRead=True
         ).get("Item")
-        return self._payload_text(deserialize(found)) if found else None
+        if not found:
+            return None
+        item = deserialize(found)
+        if longest is not None and item["length"] > longest:
+            raise PayloadTooLong(f"{sk} has {item['length']} characters; at most {longest} can be read")
+        return self._payload_text(item)
 
     def _payload_text(self, item: Mapping[str, Any]) -> str | None:
         """A payload's text; None where its object has expired, which may be some days before its item does."""
@@ -1199,6 +1375,11 @@ def _key(prediction_id: str) -> dict[str, str]:
     return {"pk": f"prediction#{prediction_id}", "sk": "status"}
 
 
+def _caller_key(prediction_id: str, task_token: str) -> dict[str, str]:
+    digest = hashlib.sha256(task_token.encode()).hexdigest()
+    return {"pk": _key(prediction_id)["pk"], "sk": f"{_CALLER}{digest}"}
+
+
 def schema_key(version: str) -> dict[str, str]:
     """The key of the item that holds what is known of a version: see `PredictionsTable.kept_schema`."""
     return {"pk": f"schema#{version}", "sk": "input"}
@@ -1210,6 +1391,16 @@ def _list_key(owner: str, kind: str) -> str:
 
 
 _TRAININGS_OF = "trainings#"
+
+
+def _payload_object(prediction_id: str, body: bytes) -> str | None:
+    """The key of the object that holds a payload; None for one that fits into an item.
+
+    It is named by its content, so that a late writer can never replace what the item points to.
+    """
+    if len(body) <= PAYLOAD_LIMIT_BYTES:
+        return None
+    return f"payloads/{prediction_id}/{hashlib.sha256(body).hexdigest()}.json"
 
 
 def _digest(value: Any) -> str | None:

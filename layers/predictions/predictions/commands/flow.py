@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from predictions.access import is_owner
 from predictions.commands.stack import NotDone, Stack, print_table, second
-from predictions.limiter import Limiter
+from predictions.limiter import LANES, MAX_START_DELAY_SECONDS, Limiter
 from predictions.limits import LimitInvalid, OwnerLimits, OwnersLimits
 
 
@@ -32,6 +32,15 @@ def show_status(stack: Stack, arguments: argparse.Namespace) -> None:
     now = time.time()
     state = _limiter(stack).limiter_state()
     pause = state.pause(now)
+    # As attributes of the limiter's item name owners; those that share a line are `other`.
+    lines = {
+        lane: {
+            owner.replace("_", "-").removeprefix("-"): round(at / 1000 - now)
+            for (of, owner), at in sorted(state.turns.items())
+            if of == lane and at / 1000 > now
+        }
+        for lane in LANES
+    }
     shown = {
         "paused": pause is not None,
         "paused_by": pause.by if pause else None,
@@ -41,6 +50,7 @@ def show_status(stack: Stack, arguments: argparse.Namespace) -> None:
         "throttled_seconds": max(0, round(state.blocked_until / 1000 - now)),
         "queue_reserved_seconds": max(0, round(state.queue_at / 1000 - now)),
         "http_reserved_seconds": max(0, round(state.http_at / 1000 - now)),
+        **{f"{lane}_waiting_seconds": waiting for lane, waiting in lines.items()},
     }
     if arguments.json:
         print(json.dumps(shown, indent=2))
@@ -52,6 +62,11 @@ def show_status(stack: Stack, arguments: argparse.Namespace) -> None:
         ("Replicate's own limit", f"holds creates for {shown['throttled_seconds']} s"),
         ("reserved by others", f"for {shown['queue_reserved_seconds']} s"),
         ("reserved over HTTP", f"for {shown['http_reserved_seconds']} s"),
+        *(
+            ("waiting over HTTP" if lane == "http" else "waiting others", f"{owner}, for {seconds} s")
+            for lane, waiting in lines.items()
+            for owner, seconds in waiting.items()
+        ),
     ]
     print_table(("WHAT", "IS"), rows)
 
@@ -110,4 +125,4 @@ def _owners_limits(stack: Stack) -> OwnersLimits:
 
 
 def _limiter(stack: Stack) -> Limiter:
-    return Limiter(stack.output("TableName"), stack.client("dynamodb"))
+    return Limiter(stack.output("TableName"), stack.client("dynamodb"), max_start_delay_seconds=MAX_START_DELAY_SECONDS)
