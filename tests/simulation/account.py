@@ -227,9 +227,6 @@ class Account:
 def _etag(body: bytes) -> str:
     return f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'
 
-    def _sqs_DeleteMessage(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        return {}  # the queue's function is handed what comes again by the schedule
-
 
 def call(world: "World", service: str, operation: str, asked: dict[str, Any], client: Any) -> Any:
     """One call of the library's, with the attempts that botocore makes and what the schedule has in store for it.
