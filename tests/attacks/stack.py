@@ -145,6 +145,9 @@ class QuickAccount(Account):
         self.messages.append(asked)
         return {"MessageId": "m"}
 
+    def _sqs_DeleteMessage(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {}
+
     def _events_PutEvents(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         if sum(len(entry["Detail"].encode()) for entry in asked["Entries"]) > EVENT_LIMIT_BYTES:
             raise Refused("events are too large")
