@@ -210,6 +210,10 @@ class Account:
         self._queue(asked).change_visibility(asked["ReceiptHandle"], asked["VisibilityTimeout"])
         return {}
 
+    def _sqs_DeleteMessage(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        self._queue(asked).delete(asked["ReceiptHandle"])
+        return {}
+
     def _queue(self, asked: dict[str, Any]) -> Any:
         return self._world.queues[names_by_url()[asked["QueueUrl"]]]
 

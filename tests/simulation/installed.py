@@ -53,8 +53,8 @@ class Simulation:
         world = World(seed, **{"scenarios": worlds_of(seed), **options})
         self._clients.world = world
         aws._api_url = None
-        for cached in (requests._source, requests._dropped_manifests):
-            cached.cache_clear()
+        for name in ("_source", "_pipelines", "_dropped_manifests"):
+            getattr(requests, name).cache_clear()
         kept = {name: os.environ[name] for name in world.environment}
         os.environ.update(world.environment)
         try:

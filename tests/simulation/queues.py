@@ -124,6 +124,15 @@ class Queue:
         if message := self.messages.get(receipt):
             message.visible_at = self._world.scheduler.now + seconds
 
+    def delete(self, receipt: str) -> None:
+        """DeleteMessage."""
+        if (message := self.messages.pop(receipt, None)) is None:
+            return
+        message.done = True
+        self.deleted += 1
+        if message.told:
+            message.told(True)
+
     def _pump_at(self, moment: float) -> None:
         # The pollers take a moment, in which more may come.
         if self.settings.function is not None:
@@ -178,12 +187,8 @@ class Queue:
         for message in batch:
             if message.id in failed:
                 self._pump_at(message.visible_at)
-                continue
-            message.done = True
-            self.deleted += 1
-            self.messages.pop(str(message.n), None)
-            if message.told:
-                message.told(True)
+            else:
+                self.delete(str(message.n))
         self._pump()
 
 
