@@ -16,9 +16,6 @@ from tests.simulation.upstream import TERMINAL, Run, file_bytes
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
-FOUND_SECONDS = 85
-"""Until then after its claim, a create that takes effect is found in Replicate's list; later only a webhook tells."""
-
 
 @dataclass
 class Verdict:
@@ -114,6 +111,8 @@ class Check:
         started: dict[str, int] = {}
         by_id: dict[str, int] = {}
         for run in self.world.upstream.runs.values():
+            if self.late(run):
+                continue
             started[run.prompt] = started.get(run.prompt, 0) + 1
             by_id[str(run.our_id)] = by_id.get(str(run.our_id), 0) + 1
         for prompt, number in started.items():
@@ -124,6 +123,35 @@ class Check:
         for our_id, number in by_id.items():
             if number > 1:
                 self.world.violations.append(f"{our_id}: was started {number} times")
+
+    def late(self, run: Run) -> bool:
+        """Whether the list showed a run only after the second reading that led to another submission.
+
+        That is outside of what can be known. It is counted, and must not stay unnoticed.
+        """
+        return any(run.listed_at > at for at in self.world.evidence_at.get(run.our_id or "", ()) if run.sent_at < at)
+
+    def paid_twice(self) -> dict[str, int]:
+        """The requests with two runs that ran to their end, and those where a second one was canceled in time."""
+        ended: dict[str, int] = {}
+        runs: dict[str, int] = {}
+        for run in self.world.upstream.runs.values():
+            if run.our_id:
+                runs[run.our_id] = runs.get(run.our_id, 0) + 1
+                ended[run.our_id] = ended.get(run.our_id, 0) + (run.status in ("succeeded", "failed"))
+        counted = {
+            "paid twice: listed later than the second reading": sum(number > 1 for number in ended.values()),
+            "second runs that were canceled": sum(number > 1 and ended[our_id] < 2 for our_id, number in runs.items()),
+            "submitted again": sum(map(len, self.world.evidence_at.values())),
+        }
+        return {name: number for name, number in counted.items() if number}
+
+    def _check_noticed(self, item: dict[str, Any], run: Run, bad: Callable[[str], None]) -> None:
+        """A second run is known as an orphan, if anything told of it while it was looked for."""
+        known = set(item.get("orphans", ())) | set(item.get("orphans_canceled", ()))
+        told = run.heard_at is not None or run.listed_at < item.get("bound_at", 0) + 60
+        if told and run.id not in known:
+            bad(f"its second run {run.id} was not noticed")
 
     def _check_item(self, prediction_id: str, item: dict[str, Any], runs: list[Run]) -> None:
         def bad(what: str) -> None:
@@ -147,6 +175,8 @@ class Check:
             self._check_unstarted(item, wanted, bad)
         for run in runs:
             orphan = run.id != item.get("upstream_id")
+            if orphan:
+                self._check_noticed(item, run, bad)
             known = orphan and run.told_at and run.ended and run.id not in self.world.canceled
             if known and run.told_at and run.ended and run.ended > run.told_at + 300:
                 bad(f"its orphan {run.id} was left running")
@@ -158,7 +188,8 @@ class Check:
         ended_at = self.world.terminal_at[item["id"]]
         if run.heard_at is not None and run.heard_at < ended_at:
             return True
-        return run.created < ended_at and run.created < item.get("claimed", 0) + FOUND_SECONDS
+        found_until = (item.get("submit_over") or item.get("submit_until") or item.get("claimed", 0)) + 45
+        return run.created < ended_at and run.listed_at < min(found_until, ended_at - 5)
 
     def _check_unstarted(self, item: dict[str, Any], wanted: Wanted | None, bad: Callable[[str], None]) -> None:
         struck = {kind for kind in self.world.faults.struck if kind != "webhook"}

@@ -42,6 +42,8 @@ ENVIRONMENT_HERE = {
     **ENVIRONMENT,
     "DEFAULT_LIFETIME_SECONDS": str(LIFETIME_SECONDS),
     "TRAINING_LIFETIME_SECONDS": str(LIFETIME_SECONDS),
+    "SUBMIT_GRACE_SECONDS": "45",
+    "UNKNOWN_SUBMISSION": "resubmit",
     "QUEUE_SENDERS": "AROAALICE0000=alice,AROAMALLORY00=mallory",
     "POWERTOOLS_METRICS_DISABLED": "true",
     "POWERTOOLS_LOG_LEVEL": "CRITICAL",
@@ -101,6 +103,8 @@ class World:
         self.visible_at: dict[str, float] = {}
         self._copiers: dict[str, list[tuple[str, Process]]] = {}
         self._open: dict[str, int] = {}
+        self.evidence_at: dict[str, list[int]] = {}
+        """When the second reading began after which a prediction was submitted again."""
         self._sweeps = 0
         self._expiring = False
         self.expired = 0
@@ -282,6 +286,10 @@ class World:
                 scenario.ended(prediction_id)
         if before is None:
             return
+        if "claimed" in before and int(after.get("unknown_creates", {"N": "0"})["N"]) > int(
+            before.get("unknown_creates", {"N": "0"})["N"]
+        ):
+            self.evidence_at.setdefault(prediction_id, []).append(int(before["evidence_at"]["N"]))
         if "upstream_id" in before and before["upstream_id"] != after.get("upstream_id"):
             self.violations.append(f"{prediction_id}: bound to another upstream id")
         if before["rank"]["N"] == "9":
@@ -380,12 +388,14 @@ class World:
 
     def _tick(self) -> None:
         now = self.scheduler.now
-        due = any(moment <= now for moment in self._open.values())
+        # What was submitted again is read once more, whether it is open or not.
+        again = [key for key in self.table.items if key[0] == "unknown" and key[1].startswith("again#")]
+        due = bool(again) or any(moment <= now for moment in self._open.values())
         if due or (self.faults.secret_is_unknown and self._sweeps == 0):
             self._sweeps += 1
             for delay in (0.0, 0.02) if self.faults.doubled_sweeps else (0.0,):
                 self.scheduler.spawn("schedule", lambda: self.invoke("sweep_predictions", {}), delay)
-        if self._open:
+        if self._open or again:
             self.scheduler.at(now + 60, self._tick)
         elif (following := self.scheduler.next_at) is not None:
             # With nothing to look at, as in the night, no minute is looked at.
@@ -434,6 +444,7 @@ class World:
             "executions": sum(len(machine.executions) for machine in machines),
             "states": sum(len(e.states) for machine in machines for e in machine.executions.values()),
             "virtual seconds": int(seconds),
+            **Check(self).paid_twice(),
             **{f"runs of {name}": number for name, number in self.functions.invocations.items()},
             **{f"faults: {kind}": number for kind, number in self.faults.struck.items()},
         }
