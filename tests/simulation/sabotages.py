@@ -11,10 +11,13 @@ from typing import Any
 from unittest import mock
 
 from predictions import intents, outputs, statuses, submissions, table
+from predictions.create_window import SendWindow
 from predictions.executions import Executions
+from predictions.list_readings import ListReader, Reading, digest_of
 from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions
 from predictions.table import Change, PredictionsTable
+from predictions.unknown_submissions import UnknownSubmissions
 from predictions.upstream import NotAccepted, OutcomeUnknown, Replicate
 
 Sabotage = Callable[[], AbstractContextManager[Any]]
@@ -156,6 +159,44 @@ def _constant(value: Any) -> Callable[[Any], Any]:
     return lambda _: lambda *__, **___: value
 
 
+def _nothing_listed(_: Any) -> Any:
+    def read(self: ListReader, *_: Any, **__: Any) -> Reading:
+        return Reading(began=self._now(), why_not="nobody looks")
+
+    return read
+
+
+def _first_reading_is_evidence(note: Any) -> Any:
+    def noted(self: PredictionsTable, prediction: Any, values: Any) -> Any:
+        more = {"evidence_at": values["absent_at"]} if "absent_at" in values else {}
+        return note(self, prediction, {**values, **more})
+
+    return noted
+
+
+def _excluded_by_input(judge: Any) -> Any:
+    def judged(self: UnknownSubmissions, prediction: Any, reading: Any, *more: Any) -> Any:
+        wanted = digest_of(self._table.input_json(prediction) or "")
+        same = {id_: entry for id_, entry in reading.entries.items() if entry.input_digest == wanted}
+        return judge(self, prediction, replace(reading, entries=same), *more)
+
+    return judged
+
+
+def _nothing_undecided(judge: Any) -> Any:
+    def judged(self: UnknownSubmissions, *given: Any) -> Any:
+        return replace(judge(self, *given), undecided=(), candidates=())
+
+    return judged
+
+
+def _why_not_for_answered(why: Any) -> Any:
+    def why_not(self: Submissions, prediction: Any, creates: int) -> Any:
+        return why(self, replace(prediction, unanswered=False), creates)
+
+    return why_not
+
+
 SABOTAGES: dict[str, Sabotage] = {
     "no claim": _method(PredictionsTable, "claim", _claimed_by_anybody),
     "the intent is not claimed": _method(PredictionsTable, "put_intent", _put_unclaimed),
@@ -167,7 +208,17 @@ SABOTAGES: dict[str, Sabotage] = {
     "an end by our own word that looks at nothing": _method(PredictionsTable, "end", _ended_without_looking),
     "no sweep": _method(Submissions, "sweep", _constant(0)),
     "no poll": _method(Submissions, "poll", _constant(None)),
-    "no reconciling": _method(Submissions, "_candidates", _constant([])),
+    "no look for creates of unknown outcome": _method(ListReader, "read", _nothing_listed),
+    "submitted again without evidence": _method(UnknownSubmissions, "has_evidence", _constant(True)),
+    "one reading is evidence": _method(PredictionsTable, "note_unknown", _first_reading_is_evidence),
+    "an incomplete reading is complete": _method(Reading, "covers", _constant(True)),
+    "no control group": _method(UnknownSubmissions, "_missing_controls", _constant([])),
+    "exclusion by input": _method(UnknownSubmissions, "_judge", _excluded_by_input),
+    "undecided entries are passed over": _method(UnknownSubmissions, "_judge", _nothing_undecided),
+    "the holder of a claim is not bounded": _method(SendWindow, "check", _constant(None)),
+    "no second reading after a resubmission": _method(UnknownSubmissions, "look_again", _constant(0)),
+    "the breaker is off": _method(UnknownSubmissions, "stop", _constant(None)),
+    "a caller without an answer is submitted for again": _method(Submissions, "_why_not_again", _why_not_for_answered),
     "the create's answer is not bound": _method(
         Submissions, "_bind", lambda _: lambda self, prediction, told: prediction
     ),

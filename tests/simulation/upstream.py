@@ -144,7 +144,7 @@ class Upstream:
             self._time_out(request)
         if fault in ("late", "late and 500"):
             delay, sent_at = world.faults.late_seconds(), world.scheduler.now
-            world.scheduler.spawn("late create", lambda: self.accept(body, request, path, sent_at), delay)
+            world.scheduler.spawn("late create", lambda: self.accept_late(body, request, path, sent_at), delay)
             if fault == "late":
                 self._time_out(request)
             return httpx.Response(504, json={"detail": "gateway timeout"})
@@ -163,12 +163,11 @@ class Upstream:
                 world.step("upstream", min(1.0, until - world.scheduler.now))
         return httpx.Response(201, json=self.told(run))
 
-    def accept(self, body: dict[str, Any], request: httpx.Request, path: str, sent_at: float | None = None) -> Run:
+    def accept(self, body: dict[str, Any], request: httpx.Request, path: str) -> Run:
         """Makes the prediction that a create asks for, and lets it run."""
         world = self._world
         run = Run(f"{len(self.runs):02d}" + "u" * 22 + f"{len(self.runs):02d}", body, world.scheduler.now)
         run.listed_at = run.created + world.faults.list_lag_seconds()
-        run.sent_at = run.created if sent_at is None else sent_at
         self.runs[run.id] = run
         match = re.fullmatch(r"(\d+)s", request.headers.get("cancel-after", ""))
         life = float(match[1]) if match else 86400.0
@@ -181,6 +180,10 @@ class Upstream:
             scenario.plan(run, plan)
         world.scheduler.spawn(f"run {run.id}", lambda: self._run(run, plan, life))
         return run
+
+    def accept_late(self, body: dict[str, Any], request: httpx.Request, path: str, sent_at: float) -> None:
+        """Makes it long after its create was sent."""
+        self.accept(body, request, path).sent_at = sent_at
 
     def _run(self, run: Run, plan: dict[str, Any], life: float) -> None:
         world = self._world

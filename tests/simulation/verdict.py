@@ -114,7 +114,8 @@ class Check:
             if self.late(run):
                 continue
             started[run.prompt] = started.get(run.prompt, 0) + 1
-            by_id[str(run.our_id)] = by_id.get(str(run.our_id), 0) + 1
+            if run.our_id:
+                by_id[run.our_id] = by_id.get(run.our_id, 0) + 1
         for prompt, number in started.items():
             if number > wanted.get(prompt, 0):
                 self.world.violations.append(
@@ -149,7 +150,7 @@ class Check:
     def _check_noticed(self, item: dict[str, Any], run: Run, bad: Callable[[str], None]) -> None:
         """A second run is known as an orphan, if anything told of it while it was looked for."""
         known = set(item.get("orphans", ())) | set(item.get("orphans_canceled", ()))
-        told = run.heard_at is not None or run.listed_at < item.get("bound_at", 0) + 60
+        told = run.heard_at is not None or run.listed_at < item.get("bound_at", 0) + 290
         if told and run.id not in known:
             bad(f"its second run {run.id} was not noticed")
 

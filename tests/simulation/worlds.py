@@ -6,6 +6,18 @@ from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonM
 from tests.simulation.jobs import Batches, Pipelines, Trainings
 from tests.simulation.notices import Events, Redelivery, TaskTokens, Webhooks
 from tests.simulation.scenario import Scenario
+from tests.simulation.unknown import (
+    CancelBetween,
+    Frozen,
+    HiddenInputs,
+    HiddenWebhooks,
+    LateCreates,
+    LateLists,
+    Outage,
+    StaleLists,
+    Strangers,
+    UnknownCreates,
+)
 
 WORLDS: dict[type[Scenario], float] = {
     Events: 0.06,
@@ -22,6 +34,16 @@ WORLDS: dict[type[Scenario], float] = {
     Overload: 0.003,
     TokenFlood: 0.006,
     OldKeys: 0.008,
+    UnknownCreates: 0.01,
+    HiddenWebhooks: 0.01,
+    HiddenInputs: 0.01,
+    Strangers: 0.01,
+    LateLists: 0.01,
+    LateCreates: 0.01,
+    Frozen: 0.01,
+    Outage: 0.02,
+    StaleLists: 0.01,
+    CancelBetween: 0.01,
 }
 """The share of the schedules that have each of them."""
 

@@ -12,6 +12,7 @@ from predictions.observability import metrics
 from predictions.submissions import Submissions, Timing
 from predictions.table import Prediction, PredictionsTable
 from predictions.unknown_submissions import CALLS_AT_ONCE, CALLS_PER_MINUTE, STOP_SECONDS, _Budget
+from predictions.upstream_prediction import UpstreamPrediction
 
 from tests.unit.conftest import make_submissions
 from tests.unit.fakes import (
@@ -292,13 +293,28 @@ class TestEvidence:
                 upstream(replicate, other, clock)
             if excluded == "orphan":
                 second = upstream(replicate, other, clock)
-                from predictions.upstream_prediction import UpstreamPrediction
-
                 table.merge(other.id, UpstreamPrediction.parse(second), clock.now())
                 submissions.poll(other.id)
         execute(submissions, clock, lost.id)
         assert current(table, lost.id).upstream_id in replicate.predictions
         assert current(table, lost.id).unknown_creates == 1
+
+    def test_entry_that_is_bound_after_it_was_seen_is_passed_over_from_then_on(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        replicate.shows_webhook = set()
+        replicate.faults = [answer(502)]
+        lost = submissions.start(wanted())
+        other = waiting(table, clock, key="k")
+        table.claim(other.id, VERSION, clock.now())
+        request = next(r for r in replicate.asked if r.method == "POST")
+        accepted = replicate.accept(request, input={"prompt": "of the other"})
+        execute(submissions, clock, lost.id, seconds=GRACE + 20)
+        assert len(replicate.creates) == 1
+        table.merge(other.id, UpstreamPrediction.parse(accepted), clock.now())
+        execute(submissions, clock, lost.id)
+        assert current(table, lost.id).upstream_id in replicate.predictions
+        assert len(replicate.creates) == 2
 
     def test_404_of_an_entry_excludes_nothing(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
@@ -346,8 +362,6 @@ class TestAgain:
         claim = PredictionsTable.claim
 
         def bound_meanwhile(self: PredictionsTable, *args: Any, **options: Any) -> Any:
-            from predictions.upstream_prediction import UpstreamPrediction
-
             claimed = claim(self, *args, **options)
             told = upstream(replicate, started, clock)
             table.merge(started.id, UpstreamPrediction.parse(told), clock.now())

@@ -65,6 +65,8 @@ CALLS_AT_ONCE = 20
 
 _CONTROLS = 20
 _CONTROLS_QUERIED = 100
+# At the edge of what was read, the clocks decide whether an entry is shown.
+_CONTROL_MARGIN_SECONDS = 5
 
 _AGAIN_AFTER_SECONDS = (60, 300)
 STOP_SECONDS = 3600
@@ -407,7 +409,7 @@ class UnknownSubmissions:
             and prediction.collection == collection
             and not prediction.terminal
             and not prediction.unknown_creates
-            and start + MARGIN_SECONDS <= (prediction.claimed or 0) <= reading.began - self._grace
+            and start + _CONTROL_MARGIN_SECONDS <= (prediction.claimed or 0) <= reading.began - self._grace
         ]
         return [upstream_id for upstream_id in controls[:_CONTROLS] if upstream_id not in reading.entries]
 
@@ -501,6 +503,9 @@ class UnknownSubmissions:
                     continue  # the next reading goes on
                 asked += 1
                 remembered = self._ask(collection, entry)
+            elif not remembered.get("webhook") and "bound_to" not in remembered and self._now() < until:
+                # It may have been bound since, as by the answer to its create.
+                remembered |= {"bound_to": bound} if (bound := self._table.bound_to(entry.id)) else {}
             if remembered is not None:
                 found[entry.id] = _remembered(remembered, entry)
         return found
