@@ -60,8 +60,8 @@ _ENTRIES_ASKED = 40
 _ENTRIES_SECONDS = 10
 
 CALLS_PER_MINUTE = 40
-CALLS_AT_ONCE = 20
-"""Together at most 60 list calls in any minute."""
+CALLS_AT_ONCE = 19
+"""Together fewer than 60 list calls in any minute."""
 
 _CONTROLS = 20
 _CONTROLS_QUERIED = 100
