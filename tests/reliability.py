@@ -112,6 +112,10 @@ PROMISES: Sequence[Promise] = (
                 ["tests/attacks/test_answers.py"],
             ),
             Shown(
+                "200 unknown creates a minute among 600, and 1,000 at once: decided within 4 minutes, under 60 list calls",
+                ["tests/unit/test_unknown_load.py"],
+            ),
+            Shown(
                 "Webhooks that never come are made up for by polls",
                 ["tests/stack/test_predictions.py::TestLostWebhooks"],
             ),
@@ -140,8 +144,16 @@ PROMISES: Sequence[Promise] = (
                 ],
             ),
             Shown(
-                "A create whose answer was lost is found again, never posted again",
+                "A create whose answer was lost is found again, and not posted again",
                 ["tests/stack/test_predictions.py::TestSubmission", "tests/stack/test_trainings.py"],
+            ),
+            Shown(
+                "A second create needs evidence; what turns up all the same is canceled, and stops further ones",
+                ["tests/unit/test_unknown_submissions.py", "tests/unit/test_list_readings.py"],
+            ),
+            Shown(
+                "The holder of a claim sends nothing after its window, in each function that can claim",
+                ["tests/unit/test_create_window.py"],
             ),
             Shown("A batch of 200 lines, canceled half-way and run again", ["tests/stack/test_batches.py"]),
             Shown(

@@ -364,8 +364,18 @@ class TestSubmission:
         replicate.fault("webhook_lost", times=None)
         body = {"version": "local/sleeper", "input": {"seconds": 0.125}}
         created = create(stack.alice, body)
-        assert stack.ended(created["id"], 40)["status"] == "succeeded"
+        # Neither the list nor a GET shows webhooks here: its likeness tells, after the grace.
+        assert stack.ended(created["id"], 90)["status"] == "succeeded"
         assert len(replicate.creates(created["id"])) == 1
+
+    def test_create_that_was_answered_5xx_and_not_accepted_is_submitted_again(
+        self, stack: Stack, replicate: LocalReplicate
+    ) -> None:
+        replicate.fault("create_refused", status=502)
+        created = create(stack.alice, {"version": "local/sleeper", "input": {"seconds": 0.25}})
+        assert created["status"] == "starting"
+        assert stack.ended(created["id"], 120)["status"] == "succeeded"
+        assert [c["status"] for c in replicate.creates(created["id"])] == [502, 201]
 
     def test_webhook_before_the_create_answer_is_kept(self, stack: Stack, replicate: LocalReplicate) -> None:
         replicate.fault("create_answer_late", seconds=20, until_webhook=True)
