@@ -104,6 +104,14 @@ PROMISES: Sequence[Promise] = (
                 ["tests/stack/test_upgrades.py"],
             ),
             Shown(
+                "Looks that die over an item hold up no other, become rarer, and end with it an hour past its deadline",
+                ["tests/unit/test_sweep.py::TestDeadLooks"],
+            ),
+            Shown(
+                "Answers of 12 and 60 MB in functions that are killed at their own memory and time",
+                ["tests/attacks/test_answers.py"],
+            ),
+            Shown(
                 "Webhooks that never come are made up for by polls",
                 ["tests/stack/test_predictions.py::TestLostWebhooks"],
             ),

@@ -18,11 +18,13 @@ from predictions.deliveries import Delivery
 from predictions.executions import Executions
 from predictions.files import Files
 from predictions.forwarding import Forwarding, VersionCache
+from predictions.idempotency_keys import IdempotencyKeys
 from predictions.items import deserialize
 from predictions.links import Links
 from predictions.outputs import OutputsBucket
 from predictions.owner_secrets import OwnerSecrets
 from predictions.pipeline_api import PipelineApi
+from predictions.pipeline_definition import fingerprint
 from predictions.pipeline_progress import PipelineExecutions, Progress
 from predictions.pipelines import Pipelines
 from predictions.pipelines_table import PipelinesTable
@@ -551,13 +553,20 @@ def test_the_sample_of_a_deletion_removes_the_data_of_what_has_ended(run: Run, s
 
 
 def test_the_samples_of_a_pipeline_tell_it_to_its_cancel(
-    run: Run, pipeline_executed: Executed, replicate: ReplicateInMemory
+    run: Run, pipeline_executed: Executed, replicate: ReplicateInMemory, clock: Clock
 ) -> None:
+    # Ids are random: the samples' key names the samples' pipeline already, as after a first request that died.
+    event, pipeline_id = sample("manage_pipelines", "create"), sample("advance_pipeline", "execution")["id"]
+    print_ = fingerprint(json.loads(event["body"]))
+    keys = IdempotencyKeys("pipeline", "predictions", aws.client("dynamodb"), now=clock.now)
+    keys.take_key("alice", event["headers"]["Idempotency-Key"], pipeline_id, print_, int(clock.now()) + 86400)
+
     def shown(case: str) -> dict[str, Any]:
         pipeline: dict[str, Any] = json.loads(run("manage_pipelines", sample("manage_pipelines", case))["body"])
         return pipeline
 
     created = shown("create")
+    assert created["id"] == pipeline_id
     assert [step["status"] for step in created["steps"]] == ["starting", "waiting", "waiting"]
     assert pipeline_executed.inputs == {f"{created['id']}-1": {"id": created["id"]}}
     assert run("advance_pipeline", sample("advance_pipeline", "execution")) == {"done": False, "seen": 0}

@@ -95,7 +95,7 @@ class TestDeadLooks:
         table.merge(first.id, UpstreamPrediction.parse({"id": "other", "status": "processing"}), clock.now())
         executed.stop(f"{second.id}-1")
         clock.advance(181)
-        replicate.read_faults = [dies]
+        replicate.read_faults = [dies, dies]
         assert not swept(submissions)
         assert swept(submissions)
         assert f"{second.id}-2" in executed.inputs

@@ -135,6 +135,7 @@ class _Counted:
         """Take off what was counted within strings; stops where the strings alone weigh more than the limit."""
         body, at, seen, seen_bytes, wide = self._body, 0, 0, 0, 0
         self.empty = sum(body.count(each) for each in _EMPTY_ONES)
+        match: re.Match[bytes] | None
         while match := _UP_TO_ODD_STRING.match(body, at):
             text = match[1]
             at = match.end()
@@ -197,6 +198,7 @@ def _width(special: bytes, text: bytes) -> int:
 def _distinct_keys(body: bytes) -> int:
     """How many different keys there are; as many as there are strings, where those are many."""
     keys: set[bytes] = set()
+    match: re.Match[bytes]
     for match in _STRING_AND_COLON.finditer(body):
         if match.start(2) >= 0:
             keys.add(match[1])
@@ -223,9 +225,9 @@ def members(body: bytes, start: int = 0) -> Iterator[Member]:
     if body[at : at + 1] != b"{":
         raise Unscannable("no object")
     at += 1
-    steps = _Steps()
+    steps: _Steps = _Steps()
     for _ in range(_MEMBERS_LIMIT):
-        name = _NAME.match(body, at)
+        name: re.Match[bytes] | None = _NAME.match(body, at)
         if name is None:
             if body[_after_space(body, at) :][:1] == b"}":
                 return
@@ -251,7 +253,7 @@ def elements(body: bytes, start: int = 0) -> Iterator[tuple[int, int]]:
     if body[at : at + 1] != b"[":
         raise Unscannable("no list")
     at = _after_space(body, at + 1)
-    steps = _Steps()
+    steps: _Steps = _Steps()
     while body[at : at + 1] != b"]":
         steps.take()
         end = _end_of_value(body, at, steps)
@@ -293,12 +295,12 @@ class _Steps:
 def _end_of_value(body: bytes, start: int, steps: _Steps) -> int:
     first = body[start : start + 1]
     if first == b'"':
-        text = _STRING_TOKEN.match(body, start)
+        text: re.Match[bytes] | None = _STRING_TOKEN.match(body, start)
         if text is None:
             raise Unscannable("a text that is cut off")
         return text.end()
     if first not in (b"[", b"{"):
-        scalar = _SCALAR.match(body, start)
+        scalar: re.Match[bytes] | None = _SCALAR.match(body, start)
         if scalar is None:
             raise Unscannable("no value")
         return scalar.end()
@@ -314,12 +316,12 @@ def _end_of_value(body: bytes, start: int, steps: _Steps) -> int:
                     return at + 1
             case _:
                 raise Unscannable("a value that is cut off")
-        run = _RUN.match(body, at + 1)
+        run: re.Match[bytes] | None = _RUN.match(body, at + 1)
         at = run.end() if run else at + 1
 
 
 def _after_space(body: bytes, at: int) -> int:
-    match = _SPACE.match(body, at)
+    match: re.Match[bytes] | None = _SPACE.match(body, at)
     return match.end() if match else at
 
 

@@ -37,10 +37,10 @@ history holds 25,000 events: https://docs.aws.amazon.com/step-functions/latest/d
 PART_LIMIT_BYTES = 2 * 1024 * 1024
 """The most bytes of a pipeline's input, and of what a step asks for: each message of a step fills templates with it."""
 
-PART_LIMIT_VALUES = 20_000
-"""The most values in each of these: a tenth of the steps that filling may take."""
+PART_LIMIT_VALUES = 150_000
+"""The most values in each of these: three quarters of the steps that filling may take."""
 
-BODY_LIMIT_VALUES = 50_000
+BODY_LIMIT_VALUES = 200_000
 """The most values in a pipeline: the whole of it is read for each message."""
 
 BODY_LIMIT_PLACEHOLDERS = 2000
