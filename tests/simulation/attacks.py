@@ -142,6 +142,7 @@ class Tarpit(Webhooks):
     """Mallory's receivers hang, each as long as it can; alice's takes what comes."""
 
     name = "hanging receivers"
+    alone = True
     foci = ()
     kinds = ("takes",)
     concurrency: ClassVar[int] = 8
@@ -159,17 +160,21 @@ class Tarpit(Webhooks):
             callers.requests.append(wanted)
             world.scheduler.spawn("mallory", partial(callers.ask_for, wanted), self.rng.uniform(0.0, 20.0))
 
+        for n in range(4):
+            wanted = Wanted(650 + n, "key", f"takes {n}", f"takes-{n}", None, None)
+            wanted.also["webhook"] = world.receivers.url("takes", f"alice-{650 + n}")
+            wanted.also["webhook_events_filter"] = ["completed"]
+            callers.requests.append(wanted)
+            world.scheduler.spawn("alice", partial(callers.ask_for, wanted), 20.0 + 10.0 * n)
+
     def dress(self, wanted: Wanted) -> None:
-        """Alice's wait for the end alone, and begin a little later."""
-        wanted.also["webhook"] = self.world.receivers.url("takes", f"{wanted.owner}-{wanted.number}")
-        wanted.also["webhook_events_filter"] = ["completed"]
+        """Not the ordinary ones."""
 
     def plan(self, run: Run, plan: dict[str, Any]) -> None:
-        """All of them end at about the same time."""
+        """Mallory's write much into their logs, and alice's end meanwhile."""
         hangs = run.prompt.startswith("hangs")
+        plan |= {"queued_seconds": 1.0, "output_seconds": 1.0, "run_seconds": 100.0 if hangs else 5.0}
         plan |= {"log_lines": 10} if hangs else {}
-        seconds = 5.0 if hangs else self.rng.choice((20.0, 40.0))
-        plan |= {"queued_seconds": 1.0, "output_seconds": 1.0, "run_seconds": seconds}
         plan |= {"files": 0, "status": "succeeded"}
 
     def check(self) -> None:
@@ -183,6 +188,7 @@ class Tarpit(Webhooks):
 class _Limited(Scenario):
     """A stack whose rate is used up."""
 
+    alone = True
     per_minute: ClassVar[int] = 12
     environment: ClassVar[dict[str, str]] = {"CREATES_PER_MINUTE": "12"}
     """The same as in the functions' environment."""
@@ -231,7 +237,7 @@ class Backlog(_Limited):
                 720 + n, "queue" if door == "queue" else "key", f"backlog {n}", f"b{n}", None, None, "mallory"
             )
             callers.requests.append(wanted)
-            world.scheduler.spawn(f"mallory {n}", partial(self._create_and_cancel, wanted, door == "http"), n * 0.4)
+            world.scheduler.spawn(f"mallory {n}", partial(self._create_and_cancel, wanted, n % 3 > 0), n * 0.4)
         for wanted in self.alices:
             callers.requests.append(wanted)
             world.scheduler.spawn("alice", partial(self._ask, wanted), 20.0)
@@ -333,6 +339,7 @@ class OldKeys(_Jobs):
 
     name = "keys after retention"
     kind = "batches"
+    alone = True
     end_seconds = 33 * DAY_SECONDS
 
     def begin(self) -> None:

@@ -192,6 +192,7 @@ class Upstream:
         scheduler = self._world.scheduler
         seconds = min(seconds, end_of_life - scheduler.now)
         if run.cancel_asked is None and seconds > 0:
+            run.cancel = Waiter()  # one whose time is over wakes nobody any more
             scheduler.wait(run.cancel, seconds)
 
     def _end(self, run: Run, status: str, plan: dict[str, Any]) -> None:
