@@ -103,7 +103,6 @@ class World:
         self._open: dict[str, int] = {}
         self._sweeps = 0
         self._expiring = False
-        self.expired = 0
         secret = {"current": SECRET, "previous": None, "rotated_at": "2025-01-01T00:00:00+00:00"}
         self.account.secrets = {
             "replicate-token": TOKEN,
@@ -324,7 +323,6 @@ class World:
         self._expiring = True
         for key, item in list(self.table.items.items()):
             if int(item.get("expires_at", {"N": 10**12})["N"]) <= self.scheduler.now:
-                self.expired += 1
                 if self.rng.random() < share:
                     self.table.call("DeleteItem", {"Key": {"pk": {"S": key[0]}, "sk": {"S": key[1]}}})
         self._expiring = False
