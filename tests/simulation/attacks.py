@@ -1,7 +1,6 @@
 """Worlds in which one owner, mallory, does what costs others, as far as the stack lets him."""
 
 import json
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar

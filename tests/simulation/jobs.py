@@ -133,7 +133,7 @@ class Batches(_Jobs):
             if self._deleted_at_once and any(prediction_id in self.world.ids_by_prompt.get(p, ()) for p in job.prompts):
                 call = self.world.callers.call
                 path = f"/predictions/{prediction_id}"
-                self.world.scheduler.spawn("deletes", lambda: call("cancel_prediction", "DELETE", path), 0.001)
+                self.world.scheduler.spawn("deletes", partial(call, "cancel_prediction", "DELETE", path), 0.001)
                 return
 
     def follow(self, job: Job) -> None:

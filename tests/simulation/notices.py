@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 from typing import Any, ClassVar
 
 from predictions.items import deserialize
@@ -25,14 +26,20 @@ class Events(Scenario):
     """Predictions and the events of each of their changes."""
 
     name = "events"
-    foci = ("publish_changes", "events.PutEvents", "publish_changes")
+    foci: ClassVar[tuple[str, ...]] = ("publish_changes", "events.PutEvents", "publish_changes")
 
 
 class Webhooks(Scenario):
     """Callers who want to be told by webhook, of some of the events; receivers of every kind."""
 
     name = "webhooks"
-    foci = ("publish_changes", "deliver_webhook", "sqs.SendMessage", "events.PutEvents", "sqs.ChangeMessageVisibility")
+    foci: ClassVar[tuple[str, ...]] = (
+        "publish_changes",
+        "deliver_webhook",
+        "sqs.SendMessage",
+        "events.PutEvents",
+        "sqs.ChangeMessageVisibility",
+    )
     end_seconds = 30 * 3600.0
     kinds: ClassVar[tuple[str, ...]] = ()
 
@@ -156,7 +163,7 @@ class TaskTokens(Scenario):
             if prediction_id in self.world.ids_by_prompt.get(prompt, ()) and delay is not None:
                 wanted.accepted_id = wanted.accepted_id or prediction_id
                 delete = self.world.callers.delete_some_time
-                self.world.scheduler.spawn("deletes", lambda w=wanted, d=delay: delete(w, (d,), 4), 0.001)
+                self.world.scheduler.spawn("deletes", partial(delete, wanted, (delay,), 4), 0.001)
 
     def check(self) -> None:
         """Whoever waits is told how it ended, and soon."""
