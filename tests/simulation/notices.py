@@ -141,7 +141,7 @@ class TaskTokens(Scenario):
             also = {"idempotency_key": wanted.key} if wanted else {}
             text = json.dumps({**body, **also, "task_token": token})
             queue = world.queues["RequestsQueue"]
-            message = queue.send(text, sender=SENDERS["alice"], told=self._taken(wanted))
+            message = queue.send(text, sender=SENDERS["alice"], told=self._taken(wanted, text))
             if self.rng.random() < 0.2:
                 queue.send(text, message_id=message.id, delay=self.rng.choice((1.0, 60.0)), sender=SENDERS["alice"])
             if world.scheduler.wait(waiter, self.patience_seconds):
@@ -149,9 +149,9 @@ class TaskTokens(Scenario):
 
         world.scheduler.spawn(f"state {token}", wait, delay)
 
-    def _taken(self, wanted: Wanted | None) -> Any:
+    def _taken(self, wanted: Wanted | None, text: str) -> Any:
         def taken(well: bool) -> None:
-            if wanted and well:
+            if wanted and well and not self.world.callers.gave_up(text):
                 found = list(self.world.ids_by_prompt.get(wanted.prompt, ()))
                 wanted.accepted_id = wanted.accepted_id or (found[0] if found else "nothing")
 
@@ -175,6 +175,12 @@ class TaskTokens(Scenario):
             if prompt is None:
                 if told.error != "RequestRefused":
                     self.bad(f"{token} was told {told.error} {told.output}")
+                continue
+            if told.error == "RequestNotStarted":
+                if not any(
+                    f'"{token}"' in letter.body for letter in self.world.queues["RequestsDeadLetterQueue"].messages
+                ):
+                    self.bad(f"{token} was told {told.error}, and its message is no dead letter")
                 continue
             (id_,) = self.world.ids_by_prompt[prompt]
             item = deserialize(self.world.table.items[f"prediction#{id_}", "status"])

@@ -10,8 +10,7 @@ https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-f
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation.functions import FunctionFailed
