@@ -113,7 +113,12 @@ class TaskTokens(Scenario):
     """State machines of others that wait for predictions, which are deleted as soon as they have ended."""
 
     name = "task tokens"
-    foci = ("publish_changes", "start_from_queue", "stepfunctions.SendTaskSuccess", "stepfunctions.SendTaskFailure")
+    foci: ClassVar[tuple[str, ...]] = (
+        "publish_changes",
+        "start_from_queue",
+        "stepfunctions.SendTaskSuccess",
+        "stepfunctions.SendTaskFailure",
+    )
     patience_seconds: ClassVar[float] = 4 * 3600.0
 
     def begin(self) -> None:
@@ -177,9 +182,8 @@ class TaskTokens(Scenario):
                     self.bad(f"{token} was told {told.error} {told.output}")
                 continue
             if told.error == "RequestNotStarted":
-                if not any(
-                    f'"{token}"' in letter.body for letter in self.world.queues["RequestsDeadLetterQueue"].messages
-                ):
+                letters = self.world.queues["RequestsDeadLetterQueue"].messages.values()
+                if not any(f'"{token}"' in letter.body for letter in letters):
                     self.bad(f"{token} was told {told.error}, and its message is no dead letter")
                 continue
             (id_,) = self.world.ids_by_prompt[prompt]
