@@ -22,7 +22,8 @@ def handler(event: dict[str, str], context: object) -> dict[str, Any]:  # noqa: 
 
     Returns:
         `{"principalId": owner, "policyDocument": …, "context": {"owner", "scopes", "token_id"}}`, the scopes
-        separated by spaces; and `in_flight_limit` and `per_day_limit`, where its owner has such a limit.
+        separated by spaces; and `in_flight_limit`, `per_day_limit`, `open_batches_limit` and
+        `open_pipelines_limit`, where its owner has such a limit.
 
     Raises:
         Exception: `Unauthorized`, for which API Gateway answers 401. Any other error, as when the table

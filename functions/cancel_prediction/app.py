@@ -20,8 +20,8 @@ def cancel(prediction_id: str) -> Response[str]:
 
 @app.post("/trainings/<training_id>/cancel")
 def cancel_training(training_id: str) -> Response[str]:
-    """`POST /trainings/{id}/cancel`: as for a prediction."""
-    owner = owner_with(app, "predict")
+    """`POST /trainings/{id}/cancel`: as for a prediction; a token that may start trainings may cancel them."""
+    owner = owner_with(app, "predict", "train")
     submissions.cancel(own_prediction(submissions.table, training_id, owner, "training").prediction)
     return json_response(200, presenter.show(own_prediction(submissions.table, training_id, owner, "training")))
 

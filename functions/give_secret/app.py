@@ -11,8 +11,10 @@ secrets = OwnerSecrets.from_env()
 @app.get("/webhooks/default/secret")
 def secret() -> Response[str]:
     """`GET /webhooks/default/secret`: `{"key": "whsec_…"}`, the owner's current one."""
+    # `read` would let a token that may only look sign webhooks, on which receivers act.
+    owner = owner_with(app, "predict")
     # A secret does not belong into a cache between here and there.
-    return json_response(200, {"key": secrets.current_secret(owner_with(app, "read"))}, {"Cache-Control": "no-store"})
+    return json_response(200, {"key": secrets.current_secret(owner)}, {"Cache-Control": "no-store"})
 
 
 handler = answer_with(app)

@@ -8,7 +8,9 @@ from predictions.aws import api_url
 from predictions.batch_control import BatchControl
 from predictions.batches import Batch
 from predictions.cursors import page_links, read_cursor
-from predictions.observability import remaining_seconds
+from predictions.intents import Attempt
+from predictions.limits import OwnerLimits
+from predictions.observability import MetricUnit, logger, metrics, remaining_seconds
 from predictions.submissions import Submissions
 
 PAGE_SIZE = 25
@@ -25,8 +27,10 @@ presenter = Presenter.from_env()
 @app.post("/batches")
 def make() -> Response[str]:
     """`POST /batches`: 201 with the batch, also when the same key made it before."""
-    batch = control.make(body_of(app), headers_of(app), owner_with(app, "predict"))
-    return json_response(201, _show(batch), {"Location": f"{api_url()}/batches/{batch.id}"})
+    owner, headers = owner_with(app, "predict"), headers_of(app)
+    attempt = Attempt.of(headers, app.current_event.request_context.request_time_epoch)
+    batch = control.make(body_of(app), headers, owner, attempt=attempt, limits=_limits())
+    return json_response(201, _show_changed(batch), {"Location": f"{api_url()}/batches/{batch.id}"})
 
 
 @app.get("/batches")
@@ -50,23 +54,40 @@ def get(batch_id: str) -> Response[str]:
 def cancel(batch_id: str) -> Response[str]:
     """`POST /batches/{id}/cancel`: 200 with the batch as it is then; one that has ended stays as it is."""
     batch = control.own(batch_id, owner_with(app, "predict"))
-    return json_response(200, _show(control.halt(batch, submissions, _remaining_seconds)))
+    return json_response(200, _show_changed(control.halt(batch, submissions, _remaining_seconds)))
 
 
 @app.post("/batches/<batch_id>/retry")
 def retry(batch_id: str) -> Response[str]:
     """`POST /batches/{id}/retry`: runs the lines anew that failed or were canceled; 409 before the end."""
-    return json_response(200, _show(control.again(control.own(batch_id, owner_with(app, "predict")))))
+    batch = control.own(batch_id, owner_with(app, "predict"))
+    attempt = Attempt.of(headers_of(app), app.current_event.request_context.request_time_epoch)
+    repeated = attempt is not None and attempt.number > 0
+    return json_response(200, _show_changed(control.again(batch, limits=_limits(), repeated=repeated)))
+
+
+def _limits() -> OwnerLimits:
+    return OwnerLimits.of_context(app.current_event.request_context.authorizer.raw_event)
 
 
 def _remaining_seconds() -> float:
     return remaining_seconds(app.lambda_context)() - ANSWER_SECONDS
 
 
-def _show(batch: Batch) -> dict[str, Any]:
+def _show_changed(batch: Batch) -> dict[str, Any]:
+    """A batch that a call has just made or changed, whatever fails while it is shown."""
+    try:
+        return _show(batch)
+    except Exception:  # noqa: BLE001  # whatever it is, the caller must not take it for "nothing was done"
+        logger.exception("done, but not shown", batch_id=batch.id)
+        metrics.add_metric(name="AnswersWithoutOutput", unit=MetricUnit.Count, value=1)
+        return _show(batch, ask=False)
+
+
+def _show(batch: Batch, *, ask: bool = True) -> dict[str, Any]:
     url = f"{api_url()}/batches/{batch.id}"
     results = None
-    if batch.results_key:
+    if batch.results_key and ask:
         uri = f"s3://{control.batches.bucket_name}/{batch.results_key}"
         results = {"uri": uri, "url": presenter.link(batch.results_key)}
     return {
@@ -75,7 +96,7 @@ def _show(batch: Batch) -> dict[str, Any]:
         "recipe": batch.recipe,
         "manifest": batch.manifest_uri(control.batches.bucket_name),
         "total": batch.total,
-        "counts": control.counts(batch),
+        "counts": control.counts(batch, ask=ask),
         "attempt": batch.attempt,
         "max_concurrency": batch.max_concurrency,
         "tolerated_failure_percentage": batch.tolerated_failure_percentage,

@@ -3,6 +3,8 @@
 from aws_lambda_powertools.event_handler import Response
 from predictions.api import answer_with, body_of, headers_of, json_response, owner_with, resolver
 from predictions.cursors import page_links, read_cursor
+from predictions.intents import Attempt
+from predictions.limits import OwnerLimits
 from predictions.pipeline_api import PipelineApi
 
 PAGE_SIZE = 100
@@ -14,8 +16,15 @@ pipelines = PipelineApi.from_env()
 @app.post("/pipelines")
 def create() -> Response[str]:
     """`POST /pipelines`: 201 with the pipeline; 422 with everything that is wrong with its steps."""
-    owner = owner_with(app, "predict")
-    shown = pipelines.create_pipeline(owner, body_of(app), headers_of(app))
+    owner, headers = owner_with(app, "predict"), headers_of(app)
+    context = app.current_event.request_context
+    shown = pipelines.create_pipeline(
+        owner,
+        body_of(app),
+        headers,
+        attempt=Attempt.of(headers, context.request_time_epoch),
+        limits=OwnerLimits.of_context(context.authorizer.raw_event),
+    )
     return json_response(201, shown, {"Location": shown["urls"]["get"]})
 
 

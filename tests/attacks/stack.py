@@ -134,10 +134,19 @@ class QuickAccount(Account):
         return {}
 
     def _sqs_SendMessage(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        if len(asked["MessageBody"].encode()) > MESSAGE_LIMIT_BYTES:
+        texts = [
+            text
+            for name, each in asked.get("MessageAttributes", {}).items()
+            for text in (name, each["DataType"], each["StringValue"])
+        ]
+        # SQS counts the body and the attributes together.
+        if sum(len(text.encode()) for text in (asked["MessageBody"], *texts)) > MESSAGE_LIMIT_BYTES:
             raise Refused("a message is too large")
         self.messages.append(asked)
         return {"MessageId": "m"}
+
+    def _sqs_DeleteMessage(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {}
 
     def _events_PutEvents(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         if sum(len(entry["Detail"].encode()) for entry in asked["Entries"]) > EVENT_LIMIT_BYTES:

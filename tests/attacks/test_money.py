@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,9 +33,10 @@ from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error
 from tests.simulation.dynamodb import ConditionFailed, Table
 from tests.simulation.functions import FunctionFailed
+from tests.simulation.installed import Simulation, installed
 from tests.simulation.scheduler import BEGIN, Died
 from tests.simulation.upstream import Run
-from tests.simulation.world import END_SECONDS, Simulation, World, installed
+from tests.simulation.world import END_SECONDS, World
 
 NOW = BEGIN
 RATE = 60
@@ -76,10 +77,10 @@ class Turns:
             raise Died
         return answer
 
-    def run(self, starters: list[Callable[[], None]]) -> None:
+    def run(self, starters: Sequence[Callable[[], object]]) -> None:
         """Lets all of them start."""
 
-        def begin(starter: Callable[[], None]) -> None:
+        def begin(starter: Callable[[], object]) -> None:
             with contextlib.suppress(Died):
                 starter()
 
@@ -537,6 +538,36 @@ def test_owner_never_passes_a_limit_by_any_door(
             assert world.answers[201] == 1, (told, world.answers)
     assert (started > 0) == (name != "none")
     assert kept_out > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_repetitions_of_a_waiting_request_hold_no_function(simulation: Simulation, seed: int) -> None:
+    """One key, `Prefer: wait`, many times: only the first call holds a function, in its place of the limits."""
+    world = meeting(simulation, seed, faults=False, limits=OwnerLimits(in_flight=1))
+    # Longer than any wait, in one phase.
+    plan = {"queued_seconds": 0.0, "run_seconds": 120.0}
+    world.faults.plan_run = lambda: world._plan_run() | plan  # type: ignore[method-assign]
+    held: list[tuple[float, int, bool]] = []
+
+    def ask(delay: float) -> None:
+        world.scheduler.sleep(delay)
+        headers = {"Content-Type": "application/json", "Idempotency-Key": "one", "Prefer": "wait=60"}
+        event = world.api_event("POST", "/models/meta/llama/predictions", headers, '{"input":{"prompt":"x"}}')
+        began = world.scheduler.now
+        answer = world.functions.invoke("start_prediction", event, 29.0)
+        applied = "Preference-Applied" in answer.get("multiValueHeaders", {})
+        held.append((world.scheduler.now - began, answer["statusCode"], applied))
+        assert json.loads(answer["body"])["status"] == "starting"
+
+    # Some come while the first one is still being started, the others while it runs.
+    delays = [0.0, *(world.rng.choice((0.0, 0.05, 1.0, 5.0)) for _ in range(8)), 5.0]
+    assert world.play([partial(ask, delay) for delay in delays])
+    assert {status for _, status, _ in held} == {201}
+    waited = [(seconds, applied) for seconds, _, applied in held if seconds > 1.0]
+    assert len(waited) == 1, held
+    assert waited[0][1], "and it is told that its wish was granted"
+    assert sum(applied for *_, applied in held) == 1
+    assert len(world.upstream.runs) == 1
 
 
 @dataclass

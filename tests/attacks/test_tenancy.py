@@ -21,7 +21,7 @@ from tests.unit.fakes import VERSION
 
 CALLS = 10_000
 PARTS = 4
-ALL_SCOPES = ("predict", "read", "manage")
+ALL_SCOPES = ("predict", "read", "train", "manage")
 CANARIES = {"alice": "kanari7alice", "bob": "zeisig3bob"}
 OTHER = {"alice": "bob", "bob": "alice"}
 FORM = "multipart/form-data; boundary=b0undary"
@@ -353,29 +353,40 @@ def test_strangers_and_tokens_without_the_scope_are_refused_at_every_route(stack
 def test_every_route_needs_its_scope(stack: Stack, town: Town) -> None:
     from predictions.description import operations
 
-    scopes = {(each.method, each.path): each.scope for each in operations()}
+    scopes = {(each.method, each.path): each.scopes for each in operations()}
     assert scopes.keys() == ROUTES.keys()
+    # What one of several scopes allows; everything else needs the one that it names.
+    training = "/models/{owner}/{name}/versions/{id}/trainings"
+    several = {route: needed for route, needed in scopes.items() if len(needed) > 1}
+    assert several == {
+        ("POST", training): ("train", "manage"),
+        ("POST", "/trainings/{id}/cancel"): ("predict", "train", "manage"),
+    }
+    assert scopes["GET", "/webhooks/default/secret"] == ("predict",), "`read` forges no webhook"
     refused = allowed = 0
     for (method, resource), needed in sorted(scopes.items()):
-        if needed is None:
+        if not needed:
             continue
         for scope in ALL_SCOPES:
             token = stack.tokens.create("alice", [scope])[0]
             before = dict(stack.table.items)
             answer = town.call(town.owners["alice"], method, resource, mine=1.0, token=token)
-            if scope == needed:
+            if scope in needed:
                 assert answer["statusCode"] != 403, (method, resource, answer)
                 allowed += 1
             else:
                 assert answer["statusCode"] == 403, (method, resource, scope, answer)
                 assert stack.table.items == before
                 refused += 1
-    assert (refused, allowed) == (allowed * 2, allowed)
+    with_token = sum(bool(needed) for needed in scopes.values())
+    assert (refused, allowed) == (with_token * 3 - 3, with_token + 3)
 
 
 def test_same_key_of_two_owners_is_two_predictions(stack: Stack, town: Town) -> None:
-    for resource in ("/models/meta/llama/predictions", "/batches", "/pipelines"):
+    trainings = f"/models/meta/llama/versions/{VERSION}/trainings"
+    for resource in ("/models/meta/llama/predictions", "/batches", "/pipelines", trainings):
         bodies = {
+            trainings: {"destination": "acme/fox", "input": {"prompt": "x"}},
             "/batches": {"requests": [{"model": "meta/llama", "input": {"prompt": "x"}}]},
             "/pipelines": {"steps": [{"name": "one", "model": "meta/llama", "input": {"prompt": "x"}}]},
         }
@@ -404,3 +415,30 @@ def test_webhook_of_one_prediction_sent_to_anothers_changes_nothing(stack: Stack
             told = {"id": upstream_id, "status": "succeeded", "output": bob.canary, "webhook": webhook}
             assert stack.webhook(prediction_id, json.dumps(told).encode())["statusCode"] == 200
     assert snapshot(stack, "alice") == before
+
+
+def test_secret_of_webhooks_is_the_owners_and_no_other_owner_gets_it(stack: Stack, town: Town) -> None:
+    keys = {}
+    for name, owner in town.owners.items():
+        shown = [
+            json.loads(stack.api("GET", path, token=owner.token)["body"])["key"]
+            for path in ("/webhooks/default/secret", f"/webhooks/default/secret?owner={OTHER[name]}")
+        ]
+        assert len(set(shown)) == 1
+        keys[name] = shown[0]
+        poor = stack.tokens.create(name, ["read", "train", "manage"])[0]
+        refused = stack.api("GET", "/webhooks/default/secret", token=poor)
+        assert refused["statusCode"] == 403
+        assert keys[name] not in json.dumps(refused)
+    assert keys["alice"] != keys["bob"]
+
+
+def test_training_of_one_owner_is_canceled_by_no_other_whatever_the_scopes(stack: Stack, town: Town) -> None:
+    alice = town.owners["alice"]
+    for scopes in (["train"], ["predict"], ["manage"], list(ALL_SCOPES)):
+        token = stack.tokens.create("bob", scopes)[0]
+        before = snapshot(stack, "alice")
+        for training in alice.ids["training"]:
+            answer = stack.api("POST", f"/trainings/{training}/cancel", token=token)
+            assert answer["statusCode"] == 404, scopes
+        assert snapshot(stack, "alice") == before

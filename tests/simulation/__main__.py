@@ -11,8 +11,11 @@ import sys
 import time
 from collections import Counter
 
+from tests.simulation.installed import installed, run_seeds
 from tests.simulation.sabotages import SABOTAGES
-from tests.simulation.world import Verdict, installed, run_seeds
+from tests.simulation.scenario import Scenario
+from tests.simulation.verdict import Verdict
+from tests.simulation.worlds import WORLDS
 from tests.unit.template import ROOT
 
 CHUNK = 250
@@ -56,12 +59,15 @@ def many(first: int, schedules: int, processes: int, *, write: bool) -> int:
     """Runs schedules in several processes, with progress, and says what happened in them."""
     chunks = [range(at, min(at + CHUNK, first + schedules)) for at in range(first, first + schedules, CHUNK)]
     figures: Counter[str] = Counter()
+    worst: dict[str, float] = {}
     broken: list[Verdict] = []
     done, began = 0, time.monotonic()
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for number, counted, failed in pool.imap_unordered(run_seeds, chunks):
+        for number, counted, longest, failed in pool.imap_unordered(run_seeds, chunks):
             done += number
             figures.update(counted)
+            for what, delay in longest.items():
+                worst[what] = max(worst.get(what, 0.0), delay)
             broken += failed
             seconds = time.monotonic() - began
             for verdict in failed:
@@ -72,32 +78,64 @@ def many(first: int, schedules: int, processes: int, *, write: bool) -> int:
     print()
     for name, count in sorted(figures.items()):
         print(f"{count:>12,}  {name}")
+    for name, delay in sorted(worst.items()):
+        print(f"{delay:>12,.0f}  {name}")
     if write:
-        FIGURES.write_text(report(schedules, figures, broken, time.monotonic() - began, first, processes))
+        FIGURES.write_text(report(schedules, figures, worst, broken, time.monotonic() - began, first, processes))
         print(f"written to {FIGURES.relative_to(ROOT)}")
     return 1 if broken else 0
 
 
 def report(
-    schedules: int, figures: Counter[str], broken: list[Verdict], seconds: float, first: int, processes: int
+    schedules: int,
+    figures: Counter[str],
+    worst: dict[str, float],
+    broken: list[Verdict],
+    seconds: float,
+    first: int,
+    processes: int,
 ) -> str:
     """The figures, as a page."""
-    rows = "\n".join(f"| {name} | {count:,} |" for name, count in sorted(figures.items()))
+    common = {name: count for name, count in figures.items() if not name.startswith(WORLD)}
+    rows = "\n".join(f"| {name} | {count:,} |" for name, count in sorted(common.items()))
+    worlds = "\n".join(_world(world, figures, worst) for world in WORLDS)
     return f"""# Simulation: the figures of `make sim`
 
 Made by `make sim`; how it works is in [tests/simulation](../tests/simulation/world.py). The real library, handlers and
-state machine ran {schedules:,} schedules of faults (seeds {first} to {first + schedules - 1}) in virtual time.
+state machines ran {schedules:,} schedules of faults (seeds {first} to {first + schedules - 1}) in virtual time.
 
 **{len(broken)} schedules broke a promise**: lost, started twice, a terminal status changed, a file missing or partial,
-or not over in time. They took {seconds:,.0f} s in {processes} processes: {schedules / seconds:.0f} a second.
+somebody not told, one owner held up by another, or not over in time. They took {seconds:,.0f} s in {processes}
+processes: {schedules / seconds:.0f} a second.
 
 | in all of them | |
 |---|---|
 {rows}
 
+## Worlds
+
+Every schedule has predictions and their callers. Some have more: each of these worlds by itself or with others. The
+delays are the longest of any schedule that has the world alone.
+
+| world | what it adds | figures | longest delays |
+|---|---|---|---|
+{worlds}
+
 {len(SABOTAGES)} sabotages of the code are each noticed within 3,000 of these schedules, says `make test`: see
 [their list](../tests/simulation/sabotages.py).
 """
+
+
+WORLD = "world "
+
+
+def _world(world: type[Scenario], figures: Counter[str], worst: dict[str, float]) -> str:
+    """The row of one world."""
+    start = f"{WORLD}{world.name}: "
+    counted = [f"{count:,} {name.removeprefix(start)}" for name, count in figures.items() if name.startswith(start)]
+    delays = [f"{name.removeprefix(start)}: {d:,.0f} s" for name, d in sorted(worst.items()) if name.startswith(start)]
+    adds = (world.__doc__ or "").strip().splitlines()[0]
+    return f"| {world.name} | {adds} | {', '.join(counted)} | {', '.join(delays)} |"
 
 
 if __name__ == "__main__":

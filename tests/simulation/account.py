@@ -5,8 +5,8 @@ world that runs now. A call costs a microsecond instead of the 200 of botocore's
 moto instead (`test_dynamodb.py`).
 """
 
+import hashlib
 import io
-import json
 from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,14 @@ from botocore.exceptions import ReadTimeoutError
 from botocore.response import StreamingBody
 
 from tests.simulation.dynamodb import ConditionFailed, NotModelled
-from tests.simulation.machine import Refused
+from tests.simulation.machine import Refused, Told
+from tests.simulation.queues import names_by_url
 from tests.simulation.scheduler import Died
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
-SERVICES = ("dynamodb", "s3", "stepfunctions", "sqs", "ssm", "secretsmanager")
+SERVICES = ("dynamodb", "s3", "stepfunctions", "sqs", "ssm", "secretsmanager", "events")
 
 
 class Clients:
@@ -78,7 +79,6 @@ class Account:
         self.objects: dict[str, tuple[bytes, str]] = {}
         self.secrets: dict[str, str] = {}
         self.parameters: dict[str, str] = {}
-        self.dead_letters: list[str] = []
 
     def do(self, service: str, operation: str, asked: dict[str, Any]) -> dict[str, Any]:
         """Does one operation.
@@ -99,16 +99,42 @@ class Account:
     # -- Step Functions ---------------------------------------------------------------------------------------
 
     def _stepfunctions_StartExecution(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802  # the operation's name
-        self._states(lambda: self._world.machine.start(asked["name"], asked["input"]))
+        machine = self._world.machines[asked["stateMachineArn"].rpartition(":")[2]]
+        self._states(lambda: machine.start(asked["name"], asked["input"]))
         return {"executionArn": asked["name"], "startDate": datetime.fromtimestamp(0)}  # noqa: DTZ006  # nobody reads it
 
     def _stepfunctions_DescribeExecution(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        name = asked["executionArn"].rpartition(":")[2]
-        return {"status": self._states(lambda: self._world.machine.describe(name))}
+        machine, name = self._execution(asked["executionArn"])
+        return {"status": self._states(lambda: machine.describe(name))}
+
+    def _stepfunctions_StopExecution(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        machine, name = self._execution(asked["executionArn"])
+        self._states(lambda: machine.describe(name))
+        machine.stop(name)
+        return {"stopDate": datetime.fromtimestamp(0)}  # noqa: DTZ006
+
+    def _stepfunctions_ListMapRuns(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        machine, name = self._execution(asked["executionArn"])
+        self._states(lambda: machine.describe(name))
+        return {"mapRuns": [{"mapRunArn": name}] if name in machine.map_runs else []}
+
+    def _stepfunctions_DescribeMapRun(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        machine: Any = self._world.machines["run-batch"]
+        return {"itemCounts": machine.map_runs[asked["mapRunArn"]].counts()}
 
     def _stepfunctions_SendTaskSuccess(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        self._states(lambda: self._world.machine.send_success(asked["taskToken"]))
+        self._states(lambda: self._world.tokens.tell(asked["taskToken"], Told(asked["output"])))
         return {}
+
+    def _stepfunctions_SendTaskFailure(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        told = Told(error=asked["error"], cause=asked["cause"])
+        self._states(lambda: self._world.tokens.tell(asked["taskToken"], told))
+        return {}
+
+    def _execution(self, arn: str) -> tuple[Any, str]:
+        """The machine and the name of an execution's ARN."""
+        machine, _, name = arn.partition(":execution:")[2].partition(":")
+        return self._world.machines[machine], name
 
     def _states(self, call: Callable[[], Any]) -> Any:
         try:
@@ -127,17 +153,23 @@ class Account:
             body = body.read()
         self._world.stored(asked["Key"], body)
         self.objects[asked["Key"]] = body, asked["ContentType"]
-        return {"ETag": '"etag"'}
+        return {"ETag": _etag(body)}
 
     def _s3_HeadObject(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         if asked["Key"] not in self.objects:
             raise AwsError("404")
-        return {"ContentLength": len(self.objects[asked["Key"]][0])}
+        body = self.objects[asked["Key"]][0]
+        return {"ContentLength": len(body), "ETag": _etag(body), "Metadata": {}}
 
     def _s3_GetObject(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         if asked["Key"] not in self.objects:
             raise AwsError("NoSuchKey")
         body, content_type = self.objects[asked["Key"]]
+        if asked.get("IfMatch", _etag(body)) != _etag(body):
+            raise AwsError("PreconditionFailed")
+        if "Range" in asked:
+            first, last = asked["Range"].removeprefix("bytes=").split("-")
+            body = body[int(first) : int(last) + 1]
         return {"Body": StreamingBody(io.BytesIO(body), len(body)), "ContentType": content_type}
 
     def _s3_DeleteObject(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
@@ -163,9 +195,41 @@ class Account:
         self.secrets[asked["SecretId"]] = asked["SecretString"]
         return {}
 
+    # -- queues and the bus -----------------------------------------------------------------------------------
+
     def _sqs_SendMessage(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        self.dead_letters.append(json.dumps(asked, default=str))
-        return {"MessageId": "dead"}
+        message = self._queue(asked).send(
+            asked["MessageBody"],
+            delay=asked.get("DelaySeconds", 0),
+            group=asked.get("MessageGroupId"),
+            attributes=asked.get("MessageAttributes"),
+        )
+        return {"MessageId": message.id}
+
+    def _sqs_ChangeMessageVisibility(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        self._queue(asked).change_visibility(asked["ReceiptHandle"], asked["VisibilityTimeout"])
+        return {}
+
+    def _sqs_DeleteMessage(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        self._queue(asked).delete(asked["ReceiptHandle"])
+        return {}
+
+    def _queue(self, asked: dict[str, Any]) -> Any:
+        return self._world.queues[names_by_url()[asked["QueueUrl"]]]
+
+    def _events_PutEvents(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        answers: list[dict[str, str]] = []
+        for entry in asked["Entries"]:
+            if self._world.faults.of_bus():
+                answers.append({"ErrorCode": "ThrottlingException", "ErrorMessage": "too many"})
+            else:
+                self._world.events.append((self._world.scheduler.now, entry))
+                answers.append({"EventId": "event"})
+        return {"FailedEntryCount": sum("ErrorCode" in each for each in answers), "Entries": answers}
+
+
+def _etag(body: bytes) -> str:
+    return f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'
 
 
 def call(world: "World", service: str, operation: str, asked: dict[str, Any], client: Any) -> Any:
@@ -179,6 +243,11 @@ def call(world: "World", service: str, operation: str, asked: dict[str, Any], cl
     faults = world.faults
     world.step(f"{service}.{operation}", faults.aws_seconds())
     fault = faults.of_aws(service, operation)
+    for scenario in world.scenarios:
+        if operation == "PutItem" and scenario.writes(asked["Item"].get("json", {}).get("S", "")):
+            world.die()
+        if seconds := scenario.tells(asked.get("taskToken", "")):
+            world.step("tells", seconds)
     if fault == "died before":
         world.die()
     if fault == "refused":

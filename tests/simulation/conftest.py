@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.simulation.world import Simulation, installed
+from tests.simulation.installed import Simulation, installed
 
 
 @pytest.fixture

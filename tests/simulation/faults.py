@@ -63,6 +63,23 @@ class Faults:
         self.doubled_sweeps = rng.random() < 0.2
         self.secret_is_unknown = rng.random() < 0.1
         self.long_runs = rng.random() < 0.1
+        # Of what hands messages and changes to functions.
+        self.poll_seconds = choice((0.02, 0.2, 1.0))
+        self._stream_lag = choice((0.1, 0.5, 3.0, 30.0))
+        self._source = choice((0.0, 0.0, 0.1))
+        self._bus = choice((0.0, 0.0, 0.3))
+
+    def aim_at(self, foci: list[str]) -> None:
+        """Aims AWS's faults at one of these, in every third schedule: a function, or an operation."""
+        if foci and self._rng.random() < 0.3:
+            self._focus, self._at = self._rng.choice(foci), 0.5
+
+    def calm(self) -> None:
+        """Nothing goes wrong but what a world adds."""
+        self._aws = self._at = self._slowness = self._create = self._read = self._lost = self._late_webhooks = 0.0
+        self._file = self._invoke = self._source = self._bus = self._doubled = self._list_lag = 0.0
+        self._focus, self._stream_lag, self.poll_seconds = None, 0.5, 0.2
+        self.very_late = self.stops = self.doubled_sweeps = self.long_runs = False
 
     def _strike(self, kind: str, budget: int) -> bool:
         """Whether one more of this kind may strike."""
@@ -81,7 +98,8 @@ class Faults:
     def of_aws(self, service: str, operation: str) -> str | None:
         process = self._scheduler.current
         receives = process is not None and process.name == "receive_webhook"
-        if self._focus not in (None, f"{service}.{operation}", "receive_webhook" if receives else None):
+        function = process.name if process is not None else None
+        if self._focus not in (None, f"{service}.{operation}", function):
             return None
         kind = "receiver" if receives else "aws"
         if self._at and self._rng.random() < self._at and self._strike(kind, _AWS_BUDGET):
@@ -99,6 +117,19 @@ class Faults:
         if not self._focus and self._aws and self._rng.random() < self._aws and self._strike("state", 2):
             return "refused"
         return None
+
+    # -- what hands over --------------------------------------------------------------------------------------
+
+    def stream_lag(self) -> float:
+        return self._stream_lag * self._rng.random()
+
+    def of_source(self) -> bool:
+        """Whether what was done is handed over once more."""
+        return bool(self._source and self._rng.random() < self._source and self._strike("handed over again", 3))
+
+    def of_bus(self) -> bool:
+        """Whether the bus does not take an event now."""
+        return bool(self._bus and self._rng.random() < self._bus and self._strike("bus", 8))
 
     # -- Replicate --------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
-"""Step Functions: the real `track_prediction.asl.json`, interpreted for the few states that it uses.
+"""Step Functions: the real definitions, interpreted for the few kinds of state that they use.
 
-Choice, Wait, Task (`lambda:invoke` and `aws-sdk:dynamodb:updateItem.waitForTaskToken`), Retry, Catch and Output, with
-JSONata by the library `jsonata-python`. Anything else in the definition is an error here, not passed over.
+Choice, Wait, Pass, Succeed, and Task (`lambda:invoke`, and two services with `.waitForTaskToken`), with Retry, Catch and
+Output, in JSONata by the library `jsonata-python`; what a machine in JSONPath does otherwise is in `distributed_map`.
+Anything else in a definition is an error here, not passed over.
 """
 
 import json
@@ -14,7 +15,7 @@ from jsonata.jsonata import Jsonata
 from tests.simulation.dynamodb import NotModelled
 from tests.simulation.scheduler import Scheduler, Waiter
 
-_TASK_FIELDS = {
+TASK_FIELDS = {
     "Comment", "Type", "Resource", "Arguments", "TimeoutSeconds", "Retry", "Catch", "Output", "Next", "End"
 }  # fmt: skip
 
@@ -35,14 +36,60 @@ class Execution:
         self.name = name
         self.given = given
         self.began = began
+        self.ended: float | None = None
         self.status = "RUNNING"
         self.states: list[str] = []
         self.why = ""
         self.waiter: Waiter | None = None
+        self.children: list[Execution] = []
 
 
 class Refused(Exception):
     """A call that Step Functions refuses, by its error's code."""
+
+
+class Tokens:
+    """The task tokens of an account: who waits with which, and what he was told."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._waiters: dict[str, Waiter] = {}
+
+    def new(self, token: str) -> Waiter:
+        """Somebody waits with this token."""
+        waiter = self._waiters[token] = Waiter()
+        return waiter
+
+    def tell(self, token: str, told: "Told") -> None:
+        """SendTaskSuccess and SendTaskFailure.
+
+        Raises:
+            Refused: Nobody waits with it, or nobody any more.
+        """
+        waiter = self._waiters.get(token)
+        if waiter is None:
+            raise Refused("InvalidToken")
+        if not self._scheduler.wake(waiter, told):
+            raise Refused("TaskTimedOut")
+
+
+class Told:
+    """What a state that waits was told: an output, or an error with its cause."""
+
+    def __init__(self, output: str | None = None, error: str | None = None, cause: str = "") -> None:
+        self.output = output
+        self.error = error
+        self.cause = cause
+
+    def result(self) -> Any:
+        """The output, parsed.
+
+        Raises:
+            TaskError: It was an error.
+        """
+        if self.error is not None:
+            raise TaskError(self.error, self.cause)
+        return json.loads(self.output or "{}")
 
 
 class StateMachine:
@@ -52,18 +99,21 @@ class StateMachine:
         definition: The parsed definition.
         scheduler: Lets time pass.
         tasks: What does a task, by the resource behind `:::`; raises `TaskError`. `waitForTaskToken` is done here.
+        tokens: The account's task tokens.
     """
 
     def __init__(
-        self, definition: Mapping[str, Any], scheduler: Scheduler, tasks: Mapping[str, Callable[[Any, float], Any]]
+        self,
+        definition: Mapping[str, Any],
+        scheduler: Scheduler,
+        tasks: Mapping[str, Callable[[Any, float], Any]],
+        tokens: Tokens | None = None,
     ) -> None:
         self.executions: dict[str, Execution] = {}
-        self.changed = False
-        self._states: dict[str, Any] = definition["States"]
-        self._start_at: str = definition["StartAt"]
-        self._scheduler = scheduler
+        self.scheduler = scheduler
+        self._definition = definition
         self._tasks = tasks
-        self._tokens: dict[str, Waiter] = {}
+        self._tokens = tokens or Tokens(scheduler)
 
     # -- the API ----------------------------------------------------------------------------------------------
 
@@ -74,8 +124,8 @@ class StateMachine:
             if there.status == "RUNNING" and there.given == given:
                 return
             raise Refused("ExecutionAlreadyExists")
-        execution = self.executions[name] = Execution(name, given, self._scheduler.now)
-        self._scheduler.spawn(f"execution {name}", lambda: self._run(execution))
+        execution = self.executions[name] = Execution(name, given, self.scheduler.now)
+        self.scheduler.spawn(f"execution {name}", lambda: self.run(execution, self._definition, json.loads(given)))
 
     def describe(self, name: str) -> str:
         """DescribeExecution's status."""
@@ -85,65 +135,98 @@ class StateMachine:
 
     def stop(self, name: str) -> None:
         """StopExecution, as by hand: a function that it runs goes on."""
-        execution = self.executions.get(name)
-        if execution and execution.status == "RUNNING":
-            execution.status = "ABORTED"
-            if execution.waiter:
-                self._scheduler.wake(execution.waiter, None)
+        if (execution := self.executions.get(name)) is not None:
+            self.abort(execution)
 
-    def send_success(self, token: str) -> None:
+    def abort(self, execution: Execution) -> None:
+        """Ends an execution and its children where they are; nobody waits with their tokens any more."""
+        for child in execution.children:
+            self.abort(child)
+        if execution.status == "RUNNING":
+            execution.status, execution.ended = "ABORTED", self.scheduler.now
+            if execution.waiter:
+                self.scheduler.wake(execution.waiter, None)
+
+    def send_success(self, token: str, output: str = "{}") -> None:
         """SendTaskSuccess."""
-        waiter = self._tokens.get(token)
-        if waiter is None:
-            raise Refused("InvalidToken")
-        if not self._scheduler.wake(waiter, "success"):
-            raise Refused("TaskTimedOut")
+        self._tokens.tell(token, Told(output))
 
     # -- running ----------------------------------------------------------------------------------------------
 
-    def _run(self, execution: Execution) -> None:
-        given = json.loads(execution.given)
-        name: str | None = self._start_at
+    def run(self, execution: Execution, graph: Mapping[str, Any], given: Any) -> None:
+        """Runs an execution through the states of a machine, or of a Map's item."""
+        name: str | None = graph["StartAt"]
         while name is not None and execution.status == "RUNNING":
             execution.states.append(name)
-            state = self._states[name]
-            bound = {"input": given, "context": {"Execution": {"Name": execution.name}}}
             try:
-                name, given = self._enter(execution, name, state, bound)
+                name, given = self.enter(execution, name, graph["States"][name], given)
             except TaskError as error:
                 if execution.status == "RUNNING":
-                    execution.status, execution.why = "FAILED", f"{name}: {error.name} {error.cause[:200]}"
+                    execution.status, execution.ended = "FAILED", self.scheduler.now
+                    execution.why = f"{name}: {error.name} {error.cause[:200]}"
                 return
         if execution.status == "RUNNING":
-            execution.status = "SUCCEEDED"
+            execution.status, execution.ended = "SUCCEEDED", self.scheduler.now
 
-    def _enter(self, execution: Execution, name: str, state: Mapping[str, Any], bound: dict[str, Any]) -> Any:
-        if state["Type"] == "Choice":
-            for choice in state["Choices"]:
-                if self._evaluate(choice["Condition"], bound) is True:
-                    return choice["Next"], self._output(choice, bound)
-            return state["Default"], self._output(state, bound)
-        if state["Type"] == "Wait":
-            waiter = execution.waiter = Waiter()
-            self._scheduler.wait(waiter, self._evaluate(state["Seconds"], bound))
-            return state["Next"], self._output(state, bound)
-        if state["Type"] != "Task" or not state.keys() <= _TASK_FIELDS:
-            raise NotModelled(f"the state {name}")
+    def enter(self, execution: Execution, name: str, state: Mapping[str, Any], given: Any) -> tuple[str | None, Any]:
+        """Does one state; the next one's name, None at the end, and its input.
+
+        Raises:
+            TaskError: It failed, and nothing of it catches that.
+        """
+        bound = {"input": given, "context": {"Execution": {"Name": execution.name}}}
+        match state["Type"]:
+            case "Choice":
+                for choice in state["Choices"]:
+                    if self._evaluate(choice["Condition"], bound) is True:
+                        return choice["Next"], self._output(choice, bound, given)
+                return state["Default"], self._output(state, bound, given)
+            case "Wait":
+                self.pause(execution, self._evaluate(state["Seconds"], bound))
+                return state["Next"], self._output(state, bound, given)
+            case "Succeed":
+                return None, self._output(state, bound, given)
+            case "Task" if state.keys() <= TASK_FIELDS:
+                return self._do_task(execution, state, bound)
+        raise NotModelled(f"the state {name}")
+
+    def _do_task(self, execution: Execution, state: Mapping[str, Any], bound: dict[str, Any]) -> tuple[str | None, Any]:
+        def make(token: str | None) -> Any:
+            context = {**bound["context"], **({"Task": {"Token": token}} if token else {})}
+            return self._evaluate(state["Arguments"], {**bound, "context": context})
+
+        try:
+            result = self.attempt(execution, state, make)
+        except TaskError as error:
+            if (rule := caught(state, error)) is None or execution.status != "RUNNING":
+                raise
+            told = {**bound, "errorOutput": {"Error": error.name, "Cause": error.cause}}
+            return rule["Next"], self._output(rule, told, told["errorOutput"])
+        return state.get("Next"), self._output(state, {**bound, "result": result}, result)
+
+    def pause(self, execution: Execution, seconds: float) -> None:
+        """A Wait, which ends early where the execution is stopped."""
+        waiter = execution.waiter = Waiter()
+        self.scheduler.wait(waiter, seconds)
+
+    def attempt(self, execution: Execution, state: Mapping[str, Any], make: Callable[[str | None], Any]) -> Any:
+        """Does a task, again where its Retry says so; its result.
+
+        Args:
+            execution: Of which execution.
+            state: The state.
+            make: Gives the task's arguments, with its token if it has one.
+
+        Raises:
+            TaskError: It failed for good, or its execution was stopped.
+        """
         tries = [0] * len(state.get("Retry", []))
         while True:
             try:
-                self._task(execution, name, state, bound)
+                return self._task(execution, state, make)
             except TaskError as error:
-                if execution.status != "RUNNING":
+                if execution.status != "RUNNING" or not self._waits_to_retry(state, tries, error):
                     raise
-                if self._waits_to_retry(state, tries, error):
-                    continue
-                for rule in state.get("Catch", []):
-                    if error.name in rule["ErrorEquals"]:
-                        caught = {**bound, "errorOutput": {"Error": error.name, "Cause": error.cause}}
-                        return rule["Next"], self._output(rule, caught)
-                raise
-            return state.get("Next"), self._output(state, bound)
 
     def _waits_to_retry(self, state: Mapping[str, Any], tries: list[int], error: TaskError) -> bool:
         for n, rule in enumerate(state.get("Retry", [])):
@@ -152,36 +235,33 @@ class StateMachine:
                     return False
                 seconds = rule["IntervalSeconds"] * rule["BackoffRate"] ** tries[n]
                 tries[n] += 1
-                self._scheduler.sleep(min(seconds, rule.get("MaxDelaySeconds", seconds)))
+                self.scheduler.sleep(min(seconds, rule.get("MaxDelaySeconds", seconds)))
                 return True
         return False
 
-    def _task(self, execution: Execution, name: str, state: Mapping[str, Any], bound: dict[str, Any]) -> None:
+    def _task(self, execution: Execution, state: Mapping[str, Any], make: Callable[[str | None], Any]) -> Any:
         resource = state["Resource"].partition(":states:::")[2]
         timeout = float(state["TimeoutSeconds"])
         if not resource.endswith(".waitForTaskToken"):
-            self._tasks[resource](self._evaluate(state["Arguments"], bound), timeout)
-            return
-        token = f"{execution.name}#{len(execution.states)}#{self._scheduler.now}"
-        waiter = self._tokens[token] = execution.waiter = Waiter()
-        began = self._scheduler.now
-        with_token = {**bound, "context": {**bound["context"], "Task": {"Token": token}}}
+            return self._tasks[resource](make(None), timeout)
+        token = f"{execution.name}#{len(execution.states)}#{self.scheduler.now}"
+        waiter = execution.waiter = self._tokens.new(token)
+        began = self.scheduler.now
         try:
-            self._tasks[resource.removesuffix(".waitForTaskToken")](
-                self._evaluate(state["Arguments"], with_token), timeout
-            )
+            self._tasks[resource.removesuffix(".waitForTaskToken")](make(token), timeout)
         except TaskError:
             waiter.done = True
             raise
-        if not self._scheduler.wait(waiter, max(0.0, began + timeout - self._scheduler.now)):
+        if not self.scheduler.wait(waiter, max(0.0, began + timeout - self.scheduler.now)):
             raise TaskError("States.Timeout")
+        return waiter.value.result() if isinstance(waiter.value, Told) else {}
 
     # -- JSONata ----------------------------------------------------------------------------------------------
 
-    def _output(self, of: Mapping[str, Any], bound: dict[str, Any]) -> Any:
-        if "Output" not in of or "Assign" in of:
-            raise NotModelled("a state without Output, or with Assign")
-        return self._evaluate(of["Output"], bound)
+    def _output(self, of: Mapping[str, Any], bound: dict[str, Any], default: Any) -> Any:
+        if "Assign" in of:
+            raise NotModelled("a state with Assign")
+        return self._evaluate(of["Output"], bound) if "Output" in of else default
 
     def _evaluate(self, value: Any, bound: dict[str, Any]) -> Any:
         if isinstance(value, dict):
@@ -190,7 +270,7 @@ class StateMachine:
             return [self._evaluate(each, bound) for each in value]
         if not (isinstance(value, str) and value.startswith("{%")):
             return value
-        moment = self._scheduler.now
+        moment = self.scheduler.now
         expression = _expression(value)
         frame = expression.create_frame()
         frame.bind("states", bound)
@@ -198,6 +278,11 @@ class StateMachine:
         frame.bind("parse", Jsonata.JLambda(json.loads))
         frame.bind("millis", Jsonata.JLambda(lambda: int(moment * 1000)))
         return expression.evaluate(None, frame)
+
+
+def caught(state: Mapping[str, Any], error: TaskError) -> Mapping[str, Any] | None:
+    """The rule of a state's Catch that takes an error."""
+    return next((rule for rule in state.get("Catch", []) if error.name in rule["ErrorEquals"]), None)
 
 
 @cache

@@ -32,6 +32,7 @@ class Process:
         over: Whether it is over.
         killed: Whether it must not go on: its next step raises `Died`.
         event: What a function was invoked with.
+        ended_at: When it was over.
     """
 
     def __init__(self, name: str) -> None:
@@ -41,6 +42,7 @@ class Process:
         self.over = False
         self.killed = False
         self.event: Any = None
+        self.ended_at: float | None = None
         self.waiters: list[Waiter] = []
 
 
@@ -61,15 +63,15 @@ class Scheduler:
     def __init__(self) -> None:
         self.now = BEGIN
         self.current: Process | None = None
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._queue: list[tuple[float, int, Callable[[], None], Waiter | None]] = []
         self._entries = 0
         self._failed: BaseException | None = None
         self._hub = greenlet.getcurrent()
 
-    def at(self, moment: float, act: Callable[[], None]) -> None:
-        """Has something done at that moment; it must not sleep."""
+    def at(self, moment: float, act: Callable[[], None], waiter: Waiter | None = None) -> None:
+        """Has something done at that moment, where that `waiter` still waits; it must not sleep."""
         self._entries += 1
-        heapq.heappush(self._queue, (max(moment, self.now), self._entries, act))
+        heapq.heappush(self._queue, (max(moment, self.now), self._entries, act, waiter))
 
     def spawn(self, name: str, call: Callable[[], Any], delay: float = 0.0, *, may_fail: bool = False) -> Process:
         """Starts a process; one that may not fail, and does, ends the whole schedule with its error."""
@@ -82,7 +84,7 @@ class Scheduler:
                 process.error = error
                 if not may_fail:
                     self._failed = error
-            process.over = True
+            process.over, process.ended_at = True, self.now
             for waiter in process.waiters:
                 self.wake(waiter, None)
 
@@ -122,7 +124,7 @@ class Scheduler:
                     waiter.greenlet = None
                     self._go_on(here, process)
 
-            self.at(self.now + seconds, give_up)
+            self.at(self.now + seconds, give_up, waiter)
             self._leave()
             woken = waiter.greenlet is not None
         if process.killed:
@@ -162,7 +164,9 @@ class Scheduler:
             BaseException: Of a process that may not fail.
         """
         while self._queue:
-            moment, _, act = heapq.heappop(self._queue)
+            moment, _, act, waiter = heapq.heappop(self._queue)
+            if waiter is not None and waiter.done:
+                continue
             if moment > until:
                 return False
             self.now = moment
@@ -172,9 +176,11 @@ class Scheduler:
         return True
 
     @property
-    def idle(self) -> bool:
-        """Whether nobody is to go on."""
-        return not self._queue
+    def next_at(self) -> float | None:
+        """When somebody goes on next; None where nobody does."""
+        while self._queue and self._queue[0][3] is not None and self._queue[0][3].done:
+            heapq.heappop(self._queue)
+        return self._queue[0][0] if self._queue else None
 
     def stop(self) -> None:
         """Forgets what is left."""

@@ -9,7 +9,7 @@ from botocore.session import Session
 
 from tests.simulation.account import AwsError
 from tests.simulation.dynamodb import ConditionFailed, NotModelled, Table
-from tests.simulation.world import installed
+from tests.simulation.installed import installed
 from tests.unit.template import table_properties
 
 Call = tuple[str, dict[str, Any], Any]

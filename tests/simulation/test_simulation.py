@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from tests.reliability import Recorded
+from tests.simulation.installed import Simulation
 from tests.simulation.sabotages import SABOTAGES
-from tests.simulation.world import Simulation
 from tests.unit.template import ROOT
 
 SCHEDULES = 5000

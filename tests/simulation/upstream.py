@@ -36,6 +36,7 @@ class Run:
 
     def __init__(self, upstream_id: str, body: dict[str, Any], created: float) -> None:
         self.id = upstream_id
+        self.collection = "predictions"
         self.body = body
         self.created = created
         self.listed_at = created
@@ -80,7 +81,7 @@ class Upstream:
         path = request.url.path.removeprefix("/v1")
         if request.headers.get("authorization") != f"Bearer {TOKEN}":
             return httpx.Response(401, json={"detail": "no"})
-        if request.method == "POST" and path.endswith("/predictions"):
+        if request.method == "POST" and path.endswith(("/predictions", "/trainings")):
             return self._create(request, path)
         fault = world.faults.of_read(path)
         world.step("upstream", world.faults.read_seconds())
@@ -150,9 +151,13 @@ class Upstream:
         self.runs[run.id] = run
         match = re.fullmatch(r"(\d+)s", request.headers.get("cancel-after", ""))
         life = float(match[1]) if match else 86400.0
-        model = path.removeprefix("/models/").removesuffix("/predictions") if path.startswith("/models/") else "a/b"
-        body["model"] = model
+        named = re.fullmatch(r"/models/([^/]+/[^/]+)/(?:versions/([^/]+)/)?(predictions|trainings)", path)
+        body["model"] = named[1] if named else "a/b"
+        if named and named[2]:
+            body["version"], run.collection, life = named[2], named[3], 1e9
         plan = world.faults.plan_run()
+        for scenario in world.scenarios:
+            scenario.plan(run, plan)
         world.scheduler.spawn(f"run {run.id}", lambda: self._run(run, plan, life))
         return run
 
@@ -166,6 +171,7 @@ class Upstream:
             if plan["output_seconds"] is not None:
                 self._pass(run, plan["output_seconds"], end_of_life)
                 run.logs += "working\n"
+                self._tell(run, "logs")
                 if plan["text"] and run.cancel_asked is None:
                     run.output = [f"{run.prompt}: first"]
                     self._tell(run, "output")
@@ -216,21 +222,21 @@ class Upstream:
             "completed_at": _timestamp(run.ended) if run.ended else None,
             "metrics": {"predict_time": 1.5} if run.ended else None,
             "data_removed": removed,
-            "urls": {"get": f"{URL}/predictions/{run.id}"},
+            "urls": {"get": f"{URL}/{run.collection}/{run.id}"},
         }
         if not listed and run.body.get("webhook"):
             told["webhook"] = run.body["webhook"]
         return told
 
     def _read(self, request: httpx.Request, path: str) -> httpx.Response:
-        if path == "/predictions":
-            return self._list(request)
+        if path in ("/predictions", "/trainings"):
+            return self._list(request, path[1:])
         if path == "/webhooks/default/secret":
             return httpx.Response(200, json={"key": SECRET})
         if path.startswith("/models/"):
             return httpx.Response(200, json={"is_official": True, "latest_version": None})
         run = self.runs.get(path.split("/")[2])
-        if run is None:
+        if run is None or run.collection != path.split("/")[1]:
             return httpx.Response(404, json={"detail": "not found"})
         if path.endswith("/cancel"):
             self._world.canceled.setdefault(run.id, self._world.scheduler.now)
@@ -238,16 +244,21 @@ class Upstream:
                 # It ends a moment later.
                 run.cancel_asked = self._world.scheduler.now
                 self._world.scheduler.at(run.cancel_asked + 0.5, lambda: self._cancel(run))
+        if any(scenario.reads(run) for scenario in self._world.scenarios):
+            self._world.die()
         return httpx.Response(200, json=self.told(run))
 
     def _cancel(self, run: Run) -> None:
         self._world.scheduler.wake(run.cancel, None)
 
-    def _list(self, request: httpx.Request) -> httpx.Response:
+    def _list(self, request: httpx.Request, collection: str) -> httpx.Response:
         now = self._world.scheduler.now
         asked = request.url.params
-        bounds = [datetime.fromisoformat(asked[name]).timestamp() for name in ("created_after", "created_before")]
-        found = [r for r in self.runs.values() if r.listed_at <= now and bounds[0] <= r.created <= bounds[1]]
+        # The list of trainings has no filters.
+        names = ("created_after", "created_before") if collection == "predictions" else ()
+        bounds = [datetime.fromisoformat(asked[name]).timestamp() for name in names] or [0.0, now]
+        listed = [run for run in self.runs.values() if run.listed_at <= now and run.collection == collection]
+        found = [run for run in listed if bounds[0] <= run.created <= bounds[1]]
         found.sort(key=lambda run: run.created, reverse=True)
         results = [self.told(run, listed=True) for run in found]
         return httpx.Response(200, json={"previous": None, "next": None, "results": results})
@@ -268,7 +279,9 @@ class Upstream:
         for pause in (2, 5, 10, 20, 20) if event == "completed" else (0,):
             moment = int(world.scheduler.now)
             headers = sign(body, webhook_id=f"msg_{run.id}_{event}", timestamp=moment, secrets=[SECRET])
-            if not world.faults.webhook_is_lost():
+            # One that would kill whoever reads it is larger than what Lambda takes: the receiver is never called.
+            too_large = any(scenario.reads(run) for scenario in world.scenarios)
+            if not too_large and not world.faults.webhook_is_lost():
                 try:
                     answer = world.functions.invoke("receive_webhook", world.api_event("POST", path, headers, body))
                 except FunctionFailed:

@@ -1,38 +1,33 @@
 """One schedule: the stack, Replicate and the callers, from a seed to the verdict."""
 
+import base64
 import hashlib
+import hmac
 import json
-import os
+import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import httpx
-from predictions import aws, intents, outputs, table
-from predictions.items import deserialize
-from predictions.limiter import Limiter
-from predictions.limits import OwnersUsage
-from predictions.observability import logger, metrics
-from predictions.outputs import OutputsBucket
-from predictions.requests import Requests
-from predictions.schemas import ModelSchemas
-from predictions.statuses import visible
-from predictions.submissions import Submissions
 
 from tests.simulation import account
-from tests.simulation.account import Account, Clients
+from tests.simulation.account import Account
+from tests.simulation.callers import Callers
+from tests.simulation.distributed_map import BatchMachine
 from tests.simulation.dynamodb import ConditionFailed, Item, Table
 from tests.simulation.faults import Faults
 from tests.simulation.functions import FunctionFailed, Functions
-from tests.simulation.machine import StateMachine, TaskError
+from tests.simulation.machine import StateMachine, TaskError, Tokens
+from tests.simulation.queues import names_by_url, queues_of
+from tests.simulation.receivers import Receivers
+from tests.simulation.scenario import Scenario
 from tests.simulation.scheduler import BEGIN, Died, Process, Scheduler
-from tests.simulation.upstream import SECRET, TERMINAL, TOKEN, Run, Upstream, file_bytes
+from tests.simulation.stream import Stream
+from tests.simulation.upstream import SECRET, TERMINAL, TOKEN, Upstream, file_bytes
+from tests.simulation.verdict import Check, Verdict
 from tests.unit.conftest import ENVIRONMENT
 from tests.unit.template import ROOT
 
@@ -41,46 +36,16 @@ LIFETIME_SECONDS = 3600
 END_SECONDS = 5 * 3600.0
 """By then everything has to be over: the deadline, the hour in which Replicate is asked on, and room."""
 
-FOUND_SECONDS = 85
-"""Until then after its claim, a create that takes effect is found in Replicate's list; later only a webhook tells."""
+MASTER_SECRET, LINK_SECRET = "m" * 64, "l" * 64
 
 ENVIRONMENT_HERE = {
     **ENVIRONMENT,
     "DEFAULT_LIFETIME_SECONDS": str(LIFETIME_SECONDS),
+    "TRAINING_LIFETIME_SECONDS": str(LIFETIME_SECONDS),
+    "QUEUE_SENDERS": "AROAALICE0000=alice,AROAMALLORY00=mallory",
     "POWERTOOLS_METRICS_DISABLED": "true",
     "POWERTOOLS_LOG_LEVEL": "CRITICAL",
 }
-
-
-@dataclass
-class Wanted:
-    """One request of a caller's, and what became of it in his eyes."""
-
-    number: int
-    door: str
-    prompt: str
-    key: str
-    lifetime: str | None
-    wait: str | None
-    accepted_id: str | None = None
-    refused: bool = False
-    canceled_at: float | None = None
-    deleted: bool = False
-
-
-@dataclass
-class Verdict:
-    """How a schedule went.
-
-    Attributes:
-        seed: Its seed.
-        broken: What was promised and not kept; empty where all is well.
-        figures: What happened, counted.
-    """
-
-    seed: int
-    broken: list[str]
-    figures: dict[str, int] = field(default_factory=dict)
 
 
 class World:
@@ -88,12 +53,18 @@ class World:
 
     Args:
         seed: Decides all that is left to chance.
+        scenarios: What else there is than predictions and their callers; see `worlds`.
         trace: Takes a line for each step.
         recorder: Takes each call to DynamoDB with its answer.
     """
 
     def __init__(
-        self, seed: int, *, trace: Callable[[str], None] | None = None, recorder: Callable[..., None] | None = None
+        self,
+        seed: int,
+        *,
+        scenarios: Sequence[type[Scenario]] = (),
+        trace: Callable[[str], None] | None = None,
+        recorder: Callable[..., None] | None = None,
     ) -> None:
         self.seed = seed
         self.rng = random.Random(seed)  # noqa: S311  # not for secrets
@@ -106,24 +77,61 @@ class World:
         self.account = Account(self)
         self.functions = Functions(self)
         self.upstream = Upstream(self)
-        self.machine = StateMachine(
-            definition(), self.scheduler, {"lambda:invoke": self._invoke, "aws-sdk:dynamodb:updateItem": self._update}
-        )
+        self.queues = queues_of(self)
+        self.receivers = Receivers(self)
+        self.stream = Stream(self) if scenarios else None
+        self.callers = Callers(self)
+        self.tokens = Tokens(self.scheduler)
+        self.machines = self._make_machines()
+        self.machine = self.machines["track-prediction"]
         self.canceled: dict[str, float] = {}
         self.broken: BaseException | None = None
         self.violations: list[str] = []
+        self.prompts: Counter[str] = Counter()
+        """How often a prompt may be started, where scenarios ask for it."""
+        self.special: set[str] = set()
+        """Predictions that a scenario looks at by itself."""
+        self.ids_by_prompt: dict[str, dict[str, None]] = {}
+        self.writers: dict[str, Process] = {}
+        """Which run of a function wrote each batch, pipeline and prediction down."""
+        self.events: list[tuple[float, dict[str, Any]]] = []
+        """What is on the bus: entries of PutEvents."""
+        self.delays: dict[str, float] = {}
         self.terminal_at: dict[str, float] = {}
         self.visible_at: dict[str, float] = {}
         self._copiers: dict[str, list[tuple[str, Process]]] = {}
         self._open: dict[str, int] = {}
-        self._of_messages: dict[str, str] = {}
         self._sweeps = 0
+        self._expiring = False
+        self.expired = 0
         secret = {"current": SECRET, "previous": None, "rotated_at": "2025-01-01T00:00:00+00:00"}
         self.account.secrets = {
             "replicate-token": TOKEN,
             "signing-secret": "{}" if self.faults.secret_is_unknown else json.dumps(secret),
+            "webhook-master": MASTER_SECRET,
+            "link-secret": LINK_SECRET,
         }
         self.account.parameters = {ENVIRONMENT["API_URL_PARAMETER"]: API_URL}
+        self.scenarios = [scenario(self) for scenario in scenarios]
+        self.environment: dict[str, str] = {}
+        for scenario in self.scenarios:
+            self.environment |= scenario.environment
+        if self.scenarios:
+            self.faults.aim_at([at for scenario in self.scenarios for at in scenario.foci])
+
+    def _make_machines(self) -> dict[str, StateMachine]:
+        tasks: dict[str, Callable[[Any, float], Any]] = {
+            "lambda:invoke": self._invoke,
+            "aws-sdk:dynamodb:updateItem": self._update,
+            "sqs:sendMessage": self._send_message,
+        }
+        return {
+            "track-prediction": StateMachine(definition("track_prediction"), self.scheduler, tasks, self.tokens),
+            "run-pipeline": StateMachine(definition("run_pipeline"), self.scheduler, tasks, self.tokens),
+            "run-batch": BatchMachine(
+                definition("run_batch"), self.scheduler, tasks, self.tokens, lambda key: self.account.objects[key][0]
+            ),
+        }
 
     # -- the choke point --------------------------------------------------------------------------------------
 
@@ -148,8 +156,7 @@ class World:
         """
         assert self.scheduler.current is not None
         self.scheduler.current.killed = True
-        if self.trace is not None:
-            self._say("dies")
+        self.note("dies")
         raise Died
 
     def call(self, service: str, operation: str, asked: dict[str, Any], client: Any) -> Any:
@@ -157,9 +164,10 @@ class World:
         return account.call(self, service, operation, asked, client)
 
     def answer(self, how: str, request: httpx.Request) -> httpx.Response:
-        """One request to Replicate, or to its file host."""
+        """One request to Replicate, to its file host, or to a caller's receiver."""
         try:
-            answer: httpx.Response = getattr(self.upstream, how)(request)
+            asked = self.receivers.handle if how == "receive" else getattr(self.upstream, how)
+            answer: httpx.Response = asked(request)
         except httpx.HTTPError:
             raise
         except Exception as error:
@@ -167,14 +175,23 @@ class World:
             raise
         return answer
 
+    def note(self, what: str) -> None:
+        """A line of the trace, where there is one."""
+        if self.trace is not None:
+            self._say(what)
+
+    def longest(self, what: str, seconds: float) -> None:
+        """Notes a delay, of which figures show the longest."""
+        self.delays[what] = max(self.delays.get(what, 0.0), seconds)
+
     def _say(self, what: str) -> None:
         assert self.trace is not None
         name = self.scheduler.current.name if self.scheduler.current else "-"
         self.trace(f"{self.scheduler.now - BEGIN:10.2f}  {name:28} {what}")
 
-    # -- the state machine's tasks ----------------------------------------------------------------------------
+    # -- the state machines' tasks ----------------------------------------------------------------------------
 
-    def _invoke(self, given: dict[str, Any], timeout: float) -> None:
+    def _invoke(self, given: dict[str, Any], timeout: float) -> dict[str, Any]:
         function, event = given["FunctionName"], given["Payload"]
         fault = self.faults.of_invoke()
         self.step(f"invoke {function} {fault or ''}", 0.02)
@@ -183,27 +200,28 @@ class World:
         if fault == "unknown":
             raise TaskError("Lambda.Unknown")
         if fault == "answer lost":
-            self.scheduler.spawn("invoked, answer lost", lambda: self._try(function, event))
+            self.scheduler.spawn("invoked, answer lost", lambda: self.invoke(function, event))
             self.step("answer lost", self.rng.choice((0.0, 1.0, 30.0)))
             raise TaskError("Lambda.SdkClientException")
         if fault == "twice":
-            self.scheduler.spawn("invoked twice", lambda: self._try(function, event), self.rng.choice((0.0, 0.03, 0.5)))
+            delay = self.rng.choice((0.0, 0.03, 0.5))
+            self.scheduler.spawn("invoked twice", lambda: self.invoke(function, event), delay)
         try:
-            self.functions.invoke(function, event, timeout)
+            return {"Payload": self.functions.invoke(function, event, timeout)}
         except FunctionFailed as failed:
-            if self.trace is not None:
-                self._say(f"{function} failed: {failed.kind} {failed.message}")
+            self.note(f"{function} failed: {failed.kind} {failed.message}")
             name = {"timeout": "Sandbox.Timedout", "died": "Lambda.Unknown"}.get(failed.kind, failed.kind)
             raise TaskError(name, json.dumps({"errorType": name, "errorMessage": failed.message})) from None
 
-    def _try(self, function: str, event: Any) -> None:
+    def invoke(self, function: str, event: Any) -> Any:
+        """Runs a function; None where it failed, which nobody is told of."""
         try:
-            self.functions.invoke(function, event)
+            return self.functions.invoke(function, event)
         except FunctionFailed as failed:
-            if self.trace is not None:
-                self._say(f"{function} failed: {failed.kind} {failed.message}")
+            self.note(f"{function} failed: {failed.kind} {failed.message}")
+            return None
 
-    def _update(self, given: dict[str, Any], timeout: float) -> None:
+    def _update(self, given: dict[str, Any], timeout: float) -> None:  # as every task
         self.step("AwaitWebhook", 0.02)
         if self.faults.of_state():
             raise TaskError("DynamoDb.ThrottlingException")
@@ -215,15 +233,28 @@ class World:
             self.recorder("dynamodb", "UpdateItem", given, answer)
         self.step("AwaitWebhook answered", 0.02)
 
+    def _send_message(self, given: dict[str, Any], timeout: float) -> None:  # as every task
+        self.step("sqs.SendMessage of a state", 0.02)
+        fault = self.faults.of_state()
+        queue = self.queues[names_by_url()[given["QueueUrl"]]]
+        if fault is None or self.rng.random() < 0.5:  # it may be sent all the same
+            queue.send(json.dumps(given["MessageBody"]))
+        if fault:
+            raise TaskError("SQS.SdkClientException")
+
     # -- what is watched while it happens ---------------------------------------------------------------------
 
     def _written(self, before: Item | None, after: Item | None) -> None:
+        if self.stream is not None:
+            self.stream.written(before, after)
         item: Item = after or before or {}
         pk, sk = item["pk"]["S"], item["sk"]["S"]
         if after and "open" in after and "next_check_at" in after:
             self._open[pk] = int(after["next_check_at"]["N"])
         elif sk in ("status", "creates"):
             self._open.pop(pk, None)
+        if before is None and sk == "status" and self.scheduler.current is not None:
+            self.writers[pk] = self.scheduler.current
         if not pk.startswith("prediction#"):
             return
         prediction_id = pk.partition("#")[2]
@@ -232,10 +263,14 @@ class World:
             self._say("writes " + " ".join(f"{n}={next(iter(after[n].values()))}" for n in kept if n in after))
         if sk.startswith("result#") and before and after and before["json"] != after["json"]:
             self.violations.append(f"{prediction_id}: the result changed after it was kept")
+        if sk.startswith("input#") and after and "json" in after:
+            prompt = str(json.loads(after["json"]["S"]).get("prompt"))
+            self.ids_by_prompt.setdefault(prompt, {})[prediction_id] = None
         if sk != "status":
             return
         if after is None:
-            self.violations.append(f"{prediction_id}: the item was removed")
+            if not self._expiring:
+                self.violations.append(f"{prediction_id}: the item was removed")
             return
         now = self.scheduler.now
         ended = after["rank"]["N"] == "9"
@@ -243,10 +278,9 @@ class World:
             self.terminal_at[prediction_id] = now
         if ended and after["visible"]["S"] in TERMINAL and prediction_id not in self.visible_at:
             self.visible_at[prediction_id] = now
+            for scenario in self.scenarios:
+                scenario.ended(prediction_id)
         if before is None:
-            process = self.scheduler.current
-            if process is not None and process.event is not None and "Records" in process.event:
-                self._of_messages[process.event["Records"][0]["messageId"]] = prediction_id
             return
         if "upstream_id" in before and before["upstream_id"] != after.get("upstream_id"):
             self.violations.append(f"{prediction_id}: bound to another upstream id")
@@ -260,7 +294,7 @@ class World:
     def stored(self, key: str, body: bytes) -> None:
         """An object becomes visible."""
         parts = key.split("/")
-        if parts[0] == "payloads":
+        if parts[0] == "payloads" or parts[1] == "batches":
             return
         url = f"https://replicate.delivery/xezq/{parts[-2]}/{parts[-1]}.png"
         if body != file_bytes(url):
@@ -285,9 +319,39 @@ class World:
         self.machine.stop(process.event["execution"])
         return True
 
+    def expire(self, share: float) -> None:
+        """Removes items that have expired, or this share of them: the table's own clock is late, and in no order."""
+        self._expiring = True
+        for key, item in list(self.table.items.items()):
+            if int(item.get("expires_at", {"N": 10**12})["N"]) <= self.scheduler.now:
+                self.expired += 1
+                if self.rng.random() < share:
+                    self.table.call("DeleteItem", {"Key": {"pk": {"S": key[0]}, "sk": {"S": key[1]}}})
+        self._expiring = False
+
+    def forget_expired(self) -> None:
+        """What has expired need not be there; see `expire`."""
+        now = self.scheduler.now
+        there = {pk for pk, sk in self.table.items if sk == "status"}
+        for request in list(self.callers.requests):
+            if f"prediction#{request.accepted_id}" not in there:
+                self.callers.requests.remove(request)
+                self.prompts[request.prompt] += 1
+        for (pk, sk), item in self.table.items.items():
+            if sk == "status" and int(item["expires_at"]["N"]) <= now:
+                self.special.add(pk.partition("#")[2])
+
+    def signing_secrets(self, url: str) -> list[str]:
+        """What webhooks to a receiver have to be signed with: his owner's secret, as the API would tell it."""
+        owner = url.rpartition("/")[2].partition("-")[0]
+        mac = hmac.new(MASTER_SECRET.encode(), f"webhook secret\n1\n{owner}".encode(), hashlib.sha256)
+        return [f"whsec_{base64.b64encode(mac.digest()).decode()}"]
+
     # -- callers ----------------------------------------------------------------------------------------------
 
-    def api_event(self, method: str, path: str, headers: dict[str, str], body: bytes | str = "") -> dict[str, Any]:
+    def api_event(
+        self, method: str, path: str, headers: dict[str, str], body: bytes | str = "", owner: str = "alice"
+    ) -> dict[str, Any]:
         """An event of API Gateway's, as far as the handlers read it."""
         return {
             "resource": path,
@@ -300,7 +364,7 @@ class World:
             "pathParameters": None,
             "stageVariables": None,
             "requestContext": {
-                "authorizer": {"owner": "alice", "scopes": "predict read"},
+                "authorizer": {"owner": owner, "scopes": "predict read train manage"},
                 "requestId": "r",
                 "requestTimeEpoch": int(self.scheduler.now * 1000),
                 "stage": "v1",
@@ -312,108 +376,6 @@ class World:
             "isBase64Encoded": False,
         }
 
-    def _ask_for(self, wanted: Wanted) -> None:
-        self.scheduler.sleep(self.rng.choice((0.0, 0.0, 0.05, 3.0)))
-        if wanted.door == "queue":
-            twice = self.rng.random() < 0.3
-            if twice:
-                self.scheduler.spawn(
-                    "message again", lambda: self._send(wanted), self.rng.choice((0.0, 0.1, 5.0, 100.0, 400.0))
-                )
-            self._send(wanted)
-        else:
-            self._post(wanted)
-
-    def _post(self, wanted: Wanted) -> None:
-        body: dict[str, Any] = {"input": {"prompt": wanted.prompt}}
-        if wanted.lifetime:
-            body["lifetime"] = wanted.lifetime
-        tries = {"key": 6, "sdk": 3, "plain": 1}[wanted.door]
-        for attempt in range(tries):
-            headers = {"Content-Type": "application/json"}
-            if wanted.door == "key":
-                headers["Idempotency-Key"] = wanted.key
-            if wanted.door == "sdk":
-                headers["x-stainless-retry-count"] = str(attempt)
-            if wanted.wait:
-                headers["Prefer"] = wanted.wait
-            event = self.api_event("POST", "/models/meta/llama/predictions", headers, json.dumps(body))
-            # Some hang up early, and ask again while the first one is still at work.
-            patience = self.rng.choice((2.0, 10.0)) if tries > 1 and self.rng.random() < 0.2 else 29.0
-            try:
-                answer = self.functions.invoke("start_prediction", event, patience)
-            except FunctionFailed:
-                answer = {"statusCode": 502}
-            if self.trace is not None:
-                self._say(f"answered {answer['statusCode']} {str(answer.get('body'))[:200]}")
-            if answer["statusCode"] == 201:
-                wanted.accepted_id = json.loads(answer["body"])["id"]
-                return
-            if answer["statusCode"] < 500 and answer["statusCode"] != 429:
-                wanted.refused = True
-                return
-            self.scheduler.sleep(self.rng.choice((0.5, 2.0, 8.0)))
-
-    def _send(self, wanted: Wanted) -> None:
-        body = {"model": "meta/llama", "input": {"prompt": wanted.prompt}}
-        if wanted.lifetime:
-            body["lifetime"] = wanted.lifetime
-        record = {
-            "messageId": f"059f36b4-87a3-44ab-83d2-{wanted.number:012d}",
-            "receiptHandle": "handle",
-            "body": json.dumps(body),
-            "attributes": {"SentTimestamp": str(int(BEGIN) * 1000), "SenderId": "AROAALICE0000"},
-            "messageAttributes": {},
-            "eventSource": "aws:sqs",
-            "eventSourceARN": "arn:aws:sqs:us-east-1:123456789012:requests",
-            "awsRegion": "us-east-1",
-        }  # fmt: skip
-        for _ in range(5):
-            began = self.scheduler.now
-            try:
-                answer = self.functions.invoke("start_from_queue", {"Records": [record]})
-            except FunctionFailed:
-                answer = {"batchItemFailures": [{"itemIdentifier": record["messageId"]}]}
-            if not answer["batchItemFailures"]:
-                wanted.accepted_id = self._of_messages.get(str(record["messageId"]), "nothing")
-                return
-            self.scheduler.sleep(180 - (self.scheduler.now - began))
-        self.violations.append(f"the message of request {wanted.number} went to the dead-letter queue")
-
-    def _cancel_some_time(self, wanted: Wanted) -> None:
-        self.scheduler.sleep(self.rng.choice((0.0, 0.5, 5.0, 30.0, 100.0, 400.0)))
-        for _ in range(4):
-            if (prediction_id := wanted.accepted_id) is None:
-                self.scheduler.sleep(self.rng.choice((0.3, 20.0)))
-                continue
-            was_over = prediction_id in self.terminal_at
-            try:
-                event = self.api_event("POST", f"/predictions/{prediction_id}/cancel", {})
-                answer = self.functions.invoke("cancel_prediction", event)
-            except FunctionFailed:
-                answer = {"statusCode": 502}
-            if answer["statusCode"] == 200:
-                if not was_over:
-                    wanted.canceled_at = self.scheduler.now
-                return
-            self.scheduler.sleep(2.0)
-
-    def _delete_some_time(self, wanted: Wanted) -> None:
-        for _ in range(6):
-            self.scheduler.sleep(self.rng.choice((1.0, 20.0, 300.0)))
-            prediction_id = wanted.accepted_id
-            if prediction_id is None or prediction_id not in self.visible_at:
-                continue
-            try:
-                answer = self.functions.invoke(
-                    "cancel_prediction", self.api_event("DELETE", f"/predictions/{prediction_id}", {})
-                )
-            except FunctionFailed:
-                answer = {"statusCode": 502}
-            if answer["statusCode"] == 200:
-                wanted.deleted = True
-                return
-
     # -- the minute's sweep -----------------------------------------------------------------------------------
 
     def _tick(self) -> None:
@@ -422,61 +384,75 @@ class World:
         if due or (self.faults.secret_is_unknown and self._sweeps == 0):
             self._sweeps += 1
             for delay in (0.0, 0.02) if self.faults.doubled_sweeps else (0.0,):
-                self.scheduler.spawn("schedule", lambda: self._try("sweep_predictions", {}), delay)
-        if self._open or not self.scheduler.idle:
+                self.scheduler.spawn("schedule", lambda: self.invoke("sweep_predictions", {}), delay)
+        if self._open:
             self.scheduler.at(now + 60, self._tick)
+        elif (following := self.scheduler.next_at) is not None:
+            # With nothing to look at, as in the night, no minute is looked at.
+            self.scheduler.at(now + 60 * max(1, math.ceil((following - now) / 60)), self._tick)
 
     # -- run --------------------------------------------------------------------------------------------------
 
     def run(self) -> Verdict:
         """Runs the schedule, and looks at what is left."""
-        rng = self.rng
-        self.requests = self._plan()
-        for wanted in self.requests:
-            self.scheduler.spawn(f"caller {wanted.number}", partial(self._ask_for, wanted))
+        rng, callers = self.rng, self.callers
+        ordinary = callers.plan()
+        callers.requests = list(ordinary)
+        for scenario in self.scenarios:
+            scenario.begin()
+        for wanted in ordinary:
+            for scenario in self.scenarios:
+                scenario.dress(wanted)
+            self.scheduler.spawn(f"caller {wanted.number}", partial(callers.ask_for, wanted))
             if rng.random() < (0.7 if self.faults.long_runs else 0.25):
-                self.scheduler.spawn(f"cancel {wanted.number}", partial(self._cancel_some_time, wanted))
+                self.scheduler.spawn(f"cancel {wanted.number}", partial(callers.cancel_some_time, wanted))
             if rng.random() < 0.25:
-                self.scheduler.spawn(f"delete {wanted.number}", partial(self._delete_some_time, wanted))
+                self.scheduler.spawn(f"delete {wanted.number}", partial(callers.delete_some_time, wanted))
         if self.faults.stops:
             for _ in range(2):
-                self.scheduler.at(BEGIN + rng.choice((2.0, 20.0, 45.0, 90.0, 200.0, 500.0)), self._stop_one)
+                self.scheduler.at(BEGIN + rng.choice((2.0, 20.0, 45.0, 90.0, 200.0, 500.0)), self.stop_one)
         self.scheduler.at(BEGIN + rng.uniform(0, 60), self._tick)
-        over = self.scheduler.run(BEGIN + END_SECONDS)
+        end = max([END_SECONDS, *(scenario.end_seconds for scenario in self.scenarios)])
+        over = self.scheduler.run(BEGIN + end)
         if self.broken is not None:
             raise self.broken
-        self._check(over)
-        ended = self.scheduler.now - BEGIN
+        for scenario in self.scenarios:
+            scenario.count_prompts()
+        Check(self).all(over)
+        for scenario in self.scenarios:
+            scenario.check()
+        verdict = Verdict(self.seed, self.violations, self._figures(self.scheduler.now - BEGIN), self._worst())
         self.scheduler.stop()
+        return verdict
+
+    def _figures(self, seconds: float) -> dict[str, int]:
+        machines = self.machines.values()
         figures = {
             "predictions": len(self.terminal_at),
             "runs at Replicate": len(self.upstream.runs),
             "invocations": sum(self.functions.invocations.values()),
-            "executions": len(self.machine.executions),
-            "states": sum(len(e.states) for e in self.machine.executions.values()),
-            "virtual seconds": int(ended),
+            "executions": sum(len(machine.executions) for machine in machines),
+            "states": sum(len(e.states) for machine in machines for e in machine.executions.values()),
+            "virtual seconds": int(seconds),
             **{f"runs of {name}": number for name, number in self.functions.invocations.items()},
             **{f"faults: {kind}": number for kind, number in self.faults.struck.items()},
         }
-        return Verdict(self.seed, self.violations, figures)
+        if self.stream is not None:
+            figures |= {"records of the stream": self.stream.records, "events on the bus": len(self.events)}
+        for scenario in self.scenarios:
+            counted = {"schedules": 1, **scenario.figures()}
+            figures |= {f"world {scenario.name}: {what}": number for what, number in counted.items()}
+        return figures
 
-    def _plan(self) -> list[Wanted]:
-        rng = self.rng
-        doors = [rng.choice(("key", "key", "sdk", "plain", "queue", "queue")) for _ in range(rng.choice((1, 1, 1, 2)))]
-        twins = rng.random() < 0.3
-        requests = []
-        for number, door in enumerate(doors):
-            same = twins and door in ("key", "queue")
-            lifetime = "10m" if self.faults.very_late else rng.choice((None, None, "10m", "30m"))
-            if self.faults.long_runs and not self.faults.very_late:
-                lifetime = None
-            wait = rng.choice((None, None, None, "wait=3"))
-            requests.append(
-                Wanted(number, door, "the same" if same else f"number {number}", f"key-{number}", lifetime, wait)
-            )
-        return requests
+    def _worst(self) -> dict[str, float]:
+        # Of several worlds at once, no one could tell which of them made it late.
+        if len(self.scenarios) > 1:
+            return {}
+        name = self.scenarios[0].name if self.scenarios else "predictions alone"
+        return {f"world {name}: {what}": seconds for what, seconds in self.delays.items()}
 
-    def _stop_one(self) -> None:
+    def stop_one(self) -> None:
+        """Stops an execution, as by hand."""
         running = [
             name
             for name, execution in self.machine.executions.items()
@@ -486,270 +462,26 @@ class World:
             self.faults.struck["stopped"] = self.faults.struck.get("stopped", 0) + 1
             self.machine.stop(self.rng.choice(running))
 
-    # -- the verdict ------------------------------------------------------------------------------------------
-
-    def _statuses(self) -> Iterator[Item]:
-        for (pk, sk), item in list(self.table.items.items()):
-            if pk.startswith("prediction#") and sk == "status":
-                yield item
-
-    def _check(self, over: bool) -> None:
-        bad = self.violations.append
-        if not over:
-            bad("something still goes on after five hours")
-        for name, execution in self.machine.executions.items():
-            if execution.status == "RUNNING":
-                bad(f"execution {name} still runs, in {execution.states[-1]}")
-        items = {item["id"]["S"]: deserialize(item) for item in self._statuses()}
-        for wanted in self.requests:
-            if wanted.accepted_id and wanted.accepted_id not in items:
-                bad(f"request {wanted.number} is lost: it was accepted as {wanted.accepted_id}")
-        self._check_starts()
-        runs: dict[str, list[Run]] = {}
-        for run in self.upstream.runs.values():
-            runs.setdefault(run.our_id or "", []).append(run)
-            if not run.over:
-                bad(f"{run.id} still runs at Replicate")
-        for prediction_id, item in items.items():
-            self._check_item(prediction_id, item, runs.get(prediction_id, []))
-
-    def _check_starts(self) -> None:
-        wanted: dict[str, int] = {}
-        for request in self.requests:
-            wanted[request.prompt] = wanted.get(request.prompt, 0) + 1
-        started: dict[str, int] = {}
-        by_id: dict[str, int] = {}
-        for run in self.upstream.runs.values():
-            started[run.prompt] = started.get(run.prompt, 0) + 1
-            by_id[str(run.our_id)] = by_id.get(str(run.our_id), 0) + 1
-        for prompt, number in started.items():
-            if number > wanted.get(prompt, 0):
-                self.violations.append(
-                    f"{prompt!r} was started {number} times, and asked for {wanted.get(prompt, 0)} times"
-                )
-        for our_id, number in by_id.items():
-            if number > 1:
-                self.violations.append(f"{our_id}: was started {number} times")
-
-    def _check_item(self, prediction_id: str, item: dict[str, Any], runs: list[Run]) -> None:
-        def bad(what: str) -> None:
-            self.violations.append(f"{prediction_id}: {what}")
-
-        if item["rank"] != 9 or item["visible"] not in TERMINAL:
-            bad(f"has not ended: {item['status']}, seen as {item['visible']}")
-            return
-        if item["visible"] != visible(item["status"]) or item["visible"] == "aborted":
-            bad(f"ended {item['status']}, and is seen as {item['visible']}")
-        if "next_check_at" in item or "open" in item:
-            bad("is still on the sweep's list")
-        wanted = next((w for w in self.requests if w.accepted_id == prediction_id), None)
-        in_time = [run for run in runs if self._in_time(run, item)]
-        bound = [run for run in runs if run.id == item.get("upstream_id")]
-        if bound:
-            self._check_end(item, bound[0], wanted, bad)
-        elif in_time:
-            bad(f"is lost: {in_time[0].id} ended {in_time[0].status}, and it {item['status']}: {item.get('error')}")
-        else:
-            self._check_unstarted(item, wanted, bad)
-        for run in runs:
-            orphan = run.id != item.get("upstream_id")
-            if orphan and run.told_at and run.ended and run.id not in self.canceled and run.ended > run.told_at + 300:
-                bad(f"its orphan {run.id} was left running")
-        if wanted and wanted.deleted:
-            self._check_deleted(item, bad)
-
-    def _in_time(self, run: Run, item: dict[str, Any]) -> bool:
-        """Whether the stack could have known of it before the end: by a webhook, or in the list near its claim."""
-        ended_at = self.terminal_at[item["id"]]
-        if run.heard_at is not None and run.heard_at < ended_at:
-            return True
-        return run.created < ended_at and run.created < item.get("claimed", 0) + FOUND_SECONDS
-
-    def _check_unstarted(self, item: dict[str, Any], wanted: Wanted | None, bad: Callable[[str], None]) -> None:
-        struck = {kind for kind in self.faults.struck if kind != "webhook"}
-        if not struck and not (wanted and wanted.canceled_at):
-            bad(f"was never started, and nothing was wrong: {item['status']}, {item.get('error')}")
-        if item["status"] not in ("failed", "canceled"):
-            bad(f"{item['status']}, and was never started")
-
-    def _check_end(self, item: dict[str, Any], run: Run, wanted: Wanted | None, bad: Callable[[str], None]) -> None:
-        if item["status"] != run.status:
-            bad(f"ended {item['status']} ({item.get('error')}), at Replicate {run.status}")
-            return
-        assert run.ended is not None
-        pk = item["pk"]
-        deleted = "deleted" in item
-        result = self.table.items.get((pk, f"result#{run.id}"))
-        if run.status == "succeeded" and not deleted:
-            told = json.loads(result["json"]["S"])["output"] if result else "nothing"
-            if told != run.final_output:
-                bad(f"its output is {told}, at Replicate {run.final_output}")
-            self._check_files(item, run, bad)
-        late = self.visible_at[item["id"]] - run.ended
-        if late > 4000:
-            bad(f"its end came {late:.0f} s late")
-        quiet = not set(self.faults.struck) - {"webhook", "file"} and not self.faults.secret_is_unknown
-        if quiet and late > 1100:
-            bad(f"its end came {late:.0f} s late, though only webhooks and files were lost")
-        only_receiving = not set(self.faults.struck) - {"webhook", "receiver"} and not self.faults.secret_is_unknown
-        waited = self.visible_at[item["id"]] - self.terminal_at[item["id"]]
-        if only_receiving and waited > 300:
-            bad(f"its files were waited for {waited:.0f} s, though only webhooks went wrong")
-        if wanted and wanted.canceled_at and run.ended > wanted.canceled_at + 1500 and run.cancel_asked is None:
-            bad("its cancel never reached Replicate")
-
-    def _check_files(self, item: dict[str, Any], run: Run, bad: Callable[[str], None]) -> None:
-        output = run.final_output
-        urls = [output] if isinstance(output, str) else output.get("images", []) if isinstance(output, dict) else []
-        stored = json.loads(item.get("files_json") or "[]")
-        if len(stored) != len(urls):
-            bad(f"{len(stored)} of {len(urls)} files are stored")
-        for url, file in zip(urls, stored, strict=False):
-            body = self.account.objects.get(file.get("key") or "", (None, ""))[0]
-            if body != file_bytes(url):
-                bad(f"{url} is not stored: {file}")
-            elif file["sha256"] != hashlib.sha256(body).hexdigest() or file["bytes"] != len(body):
-                bad(f"{url} is stored, and described otherwise: {file}")
-
-    def _check_deleted(self, item: dict[str, Any], bad: Callable[[str], None]) -> None:
-        left = [sk for (pk, sk) in self.table.items if pk == item["pk"] and sk != "status"]
-        left += [key for key in self.account.objects if item["id"] in key]
-        if left:
-            bad(f"was deleted, and {left} is left")
-
 
 @cache
-def definition() -> dict[str, Any]:
-    """`track_prediction`, with the names of folders for functions and the tests' numbers."""
-    text = (ROOT / "statemachine" / "track_prediction.asl.json").read_text()
+def definition(name: str) -> dict[str, Any]:
+    """A state machine, with the names of folders for functions and the tests' numbers."""
+    text = (ROOT / "statemachine" / f"{name}.asl.json").read_text()
     given = {
         "${Partition}": "aws",
         "${TableName}": ENVIRONMENT["TABLE_NAME"],
+        "${OutputsBucketName}": ENVIRONMENT["OUTPUTS_BUCKET_NAME"],
+        "${RequestsQueueUrl}": ENVIRONMENT["REQUESTS_QUEUE_URL"],
         "${FirstPollSeconds}": ENVIRONMENT["FIRST_POLL_SECONDS"],
         "${PollSeconds}": ENVIRONMENT["POLL_SECONDS"],
         "${SubmitPredictionFunctionArn}": "submit_prediction",
         "${PollPredictionFunctionArn}": "poll_prediction",
         "${CopyOutputsFunctionArn}": "copy_outputs",
+        "${AdvancePipelineFunctionArn}": "advance_pipeline",
+        "${PrepareBatchFunctionArn}": "prepare_batch",
+        "${FinishBatchFunctionArn}": "finish_batch",
     }
-    for name, value in given.items():
-        text = text.replace(name, value)
+    for each, value in given.items():
+        text = text.replace(each, value)
     parsed: dict[str, Any] = json.loads(text)
     return parsed
-
-
-class _Inline:
-    """A pool of threads without threads: several at once would come in an order that no seed decides."""
-
-    def __init__(self, _: int) -> None:
-        pass
-
-    def __enter__(self) -> "_Inline":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    map = staticmethod(map)
-
-
-class Simulation:
-    """Runs schedules in this process; see `installed`."""
-
-    def __init__(self, clients: Clients) -> None:
-        self._clients = clients
-
-    def run(self, seed: int, **options: Any) -> Verdict:
-        """Runs one schedule."""
-        world = World(seed, **options)
-        self._clients.world = world
-        aws._api_url = None
-        try:
-            return world.run()
-        finally:
-            self._clients.world = None
-
-    @property
-    def world(self) -> World:
-        """The one that runs now."""
-        assert self._clients.world is not None
-        return self._clients.world
-
-
-def _count_nothing(*_: object, **__: object) -> None:
-    """In the place of what writes metrics to the log."""
-
-
-@cache
-def _clients() -> Clients:
-    """Made once: reading what botocore knows of six services takes a third of a second."""
-    return Clients()
-
-
-_CLOCKED = (Submissions, Limiter, OwnersUsage, ModelSchemas, Requests, OutputsBucket)
-
-
-@contextmanager
-def installed() -> Iterator[Simulation]:
-    """The library in this world: its clients, clock and chance are the schedule's, everything else is real."""
-    clients = _clients()
-    simulation = Simulation(clients)
-
-    def now() -> float:
-        return simulation.world.scheduler.now
-
-    def sleep(seconds: float) -> None:
-        simulation.world.step("sleeps", seconds)
-
-    transport = httpx.MockTransport(lambda request: simulation.world.answer("handle", request))
-    files = httpx.Client(transport=httpx.MockTransport(lambda request: simulation.world.answer("serve_file", request)))
-
-    class Client(httpx.Client):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**{**options, "transport": transport})
-
-    chance = SimpleNamespace(
-        token_hex=lambda n: simulation.world.rng.randbytes(n).hex(),
-        token_bytes=lambda n: simulation.world.rng.randbytes(n),
-    )
-    clocks: dict[str, Any] = {"now": now, "sleep": sleep, "clock": now, "open_client": lambda: nullcontext(files)}
-    level = logger.log_level
-    environment = {**{k: v for k, v in os.environ.items() if not k.startswith("AWS_")}, **ENVIRONMENT_HERE}
-    with (
-        mock.patch.dict(os.environ, environment, clear=True),
-        mock.patch.object(aws, "_client", clients),
-        mock.patch.object(aws, "time", SimpleNamespace(monotonic=now)),
-        mock.patch.object(aws, "_api_url", None),
-        mock.patch.object(intents, "secrets", chance),
-        mock.patch.object(table, "secrets", chance),
-        mock.patch.object(outputs, "ThreadPoolExecutor", _Inline),
-        mock.patch.object(httpx, "Client", Client),
-        mock.patch.object(metrics, "add_metric", _count_nothing),
-        mock.patch("predictions.submissions.count_ended", _count_nothing),
-        mock.patch("predictions.receipts.count_ended", _count_nothing),
-        mock.patch("predictions.copies.count_ended", _count_nothing),
-    ):
-        logger.setLevel("CRITICAL")
-        methods: list[Any] = [each.__init__ for each in _CLOCKED]
-        kept = [(method, dict(method.__kwdefaults__)) for method in methods]
-        for method, defaults in kept:
-            method.__kwdefaults__ = {name: clocks.get(name, value) for name, value in defaults.items()}
-        try:
-            yield simulation
-        finally:
-            for method, defaults in kept:
-                method.__kwdefaults__ = defaults
-            logger.setLevel(level)
-            files.close()
-
-
-def run_seeds(seeds: range) -> tuple[int, Counter[str], list[Verdict]]:
-    """Runs some schedules: how many, what happened in them, and those that broke a promise."""
-    figures: Counter[str] = Counter()
-    broken = []
-    with installed() as simulation:
-        for seed in seeds:
-            verdict = simulation.run(seed)
-            figures.update(verdict.figures)
-            if verdict.broken:
-                broken.append(verdict)
-    return len(seeds), figures, broken

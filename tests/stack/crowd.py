@@ -81,7 +81,7 @@ class Crowd:
         )  # fmt: skip
         assert answer.json()["applied"], answer.text
         sqs, events = self.cloud.client("sqs"), self.cloud.client("events")
-        for name in ("RequestsQueueUrl", "DeliveriesQueueUrl"):
+        for name in ("RequestsQueueUrl", "DeliveriesQueueUrl", "ChangesRetryQueueUrl"):
             # On AWS three minutes; and the fifth time in a row a message would go to the dead-letter queue.
             url = self.cloud.outputs.get(name) or self.cloud.resources[name.removesuffix("Url")]
             attributes = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["RedrivePolicy"])["Attributes"]
@@ -294,7 +294,7 @@ class Crowd:
         if still_open := [item for item in items if "open" in item]:
             return f"{len(still_open)} predictions, such as {still_open[0]}"
         counts = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
-        for name in ("RequestsQueue", "DeliveriesQueue"):
+        for name in ("RequestsQueue", "DeliveriesQueue", "ChangesRetryQueue"):
             attributes = self.cloud.client("sqs").get_queue_attributes(
                 QueueUrl=self.cloud.resources[name], AttributeNames=counts
             )["Attributes"]

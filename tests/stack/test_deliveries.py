@@ -144,9 +144,9 @@ class TestRefused:
         answer = api("alice").post("/predictions", json={**sleeper(0), "webhook": url})
         assert (answer.status_code, answer.json()["invalid_fields"][0]["field"]) == (422, "webhook")
 
-    def test_secret_needs_a_token_with_the_scope_read(self, cloud: LocalCloud) -> None:
+    def test_secret_needs_a_token_with_the_scope_predict(self, cloud: LocalCloud) -> None:
         url = f"{cloud.stack.api_url}/webhooks/default/secret"
-        headers = {"Authorization": f"Bearer {cloud.create_token('carol', ['predict'])}"}
+        headers = {"Authorization": f"Bearer {cloud.create_token('carol', ['read'])}"}
         assert httpx.get(url, trust_env=False).status_code == 401
         assert httpx.get(url, headers=headers, trust_env=False).status_code == 403
 

@@ -34,7 +34,7 @@ LEADING_KEYS = (
 SECRETS = ("ReplicateTokenSecret", "SigningSecret", "WebhookMasterSecret", "LinkSecret")
 QUEUES = (
     "RequestsQueue", "RequestsDeadLetterQueue", "DeliveriesQueue", "DeliveriesDeadLetterQueue",
-    "ChangesDeadLetterQueue", "RunJobsDeadLetterQueue",
+    "ChangesRetryQueue", "ChangesDeadLetterQueue", "RunJobsDeadLetterQueue",
 )  # fmt: skip
 MACHINES = ("TrackPredictionStateMachine", "RunPipelineStateMachine", "RunBatchStateMachine")
 KEYS = {
@@ -107,6 +107,8 @@ ONLY: dict[str, set[str]] = {
     "PutObject InputsBucket batches/x": set(),
     "ListBucket OutputsBucket": {"cancel_prediction", "sweep_predictions"},
     "ListBucket InputsBucket": set(),
+    "SendMessage ChangesRetryQueue": {"publish_changes"},
+    "ReceiveMessage ChangesRetryQueue": {"publish_changes"},
     "SendMessage RequestsQueue": {"advance_pipeline", "run_batch_state_machine", "scheduler_role"},
     "PutEvents": {"publish_changes"},
     "Invoke RunPredictionFunction": set(),

@@ -48,6 +48,8 @@ ENVIRONMENT = {
     "SOURCE_BUCKET_NAME": "source",
     "DELIVERIES_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/deliveries",
     "DELIVERIES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-deliveries",
+    "CHANGES_RETRY_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/changes-retry",
+    "CHANGES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-changes",
     "REQUESTS_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests",
     "REQUESTS_DEAD_LETTER_QUEUE_ARN": "arn:aws:sqs:us-east-1:123456789012:dead-requests",
     "REQUESTS_QUEUE_ARN": "arn:aws:sqs:us-east-1:123456789012:requests",
@@ -123,7 +125,7 @@ def cloud(environment: None) -> Iterator[None]:
         ssm.put_parameter("/replicate-serverless/api_url", "", API_URL, "String", "", "", False, [], "text", None, [])
         for name, text in SECRETS.items():
             _account("secretsmanager").create_secret(name, text, None, "", [], None, None, [], False)
-        for queue in ("requests", "deliveries", "dead-deliveries", "dead-requests"):
+        for queue in ("requests", "deliveries", "dead-deliveries", "dead-requests", "changes-retry", "dead-changes"):
             sqs.create_queue(queue)
         _account("scheduler").create_schedule_group("replicate-serverless", [])
         _account("events").create_event_bus("bus")

@@ -296,13 +296,19 @@ _SERVICES = {
 
 @contextmanager
 def refusing(
-    operation: str, code: str, when: Callable[[Any], bool] = lambda _: True, *, service: str = "stepfunctions"
+    operation: str,
+    code: str,
+    when: Callable[[Any], bool] = lambda _: True,
+    *,
+    service: str = "stepfunctions",
+    message: str = "",
 ) -> Iterator[None]:
     """AWS refuses calls of one operation whose body, parsed where it is JSON, fulfils `when`."""
 
     def refuse(params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]] | None:
         body = params["body"]
-        return _refusal(code) if when(json.loads(body) if service not in ("cloudformation", "s3") else body) else None
+        parsed = json.loads(body) if service not in ("cloudformation", "s3") else body
+        return refusal_of(code, message) if when(parsed) else None
 
     event = f"before-call.{_SERVICES[service]}.{operation}"
     answered: Any = refuse  # the stubs do not know that a handler may answer in AWS's place
@@ -343,19 +349,20 @@ def answers_lost(*services: str) -> Iterator[list[str]]:
 
 
 @contextmanager
-def meanwhile(operation: str, act: Callable[[], Any]) -> Iterator[None]:
-    """Somebody else acts right before the next call of a DynamoDB operation."""
+def meanwhile(operation: str, act: Callable[[], Any], *, service: str = "dynamodb") -> Iterator[None]:
+    """Another process acts right before the next call of an operation of AWS."""
     acts = [act]
 
     def interrupt(**_: Any) -> None:
         while acts:
             acts.pop()()
 
-    _events("dynamodb").register_first(f"before-call.dynamodb.{operation}", interrupt)
+    event = f"before-call.{_SERVICES[service]}.{operation}"
+    _events(service).register_first(event, interrupt)
     try:
         yield
     finally:
-        _events("dynamodb").unregister(f"before-call.dynamodb.{operation}", interrupt)
+        _events(service).unregister(event, interrupt)
 
 
 class Died(BaseException):
@@ -384,7 +391,7 @@ def faulty(fault: Fault, n: int) -> Iterator[list[str]]:
         made.append(f"{model.service_model.service_name}.{model.name}")
         if len(made) == n + 1 and fault is Fault.DIED_BEFORE:
             raise Died
-        return _refusal("ThrottlingException") if len(made) == n + 1 and fault is Fault.REFUSED else None
+        return refusal_of("ThrottlingException") if len(made) == n + 1 and fault is Fault.REFUSED else None
 
     def after(**_: Any) -> None:
         if len(made) == n + 1 and fault is Fault.DIED_AFTER:
@@ -409,8 +416,31 @@ def _events(service: Any) -> Any:
     return client.meta.events
 
 
-def _refusal(code: str) -> tuple[Any, dict[str, Any]]:
-    return type("Http", (), {"status_code": 400})(), {"Error": {"Code": code, "Message": ""}}
+def refusal_of(code: str, message: str = "") -> tuple[Any, dict[str, Any]]:
+    return type("Http", (), {"status_code": 400})(), {"Error": {"Code": code, "Message": message}}
+
+
+class Queued:
+    """The messages that were sent to a queue, delayed ones too; moto's delays are those of the system's clock."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.delays: list[int] = []
+        self.bodies: list[str] = []
+        answered: Any = self._see  # the stubs do not know that a handler may answer
+        # Not first: what a fault refuses is not sent.
+        _events("sqs").register("before-call.sqs.SendMessage", answered)
+
+    def take(self) -> list[dict[str, Any]]:
+        """All since the last time, as Lambda passes them."""
+        bodies, self.bodies = self.bodies, []
+        return [{"messageId": str(n), "body": body, "eventSource": "aws:sqs"} for n, body in enumerate(bodies)]
+
+    def _see(self, params: dict[str, Any], **_: Any) -> None:
+        sent = json.loads(params["body"])
+        if sent["QueueUrl"].endswith(f"/{self._name}"):
+            self.delays.append(sent.get("DelaySeconds", 0))
+            self.bodies.append(sent["MessageBody"])
 
 
 class Wakes:

@@ -151,7 +151,7 @@ def test_an_owner_out_of_form_is_refused(access_tokens: AccessTokens, owner: str
 
 @pytest.mark.parametrize("scopes", [[], [""], ["admin"], ["read", "admin"], ["READ"], ["predict,read"], "read"])
 def test_unknown_or_no_scopes_are_refused(access_tokens: AccessTokens, scopes: Any) -> None:
-    with pytest.raises(AccessTokenInvalid, match=r"must be some of predict, read, manage\."):
+    with pytest.raises(AccessTokenInvalid, match=r"must be some of predict, read, train, manage\."):
         access_tokens.create("alice", scopes)
     assert items() == []
 

@@ -1,6 +1,7 @@
 import datetime
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from predictions.addresses import AddressRefused, check_webhook_url, guarded_client
+from predictions.addresses import AddressRefused, TimedNetwork, check_webhook_url, guarded_client
 
 PUBLIC = "93.184.215.14"
 
@@ -188,6 +189,34 @@ def test_name_that_does_not_resolve_is_a_connect_error() -> None:
 
     with guarded_client(resolve=resolve) as client, pytest.raises(httpx.ConnectError, match="resolve"):
         client.get("https://hooks.example.com/")
+
+
+@pytest.fixture
+def silent_name_server() -> Iterator[Callable[[str, int], list[str]]]:
+    """A resolver that answers when the test is over."""
+    over = threading.Event()
+
+    def resolve(host: str, port: int) -> list[str]:
+        over.wait(30)
+        return [PUBLIC]
+
+    yield resolve
+    over.set()
+
+
+@pytest.mark.parametrize("limit", ["connect timeout", "whole time", "both"])
+def test_lookup_without_answer_ends_with_the_time_that_a_connection_may_take(
+    silent_name_server: Callable[[str, int], list[str]], limit: str
+) -> None:
+    started = time.monotonic()
+    network = Recording() if limit == "connect timeout" else TimedNetwork(lambda: started + 0.2 - time.monotonic())
+    timeout = httpx.Timeout(60, connect=60 if limit == "whole time" else 0.2)
+    with (
+        guarded_client(resolve=silent_name_server, network=network, timeout=timeout) as client,
+        pytest.raises(httpx.ConnectTimeout, match="not resolved in time"),
+    ):
+        client.get("https://hooks.example.com/")
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(

@@ -695,12 +695,15 @@ def test_a_wait_ends_with_the_prediction(call: Call, replicate: ReplicateInMemor
 @pytest.mark.parametrize(
     ("function", "case", "scopes"),
     [
-        ("start_prediction", "version", "read manage"),
-        ("start_prediction", "model_route", "read manage"),
-        ("start_prediction", "deployment_route", "read manage"),
-        ("read_predictions", "one", "predict manage"),
-        ("read_predictions", "list", "predict manage"),
-        ("cancel_prediction", "open", "read manage"),
+        ("start_prediction", "version", "read train manage"),
+        ("start_prediction", "model_route", "read train manage"),
+        ("start_prediction", "deployment_route", "read train manage"),
+        ("read_predictions", "one", "predict train manage"),
+        ("read_predictions", "list", "predict train manage"),
+        ("cancel_prediction", "open", "read train manage"),
+        ("start_prediction", "training", "predict read"),
+        ("cancel_prediction", "refused_training", "read"),
+        ("give_secret", "secret", "read train manage"),
     ],
 )
 def test_every_route_asks_for_its_own_scope(call: Call, function: str, case: str, scopes: str) -> None:

@@ -129,6 +129,7 @@ def test_limits_of_the_owner_are_passed_on_as_texts(handler: Handler) -> None:
     for given, passed in (
         (OwnerLimits(in_flight=20, per_day=0), {"in_flight_limit": "20", "per_day_limit": "0"}),
         (OwnerLimits(per_day=7), {"per_day_limit": "7"}),
+        (OwnerLimits(open_batches=0, open_pipelines=9), {"open_batches_limit": "0", "open_pipelines_limit": "9"}),
     ):
         limits.set_limits("alice", given)
         context = handler(sample("bearer_token"), None)["context"]

@@ -25,7 +25,7 @@ from predictions.statuses import Status
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
 
-from tests.unit.fakes import Clock, Executed, ReplicateInMemory, Wakes, refusing
+from tests.unit.fakes import Clock, Executed, ReplicateInMemory, Wakes, meanwhile, refusing
 from tests.unit.template import resources
 from tests.unit.test_changes import Bus
 from tests.unit.test_changes import make as make_changes
@@ -241,6 +241,22 @@ def test_same_key_gives_the_same_batch_and_ids_cannot_be_guessed(world: World) -
     assert world.executions[f"{first.id}-1-1"] == {"id": first.id, "attempt": 1}
 
 
+def test_batch_whose_requests_two_calls_with_one_key_wrote_at_once_is_read(world: World) -> None:
+    made: list[Batch] = []
+    other = {name: LLAMA[name] for name in reversed(LLAMA)}  # the same request, in other bytes, hence of another ETag
+
+    def make() -> None:
+        made.append(world.make(LLAMA, LLAMA, key="k"))
+
+    # The first call has taken the key and found no batch; the second one comes before it stores its requests.
+    with meanwhile("PutObject", make, service="s3"):
+        made.append(world.make(other, other, key="k"))
+    assert made[0] == made[1]
+    prepare(world.batches, made[0].id, 1)
+    there = world.there(made[0])
+    assert (there.status, there.lines, there.error) == ("running", 2, None)
+
+
 def test_making_that_died_half_way_is_completed_by_the_same_key(world: World) -> None:
     of_the_batch = refusing("PutItem", "AccessDenied", lambda b: b["Item"]["sk"] == {"S": "status"}, service="dynamodb")
     with of_the_batch, pytest.raises(ClientError):
@@ -250,12 +266,13 @@ def test_making_that_died_half_way_is_completed_by_the_same_key(world: World) ->
 
 
 def test_batch_whose_execution_was_not_started_is_started_by_the_sweep(world: World, clock: Clock) -> None:
-    with refusing("StartExecution", "AccessDeniedException"), pytest.raises(ClientError):
-        world.make(LLAMA, key="k")
-    assert world.executions == {}
+    with refusing("StartExecution", "AccessDeniedException"):
+        accepted = world.make(LLAMA, key="k")
+    assert (accepted.status, world.executions) == ("preparing", {})
     clock.advance(61)
     world.submissions.sweep(10, plenty, {"batch": lambda id_: world.control.sweep_one(id_, world.submissions, plenty)})
     batch = world.make(LLAMA, key="k")
+    assert batch.id == accepted.id
     assert list(world.executions) == [f"{batch.id}-1-1"]
 
 
@@ -389,7 +406,7 @@ def test_manifest_over_which_one_execution_after_the_other_dies_fails_the_batch(
     batch = world.make(LLAMA)
     for n in range(1, 7):
         world.stop_execution(f"{batch.id}-1-{n}")
-        clock.advance(301)
+        clock.advance(3601)  # looked at ever more rarely, at most an hour apart
         world.control.sweep_one(batch.id, world.submissions, plenty)
     assert prepare(world.batches, batch.id, 1)["lines"] == 0
     world.finish(batch)

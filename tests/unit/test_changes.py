@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 from predictions import aws
-from predictions.changes import OUTPUT_LIMIT_BYTES, Changes
+from predictions.change_retries import RetryQueue
+from predictions.changes import OUTPUT_LIMIT_BYTES, PARSED_LIMIT_CHARACTERS, Changes
 from predictions.deliveries import DeliveriesQueue
 from predictions.events import FILES_LIMIT_BYTES, Event, EventBus, list_files
 from predictions.outputs import OutputsBucket, StoredFile, find_files
@@ -13,7 +14,8 @@ from predictions.statuses import Status
 from predictions.table import Prediction, PredictionsTable
 from predictions.upstream_prediction import UpstreamPrediction
 
-from tests.unit.fakes import Clock, Wakes, refusing
+from tests.unit.apps import AwsCalls
+from tests.unit.fakes import Clock, Queued, Wakes, refusal_of, refusing
 from tests.unit.test_deliveries import DUE, HOOK, stream, waiting
 from tests.unit.test_table import FILE, put, told
 
@@ -27,6 +29,7 @@ class Bus:
         self.calls: list[list[dict[str, Any]]] = []
         self.refused: set[str] = set()
         self.error_code = "InternalFailure"
+        self.call_refused_with = ""
         events: Any = aws.client("events").meta.events
         self._answered: Any = self._put
         events.register_first("before-call.eventbridge.PutEvents", self._answered)
@@ -45,6 +48,8 @@ class Bus:
         return [detail_type for detail_type, _ in self.taken]
 
     def _put(self, params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]]:
+        if self.call_refused_with:
+            return refusal_of(self.call_refused_with)
         entries = json.loads(params["body"])["Entries"]
         self.calls.append(entries)
         answers = [{"ErrorCode": self.error_code} if e["DetailType"] in self.refused else {"EventId": "1"}
@@ -63,13 +68,17 @@ def changes(table: PredictionsTable, outputs: OutputsBucket, bus: Bus) -> Change
     return make(table, outputs)
 
 
-def make(table: PredictionsTable, outputs: OutputsBucket, *, processing_events: bool = False) -> Changes:
+def make(
+    table: PredictionsTable, outputs: OutputsBucket, *, processing_events: bool = False, **options: Any
+) -> Changes:
     return Changes(
         table,
         outputs,
         DeliveriesQueue.from_env(),
         EventBus("bus", aws.client("events")),
+        RetryQueue.from_env(),
         processing_events=processing_events,
+        **options,
     )
 
 
@@ -219,37 +228,192 @@ class TestEvents:
 class TestBus:
     def test_events_go_in_as_few_calls_as_the_bus_allows(self, bus: Bus) -> None:
         events = [Event("E", {"n": n}, DUE) for n in range(25)]
-        assert EventBus("bus", aws.client("events")).put(events) is None
+        assert EventBus("bus", aws.client("events")).put(events) == []
         assert [len(entries) for entries in bus.calls] == [10, 10, 5]
 
     @pytest.mark.parametrize("text", ["x" * 100_000, "é" * 50_000])
     def test_calls_are_within_the_size_that_the_bus_takes(self, bus: Bus, text: str) -> None:
         events = [Event("E", {"text": text}, DUE) for _ in range(5)]
-        assert EventBus("bus", aws.client("events")).put(events) is None
+        assert EventBus("bus", aws.client("events")).put(events) == []
         assert [len(entries) for entries in bus.calls] == [2, 2, 1]
         for entries in bus.calls:
             assert sum(len(entry["Detail"].encode()) for entry in entries) < 256 * 1024
 
     def test_nothing_is_called_for_nothing(self, bus: Bus) -> None:
-        assert EventBus("bus", aws.client("events")).put([]) is None
+        assert EventBus("bus", aws.client("events")).put([]) == []
         assert bus.calls == []
 
 
+def publish_as_lambda(changes: Changes, records: list[dict[str, Any]], tries: int = 100) -> int:
+    """Reads the stream as Lambda does, from the record on that failed; how often in all."""
+    for n in range(1, tries + 1):
+        failed = changes.publish(records)
+        if failed is None:
+            return n
+        numbers = [record["dynamodb"]["SequenceNumber"] for record in records]
+        records = records[numbers.index(failed) :]
+    return tries
+
+
 class TestFailures:
-    def test_event_that_the_bus_does_not_take_is_read_again_from_there_on(
-        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus
+    @pytest.fixture
+    def retries(self, cloud: None) -> Queued:
+        return Queued("changes-retry")
+
+    @pytest.fixture
+    def given_up(self, cloud: None) -> Queued:
+        return Queued("dead-changes")
+
+    @pytest.fixture
+    def changes(self, table: PredictionsTable, outputs: OutputsBucket, bus: Bus, clock: Clock) -> Changes:
+        return make(table, outputs, now=clock.now, jitter=lambda: 0.5)
+
+    def test_event_that_the_bus_does_not_take_is_put_again_later_alone(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, retries: Queued
     ) -> None:
         run(table, clock, "failed")
-        run(table, clock, "succeeded", upstream_id="w" * 26)
+        run(table, clock, "succeeded")
         bus.refused = {"Prediction Failed"}
+        assert changes.publish(stream()) is None
+        assert bus.types == ["Prediction Started", "Prediction Started", "Prediction Succeeded"]
+        ((refused,),) = [[e for e in entries if e["DetailType"] == "Prediction Failed"] for entries in bus.calls]
+        assert retries.delays == [5]
+        bus.calls.clear()
+        bus.refused = set()
+        assert changes.retry(retries.take()) == []
+        assert bus.calls == [[refused]], "the same event, under the same event_id"
+        assert retries.bodies == []
+
+    def test_bus_that_refuses_a_hundred_times_repeats_no_webhook_and_loses_no_event(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, retries: Queued, given_up: Queued
+    ) -> None:
+        webhooks = Queued("deliveries")
+        for n in range(5):
+            prediction = put(table, clock, webhook=HOOK)
+            table.merge(prediction.id, told("succeeded", upstream_id=f"{n}" * 26, output="x"), clock.now())
+        bus.call_refused_with = "AccessDeniedException"
+        assert publish_as_lambda(changes, stream()) == 1, "the stream goes on"
+        for _ in range(100):
+            clock.advance(600)
+            assert changes.retry(retries.take()) == []
+        bus.call_refused_with = ""
+        assert len(webhooks.bodies) == 5
+        assert max(retries.delays) == 900
+        assert bus.types == []
+        assert changes.retry(retries.take()) == []
+        assert sorted(bus.types) == ["Prediction Started"] * 5 + ["Prediction Succeeded"] * 5
+        assert (retries.bodies, given_up.bodies) == ([], [])
+
+    def test_step_functions_that_refuse_a_hundred_times_repeat_no_webhook_and_no_event(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, retries: Queued, wakes: Wakes
+    ) -> None:
+        webhooks = Queued("deliveries")
+        prediction = put(table, clock, webhook=HOOK)
+        table.add_caller(prediction.id, "token", 1)
+        table.merge(prediction.id, told("succeeded", output="x"), clock.now())
+        with refusing("SendTaskSuccess", "AccessDeniedException"):
+            assert publish_as_lambda(changes, stream()) == 1
+            for _ in range(100):
+                clock.advance(600)
+                assert changes.retry(retries.take()) == []
+        assert wakes.told == []
+        assert changes.retry(retries.take()) == []
+        assert {token for token, _ in wakes.told} == {"token"}
+        assert (len(webhooks.bodies), bus.types) == (1, ["Prediction Started", "Prediction Succeeded"])
+
+    def test_record_that_nobody_foresaw_holds_up_nothing_and_is_kept_after_a_day(
+        self,
+        changes: Changes,
+        table: PredictionsTable,
+        clock: Clock,
+        bus: Bus,
+        retries: Queued,
+        given_up: Queued,
+        wakes: Wakes,
+    ) -> None:
+        prediction = put(table, clock, webhook=HOOK)
+        table.add_caller(prediction.id, "token", 1)
+        table.merge(prediction.id, told("succeeded", output="x"), clock.now())
+        run(table, clock, "failed")
         records = stream()
-        failed = changes.publish(records)
-        (of_it,) = [
-            record["dynamodb"]["SequenceNumber"]
-            for record in records
-            if record["dynamodb"]["NewImage"].get("visible") == {"S": "failed"}
-        ]
-        assert failed == of_it
+        (damaged,) = [r for r in records if r["dynamodb"]["NewImage"].get("visible") == {"S": "succeeded"}]
+        damaged["dynamodb"]["NewImage"]["metrics_json"] = {"S": "{"}
+        assert publish_as_lambda(changes, records) == 1
+        assert bus.types == ["Prediction Started", "Prediction Started", "Prediction Failed"]
+        assert [message["event"] for message in waiting("deliveries")] == ["completed"], "its other effects are had"
+        assert {token for token, _ in wakes.told} == {"token"}
+        assert len(retries.bodies) == 1
+        clock.advance(24 * 3600 - 1)
+        assert changes.retry(retries.take()) == []
+        assert (len(retries.bodies), given_up.bodies) == (1, [])
+        clock.advance(1)
+        assert changes.retry(retries.take()) == []
+        (letter,) = map(json.loads, given_up.bodies)
+        assert (letter["effect"], letter["reason"]) == ("event", "failed for a day: see the log of publish_changes")
+        assert letter["record"]["dynamodb"]["Keys"] == damaged["dynamodb"]["Keys"]
+        assert retries.bodies == []
+
+    @pytest.mark.parametrize("code", ["AccessDenied", "AWS.SimpleQueueService.NonExistentQueue"])
+    def test_stream_is_read_again_only_where_the_queue_of_retries_is_not_reached_either(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, code: str
+    ) -> None:
+        run(table, clock, "succeeded")
+        records = stream()
+        bus.refused = {"Prediction Succeeded"}
+        with refusing("SendMessage", code, service="sqs"):
+            assert changes.publish(records) == records[-1]["dynamodb"]["SequenceNumber"]
+        assert bus.types == ["Prediction Started"]
+
+    @pytest.mark.parametrize("put_again", [True, False])
+    def test_retry_that_cannot_be_queued_again_stays_in_the_queue(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, retries: Queued, put_again: bool
+    ) -> None:
+        run(table, clock, "succeeded")
+        bus.refused = {"Prediction Succeeded"}
+        changes.publish(stream())
+        (message,) = retries.take()
+        clock.advance(0 if put_again else 24 * 3600)
+        with refusing("SendMessage", "AccessDenied", service="sqs"):
+            assert changes.retry([message]) == [message["messageId"]]
+
+    def test_message_that_is_no_retry_costs_the_others_of_its_batch_nothing(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, retries: Queued
+    ) -> None:
+        run(table, clock, "succeeded")
+        bus.refused = {"Prediction Succeeded"}
+        changes.publish(stream())
+        strange = [{"messageId": f"s{n}", "body": body} for n, body in enumerate(("", "[]", '{"effect": "x"}'))]
+        bus.refused = set()
+        bus.calls.clear()
+        assert changes.retry([*strange, *retries.take()]) == ["s0", "s1", "s2"]
+        assert bus.types == ["Prediction Succeeded"]
+
+    def test_retry_holds_no_token_no_payload_and_no_address_of_a_receiver(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, retries: Queued
+    ) -> None:
+        asked: dict[str, Any] = {"webhook": f"{HOOK}?key=CANARY", "webhook_events_filter": ["output", "completed"]}
+        prediction = put(table, clock, **asked)
+        table.add_caller(prediction.id, "CANARY-TOKEN", 1)
+        table.merge(prediction.id, told("processing", output="CANARY-1"), clock.now())
+        table.merge(prediction.id, told("succeeded", output="CANARY-2"), clock.now())
+        webhooks = Queued("deliveries")
+        with (
+            refusing(
+                "SendMessage", "AccessDenied", lambda sent: sent["QueueUrl"].endswith("/deliveries"), service="sqs"
+            ),
+            refusing("Query", "AccessDenied", service="dynamodb"),
+            refusing("GetItem", "AccessDenied", service="dynamodb"),
+        ):
+            bus.call_refused_with = "AccessDenied"
+            assert changes.publish(stream()) is None
+            bus.call_refused_with = ""
+        messages = retries.take()
+        assert sorted(json.loads(message["body"])["effect"] for message in messages) == [
+            "callers", "callers", "event", "event", "webhooks", "webhooks",
+        ]  # fmt: skip
+        assert "CANARY" not in json.dumps(messages)
+        assert changes.retry(messages) == []
+        assert [json.loads(body)["event"] for body in webhooks.bodies] == ["output", "completed"]
 
     def test_event_that_the_bus_never_takes_holds_up_no_other(
         self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus
@@ -260,20 +424,14 @@ class TestFailures:
         assert changes.publish(stream()) is None
         assert "Prediction Succeeded" in bus.types
 
-    def test_bus_that_cannot_be_reached_fails_the_first_event_and_delays_no_webhook(
-        self, table: PredictionsTable, outputs: OutputsBucket, clock: Clock
+    def test_bus_that_cannot_be_reached_delays_no_webhook(
+        self, table: PredictionsTable, outputs: OutputsBucket, clock: Clock, retries: Queued
     ) -> None:
         prediction = put(table, clock, webhook=HOOK)
         table.end(prediction, Status.FAILED, "no", clock.now())
-        records = stream()
         with refusing("PutEvents", "ThrottlingException", service="events"):
-            failed = make(table, outputs).publish(records)
-        (inserted,) = [
-            record["dynamodb"]["SequenceNumber"]
-            for record in records
-            if record["eventName"] == "INSERT" and record["dynamodb"]["Keys"]["sk"] == {"S": "status"}
-        ]
-        assert failed == inserted
+            assert make(table, outputs).publish(stream()) is None
+        assert len(retries.bodies) == 2
         assert [message["event"] for message in waiting("deliveries")] == ["completed"]
 
     def test_half_a_surrogate_pair_in_what_a_model_returned_holds_up_no_record(
@@ -289,17 +447,30 @@ class TestFailures:
         assert changes.publish(stream()) is None
         assert bus.types == ["Prediction Started", "Prediction Succeeded"]
 
-    def test_events_before_a_record_that_failed_are_put(
-        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, wakes: Wakes
+    def test_callers_that_cannot_be_read_hold_up_no_event_and_are_told_later(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, wakes: Wakes, retries: Queued
     ) -> None:
         prediction = run(table, clock, "succeeded")
         records = stream()
-        with refusing("Query", "ThrottlingException", service="dynamodb"):
-            assert changes.publish(records) == records[-1]["dynamodb"]["SequenceNumber"]
-        assert bus.types == ["Prediction Started"]
         table.add_caller(prediction.id, "token", 1)
-        assert changes.publish(records[-1:]) is None
+        with refusing("Query", "ThrottlingException", service="dynamodb"):
+            assert changes.publish(records) is None
         assert bus.types == ["Prediction Started", "Prediction Succeeded"]
+        assert wakes.told == []
+        assert changes.retry(retries.take()) == []
+        assert [token for token, _ in wakes.told] == ["token"]
+
+    def test_records_for_which_no_time_is_left_are_read_again(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus
+    ) -> None:
+        for _ in range(3):
+            run(table, clock, "succeeded")
+        records = stream()
+        left = iter([60.0, 40.0, 19.0])
+        assert changes.publish(records, lambda: next(left)) == records[3]["dynamodb"]["SequenceNumber"]
+        assert bus.types == ["Prediction Started"]
+        left = iter([])
+        assert changes.publish(records[-1:], lambda: next(left)) is None, "the first one is always begun"
 
 
 class TestCallers:
@@ -358,14 +529,105 @@ class TestCallers:
 
     @pytest.mark.parametrize("code", ["AccessDeniedException", "InvalidToken", "ValidationException"])
     def test_strange_token_holds_up_nothing(
-        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, code: str
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, wakes: Wakes, code: str
     ) -> None:
         prediction = run(table, clock, "succeeded", output="x")
-        table.add_caller(prediction.id, "not one of ours", 1)
-        with refusing("SendTaskSuccess", code):
-            assert changes.publish(stream()) is None
+        for n in range(7):
+            table.add_caller(prediction.id, f"strange {n}", 1)
+        table.add_caller(prediction.id, "ours", 1)
+        retries = Queued("changes-retry")
+        records = [record for record in stream() if record["dynamodb"]["Keys"]["sk"] == {"S": "status"}]
+        with refusing("SendTaskSuccess", code, lambda body: "strange" in body["taskToken"]):
+            assert changes.publish(records) is None
+            for _ in range(4):
+                assert changes.retry(retries.take()) == []
+        assert [token for token, _ in wakes.told] == ["ours"], "once, however many refused ones there are"
         with refusing("SendTaskSuccess", "ThrottlingException"):
-            assert changes.publish(stream()) is not None
+            assert changes.publish(records) is None
+        assert retries.bodies
+
+    @pytest.mark.parametrize(("machine", "dropped"), [("999999999999", True), ("123456789012", False)])
+    def test_token_of_another_account_is_dropped_and_a_right_that_is_missing_is_waited_for(
+        self,
+        changes: Changes,
+        table: PredictionsTable,
+        clock: Clock,
+        bus: Bus,
+        wakes: Wakes,
+        machine: str,
+        dropped: bool,
+    ) -> None:
+        prediction = run(table, clock, "succeeded", output="x")
+        table.add_caller(prediction.id, "token", 1)
+        retries = Queued("changes-retry")
+        said = (
+            "User: arn:aws:sts::123456789012:assumed-role/publish/x is not authorized to perform: "
+            f"states:SendTaskSuccess on resource: arn:aws:states:us-east-1:{machine}:stateMachine:caller because …"
+        )
+        with refusing("SendTaskSuccess", "AccessDeniedException", message=said):
+            assert changes.publish(stream()[-1:]) is None
+        assert (retries.bodies == []) is dropped
+        assert changes.retry(retries.take()) == []
+        assert [token for token, _ in wakes.told] == ([] if dropped else ["token"])
+
+    def test_more_callers_than_there_is_time_for_are_all_told_and_hold_up_nobody(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, wakes: Wakes
+    ) -> None:
+        prediction = run(table, clock, "succeeded", output="x")
+        records = stream()
+        run(table, clock, "failed")
+        others = stream()[len(records) :]
+        tokens = {f"token {n}" for n in range(60)}
+        for token in tokens:
+            table.add_caller(prediction.id, token, 1)
+        retries = Queued("changes-retry")
+
+        def run_of_the_function() -> Any:
+            left = iter(range(60, 0, -1))  # a second for each look at the time
+            return lambda: float(next(left))
+
+        failed = changes.publish([records[-1], *others], run_of_the_function())
+        assert failed == others[0]["dynamodb"]["SequenceNumber"]
+        assert len(wakes.told) == 42
+        assert changes.publish(others, run_of_the_function()) is None, "the others of its shard go on"
+        assert "Prediction Failed" in bus.types
+        assert changes.retry(retries.take(), run_of_the_function()) == []
+        assert {token for token, _ in wakes.told} == tokens
+        assert len(wakes.told) == 60, "each once"
+        assert retries.bodies == []
+
+    def test_callers_of_a_prediction_that_was_deleted_before_the_stream_was_read_are_told_without_output(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, wakes: Wakes
+    ) -> None:
+        prediction = put(table, clock)
+        table.add_caller(prediction.id, "token", 1)
+        ended = table.merge(prediction.id, told("succeeded", output=[FILE, "CANARY"]), clock.now()).prediction
+        assert ended is not None
+        table.end_copy(ended, [StoredFile(path="/0", index=0, key="alice/CANARY", bytes=7)], clock.now())
+        records = stream()
+        flagged = table.request_delete(prediction.id, clock.now())
+        assert flagged is not None
+        # The end is read between the flag and the removal, and once more after that.
+        for _ in range(2):
+            assert changes.publish(records[-1:]) is None
+            table.delete_data(flagged, clock.now())
+        assert [token for token, _ in wakes.told] == ["token", "token"]
+        for _, result in wakes.told:
+            assert (result["status"], result["output"], result["output_files"]) == ("succeeded", None, [])
+        assert "CANARY" not in json.dumps(wakes.told)
+
+    def test_result_that_is_too_long_to_be_parsed_is_not_read(
+        self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, wakes: Wakes
+    ) -> None:
+        prediction = put(table, clock)
+        table.add_caller(prediction.id, "token", 1)
+        table.merge(prediction.id, told("succeeded", output=[[0]] * (PARSED_LIMIT_CHARACTERS // 4)), clock.now())
+        records = stream()
+        calls = AwsCalls()
+        assert changes.publish(records) is None
+        assert {token for token, _ in wakes.told} == {"token"}
+        assert all(result["output_truncated"] and "output" not in result for _, result in wakes.told)
+        assert "s3.GetObject" not in calls.made
 
     def test_output_that_step_functions_do_not_take_is_left_out_and_that_is_said(
         self, changes: Changes, table: PredictionsTable, clock: Clock, wakes: Wakes

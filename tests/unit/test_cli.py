@@ -12,16 +12,18 @@ import pytest
 from predictions.__main__ import _COMMANDS, _Group, main, parser
 from predictions.access import AccessTokens
 from predictions.commands.letters import QUEUES
-from predictions.commands.stack import Stack
+from predictions.commands.stack import Stack, _Bucket
 from predictions.commands.story import waits_for
 from predictions.dead_letters import DeadLetterQueue
-from predictions.dead_requests import DeadRequests
+from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequests
 from predictions.limiter import Limiter
 from predictions.limits import OwnerLimits, OwnersLimits
+from predictions.outputs import OutputsBucket
 from predictions.requests import Message
 from predictions.table import Prediction
 
 from tests.unit.template import ROOT, resources, table_properties
+from tests.unit.test_template import dead_letter_queues
 
 REGION = "us-east-1"
 ENVIRONMENT = (
@@ -386,11 +388,19 @@ def test_limits_are_set_listed_and_removed(limited: Any, capsys: pytest.CaptureF
     run("set", "bob", "--in-flight", "20", "--per-day", "5000")
     run("set", "alice", "--per-day", "0")
     run("set", "bob", "--in-flight", "30")
+    run("set", "carol", "--open-batches", "3", "--open-pipelines", "0")
     assert json.loads(run("list", "--json")) == [
-        {"owner": "alice", "in_flight": None, "per_day": 0},
-        {"owner": "bob", "in_flight": 30, "per_day": None},
+        {"owner": "alice", "in_flight": None, "per_day": 0, "open_batches": None, "open_pipelines": None},
+        {"owner": "bob", "in_flight": 30, "per_day": None, "open_batches": None, "open_pipelines": None},
+        {"owner": "carol", "in_flight": None, "per_day": None, "open_batches": 3, "open_pipelines": 0},
     ]
-    assert run("list").splitlines()[1:] == ["alice  -          0", "bob    30         -"]
+    # What is not set of batches and pipelines is the default of owners with limits.
+    assert [line.split() for line in run("list").splitlines()[1:]] == [
+        ["alice", "-", "0", "100", "500"],
+        ["bob", "30", "-", "100", "500"],
+        ["carol", "-", "-", "3", "0"],
+    ]
+    run("remove", "carol")
     run("remove", "bob")
     run("remove", "bob")
     assert [each["owner"] for each in json.loads(run("list", "--json"))] == ["alice"]
@@ -436,7 +446,7 @@ def hooks(stack: AccessTokens) -> Any:
                 "TrackPredictionStateMachineArn": f"arn:aws:states:{REGION}:123456789012:stateMachine:track",
             },
             {
-                **{letters: queue_named(letters) for letters in QUEUES.values()},
+                **{name: queue_named(name) for name in (*QUEUES.values(), "ChangesRetryQueue")},
                 **{f"{function}Function": named(function) for function in FUNCTIONS},
                 **{secret: named(secret) for secret in SECRETS},
             },
@@ -553,7 +563,7 @@ class Queue:
             ),
         )
         self._url = self._sqs.get_queue_url(QueueName="dead-requests")["QueueUrl"]
-        self.dead = DeadRequests(self._url, self._sqs)
+        self.dead = DeadRequests(self._url, self._sqs, lambda: OutputsBucket("outputs"))
         make: Any = Stack.client
 
         def client(stack: Stack, service_name: str) -> Any:
@@ -564,6 +574,22 @@ class Queue:
 
         # moto runs functions in Docker only: this answers in AWS's place, at the client's own door.
         monkeypatch.setattr(Stack, "client", client)
+
+    def with_bucket(self) -> None:
+        """The stack tells of its outputs bucket."""
+        create_client: Any = botocore.session.Session().create_client
+        create_client("s3", region_name=REGION).create_bucket(Bucket="outputs")
+        self.dead._outputs = lambda: _Bucket("outputs", create_client("s3", region_name=REGION))
+        create_client("cloudformation", region_name=REGION).update_stack(
+            StackName="queue",
+            TemplateBody=template(
+                {"OutputsBucketName": "outputs"},
+                {
+                    "RequestsDeadLetterQueue": queue_named("dead-requests"),
+                    "StartFromQueueFunction": named("start"),
+                },
+            ),
+        )
 
     def bury(self, id_: str, body: str, reason: str = "model: not a name") -> None:
         self.dead.bury(Message(id_, "AROAALICE0000", body, 1_750_000_000), reason)
@@ -629,6 +655,62 @@ def test_dead_request_is_tried_as_the_message_that_it_was_and_forgotten(
     assert (record["messageId"], record["body"]) == ("message-2", "{}")
     assert record["attributes"] == {"SenderId": "AROAALICE0000", "SentTimestamp": "1750000000000"}
     assert queue.left == 1
+
+
+MANIFEST = {"source": "aws.s3", "detail-type": "Object Created", "detail": {"object": {"key": "batches/a/b/c.csv"}}}
+UNSENT: dict[str, tuple[dict[str, str], Any, Any]] = {
+    "ManifestsRule → requests-queue": (
+        {"RULE_ARN": f"arn:aws:events:{REGION}:123456789012:rule/queue-ManifestsRule-1ABC"},
+        MANIFEST,
+        {"batch_manifest": MANIFEST},
+    ),
+    "RequestSchedule": (
+        {"SCHEDULE_ARN": f"arn:aws:scheduler:{REGION}:123456789012:schedule/queue/RequestSchedule"},
+        {"model": "acme/painter", "input": {}},
+        {"model": "acme/painter", "input": {}},
+    ),
+    "RequestsEventSource": ({}, {"model": "acme/painter"}, {"model": "acme/painter"}),
+    "a recipe's rule": (
+        {"RULE_ARN": f"arn:aws:events:{REGION}:123456789012:rule/queue-recipe-{'a' * 26}"},
+        {"id": "event-1"},
+        {"recipe_id": "a" * 26, "event": {"id": "event-1"}},
+    ),
+    "a recipe's schedule": (
+        {"SCHEDULE_ARN": f"arn:aws:scheduler:{REGION}:123456789012:schedule/queue/recipe"},
+        {"recipe_id": "a" * 26, "event": {"time": "2025-06-15T15:06:40Z"}},
+        {"recipe_id": "a" * 26, "event": {"time": "2025-06-15T15:06:40Z"}},
+    ),
+}
+"""What each hop to the requests queue leaves in its dead-letter queue, and what a redrive makes of it."""
+
+
+def test_every_hop_to_the_requests_queue_has_a_dead_letter_that_is_tried() -> None:
+    hops = {hop for hop, kept in dead_letter_queues().items() if kept == QUEUES["requests"]}
+    assert UNSENT.keys() >= hops
+
+
+@pytest.mark.parametrize("hop", UNSENT)
+def test_dead_letter_of_every_hop_to_the_requests_queue_is_redriven(queue: Queue, hop: str) -> None:
+    names, body, message = UNSENT[hop]
+    attributes = {**names, **({"ERROR_CODE": "NO_PERMISSIONS"} if names else {})}
+    queue._sqs.send_message(
+        QueueUrl=queue._url,
+        MessageBody=json.dumps(body),
+        MessageAttributes={n: {"DataType": "String", "StringValue": v} for n, v in attributes.items()},
+    )
+    assert main(PUT_BACK) == 0
+    ((record,),) = [event["Records"] for event in queue.asked]
+    assert json.loads(record["body"]) == message
+    assert queue.left == 0
+
+
+def test_dead_request_whose_body_is_an_object_is_redriven_whole(queue: Queue, stack: AccessTokens) -> None:
+    body = "x" * MESSAGE_LIMIT_BYTES
+    queue.with_bucket()
+    queue.bury("message-1", body)
+    assert main(PUT_BACK) == 0
+    ((record,),) = [event["Records"] for event in queue.asked]
+    assert record["body"] == body
 
 
 def test_dead_request_that_cannot_be_started_stays(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
@@ -827,6 +909,43 @@ def test_changes_that_were_given_up_are_read_from_the_stream_again_and_published
     assert "names no part of the stream" in err
     assert "did not give all of it" in err
     assert counts(capsys)["changes"] == 2
+
+
+EFFECT = {
+    "effect": "event",
+    "first_at": 1_750_000_000,
+    "record": {
+        "eventName": "MODIFY",
+        "dynamodb": {
+            "SequenceNumber": "7",
+            "ApproximateCreationDateTime": 1_750_000_000.5,
+            "Keys": {"pk": {"S": f"prediction#{ID}"}, "sk": {"S": "status"}},
+            "NewImage": {"visible": {"S": "succeeded"}},
+        },
+    },
+}
+
+
+def test_effects_that_were_given_up_are_listed_with_their_reason_and_retried_for_another_day(
+    hooks: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    died = {**EFFECT, "effect": "callers", "callers": ["caller#1"]}
+    bury(hooks, "ChangesDeadLetterQueue", {**EFFECT, "reason": "failed for a day"}, died)
+    assert main(["dead-letters", "list", "changes", "--stack", "hooks"]) == 0
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["ID", "RECORDS", "FROM", "TO", "REASON"]
+    moment = "2025-06-15T15:06:40Z"
+    assert [row.split(maxsplit=4)[1:] for row in rows] == [
+        ["1", moment, moment, "event: failed for a day"],
+        ["1", moment, moment, "callers: publish_changes died over it each time: see its log"],
+    ]
+    hooks.purge_queue(QueueUrl=hooks.get_queue_url(QueueName="ChangesDeadLetterQueue")["QueueUrl"])
+    bury(hooks, "ChangesDeadLetterQueue", {**EFFECT, "reason": "failed for a day"}, died)
+    assert main(["dead-letters", "redrive", "changes", "--stack", "hooks"]) == 0
+    again = messages(hooks, "ChangesRetryQueue")
+    assert [{**each, "first_at": 1_750_000_000} for each in again] == [EFFECT, died]
+    assert all(each["first_at"] > 1_750_000_000 for each in again)
+    assert counts(capsys)["changes"] == 0
 
 
 # -- a prediction's story ------------------------------------------------------------------------------------------

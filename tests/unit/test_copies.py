@@ -1,13 +1,17 @@
 """Copying outputs: the end is visible only when every file is stored or given up, and only once."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from predictions import aws
+from predictions.api import Presenter
 from predictions.copies import copy, copy_again
 from predictions.errors import CopyInterrupted
+from predictions.observability import metrics
 from predictions.outputs import OutputsBucket
 from predictions.table import Prediction, PredictionsTable
 
@@ -27,6 +31,23 @@ def ended(table: PredictionsTable, clock: Clock) -> Prediction:
 
 def run(table: PredictionsTable, outputs: OutputsBucket, prediction_id: str, clock: Clock, n: int = 1) -> None:
     copy(table, outputs, prediction_id, n, remaining_seconds=lambda: 900, now=clock.now)
+
+
+@contextmanager
+def made_calls(operation: str) -> Iterator[list[str]]:
+    """The keys of the objects that calls of an operation of S3 name."""
+    made: list[str] = []
+
+    def note(params: dict[str, Any], **_: Any) -> None:
+        made.append(params["Key"])
+
+    client: Any = aws.client("s3")
+    event = f"provide-client-params.s3.{operation}"
+    client.meta.events.register(event, note)
+    try:
+        yield made
+    finally:
+        client.meta.events.unregister(event, note)
 
 
 def keys() -> list[str]:
@@ -115,6 +136,41 @@ def test_copied_twice_stores_and_ends_once(
     before = table.get(ended.id)
     run(table, outputs, ended.id, clock)
     assert table.get(ended.id) == before
+
+
+@pytest.mark.parametrize(
+    ("count", "url", "stored"),
+    [(1000, "data:text/plain,a", 1000), (1001, "data:text/plain,a", 1000), (300_000, "data:text/plain;base64,A", 0)],
+)
+def test_output_of_too_many_files_keeps_the_first_thousand_and_fails_once_for_the_rest(
+    table: PredictionsTable, outputs: OutputsBucket, clock: Clock, count: int, url: str, stored: int
+) -> None:
+    prediction = put(table, clock)
+    table.merge(prediction.id, told("succeeded", output=[url] * count), clock.now())
+    metrics.clear_metrics()
+    with made_calls("PutObject") as puts:
+        run(table, outputs, prediction.id, clock)
+    assert len([key for key in puts if not key.startswith("payloads/")]) == stored
+    failed: Any = metrics.metric_set["CopiesFailed"]["Value"]
+    assert failed == [float(min(count, 1001) - stored)]
+    whole = table.read(prediction.id)
+    assert whole is not None
+    assert whole.prediction.visible == "succeeded"
+    assert (len(whole.files), sum(bool(file.key) for file in whole.files)) == (min(count, 1001), stored)
+    shown = Presenter(outputs, 60).show(whole)
+    beyond = (
+        f"output/1000: the output has {count} files: the first 1000 are stored, this one and those after it are not"
+    )
+    if count > 1000:
+        assert shown["error"].endswith(beyond)
+        assert shown["output"][1000:] == [None] * (count - 1000)
+        assert shown["output_files"][-1] == {"path": "/1000", "error": beyond.removeprefix("output/1000: ")}
+        refused = again(table, outputs, prediction.id).get("refused")
+        assert refused == (
+            "No file of it is missing. Of an output, the first 1000 files are stored." if stored else None
+        )
+    assert [bool(link) for link in shown["output"][:1000]] == [bool(stored)] * 1000
+    assert len(shown["output_files"]) == min(count, 1001)
 
 
 # -- once more, for an operator ------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise, permutations
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from predictions.deliveries import (
     RETRY_SECONDS,
     RUNNING_RETRY_SECONDS,
     DeadLetters,
+    DeliveriesQueue,
     Delivery,
     UnreadableDelivery,
     deliveries_of,
@@ -22,7 +23,7 @@ from predictions.outputs import StoredFile
 from predictions.statuses import Status
 from predictions.table import PredictionsTable
 
-from tests.unit.fakes import Clock, refusing
+from tests.unit.fakes import Clock, Queued, refusing
 from tests.unit.test_table import FILE, put, told
 
 HOOK = "https://hooks.example.com/7"
@@ -41,7 +42,10 @@ def stream() -> list[dict[str, Any]]:
     iterator = streams.get_shard_iterator(StreamArn=arn, ShardId=shard["ShardId"], ShardIteratorType="TRIM_HORIZON")[
         "ShardIterator"
     ]
-    records: list[dict[str, Any]] = streams.get_records(ShardIterator=iterator, Limit=1000)["Records"]
+    records: list[dict[str, Any]] = []
+    while page := (answer := streams.get_records(ShardIterator=iterator, Limit=1000))["Records"]:
+        records += page
+        iterator = answer["NextShardIterator"]
     for record in records:
         record["dynamodb"]["ApproximateCreationDateTime"] = DUE + 0.5
     return records
@@ -84,8 +88,8 @@ class TestChanges:
             (None, ["completed"]),
             (["start"], ["start"]),
             (["completed"], ["completed"]),
-            (["output"], []),
-            (["logs", "start"], ["start"]),
+            (["output"], ["output"]),
+            (["logs", "start"], ["start", "logs"]),
             (ALL, ["start", "completed"]),
         ],
     )
@@ -97,6 +101,39 @@ class TestChanges:
         table.merge(prediction.id, told("processing"), clock.now())
         table.merge(prediction.id, told("succeeded", output="text"), clock.now())
         assert [event for event, _ in called_for()] == expected
+
+    @pytest.mark.parametrize("files", [False, True], ids=["text", "files"])
+    def test_each_wanted_kind_is_told_in_every_order_of_replicates_webhooks(
+        self, table: PredictionsTable, clock: Clock, files: bool
+    ) -> None:
+        output = [FILE] if files else "text"
+        kinds = {
+            "start": told("processing", started_at="2025-06-15T15:06:40Z"),
+            "output": told("processing", output=output, logs="log", started_at="2025-06-15T15:06:40Z"),
+            "completed": told("succeeded", output=output, logs="log", started_at="2025-06-15T15:06:40Z"),
+        }
+        wanted_of: dict[str, tuple[str, ...]] = {}
+        orders: dict[str, tuple[str, ...]] = {}
+        for order in permutations(kinds):
+            for wanted in (each for size in range(1, 5) for each in combinations(ALL, size)):
+                prediction = put(table, clock, webhook=HOOK, webhook_events_filter=list(wanted))
+                wanted_of[prediction.id], orders[prediction.id] = wanted, order
+                for kind in order:
+                    ended = table.merge(prediction.id, kinds[kind], clock.now()).prediction
+                    if ended is not None and ended.awaits_copy:
+                        table.end_copy(ended, [StoredFile(path="/0", index=0, key="k", bytes=1)], clock.now())
+        found: dict[str, list[str]] = {prediction_id: [] for prediction_id in wanted_of}
+        for record in stream():
+            for delivery in deliveries_of(record):
+                found[delivery.id].append(delivery.event)
+        assert len(found) == 90
+        for prediction_id, wanted in wanted_of.items():
+            # `completed` shows output and logs as well.
+            told_by_the_end = {"output", "logs"} if "completed" in wanted else set()
+            case = (orders[prediction_id], wanted, found[prediction_id])
+            assert set(wanted) - told_by_the_end <= set(found[prediction_id]) <= set(wanted), case
+            if files and "output" in wanted:
+                assert "output" in found[prediction_id], case
 
     @pytest.mark.parametrize("status", ["succeeded", "failed", "canceled", "aborted"])
     def test_end_of_what_ran_unseen_is_told_after_its_start(
@@ -220,6 +257,23 @@ class TestQueues:
             assert changes.publish(records) == records[1]["dynamodb"]["SequenceNumber"]
         assert [message["id"] for message in waiting("deliveries")] == ids[:1]
         assert changes.publish(records[1:]) is None
+
+    def test_message_belongs_to_its_owners_group_so_that_sqs_hands_out_others_first(
+        self, table: PredictionsTable, clock: Clock
+    ) -> None:
+        prediction = put(table, clock, webhook=HOOK, owner="bob")
+        table.merge(prediction.id, told("processing", output="a"), clock.now())
+        table.merge(prediction.id, told("succeeded", output="ab"), clock.now())
+        url = aws.client("sqs").get_queue_url(QueueName="deliveries")["QueueUrl"]
+        sent = Queued("deliveries")
+        for record in stream():
+            DeliveriesQueue.from_env().send_for(record, set())
+        found = aws.client("sqs").receive_message(
+            QueueUrl=url, MaxNumberOfMessages=10, MessageSystemAttributeNames=["MessageGroupId"]
+        )
+        groups = [message["Attributes"].get("MessageGroupId") for message in found["Messages"]]
+        assert len(sent.bodies) == 2
+        assert set(groups) == {"bob"}
 
     def test_later_of_two_at_once_waits_a_second(self, table: PredictionsTable, clock: Clock) -> None:
         prediction = put(table, clock, webhook=HOOK, webhook_events_filter=ALL)

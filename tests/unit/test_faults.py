@@ -85,6 +85,7 @@ WRITES: dict[str, tuple[Callable[[PredictionsTable, Clock], Prediction], Write]]
     "resubmit": (put, lambda t, p, now: t.resubmit(p, int(now) + 600, now)),
     "merge that binds": (put, lambda t, p, now: t.merge(p.id, told("starting"), now)),
     "merge of progress": (bound, lambda t, p, now: t.merge(p.id, told("processing", output=["a"], logs="1"), now)),
+    "merge of large progress": (bound, lambda t, p, now: t.merge(p.id, told("processing", logs="1" * 200_000), now)),
     "merge of an end": (bound, lambda t, p, now: t.merge(p.id, told("failed", error="bad", logs="1"), now)),
     "merge of an end with files": (bound, lambda t, p, now: t.merge(p.id, told("succeeded", output=[FILE]), now)),
     "merge of an orphan": (bound, lambda t, p, now: t.merge(p.id, told("processing", "v" * 26), now)),

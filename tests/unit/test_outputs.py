@@ -15,10 +15,21 @@ from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from moto import mock_aws
 from predictions import aws, outputs
 from predictions.errors import CopyInterrupted
-from predictions.outputs import OutputFile, OutputsBucket, StoredFile, find_files, is_file_url, replace_files
+from predictions.outputs import (
+    FILES_LIMIT,
+    OutputFile,
+    OutputsBucket,
+    StoredFile,
+    find_files,
+    is_file_url,
+    place_files,
+    replace_files,
+)
 
 BUCKET = "outputs"
 PREFIX = "ada/id0/up0"
@@ -309,6 +320,64 @@ def test_every_path_that_was_found_can_be_replaced() -> None:
 def test_path_that_leads_nowhere_is_an_error(path: str) -> None:
     with pytest.raises(LookupError):
         replace_files({"a": [URL, "b"], "c": None}, {path: "ours"})
+
+
+def test_every_file_is_placed_or_missing_and_nothing_else_changes() -> None:
+    output: dict[str, Any] = {"a": [URL, "text", [URL]], "b/~": {"c": URL, "~1": [[1]]}, "d": [1.5, None], "": URL}
+    before = json.dumps(output)
+    placed: Any = place_files(output, {"/a/0": "ours 0", "/b~1~0/c": "ours 1"}, is_file_url)
+    assert placed == {
+        "a": ["ours 0", "text", [None]], "b/~": {"c": "ours 1", "~1": [[1]]}, "d": [1.5, None], "": None
+    }  # fmt: skip
+    assert json.dumps(output) == before
+    assert placed["d"] is output["d"], "what holds no file is shared"
+    assert place_files(URL, {"": "ours"}, is_file_url) == "ours"
+    assert place_files(URL, {}, is_file_url) is None
+    assert place_files("text", {}, is_file_url) == "text"
+    # An older release took other texts for files: their places are known by the files that it stored.
+    assert place_files(["text", URL], {"/0": "ours"}, is_file_url) == ["ours", None]
+    with pytest.raises(LookupError):
+        place_files(["text"], {"/1": "ours"}, is_file_url)
+
+
+_JSON = st.recursive(
+    st.none() | st.integers() | st.sampled_from([URL, "data:image/png;base64,AAAA", "text", "https://example.com/"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["", "a", "~", "/", "0"]), inner),
+)
+
+
+@given(output=_JSON)
+@settings(max_examples=200, deadline=None)
+def test_files_are_placed_where_they_are_found(output: Any) -> None:
+    values: dict[str, Any] = {file.path: file.index for file in find_files(output, is_file_url)}
+    before = json.dumps(output)
+    assert place_files(output, values, is_file_url) == replace_files(output, values)
+    assert place_files(output, {}, is_file_url) == replace_files(output, dict.fromkeys(values))
+    assert json.dumps(output) == before
+
+
+def test_files_nested_deeper_than_python_recurses_are_placed() -> None:
+    depth = 100_000
+    output: Any = [URL]
+    for _ in range(depth):
+        output = [output]
+    inner: Any = place_files(output, {}, is_file_url)
+    for _ in range(depth):
+        [inner] = inner
+    assert inner == [None]
+    while isinstance(output, list):
+        output = output.pop()
+
+
+@pytest.mark.parametrize(("count", "entries"), [(0, 0), (999, 0), (1000, 0), (1001, 1), (300_000, 1)])
+def test_files_beyond_the_limit_are_one_entry_that_counts_them(count: int, entries: int) -> None:
+    bucket = OutputsBucket(BUCKET)
+    files, beyond = bucket.files_to_store([URL] * count)
+    assert [file.index for file in files] == list(range(min(count, FILES_LIMIT)))
+    reason = f"the output has {count} files: the first 1000 are stored, this one and those after it are not"
+    assert beyond == [StoredFile("/1000", 1000, error=reason)] * entries
+    placed = bucket.place_files([URL] * count, {file.path: file.index for file in files})
+    assert placed == [n if n < FILES_LIMIT else None for n in range(count)]
 
 
 # ---- refusals of files

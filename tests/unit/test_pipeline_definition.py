@@ -10,8 +10,12 @@ from predictions.errors import Problem
 from predictions.input_schema import InputSchema
 from predictions.intents import Reference
 from predictions.pipeline_definition import (
+    BODY_LIMIT_PLACEHOLDERS,
+    BODY_LIMIT_VALUES,
     FAN_OUTS_LIMIT,
     ITEMS_LIMIT,
+    PART_LIMIT_BYTES,
+    PART_LIMIT_VALUES,
     STEPS_LIMIT,
     Definition,
     create_definition,
@@ -288,3 +292,39 @@ def test_steps_without_a_cycle_have_an_order(steps: list[dict[str, Any]]) -> Non
         assert set(each.needs) <= done
         done.add(each.name)
     assert len(done) == len(steps)
+
+
+class TestSize:
+    @pytest.mark.parametrize(
+        ("body", "field", "said"),
+        [
+            ({"input": {"r": [0] * PART_LIMIT_VALUES}}, "input", f"the limit is {PART_LIMIT_VALUES}"),
+            ({"input": {"r": "x" * PART_LIMIT_BYTES}}, "input", f"the limit is {PART_LIMIT_BYTES}"),
+            ({"input": {"r": "é" * (PART_LIMIT_BYTES // 2)}}, "input", f"the limit is {PART_LIMIT_BYTES}"),
+            ({"steps": [step(input={"r": {"": {}} | {f"f{n}": 1 for n in range(PART_LIMIT_VALUES // 2)}})]},
+             "steps.0.input", f"the limit is {PART_LIMIT_VALUES}"),
+            ({"steps": [step(), step("many", for_each=[{"r": [0] * PART_LIMIT_VALUES}])]},
+             "steps.1.input", f"the limit is {PART_LIMIT_VALUES}"),
+            ({"steps": [step(f"s{n}", {"r": [0] * 70_000}) for n in range(3)]},
+             "steps", f"the limit is {BODY_LIMIT_VALUES}"),
+            ({"steps": [step(input={"r": "{{ input.prompt }}" * (BODY_LIMIT_PLACEHOLDERS + 1)})]},
+             "steps", f"the limit is {BODY_LIMIT_PLACEHOLDERS}"),
+        ],
+    )  # fmt: skip
+    def test_pipeline_that_is_too_large_to_fill_is_refused_by_its_field(
+        self, body: dict[str, Any], field: str, said: str
+    ) -> None:
+        asked = {"input": INPUT, "steps": [step()], **body}
+        found = refused(*asked["steps"], input=asked["input"])
+        assert list(found) == [field]
+        assert said in found[field]
+
+    def test_pipeline_within_the_limits_is_taken(self) -> None:
+        body = {"input": {"r": [0] * (PART_LIMIT_VALUES - 3)}, "steps": [step(input={"r": "{{ input.r }}"})]}
+        assert create_definition(body, check).input == body["input"]
+
+    def test_pipeline_that_takes_long_to_check_is_left_to_its_run(self) -> None:
+        # Fifty steps each fill all of the input: what is beyond a second of work is not filled here.
+        steps = [step(f"s{n}", {"r": "{{ input.r }}"}) for n in range(STEPS_LIMIT)]
+        body = {"input": {"r": [0] * (PART_LIMIT_VALUES - 3)}, "steps": steps}
+        assert len(create_definition(body, check).steps) == STEPS_LIMIT

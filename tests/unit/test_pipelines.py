@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import time
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from predictions import aws
-from predictions.api import Presenter
+from predictions.api import ANSWER_LIMIT_BYTES, Presenter
 from predictions.copies import copy
 from predictions.errors import Problem
 from predictions.executions import Executions
@@ -18,15 +20,23 @@ from predictions.items import deserialize, serialize
 from predictions.links import Links
 from predictions.outputs import OutputsBucket
 from predictions.pipeline_api import LIFETIME_SECONDS, PipelineApi
-from predictions.pipeline_definition import ITEMS_LIMIT
+from predictions.pipeline_definition import ITEMS_LIMIT, PART_LIMIT_VALUES
 from predictions.pipeline_progress import RESEND_SECONDS, PipelineExecutions, Progress, Turn
 from predictions.pipeline_runs import run_id, run_key
-from predictions.pipelines import Pipelines, event_of, is_canceled, prediction_ended
+from predictions.pipelines import (
+    GATHERED_LIMIT_BYTES,
+    GATHERED_LIMIT_VALUES,
+    Pipelines,
+    event_of,
+    is_canceled,
+    prediction_ended,
+)
 from predictions.pipelines_table import Pipeline, PipelinesTable
 from predictions.requests import Message, RequestRefused, Requests
 from predictions.submissions import Submissions
 from predictions.table import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
 
+from tests.unit.apps import AwsCalls
 from tests.unit.fakes import API_URL, PNG, Clock, Died, Executed, Fault, ReplicateInMemory, Wakes, faulty, served
 from tests.unit.test_pipeline_definition import FLUX, INPUT, graphs, step
 
@@ -624,6 +634,8 @@ class TestTwiceLateNever:
         self, world: World, executed: Executed
     ) -> None:
         body = json.dumps({"steps": [step()]}).encode()
+        # What a process asks once is asked here: the model, the API's URL.
+        world.api.create_pipeline("alice", body, {"idempotency-key": "warm"})
         with faulty(Fault.REFUSED, 10_000) as made:
             world.api.create_pipeline("alice", body, {"idempotency-key": "counted"})
         start = made.index("stepfunctions.StartExecution")
@@ -729,6 +741,149 @@ class TestEvent:
         for item in aws.client("dynamodb").scan(TableName="predictions")["Items"]:
             if deserialize(item)["sk"] != "status":
                 assert event_of({"dynamodb": {"NewImage": item}}) is None
+
+
+class TestMemory:
+    """What a step gathers is bounded before it is read: by its noted length, then by its values."""
+
+    def start(self, world: World, outputs: list[Any], refer: str = "{{ steps.each.output }}") -> str:
+        """A pipeline whose last step is due, and refers to the outputs of the first."""
+        each = step("each", {"n": "{{ index }}"}, for_each=[str(n) for n in range(len(outputs))])
+        pipeline_id = world.create(each, step("after", {"x": refer}))
+        world.deliver()
+        for index, output in enumerate(outputs):
+            world.end(pipeline_id, "each", output, index)
+        return pipeline_id
+
+    def note_length(self, world: World, pipeline_id: str, index: int, length: int) -> None:
+        prediction_id = world.run_id(pipeline_id, "each", index)
+        prediction = world.predictions.get(prediction_id)
+        assert prediction is not None
+        aws.client("dynamodb").update_item(
+            TableName="predictions",
+            Key=serialize({"pk": f"prediction#{prediction_id}", "sk": f"result#{prediction.upstream_id}"}),
+            UpdateExpression="SET #length = :length",
+            ExpressionAttributeNames={"#length": "length"},
+            ExpressionAttributeValues=serialize({":length": length}),
+        )
+
+    @pytest.mark.parametrize("over", [0, 1])
+    def test_outputs_whose_length_is_above_the_limit_are_not_read_and_fail_the_pipeline(
+        self, world: World, over: int
+    ) -> None:
+        large = "x" * (PAYLOAD_LIMIT_BYTES + 1)  # objects
+        pipeline_id = self.start(world, [large, large])
+        self.note_length(world, pipeline_id, 0, GATHERED_LIMIT_BYTES - 1000)
+        self.note_length(world, pipeline_id, 1, 1000 + over)
+        world.turn(pipeline_id)
+        calls = AwsCalls()
+        started = world.deliver()
+        if not over:
+            assert len(started) == 1
+            assert calls.made[: calls.made.index("dynamodb.PutItem")].count("s3.GetObject") == 2
+            return
+        assert started == []
+        assert "s3.GetObject" not in calls.made
+        assert world.turn(pipeline_id).done
+        shown = world.shown(pipeline_id)
+        assert shown["status"] == "failed"
+        assert f"The outputs of `each` have {GATHERED_LIMIT_BYTES + 1} bytes" in shown["error"]
+        assert f"{GATHERED_LIMIT_BYTES} are taken" in shown["error"]
+
+    def test_outputs_with_too_many_values_are_not_parsed_and_fail_the_pipeline(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # As many small values as take the most memory for their length.
+        monkeypatch.setattr("predictions.pipelines.GATHERED_LIMIT_VALUES", 10_000)
+        pipeline_id = self.start(world, [[{}] * 4000, [{}] * 4000])
+        world.turn(pipeline_id)
+        assert world.deliver() == []
+        assert world.turn(pipeline_id).done
+        assert "hold more than the 10000 values" in world.shown(pipeline_id)["error"]
+
+    def test_list_that_is_counted_is_bounded_likewise(self, world: World) -> None:
+        each = step("each", {"n": "{{ index }}"}, for_each=["a"])
+        pipeline_id = world.create(each, step("many", {"x": "{{ item }}"}, for_each="{{ steps.each.output[0] }}"))
+        world.deliver()
+        world.end(pipeline_id, "each", ["a"])
+        self.note_length(world, pipeline_id, 0, GATHERED_LIMIT_BYTES + 1)
+        assert world.turn(pipeline_id).done
+        assert world.sent() == []
+        shown = world.shown(pipeline_id)
+        assert shown["status"] == "failed"
+        assert f"{GATHERED_LIMIT_BYTES} are taken" in shown["error"]
+
+    def test_outputs_that_are_left_out_of_an_answer_are_not_read(self, world: World) -> None:
+        large = "x" * (PAYLOAD_LIMIT_BYTES + 1)
+        pipeline_id = self.start(world, [large, large])
+        self.note_length(world, pipeline_id, 0, ANSWER_LIMIT_BYTES)
+        calls = AwsCalls()
+        shown = world.shown(pipeline_id)
+        assert shown["outputs_left_out"] == ["each"]
+        assert "s3.GetObject" not in calls.made
+
+    def test_message_that_was_given_up_fails_its_pipeline_and_is_not_sent_again(self, world: World) -> None:
+        pipeline_id = world.create(IMAGE)
+        [sent] = world.sent()
+        message = Message("m", "AIDA", json.dumps(sent), int(world.clock.now()))
+        with pytest.MonkeyPatch.context() as only_here:
+            only_here.setattr("predictions.requests._pipelines", lambda: world.pipelines)
+            for _ in range(2):
+                world.requests.give_up(message, "It was tried four times.")
+        assert world.turn(pipeline_id).done
+        assert "It was tried four times." in world.shown(pipeline_id)["error"]
+        world.clock.advance(RESEND_SECONDS)
+        world.turn(pipeline_id)
+        assert world.sent() == []
+
+    @pytest.mark.parametrize("body", ["{", "[]", "{}", '{"pipeline_id": 7}', '{"pipeline_id": "x"}', "[" * 100_000])
+    def test_given_up_message_of_no_pipeline_is_passed_over(self, world: World, body: str) -> None:
+        world.requests.give_up(Message("m", "AIDA", body, 0), "reason")
+        assert aws.client("dynamodb").scan(TableName="predictions")["Items"] == []
+
+
+def test_no_pipeline_within_the_limits_takes_a_second_of_a_message(world: World) -> None:
+    # The attack: long lists, looked through again and again by each of hundreds of messages.
+    rows = list(range(PART_LIMIT_VALUES - 10))
+    hungry = ["{{ max(input.r) }}{{ length(sort(input.r)) }}{{ input.r == input.r }}"] * 600
+    each = step("each", {"a": hungry}, for_each=["a"] * 100)
+    pipeline_id = world.create(each, input={"r": rows})
+    began = time.process_time()
+    assert world.deliver({"pipeline_id": pipeline_id, "step": "each", "index": 0}) == []
+    assert time.process_time() - began < 2
+    assert world.statuses(pipeline_id)["each"] == "starting"
+    notes = world.table.read_pipeline(pipeline_id)
+    assert notes is not None
+    assert "too many steps" in notes.notes["each"].errors[0]
+
+
+@pytest.mark.parametrize(
+    ("element", "marks"),
+    [("{}", 2), ("[]", 2), ("[1234,1567]", 3), ('{"a":1}', 3), ('"x"', 1), ("1234.5", 1)],
+)
+def test_outputs_within_the_limits_fit_the_memory_of_the_smallest_function(element: str, marks: int) -> None:
+    count = min(GATHERED_LIMIT_VALUES // marks, GATHERED_LIMIT_BYTES // (len(element) + 1)) - 10
+    tracemalloc.start()
+    try:
+        text = '{"output":[' + ",".join([element] * count) + '],"logs":""}'
+        output = json.loads(text)["output"]
+        peak_mb = tracemalloc.get_traced_memory()[1] // 1024**2
+    finally:
+        tracemalloc.stop()
+    assert len(output) == count
+    # advance_pipeline has 512 MB, of which it uses about 130 for its code and clients.
+    assert peak_mb < 100
+
+
+def test_list_and_input_of_a_message_share_their_steps(world: World) -> None:
+    rows = [f"n{n}" for n in range(9000)]
+    half = " || ".join(["(input.r[?@ == 'none'])[0]"] * 5)
+    each = step("each", {"a": f"{{{{ {half} || 'x' }}}}"}, for_each=f"{{{{ {half} || `[1]` }}}}")
+    pipeline_id = world.create(each, input={"r": rows})
+    assert world.deliver({"pipeline_id": pipeline_id, "step": "each", "index": 0}) == []
+    notes = world.table.read_pipeline(pipeline_id)
+    assert notes is not None
+    assert "too many steps" in notes.notes["each"].errors[0]
 
 
 def test_pipeline_that_is_not_there_counts_as_canceled(world: World) -> None:

@@ -167,6 +167,13 @@ LIMITS = {
     "logs in an answer": ("layers/predictions/predictions/api.py", "_LOGS_LIMIT_CHARACTERS", 1024, "the last {} Ki "),
     "input or result in the table": ("layers/predictions/predictions/table.py", "PAYLOAD_LIMIT_BYTES", 1024, "{} KiB"),
     "one check of an input": ("layers/predictions/predictions/input_schema.py", "STEPS_LIMIT", 1, "{} steps"),
+    "files of an output": ("layers/predictions/predictions/outputs.py", "FILES_LIMIT", 1, "{};"),
+    "fields of a refusal by Replicate": (
+        "layers/predictions/predictions/submissions.py",
+        "REFUSAL_FIELDS_LIMIT",
+        1,
+        "the first {},",
+    ),
     "an output file": ("layers/predictions/predictions/outputs.py", "FILE_MAX_BYTES", 2**30, "{} GiB, 600 s"),
     "steps of a pipeline": ("layers/predictions/predictions/pipeline_definition.py", "STEPS_LIMIT", 1, "{}"),
     "elements of a `for_each`": ("layers/predictions/predictions/pipeline_definition.py", "ITEMS_LIMIT", 1, "{}"),

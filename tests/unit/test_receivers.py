@@ -14,16 +14,17 @@ import pytest
 from predictions import aws
 from predictions.addresses import guarded_client
 from predictions.api import Presenter
-from predictions.deliveries import DeadLetters, DeliveriesQueue, Delivery
+from predictions.deliveries import DeadLetters, DeliveriesQueue, Delivery, deliveries_of
 from predictions.observability import metrics
 from predictions.outputs import OutputsBucket, StoredFile
 from predictions.owner_secrets import OwnerSecrets, SecretVersions
 from predictions.receivers import Receivers
 from predictions.table import PredictionsTable
+from predictions.webhook_slots import WebhookSlots
 from standardwebhooks import Webhook
 
 from tests.unit.fakes import Clock
-from tests.unit.test_deliveries import waiting
+from tests.unit.test_deliveries import stream, waiting
 from tests.unit.test_table import FILE, put, told
 
 HOOK = "https://hooks.example.com/replicate?job=7"
@@ -75,6 +76,7 @@ def make(table: PredictionsTable, outputs: OutputsBucket, secrets: OwnerSecrets,
             secrets,
             DeliveriesQueue.from_env(),
             DeadLetters.from_env(),
+            WebhookSlots.from_env(),
             open_client=open_client,
             now=clock.now,
             jitter=lambda: 0.5,
@@ -295,6 +297,35 @@ def test_only_the_end_shows_an_end(table: PredictionsTable, clock: Clock, receiv
     assert [bool(b["completed_at"]) for b in sent.bodies] == [False, False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("output", "logs", "expected"),
+    [
+        ("text", "log", ["output", "logs"]),
+        ("text", "", ["output"]),
+        (None, "log", ["logs"]),
+        (None, "", []),
+    ],
+)
+def test_end_tells_output_and_logs_that_there_are_to_those_who_want_nothing_else(
+    table: PredictionsTable,
+    clock: Clock,
+    receivers: Receivers,
+    sent: Sent,
+    output: str | None,
+    logs: str,
+    expected: list[str],
+) -> None:
+    prediction = put(table, clock, webhook=HOOK, webhook_events_filter=["output", "logs"])
+    table.merge(prediction.id, told("succeeded", output=output, logs=logs), clock.now())
+    for record in stream():
+        for delivery in deliveries_of(record):
+            clock.moment = delivery.first_at + 30  # late, and nothing else tells it
+            assert receivers.deliver(*queued(clock, delivery.id, delivery.event, delivery.n))
+    assert [request.headers["webhook-id"].split("-")[1] for request in sent.requests] == expected
+    for body in sent.bodies:
+        assert (body["status"], body["output"], body["logs"]) == ("processing", output, logs)
+
+
 def test_output_of_files_is_told_with_our_urls_only(
     table: PredictionsTable, clock: Clock, receivers: Receivers, sent: Sent
 ) -> None:
@@ -356,6 +387,27 @@ def drip(connection: socket.socket) -> None:
     for byte in b"HTTP/1.1 200 OK\r\nX-Padding: " + b"x" * 10_000:
         connection.sendall(bytes([byte]))
         threading.Event().wait(0.02)
+
+
+def test_name_server_without_answer_ends_the_try_in_time_and_the_delivery_is_tried_again(
+    table: PredictionsTable, clock: Clock, make: Any
+) -> None:
+    over = threading.Event()
+
+    def resolve(host: str, port: int) -> list[str]:
+        over.wait(30)
+        return ["1.1.1.1"]
+
+    def open_client(**options: Any) -> httpx.Client:
+        return guarded_client(**{**options, "resolve": resolve})
+
+    started = time.monotonic()
+    try:
+        receivers = make(open_client, total_seconds=0.3)
+        assert not receivers.deliver(*queued(clock, ended(table, clock)))
+        assert time.monotonic() - started < 5, "the scaled bound: 10 s are 0.3 s here"
+    finally:
+        over.set()
 
 
 def test_answer_without_end_is_not_read(table: PredictionsTable, clock: Clock, make: Any) -> None:

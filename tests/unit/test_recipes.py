@@ -486,3 +486,37 @@ def test_a_place_for_results_never_leaves_its_owners_part(text: str, safe: str) 
     assert safe_prefix(text) == safe
     assert folder("alice", "i" * 26, safe or None).startswith("alice/")
     assert safe_prefix(safe_prefix(text)) == safe_prefix(text)
+
+
+def webhook_of(call: Call, recipes: Recipes, key: str, **changes: Any) -> str | None:
+    """The webhook of the intent that a recipe makes of an object."""
+    status, shown = call("PUT", "mine", RECIPE | changes)
+    assert status in (200, 201), shown
+    intent = recipes.intent({"recipe_id": shown["id"], "event": created(key)}, message())
+    assert intent is not None
+    return intent.webhook
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("in/fox.png", "in%2Ffox.png"),
+        ("in/a&admin=1", "in%2Fa%26admin%3D1"),
+        ("in/a b#c?d", "in%2Fa%20b%23c%3Fd"),
+        ("in/../x", "in%2F..%2Fx"),
+        ("in/füchse%20", "in%2Ff%C3%BCchse%2520"),
+    ],
+)
+def test_value_in_a_webhook_adds_no_parameter_and_ends_no_url(
+    call: Call, recipes: Recipes, key: str, said: str
+) -> None:
+    webhook = "https://hooks.example.com/{{ object.key }}?key={{ object.key }}&size={{ object.size }}"
+    assert webhook_of(call, recipes, key, webhook=webhook) == f"https://hooks.example.com/{said}?key={said}&size=1"
+
+
+def test_placeholder_at_the_beginning_of_a_webhook_is_its_base(call: Call, recipes: Recipes) -> None:
+    base = "https://hooks.example.com/in?a=1"
+    found = webhook_of(
+        call, recipes, "in/a&b", defaults={"hook": base}, webhook="{{ defaults.hook }}&key={{ object.key }}"
+    )
+    assert found == f"{base}&key=in%2Fa%26b"

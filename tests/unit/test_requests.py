@@ -1,25 +1,40 @@
 """The requests queue's door: what a message starts, whose it is, and what becomes of one that starts nothing."""
 
+import contextlib
 import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from predictions import aws
-from predictions.dead_requests import DeadRequest, DeadRequests
+from predictions.changes import Changes
+from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequest, DeadRequests
 from predictions.executions import Executions
-from predictions.items import deserialize
+from predictions.items import deserialize, serialize
 from predictions.observability import logger
+from predictions.outputs import OutputsBucket
 from predictions.requests import Message, RequestRefused, Requests, _source_of, task_token_of
-from predictions.table import PredictionsTable
+from predictions.statuses import Status
+from predictions.table import CALLERS_LIMIT, PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
 
 from tests.unit.apps import Context, load_app
-from tests.unit.fakes import Clock, Executed, Wakes, refusing
+from tests.unit.conftest import ENVIRONMENT
+from tests.unit.fakes import Clock, Died, Executed, Fault, Wakes, faulty, meanwhile, refusing
 
 MODEL = "black-forest-labs/flux-schnell"
 BODY = {"model": MODEL, "input": {"prompt": "a fox"}}
 SENT = 1_749_999_990
+
+
+MANIFEST_CREATED = json.dumps(
+    {
+        "source": "aws.s3",
+        "detail-type": "Object Created",
+        "detail": {"bucket": {"name": "inputs"}, "object": {"key": "batches/alice/postcards/may.jsonl", "size": 7}},
+    }
+)
 
 
 def message(body: Any = BODY, *, id: str = "message-1", sender: str = "AIDANOBODY00") -> Message:  # noqa: A002
@@ -71,6 +86,26 @@ class TestRefused:
             requests.take(message(body))
         assert items("") == []
         assert executed.inputs == {}
+
+    def test_more_states_than_may_wait_for_one_prediction_are_refused_and_those_that_wait_are_not(
+        self, requests: Requests, table: PredictionsTable
+    ) -> None:
+        asked = {**BODY, "idempotency_key": "k"}
+        prediction = requests.take(message({**asked, "task_token": "token 0"}))
+        assert prediction is not None
+        # As many as it takes, in few calls.
+        rows = [{"pk": f"prediction#{prediction.id}", "sk": f"caller#{n}", "task_token": f"t{n}"} for n in range(998)]
+        for n in range(0, len(rows), 25):
+            puts: Any = [{"PutRequest": {"Item": serialize(row)}} for row in rows[n : n + 25]]
+            aws.client("dynamodb").batch_write_item(RequestItems={"predictions": puts})
+        requests.take(message({**asked, "task_token": "the last one"}, id="message-2"))
+        assert len(items("caller#")) == CALLERS_LIMIT
+        with pytest.raises(RequestRefused, match=f"1000 states wait for prediction {prediction.id} already"):
+            requests.take(message({**asked, "task_token": "one too many"}, id="message-3"))
+        assert len(items("caller#")) == CALLERS_LIMIT
+        for token in ("token 0", "the last one"):  # SQS may deliver a message twice
+            assert requests.take(message({**asked, "task_token": token})) is not None
+        assert requests.take(message(asked)) is not None, "nobody waits for this one"
 
     def test_key_of_another_request_is_refused_and_its_caller_not_noted(
         self, requests: Requests, executed: Executed
@@ -195,7 +230,7 @@ def function(requests: Requests, cloud: None) -> Iterator[Function]:
 
 def look() -> list[DeadRequest]:
     url = "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests"
-    return list(DeadRequests(url, aws.client("sqs")).look(30))
+    return list(DeadRequests(url, aws.client("sqs"), lambda: OutputsBucket("outputs")).look(30))
 
 
 @pytest.mark.parametrize("named", ["recipe_id", "pipeline_id", "batch_id"])
@@ -214,13 +249,18 @@ class TestFunction:
         assert (letter.id, letter.sender, letter.sent_at, letter.body) == ("m-2", "AIDANOBODY00", SENT, "{")
         assert letter.reason == "The body is not JSON at line 1, column 2."
 
-    def test_refusal_fails_the_state_that_waits_once_it_is_kept(self, function: Function, wakes: Wakes) -> None:
+    def test_refusal_fails_the_state_that_waits_also_where_it_cannot_be_kept(
+        self, function: Function, wakes: Wakes
+    ) -> None:
         bad = record({"model": MODEL, "task_token": "token"})
         with refusing("SendMessage", "AccessDenied", service="sqs"):
             assert function(bad) == ["message-1"]
-        assert wakes.told == []
+        told = ("token", ("RequestRefused", "input: This field is required."))
+        assert wakes.told == [told], "nothing else would ever tell it"
         assert function(bad) == []
-        assert wakes.told == [("token", ("RequestRefused", "input: This field is required."))]
+        assert wakes.told == [told, told]
+        (letter,) = look()
+        assert letter.reason == "input: This field is required."
         wakes.stale = {"token"}
         assert function(bad) == [], "a state that no longer waits is no error"
 
@@ -297,6 +337,186 @@ class TestFunction:
         assert "CANARY" not in log.getvalue()
 
 
+@contextmanager
+def limited(limit: int = MESSAGE_LIMIT_BYTES) -> Iterator[list[int]]:
+    """SQS as it counts: the body, and the names, types and values of attributes; moto counts the body alone.
+
+    Yields:
+        The sizes of what it took.
+    """
+    sizes: list[int] = []
+
+    def count(params: Any, **_: Any) -> tuple[Any, dict[str, Any]] | None:
+        asked = json.loads(params["body"])
+        attributes = asked.get("MessageAttributes", {})
+        size = len(asked["MessageBody"].encode()) + sum(
+            len(name.encode()) + len(each["DataType"]) + len(each["StringValue"].encode())
+            for name, each in attributes.items()
+        )
+        if size > limit:
+            error = {"Code": "InvalidParameterValue", "Message": "One or more parameters are invalid."}
+            return type("Http", (), {"status_code": 400})(), {"Error": error}
+        sizes.append(size)
+        return None
+
+    events: Any = aws.client("sqs").meta.events
+    events.register_first("before-call.sqs.SendMessage", count)
+    try:
+        yield sizes
+    finally:
+        events.unregister("before-call.sqs.SendMessage", count)
+
+
+def refused_body(size: int) -> str:
+    """A message of that many bytes that is refused, from a state that waits."""
+    around = json.dumps({"model": MODEL, "task_token": "token", "pad": ""})
+    return around[:-2] + "é" * ((size - len(around)) // 2) + "x" * ((size - len(around)) % 2) + '"}'
+
+
+class TestLargeRefused:
+    """SQS's limit is for the body and the attributes together."""
+
+    @pytest.mark.parametrize("below", [0, 1, 50, 199, 300, 400, 1000, 100_000])
+    def test_message_near_the_limit_is_kept_whole_with_its_reason_and_its_state_is_told(
+        self, function: Function, wakes: Wakes, below: int
+    ) -> None:
+        body = refused_body(MESSAGE_LIMIT_BYTES - below)
+        assert len(body.encode()) == MESSAGE_LIMIT_BYTES - below
+        with limited() as sizes:
+            assert function(record(body, id="m" * 36)) == []
+        assert len(sizes) == 1
+        (letter,) = look()
+        assert letter.body == body
+        assert (letter.id, letter.sender, letter.sent_at) == ("m" * 36, "AIDANOBODY00", SENT)
+        assert letter.reason.startswith("input: This field is required.")
+        assert [token for token, _ in wakes.told] == ["token"]
+        assert letter.event()["Records"][0]["body"] == body
+
+    @pytest.mark.parametrize("below", [400, 1000])
+    def test_long_reason_is_cut_to_what_fits(self, cloud: None, below: int) -> None:
+        body = "x" * (MESSAGE_LIMIT_BYTES - below)
+        with limited() as sizes:
+            DeadRequests.from_env().bury(message(body), "é" * 2000)
+        assert MESSAGE_LIMIT_BYTES - 1 <= sizes[0] <= MESSAGE_LIMIT_BYTES
+        (letter,) = look()
+        assert letter.body == body
+        assert letter.reason == "é" * len(letter.reason)
+
+    @pytest.mark.parametrize("fault", [Fault.REFUSED, Fault.DIED_BEFORE, Fault.DIED_AFTER])
+    def test_burying_that_breaks_off_anywhere_is_done_by_the_next_receive(
+        self, function: Function, wakes: Wakes, fault: Fault
+    ) -> None:
+        large = record(refused_body(MESSAGE_LIMIT_BYTES), id="m-1")
+        for n in range(3):  # the object, the message, the state
+            with faulty(fault, n) as made, contextlib.suppress(Died):
+                function(large)
+            assert len(made) > n
+            with limited():
+                assert function(large) == []
+            assert {letter.body for letter in look()} == {large["body"]}
+            assert wakes.told
+
+    def test_object_is_read_for_messages_of_ours_alone(self, cloud: None) -> None:
+        aws.client("s3").put_object(Bucket="outputs", Key="payloads/other/secret.json", Body=b"secret")
+        attributes = {"request_id": "m-1", "sender": "AIDA", "sent_at": "1", "body_key": "payloads/other/secret.json"}
+        aws.client("sqs").send_message(
+            QueueUrl="https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests",
+            MessageBody="{}",
+            MessageAttributes={n: {"DataType": "String", "StringValue": v} for n, v in attributes.items()},
+        )
+        (letter,) = look()
+        assert letter.body == "{}"
+
+
+class TestDeleted:
+    """What its owner has deleted does not come back with its message."""
+
+    LARGE = "secret " * PAYLOAD_LIMIT_BYTES
+
+    def delete(self, table: PredictionsTable, prediction: Prediction, clock: Clock) -> None:
+        assert table.request_cancel(prediction.id, clock.now())
+        assert table.end(table.get(prediction.id) or prediction, Status.CANCELED, None, clock.now())
+        deleted = table.request_delete(prediction.id, clock.now())
+        assert deleted is not None
+        table.delete_data(deleted, clock.now())
+        assert self.kept(prediction) == []
+
+    def kept(self, prediction: Prediction) -> list[str]:
+        """The contents of everything that is kept of a prediction, beside its status."""
+        found = [item for item in items("") if item["pk"] == f"prediction#{prediction.id}" and item["sk"] != "status"]
+        s3 = aws.client("s3")
+        listed = s3.list_objects_v2(Bucket="outputs").get("Contents", [])
+        bodies = [s3.get_object(Bucket="outputs", Key=each["Key"])["Body"].read().decode() for each in listed]
+        return [json.dumps(item, default=str) for item in found] + bodies
+
+    @pytest.mark.parametrize("large", [False, True])
+    @pytest.mark.parametrize("again", ["delivered", "redriven", "its key"])
+    def test_message_that_comes_again_stores_nothing(
+        self, function: Function, table: PredictionsTable, clock: Clock, large: bool, again: str
+    ) -> None:
+        prompt = self.LARGE if large else "secret"
+        body = {**BODY, "input": {"prompt": prompt}, "idempotency_key": "k"}
+        prediction = function._app.requests.take(message(body))
+        self.delete(table, prediction, clock)
+        repeated = {
+            "delivered": record(body),
+            "redriven": DeadRequest("message-1", "AIDANOBODY00", SENT, "", json.dumps(body), "").event()["Records"][0],
+            "its key": record(body, id="message-2"),
+        }[again]
+        assert function(repeated) == []
+        assert self.kept(prediction) == []
+
+    @pytest.mark.parametrize("large", [False, True])
+    def test_input_that_is_written_while_its_prediction_is_deleted_is_emptied(
+        self, requests: Requests, table: PredictionsTable, clock: Clock, large: bool
+    ) -> None:
+        body = {**BODY, "input": {"prompt": self.LARGE if large else "secret"}}
+
+        def start_and_delete() -> None:
+            started = requests.take(message(body))
+            assert started is not None
+            self.delete(table, started, clock)
+
+        with meanwhile("PutItem", start_and_delete):
+            prediction = requests.take(message(body))
+        assert prediction is not None
+        assert not any("secret" in each for each in self.kept(prediction))
+        # What is left holds nothing, and goes with the last look.
+        clock.advance(1021)
+        table.delete_data(table.get(prediction.id) or prediction, clock.now())
+        assert self.kept(prediction) == []
+
+    def test_state_that_waits_for_a_deleted_one_is_told_at_once(
+        self, function: Function, table: PredictionsTable, clock: Clock, wakes: Wakes
+    ) -> None:
+        prediction = function._app.requests.take(message(BODY))
+        self.delete(table, prediction, clock)
+        assert function(record({**BODY, "task_token": "token"})) == []
+        caller = next(item for item in items("caller#"))
+        keys = {"pk": {"S": caller["pk"]}, "sk": {"S": caller["sk"]}}
+        image = keys | {"task_token": {"S": "token"}}
+        change = {"Keys": keys, "NewImage": image, "SequenceNumber": "1", "ApproximateCreationDateTime": 1}
+        with pytest.MonkeyPatch.context() as only_here:
+            for name, value in ENVIRONMENT.items():
+                only_here.setenv(name, value)
+            changes = Changes.from_env()
+        assert changes.publish([{"dynamodb": change, "eventName": "INSERT"}]) is None
+        assert [(token, error) for token, (error, _) in wakes.told] == [("token", "PredictionCanceled")]
+
+
+class TestOwners:
+    @pytest.mark.parametrize("owner", ["payloads", "-x", "", "Alice", "a" * 33])
+    @pytest.mark.parametrize("variable", ["QUEUE_OWNER", "QUEUE_SENDERS"])
+    def test_owner_that_cannot_be_one_is_refused_before_any_message(
+        self, cloud: None, monkeypatch: pytest.MonkeyPatch, variable: str, owner: str
+    ) -> None:
+        monkeypatch.setenv(
+            variable, owner if variable == "QUEUE_OWNER" else f"AROAALICE0000=alice,AROABOB000000={owner}"
+        )
+        with pytest.raises(ValueError, match=rf"{variable} names the owner '{owner}'"):
+            Requests.from_env()
+
+
 class TestDeadRequests:
     def test_message_that_is_put_back_by_its_event_is_the_same_request(
         self, function: Function, executed: Executed
@@ -351,13 +571,31 @@ class TestDeadRequests:
                 "EventBridge could not send it, and it is no event of a recipe's rule (NO_PERMISSIONS)",
             ),
             (
+                MANIFEST_CREATED,
+                {"RULE_ARN": "arn:aws:events:us-east-1:123456789012:rule/stack-ManifestsRule-1ABC"},
+                {"batch_manifest": json.loads(MANIFEST_CREATED)},
+                "EventBridge could not send it, a redrive does (NO_PERMISSIONS: denied)",
+            ),
+            (
+                MANIFEST_CREATED.replace("batches/", "in/"),
+                {"RULE_ARN": "arn:aws:events:us-east-1:123456789012:rule/another"},
+                json.loads(MANIFEST_CREATED.replace("batches/", "in/")),
+                "EventBridge could not send it, and it is no event of a recipe's rule (NO_PERMISSIONS)",
+            ),
+            (
+                '{"source": "aws.s3", "detail-type": "Object Created", "detail": []}',
+                {"RULE_ARN": "arn:aws:events:us-east-1:123456789012:rule/another"},
+                {"source": "aws.s3", "detail-type": "Object Created", "detail": []},
+                "EventBridge could not send it, and it is no event of a recipe's rule (NO_PERMISSIONS)",
+            ),
+            (
                 "[]",
                 {"RULE_ARN": f"arn:aws:events:us-east-1:123456789012:rule/stack-recipe-{'a' * 26}"},
                 [],
                 "EventBridge could not send it, and it is no event of a recipe's rule (NO_PERMISSIONS)",
             ),
         ],
-        ids=["rule", "schedule", "another rule", "no event"],
+        ids=["rule", "schedule", "another rule", "manifest", "no manifest", "no object", "no event"],
     )
     def test_message_that_eventbridge_could_not_send_is_put_back_as_what_it_would_have_sent(
         self, cloud: None, body: str, told: dict[str, str], kept: Any, reason: str

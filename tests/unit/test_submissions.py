@@ -54,6 +54,12 @@ def waiting(table: PredictionsTable, clock: Clock, **options: Any) -> Prediction
     )
 
 
+def above_the_item_limit(update: dict[str, Any]) -> bool:
+    """Whether an update's own values are larger than an item of DynamoDB may be: 400 KB, texts counted as UTF-8."""
+    values = update["ExpressionAttributeValues"].values()
+    return sum(len(text.encode()) for value in values for text in value.values() if isinstance(text, str)) > 400 * 1024
+
+
 def current(table: PredictionsTable, prediction_id: str) -> Prediction:
     found = table.get(prediction_id)
     assert found is not None
@@ -74,6 +80,30 @@ class TestStart:
         assert (problem.value.status, problem.value.detail) == (status, detail)
         ended = current(table, intent.id)
         assert (ended.visible, ended.error) == ("failed", detail)
+
+    @pytest.mark.parametrize("text", ["ж" * 1000, "🦊" * 1000, "\x01" * 1000, '"' * 1000])
+    @pytest.mark.parametrize(("count", "left_out"), [(50, 0), (51, 1), (100, 50), (1000, 950)])
+    def test_refusal_of_any_size_ends_the_prediction_and_is_answered_alike_when_it_is_repeated(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory,
+        text: str, count: int, left_out: int,
+    ) -> None:  # fmt: skip
+        fields = [{"field": f"{n}{text}", "detail": text} for n in range(count)]
+        replicate.faults = [answer(422, {"detail": text * 2, "invalid_fields": fields})]
+        intent = wanted(key="k1")
+        problems = []
+        # The emulator writes what it then refuses: the limit is kept here, as DynamoDB keeps it, on the new values.
+        with refusing("UpdateItem", "ValidationException", above_the_item_limit, service="dynamodb"):
+            for _ in range(2):
+                with pytest.raises(Problem) as problem:
+                    submissions.start(intent)
+                problems.append(problem.value.body())
+        assert problems[0] == problems[1]
+        assert problems[0]["status"] == 422
+        assert [field["field"][:3] for field in problems[0]["invalid_fields"]] == [f"{n}{text}"[:3] for n in range(50)]
+        more = f"{left_out} more fields were refused; `invalid_fields` lists the first 50."
+        assert problems[0]["detail"].endswith(more) == bool(left_out)
+        ended = current(table, intent.id)
+        assert (ended.visible, ended.terminal, len(replicate.creates)) == ("failed", True, 1)
 
     @pytest.mark.parametrize("status", [401, 402, 403])
     def test_refused_token_is_a_502_and_without_a_key_the_prediction_has_failed(

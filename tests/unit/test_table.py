@@ -8,12 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from predictions import aws
 from predictions.intents import create_intent, derived_id, random_id
-from predictions.outputs import StoredFile
+from predictions.outputs import OutputsBucket, StoredFile
 from predictions.statuses import Status, rank_of, visible
 from predictions.table import PAYLOAD_LIMIT_BYTES, AlreadyExists, Change, Prediction, PredictionsTable
 from predictions.upstream_prediction import UpstreamPrediction
 
-from tests.unit.fakes import VERSION, Clock, answers_lost
+from tests.unit.fakes import VERSION, Clock, Died, answers_lost, meanwhile
 
 FILE = "https://replicate.delivery/x/out.png"
 
@@ -40,6 +40,13 @@ def put(table: PredictionsTable, clock: Clock, *, owner: str = "alice", claim: b
 
 def told(status: str, upstream_id: str = "u" * 26, **more: Any) -> UpstreamPrediction:
     return UpstreamPrediction.parse({"id": upstream_id, "status": status, **more})
+
+
+def objects_of(prediction: Prediction) -> dict[str, int]:
+    """The objects below a prediction's payloads, with their sizes."""
+    s3 = aws.client("s3")
+    listed = s3.list_objects_v2(Bucket="outputs", Prefix=f"payloads/{prediction.id}/").get("Contents", [])
+    return {found["Key"]: found["Size"] for found in listed}
 
 
 def raw_items(prediction_id: str) -> dict[str, dict[str, Any]]:
@@ -315,6 +322,68 @@ class TestPayloads:
         whole = table.read(prediction.id)
         assert whole is not None
         assert (whole.output, whole.logs) == (["a", "b"], "12")
+
+    def test_progress_that_grows_above_the_limit_stays_one_object_and_is_deleted(
+        self, table: PredictionsTable, clock: Clock
+    ) -> None:
+        prediction = put(table, clock)
+        step = PAYLOAD_LIMIT_BYTES // 20
+        for n in range(1, 61):
+            table.merge(prediction.id, told("processing", output=["a"] * n, logs="x" * (n * step)), clock.now())
+            if n == 25:
+                early = raw_items(prediction.id)["progress"]
+        [(key, size)] = objects_of(prediction).items()
+        assert size < 60 * step + 1000
+        whole = table.read(prediction.id)
+        assert whole is not None
+        assert (whole.output, whole.logs) == (["a"] * 60, "x" * (60 * step))
+        # A reader that has the item as it was then still finds its object.
+        assert early["s3_key"]["S"] == key
+        OutputsBucket("outputs").delete_all(prediction.id, prediction.owner)
+        assert objects_of(prediction) == {}
+
+    def test_large_progress_that_comes_late_replaces_nothing(self, table: PredictionsTable, clock: Clock) -> None:
+        prediction = put(table, clock)
+        logs = {size: "x" * (PAYLOAD_LIMIT_BYTES + size) for size in (1, 2, 3)}
+        for size in (2, 1, 2):
+            table.merge(prediction.id, told("processing", logs=logs[size]), clock.now())
+        assert (whole := table.read(prediction.id))
+        assert whole.logs == logs[2]
+
+        def longer() -> None:
+            table.merge(prediction.id, told("processing", logs=logs[3] + "!"), clock.now())
+
+        for operation, service in (("HeadObject", "s3"), ("PutObject", "s3"), ("PutItem", "dynamodb")):
+            with meanwhile(operation, longer, service=service):
+                table.merge(prediction.id, told("processing", logs=logs[3]), clock.now())
+            assert (whole := table.read(prediction.id))
+            assert whole.logs == logs[3] + "!", operation
+            logs[3] = logs[3] + "!!"
+        assert len(objects_of(prediction)) == 1
+
+    @pytest.mark.parametrize("before", [[], ["x" * 10], ["x" * (PAYLOAD_LIMIT_BYTES + 1)]])
+    def test_writer_of_large_progress_that_dies_half_way_leaves_a_readable_prediction_and_one_object(
+        self, table: PredictionsTable, clock: Clock, before: list[str]
+    ) -> None:
+        prediction = put(table, clock)
+        for logs in before:
+            table.merge(prediction.id, told("processing", logs=logs), clock.now())
+
+        def die() -> None:
+            raise Died
+
+        large = "x" * (PAYLOAD_LIMIT_BYTES + 2)
+        with meanwhile("PutItem", die), pytest.raises(Died):
+            table.merge(prediction.id, told("processing", logs=large), clock.now())
+        assert (whole := table.read(prediction.id))
+        # The object may be newer than the item that names it, never older.
+        assert whole.logs in (*before, large) if before else whole.logs is None
+        with answers_lost("s3", "dynamodb"):
+            table.merge(prediction.id, told("processing", logs=large), clock.now())
+            table.merge(prediction.id, told("processing", logs=large + "!"), clock.now())
+        assert (whole := table.read(prediction.id))
+        assert whole.logs == large + "!"
+        assert len(objects_of(prediction)) == 1
 
     def test_long_list_of_files_is_kept_beside_the_item(self, table: PredictionsTable, clock: Clock) -> None:
         prediction = put(table, clock)

@@ -4,10 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from predictions.access import _OWNER, is_owner, parse_authorization
+from predictions.change_retries import RETRY_SECONDS as CHANGE_RETRY_SECONDS
+from predictions.changes import NEEDED_SECONDS as CHANGE_NEEDED_SECONDS
+from predictions.commands.letters import QUEUES as LETTERS
 from predictions.deliveries import LONGEST_WAIT_SECONDS, RETRY_SECONDS
 from predictions.deployed_recipes import NEEDED_SECONDS as NEEDED_FOR_A_FILE_SECONDS
 from predictions.dropped_manifests import PREFIX
 from predictions.forwarding import ROUTES
+from predictions.received_requests import FAILURES_LIMIT, NEEDED_SECONDS
 from predictions.receivers import TOTAL_SECONDS
 from predictions.submissions import _ABANDON_SECONDS
 
@@ -31,9 +38,6 @@ MACHINES = sorted(resources("AWS::Serverless::StateMachine"))
 BUCKETS = sorted(resources("AWS::S3::Bucket"))
 QUEUES = sorted(resources("AWS::SQS::Queue"))
 PARAMETERS = load_template()["Parameters"]
-# Of functions/start_from_queue/app.py, which needs a cloud to import.
-NEEDED_SECONDS = 10
-
 # Actions of AWS that know no resource types, and so take only "*".
 WITHOUT_RESOURCES = {
     "events:ListRules",
@@ -180,6 +184,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                     "recipe#*",
                     "pipeline#*",
                     "batch#*",
+                    "message#*",
                 }
 
 
@@ -581,9 +586,37 @@ def test_api_asks_for_a_token_unless_a_route_says_otherwise() -> None:
     authorizer = api["Auth"]["Authorizers"][api["Auth"]["DefaultAuthorizer"]]
     assert authorizer["FunctionArn"] == {"Fn::GetAtt": ["AuthorizeRequestFunction", "Arn"]}
     assert authorizer["FunctionPayloadType"] == "TOKEN"
-    assert authorizer["Identity"] == {"Header": "Authorization", "ReauthorizeEvery": 60}
+    assert {name: authorizer["Identity"][name] for name in ("Header", "ReauthorizeEvery")} == {
+        "Header": "Authorization", "ReauthorizeEvery": 60,
+    }  # fmt: skip
     assert api["BinaryMediaTypes"] == ["multipart~1form-data"]
     assert [settings["DataTraceEnabled"] for settings in api["MethodSettings"]] == [False] * len(api["MethodSettings"])
+
+
+@given(
+    st.text()
+    | st.from_regex(r"(bearer|token|Bearer|TOKEN|Basic|bearer\t|) *[ -~]{0,300} *", fullmatch=True)
+    | st.sampled_from(
+        ["Bearer rs_" + "A" * 43, "token  x ", "Bearer " + "x" * 256, "Bearer " + "x" * 257, "Bearer x y"]
+    )
+)
+def test_header_runs_the_authorizer_exactly_if_it_can_hold_a_token(header: str) -> None:
+    # A header has one line: whether `$` also matches before a line's end is no matter here.
+    header = header.replace("\n", "")
+    authorizer = load_template()["Resources"]["Api"]["Properties"]["Auth"]["Authorizers"]["AccessToken"]
+    matched = re.search(authorizer["Identity"]["ValidationExpression"], header)
+    assert bool(matched) == (parse_authorization(header) is not None)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "events:PutTargets" in actions(name)])
+def test_rules_of_recipes_may_send_to_the_requests_queue_only(name: str) -> None:
+    (targets,) = [each for each in statements(name) if "events:PutTargets" in listed(each["Action"])]
+    assert targets["Action"] == "events:PutTargets"
+    queue = {"Fn::GetAtt": ["RequestsQueue", "Arn"]}
+    assert targets["Condition"] == {"ForAllValues:ArnEquals": {"events:TargetArn": queue}}
+    assert variables(name)["REQUESTS_QUEUE_ARN"] == queue, "which is where the code sends them"
+    for resource in targets["Resource"]:
+        assert resource["Fn::Sub"].endswith("/${AWS::StackName}-recipe-*")
 
 
 def test_public_routes_have_limits_of_their_own_so_that_strangers_cannot_use_up_that_of_the_callers() -> None:
@@ -704,7 +737,11 @@ def test_bucket_keeps_files_for_the_retention_time_and_is_kept_itself(name: str)
 
 @pytest.mark.parametrize(
     ("queue", "dead_letters"),
-    [("RequestsQueue", "RequestsDeadLetterQueue"), ("DeliveriesQueue", "DeliveriesDeadLetterQueue")],
+    [
+        ("RequestsQueue", "RequestsDeadLetterQueue"),
+        ("DeliveriesQueue", "DeliveriesDeadLetterQueue"),
+        ("ChangesRetryQueue", "ChangesDeadLetterQueue"),
+    ],
 )
 def test_messages_that_fail_again_and_again_are_kept(queue: str, dead_letters: str) -> None:
     queues = resources("AWS::SQS::Queue")
@@ -723,12 +760,26 @@ def test_delivery_outlives_its_tries_and_its_message_the_function() -> None:
     assert (source["BatchSize"], source["FunctionResponseTypes"]) == (1, ["ReportBatchItemFailures"])
 
 
+def test_retry_of_a_change_outlives_its_tries_and_its_message_the_function() -> None:
+    queue = resources("AWS::SQS::Queue")["ChangesRetryQueue"]["Properties"]
+    function = resources("AWS::Serverless::Function")["PublishChangesFunction"]["Properties"]
+    assert queue["MessageRetentionPeriod"] > CHANGE_RETRY_SECONDS
+    assert queue["VisibilityTimeout"] >= 6 * function["Timeout"]
+    assert function["Timeout"] >= 3 * CHANGE_NEEDED_SECONDS
+    source = SOURCES["ChangesRetryEventSource"]["Properties"]
+    assert source["EventSourceArn"] == {"Fn::GetAtt": ["ChangesRetryQueue", "Arn"]}
+    assert (source["BatchSize"], source["FunctionResponseTypes"]) == (10, ["ReportBatchItemFailures"])
+    assert source["ScalingConfig"] == {"MaximumConcurrency": 5}
+
+
 def test_request_outlives_its_tries_and_its_message_the_function() -> None:
     queue = resources("AWS::SQS::Queue")["RequestsQueue"]["Properties"]
     function = resources("AWS::Serverless::Function")["StartFromQueueFunction"]["Properties"]
     # https://docs.aws.amazon.com/lambda/latest/dg/services-sqs-configure.html
     assert queue["VisibilityTimeout"] >= 6 * function["Timeout"]
-    assert queue["RedrivePolicy"]["maxReceiveCount"] >= 5
+    # SQS counts receives that touched nothing, too: the function gives up long before, by its own count.
+    assert queue["RedrivePolicy"]["maxReceiveCount"] > 3 * (FAILURES_LIMIT + 1)
+    assert queue["RedrivePolicy"]["maxReceiveCount"] * queue["VisibilityTimeout"] < queue["MessageRetentionPeriod"]
     assert function["Timeout"] > 2 * NEEDED_SECONDS
     source = SOURCES["RequestsEventSource"]["Properties"]
     assert source["EventSourceArn"] == {"Fn::GetAtt": ["RequestsQueue", "Arn"]}
@@ -930,6 +981,7 @@ def test_alarms_watch_what_loses_results_or_money() -> None:
     assert {
         metric for alarm in ALARMS.values() for space, metric, _ in read_by(alarm) if space == "ReplicateServerless"
     } == {
+        "ChangesDelayed",
         "CopiesFailed",
         "UpstreamRefusals",
         "UpstreamThrottles",
@@ -982,6 +1034,14 @@ def kept(destination: Any) -> str:
     return str(queue)
 
 
+UNKEPT = {
+    each["Properties"]["ServiceToken"]["Fn::GetAtt"][0]
+    for each in load_template()["Resources"].values()
+    if each["Type"].startswith("Custom::")
+}
+"""Functions whose failed invocations are kept nowhere, because what they are invoked with is a secret."""
+
+
 def dead_letter_queues() -> dict[str, str]:
     """Every asynchronous hop of the template, and the queue that keeps what does not get across; fails without one."""
     found: dict[str, str] = {}
@@ -1021,7 +1081,9 @@ def dead_letter_queues() -> dict[str, str]:
         # Whoever has a function's ARN may have a schedule or a rule invoke it.
         if "Fn::GetAtt" in output["Value"] and output["Value"]["Fn::GetAtt"][0] in FUNCTIONS
     }
-    for name in invoked:
+    # Its payload holds CloudFormation's presigned URL, and CloudFormation tells of an answer that does not come.
+    assert invoked >= UNKEPT
+    for name in invoked - UNKEPT:
         on_failure = template[name]["Properties"]["EventInvokeConfig"]["DestinationConfig"]["OnFailure"]
         assert on_failure["Type"] == "SQS"
         found[f"invocations of {name}"] = kept(on_failure["Destination"])
@@ -1043,6 +1105,39 @@ def test_what_does_not_get_across_an_asynchronous_hop_is_kept_and_an_alarm_tells
         == watched
         == {name for name in queues if "RedrivePolicy" not in queues[name]["Properties"]}
     )
+
+
+@pytest.mark.parametrize("function", sorted(UNKEPT))
+def test_invocation_that_holds_a_secret_url_is_kept_in_no_queue(function: str) -> None:
+    properties = resources("AWS::Serverless::Function")[function]["Properties"]
+    assert "DestinationConfig" not in properties.get("EventInvokeConfig", {})
+    assert "DeadLetterQueue" not in properties
+    # It writes nothing of the event into a queue itself, either.
+    assert not {action for action in actions(function) if action.startswith("sqs:")}
+
+
+def test_every_dead_letter_queue_is_one_of_the_command_line() -> None:
+    queues = resources("AWS::SQS::Queue")
+    assert set(dead_letter_queues().values()) == set(LETTERS.values())
+    assert {name for name in queues if "RedrivePolicy" not in queues[name]["Properties"]} == set(LETTERS.values())
+
+
+def test_owner_in_a_parameter_is_one_that_the_code_takes() -> None:
+    owner = _OWNER.pattern
+    assert PARAMETERS["QueueOwner"]["AllowedPattern"] == f"^{owner}$"
+    inner = owner.replace("payloads$", "payloads(,|$)")
+    pair = f"[A-Z0-9]{{12,128}}={inner}"
+    assert PARAMETERS["QueueSenders"]["AllowedPattern"] == f"^$|^{pair}(,{pair})*$"
+
+
+@pytest.mark.parametrize(
+    "owner", ["payloads", "-x", "", "a" * 33, "A", "a_b", "payloads-", "payload", "a", "0", "a-", "a" * 32, "queue"]
+)
+def test_parameters_take_the_owners_that_the_code_takes(owner: str) -> None:
+    assert bool(re.search(PARAMETERS["QueueOwner"]["AllowedPattern"], owner)) == is_owner(owner)
+    first, second = "AROAEXAMPLE00", "AROAEXAMPLE11"
+    for senders in (f"{first}={owner}", f"{first}=a,{second}={owner}", f"{first}={owner},{second}=a"):
+        assert bool(re.search(PARAMETERS["QueueSenders"]["AllowedPattern"], senders)) == is_owner(owner), senders
 
 
 def test_code_makes_no_asynchronous_hop_without_a_queue_that_keeps_what_fails() -> None:
@@ -1180,16 +1275,21 @@ def test_alarm_for_what_is_past_its_deadline_comes_after_the_last_poll_that_may_
     assert alarm["Threshold"] > _ABANDON_SECONDS + longest
 
 
-def test_concurrency_is_reserved_for_webhooks_only_where_it_is_asked_for() -> None:
+def test_concurrency_is_reserved_for_webhooks_and_starts_only_where_it_is_asked_for() -> None:
     reserved = {
         name: function["Properties"]["ReservedConcurrentExecutions"]
         for name, function in resources("AWS::Serverless::Function").items()
         if "ReservedConcurrentExecutions" in function["Properties"]
     }
-    asked = ["ReserveForWebhooks", {"Ref": "WebhookReservedConcurrency"}, {"Ref": "AWS::NoValue"}]
-    assert reserved == {"ReceiveWebhookFunction": {"Fn::If": asked}}
+    webhooks = ["ReserveForWebhooks", {"Ref": "WebhookReservedConcurrency"}, {"Ref": "AWS::NoValue"}]
+    starts = ["ReserveForStarts", {"Ref": "StartReservedConcurrency"}, {"Ref": "AWS::NoValue"}]
+    assert reserved == {
+        "ReceiveWebhookFunction": {"Fn::If": webhooks},
+        "StartPredictionFunction": {"Fn::If": starts},
+    }
     # A new account has 10, and Lambda lets nothing be reserved of the last 100: the stack could not be deployed.
     assert PARAMETERS["WebhookReservedConcurrency"]["Default"] == 0
+    assert PARAMETERS["StartReservedConcurrency"]["Default"] == 0
 
 
 def test_outputs_are_those_that_users_and_tools_rely_on() -> None:

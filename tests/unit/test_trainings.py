@@ -8,7 +8,7 @@ import pytest
 from predictions import aws
 from predictions.copies import copy
 from predictions.errors import Problem
-from predictions.intents import Intent, create_training, training_reference
+from predictions.intents import Intent, create_intent, create_requested_intent, create_training, training_reference
 from predictions.outputs import OutputsBucket
 from predictions.receipts import Receipt, receive
 from predictions.submissions import Submissions
@@ -374,10 +374,40 @@ def test_list_has_pages_with_links_of_its_own(
     assert second["previous"].startswith(f"{API_URL}/trainings?cursor=")
 
 
-def test_token_without_the_scope_starts_no_training(call: Call, replicate: ReplicateInMemory) -> None:
+@pytest.mark.parametrize("scopes", ["read", "predict read"])
+def test_token_without_the_scope_starts_no_training(call: Call, replicate: ReplicateInMemory, scopes: str) -> None:
     event = sample("start_prediction", "training")
-    event["requestContext"]["authorizer"]["scopes"] = "read"
+    event["requestContext"]["authorizer"]["scopes"] = scopes
     answered = call("start_prediction", "training", requestContext=event["requestContext"])
     assert answered["statusCode"] == 403
+    assert "`train`" in answered["body"]["detail"]
     assert replicate.asked == []
     assert aws.client("dynamodb").scan(TableName="predictions")["Items"] == []
+
+
+@pytest.mark.parametrize("scopes", ["train", "manage"])
+def test_training_is_started_by_a_token_with_train_or_manage_alone(
+    call: Call, replicate: ReplicateInMemory, scopes: str
+) -> None:
+    event = sample("start_prediction", "training")
+    event["requestContext"]["authorizer"]["scopes"] = scopes
+    assert call("start_prediction", "training", requestContext=event["requestContext"])["statusCode"] == 201
+    assert len(replicate.creates) == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"destination": "acme/fox"}, {"training": True}, {"object": "training"}])
+def test_only_the_route_of_trainings_makes_a_training(more: dict[str, Any]) -> None:
+    # The doors of tokens with `predict`, of messages, and of lines of batches and steps of pipelines.
+    body = {"version": "acme/fox", "input": {"prompt": "x"}, **more}
+    given: dict[str, Any] = {"owner": "alice", "allow_loopback_webhooks": False}
+    doors: list[Callable[[], Intent]] = [
+        lambda: create_intent(json.dumps(body).encode(), {}, reference=None, **given),
+        lambda: create_requested_intent(body, source="queue", source_key="k", **given),
+    ]
+    for door in doors:
+        if more:
+            with pytest.raises(Problem, match="not known"):
+                door()
+        else:
+            intent = door()
+            assert (intent.object, intent.destination, intent.reference.kind) == ("prediction", None, "model")

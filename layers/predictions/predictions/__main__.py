@@ -23,7 +23,13 @@ from predictions.commands import flow, letters, story, tokens, upkeep, urls, web
 from predictions.commands.stack import Stack
 from predictions.deliveries import EVENTS
 from predictions.errors import PredictionsError
-from predictions.limits import IN_FLIGHT_MAX, PER_DAY_MAX
+from predictions.limits import (
+    IN_FLIGHT_MAX,
+    OPEN_BATCHES_DEFAULT,
+    OPEN_MAX,
+    OPEN_PIPELINES_DEFAULT,
+    PER_DAY_MAX,
+)
 
 _PROGRAM = "replicate-serverless"
 
@@ -203,7 +209,7 @@ _COMMANDS: Mapping[str, _Command | _Group] = {
         },
     ),
     "limits": _Group(
-        "limit owners: predictions in flight, and per day",
+        "limit owners: predictions in flight and per day, open batches and pipelines",
         {
             "set": _Command(
                 flow.set_limits,
@@ -213,6 +219,16 @@ _COMMANDS: Mapping[str, _Command | _Group] = {
                     _OWNER,
                     _argument("--in-flight", type=int, help=f"started and not ended at once, 0 to {IN_FLIGHT_MAX}"),
                     _argument("--per-day", type=int, help=f"started in a day (UTC), 0 to {PER_DAY_MAX}"),
+                    _argument(
+                        "--open-batches",
+                        type=int,
+                        help=f"batches not completed at once, 0 to {OPEN_MAX} (default: {OPEN_BATCHES_DEFAULT})",
+                    ),
+                    _argument(
+                        "--open-pipelines",
+                        type=int,
+                        help=f"pipelines not completed at once, 0 to {OPEN_MAX} (default: {OPEN_PIPELINES_DEFAULT})",
+                    ),
                 ),
             ),
             "list": _Command(

@@ -27,15 +27,22 @@ _TOKEN = re.compile(r"rs_[A-Za-z0-9_-]{43}")
 _AUTHORIZATION = re.compile(r"(?:bearer|token) +([\x21-\x7e]{1,256}) *", re.IGNORECASE | re.ASCII)
 # `payloads` is what the outputs bucket keeps beside the owners' files.
 _OWNER = re.compile(r"(?!payloads$)[a-z0-9][a-z0-9-]{0,31}")
+OWNER_RULE = "1 to 32 of a-z, 0-9 and '-', not '-' first, and not 'payloads'"
+"""What `is_owner` asks for, in words."""
 _NAME = re.compile(r"[ -~]{0,64}")  # Printable ASCII: names are shown in terminals.
 _ID = re.compile(r"[0-9a-f]{6,64}")
 
 
 class Scope(StrEnum):
-    """What a token allows: start and cancel predictions, read them, manage what belongs to the owner."""
+    """What a token allows: start and cancel predictions, read them, start trainings, manage recipes and models.
+
+    A training adds a version to a model of the Replicate account, which others may run by its name; so `manage`, which
+    may change models in any way, includes `train`, and `predict` does not.
+    """
 
     PREDICT = "predict"
     READ = "read"
+    TRAIN = "train"
     MANAGE = "manage"
 
 

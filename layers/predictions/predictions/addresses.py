@@ -10,6 +10,7 @@ import ipaddress
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -161,6 +162,40 @@ def _resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(address[0]) for *_, address in answers))
 
 
+def _resolve_in_time(
+    resolve: Callable[[str, int], Sequence[str]], host: str, port: int, timeout: float | None
+) -> Sequence[str]:
+    """Resolve a name within a time limit.
+
+    The system's resolver takes no timeout (tens of seconds where a name server is silent), so the lookup runs in a
+    thread of its own. A lookup that is given up ends by itself later; its result is discarded.
+
+    Raises:
+        httpcore.ConnectTimeout: The name was not resolved in time.
+        OSError: The name does not resolve.
+    """
+    if timeout is None:
+        return resolve(host, port)
+    found: list[Sequence[str]] = []
+    failed: list[Exception] = []
+
+    def look_up() -> None:
+        try:
+            found.append(resolve(host, port))
+        except Exception as error:  # noqa: BLE001  # raised again below, in the thread that waits
+            failed.append(error)
+
+    # Daemon: a process that ends does not wait for a silent name server.
+    thread = threading.Thread(target=look_up, name="resolve", daemon=True)
+    thread.start()
+    thread.join(min(timeout, threading.TIMEOUT_MAX))
+    if failed:
+        raise failed[0]
+    if not found:
+        raise httpcore.ConnectTimeout("the name was not resolved in time")
+    return found[0]
+
+
 def guarded_client(
     *,
     allowed_origins: Collection[str] = (),
@@ -178,7 +213,7 @@ def guarded_client(
 
     Args:
         allowed_origins: `scheme://host[:port]` for which neither scheme nor address is checked.
-        resolve: Gives a name's addresses; raises `OSError`.
+        resolve: Gives a name's addresses; raises `OSError`. Its time counts against the connect timeout.
         network: Opens the connection to an address.
         verify: Other certificate authorities than the usual ones; a check there always is.
         **httpx_kwargs: As for `httpx.Client`, such as `timeout`, `headers` and `event_hooks`; what would go
@@ -289,15 +324,18 @@ class _CheckedNetwork(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
+        # The timeout covers the lookup and the connection, and so does the whole time of a `TimedNetwork`.
+        if isinstance(self._network, TimedNetwork):
+            timeout = self._network.limited(timeout)
+        end = None if timeout is None else time.monotonic() + timeout
         try:
-            addresses = self._resolve(host, port)
+            addresses = _resolve_in_time(self._resolve, host, port, timeout)
         except (OSError, UnicodeError) as error:
             raise httpcore.ConnectError(f"the name does not resolve: {error}") from error
         public = [address for address in addresses if is_public(address)]
         if not public:
             raise AddressRefused("leads to a private or reserved address")
-        # The timeout is for the connection: the addresses share it, and a silent one leaves some to the next.
-        end = None if timeout is None else time.monotonic() + timeout
+        # The addresses share what is left, and a silent one leaves some to the next.
         for left in range(len(public), 0, -1):
             share = None if end is None else max(0.01, end - time.monotonic()) / left
             try:

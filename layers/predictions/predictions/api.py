@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -19,15 +19,16 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws import api_url
 from predictions.errors import Problem
-from predictions.observability import handler_of, logger
+from predictions.observability import MetricUnit, handler_of, logger, metrics
 from predictions.output_urls import Distribution
-from predictions.outputs import OutputsBucket, StoredFile, replace_files
+from predictions.outputs import FILES_LIMIT, OutputsBucket, StoredFile
 from predictions.table import Page, Prediction, PredictionsTable, Whole, is_id
 
 # Lambda answers with at most 6 MB, in which the body is a string: JSON within JSON.
 # https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
 ANSWER_LIMIT_BYTES = 5_500_000
 _LOGS_LIMIT_CHARACTERS = 256 * 1024
+_LARGE_INPUT_BYTES = ANSWER_LIMIT_BYTES - 1024**2
 
 # What a page's script may read of an answer, besides its body.
 _EXPOSED_HEADERS = [
@@ -90,16 +91,24 @@ def json_response(status: int, body: Any, headers: Mapping[str, str] | None = No
     return _response(status, body, _JSON, headers)
 
 
-def owner_with(app: APIGatewayRestResolver, scope: Literal["predict", "read", "manage"]) -> str:
-    """The owner of the access token of the current request.
+def owner_with(app: APIGatewayRestResolver, *scopes: Literal["predict", "read", "train", "manage"]) -> str:
+    """Return the owner of the access token of the current request.
+
+    Args:
+        app: The resolver of the request.
+        scopes: The token needs one of these; `manage` includes `train`.
 
     Raises:
-        Problem: 403, where the token lacks the scope that the route needs.
+        Problem: 403, where the token has none of the scopes.
     """
     authorized: Mapping[str, Any] = app.current_event.request_context.authorizer.raw_event
     owner = authorized.get("owner")
-    if not owner or scope not in str(authorized.get("scopes", "")).split():
-        raise Problem(403, f"This access token lacks the scope `{scope}`: its owner has to make one that has it.")
+    given = set(str(authorized.get("scopes", "")).split())
+    if "manage" in given:
+        given.add("train")
+    if not owner or given.isdisjoint(scopes):
+        wanted = " or ".join(f"`{scope}`" for scope in scopes)
+        raise Problem(403, f"This access token lacks the scope {wanted}: its owner has to make one that has it.")
     return str(owner)
 
 
@@ -263,6 +272,30 @@ class Presenter:
                 shown["error"] = f"The output with its {len(whole.files)} files is too large for an answer."
         return shown
 
+    def show_started(
+        self, prediction: Prediction, asked: Any, read: Callable[[], Whole], *, as_starting: bool = True
+    ) -> dict[str, Any]:
+        """Show a prediction to the caller who has just started it, whatever fails while it is shown.
+
+        It is started, and may be paid for: a caller who got an error would start another one. So on any error
+        (AWS fails, the secret that signs URLs is refused or damaged) it is shown as `starting`, without output: the
+        caller reads it by its id.
+
+        Args:
+            prediction: What was started.
+            asked: Its input.
+            read: Reads it with its payloads.
+            as_starting: As for `show`.
+        """
+        try:
+            return self.show(read(), as_starting=as_starting)
+        except Exception:  # noqa: BLE001  # whatever it is, the caller must not take it for "nothing was started"
+            logger.exception("started, but not shown", prediction_id=prediction.id)
+            metrics.add_metric(name="AnswersWithoutOutput", unit=MetricUnit.Count, value=1)
+        # Nothing of this has to be signed or read. The input is left out where it leaves no room for the rest.
+        open_ = replace(prediction, status="starting", visible="starting", rank=0)
+        return self.show(Whole(open_, {} if answer_bytes(asked) > _LARGE_INPUT_BYTES else asked, None, None, []))
+
     def link(self, key: str) -> str:
         """A URL of an object in the outputs bucket, which works for a while."""
         return self._url(key)
@@ -289,9 +322,7 @@ class Presenter:
             # Its files are still upstream's: callers are shown no URL that is not ours.
             return None if self._outputs.holds_files(whole.output) else whole.output
         # A file that nobody copied, as after an end by our own word, is shown as missing: its URL is not ours.
-        links: dict[str, Any] = {file.path: None for file in self._outputs.find_files(whole.output)}
-        links |= {f.path: self._url(f.key) for f in whole.files if f.key}
-        return replace_files(whole.output, links)
+        return self._outputs.place_files(whole.output, {f.path: self._url(f.key) for f in whole.files if f.key})
 
     def _url(self, key: str) -> str:
         return (self._distribution or self._outputs).url(key, self._url_seconds)
@@ -315,14 +346,20 @@ def answer_bytes(shown: Any) -> int:
 
 
 def _is_too_large(shown: Any) -> bool:
-    return answer_bytes(shown) > ANSWER_LIMIT_BYTES
+    text = json.dumps(shown)
+    # Within Lambda's answer it only gets longer, which would take its memory twice more.
+    return len(text) > ANSWER_LIMIT_BYTES or len(json.dumps(text)) > ANSWER_LIMIT_BYTES
 
 
 def _error(prediction: Prediction, files: Any) -> str | None:
     if prediction.error:
         return prediction.error
-    lost = [f"output{file.path}: {file.error}" for file in files if file.error]
-    return f"{len(lost)} of {len(files)} output files could not be stored. " + "; ".join(lost[:10]) if lost else None
+    said = [f"output{file.path}: {file.error}" for file in files if file.error]
+    # The entry for all files beyond the limit is the last one, and says how many there are.
+    beyond = said[-1:] if files and files[-1].index >= FILES_LIMIT else []
+    lost, known = len(said) - len(beyond), len(files) - len(beyond)
+    counted = f"{lost} of {known} output files could not be stored. " if lost else ""
+    return counted + "; ".join([*said[:lost][:10], *beyond]) or None
 
 
 def _rfc3339(moment: int) -> str:

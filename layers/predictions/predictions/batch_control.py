@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from predictions.aws import client
+from botocore.exceptions import BotoCoreError, ClientError
+
+from predictions.aws import api_url, client
 from predictions.batch_body import BatchBody, read_body, refusal
 from predictions.batch_files import (
     etag_of,
@@ -24,15 +26,18 @@ from predictions.batches import Batch, Batches
 from predictions.errors import Problem
 from predictions.intents import (
     LIFETIME_LIMIT_SECONDS,
+    Attempt,
     idempotency_key,
     input_json_canonical,
     parse_json,
     random_id,
 )
 from predictions.items import timestamp
+from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, refusal_of
 from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import logger
 from predictions.placeholders import PlaceholderError, expressions
+from predictions.recent_requests import RecentRequests
 from predictions.recipes import Recipe, RecipeItems
 
 if TYPE_CHECKING:
@@ -44,6 +49,9 @@ _CHUNK = 100
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
 _KEY_LIMIT_BYTES = 1024
 _START_CHECK_SECONDS = 60
+ATTEMPTS_LIMIT = 10
+"""How often the lines of a batch are run at most, the first time included."""
+
 _COUNTED = ("waiting", "running", "succeeded", "failed", "canceled", "refused")
 
 
@@ -57,6 +65,8 @@ class BatchControl:
         inputs_bucket_name: Where manifests may be.
         retention_seconds: How long a batch is kept.
         stepfunctions: The client to use.
+        usage: What owners use of their limits; None: limits are not applied.
+        recent: The requests that came without a key; None: repetitions of those are not found.
     """
 
     def __init__(
@@ -67,6 +77,9 @@ class BatchControl:
         inputs_bucket_name: str,
         retention_seconds: int,
         stepfunctions: "SFNClient",
+        *,
+        usage: OwnersUsage | None = None,
+        recent: RecentRequests | None = None,
     ) -> None:
         self.batches = batches
         self.recipes = recipes
@@ -74,6 +87,8 @@ class BatchControl:
         self._inputs_bucket_name = inputs_bucket_name
         self._retention_seconds = retention_seconds
         self._stepfunctions = stepfunctions
+        self._usage = usage
+        self._recent = recent
 
     @classmethod
     def from_env(cls) -> "BatchControl":
@@ -85,15 +100,35 @@ class BatchControl:
             os.environ["INPUTS_BUCKET_NAME"],
             int(os.environ["RETENTION_DAYS"]) * 86400,
             client("stepfunctions"),
+            usage=OwnersUsage.from_env(),
+            recent=RecentRequests.from_env(),
         )
 
     # -- make ---------------------------------------------------------------------------------------------------------
 
-    def make(self, body: bytes, headers: Mapping[str, str], owner: str) -> Batch:
+    def make(
+        self,
+        body: bytes,
+        headers: Mapping[str, str],
+        owner: str,
+        *,
+        attempt: Attempt | None = None,
+        limits: OwnerLimits | None = None,
+    ) -> Batch:
         """Makes a batch and starts it. With the same `Idempotency-Key` it is the one that was made before.
 
+        Once it is written, no error of AWS is the caller's: the sweep starts what was not started.
+
+        Args:
+            body: The raw body.
+            headers: The request's headers, their names in lower case.
+            owner: Whose batch it is.
+            attempt: Which attempt of its client's this is, where that counts; a repetition without a key finds the
+                batch of the two minutes before.
+            limits: The owner's; None: there are none.
+
         Raises:
-            Problem: 400, 413, 415 or 422.
+            Problem: 400, 413, 415, 422, or 429, where one of the owner's limits is used up.
         """
         asked = read_body(parse_json(body, headers.get("content-type")))
         invalid: list[dict[str, str]] = []
@@ -105,13 +140,29 @@ class BatchControl:
         fingerprint = hashlib.sha256(input_json_canonical(asked.model_dump()).encode()).hexdigest()
         batch_id = random_id()
         if key:
-            batch_id, known = self.batches.take_key(owner, key, batch_id, fingerprint, self.expires)
+            keys = self.batches.idempotency_keys
+            batch_id, known = keys.take_key(owner, key, batch_id, fingerprint, self.expires)
             if known != fingerprint:
                 detail = "This key belongs to another batch: use a new key for a new one, and the old one to repeat it."
                 raise refusal([{"field": "Idempotency-Key", "detail": detail}])
             if there := self.batches.find(batch_id):
                 return there
-        manifest = self._manifest(asked, batch_id, place)
+            # The batch may be written only now, long after its key.
+            keys.extend_key(owner, key, batch_id, self.expires)
+        elif attempt and self._recent:
+            # No fingerprint of a prediction begins so.
+            batch_id = self._recent.note(batch_id, owner, f"batch#{fingerprint}", attempt)
+            if attempt.number and (there := self.batches.find(batch_id)):
+                return there
+        # The answer needs it: what cannot be answered is not started.
+        api_url()
+        began = self._take_place(owner, batch_id, limits)
+        try:
+            manifest = self._manifest(asked, batch_id, place)
+        except Problem:
+            if self._usage:
+                self._usage.give_open_place_back("batch", owner, batch_id, began)
+            raise
         if asked.template is not None:
             put_text(self.batches.bucket_name, template_key(batch_id), json.dumps(asked.template))
         return self.launch(
@@ -124,6 +175,31 @@ class BatchControl:
             max_concurrency=asked.max_concurrency,
             tolerated_failure_percentage=asked.tolerated_failure_percentage,
         )
+
+    def _take_place(self, owner: str, batch_id: str, limits: OwnerLimits | None) -> int | None:
+        """Checks the owner's limit of the day, and takes a place among the open batches.
+
+        Raises:
+            Problem: 429.
+        """
+        if self._usage is None or not limits:
+            return None
+        try:
+            self._usage.check_day(owner, limits)
+            return self._usage.take_open_place("batch", owner, batch_id, limits)
+        except LimitReached as reached:
+            raise refusal_of(reached) from None
+
+    def check_limits(self, owner: str, batch_id: str) -> None:
+        """Takes the place of a batch that no caller waits for, by the limits that are set for its owner.
+
+        The limit of the day is not looked at: the lines wait for the next day.
+
+        Raises:
+            LimitReached: There is none.
+        """
+        if self._usage and (limits := self._usage.known_limits(owner)):
+            self._usage.take_open_place("batch", owner, batch_id, limits)
 
     @property
     def expires(self) -> int:
@@ -159,7 +235,7 @@ class BatchControl:
                 **asked,
             )
         )
-        self._run(batch)
+        self._run_or_leave(batch)
         return batch
 
     def _place(self, asked: BatchBody, owner: str, invalid: list[dict[str, str]]) -> str:
@@ -212,12 +288,14 @@ class BatchControl:
 
     def _manifest(self, asked: BatchBody, batch_id: str, key: str) -> dict[str, str]:
         if asked.requests is not None:
-            bucket, key, format_ = self.batches.bucket_name, manifest_key(batch_id), "jsonl"
+            bucket, key = self.batches.bucket_name, manifest_key(batch_id)
             with new_object(bucket, key) as writer:
                 for request in asked.requests:
                     writer.write_json(request)
-        else:
-            bucket, format_ = self._inputs_bucket_name, _format(asked, key)
+            # No ETag: of two calls with one key, each writes the object, and either may write the batch. Their requests
+            # are equal by the fingerprint, but not their ETags, which with KMS differ even for equal bytes.
+            return {"bucket": bucket, "key": key, "etag": "", "format": "jsonl"}
+        bucket, format_ = self._inputs_bucket_name, _format(asked, key)
         found = etag_of(bucket, key)
         if found is None:
             detail = "There is no such object."
@@ -242,11 +320,15 @@ class BatchControl:
             raise Problem(404, f"There is no batch {batch_id[:64]!r}.")
         return batch
 
-    def counts(self, batch: Batch) -> dict[str, int]:
+    def counts(self, batch: Batch, *, ask: bool = True) -> dict[str, int]:
         """Lines by their status: those that wait, run, and have ended in each way.
 
         While a batch runs they are Step Functions' own: nothing is written for them. Then `failed` holds what was
         canceled one by one, too.
+
+        Args:
+            batch: The batch.
+            ask: Whether to ask Step Functions; else lines whose fate the item does not tell are `waiting`.
         """
         counts = dict.fromkeys(_COUNTED, 0)
         if batch.counts is not None:
@@ -257,7 +339,7 @@ class BatchControl:
         if batch.total is not None and batch.attempt > 1:
             # What earlier attempts have done stays done.
             counts["succeeded"] = batch.total - refused - lines if batch.lines is not None else 0
-        run = self._map_run(batch) if lines else None
+        run = self._map_run(batch) if lines and ask else None
         if run is not None:
             found = run["itemCounts"]
             counts["running"] = found["running"]
@@ -284,13 +366,18 @@ class BatchControl:
     def halt(self, batch: Batch, submissions: "Submissions", remaining_seconds: Callable[[], float]) -> Batch:
         """Cancels a batch for its owner: no further line starts, and those that run are canceled at Replicate.
 
-        What does not fit into the time is done by the sweep. Twice changes nothing.
+        What does not fit into the time, or fails after that is written, is done by the sweep within a minute. Twice
+        changes nothing.
         """
         stopped = self.batches.stop(batch, "canceled") or self.batches.find(batch.id) or batch
-        if stopped.stop is not None and not stopped.ended:
-            self.cancel_lines(stopped, submissions, remaining_seconds)
-            self._run(self.batches.find(batch.id) or stopped)
-        return self.batches.find(batch.id) or stopped
+        try:
+            if stopped.stop is not None and not stopped.ended:
+                self.cancel_lines(stopped, submissions, remaining_seconds)
+                self._run(self.batches.find(batch.id) or stopped)
+            return self.batches.find(batch.id) or stopped
+        except (ClientError, BotoCoreError):
+            logger.exception("canceled, but not all of its lines yet", batch_id=batch.id)
+            return stopped
 
     def cancel_lines(self, batch: Batch, submissions: "Submissions", remaining_seconds: Callable[[], float]) -> None:
         """Cancels those lines of a stopped batch that run, from where it was left; notes how far it came."""
@@ -335,22 +422,39 @@ class BatchControl:
                 submissions.cancel(result.prediction)
         return True
 
-    def again(self, batch: Batch) -> Batch:
+    def again(self, batch: Batch, *, limits: OwnerLimits | None = None, repeated: bool = False) -> Batch:
         """Runs the lines anew that failed or were canceled, in a batch that has ended.
 
+        Args:
+            batch: The batch.
+            limits: The owner's; None: there are none.
+            repeated: Whether the client says that it repeats a call whose response it did not see: then a batch that
+                was begun again is the answer.
+
         Raises:
-            Problem: 409, where it has not ended, could not be read, nothing failed, or it expires too soon.
+            Problem: 409, where it has not ended, could not be read, nothing failed, it expires too soon, or it was run
+                `ATTEMPTS_LIMIT` times; 429, where one of the owner's limits is used up.
         """
         if not batch.ended:
+            if repeated and batch.attempt > 1:
+                return batch
             raise Problem(409, f"Batch {batch.id} has not ended: wait for its end, or cancel it.")
         counts = batch.counts or {}
         if batch.error or not counts.get("failed", 0) + counts.get("canceled", 0):
             raise Problem(409, f"Batch {batch.id} has no line that could be run anew.")
+        if batch.attempt >= ATTEMPTS_LIMIT:
+            detail = (
+                f"Batch {batch.id} has been run {batch.attempt} times, and the limit is {ATTEMPTS_LIMIT}. Create a new"
+                " batch of the lines that failed."
+            )
+            raise Problem(409, detail)
         if batch.expires_at - self.batches.now() < LIFETIME_LIMIT_SECONDS:
             # What it has written down goes with its item: its lines could not be read, nor its end be told.
             raise Problem(409, f"Batch {batch.id} is about to expire: make a new one of the lines that failed.")
+        api_url()
+        self._take_place(batch.owner, batch.id, limits)
         begun = self.batches.begin_again(batch) or self.batches.find(batch.id) or batch
-        self._run(begun)
+        self._run_or_leave(begun)
         return begun
 
     # -- sweep --------------------------------------------------------------------------------------------------------
@@ -365,11 +469,24 @@ class BatchControl:
         if taken is None:
             return
         logger.set_correlation_id(batch_id)
+        over = taken.abandoned_at is not None and self.batches.now() >= taken.abandoned_at
+        if over and not self._is_running(taken):
+            logger.error("functions died over it: ended without results", executions=taken.execution_n)
+            self.batches.abandon(taken)
+            return
         if taken.stop:
             self.cancel_lines(taken, submissions, remaining_seconds)
         self._run(taken)
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _run_or_leave(self, batch: Batch) -> None:
+        """Starts the execution of a batch that is written down; on an error the sweep does, within two minutes."""
+        try:
+            self._run(batch)
+        except (ClientError, BotoCoreError):
+            # Accepted all the same: a caller who is told of an error would make another one.
+            logger.exception("accepted, but not started yet", batch_id=batch.id)
 
     def _run(self, batch: Batch) -> None:
         """Makes sure that an execution runs this attempt."""
@@ -387,9 +504,16 @@ class BatchControl:
                 input=json.dumps({"id": batch.id, "attempt": batch.attempt}),
             )
         except stepfunctions.exceptions.ExecutionAlreadyExists:
+            return self._is_running(batch)
+        return True
+
+    def _is_running(self, batch: Batch) -> bool:
+        stepfunctions = self._stepfunctions
+        try:
             arn = self._execution_arn(batch)
             return stepfunctions.describe_execution(executionArn=arn)["status"] == "RUNNING"
-        return True
+        except stepfunctions.exceptions.ExecutionDoesNotExist:
+            return False
 
     def _execution_arn(self, batch: Batch) -> str:
         return f"{self._machine_arn.replace(':stateMachine:', ':execution:')}:{batch.execution_name}"

@@ -12,11 +12,10 @@ had more failing lines than it tolerates. `stop` in the item says that no furthe
 It is written before anybody looks for lines that run, and a line looks at it right before it is submitted, when it has
 been written down: so either of the two sees the other, and no line is left running.
 
-`sk` = `key` under `batch#{owner's key, hashed}` holds the id that belongs to an `Idempotency-Key`. Batches' own ids are
-random, because messages name them without further proof.
+`sk` = `key` under `batch#{owner's key, hashed}` holds the id that belongs to an `Idempotency-Key` (see
+`predictions.idempotency_keys`). Batches' own ids are random, because messages name them without further proof.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -24,9 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from botocore.exceptions import BotoCoreError, ClientError
+
 from predictions.aws import client
 from predictions.batch_files import read_range, requests_key
 from predictions.errors import NoLongerWanted, Problem
+from predictions.idempotency_keys import IdempotencyKeys
 from predictions.intents import BODY_LIMIT_BYTES, Intent, create_requested_intent, derived_id
 from predictions.items import deserialize, list_page, read_items, serialize, timestamp
 
@@ -40,6 +42,11 @@ CHECK_SECONDS = 300
 """How often the sweep looks whether the execution of a batch is there."""
 
 _START_CHECK_SECONDS = 60
+# Backoff of the looks at a batch over which functions die: doubled with each execution, up to an hour.
+_CHECK_MOST_SECONDS = 3600
+# A batch has no deadline: one that functions died over for so long is ended this long before its item expires.
+_ABANDON_BEFORE_SECONDS = 86400
+_DEAD_EXECUTIONS = 3
 # What a line of requests.jsonl has around its request.
 _AROUND_BYTES = 1024
 
@@ -61,6 +68,7 @@ class Batch:
         results_key: The results of the last attempt that ended.
         stop: Why no further line starts: `canceled` or `exceeded`.
         stopped_before: How many of this attempt's lines were looked at, to cancel those that run; None once all were.
+        stalled_looks: How many looks in a row of the sweep died while they canceled lines.
     """
 
     id: str
@@ -87,6 +95,7 @@ class Batch:
     error: str | None = None
     stop: str | None = None
     stopped_before: int | None = None
+    stalled_looks: int = 0
     completed_at: str | None = None
     next_check_at: int | None = None
 
@@ -94,6 +103,17 @@ class Batch:
     def ended(self) -> bool:
         """Whether nothing of it runs any more."""
         return self.status in ENDED
+
+    @property
+    def is_canceling(self) -> bool:
+        """Whether lines of it that run are still to be canceled."""
+        return self.stop is not None and self.stopped_before is not None and self.lines is not None
+
+    @property
+    def abandoned_at(self) -> int | None:
+        """When it is ended by our own word, where functions died over it again and again."""
+        died = self.execution_n > _DEAD_EXECUTIONS or self.stalled_looks > _DEAD_EXECUTIONS
+        return self.expires_at - _ABANDON_BEFORE_SECONDS if died else None
 
     @property
     def execution_name(self) -> str:
@@ -214,26 +234,17 @@ class Batches:
 
     # -- what changes -------------------------------------------------------------------------------------------------
 
-    def take_key(self, owner: str, key: str, batch_id: str, fingerprint: str, expires: int) -> tuple[str, str]:
-        """The id and the fingerprint that belong to an owner's key: these, or those that it had before."""
-        dynamodb = self._dynamodb
-        hashed = hashlib.sha256(f"{owner}\0{key}".encode()).hexdigest()
-        item = {"pk": f"batch#{hashed}", "sk": "key", "id": batch_id, "fingerprint": fingerprint, "expires_at": expires}
-        try:
-            dynamodb.put_item(
-                TableName=self._table_name,
-                Item=serialize(item),
-                ConditionExpression="attribute_not_exists(pk)",
-                ReturnValuesOnConditionCheckFailure="ALL_OLD",
-            )
-        except dynamodb.exceptions.ConditionalCheckFailedException as error:
-            left: Any = error.response
-            there = deserialize(left["Item"])
-            return there["id"], there["fingerprint"]
-        return batch_id, fingerprint
+    @property
+    def idempotency_keys(self) -> IdempotencyKeys:
+        """The idempotency keys of batches."""
+        return IdempotencyKeys("batch", self._table_name, self._dynamodb, now=self.now)
 
     def write_down(self, batch: Batch) -> Batch:
-        """Writes a new batch down; one that is there already stays as it is, and is given."""
+        """Writes a new batch down; one that is there already stays as it is, and is given.
+
+        Raises:
+            ClientError, BotoCoreError: It is not there, as far as the table tells: nobody is about to run it.
+        """
         dynamodb = self._dynamodb
         values = {name: getattr(batch, name) for name in _FIELDS}
         item = {
@@ -249,6 +260,12 @@ class Batches:
             )
         except dynamodb.exceptions.ConditionalCheckFailedException:
             return self.find(batch.id) or batch
+        except (ClientError, BotoCoreError):
+            # The write may have been made, and only its answer be lost: then the sweep runs the batch, and a caller who
+            # is told of an error would make another one.
+            if there := self.find(batch.id):
+                return there
+            raise
         return batch
 
     def running(self, batch: Batch, *, lines: int, total: int, refused: int) -> None:
@@ -285,7 +302,9 @@ class Batches:
         """Notes how far the cancelling of its lines has come; None: all of them were looked at."""
         set_ = {} if before is None else {"stopped_before": before}
         condition = "attempt = :attempt AND attribute_exists(#open)"
-        self._change(batch, set_, remove=["stopped_before"] if before is None else [], condition=condition)
+        done = ["stopped_before"] if before is None else []
+        # Whoever writes this did not die.
+        self._change(batch, set_, remove=[*done, "stalled_looks"], condition=condition)
 
     def end(self, batch: Batch, *, status: str, counts: Mapping[str, int], results_key: str) -> Batch | None:
         """Ends an attempt; None where that was done before."""
@@ -305,26 +324,59 @@ class Batches:
 
     def begin_again(self, batch: Batch) -> Batch | None:
         """Begins another attempt of a batch that has ended; None where somebody else did."""
+        try:
+            return self._change(
+                batch,
+                {
+                    "attempt": batch.attempt + 1,
+                    "execution_n": 1,
+                    "status": "preparing",
+                    "open": "open",
+                    "next_check_at": int(self.now()) + _START_CHECK_SECONDS,
+                },
+                remove=["stop", "stopped_before", "stalled_looks", "counts", "completed_at", "lines", "visible"],
+                condition="attempt = :attempt AND attribute_not_exists(#open)",
+            )
+        except (ClientError, BotoCoreError):
+            # As for a new batch: the write may have been made, and only its answer be lost.
+            there = self.find(batch.id)
+            if there is None or there.attempt <= batch.attempt:
+                raise
+            return there
+
+    def take_check(self, batch: Batch) -> Batch | None:
+        """Takes a check that is due, so that nobody else does it; None where somebody did.
+
+        The next check is put off by the same write, before anything is done: the further, the more executions or looks
+        have died over this batch.
+        """
+        wait = _START_CHECK_SECONDS if batch.stop else CHECK_SECONDS
+        died = batch.execution_n - 1 + batch.stalled_looks
+        look = {"stalled_looks": batch.stalled_looks + 1} if batch.is_canceling else {}
+        return self._change(
+            batch,
+            {"next_check_at": int(self.now()) + min(_CHECK_MOST_SECONDS, wait * 2 ** min(died, 10)), **look},
+            condition="attribute_exists(#open) AND next_check_at = :due",
+            values={":due": batch.next_check_at},
+        )
+
+    def abandon(self, batch: Batch) -> Batch | None:
+        """End an attempt over which functions died, without results; None if it ended meanwhile."""
+        error = (
+            "This stack's functions ran out of memory or time each time that they worked on this batch, so it was "
+            "ended without results. Its predictions have their own ends: read them one by one."
+        )
         return self._change(
             batch,
             {
-                "attempt": batch.attempt + 1,
-                "execution_n": 1,
-                "status": "preparing",
-                "open": "open",
-                "next_check_at": int(self.now()) + _START_CHECK_SECONDS,
+                "status": "failed",
+                "visible": "failed",
+                "counts": {},
+                "error": error,
+                "completed_at": timestamp(self.now()),
             },
-            remove=["stop", "stopped_before", "counts", "completed_at", "lines", "visible"],
-            condition="attempt = :attempt AND attribute_not_exists(#open)",
-        )
-
-    def take_check(self, batch: Batch) -> Batch | None:
-        """Takes a check that is due, so that nobody else does it; None where somebody did."""
-        return self._change(
-            batch,
-            {"next_check_at": int(self.now()) + (_START_CHECK_SECONDS if batch.stop else CHECK_SECONDS)},
-            condition="attribute_exists(#open) AND next_check_at = :due",
-            values={":due": batch.next_check_at},
+            remove=["open", "next_check_at", "stopped_before", "stalled_looks"],
+            condition="attempt = :attempt AND attribute_exists(#open)",
         )
 
     def next_execution(self, batch: Batch) -> Batch | None:
@@ -401,7 +453,7 @@ def event_of(change: Mapping[str, Any], bucket_name: str) -> tuple[str, dict[str
         "counts": dict(batch.counts or {}),
         "depth": batch.depth,
         "error": batch.error,
-        "results": f"s3://{bucket_name}/{batch.results_key}",
+        "results": f"s3://{bucket_name}/{batch.results_key}" if batch.results_key else None,
         "created_at": batch.created_at,
         "completed_at": batch.completed_at,
     }

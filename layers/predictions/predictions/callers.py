@@ -4,6 +4,7 @@ https://docs.aws.amazon.com/step-functions/latest/dg/connect-to-resource.html#co
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,15 +17,26 @@ from predictions.observability import logger
 _CAUSE_LIMIT = 32768
 
 
-# It timed out, was told already (these calls may come twice), or the token never was one of this account: nothing that
-# another try mends, and a strange token must not hold up what comes after it.
-_GONE = frozenset({"TaskTimedOut", "TaskDoesNotExist", "InvalidToken", "AccessDeniedException", "ValidationException"})
+# It timed out, was told already (these calls may come twice), or is no token at all: nothing that another try changes,
+# and a strange token must not hold up what comes after it.
+_GONE = frozenset({"TaskTimedOut", "TaskDoesNotExist", "InvalidToken", "ValidationException"})
+
+# Step Functions has no error of its own for a token of another account: only principals of the same account may send
+# one, so it is IAM that refuses it, in the words in which it refuses a right that this function lacks. What differs is
+# the account of the state machine that the message names.
+_DENIED = "AccessDeniedException"
+_CALLING_ACCOUNT = re.compile(r"arn:[a-z-]+:(?:sts|iam)::([0-9]{12}):")
+_ACCOUNT_OF_MACHINE = re.compile(r"on resource: arn:[a-z-]+:states:[a-z0-9-]*:([0-9]{12}):")
 
 
 def tell_success(task_token: str, result: Mapping[str, Any]) -> None:
     """Lets a state go on with a result; one that no longer waits is no error.
 
     An `output` that Step Functions do not take, such as one nested deeper than they read, is left out.
+
+    Raises:
+        ClientError: Step Functions refused the call, and may accept it later: it was throttled, or this function
+            lacks the right to send it.
     """
     stepfunctions = client("stepfunctions")
     try:
@@ -39,7 +51,11 @@ def tell_success(task_token: str, result: Mapping[str, Any]) -> None:
 
 
 def tell_failure(task_token: str, error: str, cause: str) -> None:
-    """Fails a state with a name that it can catch; one that no longer waits is no error."""
+    """Fails a state with a name that it can catch; one that no longer waits is no error.
+
+    Raises:
+        ClientError: As for `tell_success`.
+    """
     stepfunctions = client("stepfunctions")
     try:
         stepfunctions.send_task_failure(taskToken=task_token, error=error, cause=cause[:_CAUSE_LIMIT])
@@ -49,6 +65,12 @@ def tell_failure(task_token: str, error: str, cause: str) -> None:
 
 def _pass_over(error: ClientError) -> None:
     code = error.response["Error"]["Code"]
-    if code not in _GONE:
+    if code not in _GONE and not (code == _DENIED and _is_of_another_account(error)):
         raise error
     logger.info("nobody waits with this token", reason=code)
+
+
+def _is_of_another_account(error: ClientError) -> bool:
+    message = error.response["Error"].get("Message", "")
+    ours, theirs = _CALLING_ACCOUNT.search(message), _ACCOUNT_OF_MACHINE.search(message)
+    return bool(ours and theirs and ours[1] != theirs[1])

@@ -7,36 +7,52 @@
 
 Stream records come at least once, and in the order of an item's changes. Each of these is the same for a record that
 comes twice, or can be told to be: deliveries and events have ids, a task token works once, and a hook has to look.
+
+Each of the four is done without regard to the others: one that fails is sent to a queue of its own and retried from
+there (`predictions.change_retries`), and the stream goes on. Only while that queue cannot be reached either is the
+stream read again, from that record on.
 """
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.callers import tell_failure, tell_success
+from predictions.change_retries import Effect, Retry, RetryQueue, UnreadableRetry
 from predictions.deliveries import DeliveriesQueue
-from predictions.errors import PredictionsError
 from predictions.events import Event, EventBus, event_of_prediction, list_files
-from predictions.observability import logger
-from predictions.outputs import OutputsBucket, StoredFile, replace_files
+from predictions.observability import MetricUnit, logger, metrics
+from predictions.outputs import OutputsBucket, StoredFile
 from predictions.statuses import Status
-from predictions.table import Prediction, PredictionsTable, read_image
+from predictions.table import PayloadTooLong, Prediction, PredictionsTable, read_image
 
 OUTPUT_LIMIT_BYTES = 32 * 1024
 """What the output may take in what a state machine is told: it carries 256 KiB in all, and has data of its own."""
 
+PARSED_LIMIT_CHARACTERS = 1024 * 1024
+"""Of output and logs together, what is parsed to find an output that may be short. Up to 65 times its size in memory
+(`{}` in a list) is within the function's; above it the output counts as too long without being read."""
+
+NEEDED_SECONDS = 20.0
+"""What has to be left of the function's time to begin something more: a call to AWS that is repeated until it is given
+up, and the last calls of a run."""
+
 _FILES_LIMIT_BYTES = 16 * 1024
 # However much of both has to be escaped, a cause of 32 KiB holds them whole: cut off, it were no JSON.
 _CAUSE_ERROR_CHARACTERS = 2000
+# Step Functions refuse one token or another; what refuses so many in a row is no matter of tokens.
+_FAILURES_IN_A_ROW = 3
 
 _ENDED = frozenset({Status.SUCCEEDED.value, Status.FAILED.value, Status.CANCELED.value})
 
-
-class NotTaken(PredictionsError):
-    """The bus did not take an event now."""
+T = TypeVar("T")
 
 
 class Changes:
@@ -47,7 +63,10 @@ class Changes:
         outputs: The bucket with their files.
         deliveries: The queue of webhooks to callers.
         bus: The stack's event bus.
+        retries: Where an effect goes that failed.
         processing_events: Whether `Prediction Processing` is told too.
+        now: The time.
+        jitter: Gives random numbers from 0 to 1.
     """
 
     def __init__(
@@ -56,13 +75,19 @@ class Changes:
         outputs: OutputsBucket,
         deliveries: DeliveriesQueue,
         bus: EventBus,
+        retries: RetryQueue,
         *,
         processing_events: bool,
+        now: Callable[[], float] = time.time,
+        jitter: Callable[[], float] = random.random,
     ) -> None:
         self._table = table
         self._outputs = outputs
         self._deliveries = deliveries
         self._bus = bus
+        self._retries = retries
+        self._now = now
+        self._jitter = jitter
         self._processing_events = processing_events
 
     @classmethod
@@ -73,94 +98,235 @@ class Changes:
             OutputsBucket.from_env(),
             DeliveriesQueue.from_env(),
             EventBus.from_env(),
+            RetryQueue.from_env(),
             processing_events=os.environ["PROCESSING_EVENTS"] == "true",
         )
 
-    def publish(self, records: Iterable[Mapping[str, Any]]) -> str | None:
+    def publish(
+        self, records: Sequence[Mapping[str, Any]], remaining_seconds: Callable[[], float] = lambda: math.inf
+    ) -> str | None:
         """Does what records of the stream call for, in their order; events go to the bus together, at the end.
 
+        Args:
+            records: As Lambda passes them.
+            remaining_seconds: How long the function may still run.
+
         Returns:
-            The sequence number of the first record that failed, from which on all are to be read again; None where
-            none did.
+            The sequence number of the first record from which on all are to be read again: an effect failed and could
+            not be sent to its queue, or no time was left. None where all are done with.
         """
         told: set[str] = set()
-        news: list[tuple[str, Event]] = []
+        news: list[tuple[Mapping[str, Any], Event]] = []
         failed: str | None = None
         for record in records:
-            sequence_number = str(record["dynamodb"]["SequenceNumber"])
-            try:
-                self._deliveries.send_for(record, told)
-                if event := self._act(record):
-                    news.append((sequence_number, event))
-            except (ClientError, BotoCoreError):
-                failed = sequence_number
-                logger.exception("change not published", sequence_number=failed)
+            number = str(record["dynamodb"]["SequenceNumber"])
+            if record is not records[0] and remaining_seconds() < NEEDED_SECONDS:
+                logger.warning("no time left", sequence_number=number)
+                failed = number
                 break
-        try:
-            refused = self._bus.put([event for _, event in news])
-        except (ClientError, BotoCoreError):
-            refused = 0
-            logger.exception("events not put")
-        if refused is not None:
-            # Its record comes before the one that failed, if any did.
-            failed = news[refused][0]
-            logger.error("event not taken", sequence_number=failed)
+            try:
+                if event := self._publish(record, told, remaining_seconds):
+                    news.append((record, event))
+            except Exception:  # noqa: BLE001  # the stream comes again with whatever could not be queued
+                failed = number
+                logger.exception("change not published", sequence_number=number)
+                break
+        for record, event in self._not_taken(news):
+            try:
+                self._retry_later(Effect.EVENT, record)
+            except Exception:  # noqa: BLE001  # as above
+                # Its record comes before the one that failed, if any did.
+                logger.exception("event not put", event_id=event.detail.get("event_id"))
+                return str(record["dynamodb"]["SequenceNumber"])
         return failed
 
-    def _act(self, record: Mapping[str, Any]) -> Event | None:
-        """Everything but webhooks: what a record calls for is done, and its event is returned."""
-        change = record["dynamodb"]
-        kind, _, id_ = str(change["Keys"]["pk"]["S"]).partition("#")
-        sk = str(change["Keys"]["sk"]["S"])
-        match kind:
-            case "prediction" if sk == "status":
-                return self._status_changed(change)
-            case "prediction" if sk.startswith("caller#"):
-                self._caller_came(id_, str(change["NewImage"]["task_token"]["S"]))
-            case "pipeline":
-                from predictions.pipelines import event_of  # with the first record of a pipeline
+    def retry(
+        self, messages: Iterable[Mapping[str, Any]], remaining_seconds: Callable[[], float] = lambda: math.inf
+    ) -> list[str]:
+        """Does effects once more that failed before; one that fails again is queued again, or given up after a day.
 
-                if told := event_of(record):
-                    return Event(*told, at=float(change["ApproximateCreationDateTime"]))
-            case "batch" if sk == "status":
-                return self._batch_changed(change)
+        Args:
+            messages: Of the queue of retries, as Lambda passes them.
+            remaining_seconds: How long the function may still run.
+
+        Returns:
+            The ids of the messages that SQS has to keep.
+        """
+        waiting: list[str] = []
+        news: list[tuple[tuple[str, Retry], Event]] = []
+        for message in messages:
+            id_ = str(message["messageId"])
+            try:
+                left = retry = Retry.read(message["body"])
+            except UnreadableRetry:
+                logger.exception("not a retry", message_id=id_)
+                waiting.append(id_)  # SQS moves it to the dead-letter queue in the end
+                continue
+            if remaining_seconds() < NEEDED_SECONDS:
+                waiting.append(id_)
+                continue
+            try:
+                if retry.effect is Effect.EVENT:
+                    event = self._event(retry.record)
+                    news += [((id_, retry), event)] if event else []
+                    continue
+                untold = self._do(retry.effect, retry.record, set(), retry.callers, remaining_seconds)
+                if not untold:
+                    continue
+                # Where some were told, the backoff begins again: so it does once for each caller at most.
+                progress = retry.callers is not None and len(untold) < len(retry.callers)
+                left = replace(retry, callers=untold, first_at=int(self._now()) if progress else retry.first_at)
+            except Exception:  # noqa: BLE001  # whatever it is, no effect holds up another
+                logger.exception("effect failed again", effect=retry.effect)
+            waiting += [] if self._put_off(left) else [id_]
+        for (id_, retry), _ in self._not_taken(news):
+            waiting += [] if self._put_off(retry) else [id_]
+        return waiting
+
+    def _publish(
+        self, record: Mapping[str, Any], told: set[str], remaining_seconds: Callable[[], float]
+    ) -> Event | None:
+        """Has every effect of a record, but for its event, which is returned.
+
+        Raises:
+            Exception: An effect failed, and its retry could not be queued.
+        """
+        for effect in Effect:
+            untold: tuple[str, ...] | None = None
+            try:
+                if effect is Effect.EVENT:
+                    return self._event(record)
+                untold = self._do(effect, record, told, None, remaining_seconds)
+                if not untold:
+                    continue
+            except Exception:  # noqa: BLE001  # whatever it is, no effect holds up another
+                number = record["dynamodb"]["SequenceNumber"]
+                logger.exception("effect failed", effect=effect, sequence_number=number)
+            self._retry_later(effect, record, untold)
         return None
 
-    def _status_changed(self, change: Mapping[str, Any]) -> Event | None:
-        after = read_image(change["NewImage"])
-        before = read_image(change["OldImage"]) if change.get("OldImage") else None
-        if before is not None and before.visible == after.visible:
-            return None
-        if after.visible == Status.PROCESSING and (not self._processing_events or after.terminal):
-            # With files an end is first seen as `processing`: that is no news of a model that runs.
-            return None
-        if after.visible in _ENDED:
-            self._ended(after)
+    def _do(
+        self,
+        effect: Effect,
+        record: Mapping[str, Any],
+        told: set[str],
+        callers: Sequence[str] | None,
+        remaining_seconds: Callable[[], float],
+    ) -> tuple[str, ...]:
+        """Any effect but the event; returns the callers that are still to be told."""
+        match effect:
+            case Effect.WEBHOOKS:
+                self._deliveries.send_for(record, told)
+            case Effect.CALLERS:
+                return self._tell_callers(record, callers, remaining_seconds)
+            case Effect.PIPELINE:
+                self._wake_pipeline(record)
+        return ()
+
+    def _retry_later(self, effect: Effect, record: Mapping[str, Any], callers: tuple[str, ...] | None = None) -> None:
+        retry = Retry.of(effect, record, self._now(), callers)
+        self._retries.send(retry, retry.wait_seconds(self._now(), self._jitter()) or 0)
+        metrics.add_metric(name="ChangesDelayed", unit=MetricUnit.Count, value=1)
+
+    def _put_off(self, retry: Retry) -> bool:
+        """Queues a retry once more, or gives it up; False where neither could be done."""
+        metrics.add_metric(name="ChangesDelayed", unit=MetricUnit.Count, value=1)
+        wait_seconds = retry.wait_seconds(self._now(), self._jitter())
+        try:
+            if wait_seconds is None:
+                self._retries.give_up(retry, "failed for a day: see the log of publish_changes")
+            else:
+                self._retries.send(retry, wait_seconds)
+        except (ClientError, BotoCoreError):
+            logger.exception("retry not queued", effect=retry.effect)
+            return False
+        return True
+
+    def _not_taken(self, news: Sequence[tuple[T, Event]]) -> list[tuple[T, Event]]:
+        """Puts events on the bus; those that it did not take."""
+        return [news[n] for n in self._bus.put([event for _, event in news])]
+
+    def _event(self, record: Mapping[str, Any]) -> Event | None:
+        """The event that a record calls for."""
+        change = record["dynamodb"]
+        kind, sk = _kind(change), str(change["Keys"]["sk"]["S"])
         at = float(change["ApproximateCreationDateTime"])
-        return event_of_prediction(after, self._table.stored_files(after), self._outputs.name, at)
+        told: tuple[str, Mapping[str, Any]] | None = None
+        if kind == "pipeline":
+            from predictions.pipelines import event_of  # with the first record of a pipeline
 
-    def _batch_changed(self, change: Mapping[str, Any]) -> Event | None:
-        from predictions.batches import event_of  # the stream of a stack without batches never needs it
+            told = event_of(record)
+        elif kind == "batch" and sk == "status":
+            from predictions.batches import event_of as event_of_batch  # a stack without batches never needs it
 
-        told = event_of(change, self._outputs.name)
-        return Event(*told, at=float(change["ApproximateCreationDateTime"])) if told else None
+            told = event_of_batch(change, self._outputs.name)
+        elif (after := _newly_visible(change)) is not None:
+            if after.visible == Status.PROCESSING and (not self._processing_events or after.terminal):
+                # With files an end is first seen as `processing`: that is no news of a model that runs.
+                return None
+            return event_of_prediction(after, self._table.stored_files(after), self._outputs.name, at)
+        return Event(*told, at=at) if told else None
 
-    def _ended(self, prediction: Prediction) -> None:
-        """The visible end: whoever waits for it is told."""
-        if tokens := list(self._table.callers(prediction.id)):
-            self._tell(prediction, tokens)
-        if "pipeline" in prediction.origin:
+    def _wake_pipeline(self, record: Mapping[str, Any]) -> None:
+        """The visible end of a step: its pipeline looks at it."""
+        ended = _newly_visible(record["dynamodb"])
+        if ended is not None and ended.visible in _ENDED and "pipeline" in ended.origin:
             from predictions.pipelines import prediction_ended  # with the first step of a pipeline
 
-            prediction_ended(prediction.id, prediction.origin, prediction.visible)
+            prediction_ended(ended.id, ended.origin, ended.visible)
 
-    def _caller_came(self, prediction_id: str, token: str) -> None:
-        prediction = self._table.get(prediction_id)
+    def _tell_callers(
+        self, record: Mapping[str, Any], only: Sequence[str] | None, remaining_seconds: Callable[[], float]
+    ) -> tuple[str, ...]:
+        """Tells the states that wait for an end, at the record of the end or of their own coming.
+
+        One that cannot be told keeps no other from it.
+
+        Args:
+            record: As Lambda passes it.
+            only: The `sk` of those to be told; None for all.
+            remaining_seconds: How long the function may still run.
+
+        Returns:
+            The `sk` of those that are still to be told, those first that were not tried.
+        """
+        change = record["dynamodb"]
+        id_, sk = str(change["Keys"]["pk"]["S"]).partition("#")[2], str(change["Keys"]["sk"]["S"])
+        coming = _kind(change) == "prediction" and sk.startswith("caller#")
+        ended = _newly_visible(change)
+        if not coming and (ended is None or ended.visible not in _ENDED):
+            return ()
+        if coming and "task_token" in change["NewImage"]:
+            waiting = [(sk, str(change["NewImage"]["task_token"]["S"]))]
+        else:
+            known = dict(self._table.callers(id_))
+            wanted = [sk] if coming else known if only is None else only
+            waiting = [(key, known[key]) for key in wanted if key in known]
+        if not waiting:
+            return ()
+        # As it is now, read after the callers: it may have been deleted since, and then nobody is told its output.
         # Before the end there is nothing to tell; the record of the end finds this caller, since it is there already.
-        if prediction is not None and prediction.visible in _ENDED:
-            self._tell(prediction, [token])
+        prediction = self._table.get(id_)
+        if prediction is None or prediction.visible not in _ENDED:
+            return ()
+        tell = self._teller(prediction)
+        failed: list[str] = []
+        in_a_row = 0
+        for n, (key, token) in enumerate(waiting):
+            if in_a_row == _FAILURES_IN_A_ROW or (n and remaining_seconds() < NEEDED_SECONDS):
+                return (*(key for key, _ in waiting[n:]), *failed)
+            try:
+                tell(token)
+            except (ClientError, BotoCoreError):
+                logger.exception("caller not told", caller=key)
+                failed.append(key)
+                in_a_row += 1
+            else:
+                in_a_row = 0
+        return tuple(failed)
 
-    def _tell(self, prediction: Prediction, tokens: list[str]) -> None:
+    def _teller(self, prediction: Prediction) -> Callable[[str], None]:
+        """What tells the end of a prediction to the state with a token; the result is put together once."""
         stored = self._table.stored_files(prediction)
         files, truncated = list_files(stored, self._outputs.name, _FILES_LIMIT_BYTES)
         result: dict[str, Any] = {
@@ -173,21 +339,35 @@ class Changes:
         if prediction.visible != Status.SUCCEEDED:
             error = prediction.error[:_CAUSE_ERROR_CHARACTERS] if prediction.error else None
             cause = json.dumps(result | {"error": error}, ensure_ascii=False)
-            for token in tokens:
-                tell_failure(token, f"Prediction{prediction.visible.capitalize()}", cause)
-            return
+            return lambda token: tell_failure(token, f"Prediction{prediction.visible.capitalize()}", cause)
         result |= self._output(prediction, stored)
-        for token in tokens:
-            tell_success(token, result)
+        return lambda token: tell_success(token, result)
 
     def _output(self, prediction: Prediction, files: Iterable[StoredFile]) -> dict[str, Any]:
         """The output where it is short enough; its files are named by their places in the bucket."""
         if prediction.deleted:
             return {"output": None}
-        found = self._table.result_output(prediction)
-        stored: dict[str, str] = {file.path: f"s3://{self._outputs.name}/{file.key}" for file in files if file.key}
+        try:
+            found = self._table.result_output(prediction, PARSED_LIMIT_CHARACTERS)
+        except PayloadTooLong:
+            return {"output_truncated": True}
         # A file that nobody copied is missing: its URL is not ours.
-        output = replace_files(found, {file.path: stored.get(file.path) for file in self._outputs.find_files(found)})
+        output = self._outputs.place_files(
+            found, {file.path: f"s3://{self._outputs.name}/{file.key}" for file in files if file.key}
+        )
         if len(json.dumps(output, separators=(",", ":")).encode()) > OUTPUT_LIMIT_BYTES:
             return {"output_truncated": True}
         return {"output": output}
+
+
+def _kind(change: Mapping[str, Any]) -> str:
+    return str(change["Keys"]["pk"]["S"]).partition("#")[0]
+
+
+def _newly_visible(change: Mapping[str, Any]) -> Prediction | None:
+    """The prediction after a change, where callers see another status than before; else None."""
+    if _kind(change) != "prediction" or change["Keys"]["sk"]["S"] != "status":
+        return None
+    after = read_image(change["NewImage"])
+    before = change.get("OldImage") or {}
+    return after if before.get("visible", {}).get("S") != after.visible else None

@@ -5,7 +5,7 @@ from typing import Any
 
 from predictions.errors import CopyInterrupted
 from predictions.observability import MetricUnit, count_ended, logger, metrics
-from predictions.outputs import OutputsBucket, folder
+from predictions.outputs import FILES_LIMIT, OutputsBucket, folder
 from predictions.table import PredictionsTable
 
 # Replicate removes files about an hour after the end; beyond this a host that still fails is taken at its word.
@@ -42,7 +42,7 @@ def copy(
         return
     if not table.lease_copy(prediction, execution_n, int(remaining_seconds()), now()):
         raise CopyInterrupted(f"another execution of prediction {prediction_id} copies its files")
-    files = outputs.find_files(table.result_output(prediction))
+    files, beyond = outputs.files_to_store(table.result_output(prediction))
     stored = outputs.store(
         files,
         prefix=f"{folder(prediction.owner, prediction.id, prediction.output_prefix)}/{prediction.upstream_id}",
@@ -50,6 +50,7 @@ def copy(
         depth=prediction.depth,
         final=now() >= (prediction.ended or 0) + _GIVE_UP_SECONDS,
     )
+    stored += beyond
     failed = [file for file in stored if file.error]
     for file in failed:
         logger.error("output could not be stored", path=file.path, reason=file.error)
@@ -86,10 +87,11 @@ def copy_again(
     if prediction.deleted:
         return {"refused": "Its owner has deleted it."}
     before = table.stored_files(prediction)
-    missing = {file.path for file in before if file.error}
+    missing = {file.path for file in before if file.error and file.index < FILES_LIMIT}
     if not missing:
-        return {"refused": "No file of it is missing."}
-    found = outputs.find_files(table.result_output(prediction))
+        beyond = f" Of an output, the first {FILES_LIMIT} files are stored." if len(before) > FILES_LIMIT else ""
+        return {"refused": f"No file of it is missing.{beyond}"}
+    found, _ = outputs.files_to_store(table.result_output(prediction))
     now_there = outputs.store(
         [file for file in found if file.path in missing],
         prefix=f"{folder(prediction.owner, prediction.id, prediction.output_prefix)}/{prediction.upstream_id}",

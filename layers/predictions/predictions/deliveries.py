@@ -107,6 +107,9 @@ def deliveries_of(record: Mapping[str, Any]) -> Iterator[Delivery]:
     the end; `output` and `logs` when they grow, and `output` once more with its files when these are stored. A record
     that changes nothing of that gives none, and the same record twice gives the same ones.
 
+    Replicate may report the end before any output or logs, or nothing but the end. `completed` then delivers both; for
+    a caller that does not want `completed`, the end itself gives the `output` and `logs` that it wants.
+
     Args:
         record: As Lambda passes it, with the images before and after.
     """
@@ -138,9 +141,17 @@ def _of_status(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[tuple
     began = before == Status.STARTING and (after == Status.PROCESSING or (ended and bool(_text(new, "started_at"))))
     # Replicate was done before, so this is the end of the copying: only now there are URLs to show.
     copied = ended and before == Status.PROCESSING and _value(old, "rank") == _value(new, "rank")
-    for event, happened, n in (("start", began, 1), ("output", copied, 0), ("completed", ended, 1)):
+    last = ended and "completed" not in wanted
+    for event, happened, n in (
+        ("start", began, 1), ("output", copied or last, 0), ("logs", last, 0), ("completed", ended, 1)
+    ):  # fmt: skip
         if happened and event in wanted:
             yield event, n
+
+
+def _owner_of(image: Mapping[str, Any]) -> str:
+    """Whose prediction an item belongs to; empty where an earlier release wrote it."""
+    return (_text(image, "notify_owner") or _text(image, "owner")).removeprefix("trainings#")
 
 
 def _text(image: Mapping[str, Any], name: str) -> str:
@@ -178,12 +189,23 @@ class DeliveriesQueue:
             told: Predictions for which this reading of the stream has queued something; what is queued is added.
         """
         for delivery in deliveries_of(record):
-            self.send(delivery, delay_seconds=_ORDER_SECONDS if delivery.id in told else 0)
+            delay_seconds = _ORDER_SECONDS if delivery.id in told else 0
+            self.send(delivery, delay_seconds, owner=_owner_of(record["dynamodb"]["NewImage"]))
             told.add(delivery.id)
 
-    def send(self, delivery: Delivery, delay_seconds: int = 0) -> None:
-        """Queues one delivery."""
-        self._sqs.send_message(QueueUrl=self._url, MessageBody=delivery.message(), DelaySeconds=delay_seconds)
+    def send(self, delivery: Delivery, delay_seconds: int = 0, *, owner: str = "") -> None:
+        """Queues one delivery.
+
+        Args:
+            delivery: The delivery.
+            delay_seconds: For how long nobody sees it.
+            owner: Whose it is, where that is known. Of an owner whose deliveries occupy more than their share of the
+                consumers, SQS hands out others' first (fair queues):
+                https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-fair-queues.html
+        """
+        # A message without a group counts as an owner of its own.
+        group: dict[str, Any] = {"MessageGroupId": owner} if owner else {}
+        self._sqs.send_message(QueueUrl=self._url, MessageBody=delivery.message(), DelaySeconds=delay_seconds, **group)
 
     def postpone(self, receipt_handle: str, seconds: int) -> None:
         """Hides a received message until its next try."""

@@ -22,7 +22,7 @@ from predictions.recipe_bodies import RecipeBody
 
 VERSION = "0.1.0"
 
-Scope = Literal["predict", "read", "manage"]
+Scope = Literal["predict", "read", "train", "manage"]
 Schema = dict[str, Any]
 
 _JSON = "application/json"
@@ -78,6 +78,7 @@ class Operation:
         id: Its name, that of Replicate's own document where it is there.
         summary: What it does, in a few words.
         scope: What an access token needs; None for a public route.
+        or_scope: Another scope that allows it as well.
         status: Of success.
         answer: Schema of the answer's body, by name or written out; None where there is no body.
         body: Schema of the body by name; None where the route takes none.
@@ -108,6 +109,13 @@ class Operation:
     media_type: str = _JSON
     body_media_type: str = _JSON
     forwarded: bool = False
+    or_scope: Scope | None = None
+
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        """Each scope that allows it; none for a public route."""
+        named = tuple(scope for scope in (self.scope, self.or_scope) if scope)
+        return (*named, "manage") if "train" in named else named
 
     @property
     def names(self) -> list[str]:
@@ -201,11 +209,19 @@ OWN: tuple[Operation, ...] = (
         body="TrainingBody",
         parameters=("IdempotencyKey", "RetryCount"),
         headers=("Location", *_RATE_LIMIT),
-        **_CREATE,
+        **{**_CREATE, "scope": "train"},
     ),
     Operation("GET", "/trainings", "trainings.list", "List trainings", answer="TrainingPage", **_PAGE),
     Operation("GET", "/trainings/{id}", "trainings.get", "Get a training", "read", answer="Training"),
-    Operation("POST", "/trainings/{id}/cancel", "trainings.cancel", "Cancel a training", "predict", answer="Training"),
+    Operation(
+        "POST",
+        "/trainings/{id}/cancel",
+        "trainings.cancel",
+        "Cancel a training",
+        "predict",
+        answer="Training",
+        or_scope="train",
+    ),
     Operation(
         "POST",
         "/files",
@@ -353,7 +369,7 @@ OWN: tuple[Operation, ...] = (
         "/webhooks/default/secret",
         "webhooks.default.secret.get",
         "Get the secret with which webhooks to you are signed",
-        "read",
+        "predict",
         answer="WebhookSecret",
     ),
     Operation(
@@ -507,7 +523,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
             **({str(operation.also): success} if operation.also else {}),
             **{str(status): {"$ref": f"#/components/responses/Problem{status}"} for status in operation.problems},
         },
-        "security": [{"accessToken": [operation.scope]}] if operation.scope else [],
+        "security": [{"accessToken": [scope]} for scope in operation.scopes],
     }
     if operation.body:
         content = {operation.body_media_type: {"schema": _schema(operation.body)}}

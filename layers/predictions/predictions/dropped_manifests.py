@@ -18,6 +18,7 @@ from predictions.batch_body import BatchLimits
 from predictions.batch_control import BatchControl
 from predictions.batches import Batch
 from predictions.intents import random_id
+from predictions.limits import LimitReached
 from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.outputs import ORIGIN_DEPTH
@@ -92,7 +93,8 @@ class DroppedManifests:
         # No Idempotency-Key has these characters.
         identity = json.dumps(["dropped", key, head["ETag"], head["LastModified"].timestamp()])
         fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-        batch_id, _ = control.batches.take_key(owner, identity, random_id(), fingerprint, control.expires)
+        keys = control.batches.idempotency_keys
+        batch_id, _ = keys.take_key(owner, identity, random_id(), fingerprint, control.expires)
         logger.set_correlation_id(batch_id)
         if there := control.batches.find(batch_id):
             return there
@@ -101,6 +103,11 @@ class DroppedManifests:
             raise RequestRefused(
                 f"{owner} has no recipe {recipe_name} that takes manifests: one that does says so with `batches`."
             )
+        try:
+            control.check_limits(owner, batch_id)
+        except LimitReached as reached:
+            raise RequestRefused(f"batch_manifest: {reached.detail}") from None
+        keys.extend_key(owner, identity, batch_id, control.expires)
         limits = BatchLimits.model_validate(recipe.definition["batches"])
         return control.launch(
             batch_id,

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from botocore.exceptions import BotoCoreError, ClientError
+
 from predictions.aws import client
 from predictions.observability import logger
 from predictions.outputs import StoredFile
@@ -131,17 +133,17 @@ class EventBus:
         """The bus of `EVENT_BUS_NAME`."""
         return cls(os.environ["EVENT_BUS_NAME"], client("events"))
 
-    def put(self, events: Sequence[Event]) -> int | None:
+    def put(self, events: Sequence[Event]) -> list[int]:
         """Puts events on the bus, in as few calls as it takes.
 
-        Returns:
-            The index of the first one that the bus did not take; those before it are on the bus, and some after it
-            may be. None where it took all, but those that it never would.
+        A call that fails is the last one: the bus is not reached, or not now.
 
-        Raises:
-            ClientError: The call was refused; some of them may be on the bus.
+        Returns:
+            The indexes of those that the bus did not take, in their order; of a call that failed, some may be on the
+            bus. What the bus would never take is not among them.
         """
         entries = [self._entry(event) for event in events]
+        refused: list[int] = []
         first = 0
         while first < len(entries):
             last, room = first, _ENTRIES_LIMIT_BYTES
@@ -150,14 +152,19 @@ class EventBus:
                 if room < 0 and last > first:
                     break
                 last += 1
-            answer = self._events.put_events(Entries=entries[first:last])
-            for number, each in enumerate(answer["Entries"]):
+            try:
+                answer = self._events.put_events(Entries=entries[first:last])
+            except (ClientError, BotoCoreError):
+                logger.exception("events not put")
+                return [*refused, *range(first, len(entries))]
+            for number, each in enumerate(answer["Entries"], first):
                 if each.get("ErrorCode") == _MALFORMED:
-                    logger.error("event never taken", event_id=events[first + number].detail.get("event_id"))
+                    logger.error("event never taken", event_id=events[number].detail.get("event_id"))
                 elif "ErrorCode" in each:
-                    return first + number
+                    logger.warning("event not taken", reason=each["ErrorCode"])
+                    refused.append(number)
             first = last
-        return None
+        return refused
 
     def _entry(self, event: Event) -> "PutEventsRequestEntryTypeDef":
         return {

@@ -1,11 +1,13 @@
-"""What an operator allows an owner: so many predictions in flight, and so many in a day.
+"""What an operator allows an owner: predictions in flight and in a day, open batches and open pipelines.
 
 Limits are kept at `pk` = `owner#{owner}`, `sk` = `limits`; the authorizer reads them with the token, so that a create
 over HTTP reads nothing more. An owner without limits costs nothing. What an owner uses of them is two items at `pk` =
-`usage#{owner}`:
+`usage#{owner}`, and one each for what is open of batches and pipelines:
 
     in_flight           `ids`: a map of the predictions in flight, and when each began, in milliseconds since 1970
-    day#YYYY-MM-DD      `n`: how many began on that day (UTC)
+    open_batches        the same of batches that have not ended
+    open_pipelines      the same of pipelines
+    day#YYYY-MM-DD      `n`: how many predictions began on that day (UTC)
 
 A start takes its place in both by conditional writes, before anything else is written: two starts at once never take
 one place. An end does not give its place back: when the map is full, those that have ended are looked up and taken
@@ -19,10 +21,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from predictions.aws import client
-from predictions.errors import PredictionsError
+from predictions.errors import PredictionsError, Problem
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -32,16 +34,29 @@ IN_FLIGHT_MAX = 1000
 
 PER_DAY_MAX = 10_000_000
 
+OPEN_MAX = 1000
+"""The highest limit of open batches, and of open pipelines."""
+
+OPEN_BATCHES_DEFAULT = 100
+"""How many batches an owner with any limit may have open, where no limit of them is set."""
+
+OPEN_PIPELINES_DEFAULT = 500
+"""How many pipelines, likewise."""
+
 # A place without a prediction is given back after this time: between the two writes a function may have died.
 _MISSING_MS = 120_000
 # What is full is not looked through again by the same process before this time.
 _FULL_SECONDS = 2
 _CACHE_SECONDS = 60
 _RETRY_SECONDS = 10
+_OPEN_RETRY_SECONDS = 60
 _CHUNK = 50
 
 # Under this name the index `by_owner` lists the owners that have limits; no owner's name holds a `#`.
 _LIST = "#limits"
+
+
+Kind = Literal["batch", "pipeline"]
 
 
 class LimitInvalid(PredictionsError):
@@ -83,24 +98,83 @@ class OwnerLimits:
     Attributes:
         in_flight: How many predictions and trainings, started and not ended, there may be at once.
         per_day: How many may be started in a day (UTC).
+        open_batches: How many batches that have not ended there may be at once.
+        open_pipelines: How many pipelines, likewise.
     """
 
     in_flight: int | None = None
     per_day: int | None = None
+    open_batches: int | None = None
+    open_pipelines: int | None = None
 
     def __bool__(self) -> bool:
-        return self.in_flight is not None or self.per_day is not None
+        return any(getattr(self, name) is not None for name in _NAMES)
 
     def context(self) -> dict[str, str]:
         """As the authorizer passes them on; API Gateway takes texts."""
-        found = {"in_flight_limit": self.in_flight, "per_day_limit": self.per_day}
+        found = {f"{name}_limit": getattr(self, name) for name in _NAMES}
         return {name: str(limit) for name, limit in found.items() if limit is not None}
 
     @classmethod
     def of_context(cls, context: Mapping[str, Any]) -> "OwnerLimits":
         """What `context` made."""
-        in_flight, per_day = context.get("in_flight_limit"), context.get("per_day_limit")
-        return cls(int(in_flight) if in_flight else None, int(per_day) if per_day else None)
+        found = {name: context.get(f"{name}_limit") for name in _NAMES}
+        return cls(**{name: int(limit) for name, limit in found.items() if limit})
+
+    def open_allowed(self, kind: Kind) -> int | None:
+        """Return how many batches or pipelines may be open, or None for an owner without any limit."""
+        if not self:
+            return None
+        given = self.open_batches if kind == "batch" else self.open_pipelines
+        default = OPEN_BATCHES_DEFAULT if kind == "batch" else OPEN_PIPELINES_DEFAULT
+        return default if given is None else given
+
+
+_NAMES = ("in_flight", "per_day", "open_batches", "open_pipelines")
+
+
+class _Places(NamedTuple):
+    """What a map of places counts.
+
+    Attributes:
+        sk: The map's item.
+        prefix: Of the `pk` of what has a place.
+        full: What is said where all places are taken.
+        retry_seconds: When to ask again then.
+    """
+
+    sk: str
+    prefix: str
+    full: str
+    retry_seconds: int
+
+
+_IN_FLIGHT = _Places(
+    "in_flight",
+    "prediction#",
+    "The owner {owner} may have {limit} predictions in flight, and has: the next one when one of them ends.",
+    _RETRY_SECONDS,
+)
+_OPEN: Mapping[Kind, _Places] = {
+    "batch": _Places(
+        "open_batches",
+        "batch#",
+        "Owner {owner} has reached its limit of {limit} open batches. Retry when one of them completes, or cancel one.",
+        _OPEN_RETRY_SECONDS,
+    ),
+    "pipeline": _Places(
+        "open_pipelines",
+        "pipeline#",
+        "Owner {owner} has reached its limit of {limit} open pipelines. Retry when one of them completes, or cancel"
+        " one.",
+        _OPEN_RETRY_SECONDS,
+    ),
+}
+
+
+def refusal_of(reached: LimitReached) -> Problem:
+    """Return the response for a caller whose owner has used a limit up."""
+    return Problem(429, reached.detail, headers={"Retry-After": str(reached.seconds)})
 
 
 class OwnersLimits:
@@ -119,8 +193,7 @@ class OwnersLimits:
         """An owner's limits, read consistently."""
         found = self._dynamodb.get_item(TableName=self._table_name, Key=_limits_key(owner), ConsistentRead=True)
         item = found.get("Item", {})
-        values = [int(item[name]["N"]) if name in item else None for name in ("in_flight", "per_day")]
-        return OwnerLimits(*values)
+        return OwnerLimits(**{name: int(item[name]["N"]) for name in _NAMES if name in item})
 
     def set_limits(self, owner: str, limits: OwnerLimits) -> None:
         """Gives an owner these limits, and no others.
@@ -129,10 +202,11 @@ class OwnersLimits:
             LimitInvalid: Nothing was written.
         """
         if not limits:
-            raise LimitInvalid("Give --in-flight, --per-day or both; `limits remove` takes limits away.")
+            given_by = ", ".join(f"--{name.replace('_', '-')}" for name in _NAMES)
+            raise LimitInvalid(f"Give at least one of {given_by}; `limits remove` takes limits away.")
         item: dict[str, Any] = {**_limits_key(owner), "owner": {"S": _LIST}, "listed_at": {"S": owner}}
-        given = {"in_flight": (limits.in_flight, IN_FLIGHT_MAX), "per_day": (limits.per_day, PER_DAY_MAX)}
-        for name, (limit, most) in given.items():
+        for name, most in zip(_NAMES, (IN_FLIGHT_MAX, PER_DAY_MAX, OPEN_MAX, OPEN_MAX), strict=True):
+            limit = getattr(limits, name)
             if limit is None:
                 continue
             if not 0 <= limit <= most:
@@ -175,7 +249,7 @@ class OwnersUsage:
         self._now = now
         self._limits = OwnersLimits(table_name, dynamodb)
         self._known: dict[str, tuple[float, OwnerLimits]] = {}
-        self._full: dict[str, float] = {}
+        self._full: dict[tuple[str, str], float] = {}
 
     @classmethod
     def from_env(cls) -> "OwnersUsage":
@@ -203,20 +277,15 @@ class OwnersUsage:
             LimitReached: One of the limits is used up.
         """
         began = round(self._now() * 1000)
-        added = limits.in_flight is not None and self._add_in_flight(owner, prediction_id, limits.in_flight, began)
+        limit = limits.in_flight
+        added = limit is not None and self._add(_IN_FLIGHT, owner, prediction_id, limit, began)
         now = self._now()  # the day that is full must be the one whose end is told
         day = datetime.fromtimestamp(now, UTC).date().isoformat()
         n = 0
         if limits.per_day is not None and not (n := self._count_in_day(owner, limits.per_day, day, now)):
             if added:
-                self._take_out(owner, {prediction_id: began})
-            midnight = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-            midnight += timedelta(days=1)
-            raise LimitReached(
-                f"The owner {owner} may start {limits.per_day} predictions a day, and has: the next ones from"
-                f" {midnight.isoformat().replace('+00:00', 'Z')} on.",
-                int(midnight.timestamp() - now) + 1,
-            )
+                self._take_out(_IN_FLIGHT, owner, {prediction_id: began})
+            raise _day_is_full(owner, limits.per_day, now)
         return Place(began if added else None, day if n else None, n)
 
     def give_back(self, owner: str, prediction_id: str, place: Place) -> None:
@@ -226,7 +295,7 @@ class OwnersUsage:
         write was made before and its answer lost, the day stays as it is. So it may count too much, never too little.
         """
         if place.began is not None:
-            self._take_out(owner, {prediction_id: place.began})
+            self._take_out(_IN_FLIGHT, owner, {prediction_id: place.began})
         if place.day is None:
             return
         with contextlib.suppress(self._dynamodb.exceptions.ConditionalCheckFailedException):
@@ -242,24 +311,58 @@ class OwnersUsage:
                 },
             )
 
-    def _add_in_flight(self, owner: str, prediction_id: str, limit: int, began: int) -> bool:
+    def check_day(self, owner: str, limits: OwnerLimits) -> None:
+        """Check that an owner's limit of the day is not used up, without using any of it.
+
+        Raises:
+            LimitReached: It is.
+        """
+        if limits.per_day is None:
+            return
+        now = self._now()
+        found = self._dynamodb.get_item(
+            TableName=self._table_name, Key=_usage_key(owner, _day_sk(now)), ConsistentRead=True
+        )
+        if int(found.get("Item", {}).get("n", {}).get("N", 0)) >= limits.per_day:
+            raise _day_is_full(owner, limits.per_day, now)
+
+    def take_open_place(self, kind: Kind, owner: str, id_: str, limits: OwnerLimits) -> int | None:
+        """Take a place among an owner's open batches or pipelines, for one that is about to be written.
+
+        Twice, it has one place. An owner without limits needs none, and no call is made.
+
+        Returns:
+            When the place was taken, as `give_open_place_back` wants it; None if no place was taken by this call.
+
+        Raises:
+            LimitReached: There is none.
+        """
+        limit = limits.open_allowed(kind)
+        if limit is None:
+            return None
+        began = round(self._now() * 1000)
+        return began if self._add(_OPEN[kind], owner, id_, limit, began) else None
+
+    def give_open_place_back(self, kind: Kind, owner: str, id_: str, began: int | None) -> None:
+        """Release a place that `take_open_place` took for what was refused afterwards."""
+        if began is not None:
+            self._take_out(_OPEN[kind], owner, {id_: began})
+
+    def _add(self, places: _Places, owner: str, id_: str, limit: int, began: int) -> bool:
         """Whether it had no place before."""
         for attempt in ("as it is", "looked through"):
-            if limit > 0 and (before := self._try_in_flight(owner, prediction_id, limit, began)) is not None:
+            if limit > 0 and (before := self._try_to_add(places, owner, id_, limit, began)) is not None:
                 return before == 0
-            if attempt == "looked through" or self._full.get(owner, 0) > self._now():
+            if attempt == "looked through" or self._full.get((owner, places.sk), 0) > self._now():
                 break
-            if limit == 0 or self._take_out_ended(owner) >= limit:
-                self._full[owner] = self._now() + _FULL_SECONDS
+            if limit == 0 or self._take_out_ended(places, owner) >= limit:
+                self._full[owner, places.sk] = self._now() + _FULL_SECONDS
                 break
-        raise LimitReached(
-            f"The owner {owner} may have {limit} predictions in flight, and has: the next one when one of them ends.",
-            _RETRY_SECONDS,
-        )
+        raise LimitReached(places.full.format(owner=owner, limit=limit), places.retry_seconds)
 
-    def _try_in_flight(self, owner: str, prediction_id: str, limit: int, began: int) -> int | None:
+    def _try_to_add(self, places: _Places, owner: str, id_: str, limit: int, began: int) -> int | None:
         """When it was added before, 0 if never; None where there is no place."""
-        key = _usage_key(owner, "in_flight")
+        key = _usage_key(owner, places.sk)
         place = {"N": str(began)}
         try:
             before = self._dynamodb.update_item(
@@ -267,7 +370,7 @@ class OwnersUsage:
                 Key=key,
                 UpdateExpression="SET ids.#id = :began",
                 ConditionExpression="attribute_exists(ids) AND (size(ids) < :limit OR attribute_exists(ids.#id))",
-                ExpressionAttributeNames={"#id": prediction_id},
+                ExpressionAttributeNames={"#id": id_},
                 ExpressionAttributeValues={":began": place, ":limit": {"N": str(limit)}},
                 ReturnValues="UPDATED_OLD",
                 ReturnValuesOnConditionCheckFailure="ALL_OLD",
@@ -278,56 +381,53 @@ class OwnersUsage:
                 return None
         else:
             there = before.get("ids", {}).get("M", {})
-            return int(there[prediction_id]["N"]) if prediction_id in there else 0
+            return int(there[id_]["N"]) if id_ in there else 0
         try:
             self._dynamodb.put_item(
                 TableName=self._table_name,
-                Item={**key, "ids": {"M": {prediction_id: place}}},
+                Item={**key, "ids": {"M": {id_: place}}},
                 ConditionExpression="attribute_not_exists(pk)",
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
             # Somebody else made it just now, or this very write did and its answer was lost.
-            return self._try_in_flight(owner, prediction_id, limit, began)
+            return self._try_to_add(places, owner, id_, limit, began)
         return 0
 
-    def _take_out_ended(self, owner: str) -> int:
-        """Gives back the places of predictions that have ended, or never came to be.
+    def _take_out_ended(self, places: _Places, owner: str) -> int:
+        """Gives back the places of what has ended, or never came to be.
 
         Returns:
             How many are left, as far as is known: somebody else may be giving some back, or taking some.
         """
         from predictions.items import read_items  # the authorizer, which needs the limits only, goes without
-        from predictions.statuses import TERMINAL_RANK
 
         found = self._dynamodb.get_item(
-            TableName=self._table_name, Key=_usage_key(owner, "in_flight"), ConsistentRead=True
+            TableName=self._table_name, Key=_usage_key(owner, places.sk), ConsistentRead=True
         )
-        places: Mapping[str, Any] = found.get("Item", {}).get("ids", {}).get("M", {})
-        statuses = read_items(
-            self._dynamodb, self._table_name, [(f"prediction#{prediction_id}", "status") for prediction_id in places]
-        )
+        taken: Mapping[str, Any] = found.get("Item", {}).get("ids", {}).get("M", {})
+        statuses = read_items(self._dynamodb, self._table_name, [(f"{places.prefix}{id_}", "status") for id_ in taken])
         long_ago = self._now() * 1000 - _MISSING_MS
         gone: dict[str, int] = {}
-        for prediction_id, place in places.items():
-            status, began = statuses.get((f"prediction#{prediction_id}", "status")), int(place["N"])
-            if status["rank"] >= TERMINAL_RANK if status else began < long_ago:
-                gone[prediction_id] = began
+        for id_, place in taken.items():
+            status, began = statuses.get((f"{places.prefix}{id_}", "status")), int(place["N"])
+            if _has_ended(status) if status else began < long_ago:
+                gone[id_] = began
         ids = list(gone)
         chunks = [{each: gone[each] for each in ids[n : n + _CHUNK]} for n in range(0, len(ids), _CHUNK)]
         for chunk in chunks:
-            self._take_out(owner, chunk)
-        return len(places) - len(gone)
+            self._take_out(places, owner, chunk)
+        return len(taken) - len(gone)
 
-    def _take_out(self, owner: str, places: Mapping[str, int]) -> None:
+    def _take_out(self, places: _Places, owner: str, taken: Mapping[str, int]) -> None:
         """Gives places back, unless one of them was taken anew meanwhile."""
-        named = dict(enumerate(places.items()))
+        named = dict(enumerate(taken.items()))
         with contextlib.suppress(self._dynamodb.exceptions.ConditionalCheckFailedException):
             self._dynamodb.update_item(
                 TableName=self._table_name,
-                Key=_usage_key(owner, "in_flight"),
+                Key=_usage_key(owner, places.sk),
                 UpdateExpression="REMOVE " + ", ".join(f"ids.#p{n}" for n in named),
                 ConditionExpression=" AND ".join(f"ids.#p{n} = :p{n}" for n in named),
-                ExpressionAttributeNames={f"#p{n}": prediction_id for n, (prediction_id, _) in named.items()},
+                ExpressionAttributeNames={f"#p{n}": id_ for n, (id_, _) in named.items()},
                 ExpressionAttributeValues={f":p{n}": {"N": str(began)} for n, (_, began) in named.items()},
             )
 
@@ -351,6 +451,26 @@ class OwnersUsage:
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
             return 0
         return int(counted["Attributes"]["n"]["N"])
+
+
+def _has_ended(status: Mapping[str, Any]) -> bool:
+    """Whether a prediction, a batch or a pipeline is over, by its item: what follows it to its end has `open`."""
+    from predictions.statuses import TERMINAL_RANK
+
+    return bool(status["rank"] >= TERMINAL_RANK) if "rank" in status else "open" not in status
+
+
+def _day_is_full(owner: str, limit: int, now: float) -> LimitReached:
+    midnight = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+    return LimitReached(
+        f"The owner {owner} may start {limit} predictions a day, and has: the next ones from"
+        f" {midnight.isoformat().replace('+00:00', 'Z')} on.",
+        int(midnight.timestamp() - now) + 1,
+    )
+
+
+def _day_sk(now: float) -> str:
+    return f"day#{datetime.fromtimestamp(now, UTC).date().isoformat()}"
 
 
 def _limits_key(owner: str) -> dict[str, Any]:

@@ -28,6 +28,8 @@ LINES_LIMIT = 100_000
 MANIFEST_LIMIT_BYTES = 1024**3
 """The largest manifest."""
 
+# The steps of a line's allowance take half a second: prepare_batch has minutes, and only its batch waits for it.
+_FILL_SECONDS = 20.0
 _REASON_LIMIT = 1000
 
 Format = Literal["jsonl", "csv"]
@@ -79,11 +81,11 @@ def request_of(value: Any, template: Mapping[str, Any] | None) -> dict[str, Any]
     row = _row(value)
     if template is None:
         return row
-    from predictions.placeholders import PlaceholderError, fill  # only batches with a template pay for it
+    from predictions.placeholders import Allowance, PlaceholderError, TooSlow, fill  # only with a template
 
     try:
-        made = fill(template, {"row": row})
-    except PlaceholderError as error:
+        made = fill(template, {"row": row}, Allowance(seconds=_FILL_SECONDS))
+    except (PlaceholderError, TooSlow) as error:
         raise LineRefused(str(error)[:_REASON_LIMIT]) from None
     return dict(made)
 
@@ -94,12 +96,12 @@ def request_by(recipe: "Recipe", value: Any) -> tuple[dict[str, Any], str | None
     Raises:
         LineRefused: There is none.
     """
-    from predictions.placeholders import PlaceholderError
+    from predictions.placeholders import Allowance, PlaceholderError, TooSlow
 
-    context = {"row": _row(value)}
+    context, allowance = {"row": _row(value)}, Allowance(seconds=_FILL_SECONDS)
     try:
-        return recipe.request(context), recipe.output_prefix(context)
-    except PlaceholderError as error:
+        return recipe.request(context, allowance), recipe.output_prefix(context, allowance)
+    except (PlaceholderError, TooSlow) as error:
         raise LineRefused(str(error)[:_REASON_LIMIT]) from None
 
 

@@ -2,7 +2,7 @@
 
     find_files(output)        where files are in an output
     OutputsBucket.store       copies them, each whole or not at all
-    replace_files(output)     the output with other values in the places of its files
+    place_files(output)       the output with other values in the places of its files
     OutputsBucket.delete_all  removes whatever the bucket has of one prediction
 
 An object is visible only when all of its bytes are there, and is never written twice (`If-None-Match: *`), so an
@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import unquote_to_bytes
 
@@ -44,6 +45,10 @@ JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | Non
 
 FILE_MAX_BYTES = 5 * 1024**3
 """The largest file that is copied: 5 GiB."""
+
+FILES_LIMIT = 1000
+"""The most files of one output that are stored: each costs a download and a PUT, and a webhook of 6 MB has room for the
+addresses of 300,000."""
 
 FILE_SECONDS = 600.0
 """How long one file may take with all its attempts: 5 GiB in ten minutes is 9 MiB/s."""
@@ -77,6 +82,16 @@ _PREFIX = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._@+=-]*(?:/[A-Za-z0-9_-][A-Za-z0-
 _PAYLOADS = "payloads/"
 _UNSAFE = re.compile(r"[^A-Za-z0-9._@+=-]")
 _OUTPUT_PREFIX_LIMIT_CHARACTERS = 512
+
+# 403 is S3's answer for a missing key to those who may not list the bucket, as our functions:
+# https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadObject.html
+_NOT_THERE = ("404", "403")
+# Of a conditional write: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
+_REPLACED_MEANWHILE = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404")
+# Concurrent webhooks of one prediction: each attempt that fails is one that another writer won.
+_LONGER_ATTEMPTS = 3
+# Metadata of an object that grows: the length of its text.
+_CHARACTERS = "characters"
 
 ORIGIN_DEPTH = "origin-depth"
 """Metadata of a stored file: how many results of this stack the prediction that made it descends from."""
@@ -218,6 +233,66 @@ def replace_files(output: JSON, values: Mapping[str, JSON]) -> JSON:
     return root[0]
 
 
+@dataclass(slots=True)
+class _Level:
+    """One container on the way to a value: the given one, the names left in it, its own name, and its copy, if any."""
+
+    source: Any
+    names: Iterator[Any]
+    name: str | int
+    copy: Any = None
+
+
+def place_files(output: JSON, values: Mapping[str, JSON], is_file_url: Callable[[str], bool]) -> JSON:
+    """Replace every file in an output by its value, or by None if it has none; the given output stays as it is.
+
+    The work is that of one walk, however many files there are: only containers that hold files are copied, each once,
+    and paths are written out only while values are left to place.
+
+    Args:
+        output: Parsed JSON of any depth and size.
+        values: Values by the JSON pointers of `find_files`.
+        is_file_url: As for `find_files`.
+
+    Returns:
+        The new output, which shares what holds no file with the given one.
+
+    Raises:
+        LookupError: The pointer of a value leads nowhere in this output.
+    """
+    root: list[JSON] = [output]
+    left = dict(values)
+    levels = [_Level([output], iter((0,)), "", root)]
+    while levels:
+        level = levels[-1]
+        for name in level.names:
+            value = level.source[name]
+            if isinstance(value, str):
+                if _is_file(value, is_file_url):
+                    _copy_levels(levels)
+                    path = "".join(f"/{_escaped(each)}" for each in (*(above.name for above in levels[2:]), name))
+                    level.copy[name] = left.pop(path if len(levels) > 1 else "", None) if left else None
+            elif isinstance(value, dict | list):
+                names = sorted(value) if isinstance(value, dict) else range(len(value))
+                levels.append(_Level(value, iter(names), name))
+                break
+        else:
+            levels.pop()
+    # An older release may have taken other texts for files.
+    return replace_files(root[0], left) if left else root[0]
+
+
+def _copy_levels(levels: Sequence[_Level]) -> None:
+    """Copy the containers that lead to a file, from the first one down that is not copied yet."""
+    first = len(levels)
+    while levels[first - 1].copy is None:
+        first -= 1
+    for number in range(first, len(levels)):
+        level = levels[number]
+        level.copy = level.source.copy()
+        levels[number - 1].copy[level.name] = level.copy
+
+
 def _token(container: Any, step: str) -> str | int:
     """One step of a JSON pointer into a container, where it leads to something.
 
@@ -289,6 +364,28 @@ class OutputsBucket:
         """All files in an output, on the hosts that this stack copies from; see the function `find_files`."""
         return find_files(output, self._is_file_url)
 
+    def files_to_store(self, output: JSON) -> tuple[list[OutputFile], list[StoredFile]]:
+        """Find the files of an output that are stored, at most `FILES_LIMIT`.
+
+        Returns:
+            The files; and one entry for all files beyond the limit, in the place of the first of them, with the reason
+            why they are not stored. No entry if there are none.
+        """
+        found = _walk(output, self._is_file_url)
+        files = [
+            OutputFile(index, _pointer(place), source)
+            for index, (place, source) in enumerate(islice(found, FILES_LIMIT))
+        ]
+        if (beyond := next(found, None)) is None:
+            return files, []
+        count = FILES_LIMIT + 1 + sum(1 for _ in found)
+        error = f"the output has {count} files: the first {FILES_LIMIT} are stored, this one and those after it are not"
+        return files, [StoredFile(_pointer(beyond[0]), FILES_LIMIT, error=error)]
+
+    def place_files(self, output: JSON, values: Mapping[str, JSON]) -> JSON:
+        """Replace every file in an output by its value, or by None; see the function `place_files`."""
+        return place_files(output, values, self._is_file_url)
+
     def holds_files(self, output: JSON) -> bool:
         """Whether `find_files` would find any; stops at the first."""
         return next(_walk(output, self._is_file_url), None) is not None
@@ -299,16 +396,54 @@ class OutputsBucket:
             "get_object", Params={"Bucket": self.name, "Key": key}, ExpiresIn=expires_seconds
         )
 
-    def put_payload(self, key: str, text: str) -> None:
+    def put_payload(self, key: str, text: str | bytes) -> None:
         """Stores JSON text.
 
         The last writer wins: where contents can differ, give each a key of its own (with its hash, say).
 
         Args:
             key: Starts with `payloads/`.
-            text: JSON.
+            text: JSON; as bytes where the caller has them, so that a long one is not encoded twice.
         """
-        self._s3.put_object(Bucket=self.name, Key=_payload_key(key), Body=text.encode(), ContentType="application/json")
+        body = text.encode() if isinstance(text, str) else text
+        self._s3.put_object(Bucket=self.name, Key=_payload_key(key), Body=body, ContentType="application/json")
+
+    def put_longer_payload(self, key: str, text: str) -> bool:
+        """Store JSON text in an object that grows, unless a text at least as long is stored there.
+
+        Each write is conditional on the object that was measured, so a concurrent or late writer never shortens it.
+
+        Args:
+            key: Starts with `payloads/`.
+            text: JSON.
+
+        Returns:
+            Whether the object holds this text or one at least as long; False if other writers replaced it between each
+            measurement and the write.
+        """
+        to: dict[str, Any] = {"Bucket": self.name, "Key": _payload_key(key)}
+        for _ in range(_LONGER_ATTEMPTS):
+            condition: dict[str, Any] = {"IfNoneMatch": "*"}
+            try:
+                there = self._s3.head_object(**to)
+            except ClientError as error:
+                if _code(error) not in _NOT_THERE:
+                    raise
+            else:
+                if int(there["Metadata"].get(_CHARACTERS, "0")) >= len(text):
+                    return True
+                condition = {"IfMatch": there["ETag"]}
+            try:
+                self._s3.put_object(
+                    **to, Body=text.encode(), ContentType="application/json",
+                    Metadata={_CHARACTERS: str(len(text))}, **condition,
+                )  # fmt: skip
+            except ClientError as error:
+                if _code(error) not in _REPLACED_MEANWHILE:
+                    raise
+            else:
+                return True
+        return False
 
     def get_payload(self, key: str) -> str:
         """JSON text that `put_payload` stored.
@@ -532,9 +667,7 @@ class OutputsBucket:
         try:
             return self._s3.head_object(Bucket=self.name, Key=key)["ContentLength"]
         except ClientError as error:
-            # 403 is S3's answer for a missing key to those who may not list the bucket, as our functions:
-            # https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadObject.html
-            if _code(error) in ("404", "403"):
+            if _code(error) in _NOT_THERE:
                 return None
             raise
 
@@ -683,31 +816,53 @@ class _Multipart:
 
 
 def _walk(output: JSON, is_file_url: Callable[[str], bool]) -> "Iterator[tuple[_Place, str]]":
-    # An own stack, since a hostile output is nested deeper than Python recurses. Places are linked, not
-    # written out: text for each level would take the square of the depth.
-    stack: list[tuple[_Place, Any]] = [(None, output)]
-    while stack:
-        place, value = stack.pop()
+    # An own stack, since a hostile output is nested deeper than Python recurses: of iterators, since all children of a
+    # long list would take more memory than the list. Places are linked, not written out: text for each level would
+    # take the square of the depth.
+    stack: list[tuple[_Place, Iterator[tuple[str | int, Any]]]] = []
+    place: _Place = None
+    value: Any = output
+    while True:
         if isinstance(value, str):
-            start = value[:5].lower()
-            is_file = _is_data_url if start == "data:" else is_file_url if start in ("https", "http:") else None
-            if is_file and is_file(value):
+            if _is_file(value, is_file_url):
                 yield place, value
         elif isinstance(value, dict):
-            stack.extend(((place, name), value[name]) for name in sorted(value, reverse=True))
+            stack.append((place, _members(value)))
         elif isinstance(value, list):
-            stack.extend(((place, number), value[number]) for number in range(len(value) - 1, -1, -1))
+            stack.append((place, enumerate(value)))
+        while stack:
+            above, children = stack[-1]
+            if (child := next(children, None)) is not None:
+                break
+            stack.pop()
+        else:
+            return
+        place, value = (above, child[0]), child[1]
+
+
+def _members(container: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name in sorted(container):
+        yield name, container[name]
 
 
 _Place: TypeAlias = "tuple[_Place, str | int] | None"
+
+
+def _is_file(text: str, is_file_url: Callable[[str], bool]) -> bool:
+    start = text[:5].lower()
+    return _is_data_url(text) if start == "data:" else start in ("https", "http:") and is_file_url(text)
 
 
 def _pointer(place: _Place) -> str:
     tokens = []
     while place is not None:
         place, token = place
-        tokens.append(str(token).replace("~", "~0").replace("/", "~1"))
+        tokens.append(_escaped(token))
     return "".join(f"/{token}" for token in reversed(tokens))
+
+
+def _escaped(token: str | int) -> str:
+    return str(token).replace("~", "~0").replace("/", "~1")
 
 
 def _origin(url: str) -> tuple[str, str, int] | None:

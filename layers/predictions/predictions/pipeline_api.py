@@ -1,23 +1,27 @@
 """The routes below `/pipelines`: what they write, and pipelines as callers see them."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from botocore.exceptions import BotoCoreError, ClientError
+
 from predictions.api import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
 from predictions.aws import api_url
 from predictions.errors import Problem
-from predictions.intents import derived_id, idempotency_key, parse_json, random_id
-from predictions.observability import logger
+from predictions.intents import Attempt, derived_id, idempotency_key, parse_json, random_id
+from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, refusal_of
+from predictions.observability import MetricUnit, logger, metrics
 from predictions.pipeline_definition import create_definition, fingerprint
 from predictions.pipeline_progress import PipelineExecutions
 from predictions.pipeline_runs import StepState, run_ids, states_of
 from predictions.pipelines import wake_pipeline
 from predictions.pipelines_table import Pipeline, PipelineExists, PipelinesTable, StoredPipeline
 from predictions.submissions import Submissions
-from predictions.table import PredictionsTable, Whole, is_id
+from predictions.table import Prediction, PredictionsTable, Whole, is_id
 
 LIFETIME_SECONDS = 7 * 86400
 """How long a pipeline may take: less than the shortest retention, 15 days, so that its first outputs are there to its
@@ -34,6 +38,7 @@ class PipelineApi:
         executions: Runs pipelines.
         presenter: Shows outputs.
         retention_seconds: How long the table keeps a pipeline.
+        usage: What owners use of their limits; None: limits are not applied.
         now: The time, in seconds since 1970.
     """
 
@@ -46,8 +51,11 @@ class PipelineApi:
         presenter: Presenter,
         retention_seconds: int,
         *,
+        usage: OwnersUsage | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
+        self._keys = table.idempotency_keys(now)
+        self._usage = usage
         self._table = table
         self._predictions = predictions
         self._submissions = submissions
@@ -66,47 +74,142 @@ class PipelineApi:
             PipelineExecutions.from_env(),
             Presenter.from_env(),
             int(os.environ["RETENTION_DAYS"]) * 86400,
+            usage=OwnersUsage.from_env(),
         )
 
-    def create_pipeline(self, owner: str, body: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
+    def create_pipeline(
+        self,
+        owner: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        *,
+        attempt: Attempt | None = None,
+        limits: OwnerLimits | None = None,
+    ) -> dict[str, Any]:
         """Checks a pipeline, writes it down, and starts its execution; the same key, the same pipeline.
+
+        Once it is written, no error of AWS is the caller's: the sweep starts what was not started.
+
+        Args:
+            owner: Whose pipeline it is.
+            body: The raw body.
+            headers: The request's headers, their names in lower case.
+            attempt: Which attempt of its client's this is, where that counts; a repetition without a key finds the
+                pipeline of the two minutes before.
+            limits: The owner's; None: there are none.
 
         Returns:
             The pipeline.
 
         Raises:
             Problem: 400, 413, 415; 422, with everything that is wrong in `invalid_fields`, or where the key belongs to
-                another pipeline; 503, where a model cannot be asked for now. Nothing was started.
+                another pipeline; 429, where one of the owner's limits is used up; 503, where a model cannot be asked
+                for now. Nothing was started.
         """
         value = parse_json(body, headers.get("content-type"))
         key = idempotency_key(headers)
-        pipeline_id = derived_id(f"pipelines#{owner}", key) if key else random_id()
         print_ = fingerprint(value)
-        there = self._table.get_pipeline(pipeline_id) if key else None
+        there = self._of_key(owner, key, print_) if key else self._sent_before(owner, print_, attempt)
+        if there is not None:
+            return self._show_again(there, value, print_)
+        definition = create_definition(value, self._submissions.violations)
+        # The answer needs it: what cannot be answered is not started.
+        api_url()
+        now = self._now()
+        expires = int(now) + self._retention_seconds
+        pipeline_id = random_id()
+        if key:
+            pipeline_id, known = self._keys.take_key(owner, key, pipeline_id, print_, expires)
+            if known != print_:
+                raise _of_another()
+        elif attempt:
+            pipeline_id = self._predictions.note_request(pipeline_id, owner, f"pipeline#{print_}", attempt)
+        self._take_place(owner, pipeline_id, limits)
+        try:
+            pipeline = self._table.put_pipeline(
+                pipeline_id,
+                definition,
+                owner=owner,
+                fingerprint=print_,
+                deadline=int(now) + LIFETIME_SECONDS,
+                expires=expires,
+                depth=0,
+                now=now,
+            )
+        except PipelineExists as error:
+            return self._show_again(error.pipeline, value, print_)
+        logger.info("pipeline written down", pipeline_id=pipeline_id, steps=len(definition.steps))
+        self._run_or_leave(pipeline)
+        # Nothing of it can have begun: it is shown from what is in hand.
+        return self.show_pipeline(StoredPipeline(pipeline, definition, {}), {})
+
+    def _of_key(self, owner: str, key: str, print_: str) -> Pipeline | None:
+        """The pipeline that a key names.
+
+        Raises:
+            Problem: 422, where the key came with another request.
+        """
+        holder = self._keys.key_holder(owner, key)
+        if holder is None:
+            # Of a release in which a pipeline's id was made of its key.
+            old = self._table.get_pipeline(derived_id(f"pipelines#{owner}", key))
+            return old if old and old.expires_at > self._now() else None
+        if holder.fingerprint != print_:
+            raise _of_another()
+        there = self._table.get_pipeline(holder.id)
         if there is None:
-            definition = create_definition(value, self._submissions.violations)
-            now = self._now()
-            try:
-                there = self._table.put_pipeline(
-                    pipeline_id,
-                    definition,
-                    owner=owner,
-                    fingerprint=print_,
-                    deadline=int(now) + LIFETIME_SECONDS,
-                    expires=int(now) + self._retention_seconds,
-                    depth=0,
-                    now=now,
-                )
-                logger.info("pipeline written down", pipeline_id=pipeline_id, steps=len(definition.steps))
-            except PipelineExists as error:
-                there = error.pipeline
-        if there.fingerprint != print_:
-            detail = "This key belongs to another pipeline: use a new key for a new one, and the old one to repeat it."
-            raise Problem(422, detail, invalid_fields=[{"field": "Idempotency-Key", "detail": detail}])
-        if not there.ended:
-            # Whoever wrote it down may have died right after.
-            self._executions.run(there)
-        return self.show_pipeline(self.own_pipeline(pipeline_id, owner))
+            # Its first request failed half-way: the pipeline is written only now, and its key has to last as long.
+            expires = int(self._now()) + self._retention_seconds
+            self._keys.extend_key(owner, key, holder.id, expires)
+        return there
+
+    def _sent_before(self, owner: str, print_: str, attempt: Attempt | None) -> Pipeline | None:
+        """The pipeline that an earlier attempt of the same request created."""
+        if attempt is None or not attempt.number:
+            return None
+        noted = self._predictions.recent_id(owner, f"pipeline#{print_}", attempt)
+        return self._table.get_pipeline(noted) if noted else None
+
+    def _take_place(self, owner: str, pipeline_id: str, limits: OwnerLimits | None) -> None:
+        """Checks the owner's limit of the day, and takes a place among the open pipelines.
+
+        Raises:
+            Problem: 429.
+        """
+        if self._usage is None or not limits:
+            return
+        try:
+            self._usage.check_day(owner, limits)
+            self._usage.take_open_place("pipeline", owner, pipeline_id, limits)
+        except LimitReached as reached:
+            raise refusal_of(reached) from None
+
+    def _run_or_leave(self, pipeline: Pipeline) -> None:
+        """Starts the execution of a pipeline that is written down; on an error the sweep does, within two minutes."""
+        try:
+            self._executions.run(pipeline)
+        except (ClientError, BotoCoreError):
+            # Accepted all the same: a caller who is told of an error would create another one.
+            logger.exception("accepted, but not started yet", pipeline_id=pipeline.id)
+
+    def _show_again(self, pipeline: Pipeline, value: Any, print_: str) -> dict[str, Any]:
+        """The answer to a repetition of a request, whatever fails while the pipeline is read and shown.
+
+        Raises:
+            Problem: 422, where it was another request.
+        """
+        if pipeline.fingerprint != print_:
+            raise _of_another()
+        if not pipeline.ended:
+            # A crash right after it was written leaves it without an execution.
+            self._run_or_leave(pipeline)
+        try:
+            return self.show_pipeline(self.own_pipeline(pipeline.id, pipeline.owner))
+        except Exception:  # noqa: BLE001  # whatever it is, the caller must not take it for "nothing was started"
+            logger.exception("started, but not shown", pipeline_id=pipeline.id)
+            metrics.add_metric(name="AnswersWithoutOutput", unit=MetricUnit.Count, value=1)
+        definition = create_definition(value, lambda *_: [])  # it was checked when it was written
+        return self.show_pipeline(StoredPipeline(pipeline, definition, {}), {})
 
     def cancel_pipeline(self, pipeline_id: str, owner: str) -> dict[str, Any]:
         """Cancels a pipeline: from now on nothing of it starts, and its execution cancels what runs.
@@ -147,14 +250,23 @@ class PipelineApi:
             (places[0], places[-1] if more else None) if places else (None, None)
         )
 
-    def show_pipeline(self, stored: StoredPipeline) -> dict[str, Any]:
+    def show_pipeline(
+        self, stored: StoredPipeline, predictions: Mapping[str, Prediction] | None = None
+    ) -> dict[str, Any]:
         """A pipeline with its steps.
 
         Outputs that would make the answer too large for Lambda are left out, the later steps' first, and
-        `outputs_left_out` names their steps: each prediction has its own.
+        `outputs_left_out` names their steps: each prediction has its own. Those whose noted length, logs included, is
+        more than there is room for are not even read.
+
+        Args:
+            stored: The pipeline.
+            predictions: Its predictions that there are, by id; None: they are read.
         """
         ids = run_ids(stored)
-        there = self._predictions.get_many(each for found in ids.values() for each in found)
+        there = predictions
+        if there is None:
+            there = self._predictions.get_many(each for found in ids.values() for each in found)
         states = states_of(stored, there)
         room = ANSWER_LIMIT_BYTES - answer_bytes(stored.definition.input)
         outputs: dict[str, Any] = {}
@@ -163,14 +275,14 @@ class PipelineApi:
             state = states[step.name]
             if state.status != "succeeded":
                 continue
-            output = self._output(state, ids[step.name])
             # The output of a step that no other one needs is shown twice.
-            room_needed = answer_bytes(output) * (2 if step in stored.definition.last else 1)
-            if room_needed > room:
+            times = 2 if step in stored.definition.last else 1
+            shown = self._output(state, ids[step.name], room // times)
+            if shown is None:
                 left_out.append(step.name)
                 continue
-            room -= room_needed
-            outputs[step.name] = output
+            outputs[step.name], size = shown
+            room -= size * times
         last = {step.name: outputs.get(step.name) for step in stored.definition.last}
         return {
             **_shown(stored.pipeline),
@@ -191,10 +303,25 @@ class PipelineApi:
             "outputs_left_out": left_out,
         }
 
-    def _output(self, state: StepState, ids: list[str]) -> Any:
-        found: dict[str, Whole] = {whole.prediction.id: whole for whole in self._predictions.read_many(ids)}
-        outputs = [self._presenter.show(found[each])["output"] for each in ids]
-        return outputs[0] if state.step.for_each is None else outputs
+    def _output(self, state: StepState, ids: list[str], room: int) -> tuple[Any, int] | None:
+        """The output of a step and its size in an answer; None where that is more than there is room for."""
+        results = self._predictions.unread_results(ids)
+        if sum(result.length for result in results) > room:
+            return None
+        outputs = []
+        for result in results:
+            text = self._predictions.result_text(result)
+            said = json.loads(text) if text else {"output": None, "logs": None}
+            whole = Whole(result.prediction, {}, said["output"], said["logs"], result.files)
+            outputs.append(self._presenter.show(whole)["output"])
+        output = outputs[0] if state.step.for_each is None else outputs
+        size = answer_bytes(output)
+        return (output, size) if size <= room else None
+
+
+def _of_another() -> Problem:
+    detail = "This key belongs to another pipeline: use a new key for a new one, and the old one to repeat it."
+    return Problem(422, detail, invalid_fields=[{"field": "Idempotency-Key", "detail": detail}])
 
 
 def _shown(pipeline: Pipeline) -> dict[str, Any]:

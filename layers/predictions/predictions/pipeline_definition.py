@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from predictions.errors import Problem
 from predictions.intents import Reference, create_requested_intent, input_json_canonical
-from predictions.placeholders import PlaceholderError, expressions, fill, holds_placeholders
+from predictions.placeholders import Allowance, PlaceholderError, TooSlow, expressions, fill, holds_placeholders
 
 STEPS_LIMIT = 50
 """The most steps of a pipeline."""
@@ -33,6 +33,22 @@ ITEMS_LIMIT = 100
 FAN_OUTS_LIMIT = 5
 """The most steps with a `for_each`: with the limits above 545 predictions, each of which wakes the execution once. Its
 history holds 25,000 events: https://docs.aws.amazon.com/step-functions/latest/dg/service-quotas.html"""
+
+PART_LIMIT_BYTES = 2 * 1024 * 1024
+"""The most bytes of a pipeline's input, and of what a step asks for: each message of a step fills templates with it."""
+
+PART_LIMIT_VALUES = 150_000
+"""The most values in each of these: three quarters of the steps that filling may take."""
+
+BODY_LIMIT_VALUES = 200_000
+"""The most values in a pipeline: the whole of it is read for each message."""
+
+BODY_LIMIT_PLACEHOLDERS = 2000
+"""The most placeholders in a pipeline."""
+
+# What filling may take when a pipeline is checked: beyond it, templates are first filled when their step runs.
+_CHECK_STEPS = 1_000_000
+_CHECK_SECONDS = 5.0
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
 _INVALID_FIELDS_LIMIT = 50
@@ -174,12 +190,16 @@ def create_definition(value: Any, check: Check) -> Definition:
             where a model cannot be asked for now.
     """
     asked = _validated(value)
-    invalid: Violations = []
-    steps = [_step(asked, number, invalid) for number in range(len(asked.steps))]
+    invalid: Violations = list(_too_large(asked))
+    if invalid:
+        # Nothing is filled before that is known.
+        raise _refused(invalid)
+    filling = _Filling()
+    steps = [_step(asked, number, invalid, filling) for number in range(len(asked.steps))]
     invalid += _fan_outs(asked)
     invalid += _cycles(steps)
     for number, step in enumerate(steps):
-        invalid += [_of_step(number, step.name, found) for found in _by_schema(step, asked.input, check)]
+        invalid += [_of_step(number, step.name, found) for found in _by_schema(step, asked.input, check, filling)]
     if invalid:
         # The first reason of each place: others follow from it.
         raise _refused(list({each["field"]: each for each in reversed(invalid)}.values())[::-1])
@@ -212,7 +232,69 @@ def _shape(error: Any, value: Mapping[str, Any]) -> dict[str, str]:
     return {"field": field, "detail": detail}
 
 
-def _step(asked: PipelineBody, number: int, invalid: Violations) -> Step:
+class _Filling:
+    """Fills templates from the pipeline's input while it is checked, as far as there are steps for it."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def fill(self, template: Any, pipeline_input: Mapping[str, Any]) -> Any:
+        """A filled template.
+
+        Raises:
+            PlaceholderError: It cannot be filled.
+            TooSlow: It is not filled now: there was no time, or too much was filled before.
+        """
+        if self._steps > _CHECK_STEPS:
+            raise TooSlow("The templates that were filled before took too many steps.")
+        allowance = Allowance(seconds=_CHECK_SECONDS)
+        try:
+            return fill(template, {"input": pipeline_input}, allowance)
+        finally:
+            self._steps += allowance.steps
+
+
+def _too_large(asked: PipelineBody) -> Iterator[dict[str, str]]:
+    """One refusal for each part that is larger than what a message may be filled from."""
+    parts: list[tuple[str, Any]] = [("input", asked.input)]
+    parts += [(f"steps.{number}.input", [step.input, step.for_each]) for number, step in enumerate(asked.steps)]
+    total = 0
+    for field, part in parts:
+        text = json.dumps(part, separators=(",", ":"), ensure_ascii=False)
+        size, values = len(text.encode()), _count_values(part)
+        total += values
+        if size > PART_LIMIT_BYTES:
+            detail = f"It has {size} bytes, with `for_each`; the limit is {PART_LIMIT_BYTES}. Pass files as https URLs."
+            yield {"field": field, "detail": detail if field != "input" else detail.replace(", with `for_each`", "")}
+        elif values > PART_LIMIT_VALUES:
+            detail = (
+                f"It has {values} values; the limit is {PART_LIMIT_VALUES}. Pass long lists as files, by their URLs."
+            )
+            yield {"field": field, "detail": detail}
+    if total > BODY_LIMIT_VALUES:
+        detail = f"The pipeline has {total} values in all; the limit is {BODY_LIMIT_VALUES}. Make several pipelines."
+        yield {"field": "steps", "detail": detail}
+    placeholders = sum(json.dumps(part).count("{{") for _, part in parts)
+    if placeholders > BODY_LIMIT_PLACEHOLDERS:
+        detail = f"The pipeline has {placeholders} placeholders; the limit is {BODY_LIMIT_PLACEHOLDERS}."
+        yield {"field": "steps", "detail": detail}
+
+
+def _count_values(value: Any) -> int:
+    """How many values JSON has: objects, lists, and what is in them, names included."""
+    count, waiting = 0, [value]
+    while waiting:
+        part = waiting.pop()
+        count += 1
+        if isinstance(part, dict):
+            count += len(part)
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+    return count
+
+
+def _step(asked: PipelineBody, number: int, invalid: Violations, filling: _Filling) -> Step:
     """One step by itself; what it needs may still be a cycle."""
     body = asked.steps[number]
     found: Violations = []
@@ -236,7 +318,7 @@ def _step(asked: PipelineBody, number: int, invalid: Violations) -> Step:
                     found.append({"field": field, "detail": wrong})
                 elif use.path[0] == "steps":
                     needs[use.path[1]] = None
-    found += _for_each(body, asked.input)
+    found += _for_each(body, asked.input, filling)
     invalid += [_of_step(number, body.name, each) for each in found]
     return Step(body.name, request, body.input, body.for_each, tuple(needs))
 
@@ -352,7 +434,7 @@ def _wrong(use: _Use, asked: PipelineBody, step: StepBody, *, within_for_each: b
     return f"An expression begins with {known}, not with `{root[:32]}`."
 
 
-def _for_each(step: StepBody, pipeline_input: Mapping[str, Any]) -> Violations:
+def _for_each(step: StepBody, pipeline_input: Mapping[str, Any], filling: _Filling) -> Violations:
     if step.for_each is None:
         return []
     if isinstance(step.for_each, str):
@@ -365,9 +447,11 @@ def _for_each(step: StepBody, pipeline_input: Mapping[str, Any]) -> Violations:
     if not _needs_nothing(step.for_each):
         return []
     try:
-        elements(fill(step.for_each, {"input": pipeline_input}))
+        elements(filling.fill(step.for_each, pipeline_input))
     except PlaceholderError as error:
         return [{"field": "for_each", "detail": error.detail}]
+    except TooSlow:
+        pass  # it is found out when the step runs
     return []
 
 
@@ -424,7 +508,7 @@ def _way(start: str, needs: Mapping[str, Sequence[str]]) -> list[str] | None:
     return None
 
 
-def _by_schema(step: Step, pipeline_input: Mapping[str, Any], check: Check) -> Violations:
+def _by_schema(step: Step, pipeline_input: Mapping[str, Any], check: Check, filling: _Filling) -> Violations:
     """What is wrong with a step's input for certain: what depends on other steps is known when those have ended."""
     try:
         reference = _reference(step.request)
@@ -437,13 +521,15 @@ def _by_schema(step: Step, pipeline_input: Mapping[str, Any], check: Check) -> V
         known[name] = template
         try:
             if step.for_each is None and holds_placeholders(template) and _needs_nothing(template):
-                known |= fill({name: template}, {"input": pipeline_input})
+                known |= filling.fill({name: template}, pipeline_input)
             else:
                 open_fields += [place for place, _ in expressions({"input": {name: template}})]
         except PlaceholderError as error:
             open_fields.append(f"input.{name}")
             if _needs_nothing(template):
                 found.append({"field": f"input.{error.field}", "detail": error.detail})
+        except TooSlow:
+            open_fields.append(f"input.{name}")
     try:
         violations = check(reference, known)
     except Problem as problem:

@@ -28,6 +28,11 @@ RESEND_SECONDS = 3600
 
 _CANCEL_SECONDS = 15
 _STUCK_SECONDS = 120
+# Backoff of the sweep's looks at a pipeline over which executions die: from `_STUCK_SECONDS`, doubled, up to an hour.
+_STUCK_MOST_SECONDS = 3600
+# After that many dead executions it is ended by the sweep, this long after its deadline, which the execution keeps.
+_DEAD_EXECUTIONS = 2
+_ABANDON_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -198,5 +203,19 @@ class PipelineExecutions:
             return
         logger.info("stands still", pipeline_id=pipeline_id)
         # First: one that cannot be started must not stand before the others in the next sweep.
-        self._table.check_pipeline_at(pipeline, self._now() + _STUCK_SECONDS)
+        died = pipeline.execution_n - 1
+        check_at = self._now() + min(_STUCK_MOST_SECONDS, _STUCK_SECONDS * 2 ** min(died, 10))
+        self._table.check_pipeline_at(pipeline, check_at)
+        over = died >= _DEAD_EXECUTIONS and self._now() >= pipeline.deadline + _ABANDON_SECONDS
+        if over and self._executions.status(pipeline.id, pipeline.execution_n) != "RUNNING":
+            logger.error("functions died over it: ended by the sweep", pipeline_id=pipeline_id, executions=died + 1)
+            why = (
+                "Its deadline passed, and this stack's functions ran out of memory or time each time that they worked "
+                "on it. Its predictions have their own ends: read them one by one."
+            )
+            self._table.end_pipeline(pipeline, "failed", why, {}, self._now())
+            return
         self.run(pipeline)
+        if died:
+            # The next execution has noted a time of its own: it is not to die any sooner than this.
+            self._table.check_pipeline_at(pipeline, check_at)

@@ -19,13 +19,23 @@ from predictions.intents import BODY_LIMIT_BYTES, Intent, create_requested_inten
 from predictions.items import deserialize, serialize
 from predictions.links import Links
 from predictions.observability import logger
-from predictions.outputs import OutputsBucket, replace_files
+from predictions.outputs import OutputsBucket
 from predictions.pipeline_definition import Step, elements
 from predictions.pipeline_runs import run_ids, run_key, states_of
 from predictions.pipelines_table import PipelinesTable, StoredPipeline
-from predictions.placeholders import PlaceholderError, fill
+from predictions.placeholders import Allowance, PlaceholderError, fill
 from predictions.requests import Message, RequestRefused
-from predictions.table import PredictionsTable, Whole
+from predictions.table import PredictionsTable, UnreadResult
+
+GATHERED_LIMIT_BYTES = 16 * 1024 * 1024
+"""The most bytes of outputs, with their logs, that a step refers to; summed before any of them is read."""
+
+GATHERED_LIMIT_VALUES = 1_000_000
+"""The most values in these outputs. A parsed value takes up to 70 bytes of memory: with the limit above, about 200 MB
+in all, of the 1,024 MB of start_from_queue and the 512 MB of advance_pipeline."""
+
+# advance_pipeline has 120 seconds, and only its pipeline waits for it.
+_COUNT_SECONDS = 20.0
 
 _ID = re.compile(r"[a-z0-9]{26}", re.ASCII)
 
@@ -138,6 +148,7 @@ class Pipelines:
 
         Raises:
             RequestRefused: There is no such pipeline, step or run.
+            TooSlow: The machine stalled while its input was filled.
         """
         pipeline_id, name, index = _named(body)
         stored = self.table.read_pipeline(pipeline_id)
@@ -165,14 +176,31 @@ class Pipelines:
             wake_pipeline(pipeline_id)
             return None
 
+    def give_up(self, body: Mapping[str, Any], reason: str) -> None:
+        """Note that a run cannot be started because its message was given up; its pipeline then fails with the reason.
+
+        Otherwise the pipeline would send the same message again every hour. The definition is not read: it may be what
+        the function was killed over. A message that names no run of a running pipeline is passed over.
+        """
+        try:
+            pipeline_id, name, index = _named(body)
+        except RequestRefused:
+            return
+        pipeline = self.table.get_pipeline(pipeline_id)
+        if pipeline is not None and not pipeline.ended:
+            self.table.note_error(pipeline, name[:32], index, reason)
+            wake_pipeline(pipeline_id)
+
     def elements(self, stored: StoredPipeline, step: Step) -> list[Any]:
         """What a step's `for_each` finds, once all that it needs has succeeded.
 
         Raises:
-            CannotRun: No list, or one that is too long.
+            CannotRun: No list, or one that is too long; or what it looks into is too large.
         """
+        context = self._context(stored, step)
         try:
-            return elements(fill({"for_each": step.for_each}, self._context(stored, step))["for_each"])
+            filled = fill({"for_each": step.for_each}, context, Allowance(seconds=_COUNT_SECONDS))
+            return elements(filled["for_each"])
         except PlaceholderError as error:
             raise CannotRun(f"Step `{step.name}`: {error.field}: {error.detail}") from None
 
@@ -183,13 +211,14 @@ class Pipelines:
             CannotRun: Its input cannot be filled.
         """
         pipeline, context = stored.pipeline, self._context(stored, step)
+        allowance = Allowance()  # one for the whole message
         try:
             if step.for_each is not None:
-                found = elements(fill({"for_each": step.for_each}, context)["for_each"])
+                found = elements(fill({"for_each": step.for_each}, context, allowance)["for_each"])
                 if index >= len(found):
                     raise PlaceholderError("for_each", f"It finds {len(found)} elements now, and found more before.")
                 context |= {"item": found[index], "index": index}
-            filled = fill({"input": dict(step.input)}, context)
+            filled = fill({"input": dict(step.input)}, context, allowance)
         except PlaceholderError as error:
             raise CannotRun(f"Step `{step.name}`: {error.field}: {error.detail}") from None
         if len(json.dumps(filled)) > BODY_LIMIT_BYTES:
@@ -208,21 +237,47 @@ class Pipelines:
             raise CannotRun(f"Step `{step.name}`: {problem.detail}") from None
 
     def _context(self, stored: StoredPipeline, step: Step) -> dict[str, Any]:
-        """What a step's templates are filled from."""
+        """What a step's templates are filled from. Outputs are read one after the other, within the limits above.
+
+        Raises:
+            CannotRun: The outputs are too large.
+        """
         ids = run_ids(stored)
+        found = {name: self.predictions.unread_results(ids[name]) for name in step.needs}
+        size = sum(result.length for results in found.values() for result in results)
+        if size > GATHERED_LIMIT_BYTES:
+            raise _too_large(step, f"have {size} bytes with their logs; {GATHERED_LIMIT_BYTES} are taken")
         steps: dict[str, Any] = {}
-        for name in step.needs:
-            found = {whole.prediction.id: whole for whole in self.predictions.read_many(ids[name])}
-            outputs = [self._output(found[each], stored.pipeline.deadline) for each in ids[name]]
+        values = 0
+        for name, results in found.items():
+            outputs = []
+            for result in results:
+                text = self.predictions.result_text(result)
+                values += _values_in(text)
+                if values > GATHERED_LIMIT_VALUES:
+                    raise _too_large(step, f"hold more than the {GATHERED_LIMIT_VALUES} values that are taken")
+                output = json.loads(text)["output"] if text else None
+                outputs.append(self._output(output, result, stored.pipeline.deadline))
             needed = stored.definition.step(name)
             steps[name] = {"output": outputs[0] if needed and needed.for_each is None else outputs}
         return {"input": stored.definition.input, "steps": steps}
 
-    def _output(self, whole: Whole, expires: int) -> Any:
+    def _output(self, output: Any, result: UnreadResult, expires: int) -> Any:
         """An output whose files are links; null for one that was not stored."""
-        values: dict[str, Any] = {file.path: None for file in self._outputs.find_files(whole.output)}
-        values |= {f.path: self._links.url("outputs", f.key, expires=expires) for f in whole.files if f.key}
-        return replace_files(whole.output, values)
+        links = {f.path: self._links.url("outputs", f.key, expires=expires) for f in result.files if f.key}
+        return self._outputs.place_files(output, links)
+
+
+def _too_large(step: Step, what: str) -> CannotRun:
+    names = ", ".join(f"`{name}`" for name in step.needs)
+    return CannotRun(
+        f"Step `{step.name}`: The outputs of {names} {what}. Refer to fewer of them, or to steps that give files."
+    )
+
+
+def _values_in(text: str | None) -> int:
+    """At least as many values as a JSON text holds, without parsing it."""
+    return 1 + sum(map(text.count, ",:[{")) if text else 1
 
 
 def _named(body: Mapping[str, Any]) -> tuple[str, str, int]:

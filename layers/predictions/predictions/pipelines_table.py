@@ -5,7 +5,10 @@
         sk = definition#{fingerprint}   its definition, written before the status; an object above 100 KiB
         sk = step#{name}                how many elements a `for_each` found, and when its requests were sent
         sk = error#{name}#{index}       why a run of a step cannot be started: its input cannot be filled
+    pk = pipeline#{owner and key, hashed}
+        sk = key                        which pipeline an idempotency key names (see `predictions.idempotency_keys`)
 
+Ids are random, so that nothing of a pipeline that has expired is ever taken for another one's of the same key.
 Nothing is said of a step that its predictions say: their ids come from the pipeline's id, the step's name and the
 index. `events` counts what may change what there is to do: the execution waits only as long as it is the number that
 it saw before it looked.
@@ -13,12 +16,15 @@ it saw before it looked.
 
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from botocore.exceptions import BotoCoreError, ClientError
+
 from predictions.aws import client
 from predictions.errors import PredictionsError
+from predictions.idempotency_keys import IdempotencyKeys
 from predictions.items import deserialize, list_page, read_items, serialize, timestamp
 from predictions.outputs import OutputsBucket
 from predictions.pipeline_definition import Definition
@@ -124,6 +130,14 @@ class PipelinesTable:
         """From `TABLE_NAME` and what `OutputsBucket.from_env` reads."""
         return cls(os.environ["TABLE_NAME"], OutputsBucket.from_env(), client("dynamodb"))
 
+    def idempotency_keys(self, now: Callable[[], float]) -> IdempotencyKeys:
+        """The idempotency keys of pipelines.
+
+        Args:
+            now: The time, in seconds since 1970.
+        """
+        return IdempotencyKeys("pipeline", self._name, self._dynamodb, now=now)
+
     def put_pipeline(
         self, pipeline_id: str, definition: Definition, *, owner: str, fingerprint: str, deadline: int, expires: int,
         depth: int, now: float,
@@ -132,6 +146,7 @@ class PipelinesTable:
 
         Raises:
             PipelineExists: The id is taken.
+            ClientError, BotoCoreError: It is not there, as far as the table tells: nobody is about to run it.
         """
         created_at = timestamp(now)
         self._put_definition(pipeline_id, fingerprint, definition.to_json(), expires)
@@ -166,6 +181,12 @@ class PipelinesTable:
             # botocore repeats a write whose answer it did not see: then what is there is this very one.
             if there.written_by != item["written_by"]:
                 raise PipelineExists(there) from None
+        except (ClientError, BotoCoreError):
+            # The write may have been made, and only its answer be lost: then the sweep runs the pipeline, and a caller
+            # who is told of an error would create another one.
+            if written := self.get_pipeline(pipeline_id):
+                return written
+            raise
         return _pipeline(item)
 
     def get_pipeline(self, pipeline_id: str) -> Pipeline | None:

@@ -6,19 +6,21 @@ nothing (null) is refused: `{{ object.metadata.title || 'untitled' }}` is how to
 at its first `}}`, so two braces that an expression needs get a space between them. Names of fields are never filled.
 
 Templates and what they are filled from are both strangers' text. JMESPath runs no code and finds everything in the
-context, but `[@, @][] | [@, @][] | …` doubles a list with every step: so the interpreter counts what it visits and
-what it makes, and stops at `STEPS_LIMIT`, or at `SECONDS_LIMIT`.
+context, but `[@, @][] | [@, @][] | …` doubles a list with every step, and `max(rows)` looks through all rows in one.
+So all of it is charged to an `Allowance`: the templates, reading their expressions, what the interpreter visits and
+makes, and what functions and comparisons are given. One allowance covers everything that one message fills. Its steps
+are the same on every machine, and are chosen to run out first; the wall-clock limit is for a machine that stalls.
 """
 
 import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jmespath import functions
-from jmespath.exceptions import JMESPathError
+from jmespath.exceptions import JMESPathError, JMESPathTypeError
 from jmespath.parser import Parser
 from jmespath.visitor import TreeInterpreter
 
@@ -31,16 +33,18 @@ PLACEHOLDERS_LIMIT = 64
 """The most placeholders in one text."""
 
 STEPS_LIMIT = 200_000
-"""The most steps of one filling: half a second, where they are spent on nothing but counting."""
+"""The most steps of one allowance: about half a second of a whole processor, whatever they are spent on."""
 
-SECONDS_LIMIT = 5.0
-"""The longest one filling computes: a single step, such as `max(rows)`, may look through a long list."""
+SECONDS_LIMIT = 2.0
+"""The wall-clock limit of one allowance. `STEPS_LIMIT` takes less, unless the machine stalls."""
 
 TEMPLATE_DEPTH_LIMIT = 100
 """The deepest template: as deep as a request's JSON may be."""
 
 # Of a text so many characters are one step: with the limit above, texts of 12 MB in all.
 _CHARACTERS_PER_STEP = 64
+# Functions that look into all that they are given, and not only at its outermost values.
+_DEEP_FUNCTIONS = ("contains", "to_string")
 _PLACEHOLDER = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 _NUMBER_LIMIT = sys.float_info.max
 # What JMESPath's own functions let through: `sum` of too much, `to_number` of a thousand digits, deep parentheses.
@@ -65,23 +69,66 @@ class NothingFound(PlaceholderError):
     """A placeholder that finds nothing in this context, and may in another."""
 
 
+class TooSlow(PredictionsError):
+    """The wall-clock limit ended before the steps did: the machine stalled, and another try may get through."""
+
+
+class Allowance:
+    """Steps and wall-clock time, shared by everything that is filled on behalf of one message.
+
+    Args:
+        steps: The most steps.
+        seconds: The most seconds, counted from now.
+        clock: A monotonic clock in seconds.
+    """
+
+    def __init__(
+        self, *, steps: int | None = None, seconds: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.steps = 0
+        self._limit = STEPS_LIMIT if steps is None else steps
+        self._seconds = SECONDS_LIMIT if seconds is None else seconds
+        self._clock = clock
+        self._until = clock() + self._seconds
+
+    def charge(self, steps: int) -> None:
+        """Take some steps.
+
+        Raises:
+            TooSlow: The time is used up.
+        """
+        self.steps += steps
+        if self.steps > self._limit:
+            raise _TooMuch
+        if self._clock() > self._until:
+            raise TooSlow(f"The placeholders were not filled within the limit of {self._seconds:g} seconds.")
+
+    def charge_text(self, text: str) -> None:
+        """Take the steps of a text besides the one of a value."""
+        self.charge(len(text) // _CHARACTERS_PER_STEP)
+
+
 class Filler:
-    """Fills templates from one context; all of them share `STEPS_LIMIT`.
+    """Fills templates from one context.
 
     Args:
         context: What expressions look into: parsed JSON.
+        allowance: What may be used; by default one of its own.
     """
 
-    def __init__(self, context: Mapping[str, Any]) -> None:
+    def __init__(self, context: Mapping[str, Any], allowance: Allowance | None = None) -> None:
         self._context = context
-        self._interpreter = _Interpreter()
+        self._allowance = allowance or Allowance()
+        self._interpreter = _Interpreter(self._allowance)
 
-    def fill(self, template: Any, field: str = "") -> Any:
+    def fill(self, template: Any, field: str = "", *, encode: Callable[[str], str] | None = None) -> Any:
         """A template with its placeholders filled.
 
         Args:
             template: Parsed JSON.
             field: Where the template itself is, for what is refused.
+            encode: Applied to each value that is put into a text after its beginning, as `quote` for URLs. A
+                placeholder at the beginning is the base of the URL, and stays as it is.
 
         Returns:
             New JSON, which may share parts with the context.
@@ -89,32 +136,42 @@ class Filler:
         Raises:
             NothingFound: One finds nothing.
             PlaceholderError: One cannot be read, finds what is no JSON, or takes too many steps.
+            TooSlow: The time of the allowance is used up.
         """
-        return self._fill(template, field, 1)
+        return self._fill(template, field, 1, encode)
 
-    def _fill(self, template: Any, field: str, depth: int) -> Any:
+    def _fill(self, template: Any, field: str, depth: int, encode: Callable[[str], str] | None) -> Any:
         _check_depth(field, depth)
+        self._charge(1, field)
         if isinstance(template, str):
-            return self._fill_text(template, field)
+            return self._fill_text(template, field, encode)
         if isinstance(template, Mapping):
-            return {name: self._fill(part, _within(field, name), depth + 1) for name, part in template.items()}
+            return {name: self._fill(part, _within(field, name), depth + 1, encode) for name, part in template.items()}
         if isinstance(template, list):
-            return [self._fill(part, _within(field, place), depth + 1) for place, part in enumerate(template)]
+            return [self._fill(part, _within(field, place), depth + 1, encode) for place, part in enumerate(template)]
         return template
 
-    def _fill_text(self, text: str, field: str) -> Any:
-        found = [
-            self._interpreter.find(part, self._context, field) if isinstance(part, _Expression) else part
-            for part in _parts(text, field)
-        ]
-        return (
-            found[0] if len(found) == 1 else "".join(part if isinstance(part, str) else _json(part) for part in found)
-        )
+    def _fill_text(self, text: str, field: str, encode: Callable[[str], str] | None) -> Any:
+        self._charge(len(text) // _CHARACTERS_PER_STEP, field)
+        found: list[Any] = []
+        for part in _parts(text, field, self._charge):
+            if isinstance(part, _Expression):
+                value = self._interpreter.find(part, self._context, field)
+                found.append(encode(_text(value)) if encode and found else value)
+            else:
+                found.append(part)
+        return found[0] if len(found) == 1 else "".join(map(_text, found))
+
+    def _charge(self, steps: int, field: str) -> None:
+        try:
+            self._allowance.charge(steps)
+        except _TooMuch:
+            raise PlaceholderError(field, f"The template takes more than {STEPS_LIMIT} steps up to here.") from None
 
 
-def fill(template: Any, context: Mapping[str, Any]) -> Any:
-    """`Filler(context).fill(template)`, for one template."""
-    return Filler(context).fill(template)
+def fill(template: Any, context: Mapping[str, Any], allowance: Allowance | None = None) -> Any:
+    """`Filler(context, allowance).fill(template)`, for one template."""
+    return Filler(context, allowance).fill(template)
 
 
 def expressions(template: Any) -> Iterator[tuple[str, str]]:
@@ -159,39 +216,68 @@ class _Expression:
 
 
 class _TooMuch(ArithmeticError):
-    """More steps than one filling may take."""
+    """More steps than the allowance has."""
+
+
+class _Functions(functions.Functions):  # type: ignore[misc]  # jmespath has no types
+    """JMESPath's functions, with what they are given charged before they run."""
+
+    def __init__(self, allowance: Allowance) -> None:
+        super().__init__()
+        self._allowance = allowance
+
+    def call_function(self, function_name: str, resolved_args: list[Any]) -> Any:
+        for argument in resolved_args:
+            if function_name in _DEEP_FUNCTIONS:
+                _measure(argument, self._allowance)
+            elif isinstance(argument, list):
+                self._allowance.charge(len(argument))
+                for each in argument:
+                    if isinstance(each, str):
+                        self._allowance.charge_text(each)
+            elif isinstance(argument, dict):
+                self._allowance.charge(len(argument))
+            elif isinstance(argument, str):
+                self._allowance.charge_text(argument)
+        if function_name == "join" and len(resolved_args) == 2:
+            separator, texts = resolved_args
+            if isinstance(separator, str) and isinstance(texts, list):
+                # Before the text is made: a long separator between many texts is more than the memory holds.
+                self._allowance.charge(len(separator) * len(texts) // _CHARACTERS_PER_STEP)
+        return super().call_function(function_name, resolved_args)
 
 
 class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no types
-    """JMESPath's interpreter, with all that it does counted."""
+    """JMESPath's interpreter, with all that it does charged to an allowance."""
 
-    def __init__(self) -> None:
+    def __init__(self, allowance: Allowance) -> None:
         super().__init__()
-        self._functions = functions.Functions()
-        self._steps = 0
-        self._until = time.thread_time() + SECONDS_LIMIT
+        self._allowance = allowance
+        self._functions = _Functions(allowance)
+        self.COMPARATOR_FUNC = {name: self._charged(each) for name, each in TreeInterpreter.COMPARATOR_FUNC.items()}
 
     def find(self, expression: _Expression, context: Mapping[str, Any], field: str) -> Any:
         """What an expression finds.
 
         Raises:
             PlaceholderError: Nothing, what is no JSON, or not within `STEPS_LIMIT`.
+            TooSlow: Not within the time of the allowance.
         """
         try:
             found = self.visit(expression.tree, context)
-            self._measure(found)
+            _measure(found, self._allowance)
         except _TooMuch:
-            raise PlaceholderError(field, f"{expression.shown} takes too many steps, or finds too much.") from None
+            detail = f"{expression.shown} takes too many steps, or finds too much: {STEPS_LIMIT} are taken in all."
+            raise PlaceholderError(field, detail) from None
         except _FAILURES as error:
-            reason = " ".join(str(error).split())[:300]
-            raise PlaceholderError(field, f"{expression.shown} cannot be filled: {reason}") from None
+            raise PlaceholderError(field, f"{expression.shown} cannot be filled: {_reason(error)}") from None
         if found is None:
             detail = f"{expression.shown} finds nothing here; `{{{{ {expression.text} || 'default' }}}}` would."
             raise NothingFound(field, detail)
         return found
 
     def visit(self, node: Any, *args: Any, **kwargs: Any) -> Any:
-        self._count(1)
+        self._allowance.charge(1)
         return super().visit(node, *args, **kwargs)
 
     # Only these make anything new; all else hands parts of what is there on, or lists of them.
@@ -206,35 +292,70 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
         return self._measured(super().visit_function_expression(node, value))
 
     def visit_flatten(self, node: Any, value: Any) -> Any:
-        return self._measured(super().visit_flatten(node, value))
+        base = self.visit(node["children"][0], value)
+        if not isinstance(base, list):
+            return None
+        # Also the empty lists, of which nothing is left in what is made.
+        self._allowance.charge(len(base))
+        made: list[Any] = []
+        for each in base:
+            made += each if isinstance(each, list) else [each]
+        return self._measured(made)
 
-    def _count(self, steps: int) -> None:
-        self._steps += steps
-        if self._steps > STEPS_LIMIT or time.thread_time() > self._until:
-            raise _TooMuch
+    def visit_slice(self, node: Any, value: Any) -> Any:
+        if isinstance(value, list):
+            self._allowance.charge(len(value))
+        return super().visit_slice(node, value)
+
+    def _charged(self, compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """A comparison that is charged for what it compares, where that is more than two numbers or short texts."""
+
+        def compare_charged(left: Any, right: Any) -> Any:
+            for each in (left, right):
+                if isinstance(each, str):
+                    self._allowance.charge_text(each)
+                elif isinstance(each, list | dict):
+                    _measure(each, self._allowance)
+            return compare(left, right)
+
+        return compare_charged
 
     def _measured(self, value: Any) -> Any:
-        self._measure(value)
+        _measure(value, self._allowance)
         return value
 
-    def _measure(self, value: Any) -> None:
-        """Counts a value with all that is in it, as often as it is in it: so large it is as text."""
-        waiting = [value]
-        while waiting:
-            part = waiting.pop()
-            self._count(1)
-            if isinstance(part, str):
-                self._count(len(part) // _CHARACTERS_PER_STEP)
-                _check_characters(part)
-            elif isinstance(part, dict):
-                waiting += part.keys()
-                waiting += part.values()
-            elif isinstance(part, list):
-                waiting += part
-            elif isinstance(part, int | float) and not -_NUMBER_LIMIT <= part <= _NUMBER_LIMIT:
-                raise ValueError("it is no number that JSON can carry")
-            elif part is not None and not isinstance(part, bool | int | float):
-                raise ValueError("it finds no value")
+
+def _measure(value: Any, allowance: Allowance) -> None:
+    """Charge a value with all that is in it, as often as it is in it: so large it is as text.
+
+    Raises:
+        ValueError: It is no JSON.
+    """
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        allowance.charge(1)
+        if isinstance(part, str):
+            allowance.charge_text(part)
+            _check_characters(part)
+        elif isinstance(part, dict):
+            waiting += part.keys()
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+        elif isinstance(part, int | float) and not -_NUMBER_LIMIT <= part <= _NUMBER_LIMIT:
+            raise ValueError("it is no number that JSON can carry")
+        elif part is not None and not isinstance(part, bool | int | float):
+            raise ValueError("it finds no value")
+
+
+def _reason(error: Exception) -> str:
+    """Why an expression cannot be filled."""
+    if isinstance(error, JMESPathTypeError):
+        # Its own text quotes the value, which may be megabytes.
+        expected = ", ".join(map(str, error.expected_types))
+        return f"{error.function_name}() takes {expected}, and is given {error.actual_type}"[:300]
+    return " ".join(str(error)[:1000].split())[:300]
 
 
 def _check_characters(text: str) -> None:
@@ -245,8 +366,15 @@ def _check_characters(text: str) -> None:
         raise ValueError("it finds half of a surrogate pair, which is no character") from None
 
 
-def _parts(text: str, field: str) -> Iterator[str | _Expression]:
+def _parts(
+    text: str, field: str, charge: Callable[[int, str], None] = lambda _steps, _field: None
+) -> Iterator[str | _Expression]:
     """A text's literal parts and its expressions, in their order; at least one part.
+
+    Args:
+        text: The text.
+        field: Where it is in the template.
+        charge: Takes the steps of reading an expression, one for each character.
 
     Raises:
         PlaceholderError: An expression cannot be read, or there are too many.
@@ -258,6 +386,7 @@ def _parts(text: str, field: str) -> Iterator[str | _Expression]:
         begin, following = placeholder.span()
         if begin > end:
             yield text[end:begin]
+        charge(min(len(placeholder[1]), EXPRESSION_LIMIT_CHARACTERS), field)
         yield _Expression(placeholder[1], field)
         end = following
     if "{{" in text[end:]:
@@ -289,3 +418,8 @@ def _within(field: str, name: str | int) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _text(value: Any) -> str:
+    """A found value as a part of a text."""
+    return value if isinstance(value, str) else _json(value)

@@ -17,6 +17,7 @@ from predictions.observability import MetricUnit, logger, metrics
 from predictions.owner_secrets import OwnerSecrets
 from predictions.statuses import Status
 from predictions.table import PredictionsTable, Whole
+from predictions.webhook_slots import NoSlotFree, WebhookSlots
 from predictions.webhooks import sign
 
 TOTAL_SECONDS = 10.0
@@ -53,6 +54,7 @@ class Receivers:
         secrets: What each owner's webhooks are signed with.
         queue: Where a delivery waits for its next try.
         dead_letters: Where one goes that is given up.
+        slots: How many tries there may be of one owner at once.
         allow_loopback: Whether a receiver may be on this machine (the local cloud's setting).
         open_client: Makes a guarded HTTP client; see `guarded_client`.
         now: The time.
@@ -67,6 +69,7 @@ class Receivers:
         secrets: OwnerSecrets,
         queue: DeliveriesQueue,
         dead_letters: DeadLetters,
+        slots: WebhookSlots,
         *,
         allow_loopback: bool,
         open_client: Callable[..., httpx.Client] = guarded_client,
@@ -79,6 +82,7 @@ class Receivers:
         self._secrets = secrets
         self._queue = queue
         self._dead_letters = dead_letters
+        self._slots = slots
         self._allow_loopback = allow_loopback
         self._open_client = open_client
         self._now = now
@@ -94,6 +98,7 @@ class Receivers:
             OwnerSecrets.from_env(),
             DeliveriesQueue.from_env(),
             DeadLetters.from_env(),
+            WebhookSlots.from_env(),
             allow_loopback=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
         )
 
@@ -101,7 +106,8 @@ class Receivers:
         """Makes one try.
 
         Twice at once, or again after a crash: the receiver is sent the same `webhook-id` again. 2xx is success, 410
-        ends the delivery; everything else, redirects too, is tried again later, or given up when its time is over.
+        ends the delivery; everything else, redirects too, is tried again later, or given up when its time is over. So
+        is a delivery for which no slot is free (see `predictions.webhook_slots`), at the same times and untried.
 
         Args:
             delivery: What to deliver.
@@ -111,16 +117,28 @@ class Receivers:
             Whether the message is done with; else it must stay in the queue.
         """
         logger.set_correlation_id(delivery.id)
-        whole = self._table.read(delivery.id)
-        if whole is None or not whole.prediction.webhook:
+        prediction = self._table.get(delivery.id)
+        if prediction is None or not prediction.webhook:
             logger.warning("nothing to deliver: the prediction is gone", webhook_event=delivery.event)
             return True
-        shown = self._shown(whole, delivery)
-        if shown is None:
+        # Before the payloads are read: a delivery that finds no slot has to cost little.
+        try:
+            slot = self._slots.acquire(prediction.owner, _origin(prediction.webhook), self._now())
+        except NoSlotFree:
+            return self._put_off(delivery, receipt_handle, _NotDelivered("no slot was free: its receivers are slow"))
+        try:
+            return self._try(delivery, receipt_handle, prediction.webhook)
+        finally:
+            self._slots.release(slot, self._now())
+
+    def _try(self, delivery: Delivery, receipt_handle: str, url: str) -> bool:
+        whole = self._table.read(delivery.id)
+        shown = self._shown(whole, delivery) if whole is not None else None
+        if whole is None or shown is None:
             logger.info("not delivered: out of date", webhook_event=delivery.event)
             return True
         try:
-            status = self._post(whole.prediction.webhook, whole.prediction.owner, delivery, shown)
+            status = self._post(url, whole.prediction.owner, delivery, shown)
         except _NotDelivered as failure:
             return self._put_off(delivery, receipt_handle, failure)
         logger.info("webhook delivered", webhook_id=delivery.webhook_id, answer=status)
@@ -154,8 +172,10 @@ class Receivers:
         shown = self._presenter.show(whole)
         shown |= {"status": Status.PROCESSING.value, "completed_at": None, "error": None, "metrics": {}}
         if delivery.event == "start":
-            shown |= {"output": None, "logs": "", "output_files": []}
-        return None if delivery.event == "output" and shown["output"] is None else shown
+            return shown | {"output": None, "logs": "", "output_files": []}
+        # The end is queued without knowing whether there is an output, or logs.
+        nothing = shown["output"] is None if delivery.event == "output" else not shown["logs"]
+        return None if nothing else shown
 
     def _post(self, url: str, owner: str, delivery: Delivery, shown: dict[str, Any]) -> int:
         """Sends it; gives the status, 2xx or 410.
@@ -197,6 +217,15 @@ class Receivers:
             network=TimedNetwork(lambda: until - time.monotonic()),
             timeout=httpx.Timeout(self._total_seconds, connect=_CONNECT_SECONDS),
         )
+
+
+def _origin(url: str) -> str:
+    """The receiver that a URL leads to; a URL that none can be read from is refused when it is called."""
+    try:
+        target = httpx.URL(url)
+    except httpx.InvalidURL:
+        return ""
+    return f"{target.scheme}://{target.netloc.decode()}"
 
 
 def _read_a_little(answer: httpx.Response) -> None:

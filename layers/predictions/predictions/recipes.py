@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 from botocore.exceptions import ClientError
 
@@ -36,7 +37,7 @@ from predictions.items import deserialize, list_page, read_items, serialize
 from predictions.links import Links
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.outputs import ORIGIN_DEPTH, safe_prefix
-from predictions.placeholders import Filler, NothingFound, PlaceholderError
+from predictions.placeholders import Allowance, Filler, NothingFound, PlaceholderError
 from predictions.requests import Message, RequestRefused
 from predictions.table import is_id
 
@@ -98,16 +99,18 @@ class Recipe:
         """Its place in its owner's list."""
         return f"{self.created_at}#{self.id}"
 
-    def request(self, context: Mapping[str, Any]) -> dict[str, Any]:
+    def request(self, context: Mapping[str, Any], allowance: Allowance | None = None) -> dict[str, Any]:
         """The request that it makes of a context: a `RequestBody`, yet to be checked.
 
         Args:
             context: As the module says; `recipe` and `defaults` are added.
+            allowance: What filling may use, shared with `output_prefix`; by default one of its own.
 
         Raises:
             PlaceholderError: A placeholder finds nothing and has no default, or cannot be filled.
+            TooSlow: The time of the allowance is used up.
         """
-        filler = self._filler(context)
+        filler = self._filler(context, allowance)
         values = dict(self.definition.get("defaults", {}))
         for name, template in self.definition["input"].items():
             try:
@@ -117,23 +120,29 @@ class Recipe:
                     raise
         made = {name: self.definition[name] for name in _REQUEST_FIELDS if name in self.definition}
         if "webhook" in self.definition:
-            made["webhook"] = filler.fill(self.definition["webhook"], "webhook")
+            # Values are names and fields of strangers: encoded, none of them adds a parameter or ends the URL.
+            made["webhook"] = filler.fill(self.definition["webhook"], "webhook", encode=_url_encoded)
         return {**made, "input": values}
 
-    def output_prefix(self, context: Mapping[str, Any]) -> str | None:
+    def output_prefix(self, context: Mapping[str, Any], allowance: Allowance | None = None) -> str | None:
         """Where in its owner's part of the outputs bucket results go; None for the usual place.
 
+        Args:
+            context: As for `request`.
+            allowance: Likewise.
+
         Raises:
+            TooSlow: The time of the allowance is used up.
             PlaceholderError: A placeholder finds nothing or cannot be filled.
         """
         usual = "{{ object.key }}" if self.kind == "s3" and "object" in context else ""
         template = self.definition.get("output_prefix", usual)
-        filled = self._filler(context).fill(template, "output_prefix")
+        filled = self._filler(context, allowance).fill(template, "output_prefix")
         return safe_prefix(filled if isinstance(filled, str) else json.dumps(filled)) or None
 
-    def _filler(self, context: Mapping[str, Any]) -> Filler:
+    def _filler(self, context: Mapping[str, Any], allowance: Allowance | None) -> Filler:
         recipe = {"id": self.id, "name": self.name}
-        return Filler({**context, "recipe": recipe, "defaults": self.definition.get("defaults", {})})
+        return Filler({**context, "recipe": recipe, "defaults": self.definition.get("defaults", {})}, allowance)
 
 
 class RecipeItems:
@@ -373,8 +382,9 @@ class Recipes:
                 f"allows {self._max_origin_depth}: recipe {recipe.name} probably starts itself."
             )
         try:
-            value = recipe.request(occurrence.context)
-            output_prefix = recipe.output_prefix(occurrence.context)
+            allowance = Allowance()
+            value = recipe.request(occurrence.context, allowance)
+            output_prefix = recipe.output_prefix(occurrence.context, allowance)
         except PlaceholderError as error:
             raise RequestRefused(f"Recipe {recipe.name}, {error}") from None
         return create_requested_intent(
@@ -525,6 +535,11 @@ def _recipe_of(item: Mapping[str, Any]) -> Recipe:
         updated_at=item["updated_at"],
         deployed=item.get("deployed", False),
     )
+
+
+def _url_encoded(text: str) -> str:
+    """A value as a part of a URL, whichever part that is."""
+    return quote(text, safe="")
 
 
 def _listed_owner(owner: str) -> str:

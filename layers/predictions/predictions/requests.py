@@ -21,14 +21,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+from predictions.access import OWNER_RULE, is_owner
 from predictions.errors import PredictionsError, Problem
 from predictions.executions import Executions
 from predictions.intents import Intent, create_requested_intent, parse_json
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.table import AlreadyExists, Prediction, PredictionsTable
+from predictions.table import CALLERS_LIMIT, AlreadyExists, Prediction, PredictionsTable
 
 if TYPE_CHECKING:
     from predictions.dropped_manifests import DroppedManifests
+    from predictions.pipelines import Pipelines
 
 _TASK_TOKEN_LIMIT = 2048
 """https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskSuccess.html"""
@@ -106,8 +108,16 @@ class Requests:
 
     @classmethod
     def from_env(cls) -> "Requests":
-        """From the environment of start_from_queue."""
+        """From the environment of start_from_queue.
+
+        Raises:
+            ValueError: QUEUE_OWNER or QUEUE_SENDERS names an owner that cannot be one; the template refuses it, too.
+        """
         senders = [pair.partition("=") for pair in os.environ["QUEUE_SENDERS"].split(",") if pair]
+        named = [("QUEUE_OWNER", os.environ["QUEUE_OWNER"]), *(("QUEUE_SENDERS", owner) for *_, owner in senders)]
+        for variable, owner in named:
+            if not is_owner(owner):
+                raise ValueError(f"{variable} names the owner {owner!r}; an owner has {OWNER_RULE}.")
         return cls(
             PredictionsTable.from_env(),
             Executions.from_env(),
@@ -145,6 +155,20 @@ class Requests:
             return None
         return self.start(intent, task_token)
 
+    def give_up(self, message: Message, reason: str) -> None:
+        """Tell what a message belongs to that it will not start, where that would send it again: a pipeline.
+
+        Args:
+            message: One that is not tried any more.
+            reason: Why.
+        """
+        try:
+            body = json.loads(message.body)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(body, dict) and "pipeline_id" in body:
+            _pipelines().give_up(body, reason)
+
     def start(self, intent: Intent, task_token: str | None = None) -> Prediction:
         """Writes an intent down and has it tracked; one that is there already is left as it is.
 
@@ -153,11 +177,14 @@ class Requests:
             task_token: Of a state that waits for its end.
 
         Raises:
-            RequestRefused: Its idempotency key belongs to another request.
+            RequestRefused: Its idempotency key belongs to another request, or too many states wait for it already.
         """
         now = self._now()
         logger.set_correlation_id(intent.id)
         try:
+            # First: a message that comes again writes nothing, and so brings back no input that its owner has deleted.
+            if there := self._table.get(intent.id):
+                raise AlreadyExists(there)
             prediction = self._table.put_intent(
                 intent,
                 version=intent.reference.version,
@@ -175,6 +202,12 @@ class Requests:
             ):
                 reason = "Its idempotency key belongs to another request: use a new key for a new request."
                 raise RequestRefused(reason) from None
+            # Not before it is known to be the same request. A new prediction has no callers yet, so nothing is counted.
+            if task_token is not None and not self._table.takes_caller(prediction.id, task_token):
+                raise RequestRefused(
+                    f"task_token: {CALLERS_LIMIT} states wait for prediction {prediction.id} already, which is the "
+                    "limit. Send a request with an idempotency key of its own, or poll the prediction."
+                ) from None
         if task_token is not None:
             # Not before it is known to be the same request. It may have ended: publish_changes sees both, this and the
             # end, and tells the state with the later one.
@@ -214,12 +247,17 @@ def _source(named: str) -> Source:
 
             return Recipes.from_env()
         case "pipeline_id":
-            from predictions.pipelines import Pipelines
-
-            return Pipelines.from_env()
+            return _pipelines()
     from predictions.batches import Batches
 
     return Batches.from_env()
+
+
+@cache
+def _pipelines() -> "Pipelines":
+    from predictions.pipelines import Pipelines
+
+    return Pipelines.from_env()
 
 
 @cache

@@ -191,7 +191,9 @@ class RunJobs:
             return kind.answer(None, _error(problem, job))
         if isinstance(job, InputJob) and job.wait_for_completion and not _ended(prediction):
             self._wait(prediction.id, job, remaining_seconds)
-        shown = self._presenter.show(self._read(prediction, intent))
+        shown = self._presenter.show_started(
+            prediction, json.loads(intent.input_json), lambda: self._read(prediction), as_starting=False
+        )
         shown["model"] = shown["model"] or job.model  # until it is submitted, a version alone does not tell it
         return kind.answer(shown, shown["error"])
 
@@ -236,14 +238,11 @@ class RunJobs:
             if seen is None or _ended(seen):
                 return
 
-    def _read(self, prediction: Prediction, intent: Intent) -> Whole:
-        try:
-            whole = self._submissions.table.read(prediction.id)
-        except (ClientError, BotoCoreError):
-            # It is started: an error here would be told to a caller who then starts another one.
-            logger.exception("started, but not read")
-            whole = None
-        return whole or Whole(prediction, json.loads(intent.input_json), None, None, [])
+    def _read(self, prediction: Prediction) -> Whole:
+        whole = self._submissions.table.read(prediction.id)
+        if whole is None:
+            raise LookupError(prediction.id)
+        return whole
 
 
 def _redriven(event: Any, request_id: str) -> tuple[Any, str]:

@@ -33,10 +33,11 @@ from predictions.errors import PredictionThrottled, Problem
 from predictions.executions import Executions, wake
 from predictions.intents import Attempt, Intent, Reference, input_json_canonical
 from predictions.limiter import AskAgain, Lane, Limiter, Pause, Reservation, Start, TooLate
-from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, Place
+from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, Place, refusal_of
 from predictions.observability import MetricUnit, count_ended, logger, metrics
+from predictions.outputs import StoredFile
 from predictions.schemas import ModelSchemas
-from predictions.statuses import Status
+from predictions.statuses import TERMINAL_RANK, Status, rank_of
 from predictions.table import AlreadyExists, Change, Prediction, PredictionsTable, Waits
 from predictions.upstream import (
     NotAccepted,
@@ -59,6 +60,15 @@ _GIVE_UP_SECONDS = 300
 # A bound one is given up by our own word only this long after its deadline, or after that many 404s in a row.
 _ABANDON_SECONDS = 3600
 _NOT_FOUND_LIMIT = 5
+# The files of one that has ended are given up by the sweep this long after the end: Replicate has removed them by then,
+# and the copier would have taken the file host at its word an hour before.
+_ABANDON_COPY_SECONDS = 3 * 3600
+
+# Backoff of the sweep's looks at a prediction over which functions die: from 3 minutes, doubled, up to an hour.
+_LOOK_AGAIN_SECONDS = 180
+_LOOK_AGAIN_MOST_SECONDS = 3600
+# That many looks in a row died, or found the execution dead, before a prediction is ended without asking Replicate.
+_STALLED_LOOKS = 3
 
 # Replicate's clock and ours may differ by this much.
 _CLOCK_SKEW_SECONDS = 30
@@ -85,7 +95,15 @@ _REFUSED_WAITS = (10, 300)
 # How long an owner's other predictions are waited for: a quarter of the time that has passed, within these bounds.
 _OWN_LIMIT_WAITS = (10, 300)
 
+REFUSAL_FIELDS_LIMIT = 50
+REFUSAL_FIELD_CHARACTERS = 300
+"""With these limits a refusal takes at most 180 KB of its item (6 bytes a character, where JSON escapes it); DynamoDB
+allows 400 KB. https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.html"""
+
+# A caller waits in looks at the table that become ever rarer: each is a consistent read.
 _WAIT_STEP_SECONDS = 0.1
+_WAIT_STEP_GROWTH = 1.3
+_WAIT_STEP_LIMIT_SECONDS = 1.0
 _MODEL_CACHE_SECONDS = 300
 _MODELS_CACHED = 64
 
@@ -214,7 +232,7 @@ class Submissions:
                 create was made, or none was answered.
 
         Returns:
-            The prediction: new, or the one that the same request started before.
+            The prediction: new, or `repeated`, the one that the same request started before.
 
         Raises:
             Problem: 404 or 422 (an input that is not the model's, Replicate's refusal, or another request with the same
@@ -225,7 +243,9 @@ class Submissions:
         wait_until = self._now() + wait_seconds
         # Without a key, the id of an HTTP request is random; any other is made of the event that it came with.
         comes_again = intent.keyed or intent.source != "http"
-        if comes_again and (existing := self.table.get(intent.id)):
+        existing = self.table.get(intent.id) if comes_again else None
+        # A key that outlives its prediction starts another one: what has expired may be there for days.
+        if existing and not existing.expired(self._now()):
             return _existing(existing, intent)
         if intent.keyed:
             attempt = None
@@ -310,7 +330,7 @@ class Submissions:
         try:
             return self._usage.take_place(intent.owner, intent.id, limits)
         except LimitReached as reached:
-            raise Problem(429, reached.detail, headers={"Retry-After": str(reached.seconds)}) from None
+            raise refusal_of(reached) from None
 
     def _submit_for_caller(
         self, prediction: Prediction, input_json: str, wait_until: float, rate_limit: dict[str, str] | None
@@ -319,12 +339,7 @@ class Submissions:
         try:
             prediction = self._submit(prediction, input_json, wait_until, rate_limit)
         except Refused as error:
-            refusal: dict[str, Any] = {
-                "status": error.status,
-                "detail": error.detail,
-                "invalid_fields": error.invalid_fields,
-                "upstream_status": error.status,
-            }
+            refusal = _refusal_of(error)
             self._end(prediction, Status.FAILED, error.detail, refusal=refusal)
             raise _problem_of(refusal) from None
         except Unauthorized as error:
@@ -375,6 +390,7 @@ class Submissions:
             Whether it has.
         """
         until = self._now() + seconds
+        step = _WAIT_STEP_SECONDS
         while True:
             prediction = self.table.get(prediction_id)
             if prediction is None or (prediction.terminal and not prediction.awaits_copy):
@@ -382,7 +398,8 @@ class Submissions:
             remaining = until - self._now()
             if remaining <= 0:
                 return False
-            self._sleep(min(_WAIT_STEP_SECONDS, remaining))
+            self._sleep(min(step, remaining))
+            step = min(step * _WAIT_STEP_GROWTH, _WAIT_STEP_LIMIT_SECONDS)
 
     def violations(self, reference: Reference, asked: Any) -> list[dict[str, str]]:
         """What is wrong with an input by its model's schema, for what is to be started later; nothing is written.
@@ -421,10 +438,15 @@ class Submissions:
             raise PredictionThrottled(self._within_lifetime(prediction, pause.remaining(now, _PAUSE_STEP_SECONDS)))
         # What came over HTTP was checked before it was written down; a training's input is not of its version's schema.
         check = prediction.source != "http" and prediction.object == "prediction"
+        # Before anything that may refuse it: what is refused costs executions too, and counts for its owner's day.
+        counted = self._take_place_in_queue(prediction)
         try:
             version, schema = self._look_up(_reference(prediction), check=check)
         except Problem as problem:
             if problem.status >= 500:
+                if counted:
+                    # A crash before this write counts it twice: too many of the day, never too few.
+                    self.table.note_counted(prediction)
                 raise PredictionThrottled(self._within_lifetime(prediction, self._outage_seconds(prediction))) from None
             self._end(prediction, Status.FAILED, problem.detail)
             return
@@ -437,43 +459,37 @@ class Submissions:
             self._end(prediction, Status.FAILED, _listed(invalid))
             return
         api_url()
-        counted = self._take_turn(prediction)
+        self._take_turn(prediction, counted=counted)
         claimed = self.table.claim(prediction_id, version, now, counted=counted)
         if claimed is None:
             return
         self._submit_for_execution(claimed, input_json)
 
-    def _take_turn(self, prediction: Prediction) -> bool:
-        """Takes a place in the owner's limits, and a start at the limiter, unless it has them.
+    def _take_turn(self, prediction: Prediction, *, counted: bool) -> None:
+        """Takes a start at the limiter, unless it has one.
 
-        A place is taken before a start: who has to wait for the one must not use up the other.
+        A place in the owner's limits is taken before: who has to wait for the one must not use up the other.
 
-        Returns:
-            Whether it has a place that its item does not tell of yet.
+        Args:
+            prediction: The prediction.
+            counted: Whether it has a place that its item does not tell of yet.
 
         Raises:
-            PredictionThrottled: It has to wait; for a start, this once.
+            PredictionThrottled: It has to wait, this once.
         """
-        counted = False
-        # What `start` has put off has its place.
-        if prediction.source not in ("http", "run_job") and not prediction.counted:
-            limits = self._usage.known_limits(prediction.owner)
-            if limits:
-                self._take_place_in_queue(prediction, limits)
-                counted = True
         # One that an earlier release reserved has no number: its lane may have begun anew, so it asks again.
         if (
             prediction.reserved_start is not None
             and prediction.submit_at
             and self._limiter.is_reserved(prediction.submit_at)
         ):
-            return counted
+            return
         start, now = self._reserve_start(prediction), self._now()
         turn_is_ahead = prediction.turn_ms and prediction.submit_at and prediction.submit_at > now
         if isinstance(start, Start) and start.at <= now + _SOON_SECONDS:
             if turn_is_ahead:
                 self._limiter.give_turn_back(_lane(prediction), prediction.owner, prediction.turn_ms or 0)
-            return counted
+            return
         if isinstance(start, AskAgain) and not start.step_ms:
             raise self._put_off_until(prediction, math.ceil(start.at), prediction.turn_ms)
         submit_at = math.ceil(now + self._look_seconds(prediction) if isinstance(start, TooLate) else start.at)
@@ -515,7 +531,21 @@ class Submissions:
         if waits.turn_ms:
             self._limiter.give_turn_back(lane, owner, waits.turn_ms)
 
-    def _take_place_in_queue(self, prediction: Prediction, limits: OwnerLimits) -> None:
+    def _take_place_in_queue(self, prediction: Prediction) -> bool:
+        """Takes a place in the owner's limits, unless it has one.
+
+        Returns:
+            Whether it has a place that its item does not tell of yet.
+
+        Raises:
+            PredictionThrottled: There is none.
+        """
+        # What `start` has put off has its place.
+        if prediction.source in ("http", "run_job") or prediction.counted:
+            return False
+        limits = self._usage.known_limits(prediction.owner)
+        if not limits:
+            return False
         try:
             self._usage.take_place(prediction.owner, prediction.id, limits)
         except LimitReached as reached:
@@ -523,6 +553,7 @@ class Submissions:
             seconds = max(reached.seconds, min(most, max(least, (int(self._now()) - prediction.created) // 4)))
             logger.info("waits for its owner's limit", reason=reached.detail, wait_seconds=seconds)
             raise PredictionThrottled(self._within_lifetime(prediction, seconds)) from None
+        return True
 
     def _reserve_start(self, prediction: Prediction) -> Reservation:
         latest = prediction.deadline - _START_MARGIN_SECONDS
@@ -646,6 +677,10 @@ class Submissions:
             return
         metrics.add_metric(name="Polls", unit=MetricUnit.Count, value=1)
         self._measure_age(prediction)
+        # One look fewer than in the sweep: the poll is what the look that started this execution waits for.
+        if prediction.stalled_looks >= _STALLED_LOOKS - 1 and self._is_abandoned(prediction):
+            self._abandon(prediction)
+            return
         if prediction.orphans:
             self._cancel_orphans(prediction)
         if prediction.upstream_id:
@@ -654,13 +689,22 @@ class Submissions:
             self._reconcile(prediction)
         else:
             self.submit(prediction_id)
+        if prediction.stalled_looks:
+            self.table.forget_stalled_looks(prediction)
 
     def _ask(self, prediction: Prediction) -> None:
         now = self._now()
         upstream_id = prediction.upstream_id or ""
         not_found = 0
         try:
-            prediction = self._merge(prediction, self._replicate.get(upstream_id, prediction.collection))
+            told = self._replicate.get(upstream_id, prediction.collection)
+            if told.too_large and rank_of(told.status) < TERMINAL_RANK:
+                # It may go on for hours, and what it makes can be neither kept nor shown: it is not to be paid for.
+                # Where this is not heard, the next poll says it again.
+                canceled = self._replicate.cancel(upstream_id, prediction.collection)
+                logger.warning("canceled: its output is too large", upstream_id=upstream_id, status=canceled.status)
+                told = told.failed_for_its_size()
+            prediction = self._merge(prediction, told)
             if prediction.terminal:
                 metrics.add_metric(name="EndsByPoll", unit=MetricUnit.Count, value=1)
             elif prediction.cancel_requested or now >= prediction.deadline:
@@ -769,8 +813,17 @@ class Submissions:
         return flagged
 
     def _cancel_upstream(self, prediction: Prediction) -> Prediction:
+        """Asks Replicate to cancel a prediction, and merges an end that it answers with.
+
+        Of the answer to a cancel, which holds the whole prediction, only the status is read: an end is read by a GET,
+        by the same rules as in a poll.
+        """
+        upstream_id = prediction.upstream_id or ""
         try:
-            return self._merge(prediction, self._replicate.cancel(prediction.upstream_id or "", prediction.collection))
+            status = self._replicate.cancel(upstream_id, prediction.collection).status
+            if status is None or rank_of(status) < TERMINAL_RANK:
+                return prediction
+            return self._merge(prediction, self._replicate.get(upstream_id, prediction.collection))
         except (NotFound, Unavailable) as error:
             # The flag or the deadline stays: the next poll, or the sweep in a minute, asks again.
             logger.warning("cancel without answer", reason=str(error))
@@ -824,7 +877,7 @@ class Submissions:
                 sweepers[kind](each)
             except Exception:  # noqa: BLE001  # one that cannot be mended must not keep the sweep from the others
                 logger.exception("swept without success", pk=pk)
-                # Nor stay before them in the queue.
+                # Nor stay before them in the queue, where its first write was the one that failed.
                 with contextlib.suppress(ClientError, BotoCoreError):
                     if stuck := self.table.get(each):
                         self.table.check_again_at(stuck, self._now() + _STUCK_SECONDS)
@@ -837,14 +890,25 @@ class Submissions:
         if prediction is None or prediction.next_check_at is None or prediction.next_check_at > now:
             return
         logger.set_correlation_id(prediction_id)
+        # Before anything is asked of anybody: a function that is killed by its memory or its time raises nothing, and
+        # what stays due stays before all others.
+        begun = self.table.begin_look(prediction, self._look_again_at(prediction, now))
+        if begun is None:
+            return
+        prediction = begun
+        if prediction.stalled_looks > 1:
+            # Where the function is killed, this is the last that its log says.
+            logger.warning("looked at again: the look before died, or the execution", stalled=prediction.stalled_looks)
+        if prediction.stalled_looks >= _STALLED_LOOKS and self._is_abandoned(prediction):
+            prediction = self._abandon(prediction)
         if prediction.orphans:
             self._cancel_orphans(prediction)
             prediction = self.table.get(prediction_id) or prediction
         if prediction.deleted:
             self.table.delete_data(prediction, now)
-        if prediction.terminal and not prediction.awaits_copy:
+        if prediction.ended_visibly:
             if prediction.orphans:
-                self.table.check_again_at(prediction, now + _SUBMITTER_SECONDS)
+                self.table.end_look(prediction, now + _SUBMITTER_SECONDS, stalled=False)
             elif not prediction.deleted:
                 self.table.close(prediction)
             return
@@ -854,17 +918,73 @@ class Submissions:
         if unclaimed and never_tracked and prediction.source == "http" and not prediction.keyed:
             self._end(prediction, Status.FAILED, "It was not submitted: its caller was told of an error.")
             return
-        logger.info("stands still", status=prediction.status, execution=execution)
+        logger.info("stands still", status=prediction.status, execution=execution, stalled=prediction.stalled_looks)
         self._measure_age(prediction)
         if prediction.cancel_requested and prediction.upstream_id and not prediction.terminal:
             prediction = self._cancel_upstream(prediction)
+        dead = execution not in ("RUNNING", None)
+        if dead and self._resumes_later(prediction):
+            self.table.end_look(prediction, self._look_again_at(prediction, now), stalled=True, put_off=True)
+            return
         if execution == "RUNNING":
             if prediction.terminal:
                 wake(prediction.task_token)
         else:
             metrics.add_metric(name="ExecutionsReplaced", unit=MetricUnit.Count, value=1)
             self._track(prediction, submit=unclaimed)
-        self.table.check_again_at(prediction, now + self._timing.first_poll + 120)
+        # The new execution notes a time of its own where it waits for a webhook; where it copies, this one holds.
+        again = self._look_again_at(prediction, now) if dead and prediction.stalled_looks > 1 else 0
+        self.table.end_look(prediction, max(again, now + self._timing.first_poll + 120), stalled=dead)
+
+    def _look_again_at(self, prediction: Prediction, now: float) -> float:
+        """When to look next at a prediction if this look dies: exponential backoff, never past the last look of all."""
+        doubled: int = 2 ** min(prediction.stalled_looks, 10)
+        backoff = min(_LOOK_AGAIN_MOST_SECONDS, _LOOK_AGAIN_SECONDS * doubled)
+        last = self._abandoned_at(prediction)
+        return now + backoff if now >= last else min(now + backoff, last)
+
+    def _resumes_later(self, prediction: Prediction) -> bool:
+        """Whether a dead execution is replaced by the next look only: the second in a row, and each one after it.
+
+        The files of one that has ended do not wait: Replicate removes them.
+        """
+        again = prediction.stalled_looks > 1 and prediction.resume_n != prediction.execution_n
+        return again and not prediction.terminal
+
+    @staticmethod
+    def _abandoned_at(prediction: Prediction) -> int:
+        """When a prediction over which functions die is ended by our own word."""
+        if prediction.awaits_copy:
+            return (prediction.ended or 0) + _ABANDON_COPY_SECONDS
+        return prediction.deadline + _ABANDON_SECONDS
+
+    def _is_abandoned(self, prediction: Prediction) -> bool:
+        return self._now() >= self._abandoned_at(prediction)
+
+    def _abandon(self, prediction: Prediction) -> Prediction:
+        """End a prediction over which functions died, without asking Replicate or its file host anything.
+
+        Orphans are struck off too: they were created with the same deadline, so Replicate has canceled them.
+        """
+        logger.error("functions died over it: ended without asking", stalled=prediction.stalled_looks)
+        for upstream_id in sorted(prediction.orphans):
+            self.table.orphan_canceled(prediction, upstream_id)
+        prediction = self.table.get(prediction.id) or prediction
+        if prediction.awaits_copy:
+            lost = StoredFile("", 0, error="The files could not be copied: functions died over this output each time.")
+            metrics.add_metric(name="CopiesFailed", unit=MetricUnit.Count, value=1)
+            ended = self.table.end_copy(prediction, [lost], self._now())
+            if ended is not None:
+                count_ended(ended.visible, self._now() - ended.created)
+            return ended or self.table.get(prediction.id) or prediction
+        if prediction.terminal:
+            return prediction
+        of = f" Its id at Replicate is {prediction.upstream_id}." if prediction.upstream_id else ""
+        why = (
+            "This stack's functions ran out of memory or time each time that they looked at it, so it was ended an "
+            f"hour past its deadline without asking Replicate again.{of} Have the model return large outputs as files."
+        )
+        return self._end(prediction, Status.FAILED, why)
 
     def _cancel_orphans(self, prediction: Prediction) -> None:
         for upstream_id in sorted(prediction.orphans):
@@ -1019,7 +1139,7 @@ def _existing(prediction: Prediction, intent: Intent) -> Prediction:
         raise Problem(422, detail, invalid_fields=[{"field": "Idempotency-Key", "detail": detail}])
     if prediction.refusal_json:
         raise _problem_of(json.loads(prediction.refusal_json))
-    return prediction
+    return replace(prediction, repeated=True)
 
 
 def _paused(pause: Pause, now: float) -> Problem:
@@ -1053,6 +1173,26 @@ def _not_ended(prediction: Prediction) -> str:
     if prediction.terminal:
         return f"Prediction {prediction.id} has ended, and its files are being stored: delete it when that is done."
     return f"Prediction {prediction.id} has not ended: cancel it first, and delete it when it has ended."
+
+
+def _refusal_of(error: Refused) -> dict[str, Any]:
+    """Return a refusal by Replicate as the caller is answered, now and when the request is repeated.
+
+    Bounded, because the table keeps it in the prediction's item: `REFUSAL_FIELDS_LIMIT` fields, each with
+    `REFUSAL_FIELD_CHARACTERS` of its name and of its explanation.
+    """
+    fields = [
+        {name: text[:REFUSAL_FIELD_CHARACTERS] for name, text in field.items()}
+        for field in error.invalid_fields[:REFUSAL_FIELDS_LIMIT]
+    ]
+    left_out = len(error.invalid_fields) + error.fields_left_out - len(fields)
+    listed = f" {left_out} more fields were refused; `invalid_fields` lists the first {len(fields)}."
+    return {
+        "status": error.status,
+        "detail": error.detail + (listed if left_out else ""),
+        "invalid_fields": fields,
+        "upstream_status": error.status,
+    }
 
 
 def _problem_of(refusal: dict[str, Any]) -> Problem:

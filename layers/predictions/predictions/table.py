@@ -5,8 +5,9 @@ billed by its size. Of a training it says `object` = `training`. Payloads are it
 written once each, or objects in the outputs bucket above `PAYLOAD_LIMIT_BYTES`:
 
     input#{fingerprint}     the model's input, written before the intent, so that an intent always has one
-    progress                output and logs of a prediction that runs; replaced by longer ones only. Where the caller
-                            wants to be told of them: `notify` and digests, for the table's stream
+    progress                output and logs of a prediction that runs; replaced by longer ones only, as an item and as
+                            an object, always of the same key. Where the caller wants to be told of them: `notify` and
+                            digests, for the table's stream
     result#{upstream_id}    output and logs at the end, written before the status turns terminal; the first one stays
     files                   where the outputs are stored, where there are too many for the status item
     caller#{token's hash}   the task token of another state machine that waits for the end
@@ -40,6 +41,7 @@ from predictions.aws import client
 from predictions.errors import PredictionsError
 from predictions.items import deserialize, list_page, read_items, serialize, timestamp
 from predictions.outputs import OutputsBucket, StoredFile
+from predictions.recent_requests import RecentRequests
 from predictions.statuses import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status, rank_of, visible
 
 if TYPE_CHECKING:
@@ -52,6 +54,9 @@ PAYLOAD_LIMIT_BYTES = 100 * 1024
 """Above this a payload goes to S3: an item holds 400 KB, and a page of a list has to hold many.
 https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.html"""
 
+CALLERS_LIMIT = 1000
+"""How many states may wait for the end of one prediction: the stream's reader can tell them all in one run."""
+
 COPY_LEASE_SECONDS = 1020
 """Longer than the longest life of copy_outputs (900 s) and the way there."""
 
@@ -59,13 +64,14 @@ COPY_LEASE_SECONDS = 1020
 _START_CHECK_SECONDS = 60
 _COPY_CHECK_SECONDS = 120
 
+_CALLER = "caller#"
+
 # What leaves the sweep's list must hold no orphan, also none that was recorded since the item was read.
 _NO_ORPHANS = " AND attribute_not_exists(#orphans)"
 
 _FILES_LIMIT_BYTES = 16 * 1024
 _ERROR_LIMIT_CHARACTERS = 4000
 _METRICS_LIMIT_BYTES = 4000
-_RECENT_MS = 120_000
 
 # No function lives longer that could have read a prediction while it was open: what such a one may still write after a
 # deletion is removed by then. The copier lives longest.
@@ -78,6 +84,10 @@ class AlreadyExists(PredictionsError):
     def __init__(self, prediction: "Prediction") -> None:
         super().__init__(f"prediction {prediction.id} exists")
         self.prediction = prediction
+
+
+class PayloadTooLong(PredictionsError):
+    """A payload is longer than its reader can parse."""
 
 
 class Change(Enum):
@@ -140,6 +150,8 @@ class Prediction:
     next_check_at: int | None = None
     ended: int | None = None
     not_found_count: int = 0
+    stalled_looks: int = 0
+    resume_n: int | None = None
     orphans: frozenset[str] = frozenset()
     orphans_canceled: frozenset[str] = frozenset()
     copy_until: int | None = None
@@ -150,6 +162,8 @@ class Prediction:
     origin: Mapping[str, str | int] = field(default_factory=dict)
     depth: int = 0
     output_prefix: str | None = None
+    # No attribute of the item: whether a start found it instead of making it.
+    repeated: bool = field(default=False, compare=False)
 
     @property
     def listed_at(self) -> str:
@@ -175,6 +189,10 @@ class Prediction:
     def ended_visibly(self) -> bool:
         """Whether callers see that it has ended."""
         return self.terminal and not self.awaits_copy
+
+    def expired(self, now: float) -> bool:
+        """Whether it is over and past its retention: TTL removes it late, and until then its key is free already."""
+        return self.ended_visibly and self.expires_at <= now
 
     @property
     def awaits_copy(self) -> bool:
@@ -261,6 +279,22 @@ class Result:
 
 
 @dataclass(frozen=True)
+class UnreadResult:
+    """The output and logs of a prediction, not read yet: the text may be an object in S3.
+
+    Attributes:
+        length: How many bytes the text has; 0 where there is none.
+        files: Where its files are.
+        item: The table's item of the text; None where there is none.
+    """
+
+    prediction: Prediction
+    length: int
+    files: Sequence[StoredFile]
+    item: Mapping[str, Any] | None = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Page:
     """A page of an owner's predictions.
 
@@ -314,7 +348,7 @@ class PredictionsTable:
             waits: What it waits for until then (see `predictions.limiter`).
 
         Raises:
-            AlreadyExists: The id is taken.
+            AlreadyExists: The id is taken by one that has not expired.
         """
         created_at = timestamp(now)
         self._put_payload(intent.id, f"input#{intent.fingerprint}", intent.input_json, expires)
@@ -359,22 +393,29 @@ class PredictionsTable:
             self._dynamodb.put_item(
                 TableName=self._name,
                 Item=serialize(item),
-                ConditionExpression="attribute_not_exists(pk)",
+                # One that has expired may be there for days until TTL removes it: its key is used anew.
+                ConditionExpression="attribute_not_exists(pk) OR (expires_at <= :now AND #rank = :terminal"
+                " AND #visible <> :processing)",
+                ExpressionAttributeNames={"#rank": "rank", "#visible": "visible"},
+                ExpressionAttributeValues=serialize(
+                    {":now": int(now), ":terminal": TERMINAL_RANK, ":processing": Status.PROCESSING.value}
+                ),
                 ReturnValuesOnConditionCheckFailure="ALL_OLD",
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
             there = _prediction(_left_behind(error))
             # botocore repeats a write whose answer it did not see: then what is there is this very one.
             if there.written_by != item["written_by"]:
+                if there.deleted:
+                    # Its owner had the data removed: what this write brought back must not stay. Whoever may write
+                    # intents may not delete items; the last look of the sweep removes what is empty then.
+                    self._put_payload(intent.id, f"input#{intent.fingerprint}", "{}", there.expires_at)
+                    self._empty_payload(intent.id, intent.input_json)
                 raise AlreadyExists(there) from None
         return _prediction_of(item)
 
     def note_request(self, prediction_id: str, owner: str, fingerprint: str, attempt: "Attempt") -> str:
-        """Notes which prediction a request starts that comes without a key and may be sent again.
-
-        A first attempt is a request of its own and takes the note over, unless a later attempt has it that was sent
-        after this one: that can only be its own repetition, which has overtaken it. A later attempt takes what an
-        earlier one noted in the last two minutes. Whoever of them then puts the prediction first has started it.
+        """Notes which prediction a request starts that comes without a key; see `predictions.recent_requests`.
 
         Args:
             prediction_id: The id that a new prediction would have.
@@ -385,39 +426,16 @@ class PredictionsTable:
         Returns:
             The id of the prediction to start: `prediction_id`, or the noted one.
         """
-        item = {"pk": f"recent#{owner}#{fingerprint}", "sk": "recent", "id": prediction_id,
-                "asked_at": attempt.asked_at, "attempt": attempt.number,
-                "expires_at": attempt.asked_at // 1000 + 3600}  # fmt: skip
-        # An item without it is of a release that noted other things: it says nothing of this request.
-        condition = "attribute_not_exists(asked_at) OR asked_at < :forgotten"
-        values = {":forgotten": attempt.asked_at - _RECENT_MS}
-        if attempt.number == 0:
-            condition += " OR asked_at < :asked_at OR attempt = :first"
-            values |= {":asked_at": attempt.asked_at, ":first": 0}
-        try:
-            self._dynamodb.put_item(
-                TableName=self._name,
-                Item=serialize(item),
-                ConditionExpression=condition,
-                ExpressionAttributeValues=serialize(values),
-                ReturnValuesOnConditionCheckFailure="ALL_OLD",
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
-            noted: str = deserialize(_left_behind(error))["id"]
-            return noted
-        return prediction_id
+        return RecentRequests(self._name, self._dynamodb).note(prediction_id, owner, fingerprint, attempt)
 
     def recent(self, owner: str, fingerprint: str, attempt: "Attempt") -> Prediction | None:
         """The same owner's same request of the two minutes before, noted by `note_request`."""
-        found = self._dynamodb.get_item(
-            TableName=self._name,
-            Key=serialize({"pk": f"recent#{owner}#{fingerprint}", "sk": "recent"}),
-            ConsistentRead=True,
-        ).get("Item")
-        if not found:
-            return None
-        noted = deserialize(found)
-        return self.get(noted["id"]) if noted.get("asked_at", 0) >= attempt.asked_at - _RECENT_MS else None
+        noted = self.recent_id(owner, fingerprint, attempt)
+        return self.get(noted) if noted else None
+
+    def recent_id(self, owner: str, fingerprint: str, attempt: "Attempt") -> str | None:
+        """Return the id that `note_request` recorded for the same request in the two minutes before, or None."""
+        return RecentRequests(self._name, self._dynamodb).find(owner, fingerprint, attempt)
 
     def claim(self, prediction_id: str, version: str | None, now: float, *, counted: bool = False) -> Prediction | None:
         """Takes the right to submit `version`; None where somebody has it, it was canceled, or it has ended.
@@ -466,6 +484,14 @@ class PredictionsTable:
                 **({"counted": True} if counted else {}),
             },
             remove=list(NOTHING_RESERVED.attributes()),
+            condition="attribute_not_exists(#claimed) AND attribute_not_exists(#upstream_id) AND #rank < :terminal",
+        )
+
+    def note_counted(self, prediction: Prediction) -> None:
+        """Record that a prediction that waits has its place in its owner's limits, so that it takes no second one."""
+        self._change(
+            prediction.id,
+            set={"counted": True},
             condition="attribute_not_exists(#claimed) AND attribute_not_exists(#upstream_id) AND #rank < :terminal",
         )
 
@@ -539,10 +565,12 @@ class PredictionsTable:
                 return Merge(Change.NOTHING, prediction)
             values: dict[str, Any] = {":rank": max(rank, prediction.rank), ":upstream_id": told.id}
             closed = self._closed_by(prediction, told, rank)
+            # What Replicate told was read to the end: no function died over it.
+            read = ["stalled_looks", "resume_n"] if prediction.stalled_looks else []
             changed = self._change(
                 prediction_id,
                 set=self._told(prediction, told, rank, now, next_check_at),
-                remove=closed,
+                remove=closed + read,
                 condition="(#rank < :rank OR attribute_not_exists(#upstream_id)) AND #rank < :terminal "
                 "AND (attribute_not_exists(#upstream_id) OR #upstream_id = :upstream_id)"
                 + (_NO_ORPHANS if closed else ""),
@@ -639,7 +667,8 @@ class PredictionsTable:
         if error:
             values["error"] = error[:_ERROR_LIMIT_CHARACTERS]
         if refusal:
-            values["refusal_json"] = json.dumps(refusal)
+            # UTF-8, not ASCII: escaped, a character takes up to 12 bytes.
+            values["refusal_json"] = json.dumps(refusal, separators=(",", ":"), ensure_ascii=False)
         conditions = ["#rank < :terminal"]
         closed = [] if prediction.orphans else ["open", "next_check_at"]
         expected: dict[str, Any] = {}
@@ -679,6 +708,43 @@ class PredictionsTable:
             condition="attribute_exists(#open) AND #rank = :rank",
             values={":rank": prediction.rank},
         )
+
+    def begin_look(self, prediction: Prediction, moment: float) -> Prediction | None:
+        """Postpone the next check of an open prediction before the sweep asks anything about it.
+
+        The same write counts the look in `stalled_looks`. A look that completes resets the count (`end_look`), so the
+        attribute holds how many looks in a row died or found the execution dead.
+
+        Returns:
+            The prediction, or None if it changed since it was read, or another sweep has begun this look.
+        """
+        return self._change(
+            prediction.id,
+            set={"next_check_at": int(moment), "stalled_looks": prediction.stalled_looks + 1},
+            condition="attribute_exists(#open) AND #next_check_at = :due",
+            values={":due": prediction.next_check_at},
+        )
+
+    def end_look(self, prediction: Prediction, moment: float, *, stalled: bool, put_off: bool = False) -> None:
+        """Schedule the next check of an open prediction at the end of a look, unless it changed meanwhile.
+
+        Args:
+            prediction: The prediction as the look left it.
+            moment: When the sweep should look next.
+            stalled: Whether the look found the execution dead; only a healthy one resets `stalled_looks`.
+            put_off: Whether the dead execution is replaced by the next look instead of this one.
+        """
+        self._change(
+            prediction.id,
+            set={"next_check_at": int(moment), **({"resume_n": prediction.execution_n} if put_off else {})},
+            remove=[] if stalled else ["stalled_looks", "resume_n"],
+            condition="attribute_exists(#open) AND #rank = :rank",
+            values={":rank": prediction.rank},
+        )
+
+    def forget_stalled_looks(self, prediction: Prediction) -> None:
+        """Reset the count of stalled looks: a function has dealt with this prediction and did not die."""
+        self._change(prediction.id, remove=["stalled_looks", "resume_n"], condition="attribute_exists(#open)")
 
     def count_not_found(self, prediction: Prediction, count: int) -> None:
         """Notes how often in a row Replicate has denied to know an open prediction."""
@@ -762,6 +828,9 @@ class PredictionsTable:
     def delete_data(self, prediction: Prediction, now: float) -> None:
         """Removes input, output, logs and files of a prediction that is flagged as deleted; the status item stays.
 
+        So do the items of callers that wait for the end: they hold task tokens and no data, and the table's stream
+        may not have been read up to the end yet. They expire with the prediction.
+
         Twice does no harm. A function that read the item while it was open may write a payload or a file afterwards:
         so it stays on the sweep's list until none of those can be alive, and is gone through once more.
 
@@ -778,7 +847,7 @@ class PredictionsTable:
             ConsistentRead=True,
         ):
             for item in map(deserialize, page["Items"]):
-                if item["sk"] != "status":
+                if item["sk"] != "status" and not item["sk"].startswith(_CALLER):
                     self._dynamodb.delete_item(TableName=self._name, Key=serialize({"pk": pk, "sk": item["sk"]}))
         last_look = (prediction.deleted or 0) + _LATE_WRITER_SECONDS
         if now < last_look:
@@ -878,10 +947,45 @@ class PredictionsTable:
         """A prediction's input as it was asked for, as JSON text; None where it is gone."""
         return self._payload(prediction.id, f"input#{prediction.fingerprint}")
 
-    def result_output(self, prediction: Prediction) -> Any:
-        """The output a terminal prediction ended with, as Replicate gave it."""
-        text = self._payload(prediction.id, f"result#{prediction.upstream_id}")
+    def result_output(self, prediction: Prediction, longest: int | None = None) -> Any:
+        """The output a terminal prediction ended with, as Replicate gave it.
+
+        Args:
+            prediction: The prediction.
+            longest: The most characters of output and logs together that may be read; None: all that there are.
+
+        Raises:
+            PayloadTooLong: There are more. Nothing was read but their noted length.
+        """
+        text = self._payload(prediction.id, f"result#{prediction.upstream_id}", longest)
         return json.loads(text)["output"] if text else None
+
+    def unread_results(self, prediction_ids: Sequence[str]) -> "list[UnreadResult]":
+        """The results of those of these predictions that there are, in this order; `result_text` reads one of them."""
+        statuses = read_items(self._dynamodb, self._name, [(_key(id_)["pk"], "status") for id_ in prediction_ids])
+        predictions = {p.id: p for p in map(_prediction_of, statuses.values())}
+        wanted = [
+            (_key(p.id)["pk"], sk)
+            for p in predictions.values()
+            if p.ended_visibly and not p.deleted
+            for sk in (f"result#{p.upstream_id}", *([] if p.files_json else ["files"]))
+        ]
+        items = read_items(self._dynamodb, self._name, wanted)
+        results = []
+        for prediction in (predictions[id_] for id_ in prediction_ids if id_ in predictions):
+            pk = _key(prediction.id)["pk"]
+            item, files = items.get((pk, f"result#{prediction.upstream_id}")), items.get((pk, "files"))
+            files_json = None if prediction.deleted else prediction.files_json
+            if files:
+                files_json = self._payload_text(files)
+            length = int(item.get("length") or len(item.get("json", ""))) if item else 0
+            stored = [StoredFile.from_item(each) for each in json.loads(files_json or "[]")]
+            results.append(UnreadResult(prediction, length, stored, item))
+        return results
+
+    def result_text(self, result: UnreadResult) -> str | None:
+        """The JSON text `{"output", "logs"}` of a result; None where there is none, or it has expired."""
+        return self._payload_text(result.item) if result.item else None
 
     def stored_files(self, prediction: Prediction) -> Sequence[StoredFile]:
         """Where the files of a prediction are; none before its visible end, and after its deletion."""
@@ -993,27 +1097,39 @@ class PredictionsTable:
 
         The table's stream tells publish_changes of it, as it does of the end. Twice changes nothing.
         """
-        digest = hashlib.sha256(task_token.encode()).hexdigest()
-        item = {
-            "pk": _key(prediction_id)["pk"],
-            "sk": f"caller#{digest}",
-            "task_token": task_token,
-            "expires_at": expires,
-        }
+        item = {**_caller_key(prediction_id, task_token), "task_token": task_token, "expires_at": expires}
         self._dynamodb.put_item(TableName=self._name, Item=serialize(item))
 
-    def callers(self, prediction_id: str) -> Iterator[str]:
-        """The task tokens of the states that wait for a prediction's end, read consistently.
+    def takes_caller(self, prediction_id: str, task_token: str) -> bool:
+        """Check whether one more state may wait for a prediction: fewer than `CALLERS_LIMIT` do, or this one does.
 
-        Nothing is ever struck off: a token works once, and expires with its prediction.
+        Writers that check at the same time may pass the limit by their number.
         """
+        count = 0
         for page in self._dynamodb.get_paginator("query").paginate(
-            TableName=self._name,
-            KeyConditionExpression="pk = :pk AND begins_with(sk, :caller)",
-            ExpressionAttributeValues=serialize({":pk": _key(prediction_id)["pk"], ":caller": "caller#"}),
-            ConsistentRead=True,
+            **self._query_callers(prediction_id), Select="COUNT"
         ):
-            yield from (str(deserialize(item)["task_token"]) for item in page["Items"])
+            count += page["Count"]
+        if count < CALLERS_LIMIT:
+            return True
+        key = serialize(_caller_key(prediction_id, task_token))
+        return "Item" in self._dynamodb.get_item(TableName=self._name, Key=key, ConsistentRead=True)
+
+    def callers(self, prediction_id: str) -> Iterator[tuple[str, str]]:
+        """The states that wait for a prediction's end, read consistently: the item's `sk`, and the task token.
+
+        No item is removed: a token works once, and expires with its prediction.
+        """
+        for page in self._dynamodb.get_paginator("query").paginate(**self._query_callers(prediction_id)):
+            yield from ((str(item["sk"]), str(item["task_token"])) for item in map(deserialize, page["Items"]))
+
+    def _query_callers(self, prediction_id: str) -> dict[str, Any]:
+        return {
+            "TableName": self._name,
+            "KeyConditionExpression": "pk = :pk AND begins_with(sk, :caller)",
+            "ExpressionAttributeValues": serialize({":pk": _key(prediction_id)["pk"], ":caller": _CALLER}),
+            "ConsistentRead": True,
+        }
 
     # -- schemas of models' inputs ----------------------------------------------------------------------------
 
@@ -1119,9 +1235,14 @@ class PredictionsTable:
         text = json.dumps({"output": output, "logs": told.logs}, separators=(",", ":"))
         notice: dict[str, str] = {}
         if notify := [event for event in ("output", "logs") if event in prediction.wanted_events]:
-            # For the stream's reader, who sees no payload that is an object: who is told, and whether it is news.
+            # For the stream's reader, who sees no payload that is an object: who is told, and whether it is news. Not
+            # `owner`, which is a key of an index.
             digests = {"output_digest": _digest(output), "logs_digest": _digest(told.logs)}
-            notice = {"notify": ",".join(notify), **{name: digest for name, digest in digests.items() if digest}}
+            notice = {
+                "notify": ",".join(notify),
+                "notify_owner": prediction.owner,
+                **{name: digest for name, digest in digests.items() if digest},
+            }
         self._put_payload(prediction.id, "progress", text, prediction.expires_at, only_longer=True, notice=notice)
 
     def _put_payload(
@@ -1138,31 +1259,48 @@ class PredictionsTable:
         item: dict[str, Any] = {"pk": _key(prediction_id)["pk"], "sk": sk, "expires_at": expires, "length": len(text)}
         item |= notice or {}
         body = text.encode()
-        if len(body) > PAYLOAD_LIMIT_BYTES:
-            # Named by its content, so that a late writer can never replace what the item points to.
-            item["s3_key"] = f"payloads/{prediction_id}/{hashlib.sha256(body).hexdigest()}.json"
-            self._outputs.put_payload(item["s3_key"], text)
-        else:
+        key = _payload_object(prediction_id, body)
+        if key is None:
             item["json"] = text
+        elif only_longer:
+            # One object, however often it grows. It is only ever replaced by longer text, so it holds at least what the
+            # item says, even if the item is written late or never.
+            item["s3_key"] = f"payloads/{prediction_id}/{sk}.json"
+            if not self._outputs.put_longer_payload(item["s3_key"], text):
+                return
+        else:
+            item["s3_key"] = key
+            self._outputs.put_payload(key, body)
         condition: dict[str, Any] = {}
         if only_first:
             condition = {"ConditionExpression": "attribute_not_exists(pk)"}
         elif only_longer:
             condition = {
-                "ConditionExpression": "attribute_not_exists(pk) OR #length < :length",
+                # What expires earlier is of an earlier prediction, whose key was used again.
+                "ConditionExpression": "attribute_not_exists(pk) OR #length < :length OR expires_at < :expires",
                 "ExpressionAttributeNames": {"#length": "length"},
-                "ExpressionAttributeValues": serialize({":length": len(text)}),
+                "ExpressionAttributeValues": serialize({":length": len(text), ":expires": expires}),
             }
         try:
             self._dynamodb.put_item(TableName=self._name, Item=serialize(item), **condition)
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
             return  # an earlier or longer one is there, and stays
 
-    def _payload(self, prediction_id: str, sk: str) -> str | None:
+    def _empty_payload(self, prediction_id: str, text: str) -> None:
+        """Replace the object that `_put_payload` made of a text, if it made one, by an empty one."""
+        if key := _payload_object(prediction_id, text.encode()):
+            self._outputs.put_payload(key, "{}")
+
+    def _payload(self, prediction_id: str, sk: str, longest: int | None = None) -> str | None:
         found = self._dynamodb.get_item(
             TableName=self._name, Key=serialize({**_key(prediction_id), "sk": sk}), ConsistentRead=True
         ).get("Item")
-        return self._payload_text(deserialize(found)) if found else None
+        if not found:
+            return None
+        item = deserialize(found)
+        if longest is not None and item["length"] > longest:
+            raise PayloadTooLong(f"{sk} has {item['length']} characters; at most {longest} can be read")
+        return self._payload_text(item)
 
     def _payload_text(self, item: Mapping[str, Any]) -> str | None:
         """A payload's text; None where its object has expired, which may be some days before its item does."""
@@ -1206,6 +1344,10 @@ class PredictionsTable:
             # Whatever is still there, or was written late.
             return Whole(prediction, input={}, output=None, logs=None, files=[])
         asked = items.get(f"input#{prediction.fingerprint}")
+        # What expires earlier is of an earlier prediction, whose key was used again once it had expired.
+        items = {
+            sk: i for sk, i in items.items() if i.get("expires_at", prediction.expires_at) >= prediction.expires_at
+        }
         told = items.get(f"result#{prediction.upstream_id}" if prediction.terminal else "progress")
         said_json = self._payload_text(told) if told else None
         said = json.loads(said_json) if said_json else {"output": None, "logs": None}
@@ -1233,6 +1375,11 @@ def _key(prediction_id: str) -> dict[str, str]:
     return {"pk": f"prediction#{prediction_id}", "sk": "status"}
 
 
+def _caller_key(prediction_id: str, task_token: str) -> dict[str, str]:
+    digest = hashlib.sha256(task_token.encode()).hexdigest()
+    return {"pk": _key(prediction_id)["pk"], "sk": f"{_CALLER}{digest}"}
+
+
 def schema_key(version: str) -> dict[str, str]:
     """The key of the item that holds what is known of a version: see `PredictionsTable.kept_schema`."""
     return {"pk": f"schema#{version}", "sk": "input"}
@@ -1244,6 +1391,16 @@ def _list_key(owner: str, kind: str) -> str:
 
 
 _TRAININGS_OF = "trainings#"
+
+
+def _payload_object(prediction_id: str, body: bytes) -> str | None:
+    """The key of the object that holds a payload; None for one that fits into an item.
+
+    It is named by its content, so that a late writer can never replace what the item points to.
+    """
+    if len(body) <= PAYLOAD_LIMIT_BYTES:
+        return None
+    return f"payloads/{prediction_id}/{hashlib.sha256(body).hexdigest()}.json"
 
 
 def _digest(value: Any) -> str | None:
@@ -1268,7 +1425,7 @@ def _prediction(item: Mapping[str, Any]) -> Prediction:
     return _prediction_of(deserialize(item))
 
 
-_FIELDS = frozenset(Prediction.__dataclass_fields__)
+_FIELDS = frozenset(Prediction.__dataclass_fields__) - {"repeated"}
 
 
 def _prediction_of(item: Mapping[str, Any]) -> Prediction:

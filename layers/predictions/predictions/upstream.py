@@ -20,16 +20,23 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import httpx
 from aws_lambda_powertools.utilities.parameters import SecretsProvider
 from aws_lambda_powertools.utilities.parameters.exceptions import GetParameterError
 
 from predictions.aws import client
+from predictions.bounded_json import LIGHT_BYTES, Unscannable, elements, members, read_members
 from predictions.errors import PredictionsError
 from predictions.observability import MetricUnit, metrics
-from predictions.upstream_prediction import UnreadablePrediction, UpstreamPrediction, read_json
+from predictions.upstream_prediction import (
+    TEXT_LIMIT_BYTES,
+    UnreadablePrediction,
+    UpstreamPrediction,
+    read_json,
+    utf8,
+)
 
 CREATE_TIMEOUT_SECONDS = 20
 """The longest a create may take that waits for no end; the reconciling grace has to be longer than any (see
@@ -48,8 +55,11 @@ _SCHEMA_TIMEOUT_SECONDS = 2.5
 SCHEMA_LIMIT_BYTES = 2 * 1024 * 1024
 """The largest answer that a schema is taken from."""
 
-# A prediction's JSON can hold data: URLs and long logs; a function's memory is what bounds it.
-_ANSWER_LIMIT_BYTES = 64 * 1024 * 1024
+# A prediction's JSON can hold data: URLs and long logs. What of it is parsed is bounded by a function's memory.
+_ANSWER_LIMIT_BYTES = TEXT_LIMIT_BYTES
+
+# An answer of Replicate may refuse any number of fields; the others are counted.
+_FIELDS_LIMIT = 100
 
 _TOKEN_CACHE_SECONDS = 60
 
@@ -69,13 +79,22 @@ class NotAccepted(UpstreamError):
     Attributes:
         status: The HTTP status, or None where no connection was made.
         detail: Replicate's explanation.
+        invalid_fields: The first of the fields that Replicate refused.
+        fields_left_out: How many more it refused.
     """
 
-    def __init__(self, status: int | None, detail: str, invalid_fields: list[dict[str, str]] | None = None) -> None:
+    def __init__(
+        self,
+        status: int | None,
+        detail: str,
+        invalid_fields: list[dict[str, str]] | None = None,
+        fields_left_out: int = 0,
+    ) -> None:
         super().__init__(f"{status or 'no connection'}: {detail}")
         self.status = status
         self.detail = detail
         self.invalid_fields = invalid_fields or []
+        self.fields_left_out = fields_left_out
 
 
 class Throttled(NotAccepted):
@@ -149,6 +168,18 @@ class Target:
         if self.kind == "model":
             return prediction.model == self.name
         return prediction.version == self.version
+
+
+class Canceled(NamedTuple):
+    """What is read of Replicate's answer to a cancel.
+
+    Attributes:
+        id: The prediction's id.
+        status: Its status then; None where the answer is so large or so deep that it cannot be found in it.
+    """
+
+    id: str
+    status: str | None
 
 
 @dataclass(frozen=True)
@@ -227,7 +258,9 @@ class Replicate:
             read_seconds = max(read_seconds, wait_seconds + _SYNC_MARGIN_SECONDS)
         timeout = httpx.Timeout(read_seconds, connect=_CONNECT_SECONDS)
         try:
-            answer = self._request("POST", target.path, json=payload, headers=headers, timeout=timeout)
+            answer = self._request(
+                "POST", target.path, json=payload, headers=headers, timeout=timeout, beginning_will_do=True
+            )
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
             raise NotAccepted(None, f"Replicate could not be reached ({type(error).__name__})") from error
         except TokenUnreadable as error:
@@ -241,27 +274,39 @@ class Replicate:
         if not 200 <= answer.status_code < 300:
             raise OutcomeUnknown(f"Replicate answered {answer.status_code} to the create")
         try:
-            return UpstreamPrediction.read(answer.content)
+            # One that is too large still tells its id in most cases, and with it what was started.
+            return UpstreamPrediction.read(answer.content, truncated=_is_truncated(answer))
         except UnreadablePrediction as error:
             raise OutcomeUnknown("Replicate's answer to the create is not a prediction") from error
 
     def get(self, upstream_id: str, collection: Collection = "predictions") -> UpstreamPrediction:
-        """Reads one prediction or training.
+        """Reads one prediction or training; of one whose output is too large, all but that (see `too_large`).
 
         Raises:
             NotFound: Replicate does not know it.
             Unavailable: Replicate could not be asked.
         """
-        return _prediction(self._ask("GET", f"/{collection}/{upstream_id}"))
+        answer = self._ask("GET", f"/{collection}/{upstream_id}", beginning_will_do=True)
+        try:
+            return UpstreamPrediction.read(answer.content, truncated=_is_truncated(answer), upstream_id=upstream_id)
+        except UnreadablePrediction as error:
+            raise Unavailable("Replicate's answer is not a prediction") from error
 
-    def cancel(self, upstream_id: str, collection: Collection = "predictions") -> UpstreamPrediction:
+    def cancel(self, upstream_id: str, collection: Collection = "predictions") -> "Canceled":
         """Asks Replicate to cancel a prediction or training; one that has ended stays as it is.
+
+        The answer holds the whole prediction. Nothing but its id and status is read; all else is skipped unparsed.
 
         Raises:
             NotFound: Replicate does not know it.
             Unavailable: Replicate could not be asked; asking again does no harm.
         """
-        return _prediction(self._ask("POST", f"/{collection}/{upstream_id}/cancel"))
+        answer = self._ask("POST", f"/{collection}/{upstream_id}/cancel", beginning_will_do=True)
+        texts = read_members(utf8(answer.content), ("id", "status"))
+        found = {name: value for name, text in texts.items() if isinstance(value := read_json(text), str)}
+        if "status" not in found and len(answer.content) <= LIGHT_BYTES:
+            raise Unavailable("Replicate's answer to the cancel is not a prediction")
+        return Canceled(found.get("id", upstream_id), found.get("status"))
 
     def created_between(
         self, start: datetime, end: datetime, collection: Collection = "predictions"
@@ -283,9 +328,8 @@ class Replicate:
             if url in asked:
                 raise Unavailable(f"Replicate's list of {collection} leads back to a page that was read")
             asked.add(url)
-            page = self._json(self._ask("GET", url, params=query))
-            results = page.get("results")
-            for entry in results if isinstance(results, list) else []:
+            following, entries = _read_page(self._ask("GET", url, params=query).content)
+            for entry in entries:
                 try:
                     listed = UpstreamPrediction.parse(entry)
                 except UnreadablePrediction:
@@ -296,7 +340,6 @@ class Replicate:
                     return
                 if created is None or created <= end:
                     yield listed
-            following = page.get("next")
             # The token goes along, so a page on another host is not followed.
             url = following if isinstance(following, str) and following.startswith(self._url + "/") else ""
             query = None
@@ -368,7 +411,15 @@ class Replicate:
             raise Unavailable(f"Replicate answered {answer.status_code}", answer.status_code)
         return answer
 
-    def _request(self, method: str, path: str, *, limit_bytes: int | None = None, **request: Any) -> httpx.Response:
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        limit_bytes: int | None = None,
+        beginning_will_do: bool = False,
+        **request: Any,
+    ) -> httpx.Response:
         most = _ANSWER_LIMIT_BYTES if limit_bytes is None else limit_bytes
         headers = {**request.pop("headers", {}), "Authorization": f"Bearer {self._token.value()}"}
         url = path if path.startswith(self._url + "/") else self._url + path
@@ -378,10 +429,14 @@ class Replicate:
                 seconds = time.monotonic() - began
                 metrics.add_metric(name="UpstreamSeconds", unit=MetricUnit.Seconds, value=seconds)
             received = bytearray()
+            truncated = False
             for chunk in answer.iter_bytes():
                 received += chunk
                 if len(received) > most:
-                    raise AnswerTooLargeError(f"more than {most} bytes")
+                    if not (beginning_will_do and 200 <= answer.status_code < 300):
+                        raise AnswerTooLargeError(f"more than {most} bytes")
+                    truncated = True
+                    break
             if answer.status_code in (401, 402, 403):
                 self._token.forget()
             return httpx.Response(
@@ -390,6 +445,7 @@ class Replicate:
                 # As bytes: httpx would refuse text that is not ASCII, after a prediction was started.
                 headers=[(k, v) for k, v in answer.headers.raw if not k.lower().startswith(b"content-")],
                 content=bytes(received),
+                extensions={_TRUNCATED: truncated},
             )
 
     def _json(self, answer: httpx.Response) -> dict[str, Any]:
@@ -456,11 +512,44 @@ def _is_version(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
-def _prediction(answer: httpx.Response) -> UpstreamPrediction:
+# What is read of an entry in a list that is too large to be parsed whole.
+_LISTED_MEMBERS = ("id", "status", "model", "version", "deployment", "input", "created_at", "webhook")
+
+
+def _read_page(body: bytes) -> tuple[Any, Iterator[Any]]:
+    """A page of a list: where the next one is, and the entries.
+
+    A page holds whole predictions with their outputs, of all owners. One that is too large to be parsed is scanned: of
+    each entry only small members are read, so that what one prediction returned keeps none from being found.
+
+    Raises:
+        Unavailable: It is no page.
+    """
+    page = read_json(body)
+    if isinstance(page, dict):
+        results = page.get("results")
+        return page.get("next"), iter(results if isinstance(results, list) else ())
+    text = utf8(body)
     try:
-        return UpstreamPrediction.read(answer.content)
-    except UnreadablePrediction as error:
-        raise Unavailable("Replicate's answer is not a prediction") from error
+        if len(text) <= LIGHT_BYTES:
+            raise Unscannable("no JSON")
+        found = {member.name: member for member in members(text)}
+        spans = list(elements(text, found["results"].start)) if "results" in found else []
+    except Unscannable as error:
+        raise Unavailable("Replicate's answer is not a JSON object") from error
+    following = read_json(text[found["next"].start : found["next"].end]) if "next" in found else None
+    return following, (
+        {name: read_json(value, replace=True) for name, value in read_members(text, _LISTED_MEMBERS, start).items()}
+        for start, _ in spans
+    )
+
+
+_TRUNCATED = "truncated"
+
+
+def _is_truncated(answer: httpx.Response) -> bool:
+    """Whether an answer is only the beginning of one that is longer than what is received."""
+    return bool(answer.extensions.get(_TRUNCATED))
 
 
 def not_accepted(answer: httpx.Response) -> NotAccepted:
@@ -470,7 +559,9 @@ def not_accepted(answer: httpx.Response) -> NotAccepted:
         return Throttled(detail, _retry_after_seconds(answer, detail))
     if answer.status_code in (401, 402, 403):
         return Unauthorized(answer.status_code, detail)
-    return Refused(answer.status_code, detail, _invalid_fields(answer))
+    fields = _invalid_fields(answer)
+    kept = [{"field": field[:200], "detail": text[:1000]} for field, text in fields[:_FIELDS_LIMIT]]
+    return Refused(answer.status_code, detail, kept, fields_left_out=len(fields) - len(kept))
 
 
 def _rate_limit(answer: httpx.Response) -> dict[str, str]:
@@ -491,13 +582,13 @@ def _detail(answer: httpx.Response) -> str:
     return str(detail)[:2000].encode("utf-8", "replace").decode()
 
 
-def _invalid_fields(answer: httpx.Response) -> list[dict[str, str]]:
+def _invalid_fields(answer: httpx.Response) -> list[tuple[str, str]]:
     fields = _problem_of(answer).get("invalid_fields")
     if not isinstance(fields, list):
         return []
     return [
-        {"field": str(f.get("field", ""))[:200], "detail": str(f.get("detail") or f.get("description") or "")[:1000]}
-        for f in fields[:100]
+        (str(f.get("field", "")), str(f.get("detail") or f.get("description") or ""))
+        for f in fields
         if isinstance(f, dict)
     ]
 

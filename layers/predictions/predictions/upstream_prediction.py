@@ -8,12 +8,21 @@ import math
 import re
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
+from predictions.bounded_json import LIGHT_BYTES, read_members, weigh
 from predictions.errors import PredictionsError
+from predictions.statuses import TERMINAL_RANK, Status, rank_of
 
 DEPTH_LIMIT = 300
 """The deepest answer: what Python reads beyond that depends on its version, and on who calls."""
+
+PARSED_LIMIT_BYTES = 256 * 1024 * 1024
+"""The memory that an answer may take when it is parsed, kept and written out again (`bounded_json.weigh`): what the
+smallest function that does so has left of its 512 MB. Each function that reads a kept output bears as much."""
+
+TEXT_LIMIT_BYTES = 64 * 1024 * 1024
+"""The longest answer that is received; of a longer one its beginning is looked at."""
 
 _DIGITS_LIMIT = 4300
 """https://docs.python.org/3/library/stdtypes.html#integer-string-conversion-length-limitation"""
@@ -21,6 +30,13 @@ _DIGITS_LIMIT = 4300
 
 class UnreadablePrediction(PredictionsError):
     """What should be a prediction has no id or status, or is not JSON at all."""
+
+
+# What is read of an answer that is too large: all members but `input` and `output`.
+_SMALL_MEMBERS = (
+    "id", "status", "model", "version", "deployment", "logs", "error", "metrics", "created_at", "started_at",
+    "completed_at", "webhook", "data_removed", "urls",
+)  # fmt: skip
 
 
 class UpstreamPrediction(BaseModel):
@@ -44,6 +60,13 @@ class UpstreamPrediction(BaseModel):
     webhook: str | None = None
     data_removed: bool = False
     urls: dict[str, Any] = Field(default_factory=dict)
+    # Private, so that no answer can say it.
+    _too_large: str | None = PrivateAttr(default=None)
+
+    @property
+    def too_large(self) -> str | None:
+        """Why its output was not read, where that is beyond the bound."""
+        return self._too_large
 
     @field_validator("logs", "error", mode="before")
     @classmethod
@@ -68,13 +91,52 @@ class UpstreamPrediction(BaseModel):
         return cls._text(value) if isinstance(value, str) and len(value) <= 4096 else None
 
     @classmethod
-    def read(cls, body: bytes) -> "UpstreamPrediction":
-        """Reads the JSON of a prediction.
+    def read(cls, body: bytes, *, truncated: bool = False, upstream_id: str | None = None) -> "UpstreamPrediction":
+        """Read the JSON of a prediction.
+
+        Of one that is beyond the bound, only the small members are read, `too_large` says why, and one that has
+        succeeded has failed for it: its output can be neither kept nor shown.
+
+        Args:
+            body: The text.
+            truncated: Whether it is only the beginning of one that is longer than `TEXT_LIMIT_BYTES`.
+            upstream_id: Its id, where that is known: it may not be found in one that is too large.
 
         Raises:
             UnreadablePrediction: It is none.
         """
-        return cls.parse(read_json(body, replace=True))
+        reason = too_large(body, truncated=truncated)
+        if reason is None:
+            try:
+                return cls.parse(_read(body, replace=True))
+            except _TooDeep:
+                reason = f"The output is too large: it is nested deeper than {DEPTH_LIMIT} levels. {_ADVICE}"
+        return cls._without_output(body, reason, upstream_id)
+
+    @classmethod
+    def _without_output(cls, body: bytes, reason: str, upstream_id: str | None) -> "UpstreamPrediction":
+        """What can be told of a prediction whose output is too large.
+
+        A status that cannot be found is empty, and ranks lowest.
+        """
+        texts = read_members(utf8(body), _SMALL_MEMBERS)
+        if not texts:
+            raise UnreadablePrediction("not a prediction: body")
+        told = {
+            "id": upstream_id,
+            "status": "",
+            **{name: read_json(text, replace=True) for name, text in texts.items()},
+        }
+        if not isinstance(told["status"], str):
+            told["status"] = ""
+        found = cls.parse(told)
+        found._too_large = reason
+        return found.failed_for_its_size() if rank_of(found.status) >= TERMINAL_RANK else found
+
+    def failed_for_its_size(self) -> "UpstreamPrediction":
+        """This prediction as one that has ended, `failed` with the reason unless Replicate says another end."""
+        status = self.status if self.status in _OTHER_ENDS else Status.FAILED.value
+        return self.model_copy(update={"status": status, "output": None, "error": self.error or self.too_large})
 
     @classmethod
     def parse(cls, value: Any) -> "UpstreamPrediction":
@@ -90,8 +152,43 @@ class UpstreamPrediction(BaseModel):
             raise UnreadablePrediction(f"not a prediction: {fields}") from None
 
 
+_ADVICE = "Have the model return it as a file."
+_OTHER_ENDS = (Status.FAILED.value, Status.CANCELED.value, Status.ABORTED.value)
+
+
+def too_large(body: bytes, *, truncated: bool = False) -> str | None:
+    """Why the JSON of a prediction is too large to be read, for the person whose model made it; None if it is not.
+
+    Args:
+        body: The text.
+        truncated: Whether it is only the beginning.
+    """
+    if truncated:
+        size = f"more than {TEXT_LIMIT_BYTES // 1024**2} MiB"
+        return f"The output is too large: Replicate's answer with it has {size}, which is the limit. {_ADVICE}"
+    if len(body) <= LIGHT_BYTES:
+        return None
+    text = utf8(body)
+    weight = weigh(text, PARSED_LIMIT_BYTES)
+    if weight.bytes > PARSED_LIMIT_BYTES:
+        return (
+            f"The output is too large: Replicate's answer with it has {len(body)} bytes and about {weight.values} "
+            f"values, which take about {weight.bytes // 1024**2} MiB of memory to read; the limit is "
+            f"{PARSED_LIMIT_BYTES // 1024**2} MiB. {_ADVICE}"
+        )
+    return None
+
+
+def utf8(body: bytes) -> bytes:
+    """A JSON text in UTF-8, without a mark: as it is, unless it is in another of the encodings of JSON."""
+    encoding = json.detect_encoding(body)
+    if encoding == "utf-8":
+        return body
+    return body.decode(encoding, "replace").encode("utf-8", "surrogatepass")
+
+
 def read_json(body: bytes, *, replace: bool = False) -> Any:
-    """Parses JSON as models write it; None for what is none, or is nested deeper than `DEPTH_LIMIT`.
+    """Parses JSON as models write it; None for what is none, is nested deeper than `DEPTH_LIMIT`, or is too large.
 
     Models return NaN and Infinity, which JSON does not have and clients cannot parse: they become null, as does a whole
     number of more digits than Python reads. Half a surrogate pair, which is no character and can be neither sent nor
@@ -101,10 +198,30 @@ def read_json(body: bytes, *, replace: bool = False) -> Any:
         body: The text.
         replace: Whether bytes that are no UTF-8 become U+FFFD; else a text with such bytes is none.
     """
+    if len(body) > LIGHT_BYTES and weigh(utf8(body), PARSED_LIMIT_BYTES).bytes > PARSED_LIMIT_BYTES:
+        return None
+    try:
+        return _read(body, replace)
+    except _TooDeep:
+        return None
+
+
+class _TooDeep(Exception):
+    """JSON that is nested deeper than `DEPTH_LIMIT`."""
+
+
+def _read(body: bytes, replace: bool) -> Any:
+    """Parses JSON that is not too large; None for what is none.
+
+    Raises:
+        _TooDeep: It is nested deeper than `DEPTH_LIMIT`.
+    """
     try:
         value = _parse(body, replace)
         return _whole_characters(value) if _SURROGATE.search(body) else value
-    except (ValueError, RecursionError):
+    except RecursionError:
+        raise _TooDeep from None
+    except ValueError:
         return None
 
 
@@ -117,7 +234,7 @@ def _parse(body: bytes, replace: bool) -> Any:
         text = body.decode("utf-8", "replace")
     value = json.loads(text, strict=False, parse_constant=lambda _: None, parse_float=_finite, parse_int=_readable)
     if text.count("[") + text.count("{") > DEPTH_LIMIT and _is_deep(value):
-        return None
+        raise _TooDeep
     return value
 
 
@@ -135,13 +252,23 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 """As an escape, also as half of a good pair; and as what `json.loads` takes for UTF-8."""
 
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+
 def _whole_characters(value: Any) -> Any:
+    # Lists and objects are changed in place: a copy of a large output would take its memory once more.
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
+        return value.encode("utf-8", "replace").decode() if _HALF_PAIR.search(value) else value
     if isinstance(value, list):
-        return [_whole_characters(each) for each in value]
-    if isinstance(value, dict):
-        return {_whole_characters(name): _whole_characters(each) for name, each in value.items()}
+        for n, each in enumerate(value):
+            if isinstance(each, str | list | dict):
+                value[n] = _whole_characters(each)
+    elif isinstance(value, dict):
+        if any(_HALF_PAIR.search(name) for name in value):
+            return {_whole_characters(name): _whole_characters(each) for name, each in value.items()}
+        for name, each in value.items():
+            if isinstance(each, str | list | dict):
+                value[name] = _whole_characters(each)
     return value
 
 

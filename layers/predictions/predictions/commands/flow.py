@@ -73,7 +73,7 @@ def show_status(stack: Stack, arguments: argparse.Namespace) -> None:
 
 def set_limits(stack: Stack, arguments: argparse.Namespace) -> None:
     """Gives an owner limits."""
-    limits = OwnerLimits(arguments.in_flight, arguments.per_day)
+    limits = OwnerLimits(arguments.in_flight, arguments.per_day, arguments.open_batches, arguments.open_pipelines)
     _owners_limits(stack).set_limits(_owner_of_limits(arguments), limits)
     print(f"The limits of {arguments.owner} are {_limits_text(limits)}, within a minute.", file=sys.stderr)
 
@@ -85,10 +85,10 @@ def list_limits(stack: Stack, arguments: argparse.Namespace) -> None:
         print(json.dumps([{"owner": owner, **asdict(limits)} for owner, limits in found], indent=2))
         return
     texts = [
-        (owner, *("-" if limit is None else str(limit) for limit in (limits.in_flight, limits.per_day)))
+        (owner, *("-" if limit is None else str(limit) for limit in (limits.in_flight, limits.per_day, *_open(limits))))
         for owner, limits in found
     ]
-    print_table(("OWNER", "IN FLIGHT", "PER DAY"), texts)
+    print_table(("OWNER", "IN FLIGHT", "PER DAY", "OPEN BATCHES", "OPEN PIPELINES"), texts)
 
 
 def remove_limits(stack: Stack, arguments: argparse.Namespace) -> None:
@@ -98,8 +98,19 @@ def remove_limits(stack: Stack, arguments: argparse.Namespace) -> None:
 
 
 def _limits_text(limits: OwnerLimits) -> str:
-    given = ((limits.in_flight, "in flight"), (limits.per_day, "a day"))
-    return " and ".join(f"{limit} {name}" for limit, name in given if limit is not None)
+    batches, pipelines = _open(limits)
+    given = (
+        (limits.in_flight, "in flight"),
+        (limits.per_day, "a day"),
+        (batches, "open batches"),
+        (pipelines, "open pipelines"),
+    )
+    *first, last = (f"{limit} {name}" for limit, name in given if limit is not None)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _open(limits: OwnerLimits) -> tuple[int | None, int | None]:
+    return limits.open_allowed("batch"), limits.open_allowed("pipeline")
 
 
 def _owner_of_limits(arguments: argparse.Namespace) -> str:

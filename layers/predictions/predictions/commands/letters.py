@@ -11,6 +11,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
+from predictions.change_retries import Retry, RetryQueue, read_dead_letter
 from predictions.commands.stack import NotDone, Stack, hidden, line, print_table, second
 from predictions.dead_letters import DeadLetterQueue, Letter
 from predictions.dead_requests import DeadRequest, DeadRequests
@@ -118,10 +119,8 @@ def _chosen(stack: Stack, arguments: argparse.Namespace) -> list[_Dead]:
 
 
 def _requests(stack: Stack) -> Iterator[_Dead]:
-    dead, function = (
-        DeadRequests(_url(stack, "requests"), stack.client("sqs")),
-        stack.resource("StartFromQueueFunction"),
-    )
+    dead = DeadRequests(_url(stack, "requests"), stack.client("sqs"), lambda: stack.outputs_bucket)
+    function = stack.resource("StartFromQueueFunction")
     for each in sorted(dead.look(LOOK_SECONDS), key=lambda request: request.sent_at):
 
         def redrive(request: DeadRequest = each) -> None:
@@ -155,13 +154,31 @@ def _changes(stack: Stack) -> Iterator[_Dead]:
         part = body.get("DDBStreamBatchInfo", {})
         first, last = (str(part.get(f"approximateArrivalOf{which}Record", "-")) for which in ("First", "Last"))
 
+        if (retry := read_dead_letter(letter.body, time.time())) is not None:
+            yield _effect(stack, letter, body, retry)
+            continue
+
         def redrive(part: Any = part) -> None:
             records = _read_stream(stack, part, function)
             if records and (failures := stack.invoke(function, {"Records": records})["batchItemFailures"]):
                 raise _Left(f"publish_changes fails from {failures[0]['itemIdentifier']} on; see its log")
 
-        row = (str(part.get("batchSize", "-")), first, last)
+        row = (str(part.get("batchSize", "-")), first, last, "publish_changes failed each time: see its log")
         yield _Dead(letter.id, row, {"id": letter.id, **part}, redrive, letter.receipt_handle)
+
+
+def _effect(stack: Stack, letter: Letter, body: Mapping[str, Any], retry: Retry) -> _Dead:
+    """An effect of one change that was retried for a day, or over which publish_changes died."""
+
+    def redrive() -> None:
+        queue, dead = stack.resource("ChangesRetryQueue"), stack.resource(QUEUES["changes"])
+        RetryQueue(queue, dead, stack.client("sqs")).send(retry, 0)
+
+    reason = str(body.get("reason", "publish_changes died over it each time: see its log"))
+    changed = second(int(retry.record["dynamodb"]["ApproximateCreationDateTime"]))
+    what = {"effect": retry.effect.value, "of": retry.record["dynamodb"]["Keys"]["pk"]["S"], "reason": reason}
+    row = ("1", changed, changed, f"{retry.effect}: {reason}")
+    return _Dead(letter.id, row, {"id": letter.id, **what}, redrive, letter.receipt_handle)
 
 
 def _run_jobs(stack: Stack) -> Iterator[_Dead]:
@@ -187,7 +204,7 @@ def _run_jobs(stack: Stack) -> Iterator[_Dead]:
 
 def _invocations(stack: Stack) -> Iterator[_Dead]:
     def redrive() -> None:
-        raise _Left("nothing of it is to be done again: the next sweep, or the next deployment, does")
+        raise _Left("nothing of it is to be done again: the next sweep does it")
 
     for letter, body in _records(stack, "invocations"):
         function = str(body.get("requestContext", {}).get("functionArn", "the schedule of the sweep"))
@@ -294,7 +311,7 @@ QUEUES = {
 _COLUMNS: Mapping[str, tuple[str, ...]] = {
     "requests": ("SENT", "REASON", "BODY"),
     "webhooks": ("EVENT", "DUE", "REASON"),
-    "changes": ("RECORDS", "FROM", "TO"),
+    "changes": ("RECORDS", "FROM", "TO", "REASON"),
     "run-jobs": ("FAILED", "REASON"),
     "invocations": ("FUNCTION", "SENT", "REASON"),
 }

@@ -67,8 +67,12 @@ class Stack:
     @property
     def table(self) -> PredictionsTable:
         """Its predictions."""
-        bucket = _Bucket(self.output("OutputsBucketName"), self.client("s3"))
-        return PredictionsTable(self.output("TableName"), bucket, self.client("dynamodb"))
+        return PredictionsTable(self.output("TableName"), self.outputs_bucket, self.client("dynamodb"))
+
+    @property
+    def outputs_bucket(self) -> OutputsBucket:
+        """Its outputs bucket, for payloads."""
+        return _Bucket(self.output("OutputsBucketName"), self.client("s3"))
 
     def resource(self, logical_id: str) -> str:
         """The physical id of one of the stack's resources: a function's name, a queue's URL, a secret's ARN.

@@ -1,0 +1,184 @@
+"""How many webhooks of one owner are tried at once, once its receivers are slow.
+
+All owners share the consumers of the deliveries queue, and a receiver that hangs occupies one for the 10 seconds of
+each try. So an origin whose receiver was slow is marked for two minutes, and while a mark lasts, a try to that origin
+needs one of `SLOTS` slots of its owner. Where three origins of an owner are marked, all of its tries do: a name costs
+nothing, and a new one could hang each time. SQS fair queues do the same in the service where they notice it; this holds
+without them.
+
+A healthy owner costs a read for each try and no write: only a slow try writes its mark, and only tries under a mark
+take and release a slot, which is a lease: the function that dies with it loses it after `LEASE_SECONDS`.
+
+The marks and leases of an owner are one item, at pk `owner#{owner}`, sk `webhook_slots`:
+
+    slow_{origin}   until when an origin counts as slow, in Unix milliseconds
+    slot_{n}        until when a slot is taken, likewise
+"""
+
+import hashlib
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from predictions.aws import client
+from predictions.errors import PredictionsError
+from predictions.observability import logger
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+SLOTS = 5
+"""Of the 20 consumers of the queue (`MaximumConcurrency`)."""
+
+SLOW_SECONDS = 2.0
+"""A try that takes this long, whatever its outcome, is a slow one."""
+
+MARK_SECONDS = 120
+LEASE_SECONDS = 30
+"""The timeout of the function that tries."""
+
+_MARKED_ORIGINS = 3
+_EXPIRES_SECONDS = 24 * 3600
+
+
+class NoSlotFree(PredictionsError):
+    """As many tries of this owner as may be are under way."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The permission for one try.
+
+    Attributes:
+        owner: Whose webhook it is.
+        origin: Of the receiver, as it is marked.
+        began: When it was given, in Unix seconds.
+        name: The attribute of the slot that it holds; None where the origin is not marked.
+        until: The lease of that slot, in Unix milliseconds.
+    """
+
+    owner: str
+    origin: str
+    began: float
+    name: str | None = None
+    until: int = 0
+
+
+class WebhookSlots:
+    """The slots of all owners.
+
+    Args:
+        table_name: The table.
+        dynamodb: The client to use.
+        choose: Picks one of several free slots, so that tries that look at the same time differ.
+    """
+
+    def __init__(
+        self,
+        table_name: str,
+        dynamodb: "DynamoDBClient",
+        choose: Callable[[list[str]], str] = random.choice,
+    ) -> None:
+        self._table_name = table_name
+        self._dynamodb = dynamodb
+        self._choose = choose
+
+    @classmethod
+    def from_env(cls) -> "WebhookSlots":
+        """Those in the table named by `TABLE_NAME`."""
+        return cls(os.environ["TABLE_NAME"], client("dynamodb"))
+
+    def acquire(self, owner: str, origin: str, now: float) -> Slot:
+        """Get permission for a try, which has to be given back with `release`.
+
+        Args:
+            owner: Whose webhook it is.
+            origin: `scheme://host:port` of the receiver.
+            now: The time.
+
+        Raises:
+            NoSlotFree: The origin is slow, and all slots of its owner are taken.
+            botocore.exceptions.ClientError: The table cannot be read.
+        """
+        slot = Slot(owner, hashlib.sha256(origin.encode()).hexdigest()[:16], now)
+        lasting = {name for name, until in self._times_of(owner).items() if until > now * 1000}
+        marked = {name for name in lasting if name.startswith("slow_")}
+        if f"slow_{slot.origin}" not in marked and len(marked) < _MARKED_ORIGINS:
+            return slot
+        free = [name for name in (f"slot_{n}" for n in range(SLOTS)) if name not in lasting]
+        if not free:
+            raise NoSlotFree
+        name, until = self._choose(free), int((now + LEASE_SECONDS) * 1000)
+        try:
+            self._dynamodb.update_item(
+                TableName=self._table_name,
+                Key=_key(owner),
+                UpdateExpression="SET #slot = :until",
+                ConditionExpression="attribute_not_exists(#slot) OR #slot <= :now",
+                ExpressionAttributeNames={"#slot": name},
+                ExpressionAttributeValues={":until": {"N": str(until)}, ":now": {"N": str(int(now * 1000))}},
+            )
+        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            raise NoSlotFree from None
+        return Slot(owner, slot.origin, now, name, until)
+
+    def release(self, slot: Slot, now: float) -> None:
+        """Give back a slot, and mark the origin where the try was slow.
+
+        Never fails, since the try is over: a slot that could not be given back is free again when its lease ends.
+        """
+        slow = now - slot.began >= SLOW_SECONDS
+        try:
+            if slow:
+                self._mark(slot, now)
+            if slot.name is not None:
+                self._free(slot)
+        except (ClientError, BotoCoreError):
+            logger.exception("slot not released")
+
+    def _mark(self, slot: Slot, now: float) -> None:
+        mark = f"slow_{slot.origin}"
+        # Marks that have ended go, so that the item stays small however many origins there were.
+        ended = [
+            name
+            for name, until in self._times_of(slot.owner).items()
+            if name.startswith("slow_") and name != mark and until <= now * 1000
+        ]
+        names = {"#slow": mark, **{f"#ended{n}": name for n, name in enumerate(ended)}}
+        removal = f" REMOVE {', '.join(f'#ended{n}' for n in range(len(ended)))}" if ended else ""
+        self._dynamodb.update_item(
+            TableName=self._table_name,
+            Key=_key(slot.owner),
+            UpdateExpression=f"SET #slow = :until, expires_at = :expires{removal}",
+            ExpressionAttributeNames=names,
+            ExpressionAttributeValues={
+                ":until": {"N": str(int((now + MARK_SECONDS) * 1000))},
+                ":expires": {"N": str(int(now) + _EXPIRES_SECONDS)},
+            },
+        )
+
+    def _times_of(self, owner: str) -> dict[str, int]:
+        item = self._dynamodb.get_item(TableName=self._table_name, Key=_key(owner)).get("Item", {})
+        return {name: int(value["N"]) for name, value in item.items() if name.startswith(("slow_", "slot_"))}
+
+    def _free(self, slot: Slot) -> None:
+        try:
+            self._dynamodb.update_item(
+                TableName=self._table_name,
+                Key=_key(slot.owner),
+                UpdateExpression="REMOVE #slot",
+                # Whose lease has ended may find another one's there.
+                ConditionExpression="#slot = :until",
+                ExpressionAttributeNames={"#slot": str(slot.name)},
+                ExpressionAttributeValues={":until": {"N": str(slot.until)}},
+            )
+        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            logger.info("the lease of a slot had ended")
+
+
+def _key(owner: str) -> dict[str, Any]:
+    return {"pk": {"S": f"owner#{owner}"}, "sk": {"S": "webhook_slots"}}

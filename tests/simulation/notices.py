@@ -1,0 +1,222 @@
+"""Worlds of those who are told: on the bus, by webhook, and by task token."""
+
+import json
+from collections import Counter
+from typing import Any, ClassVar
+
+from predictions.items import deserialize
+from predictions.statuses import DEFAULT_WEBHOOK_EVENTS
+
+from tests.simulation.callers import SENDERS, Wanted
+from tests.simulation.machine import Told
+from tests.simulation.receivers import Call
+from tests.simulation.scenario import Scenario
+from tests.simulation.scheduler import BEGIN
+from tests.simulation.upstream import TERMINAL
+
+DAY_SECONDS = 86400.0
+_FILTERS = (
+    None, ["completed"], ["start", "completed"], ["output"], ["logs"], ["output", "logs"],
+    ["start", "output", "logs", "completed"],
+)  # fmt: skip
+
+
+class Events(Scenario):
+    """Predictions and the events of each of their changes."""
+
+    name = "events"
+    foci = ("publish_changes", "events.PutEvents", "publish_changes")
+
+
+class Webhooks(Scenario):
+    """Callers who want to be told by webhook, of some of the events; receivers of every kind."""
+
+    name = "webhooks"
+    foci = ("publish_changes", "deliver_webhook", "sqs.SendMessage", "events.PutEvents", "sqs.ChangeMessageVisibility")
+    end_seconds = 30 * 3600.0
+    kinds: ClassVar[tuple[str, ...]] = ()
+
+    def dress(self, wanted: Wanted) -> None:
+        """With a webhook, mostly."""
+        if self.rng.random() < 0.8:
+            kind = self.rng.choice(self.kinds or self.world.receivers.KINDS)
+            wanted.also["webhook"] = self.world.receivers.url(kind, f"{wanted.owner}-{wanted.number}")
+            if (events := self.rng.choice(_FILTERS)) is not None:
+                wanted.also["webhook_events_filter"] = events
+
+    def check(self) -> None:
+        """Each end is told at least once, and nothing is told that is not so."""
+        letters = self.world.queues["DeliveriesDeadLetterQueue"].messages.values()
+        given_up = Counter(json.loads(letter.body).get("id") for letter in letters)
+        for (_, sk), stored in self.world.table.items.items():
+            if sk == "status" and "webhook" in stored and "rank" in stored:
+                self._check_one(deserialize(stored), given_up)
+
+    def _check_one(self, item: dict[str, Any], given_up: Counter[str]) -> None:
+        url, id_ = item["webhook"], item["id"]
+        calls = self.world.receivers.calls.get(url, [])
+        kind = url.split("/")[3].replace("-", " ")
+        wanted = set(item.get("webhook_events_filter") or DEFAULT_WEBHOOK_EVENTS)
+        taken: dict[str, list[Call]] = {}
+        for call in calls:
+            event = call.webhook_id.split("-")[1]
+            if event not in wanted:
+                self.bad(f"{id_}: a webhook of {event!r}, which nobody wants")
+            if (call.told["status"] in TERMINAL) != (event == "completed"):
+                self.bad(f"{id_}: a webhook of {event!r} shows {call.told['status']}")
+            if call.told["id"] != id_ or (event == "completed" and call.told["status"] != item["visible"]):
+                self.bad(f"{id_}, {item['visible']}: {call.webhook_id} shows {call.told['id']} {call.told['status']}")
+            if call.taken:
+                taken.setdefault(call.webhook_id, []).append(call)
+        struck = self.world.faults.struck
+        again = 1 + struck.get("handed over again", 0) + 2 * struck.get("aws", 0) + struck.get("timed out", 0)
+        for webhook_id, each in taken.items():
+            if len(each) > again:
+                self.bad(f"{webhook_id} was sent {len(each)} times to a receiver who takes it")
+        if "completed" in wanted:
+            self._check_completed(item, kind, taken.get(f"{id_}-completed-1", []), given_up)
+        elif kind in ("takes", "slow") and "deleted" not in item:
+            result = self.world.table.items.get((item["pk"], f"result#{item.get('upstream_id')}"))
+            kept = json.loads(result["json"]["S"]) if result else {"output": None, "logs": ""}
+            for event in wanted & {"output", "logs"}:
+                if kept[event] and not any(name.startswith(f"{id_}-{event}-") for name in taken):
+                    self.bad(f"{id_}: there is {event!r}, and nobody was told")
+
+    def _check_completed(self, item: dict[str, Any], kind: str, taken: list[Call], given_up: Counter[str]) -> None:
+        id_ = item["id"]
+        if kind in ("refuses", "hangs"):
+            if not given_up[id_]:
+                self.bad(f"{id_}: its receiver {kind}, and it is no dead letter")
+        elif not taken:
+            self.bad(f"{id_}: its end was not delivered to a receiver of the kind {kind!r}")
+        elif kind == "takes":
+            late = taken[0].at - self.world.visible_at[id_]
+            self.longest("webhook after the end", late)
+            if late > 1500:
+                self.bad(f"{id_}: its webhook came {late:.0f} s after its end")
+
+    def figures(self) -> dict[str, int]:
+        """Tries, and what came of them."""
+        calls = [call for each in self.world.receivers.calls.values() for call in each]
+        letters = len(self.world.queues["DeliveriesDeadLetterQueue"].messages)
+        return {"tries": len(calls), "delivered": sum(call.taken for call in calls), "given up": letters}
+
+
+class TaskTokens(Scenario):
+    """State machines of others that wait for predictions, which are deleted as soon as they have ended."""
+
+    name = "task tokens"
+    foci = ("publish_changes", "start_from_queue", "stepfunctions.SendTaskSuccess", "stepfunctions.SendTaskFailure")
+    patience_seconds: ClassVar[float] = 4 * 3600.0
+
+    def begin(self) -> None:
+        """Some requests that several states ask for with the same key, and some that nobody can start."""
+        self.waiting: list[tuple[str, str | None, float, Any]] = []
+        self._told: dict[str, tuple[float, Told]] = {}
+        self._hurried = {}
+        for n in range(self.rng.choice((1, 1, 2))):
+            wanted = Wanted(100 + n, "queue", f"waited for {n}", f"state-{n}", None, None)
+            wanted.also["idempotency_key"] = wanted.key
+            self._hurried[wanted.prompt] = (wanted, self.rng.choice((None, 0.0, 0.3, 20.0)))
+            self.world.callers.requests.append(wanted)
+            for k in range(self.rng.choice((1, 1, 2, 4))):
+                delay = 0.0 if k == 0 else self.rng.choice((0.0, 0.5, 20.0, 200.0, 1500.0))
+                self._wait(f"token-{n}-{k}", {"model": "meta/llama", "input": {"prompt": wanted.prompt}}, delay, wanted)
+        if self.rng.random() < 0.3:
+            self._wait("token-refused", {"model": "meta/llama", "input": {}, "nonsense": 1}, 0.0, None)
+
+    def _wait(self, token: str, body: dict[str, Any], delay: float, wanted: Wanted | None) -> None:
+        world = self.world
+
+        def wait() -> None:
+            waiter, began = world.tokens.new(token), world.scheduler.now
+            self.waiting.append((token, wanted.prompt if wanted else None, began, waiter))
+            also = {"idempotency_key": wanted.key} if wanted else {}
+            text = json.dumps({**body, **also, "task_token": token})
+            queue = world.queues["RequestsQueue"]
+            message = queue.send(text, sender=SENDERS["alice"], told=self._taken(wanted))
+            if self.rng.random() < 0.2:
+                queue.send(text, message_id=message.id, delay=self.rng.choice((1.0, 60.0)), sender=SENDERS["alice"])
+            if world.scheduler.wait(waiter, self.patience_seconds):
+                self._told[token] = (world.scheduler.now, waiter.value)
+
+        world.scheduler.spawn(f"state {token}", wait, delay)
+
+    def _taken(self, wanted: Wanted | None) -> Any:
+        def taken(well: bool) -> None:
+            if wanted and well:
+                found = list(self.world.ids_by_prompt.get(wanted.prompt, ()))
+                wanted.accepted_id = wanted.accepted_id or (found[0] if found else "nothing")
+
+        return taken
+
+    def ended(self, prediction_id: str) -> None:
+        """Its owner may be quicker than whoever tells."""
+        for prompt, (wanted, delay) in self._hurried.items():
+            if prediction_id in self.world.ids_by_prompt.get(prompt, ()) and delay is not None:
+                wanted.accepted_id = wanted.accepted_id or prediction_id
+                delete = self.world.callers.delete_some_time
+                self.world.scheduler.spawn("deletes", lambda w=wanted, d=delay: delete(w, (d,), 4), 0.001)
+
+    def check(self) -> None:
+        """Whoever waits is told how it ended, and soon."""
+        for token, prompt, began, waiter in self.waiting:
+            if token not in self._told:
+                self.bad(f"nobody told {token} anything ({waiter.done})")
+                continue
+            at, told = self._told[token]
+            if prompt is None:
+                if told.error != "RequestRefused":
+                    self.bad(f"{token} was told {told.error} {told.output}")
+                continue
+            (id_,) = self.world.ids_by_prompt[prompt]
+            item = deserialize(self.world.table.items[f"prediction#{id_}", "status"])
+            late = at - max(began, self.world.visible_at[id_])
+            self.longest("state told after the end", late)
+            if late > 1500:
+                self.bad(f"{token} was told {late:.0f} s late")
+            self._check_told(token, item, told)
+        refused = len(self.world.queues["RequestsDeadLetterQueue"].messages)
+        if any(prompt is None for _, prompt, _, _ in self.waiting) and not refused:
+            self.bad("a refused message is no dead letter")
+
+    def _check_told(self, token: str, item: dict[str, Any], told: Told) -> None:
+        right = item["visible"] == "succeeded"
+        said = json.loads(told.output if told.output is not None else told.cause)
+        if (told.output is not None) != right or said["id"] != item["id"] or said["status"] != item["visible"]:
+            self.bad(f"{token}: it ended {item['visible']}, and the state was told {told.error} {said}")
+        run = self.world.upstream.runs.get(item.get("upstream_id", ""))
+        if right and run is not None and said.get("output") is not None:
+            files = [file["uri"] for file in said["output_files"]]
+            shown, meant = json.dumps(said["output"]), json.dumps(run.final_output)
+            if shown != meant and not (files and all(uri in shown for uri in files)):
+                self.bad(f"{token}: the output {meant} was told as {shown}")
+
+    def figures(self) -> dict[str, int]:
+        """How many waited, and were told."""
+        return {"states that waited": len(self.waiting), "states told": len(self._told)}
+
+
+class Redelivery(Scenario):
+    """Messages that come again long after what they asked for was deleted."""
+
+    name = "redelivery"
+
+    def begin(self) -> None:
+        """One message, a deletion and, an hour later, the message again."""
+        world, callers = self.world, self.world.callers
+        wanted = Wanted(200, "queue", "sent again after its deletion", "", None, None)
+        callers.requests.append(wanted)
+
+        def send() -> None:
+            message = callers.send(wanted)
+            callers.delete_some_time(wanted, (60.0, 200.0), 40)
+            world.scheduler.sleep(self.rng.choice((2000.0, 4000.0)))
+            callers.send(wanted, again=message)
+
+        world.scheduler.spawn("sends again", send)
+        self.began = BEGIN
+
+    def figures(self) -> dict[str, int]:
+        """How many were deleted first."""
+        return {"deleted": sum(wanted.deleted for wanted in self.world.callers.requests)}

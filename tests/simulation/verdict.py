@@ -1,0 +1,217 @@
+"""What a schedule has to have kept: every promise, looked at when nothing goes on any more."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from predictions.items import deserialize
+from predictions.statuses import visible
+
+from tests.simulation.callers import Wanted
+from tests.simulation.dynamodb import Item
+from tests.simulation.upstream import TERMINAL, Run, file_bytes
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+FOUND_SECONDS = 85
+"""Until then after its claim, a create that takes effect is found in Replicate's list; later only a webhook tells."""
+
+
+@dataclass
+class Verdict:
+    """How a schedule went.
+
+    Attributes:
+        seed: Its seed.
+        broken: What was promised and not kept; empty where all is well.
+        figures: What happened, counted.
+        worst: The longest delays in seconds, of which the figures of many schedules are the longest.
+    """
+
+    seed: int
+    broken: list[str]
+    figures: dict[str, int] = field(default_factory=dict)
+    worst: dict[str, float] = field(default_factory=dict)
+
+
+class Check:
+    """Looks at a world that is over; what is broken is added to its violations."""
+
+    def __init__(self, world: "World") -> None:
+        self.world = world
+
+    def _statuses(self) -> Iterator[Item]:
+        for (pk, sk), item in list(self.world.table.items.items()):
+            if pk.startswith("prediction#") and sk == "status":
+                yield item
+
+    def all(self, over: bool) -> None:
+        """Looks at everything; `over` is whether nothing goes on any more."""
+        bad = self.world.violations.append
+        if not over:
+            bad("something still goes on at the end")
+        for machine in self.world.machines.values():
+            for name, execution in machine.executions.items():
+                if execution.status == "RUNNING":
+                    bad(f"execution {name} still runs, in {execution.states[-1]}")
+        items = {item["id"]["S"]: deserialize(item) for item in self._statuses()}
+        for wanted in self.world.callers.requests:
+            if wanted.accepted_id and wanted.accepted_id not in items:
+                bad(f"request {wanted.number} is lost: it was accepted as {wanted.accepted_id}")
+        self._check_starts()
+        runs: dict[str, list[Run]] = {}
+        for run in self.world.upstream.runs.values():
+            runs.setdefault(run.our_id or "", []).append(run)
+            if not run.over:
+                bad(f"{run.id} still runs at Replicate")
+        for prediction_id, item in items.items():
+            if prediction_id not in self.world.special:
+                self._check_item(prediction_id, item, runs.get(prediction_id, []))
+        self._check_writers()
+        if self.world.stream is not None:
+            self._check_events(items)
+        for (pk, sk), left in self.world.table.items.items():
+            if "open" in left and not pk.startswith("prediction#"):
+                bad(f"{pk} {sk} is still on the sweep's list")
+
+    def _check_writers(self) -> None:
+        """What was written down, and may be paid for, was not answered as if it were not."""
+        for pk, process in self.world.writers.items():
+            answer = process.result if isinstance(process.result, dict) else {}
+            if answer.get("statusCode", 0) < 500:
+                continue
+            kind, _, id_ = pk.partition("#")
+            runs = [run for run in self.world.upstream.runs.values() if run.our_id == id_]
+            if kind != "prediction" or any(run.created <= (process.ended_at or 0) for run in runs):
+                self.world.violations.append(f"{pk}: goes on, and was answered {answer['statusCode']}")
+
+    def _check_events(self, items: dict[str, Any]) -> None:
+        """Every visible change is on the bus, at least once and as it is."""
+        assert self.world.stream is not None
+        told: dict[str, tuple[float, dict[str, Any]]] = {}
+        for at, entry in self.world.events:
+            detail = json.loads(entry["Detail"])
+            told.setdefault(detail["event_id"], (at, detail))
+        for record in self.world.stream.dead:
+            self.world.violations.append(f"a change was given up: {record['dynamodb']['Keys']}")
+        for prediction_id, item in items.items():
+            for word in ("started", item["visible"]):
+                if f"{prediction_id}-{word}" not in told:
+                    self.world.violations.append(f"{prediction_id}: no event of {word!r}")
+            at, detail = told.get(f"{prediction_id}-{item['visible']}", (0.0, {}))
+            if detail and (detail["status"] != item["visible"] or detail["owner"] != item["owner"].rpartition("#")[2]):
+                self.world.violations.append(f"{prediction_id}: its event says {detail}")
+            if detail and prediction_id in self.world.visible_at:
+                self.world.longest("event after its change", at - self.world.visible_at[prediction_id])
+
+    def _check_starts(self) -> None:
+        wanted: dict[str, int] = dict(self.world.prompts)
+        for request in self.world.callers.requests:
+            wanted[request.prompt] = wanted.get(request.prompt, 0) + 1
+        started: dict[str, int] = {}
+        by_id: dict[str, int] = {}
+        for run in self.world.upstream.runs.values():
+            started[run.prompt] = started.get(run.prompt, 0) + 1
+            by_id[str(run.our_id)] = by_id.get(str(run.our_id), 0) + 1
+        for prompt, number in started.items():
+            if number > wanted.get(prompt, 0):
+                self.world.violations.append(
+                    f"{prompt!r} was started {number} times, and asked for {wanted.get(prompt, 0)} times"
+                )
+        for our_id, number in by_id.items():
+            if number > 1:
+                self.world.violations.append(f"{our_id}: was started {number} times")
+
+    def _check_item(self, prediction_id: str, item: dict[str, Any], runs: list[Run]) -> None:
+        def bad(what: str) -> None:
+            self.world.violations.append(f"{prediction_id}: {what}")
+
+        if item["rank"] != 9 or item["visible"] not in TERMINAL:
+            bad(f"has not ended: {item['status']}, seen as {item['visible']}")
+            return
+        if item["visible"] != visible(item["status"]) or item["visible"] == "aborted":
+            bad(f"ended {item['status']}, and is seen as {item['visible']}")
+        if "next_check_at" in item or "open" in item:
+            bad("is still on the sweep's list")
+        wanted = self.world.callers.wanted_of(prediction_id)
+        in_time = [run for run in runs if self._in_time(run, item)]
+        bound = [run for run in runs if run.id == item.get("upstream_id")]
+        if bound:
+            self._check_end(item, bound[0], wanted, bad)
+        elif in_time:
+            bad(f"is lost: {in_time[0].id} ended {in_time[0].status}, and it {item['status']}: {item.get('error')}")
+        else:
+            self._check_unstarted(item, wanted, bad)
+        for run in runs:
+            orphan = run.id != item.get("upstream_id")
+            known = orphan and run.told_at and run.ended and run.id not in self.world.canceled
+            if known and run.told_at and run.ended and run.ended > run.told_at + 300:
+                bad(f"its orphan {run.id} was left running")
+        if wanted and wanted.deleted:
+            self._check_deleted(item, bad)
+
+    def _in_time(self, run: Run, item: dict[str, Any]) -> bool:
+        """Whether the stack could have known of it before the end: by a webhook, or in the list near its claim."""
+        ended_at = self.world.terminal_at[item["id"]]
+        if run.heard_at is not None and run.heard_at < ended_at:
+            return True
+        return run.created < ended_at and run.created < item.get("claimed", 0) + FOUND_SECONDS
+
+    def _check_unstarted(self, item: dict[str, Any], wanted: Wanted | None, bad: Callable[[str], None]) -> None:
+        struck = {kind for kind in self.world.faults.struck if kind != "webhook"}
+        if not struck and not (wanted and wanted.canceled_at):
+            bad(f"was never started, and nothing was wrong: {item['status']}, {item.get('error')}")
+        if item["status"] not in ("failed", "canceled"):
+            bad(f"{item['status']}, and was never started")
+
+    def _check_end(self, item: dict[str, Any], run: Run, wanted: Wanted | None, bad: Callable[[str], None]) -> None:
+        if item["status"] != run.status:
+            bad(f"ended {item['status']} ({item.get('error')}), at Replicate {run.status}")
+            return
+        assert run.ended is not None
+        pk = item["pk"]
+        deleted = "deleted" in item
+        result = self.world.table.items.get((pk, f"result#{run.id}"))
+        if run.status == "succeeded" and not deleted:
+            told = json.loads(result["json"]["S"])["output"] if result else "nothing"
+            if told != run.final_output:
+                bad(f"its output is {told}, at Replicate {run.final_output}")
+            self._check_files(item, run, bad)
+        late = self.world.visible_at[item["id"]] - run.ended
+        if late > 4000:
+            bad(f"its end came {late:.0f} s late")
+        quiet = not set(self.world.faults.struck) - {"webhook", "file"} and not self.world.faults.secret_is_unknown
+        if quiet and late > 1100:
+            bad(f"its end came {late:.0f} s late, though only webhooks and files were lost")
+        only_receiving = (
+            not set(self.world.faults.struck) - {"webhook", "receiver"} and not self.world.faults.secret_is_unknown
+        )
+        waited = self.world.visible_at[item["id"]] - self.world.terminal_at[item["id"]]
+        if only_receiving and waited > 300:
+            bad(f"its files were waited for {waited:.0f} s, though only webhooks went wrong")
+        if wanted and wanted.canceled_at and run.ended > wanted.canceled_at + 1500 and run.cancel_asked is None:
+            bad("its cancel never reached Replicate")
+
+    def _check_files(self, item: dict[str, Any], run: Run, bad: Callable[[str], None]) -> None:
+        output = run.final_output
+        urls = [output] if isinstance(output, str) else output.get("images", []) if isinstance(output, dict) else []
+        stored = json.loads(item.get("files_json") or "[]")
+        if len(stored) != len(urls):
+            bad(f"{len(stored)} of {len(urls)} files are stored")
+        for url, file in zip(urls, stored, strict=False):
+            body = self.world.account.objects.get(file.get("key") or "", (None, ""))[0]
+            if body != file_bytes(url):
+                bad(f"{url} is not stored: {file}")
+            elif file["sha256"] != hashlib.sha256(body).hexdigest() or file["bytes"] != len(body):
+                bad(f"{url} is stored, and described otherwise: {file}")
+
+    def _check_deleted(self, item: dict[str, Any], bad: Callable[[str], None]) -> None:
+        # Task tokens stay, since who waits may not have been told yet.
+        kept = ("status", "caller#")
+        left = [sk for (pk, sk) in self.world.table.items if pk == item["pk"] and not sk.startswith(kept)]
+        left += [key for key in self.world.account.objects if item["id"] in key]
+        if left:
+            bad(f"was deleted, and {left} is left")
