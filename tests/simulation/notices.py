@@ -133,9 +133,11 @@ class TaskTokens(Scenario):
             self.world.callers.requests.append(wanted)
             for k in range(self.rng.choice((1, 1, 2, 4))):
                 delay = 0.0 if k == 0 else self.rng.choice((0.0, 0.5, 20.0, 200.0, 1500.0))
-                self._wait(f"token-{n}-{k}", {"model": "meta/llama", "input": {"prompt": wanted.prompt}}, delay, wanted)
+                self._wait(
+                    f"{self.name} {n}-{k}", {"model": "meta/llama", "input": {"prompt": wanted.prompt}}, delay, wanted
+                )
         if self.rng.random() < 0.3:
-            self._wait("token-refused", {"model": "meta/llama", "input": {}, "nonsense": 1}, 0.0, None)
+            self._wait(f"{self.name} refused", {"model": "meta/llama", "input": {}, "nonsense": 1}, 0.0, None)
 
     def _wait(self, token: str, body: dict[str, Any], delay: float, wanted: Wanted | None) -> None:
         world = self.world
