@@ -1,7 +1,6 @@
 """Worlds in which one owner, mallory, does what costs others, as far as the stack lets him."""
 
 import json
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -77,7 +76,9 @@ class Killer(Scenario):
             if late > 3600 + 900:
                 self.bad(f"it ended {late:.0f} s after its deadline")
         for id_, ended in self.world.visible_at.items():
-            item = deserialize(self.world.table.items[f"prediction#{id_}", "status"])
+            if (stored := self.world.table.items.get((f"prediction#{id_}", "status"))) is None:
+                continue  # expired
+            item = deserialize(stored)
             run = self.world.upstream.runs.get(item.get("upstream_id", ""))
             if item["owner"] == "alice" and run is not None and run.ended is not None:
                 self.longest("innocent's end after Replicate's", ended - run.ended)
@@ -142,47 +143,56 @@ class Tarpit(Webhooks):
     """Mallory's receivers hang, each as long as it can; alice's takes what comes."""
 
     name = "hanging receivers"
+    alone = True
     foci = ()
     kinds = ("takes",)
-    concurrency: ClassVar[int] = 2
+    concurrency: ClassVar[int] = 8
 
     def begin(self) -> None:
-        """Many predictions of mallory's, all with a webhook."""
+        """Some predictions of mallory's, each with many webhooks."""
         world, callers = self.world, self.world.callers
         world.faults.calm()
         queue = world.queues["DeliveriesQueue"]
         queue.settings = replace(queue.settings, concurrency=self.concurrency)
-        for n in range(15):
+        for n in range(6):
             wanted = Wanted(600 + n, "queue", f"hangs {n}", "", None, None, owner="mallory")
             wanted.also["webhook"] = world.receivers.url("hangs", f"mallory-{n}")
             wanted.also["webhook_events_filter"] = ["start", "logs", "completed"]
             callers.requests.append(wanted)
             world.scheduler.spawn("mallory", partial(callers.ask_for, wanted), self.rng.uniform(0.0, 20.0))
 
+        for n in range(4):
+            wanted = Wanted(650 + n, "key", f"takes {n}", f"takes-{n}", None, None)
+            wanted.also["webhook"] = world.receivers.url("takes", f"alice-{650 + n}")
+            wanted.also["webhook_events_filter"] = ["completed"]
+            callers.requests.append(wanted)
+            world.scheduler.spawn("alice", partial(callers.ask_for, wanted), 20.0 + 10.0 * n)
+
     def dress(self, wanted: Wanted) -> None:
-        """Alice's wait for the end alone, and begin a little later."""
-        wanted.also["webhook"] = self.world.receivers.url("takes", f"{wanted.owner}-{wanted.number}")
-        wanted.also["webhook_events_filter"] = ["completed"]
+        """Not the ordinary ones."""
 
     def plan(self, run: Run, plan: dict[str, Any]) -> None:
-        """All of them end at about the same time."""
-        seconds = self.rng.choice((5.0, 20.0) if run.prompt.startswith("hangs") else (40.0, 70.0))
-        plan |= {"queued_seconds": 1.0, "output_seconds": 1.0, "run_seconds": seconds}
+        """Mallory's write much into their logs, and alice's end meanwhile."""
+        hangs = run.prompt.startswith("hangs")
+        plan |= {"queued_seconds": 1.0, "output_seconds": 1.0, "run_seconds": 100.0 if hangs else 5.0}
+        plan |= {"log_lines": 10} if hangs else {}
         plan |= {"files": 0, "status": "succeeded"}
 
     def check(self) -> None:
         """Alice is told in time."""
         super().check()
         late = self.world.delays.get("webhook after the end", 0.0)
-        if late > 60:
+        if late > 45:
             self.bad(f"alice's webhook came {late:.0f} s after the end")
 
 
 class _Limited(Scenario):
     """A stack whose rate is used up."""
 
+    alone = True
     per_minute: ClassVar[int] = 12
     environment: ClassVar[dict[str, str]] = {"CREATES_PER_MINUTE": "12"}
+    """The same as in the functions' environment."""
 
     def __init__(self, world: Any) -> None:
         super().__init__(world)
@@ -199,7 +209,9 @@ class _Limited(Scenario):
     def check_rate(self) -> None:
         """Never more creates than the rate and the burst allow, in any window."""
         times = sorted(run.created for run in self.world.upstream.runs.values())
-        rate, burst, slack = self.per_minute / 60, 10 * self.per_minute / 60 + 2, 8.0
+        # Each process owes one create: there are as many as came at once.
+        functions = len(self.world.functions.instances("start_prediction"))
+        rate, burst, slack = self.per_minute / 60, 10 * self.per_minute / 60 + 2 + functions, 8.0
         for i, first in enumerate(times):
             for j in range(i, len(times)):
                 if j - i + 1 > (times[j] - first + slack) * rate + burst:
@@ -226,7 +238,7 @@ class Backlog(_Limited):
                 720 + n, "queue" if door == "queue" else "key", f"backlog {n}", f"b{n}", None, None, "mallory"
             )
             callers.requests.append(wanted)
-            world.scheduler.spawn(f"mallory {n}", partial(self._create_and_cancel, wanted, door == "http"), n * 0.4)
+            world.scheduler.spawn(f"mallory {n}", partial(self._create_and_cancel, wanted, n % 3 > 0), n * 0.4)
         for wanted in self.alices:
             callers.requests.append(wanted)
             world.scheduler.spawn("alice", partial(self._ask, wanted), 20.0)
@@ -270,7 +282,9 @@ class Overload(_Limited):
     """More than the rate comes, each with a deadline soon after."""
 
     name = "overload"
-    minutes: ClassVar[int] = 5
+    per_minute = 6
+    environment: ClassVar[dict[str, str]] = {"CREATES_PER_MINUTE": "6"}
+    minutes: ClassVar[int] = 6
 
     def begin(self) -> None:
         """A third more than the rate, for some minutes."""
@@ -284,15 +298,14 @@ class Overload(_Limited):
             world.scheduler.spawn(f"sender {n}", partial(callers.send, wanted), n * self.minutes * 60.0 / number)
 
     def check(self) -> None:
-        """The rate is used, in every minute but the first."""
+        """The rate is used, after the first minute."""
         self.check_rate()
         runs = [run for run in self.world.upstream.runs.values() if run.prompt.startswith("overload")]
-        by_minute = Counter(int((run.created - BEGIN) // 60) for run in runs)
-        for minute in range(1, self.minutes):
-            started = by_minute[minute]
-            self.longest("starts missing in a minute", 0.9 * self.per_minute - started)
-            if started < 0.7 * 0.9 * self.per_minute:
-                self.bad(f"{started} starts in minute {minute}, of {self.per_minute}")
+        started = sum(60 <= run.created - BEGIN < self.minutes * 60 for run in runs)
+        usable = 0.9 * self.per_minute * (self.minutes - 1)
+        self.longest("percent of the rate that was not used", 100 * (1 - started / usable))
+        if started < 0.75 * usable:
+            self.bad(f"{started} starts, of {usable:.0f} that the rate allows")
 
     def figures(self) -> dict[str, int]:
         """What came, and what of it was started."""
@@ -327,12 +340,13 @@ class OldKeys(_Jobs):
 
     name = "keys after retention"
     kind = "batches"
+    alone = True
     end_seconds = 33 * DAY_SECONDS
 
     def begin(self) -> None:
         """A batch or a pipeline, and the same a month later."""
         self.kind = self.rng.choice(("batches", "pipelines"))
-        self.asked_again = 0.0
+        self.asked_again, self.outlived = 0.0, False
         maker: _Jobs = (Batches if self.kind == "batches" else Pipelines)(self.world)
         maker.jobs = []
         job = maker.make_job(0)
@@ -350,6 +364,8 @@ class OldKeys(_Jobs):
         for month in range(2):
             if month:
                 world.scheduler.sleep(30 * DAY_SECONDS + self.rng.choice((-3600.0, 60.0, 3600.0)))
+                (item,) = self.items()
+                self.outlived = item["expires_at"] <= world.scheduler.now
                 # What is left is removed by and by, in no order.
                 world.expire(self.rng.choice((0.3, 0.7, 1.0)))
                 self.asked_again = world.scheduler.now
@@ -369,9 +385,9 @@ class OldKeys(_Jobs):
         ran = [run for run in self.world.upstream.runs.values() if run.prompt in prompts]
         first = {run.prompt for run in ran if run.created < self.asked_again}
         second = {run.prompt for run in ran if run.created >= self.asked_again}
-        if self.world.expired and first != second:
+        if self.outlived and first != second:
             self.bad(f"{self.kind}: {sorted(first)} ran in the first month, and {sorted(second)} in the second")
 
     def figures(self) -> dict[str, int]:
-        """How many were asked for again."""
-        return {self.kind: 1}
+        """How many were asked for again after their end."""
+        return {f"{self.kind} after retention": int(self.outlived)}

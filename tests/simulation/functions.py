@@ -75,6 +75,10 @@ class Functions:
             raise FunctionFailed("timeout")
         return _result(process)
 
+    def instances(self, function: str) -> list[dict[str, Any]]:
+        """The instances of a function that are warm and idle."""
+        return self._warm.get(function, [])
+
     def _run(self, function: str, event: Any, until: float) -> Any:
         self.invocations[function] = self.invocations.get(function, 0) + 1
         instances = self._warm.setdefault(function, [])

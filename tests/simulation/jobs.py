@@ -133,7 +133,7 @@ class Batches(_Jobs):
             if self._deleted_at_once and any(prediction_id in self.world.ids_by_prompt.get(p, ()) for p in job.prompts):
                 call = self.world.callers.call
                 path = f"/predictions/{prediction_id}"
-                self.world.scheduler.spawn("deletes", lambda: call("cancel_prediction", "DELETE", path), 0.001)
+                self.world.scheduler.spawn("deletes", partial(call, "cancel_prediction", "DELETE", path), 0.001)
                 return
 
     def follow(self, job: Job) -> None:
@@ -306,6 +306,8 @@ class Pipelines(_Jobs):
             self.bad(f"{id_}: no event of its end")
         completed = _seconds(item["completed_at"])
         for run in runs:
+            if "upstream_id" not in run and run["visible"] == "canceled":
+                continue  # written down while the pipeline was canceled, and never submitted
             if run["visible"] not in TERMINAL or self.world.visible_at.get(run["id"], 0.0) > completed + 1:
                 self.bad(f"{id_} ended before its run {run['id']}")
         well = all(run["visible"] == "succeeded" for run in runs)

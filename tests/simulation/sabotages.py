@@ -10,15 +10,32 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from predictions import intents, outputs, statuses, submissions, table
+from predictions import deliveries, intents, limiter, outputs, received_requests, statuses, submissions, table
+from predictions.batch_control import BatchControl
+from predictions.change_retries import Effect
+from predictions.changes import Changes
 from predictions.create_window import SendWindow
 from predictions.executions import Executions
+from predictions.idempotency_keys import IdempotencyKeys
+from predictions.limiter import Limiter
 from predictions.list_readings import ListReader, Reading, digest_of
 from predictions.outputs import OutputsBucket
+from predictions.pipeline_api import PipelineApi
+from predictions.pipeline_progress import PipelineExecutions
+from predictions.received_requests import ReceivedRequests
+from predictions.receivers import Receivers
+from predictions.requests import Requests
 from predictions.submissions import Submissions
-from predictions.table import Change, PredictionsTable
+from predictions.table import Change, Prediction, PredictionsTable
 from predictions.unknown_submissions import UnknownSubmissions
 from predictions.upstream import NotAccepted, OutcomeUnknown, Replicate
+from predictions.webhook_slots import NoSlotFree, Slot, WebhookSlots
+
+from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood
+from tests.simulation.jobs import Batches, Pipelines, Trainings
+from tests.simulation.notices import Events, Redelivery, TaskTokens, Webhooks
+from tests.simulation.scenario import Scenario
+from tests.simulation.worlds import worlds_of
 
 Sabotage = Callable[[], AbstractContextManager[Any]]
 
@@ -30,6 +47,11 @@ def _method(of: type, name: str, make: Callable[[Any], Any]) -> Sabotage:
 
 def _value(of: Any, name: str, value: Any) -> Sabotage:
     return lambda: mock.patch.object(of, name, value)
+
+
+def _value_made(of: Any, name: str, make: Callable[[Any], Any]) -> Sabotage:
+    """Puts another value in the place of one, made from it."""
+    return lambda: mock.patch.object(of, name, make(getattr(of, name)))
 
 
 def _all(*sabotages: Sabotage) -> Sabotage:
@@ -197,6 +219,121 @@ def _why_not_for_answered(why: Any) -> Any:
     return why_not
 
 
+# -- rules of what one owner does to others, and of those who are told -------------------------------------------------
+
+
+def _told_at_the_end_alone(tell: Any) -> Any:
+    def told(self: Changes, record: Any, *given: Any) -> Any:
+        if record["dynamodb"]["Keys"]["sk"]["S"].startswith("caller#"):
+            return ()
+        return tell(self, record, *given)
+
+    return told
+
+
+def _looked_at_first(_: Any) -> Any:
+    """The next look is not put off before anything is asked."""
+    return lambda self, prediction, moment: prediction  # as of the method
+
+
+def _callers_deleted(delete: Any) -> Any:
+    def delete_data(self: PredictionsTable, prediction: Any, now: float) -> None:
+        for sk, _ in list(self.callers(prediction.id)):
+            key = {"pk": {"S": f"prediction#{prediction.id}"}, "sk": {"S": sk}}
+            self._dynamodb.delete_item(TableName=self._name, Key=key)
+        delete(self, prediction, now)
+
+    return delete_data
+
+
+def _put_without_looking(start: Any) -> Any:
+    """A message that comes again writes its input before it is known to be the same."""
+
+    class Blind:
+        def __init__(self, table: PredictionsTable) -> None:
+            self._table = table
+
+        def __getattr__(self, name: str) -> Any:
+            return (lambda _: None) if name == "get" else getattr(self._table, name)
+
+    def started(self: Requests, *given: Any, **options: Any) -> Any:
+        table, self._table = self._table, Blind(self._table)  # type: ignore[assignment]
+        try:
+            return start(self, *given, **options)
+        finally:
+            self._table = table
+
+    return started
+
+
+def _only_changes_of_the_status(found: Any) -> Any:
+    """The end by itself tells nobody of output or logs."""
+
+    def of_status(new: Any, old: Any) -> Any:
+        return ((event, n) for event, n in found(new, old) if event in ("start", "completed"))
+
+    return of_status
+
+
+def _retried_by_the_stream(later: Any) -> Any:
+    """An event that the bus did not take holds up its record, whose webhooks are queued again with it."""
+
+    def retry_later(self: Changes, effect: Effect, *given: Any) -> None:
+        if effect is Effect.EVENT:
+            raise NoSlotFree
+        later(self, effect, *given)
+
+    return retry_later
+
+
+def _without_time(tell: Any) -> Any:
+    def told(self: Changes, record: Any, only: Any, _: Any) -> Any:
+        return tell(self, record, only, lambda: 1e9)
+
+    return told
+
+
+def _used_again(_: Any) -> Any:
+    """A start that was given back is handed out to everybody who asks for it."""
+
+    def plan_free(self: Limiter, lane: str, number: int) -> Any:
+        plan = limiter._Plan("free", 0, number)
+        plan.conditions.append("attribute_exists(pk)")
+        plan.sets.append(f"{lane}_at = {lane}_at + :nothing")
+        plan.values[":nothing"] = 0
+        return plan
+
+    return plan_free
+
+
+def _without_deadline(reserve: Any) -> Any:
+    def reserved(self: Limiter, lane: Any, owner: str, latest: float, turn_at: float | None) -> Any:
+        return reserve(self, lane, owner, latest + 10**6, turn_at)
+
+    return reserved
+
+
+def _as_they_come(handle: Any) -> Any:
+    """All messages of a batch share its fate."""
+
+    def handled(self: ReceivedRequests, records: Any, *given: Any) -> Any:
+        with mock.patch.object(received_requests, "_in_turn", list):
+            return handle(self, [{**r, "attributes": {**r["attributes"], **_FIRST}} for r in records], *given)
+
+    return handled
+
+
+_FIRST = {"ApproximateReceiveCount": "1"}
+
+
+def _key_for_ever(make: Any) -> Any:
+    def made(self: IdempotencyKeys, *given: Any, **options: Any) -> None:
+        make(self, *given, **options)
+        self._now = lambda: 0.0
+
+    return made
+
+
 SABOTAGES: dict[str, Sabotage] = {
     "no claim": _method(PredictionsTable, "claim", _claimed_by_anybody),
     "the intent is not claimed": _method(PredictionsTable, "put_intent", _put_unclaimed),
@@ -249,5 +386,69 @@ SABOTAGES: dict[str, Sabotage] = {
     "executions are not counted up": _method(PredictionsTable, "next_execution", _constant(None)),
     "a submission is given up before its deadline": _value(submissions, "_GIVE_UP_SECONDS", -(10**6)),
     "one 404 is believed": _value(submissions, "_NOT_FOUND_LIMIT", 1),
+    "the sweep asks before it puts the next look off": _method(PredictionsTable, "begin_look", _looked_at_first),
+    "nothing is ended without asking": _method(Submissions, "_is_abandoned", _constant(False)),
+    "owners reserve starts far ahead": _value(limiter, "NEAR_SECONDS", (10**6, 10**6)),
+    "starts are reserved beyond the deadline": _method(Limiter, "_reserve", _without_deadline),
+    "a start that was given back is used by many": _method(Limiter, "_plan_free", _used_again),
+    "one message takes the others along": _all(
+        _method(ReceivedRequests, "handle", _as_they_come),
+        _method(ReceivedRequests, "_delete", _constant(None)),
+    ),
+    "a batch that is written down is answered 5xx": _method(
+        BatchControl, "_run_or_leave", lambda _: lambda self, batch: self._run(batch)
+    ),
+    "a pipeline that is written down is answered 5xx": _method(
+        PipelineApi, "_run_or_leave", lambda _: lambda self, pipeline: self._executions.run(pipeline)
+    ),
+    "a batch is started by its request alone": _method(BatchControl, "sweep_one", _constant(None)),
+    "a pipeline is started by its request alone": _method(PipelineExecutions, "restart", _constant(None)),
+    "keys name what has expired": _method(IdempotencyKeys, "__init__", _key_for_ever),
+    "task tokens are deleted with a prediction": _method(PredictionsTable, "delete_data", _callers_deleted),
+    "callers are told from the first on, each time": _method(Changes, "_tell_callers", _without_time),
+    "who comes after the end is not told": _method(Changes, "_tell_callers", _told_at_the_end_alone),
+    "a deleted input comes back": _method(Requests, "start", _put_without_looking),
+    "output and logs are told only while it runs": _value_made(deliveries, "_of_status", _only_changes_of_the_status),
+    "trouble of the bus repeats webhooks": _method(Changes, "_retry_later", _retried_by_the_stream),
+    "an event that the bus refuses is forgotten": _method(
+        Changes, "_not_taken", lambda put: lambda self, news: put(self, news) and []
+    ),
+    "a webhook is tried once": _method(Receivers, "_put_off", _constant(True)),
+    "hanging receivers occupy all consumers": _all(
+        _value(deliveries, "_owner_of", lambda _: ""),
+        _method(WebhookSlots, "acquire", lambda _: lambda self, owner, origin, now: Slot(owner, origin, now)),
+    ),
+    "a training is looked for among predictions": _value(Prediction, "collection", "predictions"),
 }
 """By what is taken out."""
+
+ONLY_IN: dict[str, type[Scenario]] = {
+    "the sweep asks before it puts the next look off": Killer,
+    "nothing is ended without asking": Killer,
+    "owners reserve starts far ahead": Backlog,
+    "starts are reserved beyond the deadline": Overload,
+    "a start that was given back is used by many": Backlog,
+    "one message takes the others along": PoisonMessage,
+    "a batch that is written down is answered 5xx": Batches,
+    "a pipeline that is written down is answered 5xx": Pipelines,
+    "a batch is started by its request alone": Batches,
+    "a pipeline is started by its request alone": Pipelines,
+    "keys name what has expired": OldKeys,
+    "task tokens are deleted with a prediction": TaskTokens,
+    "callers are told from the first on, each time": TokenFlood,
+    "who comes after the end is not told": TaskTokens,
+    "a deleted input comes back": Redelivery,
+    "output and logs are told only while it runs": Webhooks,
+    "trouble of the bus repeats webhooks": Webhooks,
+    "an event that the bus refuses is forgotten": Events,
+    "a webhook is tried once": Webhooks,
+    "hanging receivers occupy all consumers": Tarpit,
+    "a training is looked for among predictions": Trainings,
+}
+"""The world in which it has to be noticed: the other schedules are left out, since they could not."""
+
+
+def seeds_of(name: str, schedules: int) -> list[int]:
+    """The seeds, of so many schedules, in which a sabotage can be noticed."""
+    world = ONLY_IN.get(name)
+    return [seed for seed in range(schedules) if world is None or world in worlds_of(seed)]

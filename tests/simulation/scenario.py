@@ -17,12 +17,14 @@ class Scenario:
         name: For figures, and for sabotages that only it can notice.
         environment: Variables of the functions that are others in it.
         foci: Where faults are aimed at, in some of its schedules; see `Faults.aim_at`.
+        alone: Whether a schedule that has it has no other one.
         end_seconds: By when all of it has to be over, where that is later than for predictions.
     """
 
     name: ClassVar[str] = ""
     environment: ClassVar[dict[str, str]] = {}
     foci: ClassVar[tuple[str, ...]] = ()
+    alone: ClassVar[bool] = False
     end_seconds: ClassVar[float] = 0.0
 
     def __init__(self, world: "World") -> None:

@@ -61,7 +61,7 @@ def _is(wanted: Any, value: Any) -> bool:
         case "prefix":
             return isinstance(value, str) and value.startswith(argument)
         case "exists":
-            return (value is not None) == argument
+            return (value is not None) is bool(argument)
         case "anything-but":
             return value is not None and value not in (argument if isinstance(argument, list) else [argument])
     raise NotModelled(f"the filter {how}")

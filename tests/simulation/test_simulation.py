@@ -8,12 +8,12 @@ import pytest
 
 from tests.reliability import Recorded
 from tests.simulation.installed import Simulation
-from tests.simulation.sabotages import SABOTAGES
+from tests.simulation.sabotages import SABOTAGES, seeds_of
 from tests.unit.template import ROOT
 
 SCHEDULES = 5000
 PARTS = 10
-SABOTAGE_SCHEDULES = 3000
+SABOTAGE_SCHEDULES = 5000
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -30,7 +30,7 @@ def test_sabotaged_code_breaks_a_promise_in_some_schedule(
 ) -> None:
     record_property("sabotages", 1)
     with SABOTAGES[name]():
-        caught = any(simulation.run(seed).broken for seed in range(SABOTAGE_SCHEDULES))
+        caught = any(simulation.run(seed).broken for seed in seeds_of(name, SABOTAGE_SCHEDULES))
     assert caught, f"{SABOTAGE_SCHEDULES} schedules did not notice: {name}"
 
 

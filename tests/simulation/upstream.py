@@ -174,7 +174,8 @@ class Upstream:
         named = re.fullmatch(r"/models/([^/]+/[^/]+)/(?:versions/([^/]+)/)?(predictions|trainings)", path)
         body["model"] = named[1] if named else "a/b"
         if named and named[2]:
-            body["version"], run.collection, life = named[2], named[3], 1e9
+            # It has no deadline at Replicate; one that the stack was never told of ends by itself.
+            body["version"], run.collection, life = named[2], named[3], 7200.0
         plan = world.faults.plan_run()
         for scenario in world.scenarios:
             scenario.plan(run, plan)
@@ -192,6 +193,10 @@ class Upstream:
         if not run.over and run.cancel_asked is None and world.scheduler.now < end_of_life:
             run.status, run.started = "processing", world.scheduler.now
             self._tell(run, "start")
+            for _ in range(plan.get("log_lines", 0)):
+                self._pass(run, 1.0, end_of_life)
+                run.logs += "still working\n"
+                self._tell(run, "logs")
             if plan["output_seconds"] is not None:
                 self._pass(run, plan["output_seconds"], end_of_life)
                 run.logs += "working\n"
@@ -212,6 +217,7 @@ class Upstream:
         scheduler = self._world.scheduler
         seconds = min(seconds, end_of_life - scheduler.now)
         if run.cancel_asked is None and seconds > 0:
+            run.cancel = Waiter()  # one whose time is over wakes nobody any more
             scheduler.wait(run.cancel, seconds)
 
     def _end(self, run: Run, status: str, plan: dict[str, Any]) -> None:

@@ -112,7 +112,6 @@ class World:
         self.released_at: dict[str, list[float]] = {}
         self._sweeps = 0
         self._expiring = False
-        self.expired = 0
         secret = {"current": SECRET, "previous": None, "rotated_at": "2025-01-01T00:00:00+00:00"}
         self.account.secrets = {
             "replicate-token": TOKEN,
@@ -346,10 +345,9 @@ class World:
         """Removes items that have expired, or this share of them: the table's own clock is late, and in no order."""
         self._expiring = True
         for key, item in list(self.table.items.items()):
-            if int(item.get("expires_at", {"N": 10**12})["N"]) <= self.scheduler.now:
-                self.expired += 1
-                if self.rng.random() < share:
-                    self.table.call("DeleteItem", {"Key": {"pk": {"S": key[0]}, "sk": {"S": key[1]}}})
+            # Chance is asked last: only of what has expired.
+            if int(item.get("expires_at", {"N": 10**12})["N"]) <= self.scheduler.now and self.rng.random() < share:
+                self.table.call("DeleteItem", {"Key": {"pk": {"S": key[0]}, "sk": {"S": key[1]}}})
         self._expiring = False
 
     def forget_expired(self) -> None:

@@ -51,4 +51,5 @@ WORLDS: dict[type[Scenario], float] = {
 def worlds_of(seed: int) -> list[type[Scenario]]:
     """The worlds of a schedule: none in most of them, else mostly one."""
     rng = random.Random(f"worlds of {seed}")  # noqa: S311  # not for secrets
-    return [world for world, share in WORLDS.items() if rng.random() < share]
+    chosen = [world for world, share in WORLDS.items() if rng.random() < share]
+    return [world for world in chosen if world.alone][:1] or chosen

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from functools import partial
 from typing import Any
 
 import httpx
@@ -100,7 +101,7 @@ class Stack:
         self.decided: dict[str, float] = {}
         self.came: dict[str, float] = {}
         self.asks = 0
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
         dynamodb = aws.client("dynamodb")
         http = httpx.Client(transport=httpx.MockTransport(self.account.handle))
@@ -136,7 +137,7 @@ class Stack:
             "GetSecretValue": {"SecretString": ReplicateInMemory.TOKEN},
         }[operation]
 
-    def later(self, seconds: float, act: Callable[[], None]) -> None:
+    def later(self, seconds: float, act: Callable[[], object]) -> None:
         """Have something happen after that many seconds."""
         heapq.heappush(self._events, (self.clock.now() + seconds, next(self._order), act))
 
@@ -213,10 +214,10 @@ class TestLoad:
     def test_200_unknown_a_minute_among_600_creates(self, stack: Stack, record_property: Recorded) -> None:
         minutes = 3
         for n in range(400 * minutes):
-            stack.later(n * 60 / 400, lambda n=n: stack.account.accept("https://example.com/theirs", f"theirs {n}"))  # type: ignore[misc]
+            stack.later(n * 60 / 400, partial(stack.account.accept, "https://example.com/theirs", f"theirs {n}"))
         for n in range(200 * minutes):
             accepted_or_not(stack, f"unknown {n}", n)
-            stack.later(n * 60 / 200 + 0.1, lambda n=n: stack.post(f"unknown {n}"))  # type: ignore[misc]
+            stack.later(n * 60 / 200 + 0.1, partial(stack.post, f"unknown {n}"))
         stack.run()
         self.measure(stack, 200 * minutes, record_property)
 
@@ -224,7 +225,7 @@ class TestLoad:
         number = 1000
         for n in range(number):
             accepted_or_not(stack, f"unknown {n}", n)
-            stack.later(n * 0.01, lambda n=n: stack.post(f"unknown {n}"))  # type: ignore[misc]
+            stack.later(n * 0.01, partial(stack.post, f"unknown {n}"))
         stack.run()
         self.measure(stack, number, record_property)
 
@@ -235,7 +236,7 @@ class TestLoad:
         stack.account.large["LARGE"] = "[" + "[1234,1567]," * (60 * 1024 * 1024 // 12) + "0]"
         for n in range(number):
             accepted_or_not(stack, f"unknown {n}", n)
-            stack.later(n * 0.1, lambda n=n: stack.post(f"unknown {n}"))  # type: ignore[misc]
+            stack.later(n * 0.1, partial(stack.post, f"unknown {n}"))
         stack.run()
         self.measure(stack, number, record_property)
 
