@@ -52,4 +52,6 @@ def worlds_of(seed: int) -> list[type[Scenario]]:
     """The worlds of a schedule: none in most of them, else mostly one."""
     rng = random.Random(f"worlds of {seed}")  # noqa: S311  # not for secrets
     chosen = [world for world, share in WORLDS.items() if rng.random() < share]
-    return [world for world in chosen if world.alone][:1] or chosen
+    # Two worlds of unknown creates would each judge what the other has made of them.
+    others = [world for world in chosen if issubclass(world, UnknownCreates)][1:]
+    return [world for world in chosen if world.alone][:1] or [world for world in chosen if world not in others]

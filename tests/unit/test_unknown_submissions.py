@@ -580,6 +580,26 @@ class TestWrong:
         assert read == [60, 300, 1200]
         assert lists(replicate) - before == 3
 
+    def test_end_in_the_second_of_a_reading_is_read_after_once_more_and_leaves_nothing_registered(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        bound = self.resubmitted(submissions, table, replicate, clock)
+        clock.advance(300)
+        ended = replicate.finish(bound.upstream_id or "", output="done")
+        answered = replicate.others["GET", "/predictions"] = lambda: httpx.Response(
+            200, json={"next": None, "results": [{**ended, "created_at": replicate.timestamp()}]}
+        )
+        assert answered
+        submissions.look_again()
+        submissions.poll(bound.id)
+        for _ in range(2):
+            clock.advance(60)
+            submissions.look_again()
+        asked = lists(replicate)
+        clock.advance(6000)
+        assert submissions.look_again() == 0
+        assert lists(replicate) == asked
+
     def test_orphan_that_a_webhook_tells_is_canceled_by_the_poll_that_follows(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
     ) -> None:

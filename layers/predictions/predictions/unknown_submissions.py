@@ -623,7 +623,7 @@ class UnknownSubmissions:
 
     def _note_again(self, item: Mapping[str, Any], prediction: Prediction, reading: Reading) -> None:
         bound_at, began = prediction.bound_at or prediction.created, int(reading.began)
-        if prediction.ended_visibly and began >= max(bound_at + _AGAIN_AFTER_SECONDS[-1], prediction.ended or 0):
+        if prediction.ended_visibly and began >= max(bound_at + _AGAIN_AFTER_SECONDS[-1], (prediction.ended or 0) + 1):
             self._remove(item["sk"])
             return
         self._dynamodb.put_item(TableName=self._table_name, Item=serialize({**item, "read_at": began}))
@@ -718,7 +718,8 @@ def _due_again(prediction: Prediction, read_at: int, now: float) -> bool:
     bound_at = prediction.bound_at or prediction.created
     moments = [bound_at + seconds for seconds in _AGAIN_AFTER_SECONDS]
     if prediction.ended_visibly and prediction.ended:
-        moments.append(prediction.ended)
+        # A reading that began in the same second may have begun before the end.
+        moments.append(prediction.ended + 1)
     return any(read_at < moment <= now for moment in moments)
 
 
