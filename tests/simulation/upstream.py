@@ -278,7 +278,9 @@ class Upstream:
                 # It ends a moment later.
                 run.cancel_asked = self._world.scheduler.now
                 self._world.scheduler.at(run.cancel_asked + 0.5, lambda: self._cancel(run))
-        if any(scenario.reads(run) for scenario in self._world.scenarios):
+        # What is read piece by piece is not parsed.
+        parsed = request.headers.get("accept-encoding") != "identity"
+        if parsed and any(scenario.reads(run) for scenario in self._world.scenarios):
             self._world.die()
         return httpx.Response(200, json=self.told(run))
 

@@ -452,7 +452,8 @@ class Replicate:
         """
         url = path if path.startswith(self._url + "/") else self._url + path
         try:
-            headers = {"Authorization": f"Bearer {self._token.value()}"}
+            # A piece of compressed text may hold a thousand times as much.
+            headers = {"Authorization": f"Bearer {self._token.value()}", "Accept-Encoding": "identity"}
             with self._http.stream("GET", url, headers=headers, timeout=timeout_seconds) as answer:
                 if answer.status_code in (401, 402, 403):
                     self._token.forget()
