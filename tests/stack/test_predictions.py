@@ -377,6 +377,31 @@ class TestSubmission:
         assert stack.ended(created["id"], 120)["status"] == "succeeded"
         assert [c["status"] for c in replicate.creates(created["id"])] == [502, 201]
 
+    def test_third_of_the_creates_failing_in_each_way_costs_a_minute_and_no_second_run(
+        self, stack: Stack, replicate: LocalReplicate
+    ) -> None:
+        ways = [
+            ("create_refused", {"status": 503}),
+            ("create_accepted_then_reset", {}),
+            ("create_accepted_then_error", {"status": 502}),
+        ]
+        number, began, created = 18, {}, []
+        for n in range(number):
+            if n % 3 == 0:
+                name, how = ways[n // 3 % 3]
+                replicate.fault(name, **how)
+            started = create(stack.alice, {"version": "local/sleeper", "input": {"seconds": 0.3 + n / 1000}})
+            began[started["id"]] = time.monotonic()
+            created.append(started["id"])
+        seconds = []
+        for prediction_id in created:
+            assert stack.ended(prediction_id, 240)["status"] == "succeeded"
+            seconds.append(time.monotonic() - began[prediction_id])
+        assert sorted(seconds)[int(number * 0.95)] < 240
+        creates = [len(replicate.creates(prediction_id)) for prediction_id in created]
+        # Those that were refused were sent again, and no other.
+        assert creates == [2 if n % 9 == 0 else 1 for n in range(number)]
+
     def test_webhook_before_the_create_answer_is_kept(self, stack: Stack, replicate: LocalReplicate) -> None:
         replicate.fault("create_answer_late", seconds=20, until_webhook=True)
         created = create(stack.alice, sleeper(0))
