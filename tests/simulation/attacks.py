@@ -1,7 +1,6 @@
 """Worlds in which one owner, mallory, does what costs others, as far as the stack lets him."""
 
 import json
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -143,7 +142,7 @@ class Tarpit(Webhooks):
 
     name = "hanging receivers"
     alone = True
-    foci = ()
+    foci: ClassVar[tuple[str, ...]] = ()
     kinds = ("takes",)
     concurrency: ClassVar[int] = 8
 
@@ -316,7 +315,7 @@ class TokenFlood(TaskTokens):
     """So many states wait for one prediction that one run of publish_changes cannot tell them all."""
 
     name = "masses of task tokens"
-    foci = ()
+    foci: ClassVar[tuple[str, ...]] = ()
     number: ClassVar[int] = 40
 
     def begin(self) -> None:

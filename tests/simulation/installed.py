@@ -95,7 +95,7 @@ def _clocked(here: dict[Any, Any], own: dict[type, dict[str, Any]]) -> Iterator[
         for each in list(vars(module).values()):
             if not isinstance(each, type) or each.__module__ != module.__name__ or "__init__" not in vars(each):
                 continue
-            method: Any = each.__init__
+            method: Any = vars(each)["__init__"]
             if not hasattr(method, "__kwdefaults__"):
                 continue
             named = own.get(each, {})

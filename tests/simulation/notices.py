@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 from typing import Any, ClassVar
 
 from predictions.items import deserialize
@@ -25,14 +26,20 @@ class Events(Scenario):
     """Predictions and the events of each of their changes."""
 
     name = "events"
-    foci = ("publish_changes", "events.PutEvents", "publish_changes")
+    foci: ClassVar[tuple[str, ...]] = ("publish_changes", "events.PutEvents", "publish_changes")
 
 
 class Webhooks(Scenario):
     """Callers who want to be told by webhook, of some of the events; receivers of every kind."""
 
     name = "webhooks"
-    foci = ("publish_changes", "deliver_webhook", "sqs.SendMessage", "events.PutEvents", "sqs.ChangeMessageVisibility")
+    foci: ClassVar[tuple[str, ...]] = (
+        "publish_changes",
+        "deliver_webhook",
+        "sqs.SendMessage",
+        "events.PutEvents",
+        "sqs.ChangeMessageVisibility",
+    )
     end_seconds = 30 * 3600.0
     kinds: ClassVar[tuple[str, ...]] = ()
 
@@ -106,7 +113,12 @@ class TaskTokens(Scenario):
     """State machines of others that wait for predictions, which are deleted as soon as they have ended."""
 
     name = "task tokens"
-    foci = ("publish_changes", "start_from_queue", "stepfunctions.SendTaskSuccess", "stepfunctions.SendTaskFailure")
+    foci: ClassVar[tuple[str, ...]] = (
+        "publish_changes",
+        "start_from_queue",
+        "stepfunctions.SendTaskSuccess",
+        "stepfunctions.SendTaskFailure",
+    )
     patience_seconds: ClassVar[float] = 4 * 3600.0
 
     def begin(self) -> None:
@@ -155,8 +167,8 @@ class TaskTokens(Scenario):
         for prompt, (wanted, delay) in self._hurried.items():
             if prediction_id in self.world.ids_by_prompt.get(prompt, ()) and delay is not None:
                 wanted.accepted_id = wanted.accepted_id or prediction_id
-                delete = self.world.callers.delete_some_time
-                self.world.scheduler.spawn("deletes", lambda w=wanted, d=delay: delete(w, (d,), 4), 0.001)
+                delete = partial(self.world.callers.delete_some_time, wanted, (delay,), 4)
+                self.world.scheduler.spawn("deletes", delete, 0.001)
 
     def check(self) -> None:
         """Whoever waits is told how it ended, and soon."""

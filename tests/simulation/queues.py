@@ -10,7 +10,7 @@ https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-f
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation.functions import FunctionFailed
@@ -145,7 +145,7 @@ class Queue:
             if not batch:
                 return
             self._running += 1
-            self._world.scheduler.spawn(f"poller of {self.name}", lambda batch=batch: self._hand_over(function, batch))
+            self._world.scheduler.spawn(f"poller of {self.name}", partial(self._hand_over, function, batch))
 
     def _receive(self) -> list[Message]:
         now, settings = self._world.scheduler.now, self.settings

@@ -178,7 +178,7 @@ def _constant(value: Any) -> Callable[[Any], Any]:
     return lambda _: lambda *__, **___: value
 
 
-# -- rules of what one owner does to others, and of those who are told --------------------------------------------------
+# -- rules of what one owner does to others, and of those who are told -----------------------------------------
 
 
 def _told_at_the_end_alone(tell: Any) -> Any:
@@ -192,7 +192,7 @@ def _told_at_the_end_alone(tell: Any) -> Any:
 
 def _looked_at_first(_: Any) -> Any:
     """The next look is not put off before anything is asked."""
-    return lambda self, prediction, moment: prediction  # noqa: ARG005  # as of the method
+    return lambda self, prediction, moment: prediction  # as of the method
 
 
 def _callers_deleted(delete: Any) -> Any:

@@ -61,9 +61,10 @@ def _is(wanted: Any, value: Any) -> bool:
         case "prefix":
             return isinstance(value, str) and value.startswith(argument)
         case "exists":
-            return (value is not None) == argument
+            return bool((value is not None) == argument)
         case "anything-but":
-            return value is not None and value not in (argument if isinstance(argument, list) else [argument])
+            others = argument if isinstance(argument, list) else [argument]
+            return value is not None and all(value != each for each in others)
     raise NotModelled(f"the filter {how}")
 
 

@@ -154,7 +154,8 @@ class Upstream:
         named = re.fullmatch(r"/models/([^/]+/[^/]+)/(?:versions/([^/]+)/)?(predictions|trainings)", path)
         body["model"] = named[1] if named else "a/b"
         if named and named[2]:
-            body["version"], run.collection, life = named[2], named[3], 1e9
+            # It has no deadline at Replicate; one that the stack was never told of ends by itself.
+            body["version"], run.collection, life = named[2], named[3], 7200.0
         plan = world.faults.plan_run()
         for scenario in world.scenarios:
             scenario.plan(run, plan)

@@ -322,9 +322,9 @@ class World:
         """Removes items that have expired, or this share of them: the table's own clock is late, and in no order."""
         self._expiring = True
         for key, item in list(self.table.items.items()):
-            if int(item.get("expires_at", {"N": 10**12})["N"]) <= self.scheduler.now:
-                if self.rng.random() < share:
-                    self.table.call("DeleteItem", {"Key": {"pk": {"S": key[0]}, "sk": {"S": key[1]}}})
+            expired = int(item.get("expires_at", {"N": 10**12})["N"]) <= self.scheduler.now
+            if expired and self.rng.random() < share:
+                self.table.call("DeleteItem", {"Key": {"pk": {"S": key[0]}, "sk": {"S": key[1]}}})
         self._expiring = False
 
     def forget_expired(self) -> None:

@@ -270,6 +270,42 @@ class TestStart:
         submissions.submit(started.id)
         assert current(table, started.id).upstream_id in replicate.predictions
 
+    def test_start_whose_answer_was_lost_and_whose_execution_submits_first_is_accepted(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        replicate.faults = [fail(httpx.ConnectError)]
+        intent = wanted()
+
+        def submits(_: Any) -> bool:
+            clock.advance(11)
+            submissions.submit(intent.id)
+            return True
+
+        with refusing("StartExecution", "ThrottlingException", submits):
+            started = submissions.start(intent)
+        assert started.upstream_id in replicate.predictions
+        assert current(table, started.id).visible == "starting"
+
+    def test_start_that_can_neither_be_tracked_nor_ended_is_accepted(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        replicate.faults = [fail(httpx.ConnectError)]
+        intent = wanted()
+        with (
+            refusing("StartExecution", "ThrottlingException"),
+            refusing(
+                "UpdateItem",
+                "ThrottlingException",
+                lambda update: ":set_completed_at" in update["ExpressionAttributeValues"],
+                service="dynamodb",
+            ),
+        ):
+            started = submissions.start(intent)
+        assert current(table, started.id).visible == "starting"
+        clock.advance(300)
+        submissions.sweep(10, lambda: 300.0)
+        assert current(table, started.id).visible == "failed"
+
     @pytest.mark.parametrize(
         "error",
         [

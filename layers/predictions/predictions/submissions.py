@@ -377,7 +377,16 @@ class Submissions:
             logger.exception("not tracked yet")
             if submit and not prediction.keyed:
                 # Nobody would submit it. Ended first, so that an execution that did start submits nothing.
-                self._end(prediction, Status.FAILED, "The state machine could not be reached.")
+                try:
+                    prediction = self._end(prediction, Status.FAILED, "The state machine could not be reached.")
+                except (ClientError, BotoCoreError):
+                    # An execution may have started and submit it. If none has, the sweep ends it as failed.
+                    logger.exception("neither tracked nor ended: accepted")
+                    return prediction
+                if prediction.claimed or prediction.upstream_id:
+                    # That execution was faster: the prediction is paid for, and a caller who sees an error would
+                    # create another one.
+                    return prediction
                 detail = "The prediction was not started, since a part of the stack could not be reached: try again."
                 raise Problem(503, detail, headers={"Retry-After": "2"}) from None
             # Accepted all the same: the sweep starts the execution within two minutes.
