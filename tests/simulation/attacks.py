@@ -315,6 +315,7 @@ class TokenFlood(TaskTokens):
     """So many states wait for one prediction that one run of publish_changes cannot tell them all."""
 
     name = "masses of task tokens"
+    alone = True
     foci: ClassVar[tuple[str, ...]] = ()
     number: ClassVar[int] = 40
 
