@@ -332,4 +332,7 @@ def test_pipeline_over_an_output_at_the_bound_is_filled_or_refused_and_shown(
     take()
     show = api_event("GET", "/pipelines/{pipeline_id}", f"/pipelines/{pipeline_id}")
     shown = json.loads(ended(lambdas.invoke("manage_pipelines", show)).answer["body"])
-    assert [step["status"] for step in shown["steps"]] == ["succeeded", "starting", "starting"]
+    assert shown["steps"][0]["status"] == "succeeded"
+    # What steps gather has a bound of its own, and one that is refused by it says why.
+    for step in shown["steps"][1:]:
+        assert step["status"] == "starting" or (step["status"] == "failed" and step["error"]), step

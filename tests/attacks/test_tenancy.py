@@ -241,7 +241,9 @@ def snapshot(stack: Stack, owner: str) -> dict[Any, Any]:
         for key in stack.table.items
         if key[0] in {pk for pk, _ in items}
     }
-    objects = {key: body for key, (body, _) in stack.account.objects.items() if canary.encode() in body or owner in key}
+    objects = {
+        key: body for key, (body, _) in stack.account.objects.items() if canary.encode() in body or f"/{owner}/" in key
+    }
     return {**items, **objects}
 
 

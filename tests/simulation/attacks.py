@@ -76,7 +76,9 @@ class Killer(Scenario):
             if late > 3600 + 900:
                 self.bad(f"it ended {late:.0f} s after its deadline")
         for id_, ended in self.world.visible_at.items():
-            item = deserialize(self.world.table.items[f"prediction#{id_}", "status"])
+            if (stored := self.world.table.items.get((f"prediction#{id_}", "status"))) is None:
+                continue  # expired
+            item = deserialize(stored)
             run = self.world.upstream.runs.get(item.get("upstream_id", ""))
             if item["owner"] == "alice" and run is not None and run.ended is not None:
                 self.longest("innocent's end after Replicate's", ended - run.ended)

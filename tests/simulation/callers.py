@@ -150,14 +150,21 @@ class Callers:
             if not taken:
                 world.violations.append(f"the message of request {wanted.number} went to the dead-letter queue")
             elif wanted.accepted_id is None:
-                wanted.accepted_id = self._id_of(wanted) or "nothing"
+                wanted.accepted_id = self._id_of(wanted)
+                if wanted.accepted_id is None and not self.gave_up(text):
+                    wanted.accepted_id = "nothing"
 
+        text = again.body if again else json.dumps(body)
         return world.queues["RequestsQueue"].send(
-            again.body if again else json.dumps(body),
+            text,
             message_id=again.id if again else None,
             sender=SENDERS[wanted.owner],
             told=told,
         )
+
+    def gave_up(self, text: str) -> bool:
+        """Whether a message is a dead letter: functions died over it at each try, and it is kept with that reason."""
+        return any(letter.body == text for letter in self._world.queues["RequestsDeadLetterQueue"].messages.values())
 
     def _id_of(self, wanted: Wanted) -> str | None:
         """The id that a message's request has got, which no answer tells: that of its prompt."""

@@ -132,8 +132,9 @@ class Batches(_Jobs):
         for job in self.jobs:
             if self._deleted_at_once and any(prediction_id in self.world.ids_by_prompt.get(p, ()) for p in job.prompts):
                 path = f"/predictions/{prediction_id}"
-                delete = partial(self.world.callers.call, "cancel_prediction", "DELETE", path)
-                self.world.scheduler.spawn("deletes", delete, 0.001)
+                self.world.scheduler.spawn(
+                    "deletes", partial(self.world.callers.call, "cancel_prediction", "DELETE", path), 0.001
+                )
                 return
 
     def follow(self, job: Job) -> None:

@@ -1,8 +1,8 @@
 """Step Functions: the real definitions, interpreted for the few kinds of state that they use.
 
-Choice, Wait, Succeed, and Task (`lambda:invoke`, and two services with `.waitForTaskToken`), with Retry, Catch and
-Output, in JSONata by the library `jsonata-python`; what a machine in JSONPath does otherwise is in `distributed_map`.
-Anything else in a definition is an error here, not passed over.
+Choice, Wait, Pass, Succeed, and Task (`lambda:invoke`, and two services with `.waitForTaskToken`), with Retry, Catch
+and Output, in JSONata by the library `jsonata-python`; what a machine in JSONPath does otherwise is in
+`distributed_map`. Anything else in a definition is an error here, not passed over.
 """
 
 import json

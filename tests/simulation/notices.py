@@ -133,9 +133,11 @@ class TaskTokens(Scenario):
             self.world.callers.requests.append(wanted)
             for k in range(self.rng.choice((1, 1, 2, 4))):
                 delay = 0.0 if k == 0 else self.rng.choice((0.0, 0.5, 20.0, 200.0, 1500.0))
-                self._wait(f"token-{n}-{k}", {"model": "meta/llama", "input": {"prompt": wanted.prompt}}, delay, wanted)
+                self._wait(
+                    f"{self.name} {n}-{k}", {"model": "meta/llama", "input": {"prompt": wanted.prompt}}, delay, wanted
+                )
         if self.rng.random() < 0.3:
-            self._wait("token-refused", {"model": "meta/llama", "input": {}, "nonsense": 1}, 0.0, None)
+            self._wait(f"{self.name} refused", {"model": "meta/llama", "input": {}, "nonsense": 1}, 0.0, None)
 
     def _wait(self, token: str, body: dict[str, Any], delay: float, wanted: Wanted | None) -> None:
         world = self.world
@@ -146,7 +148,7 @@ class TaskTokens(Scenario):
             also = {"idempotency_key": wanted.key} if wanted else {}
             text = json.dumps({**body, **also, "task_token": token})
             queue = world.queues["RequestsQueue"]
-            message = queue.send(text, sender=SENDERS["alice"], told=self._taken(wanted))
+            message = queue.send(text, sender=SENDERS["alice"], told=self._taken(wanted, text))
             if self.rng.random() < 0.2:
                 queue.send(text, message_id=message.id, delay=self.rng.choice((1.0, 60.0)), sender=SENDERS["alice"])
             if world.scheduler.wait(waiter, self.patience_seconds):
@@ -154,9 +156,9 @@ class TaskTokens(Scenario):
 
         world.scheduler.spawn(f"state {token}", wait, delay)
 
-    def _taken(self, wanted: Wanted | None) -> Any:
+    def _taken(self, wanted: Wanted | None, text: str) -> Any:
         def taken(well: bool) -> None:
-            if wanted and well:
+            if wanted and well and not self.world.callers.gave_up(text):
                 found = list(self.world.ids_by_prompt.get(wanted.prompt, ()))
                 wanted.accepted_id = wanted.accepted_id or (found[0] if found else "nothing")
 
@@ -167,8 +169,8 @@ class TaskTokens(Scenario):
         for prompt, (wanted, delay) in self._hurried.items():
             if prediction_id in self.world.ids_by_prompt.get(prompt, ()) and delay is not None:
                 wanted.accepted_id = wanted.accepted_id or prediction_id
-                delete = partial(self.world.callers.delete_some_time, wanted, (delay,), 4)
-                self.world.scheduler.spawn("deletes", delete, 0.001)
+                delete = self.world.callers.delete_some_time
+                self.world.scheduler.spawn("deletes", partial(delete, wanted, (delay,), 4), 0.001)
 
     def check(self) -> None:
         """Whoever waits is told how it ended, and soon."""
@@ -180,6 +182,11 @@ class TaskTokens(Scenario):
             if prompt is None:
                 if told.error != "RequestRefused":
                     self.bad(f"{token} was told {told.error} {told.output}")
+                continue
+            if told.error == "RequestNotStarted":
+                letters = self.world.queues["RequestsDeadLetterQueue"].messages.values()
+                if not any(f'"{token}"' in letter.body for letter in letters):
+                    self.bad(f"{token} was told {told.error}, and its message is no dead letter")
                 continue
             ids = self.world.ids_by_prompt.get(prompt, {})
             if len(ids) != 1:

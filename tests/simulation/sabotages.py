@@ -178,7 +178,7 @@ def _constant(value: Any) -> Callable[[Any], Any]:
     return lambda _: lambda *__, **___: value
 
 
-# -- rules of what one owner does to others, and of those who are told -----------------------------------------
+# -- rules of what one owner does to others, and of those who are told -------------------------------------------------
 
 
 def _told_at_the_end_alone(tell: Any) -> Any:

@@ -61,7 +61,7 @@ def _is(wanted: Any, value: Any) -> bool:
         case "prefix":
             return isinstance(value, str) and value.startswith(argument)
         case "exists":
-            return bool((value is not None) == argument)
+            return (value is not None) is bool(argument)
         case "anything-but":
             others = argument if isinstance(argument, list) else [argument]
             return value is not None and all(value != each for each in others)

@@ -95,6 +95,7 @@ _METHODS = {
     "UpdateItem": "update_item",
     "DeleteItem": "delete_item",
     "Query": "query",
+    "BatchGetItem": "batch_get_item",
 }
 
 

@@ -15,7 +15,7 @@ from tests.unit.template import ROOT
 
 SCHEDULES = 5000
 PARTS = 10
-SABOTAGE_SCHEDULES = 3000
+SABOTAGE_SCHEDULES = 5000
 
 
 @pytest.mark.parametrize("part", range(PARTS))

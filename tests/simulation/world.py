@@ -322,8 +322,8 @@ class World:
         """Removes items that have expired, or this share of them: the table's own clock is late, and in no order."""
         self._expiring = True
         for key, item in list(self.table.items.items()):
-            expired = int(item.get("expires_at", {"N": 10**12})["N"]) <= self.scheduler.now
-            if expired and self.rng.random() < share:
+            # Chance is asked last: only of what has expired.
+            if int(item.get("expires_at", {"N": 10**12})["N"]) <= self.scheduler.now and self.rng.random() < share:
                 self.table.call("DeleteItem", {"Key": {"pk": {"S": key[0]}, "sk": {"S": key[1]}}})
         self._expiring = False
 

@@ -65,10 +65,10 @@ class Stack:
             ExpressionAttributeValues={":more": {"N": str(milliseconds)}},
         )
 
-    def queue(self, key: str) -> str:
+    def queue(self, key: str, owner: str = "alice") -> str:
         """Writes a queued prediction down and has it tracked, as the queue's door does."""
         intent = create_requested_intent(
-            SLEEPER, owner="alice", source="queue", source_key=key, allow_loopback_webhooks=True
+            SLEEPER, owner=owner, source="queue", source_key=key, allow_loopback_webhooks=True
         )
         now = time.time()
         self.table.put_intent(
@@ -119,7 +119,8 @@ def test_queued_predictions_are_created_at_their_reserved_times_and_wait_once(
     run = hex(int(began * 1000))
     ids = []
     for n in range(8):
-        ids.append(stack.queue(f"limited-{run}-{n}"))
+        # Of an owner each: one alone reserves the next start only when its last one is near.
+        ids.append(stack.queue(f"limited-{run}-{n}", f"limited-{n}"))
         time.sleep(0.2)  # or the emulator starts a process for each
         # And what others reserve in between.
         stack.reserve(milliseconds=500)
@@ -134,6 +135,46 @@ def test_queued_predictions_are_created_at_their_reserved_times_and_wait_once(
         assert entered.count("WaitForTurn") == 1, entered
     # Each has moved the lane on once, by one interval of nine a second.
     assert stack.limiter.limiter_state().queue_at == int((began + AHEAD_SECONDS) * 1000) + len(ids) * (500 + 111)
+
+
+def test_queued_predictions_of_one_owner_come_in_turn_and_their_starts_are_given_back(
+    stack: Stack, api: Callable[..., httpx.Client]
+) -> None:
+    began = time.time()
+    stack.put(queue_at=int((began + AHEAD_SECONDS) * 1000))
+    run = hex(int(began * 1000))
+    ids = []
+    for n in range(4):
+        ids.append(stack.queue(f"turns-{run}-{n}"))
+        stack.wait(lambda: (item := stack.table.get(ids[-1])) and item.submit_at, 20)
+    items = [stack.table.get(prediction_id) for prediction_id in ids]
+    assert [bool(item and item.turn_ms) for item in items] == [False, True, True, True]
+    reserved = items[0]
+    assert reserved is not None
+    assert reserved.reserved_start
+    api("alice").post(f"/predictions/{ids[0]}/cancel").raise_for_status()
+    stack.wait(lambda: stack.limiter.limiter_state().free, 10)
+    # The next request of anybody takes that very start.
+    heir = stack.queue(f"turns-{run}-heir", "bob")
+    stack.wait(lambda: (item := stack.table.get(heir)) and item.submit_at, 20)
+    found = stack.table.get(heir)
+    assert found is not None
+    assert found.reserved_start == reserved.reserved_start + 1
+    assert {stack.ended(prediction_id) for prediction_id in [heir, *ids[1:]]} == {"succeeded"}
+    assert stack.ended(ids[0]) == "canceled"
+
+
+def test_caller_whose_start_is_far_ahead_is_refused(
+    stack: Stack, api: Callable[..., httpx.Client], replicate: LocalReplicate
+) -> None:
+    until = int((time.time() + 400) * 1000)
+    stack.put(blocked_until=until, queue_at=until, http_at=until + 10_000)
+    time.sleep(CACHED_SECONDS)
+    answer = api("alice").post("/predictions", json=SLEEPER)
+    assert (answer.status_code, answer.json()["status"]) == (429, 429)
+    assert 90 <= int(answer.headers["retry-after"]) <= 101
+    assert "MaxStartDelaySeconds" in answer.json()["detail"]
+    assert replicate.creates() == []
 
 
 def test_pause_by_command_is_told_to_callers_until_it_is_over(

@@ -21,6 +21,7 @@ from predictions.pipeline_progress import PipelineExecutions
 from predictions.pipelines_table import PipelinesTable
 from predictions.recent_requests import RecentRequests
 from predictions.recipes import RecipeItems
+from predictions.requests import Message
 from predictions.run_jobs import RunJobs
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
@@ -505,6 +506,29 @@ def test_key_of_a_prediction_that_has_expired_starts_a_new_one_that_shows_nothin
     submissions.poll(new.id)
     [listed] = table.list("alice", None, older=True, size=9).predictions
     assert (listed.output, listed.files) == ("NEW", [])
+
+
+def test_key_of_a_message_whose_prediction_has_expired_starts_a_new_one(
+    batch_world: BatchWorld,  # noqa: F811
+    replicate: ReplicateInMemory,
+    clock: Clock,
+) -> None:
+    def take() -> str:
+        asked = json.dumps({**LLAMA, "idempotency_key": "monthly"})
+        prediction = batch_world.requests.take(Message("m", "sender", asked, int(clock.now())))
+        assert prediction is not None
+        batch_world.submissions.submit(prediction.id)
+        return prediction.id
+
+    batch_world.end(take(), replicate, output="OLD")
+    clock.advance(RETENTION - 1)
+    take()
+    assert len(replicate.creates) == 1
+    clock.advance(2)
+    whole = batch_world.table.read(take())
+    assert len(replicate.creates) == 2
+    assert whole is not None
+    assert (whole.prediction.visible, whole.output) == ("starting", None)
 
 
 def test_key_of_an_expired_prediction_that_has_not_ended_is_not_used_again(

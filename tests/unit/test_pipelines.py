@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from predictions import aws
+from predictions import aws, placeholders
 from predictions.api import ANSWER_LIMIT_BYTES, Presenter
 from predictions.copies import copy
 from predictions.errors import Problem
@@ -143,6 +143,12 @@ class World:
     def inputs(self) -> list[Any]:
         """The inputs that Replicate was given, in their order."""
         return [each["input"] for each in self.replicate.creates]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps alone end a filling, however slow this machine is now."""
+    monkeypatch.setattr(placeholders, "SECONDS_LIMIT", 1000.0)
 
 
 @pytest.fixture

@@ -298,7 +298,7 @@ class TestStart:
                 "ThrottlingException",
                 lambda update: ":set_completed_at" in update["ExpressionAttributeValues"],
                 service="dynamodb",
-            ),
+            ) as _,
         ):
             started = submissions.start(intent)
         assert current(table, started.id).visible == "starting"

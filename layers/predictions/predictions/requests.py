@@ -183,7 +183,9 @@ class Requests:
         logger.set_correlation_id(intent.id)
         try:
             # First: a message that comes again writes nothing, and so brings back no input that its owner has deleted.
-            if there := self._table.get(intent.id):
+            there = self._table.get(intent.id)
+            # A key that outlives its prediction starts another one: what has expired may be there for days.
+            if there and not there.expired(now):
                 raise AlreadyExists(there)
             prediction = self._table.put_intent(
                 intent,
