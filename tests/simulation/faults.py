@@ -55,7 +55,7 @@ class Faults:
         self._doubled = choice((0.0, 0.3))
         self._file = choice((0.0, 0.3, 0.6))
         self._invoke = choice((0.0, 0.0, 0.03, 0.15))
-        self._list_lag = choice((0.0, 5.0, 25.0))
+        self._list_lag = choice((0.0, 5.0, 25.0, 60.0))
         self.index_lag = choice((0.0, 0.0, 0.3, 2.0))
         self.very_late = rng.random() < 0.08
         if self.very_late:
