@@ -17,9 +17,9 @@ WORLDS: dict[type[Scenario], float] = {
     Trainings: 0.04,
     Killer: 0.04,
     PoisonMessage: 0.02,
-    Tarpit: 0.008,
-    Backlog: 0.008,
-    Overload: 0.003,
+    Tarpit: 0.004,
+    Backlog: 0.005,
+    Overload: 0.0025,
     TokenFlood: 0.006,
     OldKeys: 0.008,
 }
