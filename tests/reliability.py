@@ -79,6 +79,10 @@ PROMISES: Sequence[Promise] = (
                 ["tests/simulation/test_simulation.py::test_schedule_of_faults_breaks_no_promise"],
             ),
             Shown(
+                "Nor in any named world: batches, pipelines, trainings, webhooks, task tokens, owners who cost others",
+                ["tests/simulation/test_simulation.py::test_each_world_is_reached_and_breaks_no_promise"],
+            ),
+            Shown(
                 "The schedules would notice: each sabotage of the code is found",
                 ["tests/simulation/test_simulation.py::test_sabotaged_code_breaks_a_promise_in_some_schedule"],
             ),

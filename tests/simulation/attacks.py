@@ -144,7 +144,7 @@ class Tarpit(Webhooks):
 
     name = "hanging receivers"
     alone = True
-    foci = ()
+    foci: ClassVar[tuple[str, ...]] = ()
     kinds = ("takes",)
     concurrency: ClassVar[int] = 8
 
@@ -317,7 +317,8 @@ class TokenFlood(TaskTokens):
     """So many states wait for one prediction that one run of publish_changes cannot tell them all."""
 
     name = "masses of task tokens"
-    foci = ()
+    alone = True
+    foci: ClassVar[tuple[str, ...]] = ()
     number: ClassVar[int] = 40
 
     def begin(self) -> None:

@@ -23,6 +23,7 @@ _OF_CREATE = (
     "died after", "died after", "no connection", "429", "429", "422", "401", "402",
 )  # fmt: skip
 _AWS_BUDGET = 8
+_KILLS_OF_A_MESSAGE = 3
 _READ_BUDGET = 6
 _FILE_BUDGET = 6
 _INVOKE_BUDGET = 5
@@ -48,13 +49,13 @@ class Faults:
         self._create = choice((0.0, 0.3, 0.7, 1.0))
         self._creates_failing = rng.randint(1, 3)
         self._read = choice((0.0, 0.0, 0.1, 0.4))
-        self._reads_404 = 0
+        self._reads_404 = self._kills = 0
         self._lost = choice((0.0, 0.0, 0.3, 0.6, 1.0))
         self._late_webhooks = choice((0.0, 0.0, 0.3))
         self._doubled = choice((0.0, 0.3))
         self._file = choice((0.0, 0.3, 0.6))
         self._invoke = choice((0.0, 0.0, 0.03, 0.15))
-        self._list_lag = choice((0.0, 5.0, 25.0))
+        self._list_lag = choice((0.0, 5.0, 25.0, 60.0))
         self.index_lag = choice((0.0, 0.0, 0.3, 2.0))
         self.very_late = rng.random() < 0.08
         if self.very_late:
@@ -107,7 +108,12 @@ class Faults:
             return None
         kind = "receiver" if receives else "aws"
         if self._at and self._rng.random() < self._at and self._strike(kind, _AWS_BUDGET):
-            return self._rng.choice(_OF_AWS if not self._focus else (*_OF_AWS, "answer lost", "answer lost"))
+            found = self._rng.choice(_OF_AWS if not self._focus else (*_OF_AWS, "answer lost", "answer lost"))
+            if function == "start_from_queue" and found.startswith("died"):
+                self._kills += 1
+                # A message is given up when its function was killed over it so often, besides the first time.
+                return found if self._kills < _KILLS_OF_A_MESSAGE else "refused"
+            return found
         return None
 
     def of_invoke(self) -> str | None:

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from predictions.intents import derived_id
 from predictions.items import deserialize
@@ -106,7 +106,7 @@ class Batches(_Jobs):
 
     name = "batches"
     kind = "batches"
-    foci = (
+    foci: ClassVar[tuple[str, ...]] = (
         "manage_batches", "prepare_batch", "finish_batch", "start_from_queue", "publish_changes",
         "stepfunctions.StartExecution", "s3.PutObject",
     )  # fmt: skip
@@ -131,9 +131,10 @@ class Batches(_Jobs):
         """A line's owner may delete it at once."""
         for job in self.jobs:
             if self._deleted_at_once and any(prediction_id in self.world.ids_by_prompt.get(p, ()) for p in job.prompts):
-                call = self.world.callers.call
                 path = f"/predictions/{prediction_id}"
-                self.world.scheduler.spawn("deletes", partial(call, "cancel_prediction", "DELETE", path), 0.001)
+                self.world.scheduler.spawn(
+                    "deletes", partial(self.world.callers.call, "cancel_prediction", "DELETE", path), 0.001
+                )
                 return
 
     def follow(self, job: Job) -> None:
@@ -227,7 +228,7 @@ class Pipelines(_Jobs):
 
     name = "pipelines"
     kind = "pipelines"
-    foci = (
+    foci: ClassVar[tuple[str, ...]] = (
         "manage_pipelines", "advance_pipeline", "start_from_queue", "publish_changes", "stepfunctions.StartExecution",
         "sqs.SendMessage",
     )  # fmt: skip
@@ -328,7 +329,7 @@ class Trainings(Scenario):
     """Trainings, whose deadline the stack alone keeps."""
 
     name = "trainings"
-    foci = ("start_prediction", "poll_prediction", "dynamodb.UpdateItem")
+    foci: ClassVar[tuple[str, ...]] = ("start_prediction", "poll_prediction", "dynamodb.UpdateItem")
 
     def begin(self) -> None:
         """One or two, some of them canceled."""

@@ -188,7 +188,13 @@ class TaskTokens(Scenario):
                 if not any(f'"{token}"' in letter.body for letter in letters):
                     self.bad(f"{token} was told {told.error}, and its message is no dead letter")
                 continue
-            (id_,) = self.world.ids_by_prompt[prompt]
+            ids = self.world.ids_by_prompt.get(prompt, {})
+            if len(ids) != 1:
+                self.bad(
+                    f"{token} waits for {prompt!r}, which became {list(ids)}, and was told {told.error} {told.cause}"
+                )
+                continue
+            (id_,) = ids
             item = deserialize(self.world.table.items[f"prediction#{id_}", "status"])
             late = at - max(began, self.world.visible_at[id_])
             self.longest("state told after the end", late)
@@ -200,6 +206,9 @@ class TaskTokens(Scenario):
             self.bad("a refused message is no dead letter")
 
     def _check_told(self, token: str, item: dict[str, Any], told: Told) -> None:
+        if told.error is not None and not told.error.startswith("Prediction"):
+            self.bad(f"{token}: it ended {item['visible']}, and the state was told {told.error}: {told.cause}")
+            return
         right = item["visible"] == "succeeded"
         said = json.loads(told.output if told.output is not None else told.cause)
         if (told.output is not None) != right or said["id"] != item["id"] or said["status"] != item["visible"]:

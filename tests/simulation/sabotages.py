@@ -445,10 +445,11 @@ ONLY_IN: dict[str, type[Scenario]] = {
     "hanging receivers occupy all consumers": Tarpit,
     "a training is looked for among predictions": Trainings,
 }
-"""The world in which it has to be noticed: the other schedules are left out, since they could not."""
+"""The world in which each of these has to be noticed; the others where there is no world but predictions."""
 
 
 def seeds_of(name: str, schedules: int) -> list[int]:
-    """The seeds, of so many schedules, in which a sabotage can be noticed."""
-    world = ONLY_IN.get(name)
-    return [seed for seed in range(schedules) if world is None or world in worlds_of(seed)]
+    """The seeds, of so many schedules, in which a sabotage has to be noticed."""
+    if (world := ONLY_IN.get(name)) is not None:
+        return [seed for seed in range(schedules) if world in worlds_of(seed)]
+    return [seed for seed in range(schedules) if not worlds_of(seed)]

@@ -63,7 +63,8 @@ def _is(wanted: Any, value: Any) -> bool:
         case "exists":
             return (value is not None) is bool(argument)
         case "anything-but":
-            return value is not None and value not in (argument if isinstance(argument, list) else [argument])
+            others = argument if isinstance(argument, list) else [argument]
+            return value is not None and all(value != each for each in others)
     raise NotModelled(f"the filter {how}")
 
 

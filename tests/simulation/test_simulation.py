@@ -9,6 +9,8 @@ import pytest
 from tests.reliability import Recorded
 from tests.simulation.installed import Simulation
 from tests.simulation.sabotages import SABOTAGES, seeds_of
+from tests.simulation.scenario import Scenario
+from tests.simulation.worlds import WORLDS, worlds_of
 from tests.unit.template import ROOT
 
 SCHEDULES = 5000
@@ -38,13 +40,31 @@ def test_schedules_reach_every_kind_of_fault_and_function(simulation: Simulation
     seen: set[str] = set()
     for seed in range(300):
         seen |= simulation.run(seed).figures.keys()
-    kinds = ("aws", "receiver", "create", "read", "webhook", "file", "invoke", "state", "stopped")
+    kinds = (
+        "aws", "receiver", "create", "read", "webhook", "file", "invoke", "state", "stopped", "bus",
+        "handed over again",
+    )  # fmt: skip
     assert {f"faults: {kind}" for kind in kinds} <= seen
     functions = (
         "start_prediction", "start_from_queue", "submit_prediction", "poll_prediction", "receive_webhook",
-        "copy_outputs", "cancel_prediction", "sweep_predictions",
+        "copy_outputs", "cancel_prediction", "sweep_predictions", "publish_changes", "deliver_webhook",
+        "manage_batches", "prepare_batch", "finish_batch", "manage_pipelines", "advance_pipeline",
     )  # fmt: skip
     assert {f"runs of {function}" for function in functions} <= seen
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
+def test_each_world_is_reached_and_breaks_no_promise(
+    simulation: Simulation, world: type[Scenario], record_property: Recorded
+) -> None:
+    # Beside the schedules that have it by their seed.
+    for seed in range(3):
+        verdict = simulation.run(seed, scenarios=[world])
+        assert not verdict.broken, f"{verdict.broken}, seed {seed}"
+        assert any(name.startswith(f"world {world.name}: ") for name in verdict.figures)
+    record_property("schedules", 3)
+    schedules = [seed for seed in range(SCHEDULES) if world in worlds_of(seed)]
+    assert len(schedules) >= 10
 
 
 def test_seed_gives_the_same_schedule_in_another_process(simulation: Simulation) -> None:

@@ -194,10 +194,18 @@ class Check:
 
     def _check_unstarted(self, item: dict[str, Any], wanted: Wanted | None, bad: Callable[[str], None]) -> None:
         struck = {kind for kind in self.world.faults.struck if kind != "webhook"}
-        if not struck and not (wanted and wanted.canceled_at):
+        if not struck and not (wanted and wanted.canceled_at) and not self._is_unwanted(item):
             bad(f"was never started, and nothing was wrong: {item['status']}, {item.get('error')}")
         if item["status"] not in ("failed", "canceled"):
             bad(f"{item['status']}, and was never started")
+
+    def _is_unwanted(self, item: dict[str, Any]) -> bool:
+        """Whether the pipeline or batch that it belongs to was stopped."""
+        origin = item.get("origin", {})
+        for kind, stopped in (("pipeline", "cancel_requested"), ("batch", "stop")):
+            if kind in origin and stopped in self.world.table.items[f"{kind}#{origin[kind]}", "status"]:
+                return True
+        return False
 
     def _check_end(self, item: dict[str, Any], run: Run, wanted: Wanted | None, bad: Callable[[str], None]) -> None:
         if item["status"] != run.status:

@@ -71,6 +71,8 @@ def situations(crowd: Crowd, number: int) -> Iterator[Request]:
     crowd.cloud.replicate.fault("create_accepted_then_reset", model="local/crasher")
     # Its execution is stopped: the sweep starts the next one.
     yield keyed(sleeper(crowd.mark(), 5 + number % 2))
+    # It is polled while it runs and logs, in every round: the one before may only be looked at when it has ended.
+    yield keyed(sleeper(crowd.mark(), 7))
     yield keyed(blob(crowd.mark()))
     # It has not begun at Replicate when it is canceled: the end is in the answer to that.
     crowd.cloud.replicate.fault("start_late", times=None, model="local/storyteller", seconds=120)

@@ -545,15 +545,21 @@ def test_key_of_an_expired_prediction_that_has_not_ended_is_not_used_again(
 # -- who waits ------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_request_that_starts_a_prediction_waits_for_it(
-    submissions: Submissions, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def waiting_request(submissions: Submissions, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, Any]]:
+    """The function that starts predictions, and a request that wants to wait 10 s for the end."""
     with pytest.MonkeyPatch.context() as only_here:
         app = load_app("start_prediction", only_here)
     monkeypatch.setattr(app, "submissions", submissions)
     event = sample("start_prediction", "version")
     event["headers"]["Prefer"] = "wait=10"
     event["multiValueHeaders"]["Prefer"] = ["wait=10"]
+    return app, event
+
+
+def test_only_the_request_that_starts_a_prediction_waits_for_it(
+    submissions: Submissions, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, event = waiting_request(submissions, monkeypatch)
     waited, applied = [], []
     for _ in range(3):
         began = clock.now()
@@ -568,12 +574,7 @@ def test_only_the_request_that_starts_a_prediction_waits_for_it(
 def test_repetition_of_a_waiting_request_that_has_ended_is_answered_with_its_end(
     submissions: Submissions, replicate: ReplicateInMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.MonkeyPatch.context() as only_here:
-        app = load_app("start_prediction", only_here)
-    monkeypatch.setattr(app, "submissions", submissions)
-    event = sample("start_prediction", "version")
-    event["headers"]["Prefer"] = "wait=10"
-    event["multiValueHeaders"]["Prefer"] = ["wait=10"]
+    app, event = waiting_request(submissions, monkeypatch)
     started = json.loads(app.handler(event, Context())["body"])
     replicate.finish(next(iter(replicate.predictions)), output="A fox.")
     submissions.poll(started["id"])

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from botocore.exceptions import ReadTimeoutError
 from predictions import aws
 from predictions.items import deserialize
 from predictions.outputs import OutputsBucket
@@ -285,6 +286,31 @@ def test_tries_that_cannot_be_counted_hold_up_no_new_message(function: Function,
     queue.turn()
     assert queue.receives == {}
     assert len(executed.inputs) == 3
+
+
+def test_tries_whose_counts_are_written_and_not_confirmed_do_not_count_as_cut_off(
+    function: Function, executed: Executed
+) -> None:
+    queue = Queue(function, bodies(set(), 1))
+    with refusing("StartExecution", "ThrottlingException"):
+        queue.turn()
+
+    events: Any = aws.client("dynamodb").meta.events
+
+    def lose(**_: Any) -> None:
+        events.unregister("after-call.dynamodb.UpdateItem", lose)
+        raise ReadTimeoutError(endpoint_url="https://aws.example")
+
+    for _ in range(KILLS_LIMIT + 1):
+        # Of the turn's writes the first: that a try begins.
+        events.register_first("after-call.dynamodb.UpdateItem", lose)
+        queue.turn()
+        assert list(queue.receives) == ["m-0"]
+    assert tries("m-0")["begun"] == KILLS_LIMIT + 1
+    queue.turn()
+    assert queue.receives == {}
+    assert len(executed.inputs) == 1
+    assert look() == []
 
 
 def test_message_that_cannot_be_deleted_or_returned_at_once_is_done_all_the_same(

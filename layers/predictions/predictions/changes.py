@@ -368,6 +368,6 @@ def _newly_visible(change: Mapping[str, Any]) -> Prediction | None:
     """The prediction after a change, where callers see another status than before; else None."""
     if _kind(change) != "prediction" or change["Keys"]["sk"]["S"] != "status":
         return None
-    after = read_image(change["NewImage"])
-    before = change.get("OldImage") or {}
-    return after if before.get("visible", {}).get("S") != after.visible else None
+    after, before = change["NewImage"], change.get("OldImage") or {}
+    # Every effect of a record asks, and most records are no news: those are not deserialized.
+    return read_image(after) if after["visible"] != before.get("visible") else None

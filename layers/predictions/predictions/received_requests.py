@@ -160,6 +160,8 @@ class ReceivedRequests:
             before = self._begin(record) if counted else Tries()
         except (ClientError, BotoCoreError):
             logger.exception("try not counted, so not begun")
+            # It may have been counted, its answer lost: without this, that would count as cut off.
+            self._count_failed(record)
             return False
         try:
             if reason := _given_up(before):
