@@ -244,12 +244,14 @@ class LateCreates(UnknownCreates):
     def check_item(self, wanted: Wanted, item: dict[str, Any]) -> None:
         """Whatever comes late, no second run is left running, and the stack stops after the first."""
         super().check_item(wanted, item)
+        runs = [run for run in self.world.upstream.runs.values() if run.our_id == item["id"]]
         if wanted.number == LATER:
             first = min((at for run, at in self._second_runs()), default=None)
-            for at in self.world.released_at.get(item["id"], ()):
-                if first is not None and first + 60 < at < first + 3600:
+            released = self.world.released_at.get(item["id"], ())
+            sent = [run.sent_at for run in runs if any(at < run.sent_at for at in released)]
+            for at in (*released, *sent):
+                if first is not None and first + 30 < at < first + 3600:
                     self.bad(f"submitted again {at - first:.0f} s after evidence had proved wrong")
-        runs = [run for run in self.world.upstream.runs.values() if run.our_id == item["id"]]
         again = self.world.evidence_at.get(item["id"], [])
         for run in runs:
             noticed = run.heard_at or run.listed_at

@@ -213,6 +213,7 @@ def make_submissions(
             table, upstream, "predictions", dynamodb, grace=timing.grace, first_poll=timing.first_poll,
             now=clock.now, sleep=clock.sleep,
         ),
+        "sleep": clock.sleep,
         **options,
     }  # fmt: skip
     return Submissions(
@@ -221,7 +222,6 @@ def make_submissions(
         Executions(executed.machine_arn, aws.client("stepfunctions")),
         timing,
         now=clock.now,
-        sleep=clock.sleep,
         **options,
     )
 

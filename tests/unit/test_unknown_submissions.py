@@ -272,7 +272,7 @@ class TestEvidence:
         assert measured("UndecidableSubmissions")
         assert lists(replicate) < 12
 
-    @pytest.mark.parametrize("excluded", ["webhook", "bound", "orphan", "version"])
+    @pytest.mark.parametrize("excluded", ["webhook", "address", "bound", "orphan", "version"])
     def test_entry_that_is_anothers_is_passed_over(
         self,
         submissions: Submissions,
@@ -285,7 +285,10 @@ class TestEvidence:
         replicate.faults = [answer(502)]
         lost = submissions.start(wanted())
         clock.advance(1)
-        if excluded == "version":
+        if excluded == "address":
+            # Another stack of the same account, whose ids are made of the same owners and keys.
+            upstream(replicate, lost, clock, webhook=f"https://staging.example.com/v1/webhooks/replicate/{lost.id}")
+        elif excluded == "version":
             replicate.accept(next(r for r in replicate.asked if r.method == "POST"), version="0" * 64)
         else:
             other = submissions.start(wanted(lifetime="1h"))
@@ -338,6 +341,32 @@ class TestEvidence:
 
 
 class TestAgain:
+    def test_wait_of_a_caller_covers_the_second_submission(
+        self, table: PredictionsTable, replicate: ReplicateInMemory, executed: Executed, wakes: Wakes, clock: Clock
+    ) -> None:
+        due = clock.now() + 1
+        started: list[Prediction] = []
+
+        def sleep(seconds: float) -> None:
+            nonlocal due
+            clock.advance(seconds)
+            if not started or clock.now() < due:
+                return
+            try:
+                protocol.submit(started[0].id)
+            except PredictionThrottled as throttled:
+                due = clock.now() + throttled.seconds
+            else:
+                replicate.finish(current(table, started[0].id).upstream_id or "", output="done")
+                protocol.poll(started[0].id)
+
+        protocol = make_submissions(table, replicate, executed, clock, timing=TIMING, resubmit=True, sleep=sleep)
+        replicate.faults = [answer(502)]
+        started.append(protocol.start(wanted(), wait_seconds=120))
+        assert started[0].visible == "starting"
+        assert protocol.wait_for_end(started[0].id, 120) is True
+        assert len(replicate.creates) == 2
+
     def test_unknown_creates_are_bounded_and_spaced(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
     ) -> None:
@@ -606,6 +635,32 @@ class TestWrong:
         submissions.poll(bound.id)
         assert replicate.canceled == [late["id"]]
         assert measured("PaidTwice") == [1]
+
+    def test_prediction_of_another_stack_with_the_same_id_is_no_orphan(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        bound = self.resubmitted(submissions, table, replicate, clock)
+        upstream(replicate, bound, clock, webhook=f"https://staging.example.com/v1/webhooks/replicate/{bound.id}")
+        clock.advance(60)
+        assert submissions.look_again() == 1
+        assert replicate.canceled == []
+        assert not measured("ResubmissionStopped")
+
+    def test_breaker_holds_what_was_released_before_it(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        bound = self.resubmitted(submissions, table, replicate, clock)
+        replicate.faults = [answer(502), answer(502)]
+        lost = submissions.start(wanted(input={"prompt": "other"}))
+        while (released := current(table, lost.id)).unknown_creates < 2 or released.claimed:
+            execute(submissions, clock, lost.id, seconds=1)
+        upstream(replicate, bound, clock)
+        submissions.look_again()
+        creates = len(replicate.creates)
+        stopped_at = clock.now()
+        execute(submissions, clock, lost.id)
+        assert STOP_SECONDS <= clock.now() - stopped_at <= STOP_SECONDS + 600
+        assert len(replicate.creates) == creates + 1
 
     def test_breaker_is_over_by_itself(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock

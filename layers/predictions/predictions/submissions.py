@@ -40,7 +40,7 @@ from predictions.outputs import StoredFile
 from predictions.schemas import ModelSchemas
 from predictions.statuses import TERMINAL_RANK, Status, rank_of
 from predictions.table import AlreadyExists, Change, Prediction, PredictionsTable, Waits
-from predictions.unknown_submissions import RESUBMIT_WAITS, UnknownSubmissions, target_of, undecided_ids
+from predictions.unknown_submissions import RESUBMIT_WAITS, UnknownSubmissions, target_of, undecided_ids, webhook_of
 from predictions.upstream import (
     NotAccepted,
     NotFound,
@@ -464,6 +464,9 @@ class Submissions:
             raise self._put_off_until(prediction, prediction.submit_at, prediction.turn_ms)
         if pause := self._limiter.pause_now():
             raise PredictionThrottled(self._within_lifetime(prediction, pause.remaining(now, _PAUSE_STEP_SECONDS)))
+        if prediction.unknown_creates and (stopped := self._unknown.stopped_seconds()):
+            # Evidence has proved wrong since its claim was released.
+            raise PredictionThrottled(self._within_lifetime(prediction, min(_PAUSE_STEP_SECONDS, stopped)))
         # What came over HTTP was checked before it was written down; a training's input is not of its version's schema.
         check = prediction.source != "http" and prediction.object == "prediction"
         # Before anything that may refuse it: what is refused costs executions too, and counts for its owner's day.
@@ -637,7 +640,7 @@ class Submissions:
             OutcomeUnknown: It may not.
         """
         body: dict[str, Any] = {"input": json.loads(input_json)}
-        webhook = f"{api_url()}/webhooks/replicate/{prediction.id}"
+        webhook = webhook_of(prediction.id)
         if self._replicate.calls_back(webhook):
             body |= {"webhook": webhook, "webhook_events_filter": _events(prediction)}
         if prediction.stream is not None:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from predictions.aws import client
+from predictions.aws import api_url, client
 from predictions.items import deserialize, read_items, serialize
 from predictions.list_readings import MARGIN_SECONDS, Listed, ListReader, Reading, digest_of
 from predictions.observability import MetricUnit, logger, metrics
@@ -78,7 +78,6 @@ _NAMED = 10
 
 _LEASE = {"pk": "readings", "sk": "lease"}
 _BREAKER = {"pk": "readings", "sk": "breaker"}
-_OUR_WEBHOOK = re.compile(r"/webhooks/replicate/([a-z0-9]{26})")
 
 Bind = Callable[[Prediction, UpstreamPrediction], Prediction]
 
@@ -92,6 +91,14 @@ def target_of(prediction: Prediction) -> Target:
     if prediction.version is None:
         return Target("model", prediction.name)
     return Target("version", prediction.name, prediction.version)
+
+
+def webhook_of(prediction_id: str) -> str:
+    """Return the URL at which Replicate reports on a prediction.
+
+    The whole URL tells whose an entry is: a prediction of another stack of the same account may have the same id.
+    """
+    return f"{api_url()}/webhooks/replicate/{prediction_id}"
 
 
 def undecided_ids(prediction: Prediction) -> list[str]:
@@ -114,7 +121,7 @@ class _Hidden:
     """What is known of an entry whose webhook the list does not show; `known` is False where it could not be asked."""
 
     known: bool
-    ours: str | None = None
+    webhook: str | None = None
     excluded: bool = False
     listed: Listed | None = None
 
@@ -446,18 +453,15 @@ class UnknownSubmissions:
         self, prediction: Prediction, reading: Reading, hidden: Mapping[str, _Hidden], digests: dict[str, str | None]
     ) -> _Verdict:
         start = prediction.searched_from - MARGIN_SECONDS
-        ours = f"/webhooks/replicate/{prediction.id}"
+        ours = webhook_of(prediction.id)
         matches, undecided = [], []
         for entry in reading.entries.values():
             if entry.created < start or _other_version(prediction, entry):
                 continue
-            if entry.webhook is not None:
-                if entry.webhook.endswith(ours):
-                    matches.append(entry)
-                continue
             known = hidden.get(entry.id, _Hidden(known=False))
-            if known.ours == prediction.id:
-                matches.append(entry)
+            if webhook := entry.webhook or known.webhook:
+                if webhook == ours:
+                    matches.append(entry)
             elif not known.excluded and entry.id not in prediction.orphans | prediction.orphans_canceled:
                 undecided.append(known.listed or entry if known.known else entry)
         candidates = []
@@ -607,13 +611,11 @@ class UnknownSubmissions:
         return sum(len(items) for items in due.values())
 
     def _find_orphans(self, prediction: Prediction, reading: Reading, orphaned: Callable[[Prediction], None]) -> None:
-        ours = f"/webhooks/replicate/{prediction.id}"
+        ours = webhook_of(prediction.id)
         hidden = self._hidden(prediction.collection, reading, [prediction])
         for entry in reading.entries.values():
-            whose = hidden.get(entry.id)
-            if not ((entry.webhook or "").endswith(ours) or (whose is not None and whose.ours == prediction.id)):
-                continue
-            if entry.id == prediction.upstream_id:
+            webhook = entry.webhook or hidden.get(entry.id, _Hidden(known=False)).webhook
+            if webhook != ours or entry.id == prediction.upstream_id:
                 continue
             merge = self._table.merge(prediction.id, _told(entry), self._now())
             if merge.change is Change.ORPHAN and merge.prediction is not None and merge.prediction.orphans:
@@ -699,8 +701,7 @@ def _remembered(item: Mapping[str, Any], entry: Listed) -> _Hidden:
         return _Hidden(known=True, excluded=True)
     webhook = str(item.get("webhook", ""))
     if webhook:
-        ours = _OUR_WEBHOOK.search(webhook)
-        return _Hidden(known=True, ours=ours[1] if ours and webhook.endswith(ours[0]) else None, excluded=True)
+        return _Hidden(known=True, webhook=webhook)
     details = {
         name: item.get(name) or getattr(entry, name) for name in ("model", "version", "deployment", "input_digest")
     }
