@@ -27,7 +27,7 @@ from predictions.receivers import Receivers
 from predictions.requests import Requests
 from predictions.submissions import Submissions
 from predictions.table import Change, Prediction, PredictionsTable
-from predictions.unknown_submissions import UnknownSubmissions
+from predictions.unknown_submissions import UnknownSubmissions, _told, target_of
 from predictions.upstream import NotAccepted, OutcomeUnknown, Replicate
 from predictions.webhook_slots import NoSlotFree, Slot, WebhookSlots
 
@@ -35,6 +35,17 @@ from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonM
 from tests.simulation.jobs import Batches, Pipelines, Trainings
 from tests.simulation.notices import Events, Redelivery, TaskTokens, Webhooks
 from tests.simulation.scenario import Scenario
+from tests.simulation.unknown import (
+    Frozen,
+    HiddenDeployments,
+    HiddenInputs,
+    HiddenWebhooks,
+    LateCreates,
+    LateLists,
+    Outage,
+    StaleLists,
+    UnknownCreates,
+)
 from tests.simulation.worlds import worlds_of
 
 Sabotage = Callable[[], AbstractContextManager[Any]]
@@ -205,6 +216,15 @@ def _excluded_by_input(judge: Any) -> Any:
     return judged
 
 
+def _excluded_by_target(judge: Any) -> Any:
+    def judged(self: UnknownSubmissions, prediction: Any, reading: Any, *more: Any) -> Any:
+        target = target_of(prediction)
+        same = {id_: entry for id_, entry in reading.entries.items() if target.ran(_told(entry))}
+        return judge(self, prediction, replace(reading, entries=same), *more)
+
+    return judged
+
+
 def _nothing_undecided(judge: Any) -> Any:
     def judged(self: UnknownSubmissions, *given: Any) -> Any:
         return replace(judge(self, *given), undecided=(), candidates=())
@@ -351,6 +371,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "an incomplete reading is complete": _method(Reading, "covers", _constant(True)),
     "no control group": _method(UnknownSubmissions, "_missing_controls", _constant([])),
     "exclusion by input": _method(UnknownSubmissions, "_judge", _excluded_by_input),
+    "exclusion by target": _method(UnknownSubmissions, "_judge", _excluded_by_target),
     "undecided entries are passed over": _method(UnknownSubmissions, "_judge", _nothing_undecided),
     "the holder of a claim is not bounded": _method(SendWindow, "check", _constant(None)),
     "no second reading after a resubmission": _method(UnknownSubmissions, "look_again", _constant(0)),
@@ -444,6 +465,18 @@ ONLY_IN: dict[str, type[Scenario]] = {
     "a webhook is tried once": Webhooks,
     "hanging receivers occupy all consumers": Tarpit,
     "a training is looked for among predictions": Trainings,
+    "no look for creates of unknown outcome": UnknownCreates,
+    "submitted again without evidence": UnknownCreates,
+    "one reading is evidence": LateLists,
+    "an incomplete reading is complete": Outage,
+    "no control group": StaleLists,
+    "exclusion by input": HiddenInputs,
+    "exclusion by target": HiddenDeployments,
+    "undecided entries are passed over": HiddenWebhooks,
+    "the holder of a claim is not bounded": Frozen,
+    "no second reading after a resubmission": LateCreates,
+    "the breaker is off": LateCreates,
+    "a caller without an answer is submitted for again": Frozen,
 }
 """The world in which each of these has to be noticed; the others where there is no world but predictions."""
 

@@ -115,7 +115,14 @@ class UnknownCreates(Scenario):
         """What was submitted again, and what for nothing."""
         ids = [id_ for wanted in self.wanted for id_ in self.world.ids_by_prompt.get(wanted.prompt, {})]
         again = sum(len(self.world.evidence_at.get(id_, ())) for id_ in ids)
-        return {"requests": len(self.wanted), "unknown creates": sum(self.failed.values()), "submitted again": again}
+        items = [self.world.table.items.get((f"prediction#{id_}", "status")) for id_ in ids]
+        undecided = sum("may be it" in deserialize(item).get("error", "") for item in items if item is not None)
+        return {
+            "requests": len(self.wanted),
+            "unknown creates": sum(self.failed.values()),
+            "submitted again": again,
+            "undecided until the deadline": undecided,
+        }
 
 
 class HiddenWebhooks(UnknownCreates):
@@ -151,6 +158,26 @@ class HiddenInputs(UnknownCreates):
         self.world.upstream.hides = {hidden, *self.rng.choice((("webhook in list",), ("webhook in get",), ()))}
 
 
+class HiddenDeployments(UnknownCreates):
+    """Deployments run what is asked for, of which the list and a GET show the model alone."""
+
+    name = "hidden deployments"
+
+    def begin(self) -> None:
+        """The webhook tells, where one is shown or arrives."""
+        super().begin()
+        for wanted in self.wanted:
+            wanted.deployment = "alice/chat"
+        webhook = self.rng.choice(((), ("webhook in list",), ("webhook in list", "webhook in get")))
+        self.world.upstream.hides = {"deployment", *webhook}
+        if self.rng.random() < 0.5:
+            self.world.faults.lose_webhooks()
+
+    def decides(self, item: dict[str, Any]) -> bool:
+        """Without a webhook nothing tells whose an entry is that shows no deployment."""
+        return "undecided" not in item.get("readings_json", "")
+
+
 class Strangers(UnknownCreates):
     """Others create predictions of the same model in the same account, with webhooks that are shown, or not."""
 
@@ -179,13 +206,8 @@ class Strangers(UnknownCreates):
         return not self.hidden
 
     def figures(self) -> dict[str, int]:
-        """Theirs, and what was left undecided because of them."""
-        undecided = 0
-        for wanted in self.wanted:
-            for id_ in self.world.ids_by_prompt.get(wanted.prompt, {}):
-                item = deserialize(self.world.table.items[f"prediction#{id_}", "status"])
-                undecided += "may be it" in item.get("error", "")
-        return super().figures() | {"predictions of strangers": self.number_of_strangers, "undecided": undecided}
+        """Theirs too."""
+        return super().figures() | {"predictions of strangers": self.number_of_strangers}
 
 
 class LateLists(UnknownCreates):

@@ -76,7 +76,7 @@ class Upstream:
         self._world = world
         self.runs: dict[str, Run] = {}
         self.hides = {"webhook in list"}
-        """What answers do not show: `webhook in list`, `webhook in get`, `input`, `redacted input`."""
+        """What answers do not show: `webhook in list`, `webhook in get`, `input`, `redacted input`, `deployment`."""
 
     # -- HTTP -------------------------------------------------------------------------------------------------
 
@@ -173,6 +173,8 @@ class Upstream:
         life = float(match[1]) if match else 86400.0
         named = re.fullmatch(r"/models/([^/]+/[^/]+)/(?:versions/([^/]+)/)?(predictions|trainings)", path)
         body["model"] = named[1] if named else "a/b"
+        if deployed := re.fullmatch(r"/deployments/([^/]+/[^/]+)/predictions", path):
+            body["deployment"] = deployed[1]
         if named and named[2]:
             # It has no deadline at Replicate; one that the stack was never told of ends by itself.
             body["version"], run.collection, life = named[2], named[3], 7200.0
@@ -256,6 +258,8 @@ class Upstream:
         }
         if run.body.get("webhook") and f"webhook in {'list' if listed else 'get'}" not in self.hides:
             told["webhook"] = run.body["webhook"]
+        if "deployment" in run.body and "deployment" not in self.hides:
+            told["deployment"] = run.body["deployment"]
         if "input" in self.hides:
             told["input"] = None
         elif "redacted input" in self.hides:

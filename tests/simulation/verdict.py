@@ -147,6 +147,11 @@ class Check:
         }
         return {name: number for name, number in counted.items() if number}
 
+    def _named(self, item: dict[str, Any], runs: list[Run]) -> bool:
+        """Whether a prediction was left undecided until its deadline, and tells a person which runs may be it."""
+        waited = self.world.terminal_at[item["id"]] >= item["deadline"] + 300
+        return waited and all(run.id in item.get("error", "") for run in runs)
+
     def _check_noticed(self, item: dict[str, Any], run: Run, bad: Callable[[str], None]) -> None:
         """A second run is known as an orphan, if anything told of it while it was looked for."""
         known = set(item.get("orphans", ())) | set(item.get("orphans_canceled", ()))
@@ -170,7 +175,7 @@ class Check:
         bound = [run for run in runs if run.id == item.get("upstream_id")]
         if bound:
             self._check_end(item, bound[0], wanted, bad)
-        elif in_time:
+        elif in_time and not self._named(item, in_time):
             bad(f"is lost: {in_time[0].id} ended {in_time[0].status}, and it {item['status']}: {item.get('error')}")
         else:
             self._check_unstarted(item, wanted, bad)

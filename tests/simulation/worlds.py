@@ -9,6 +9,7 @@ from tests.simulation.scenario import Scenario
 from tests.simulation.unknown import (
     CancelBetween,
     Frozen,
+    HiddenDeployments,
     HiddenInputs,
     HiddenWebhooks,
     LateCreates,
@@ -37,6 +38,7 @@ WORLDS: dict[type[Scenario], float] = {
     UnknownCreates: 0.01,
     HiddenWebhooks: 0.01,
     HiddenInputs: 0.01,
+    HiddenDeployments: 0.01,
     Strangers: 0.01,
     LateLists: 0.01,
     LateCreates: 0.01,

@@ -239,9 +239,16 @@ class TestEvidence:
         assert current(table, started.id).upstream_id in replicate.predictions
         assert len(replicate.creates) == 2
 
+    @pytest.mark.parametrize("others", [0, 300])
     def test_control_group_that_is_not_shown_is_no_evidence(
-        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock, others: int
     ) -> None:
+        for n in range(others):  # open items that wait for other things, and are due before the control
+            aws.client("dynamodb").put_item(
+                TableName="predictions",
+                Item={"pk": {"S": f"batch#{n}"}, "sk": {"S": "status"}, "open": {"S": "open"},
+                      "next_check_at": {"N": str(int(clock.now()) + 179)}},
+            )  # fmt: skip
         replicate.faults = [answer(502)]
         started = submissions.start(wanted())
         clock.advance(1)

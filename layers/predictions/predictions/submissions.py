@@ -47,7 +47,6 @@ from predictions.upstream import (
     OutcomeUnknown,
     Refused,
     Replicate,
-    Target,
     Throttled,
     Unauthorized,
     Unavailable,
@@ -1359,16 +1358,6 @@ def _listed(invalid: list[dict[str, str]]) -> str:
 def _reference(prediction: Prediction) -> Reference:
     kind: Any = prediction.kind
     return Reference(kind, prediction.name, prediction.version)
-
-
-def _target(prediction: Prediction) -> Target:
-    if prediction.object == "training":
-        return Target("training", prediction.name, prediction.version)
-    if prediction.kind == "deployment":
-        return Target("deployment", prediction.name)
-    if prediction.version is None:
-        return Target("model", prediction.name)
-    return Target("version", prediction.name, prediction.version)
 
 
 def _same_input(told: Any, wanted: str) -> bool:

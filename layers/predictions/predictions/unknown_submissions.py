@@ -64,7 +64,11 @@ CALLS_AT_ONCE = 19
 """Together fewer than 60 list calls in any minute."""
 
 _CONTROLS = 20
-_CONTROLS_QUERIED = 100
+# Most open items of a busy stack wait for other things: pages of the index that are looked through for controls.
+_CONTROL_PAGES = 5
+_CONTROL_PAGE_ITEMS = 100
+# A prediction that is bound is due again so long after its first poll.
+_DUE_AFTER_POLL_SECONDS = 120
 # At the edge of what was read, the clocks decide whether an entry is shown.
 _CONTROL_MARGIN_SECONDS = 5
 
@@ -397,27 +401,32 @@ class UnknownSubmissions:
         Younger ones than the grace are left out: the list may be late by as much.
         """
         start = max(back_to, reading.reached)
-        # The sweep looks at a bound one after its first poll at the earliest.
-        due_from = int(start) + self._first_poll
-        found = self._dynamodb.query(
+        due_from = int(start) + self._first_poll + _DUE_AFTER_POLL_SECONDS
+        pages = self._dynamodb.get_paginator("query").paginate(
             TableName=self._table_name,
             IndexName="due",
             KeyConditionExpression="#open = :open AND next_check_at >= :from",
             ExpressionAttributeNames={"#open": "open"},
             ExpressionAttributeValues=serialize({":open": "open", ":from": due_from}),
-            Limit=_CONTROLS_QUERIED,
-        )
-        pks = [str(deserialize(item)["pk"]) for item in found["Items"]]
-        there = self._get_many(pk.removeprefix("prediction#") for pk in pks if pk.startswith("prediction#"))
-        controls = [
-            prediction.upstream_id
-            for prediction in there.values()
-            if prediction.upstream_id
-            and prediction.collection == collection
-            and not prediction.terminal
-            and not prediction.unknown_creates
-            and start + _CONTROL_MARGIN_SECONDS <= (prediction.claimed or 0) <= reading.began - self._grace
-        ]
+            PaginationConfig={
+                "PageSize": _CONTROL_PAGE_ITEMS, "MaxItems": _CONTROL_PAGES * _CONTROL_PAGE_ITEMS
+            },
+        )  # fmt: skip
+        controls: list[str] = []
+        for page in pages:
+            pks = [str(deserialize(item)["pk"]) for item in page["Items"]]
+            there = self._get_many(pk.removeprefix("prediction#") for pk in pks if pk.startswith("prediction#"))
+            controls += [
+                prediction.upstream_id
+                for prediction in there.values()
+                if prediction.upstream_id
+                and prediction.collection == collection
+                and not prediction.terminal
+                and not prediction.unknown_creates
+                and start + _CONTROL_MARGIN_SECONDS <= (prediction.claimed or 0) <= reading.began - self._grace
+            ]
+            if len(controls) >= _CONTROLS:
+                break
         return [upstream_id for upstream_id in controls[:_CONTROLS] if upstream_id not in reading.entries]
 
     # -- what a reading says ----------------------------------------------------------------------------------

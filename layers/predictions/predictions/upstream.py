@@ -43,8 +43,7 @@ if TYPE_CHECKING:
     from predictions.create_window import SendWindow
 
 CREATE_TIMEOUT_SECONDS = 20
-"""The longest a create may take that waits for no end; the reconciling grace has to be longer than any (see
-`SUBMIT_GRACE_SECONDS`)."""
+"""The longest a create may take that waits for no end."""
 
 _CONNECT_SECONDS = 5
 
