@@ -374,7 +374,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "exclusion by target": _method(UnknownSubmissions, "_judge", _excluded_by_target),
     "undecided entries are passed over": _method(UnknownSubmissions, "_judge", _nothing_undecided),
     "the holder of a claim is not bounded": _method(SendWindow, "check", _constant(None)),
-    "no second reading after a resubmission": _method(UnknownSubmissions, "look_again", _constant(0)),
+    "no second reading after a resubmission": _method(UnknownSubmissions, "_find_orphans", _constant(None)),
     "the breaker is off": _method(UnknownSubmissions, "stop", _constant(None)),
     "a caller without an answer is submitted for again": _method(Submissions, "_why_not_again", _why_not_for_answered),
     "the create's answer is not bound": _method(
@@ -474,7 +474,7 @@ ONLY_IN: dict[str, type[Scenario]] = {
     "exclusion by target": HiddenDeployments,
     "undecided entries are passed over": HiddenWebhooks,
     "the holder of a claim is not bounded": Frozen,
-    "no second reading after a resubmission": LateCreates,
+    "no second reading after a resubmission": LateLists,
     "the breaker is off": LateCreates,
     "a caller without an answer is submitted for again": Frozen,
 }
