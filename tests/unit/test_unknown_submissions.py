@@ -629,6 +629,20 @@ class TestWrong:
         items = aws.client("dynamodb").scan(TableName="predictions")["Items"]
         assert not [item["sk"]["S"] for item in items if item["sk"]["S"].startswith("again#")]
 
+    def test_end_that_was_written_while_the_list_was_read_leaves_nothing_registered(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        bound = self.resubmitted(submissions, table, replicate, clock)
+        clock.advance(300)
+        submissions.look_again()
+        clock.advance(-5)  # the function that writes it down began before the reading
+        replicate.finish(bound.upstream_id or "", output="done")
+        submissions.poll(bound.id)
+        clock.advance(65)
+        assert submissions.look_again() == 0
+        items = aws.client("dynamodb").scan(TableName="predictions")["Items"]
+        assert not [item["sk"]["S"] for item in items if item["sk"]["S"].startswith("again#")]
+
     def test_orphan_that_a_webhook_tells_is_canceled_by_the_poll_that_follows(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
     ) -> None:

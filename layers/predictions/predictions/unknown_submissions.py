@@ -603,7 +603,11 @@ class UnknownSubmissions:
         due: dict[Collection, list[tuple[dict[str, Any], Prediction]]] = {}
         for item in registered:
             prediction = there.get(str(item["id"]))
-            if prediction is None or (prediction.terminal and not prediction.upstream_id):
+            if (
+                prediction is None
+                or (prediction.terminal and not prediction.upstream_id)
+                or _read_to_the_end(prediction, item.get("read_at", 0))
+            ):
                 self._remove(item["sk"])
             elif prediction.upstream_id and _due_again(prediction, item.get("read_at", 0), now):
                 due.setdefault(prediction.collection, []).append((item, prediction))
@@ -633,8 +637,8 @@ class UnknownSubmissions:
                 orphaned(merge.prediction)
 
     def _note_again(self, item: Mapping[str, Any], prediction: Prediction, reading: Reading) -> None:
-        bound_at, began = prediction.bound_at or prediction.created, int(reading.began)
-        if prediction.ended_visibly and began >= max(bound_at + _AGAIN_AFTER_SECONDS[-1], (prediction.ended or 0) + 1):
+        began = int(reading.began)
+        if _read_to_the_end(prediction, began):
             self._remove(item["sk"])
             return
         self._dynamodb.put_item(TableName=self._table_name, Item=serialize({**item, "read_at": began}))
@@ -731,6 +735,13 @@ def _due_again(prediction: Prediction, read_at: int, now: float) -> bool:
         # A reading that began in the same second may have begun before the end.
         moments.append(prediction.ended + 1)
     return any(read_at < moment <= now for moment in moments)
+
+
+def _read_to_the_end(prediction: Prediction, read_at: int) -> bool:
+    """Whether the last reading was the last one that is needed."""
+    bound_at = prediction.bound_at or prediction.created
+    last = max(bound_at + _AGAIN_AFTER_SECONDS[-1], (prediction.ended or 0) + 1)
+    return prediction.ended_visibly and read_at >= last
 
 
 def _appended(history_json: str | None, entry: Mapping[str, Any]) -> str:
