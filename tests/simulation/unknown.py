@@ -411,8 +411,8 @@ class StaleLists(UnknownCreates):
             plan |= {"queued_seconds": 0.0, "output_seconds": None, "run_seconds": 1200.0}
 
     def patience(self) -> float:
-        """Nothing is decided before."""
-        return super().patience() + 1200
+        """Nothing is decided while the list stands still."""
+        return super().patience() + self.until - BEGIN
 
     def check(self) -> None:
         """Nothing was submitted again that had been accepted."""

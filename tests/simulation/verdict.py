@@ -16,6 +16,12 @@ from tests.simulation.upstream import TERMINAL, Run, file_bytes
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
+SUBMITTED_AGAIN = "submitted again"
+PAID_TWICE = "paid twice: listed later than the second reading"
+SECOND_RUNS_CANCELED = "second runs that were canceled"
+BEYOND = (SUBMITTED_AGAIN, PAID_TWICE, SECOND_RUNS_CANCELED)
+"""Figures of what evidence led to, right or wrong."""
+
 
 @dataclass
 class Verdict:
@@ -141,9 +147,9 @@ class Check:
                 runs[run.our_id] = runs.get(run.our_id, 0) + 1
                 ended[run.our_id] = ended.get(run.our_id, 0) + (run.status in ("succeeded", "failed"))
         counted = {
-            "paid twice: listed later than the second reading": sum(number > 1 for number in ended.values()),
-            "second runs that were canceled": sum(number > 1 and ended[our_id] < 2 for our_id, number in runs.items()),
-            "submitted again": sum(map(len, self.world.evidence_at.values())),
+            PAID_TWICE: sum(number > 1 for number in ended.values()),
+            SECOND_RUNS_CANCELED: sum(number > 1 and ended[our_id] < 2 for our_id, number in runs.items()),
+            SUBMITTED_AGAIN: sum(map(len, self.world.evidence_at.values())),
         }
         return {name: number for name, number in counted.items() if number}
 
