@@ -135,7 +135,7 @@ PROMISES: Sequence[Promise] = (
                 ],
             ),
             Shown(
-                "A create whose answer was lost is found again, and posted again only on evidence that it started nothing",
+                "A create whose answer was lost is found again, and posted again only if it started nothing",
                 [
                     "tests/stack/test_predictions.py::TestSubmission",
                     "tests/stack/test_trainings.py",
