@@ -12,7 +12,7 @@ PYTHON := $(IN)python
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo local send test lint types validate audit unit attacks simulation sim stack faults reliability conformance bench batch lock clean
+.PHONY: help setup demo picture local send test lint types validate audit unit attacks simulation sim stack faults reliability conformance bench batch lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ setup: ## Make the environments (.venv and .local/emulator); quick when nothing 
 
 demo: setup ## Run predictions through a local cloud and tell what happens (LIVE=1: the real Replicate, costs money)
 	@$(PYTHON) -m local demo $(if $(LIVE),--live)
+
+picture: setup ## Run the demonstration and draw docs/demo.svg, which the README shows
+	@$(PYTHON) -m local demo --picture docs/demo.svg
 
 local: setup ## Keep a local cloud running: .local/stack.json says where (LOCAL_DIR=… for a second one)
 	@exec $(PYTHON) -m local run
