@@ -12,7 +12,7 @@ PYTHON := $(IN)python
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo picture local send test lint types validate audit unit attacks simulation sim stack faults reliability conformance bench batch lock clean
+.PHONY: help setup demo picture local send test lint types validate audit docs unit attacks simulation sim stack faults reliability conformance bench batch lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ validate: setup ## Check template.yaml with SAM and cfn-lint
 audit: setup ## Check the template with checkov, and the locked packages for known vulnerabilities (AUDIT=strict: or fail)
 	$(call heading,audit)
 	@$(PYTHON) -m local.audit
+
+docs: setup ## Build the site of docs/ into .local/site; a link that leads nowhere fails
+	$(call heading,docs)
+	@$(PYTHON) -m local.docs
 
 unit: setup ## Run the unit tests
 	$(call heading,unit tests)
