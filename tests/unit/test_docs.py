@@ -187,6 +187,8 @@ def pages_of_docs() -> list[str]:
 def test_navigation_of_the_site_has_every_page_once() -> None:
     assert sorted(leaves(SITE["nav"])) == sorted(pages_of_docs())
     assert SITE["strict"] is True
+    assert docs.BUILD == ("build", "--strict")
+    assert set(SITE["validation"].values()) == {"warn"}
     assert SITE["plugins"] == ["search"]
 
 
