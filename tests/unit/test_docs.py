@@ -108,6 +108,17 @@ def test_lists_of_the_pages_begin_after_an_empty_line() -> None:
         assert not broken, (page.name, broken)
 
 
+def test_rows_of_each_table_have_the_cells_of_its_heading() -> None:
+    seen = 0
+    for page in PAGES:
+        cells = 0
+        for line in BLOCKS.sub("", page.read_text()).splitlines():
+            bars = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+            assert bars == (cells or bars) or not bars, (page.name, line)
+            cells, seen = bars, seen + bool(bars)
+    assert seen > 400
+
+
 # -- what the pages say --------------------------------------------------------------------------------------------
 
 
