@@ -98,6 +98,16 @@ PROMISES: Sequence[Promise] = (
                 "Predictions through every door while everything is wrong at once, deployed",
                 ["tests/stack/test_faults.py::test_every_promise_is_kept_while_everything_is_wrong"],
             ),
+            Shown(
+                "A third of the creates failing in each way, deployed: 95 of 100 end within four minutes",
+                [
+                    "tests/stack/test_predictions.py::TestSubmission::test_third_of_the_creates_failing_in_each_way_costs_a_minute_and_no_second_run"
+                ],
+            ),
+            Shown(
+                "Many creates without a clear answer at once are decided within four minutes by few list calls",
+                ["tests/unit/test_unknown_load.py"],
+            ),
             Shown("The audit of these two notices what is tampered with", ["tests/stack/test_faults.py::TestAudit"]),
             Shown(
                 "Predictions go on through a new deployment, and what the first release wrote is read",
@@ -110,7 +120,7 @@ PROMISES: Sequence[Promise] = (
         ),
     ),
     Promise(
-        "One request starts at most one prediction",
+        "One request pays for at most one prediction that runs to its end",
         (
             Shown(
                 "The same key, message, object, schedule or state twice, at once or later",
@@ -121,8 +131,28 @@ PROMISES: Sequence[Promise] = (
                 ],
             ),
             Shown(
-                "A create whose answer was lost is found again, never posted again",
-                ["tests/stack/test_predictions.py::TestSubmission", "tests/stack/test_trainings.py"],
+                "A create whose answer was lost is found again, and posted again only if it started nothing",
+                [
+                    "tests/stack/test_predictions.py::TestSubmission",
+                    "tests/stack/test_trainings.py",
+                    "tests/unit/test_unknown_submissions.py",
+                ],
+            ),
+            Shown(
+                "Nothing is sent after the window of a claim, by any function that claims, frozen and thawed or not",
+                ["tests/unit/test_create_window.py"],
+            ),
+            Shown(
+                "A reading of Replicate's list is evidence only where it is complete, whatever its entries hold",
+                ["tests/unit/test_list_readings.py", "tests/unit/test_entry_scanner.py"],
+            ),
+            Shown(
+                "The bound that remains: what Replicate accepts or lists after the second reading runs a second time"
+                " until it is noticed and canceled",
+                [
+                    "tests/simulation/test_simulation.py::test_what_is_accepted_or_listed_after_the_second_reading_is_noticed_and_counted",
+                    "tests/unit/test_unknown_submissions.py::TestWrong",
+                ],
             ),
             Shown("A batch of 200 lines, canceled half-way and run again", ["tests/stack/test_batches.py"]),
             Shown(

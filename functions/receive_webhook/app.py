@@ -6,6 +6,7 @@ from aws_lambda_powertools.event_handler import Response
 from predictions.api import all_headers_of, answer_with, body_of, json_response, resolver
 from predictions.errors import Problem
 from predictions.observability import MetricUnit, logger, metrics
+from predictions.orphan_polls import OrphanPolls
 from predictions.receipts import receive
 from predictions.table import PredictionsTable, is_id
 from predictions.webhooks import SigningSecrets, SigningSecretUnavailable, WebhookRefused
@@ -13,6 +14,7 @@ from predictions.webhooks import SigningSecrets, SigningSecretUnavailable, Webho
 app = resolver()
 table = PredictionsTable.from_env()
 secrets = SigningSecrets.from_env()
+polls = OrphanPolls.from_env()
 
 
 @app.post("/webhooks/replicate/<prediction_id>")
@@ -31,7 +33,7 @@ def webhook(prediction_id: str) -> Response[str]:
         logger.error("no signing secret", reason=str(error))
         detail = "Replicate's signing secret is not known yet: send the webhook again."
         raise Problem(503, detail, headers={"Retry-After": "10"}) from None
-    receipt = receive(table, prediction_id, body, now) if is_id(prediction_id) else "unknown prediction"
+    receipt = receive(table, prediction_id, body, now, polls) if is_id(prediction_id) else "unknown prediction"
     return json_response(200, {"received": receipt})
 
 

@@ -16,6 +16,9 @@ SWEEP_LIMIT = 1000
 
 SECRET_REFRESH_SECONDS = 600
 
+LOOK_AGAIN_SECONDS = 90
+"""What a reading of Replicate's list may take, with all that follows from it."""
+
 submissions = Submissions.from_env()
 pipeline_executions = PipelineExecutions.from_env()
 batch_control = BatchControl.from_env()
@@ -42,6 +45,12 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:  # noqa: ARG
 
     found = submissions.sweep(SWEEP_LIMIT, left, {"batch": sweep_batch, "pipeline": pipeline_executions.restart})
     metrics.add_metric(name="SweepFound", unit=MetricUnit.Count, value=found)
+    if left() > LOOK_AGAIN_SECONDS:
+        try:
+            submissions.look_again()
+        except (ClientError, BotoCoreError):
+            # What is registered stays so: the next sweep reads the list.
+            logger.exception("the list was not read again")
     try:
         submissions.measure()
     except (ClientError, BotoCoreError):

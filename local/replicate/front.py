@@ -464,6 +464,10 @@ class Front:
             return throttled(found.retry_after_seconds, header=found.header, body_field=found.body_field)
         if found := fault(FaultName.CREATE_REFUSED):
             raise _fault_problem(found)
+        if fault(FaultName.CREATE_RESET):
+            return Dropped()
+        if found := fault(FaultName.CREATE_SILENCE):
+            return Dropped(found.seconds or SILENCE_SECONDS)
         prediction = self._predictions.create(
             model,
             version,

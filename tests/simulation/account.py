@@ -7,6 +7,7 @@ moto instead (`test_dynamodb.py`).
 
 import hashlib
 import io
+import json
 from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from tests.simulation.scheduler import Died
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
-SERVICES = ("dynamodb", "s3", "stepfunctions", "sqs", "ssm", "secretsmanager", "events")
+SERVICES = ("dynamodb", "s3", "stepfunctions", "sqs", "ssm", "secretsmanager", "events", "lambda")
 
 
 class Clients:
@@ -184,6 +185,12 @@ class Account:
         return {"IsTruncated": False}
 
     # -- the rest ---------------------------------------------------------------------------------------------
+
+    def _lambda_Invoke(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        assert asked["InvocationType"] == "Event"
+        function, event = asked["FunctionName"].replace("-", "_"), json.loads(asked["Payload"])
+        self._world.scheduler.spawn("asynchronous", lambda: self._world.invoke(function, event), 0.1)
+        return {"StatusCode": 202}
 
     def _ssm_GetParameter(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         return {"Parameter": {"Value": self.parameters[asked["Name"]]}}

@@ -23,6 +23,7 @@ class Wanted:
     Attributes:
         also: Further fields of its body, such as a webhook.
         collection: `predictions` or `trainings`.
+        deployment: What is to run it, where that is no model.
     """
 
     number: int
@@ -33,6 +34,7 @@ class Wanted:
     wait: str | None
     owner: str = "alice"
     collection: str = "predictions"
+    deployment: str | None = None
     also: dict[str, Any] = field(default_factory=dict)
     accepted_id: str | None = None
     refused: bool = False
@@ -91,7 +93,9 @@ class Callers:
         """Posts it, again where that helps."""
         world = self._world
         body: dict[str, Any] = {"input": {"prompt": wanted.prompt}, **wanted.also}
-        path = "/models/meta/llama/predictions"
+        path = (
+            f"/deployments/{wanted.deployment}/predictions" if wanted.deployment else "/models/meta/llama/predictions"
+        )
         if wanted.collection == "trainings":
             path = f"/models/meta/llama/versions/{VERSION}/trainings"
             body["destination"] = "alice/tuned"
@@ -142,7 +146,8 @@ class Callers:
     def send(self, wanted: Wanted, *, again: Message | None = None) -> Message:
         """Sends a message, or lets one come again."""
         world = self._world
-        body = {"model": "meta/llama", "input": {"prompt": wanted.prompt}, **wanted.also}
+        target = {"deployment": wanted.deployment} if wanted.deployment else {"model": "meta/llama"}
+        body = {**target, "input": {"prompt": wanted.prompt}, **wanted.also}
         if wanted.lifetime:
             body["lifetime"] = wanted.lifetime
 

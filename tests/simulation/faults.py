@@ -82,6 +82,10 @@ class Faults:
         self._focus, self._stream_lag, self.poll_seconds = None, 0.5, 0.2
         self.very_late = self.stops = self.doubled_sweeps = self.long_runs = False
 
+    def lose_webhooks(self) -> None:
+        """No webhook of Replicate's arrives."""
+        self._lost = 1.0
+
     def _strike(self, kind: str, budget: int) -> bool:
         """Whether one more of this kind may strike."""
         if self.struck.get(kind, 0) >= budget or self._scheduler.now > BEGIN + CALM_SECONDS:

@@ -14,9 +14,11 @@ from predictions import deliveries, intents, limiter, outputs, received_requests
 from predictions.batch_control import BatchControl
 from predictions.change_retries import Effect
 from predictions.changes import Changes
+from predictions.create_window import SendWindow
 from predictions.executions import Executions
 from predictions.idempotency_keys import IdempotencyKeys
 from predictions.limiter import Limiter
+from predictions.list_readings import ListReader, Reading, digest_of
 from predictions.outputs import OutputsBucket
 from predictions.pipeline_api import PipelineApi
 from predictions.pipeline_progress import PipelineExecutions
@@ -25,6 +27,7 @@ from predictions.receivers import Receivers
 from predictions.requests import Requests
 from predictions.submissions import Submissions
 from predictions.table import Change, Prediction, PredictionsTable
+from predictions.unknown_submissions import UnknownSubmissions, _told, target_of
 from predictions.upstream import NotAccepted, OutcomeUnknown, Replicate
 from predictions.webhook_slots import NoSlotFree, Slot, WebhookSlots
 
@@ -32,6 +35,17 @@ from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonM
 from tests.simulation.jobs import Batches, Pipelines, Trainings
 from tests.simulation.notices import Events, Redelivery, TaskTokens, Webhooks
 from tests.simulation.scenario import Scenario
+from tests.simulation.unknown import (
+    Frozen,
+    HiddenDeployments,
+    HiddenInputs,
+    HiddenWebhooks,
+    LateCreates,
+    LateLists,
+    Outage,
+    StaleLists,
+    UnknownCreates,
+)
 from tests.simulation.worlds import worlds_of
 
 Sabotage = Callable[[], AbstractContextManager[Any]]
@@ -178,6 +192,53 @@ def _constant(value: Any) -> Callable[[Any], Any]:
     return lambda _: lambda *__, **___: value
 
 
+def _nothing_listed(_: Any) -> Any:
+    def read(self: ListReader, *_: Any, **__: Any) -> Reading:
+        return Reading(began=self._now(), why_not="nobody looks")
+
+    return read
+
+
+def _first_reading_is_evidence(note: Any) -> Any:
+    def noted(self: PredictionsTable, prediction: Any, values: Any) -> Any:
+        more = {"evidence_at": values["absent_at"]} if "absent_at" in values else {}
+        return note(self, prediction, {**values, **more})
+
+    return noted
+
+
+def _excluded_by_input(judge: Any) -> Any:
+    def judged(self: UnknownSubmissions, prediction: Any, reading: Any, *more: Any) -> Any:
+        wanted = digest_of(self._table.input_json(prediction) or "")
+        same = {id_: entry for id_, entry in reading.entries.items() if entry.input_digest == wanted}
+        return judge(self, prediction, replace(reading, entries=same), *more)
+
+    return judged
+
+
+def _excluded_by_target(judge: Any) -> Any:
+    def judged(self: UnknownSubmissions, prediction: Any, reading: Any, *more: Any) -> Any:
+        target = target_of(prediction)
+        same = {id_: entry for id_, entry in reading.entries.items() if target.ran(_told(entry))}
+        return judge(self, prediction, replace(reading, entries=same), *more)
+
+    return judged
+
+
+def _nothing_undecided(judge: Any) -> Any:
+    def judged(self: UnknownSubmissions, *given: Any) -> Any:
+        return replace(judge(self, *given), undecided=(), candidates=())
+
+    return judged
+
+
+def _why_not_for_answered(why: Any) -> Any:
+    def why_not(self: Submissions, prediction: Any, creates: int) -> Any:
+        return why(self, replace(prediction, unanswered=False), creates)
+
+    return why_not
+
+
 # -- rules of what one owner does to others, and of those who are told -------------------------------------------------
 
 
@@ -304,7 +365,18 @@ SABOTAGES: dict[str, Sabotage] = {
     "an end by our own word that looks at nothing": _method(PredictionsTable, "end", _ended_without_looking),
     "no sweep": _method(Submissions, "sweep", _constant(0)),
     "no poll": _method(Submissions, "poll", _constant(None)),
-    "no reconciling": _method(Submissions, "_candidates", _constant([])),
+    "no look for creates of unknown outcome": _method(ListReader, "read", _nothing_listed),
+    "submitted again without evidence": _method(UnknownSubmissions, "has_evidence", _constant(True)),
+    "one reading is evidence": _method(PredictionsTable, "note_unknown", _first_reading_is_evidence),
+    "an incomplete reading is complete": _method(Reading, "covers", _constant(True)),
+    "no control group": _method(UnknownSubmissions, "_missing_controls", _constant([])),
+    "exclusion by input": _method(UnknownSubmissions, "_judge", _excluded_by_input),
+    "exclusion by target": _method(UnknownSubmissions, "_judge", _excluded_by_target),
+    "undecided entries are passed over": _method(UnknownSubmissions, "_judge", _nothing_undecided),
+    "the holder of a claim is not bounded": _method(SendWindow, "check", _constant(None)),
+    "no second reading after a resubmission": _method(UnknownSubmissions, "_find_orphans", _constant(None)),
+    "the breaker is off": _method(UnknownSubmissions, "stop", _constant(None)),
+    "a caller without an answer is submitted for again": _method(Submissions, "_why_not_again", _why_not_for_answered),
     "the create's answer is not bound": _method(
         Submissions, "_bind", lambda _: lambda self, prediction, told: prediction
     ),
@@ -393,6 +465,18 @@ ONLY_IN: dict[str, type[Scenario]] = {
     "a webhook is tried once": Webhooks,
     "hanging receivers occupy all consumers": Tarpit,
     "a training is looked for among predictions": Trainings,
+    "no look for creates of unknown outcome": UnknownCreates,
+    "submitted again without evidence": UnknownCreates,
+    "one reading is evidence": LateLists,
+    "an incomplete reading is complete": Outage,
+    "no control group": StaleLists,
+    "exclusion by input": HiddenInputs,
+    "exclusion by target": HiddenDeployments,
+    "undecided entries are passed over": HiddenWebhooks,
+    "the holder of a claim is not bounded": Frozen,
+    "no second reading after a resubmission": LateLists,
+    "the breaker is off": LateCreates,
+    "a caller without an answer is submitted for again": Frozen,
 }
 """The world in which each of these has to be noticed; the others where there is no world but predictions."""
 

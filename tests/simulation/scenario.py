@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import httpx
+
 if TYPE_CHECKING:
     from tests.simulation.callers import Wanted
     from tests.simulation.upstream import Run
@@ -41,6 +43,14 @@ class Scenario:
     def reads(self, run: "Run") -> bool:  # for others to say
         """Whether the function that reads Replicate's answer of a prediction is killed over it."""
         return False
+
+    def creates(self, request: httpx.Request, body: dict[str, Any], path: str) -> httpx.Response | None:
+        """What becomes of a create; None where it goes as ever. Raises httpx's errors, and `Died`."""
+        return None
+
+    def answers(self, request: httpx.Request, path: str) -> httpx.Response | None:
+        """What Replicate answers to anything else; None where it goes as ever."""
+        return None
 
     def writes(self, text: str) -> bool:
         """Whether the function that writes an input down is killed over it."""

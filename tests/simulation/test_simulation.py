@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -10,6 +11,8 @@ from tests.reliability import Recorded
 from tests.simulation.installed import Simulation
 from tests.simulation.sabotages import SABOTAGES, seeds_of
 from tests.simulation.scenario import Scenario
+from tests.simulation.unknown import LateCreates, LateLists
+from tests.simulation.verdict import BEYOND, SECOND_RUNS_CANCELED
 from tests.simulation.worlds import WORLDS, worlds_of
 from tests.unit.template import ROOT
 
@@ -66,6 +69,20 @@ def test_each_world_is_reached_and_breaks_no_promise(
     record_property("schedules", 3)
     schedules = [seed for seed in range(SCHEDULES) if world in worlds_of(seed)]
     assert len(schedules) >= 10
+
+
+@pytest.mark.parametrize("world", [LateLists, LateCreates], ids=lambda world: world.name)
+def test_what_is_accepted_or_listed_after_the_second_reading_is_noticed_and_counted(
+    simulation: Simulation, world: type[Scenario], record_property: Recorded
+) -> None:
+    counted: Counter[str] = Counter()
+    for seed in range(50):
+        verdict = simulation.run(seed, scenarios=[world])
+        assert not verdict.broken, f"{verdict.broken}, seed {seed}"
+        counted += Counter({name: verdict.figures.get(name, 0) for name in BEYOND})
+    for name, number in counted.items():
+        record_property(name, number)
+    assert counted[SECOND_RUNS_CANCELED] > 0
 
 
 def test_seed_gives_the_same_schedule_in_another_process(simulation: Simulation) -> None:

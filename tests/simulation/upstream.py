@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from email.utils import format_datetime
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -21,6 +22,8 @@ TOKEN = "r8_of_the_stack"
 SECRET = "whsec_dGhlIHNpZ25pbmcgc2VjcmV0IG9mIFJlcGxpY2F0ZSE="
 VERSION = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
 TERMINAL = ("succeeded", "failed", "canceled", "aborted")
+PAGE = 3
+"""How many predictions a page of a list has: few, so that a reading has pages."""
 REMOVED_AFTER_SECONDS = 3600
 """How long after its end Replicate keeps output and files: https://replicate.com/docs/topics/predictions/data-retention"""
 
@@ -40,6 +43,8 @@ class Run:
         self.body = body
         self.created = created
         self.listed_at = created
+        self.sent_at = created
+        """When the stack sent its create."""
         self.status = "starting"
         self.started: float | None = None
         self.ended: float | None = None
@@ -70,11 +75,19 @@ class Upstream:
     def __init__(self, world: "World") -> None:
         self._world = world
         self.runs: dict[str, Run] = {}
+        self.hides = {"webhook in list"}
+        """What answers do not show: `webhook in list`, `webhook in get`, `input`, `redacted input`, `deployment`."""
 
     # -- HTTP -------------------------------------------------------------------------------------------------
 
     def handle(self, request: httpx.Request) -> httpx.Response:
         """Answers a request of the library's client, or fails as one fails."""
+        answer = self._answer(request)
+        moment = datetime.fromtimestamp(self._world.scheduler.now, UTC)
+        answer.headers.setdefault("date", format_datetime(moment, usegmt=True))
+        return answer
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
         world = self._world
         world.step("upstream", 0.0)
         request.read()
@@ -83,6 +96,10 @@ class Upstream:
             return httpx.Response(401, json={"detail": "no"})
         if request.method == "POST" and path.endswith(("/predictions", "/trainings")):
             return self._create(request, path)
+        for scenario in world.scenarios:
+            if (odd := scenario.answers(request, path)) is not None:
+                world.step("upstream", world.faults.read_seconds())
+                return odd
         fault = world.faults.of_read(path)
         world.step("upstream", world.faults.read_seconds())
         if fault == "died before":
@@ -109,6 +126,9 @@ class Upstream:
     def _create(self, request: httpx.Request, path: str) -> httpx.Response:
         world = self._world
         body = json.loads(request.content)
+        for scenario in world.scenarios:
+            if (answer := scenario.creates(request, body, path)) is not None:
+                return answer
         fault = world.faults.of_create()
         world.step("upstream", world.faults.create_seconds())
         if fault == "died before":
@@ -123,8 +143,8 @@ class Upstream:
         if fault == "timeout":
             self._time_out(request)
         if fault in ("late", "late and 500"):
-            delay = world.faults.late_seconds()
-            world.scheduler.spawn("late create", lambda: self.accept(body, request, path), delay)
+            delay, sent_at = world.faults.late_seconds(), world.scheduler.now
+            world.scheduler.spawn("late create", lambda: self.accept_late(body, request, path, sent_at), delay)
             if fault == "late":
                 self._time_out(request)
             return httpx.Response(504, json={"detail": "gateway timeout"})
@@ -153,6 +173,8 @@ class Upstream:
         life = float(match[1]) if match else 86400.0
         named = re.fullmatch(r"/models/([^/]+/[^/]+)/(?:versions/([^/]+)/)?(predictions|trainings)", path)
         body["model"] = named[1] if named else "a/b"
+        if deployed := re.fullmatch(r"/deployments/([^/]+/[^/]+)/predictions", path):
+            body["deployment"] = deployed[1]
         if named and named[2]:
             # It has no deadline at Replicate; one that the stack was never told of ends by itself.
             body["version"], run.collection, life = named[2], named[3], 7200.0
@@ -161,6 +183,10 @@ class Upstream:
             scenario.plan(run, plan)
         world.scheduler.spawn(f"run {run.id}", lambda: self._run(run, plan, life))
         return run
+
+    def accept_late(self, body: dict[str, Any], request: httpx.Request, path: str, sent_at: float) -> None:
+        """Makes it long after its create was sent."""
+        self.accept(body, request, path).sent_at = sent_at
 
     def _run(self, run: Run, plan: dict[str, Any], life: float) -> None:
         world = self._world
@@ -230,8 +256,14 @@ class Upstream:
             "data_removed": removed,
             "urls": {"get": f"{URL}/{run.collection}/{run.id}"},
         }
-        if not listed and run.body.get("webhook"):
+        if run.body.get("webhook") and f"webhook in {'list' if listed else 'get'}" not in self.hides:
             told["webhook"] = run.body["webhook"]
+        if "deployment" in run.body and "deployment" not in self.hides:
+            told["deployment"] = run.body["deployment"]
+        if "input" in self.hides:
+            told["input"] = None
+        elif "redacted input" in self.hides:
+            told["input"] = {"prompt": "[redacted]"}
         return told
 
     def _read(self, request: httpx.Request, path: str) -> httpx.Response:
@@ -250,7 +282,9 @@ class Upstream:
                 # It ends a moment later.
                 run.cancel_asked = self._world.scheduler.now
                 self._world.scheduler.at(run.cancel_asked + 0.5, lambda: self._cancel(run))
-        if any(scenario.reads(run) for scenario in self._world.scenarios):
+        # What is read piece by piece is not parsed.
+        parsed = request.headers.get("accept-encoding") != "identity"
+        if parsed and any(scenario.reads(run) for scenario in self._world.scenarios):
             self._world.die()
         return httpx.Response(200, json=self.told(run))
 
@@ -259,24 +293,27 @@ class Upstream:
 
     def _list(self, request: httpx.Request, collection: str) -> httpx.Response:
         now = self._world.scheduler.now
-        asked = request.url.params
-        # The list of trainings has no filters.
-        names = ("created_after", "created_before") if collection == "predictions" else ()
-        bounds = [datetime.fromisoformat(asked[name]).timestamp() for name in names] or [0.0, now]
-        listed = [run for run in self.runs.values() if run.listed_at <= now and run.collection == collection]
-        found = [run for run in listed if bounds[0] <= run.created <= bounds[1]]
+        found = [run for run in self.runs.values() if run.listed_at <= now and run.collection == collection]
         found.sort(key=lambda run: run.created, reverse=True)
-        results = [self.told(run, listed=True) for run in found]
-        return httpx.Response(200, json={"previous": None, "next": None, "results": results})
+        start = int(request.url.params.get("cursor", "0"))
+        page = found[start : start + PAGE]
+        following = f"{URL}/{collection}?cursor={start + PAGE}" if len(found) > start + PAGE else None
+        results = [self.told(run, listed=True) for run in page]
+        return httpx.Response(200, json={"previous": None, "next": following, "results": results})
 
     # -- webhooks ---------------------------------------------------------------------------------------------
 
     def _tell(self, run: Run, event: str) -> None:
         if not run.body.get("webhook") or event not in run.body.get("webhook_events_filter", ()):
             return
-        body = json.dumps(self.told(run)).encode()
+        body = json.dumps(self._told_by_webhook(run)).encode()
         for delay in self._world.faults.of_webhook(event):
             self._world.scheduler.spawn(f"webhook {event}", lambda: self._deliver(run, event, body), delay)
+
+    def _told_by_webhook(self, run: Run) -> dict[str, Any]:
+        """What a webhook shows: as a GET does, whatever lists and GETs hide."""
+        told = self.told(run)
+        return {**told, "webhook": run.body["webhook"]} if "webhook in get" not in self.hides else told
 
     def _deliver(self, run: Run, event: str, body: bytes) -> None:
         """Sends one, and sends the last one again while it is not taken, for about a minute."""

@@ -16,8 +16,11 @@ from tests.simulation.upstream import TERMINAL, Run, file_bytes
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
-FOUND_SECONDS = 85
-"""Until then after its claim, a create that takes effect is found in Replicate's list; later only a webhook tells."""
+SUBMITTED_AGAIN = "submitted again"
+PAID_TWICE = "paid twice: listed later than the second reading"
+SECOND_RUNS_CANCELED = "second runs that were canceled"
+BEYOND = (SUBMITTED_AGAIN, PAID_TWICE, SECOND_RUNS_CANCELED)
+"""Figures of what evidence led to, right or wrong."""
 
 
 @dataclass
@@ -115,8 +118,11 @@ class Check:
         started: dict[str, int] = {}
         by_id: dict[str, int] = {}
         for run in self.world.upstream.runs.values():
+            if self.late(run):
+                continue
             started[run.prompt] = started.get(run.prompt, 0) + 1
-            by_id[str(run.our_id)] = by_id.get(str(run.our_id), 0) + 1
+            if run.our_id:
+                by_id[run.our_id] = by_id.get(run.our_id, 0) + 1
         for prompt, number in started.items():
             if number > wanted.get(prompt, 0):
                 self.world.violations.append(
@@ -125,6 +131,40 @@ class Check:
         for our_id, number in by_id.items():
             if number > 1:
                 self.world.violations.append(f"{our_id}: was started {number} times")
+
+    def late(self, run: Run) -> bool:
+        """Whether the list showed a run only after the second reading that led to another submission.
+
+        That is outside of what can be known. It is counted, and must not stay unnoticed.
+        """
+        return any(run.listed_at > at for at in self.world.evidence_at.get(run.our_id or "", ()) if run.sent_at < at)
+
+    def paid_twice(self) -> dict[str, int]:
+        """The requests with two runs that ran to their end, and those where a second one was canceled in time."""
+        ended: dict[str, int] = {}
+        runs: dict[str, int] = {}
+        for run in self.world.upstream.runs.values():
+            if run.our_id:
+                runs[run.our_id] = runs.get(run.our_id, 0) + 1
+                ended[run.our_id] = ended.get(run.our_id, 0) + (run.status in ("succeeded", "failed"))
+        counted = {
+            PAID_TWICE: sum(number > 1 for number in ended.values()),
+            SECOND_RUNS_CANCELED: sum(number > 1 and ended[our_id] < 2 for our_id, number in runs.items()),
+            SUBMITTED_AGAIN: sum(map(len, self.world.evidence_at.values())),
+        }
+        return {name: number for name, number in counted.items() if number}
+
+    def _named(self, item: dict[str, Any], runs: list[Run]) -> bool:
+        """Whether a prediction was left undecided until its deadline, and tells a person which runs may be it."""
+        waited = self.world.terminal_at[item["id"]] >= item["deadline"] + 300
+        return waited and all(run.id in item.get("error", "") for run in runs)
+
+    def _check_noticed(self, item: dict[str, Any], run: Run, bad: Callable[[str], None]) -> None:
+        """A second run is known as an orphan, if anything told of it while it was looked for."""
+        known = set(item.get("orphans", ())) | set(item.get("orphans_canceled", ()))
+        told = run.heard_at is not None or run.listed_at < item.get("bound_at", 0) + 290
+        if told and run.id not in known:
+            bad(f"its second run {run.id} was not noticed")
 
     def _check_item(self, prediction_id: str, item: dict[str, Any], runs: list[Run]) -> None:
         def bad(what: str) -> None:
@@ -142,12 +182,14 @@ class Check:
         bound = [run for run in runs if run.id == item.get("upstream_id")]
         if bound:
             self._check_end(item, bound[0], wanted, bad)
-        elif in_time:
+        elif in_time and not self._named(item, in_time):
             bad(f"is lost: {in_time[0].id} ended {in_time[0].status}, and it {item['status']}: {item.get('error')}")
         else:
             self._check_unstarted(item, wanted, bad)
         for run in runs:
             orphan = run.id != item.get("upstream_id")
+            if orphan:
+                self._check_noticed(item, run, bad)
             known = orphan and run.told_at and run.ended and run.id not in self.world.canceled
             if known and run.told_at and run.ended and run.ended > run.told_at + 300:
                 bad(f"its orphan {run.id} was left running")
@@ -159,7 +201,8 @@ class Check:
         ended_at = self.world.terminal_at[item["id"]]
         if run.heard_at is not None and run.heard_at < ended_at:
             return True
-        return run.created < ended_at and run.created < item.get("claimed", 0) + FOUND_SECONDS
+        found_until = (item.get("submit_over") or item.get("submit_until") or item.get("claimed", 0)) + 45
+        return run.created < ended_at and run.listed_at < min(found_until, ended_at - 5)
 
     def _check_unstarted(self, item: dict[str, Any], wanted: Wanted | None, bad: Callable[[str], None]) -> None:
         struck = {kind for kind in self.world.faults.struck if kind != "webhook"}

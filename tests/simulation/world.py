@@ -33,6 +33,7 @@ from tests.unit.template import ROOT
 
 API_URL = "https://api.example.com/v1"
 LIFETIME_SECONDS = 3600
+GRACE_SECONDS = 45
 END_SECONDS = 5 * 3600.0
 """By then everything has to be over: the deadline, the hour in which Replicate is asked on, and room."""
 
@@ -42,6 +43,8 @@ ENVIRONMENT_HERE = {
     **ENVIRONMENT,
     "DEFAULT_LIFETIME_SECONDS": str(LIFETIME_SECONDS),
     "TRAINING_LIFETIME_SECONDS": str(LIFETIME_SECONDS),
+    "SUBMIT_GRACE_SECONDS": str(GRACE_SECONDS),
+    "UNKNOWN_SUBMISSION": "resubmit",
     "QUEUE_SENDERS": "AROAALICE0000=alice,AROAMALLORY00=mallory",
     "POWERTOOLS_METRICS_DISABLED": "true",
     "POWERTOOLS_LOG_LEVEL": "CRITICAL",
@@ -101,6 +104,12 @@ class World:
         self.visible_at: dict[str, float] = {}
         self._copiers: dict[str, list[tuple[str, Process]]] = {}
         self._open: dict[str, int] = {}
+        self.bound_at: dict[str, float] = {}
+        self.evidenced: Callable[[str], None] = lambda _: None
+        """Called in the midst of a write that records evidence that Replicate accepted nothing."""
+        self.evidence_at: dict[str, list[int]] = {}
+        """When the second reading began after which a prediction was submitted again; 0 where there was none."""
+        self.released_at: dict[str, list[float]] = {}
         self._sweeps = 0
         self._expiring = False
         secret = {"current": SECRET, "previous": None, "rotated_at": "2025-01-01T00:00:00+00:00"}
@@ -281,6 +290,20 @@ class World:
                 scenario.ended(prediction_id)
         if before is None:
             return
+        if "upstream_id" in after and "upstream_id" not in before:
+            self.bound_at[prediction_id] = now
+        if after.get("evidence_at", {"N": "0"})["N"] != "0" and "evidence_at" not in before:
+            self.evidenced(prediction_id)
+        if "claimed" in before and int(after.get("unknown_creates", {"N": "0"})["N"]) > int(
+            before.get("unknown_creates", {"N": "0"})["N"]
+        ):
+            read_at = int(before.get("evidence_at", {"N": "0"})["N"])
+            done = before.get("submit_over") or before.get("submit_until") or {"N": "0"}
+            done_at = int(done["N"])
+            # What a reading before the grace says is no evidence, whatever the code takes it for.
+            known = max(read_at, done_at + GRACE_SECONDS) if read_at else 0
+            self.evidence_at.setdefault(prediction_id, []).append(known)
+            self.released_at.setdefault(prediction_id, []).append(now)
         if "upstream_id" in before and before["upstream_id"] != after.get("upstream_id"):
             self.violations.append(f"{prediction_id}: bound to another upstream id")
         if before["rank"]["N"] == "9":
@@ -378,12 +401,14 @@ class World:
 
     def _tick(self) -> None:
         now = self.scheduler.now
-        due = any(moment <= now for moment in self._open.values())
+        # What was submitted again is read once more, whether it is open or not.
+        again = [key for key in self.table.items if key[0] == "unknown" and key[1].startswith("again#")]
+        due = bool(again) or any(moment <= now for moment in self._open.values())
         if due or (self.faults.secret_is_unknown and self._sweeps == 0):
             self._sweeps += 1
             for delay in (0.0, 0.02) if self.faults.doubled_sweeps else (0.0,):
                 self.scheduler.spawn("schedule", lambda: self.invoke("sweep_predictions", {}), delay)
-        if self._open:
+        if self._open or again:
             self.scheduler.at(now + 60, self._tick)
         elif (following := self.scheduler.next_at) is not None:
             # With nothing to look at, as in the night, no minute is looked at.
@@ -432,6 +457,7 @@ class World:
             "executions": sum(len(machine.executions) for machine in machines),
             "states": sum(len(e.states) for machine in machines for e in machine.executions.values()),
             "virtual seconds": int(seconds),
+            **Check(self).paid_twice(),
             **{f"runs of {name}": number for name, number in self.functions.invocations.items()},
             **{f"faults: {kind}": number for kind, number in self.faults.struck.items()},
         }

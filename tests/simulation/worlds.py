@@ -6,6 +6,19 @@ from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonM
 from tests.simulation.jobs import Batches, Pipelines, Trainings
 from tests.simulation.notices import Events, Redelivery, TaskTokens, Webhooks
 from tests.simulation.scenario import Scenario
+from tests.simulation.unknown import (
+    CancelBetween,
+    Frozen,
+    HiddenDeployments,
+    HiddenInputs,
+    HiddenWebhooks,
+    LateCreates,
+    LateLists,
+    Outage,
+    StaleLists,
+    Strangers,
+    UnknownCreates,
+)
 
 WORLDS: dict[type[Scenario], float] = {
     Events: 0.06,
@@ -22,6 +35,17 @@ WORLDS: dict[type[Scenario], float] = {
     Overload: 0.004,
     TokenFlood: 0.006,
     OldKeys: 0.008,
+    UnknownCreates: 0.01,
+    HiddenWebhooks: 0.01,
+    HiddenInputs: 0.01,
+    HiddenDeployments: 0.01,
+    Strangers: 0.01,
+    LateLists: 0.01,
+    LateCreates: 0.01,
+    Frozen: 0.01,
+    Outage: 0.02,
+    StaleLists: 0.01,
+    CancelBetween: 0.01,
 }
 """The share of the schedules that have each of them."""
 
@@ -30,4 +54,6 @@ def worlds_of(seed: int) -> list[type[Scenario]]:
     """The worlds of a schedule: none in most of them, else mostly one."""
     rng = random.Random(f"worlds of {seed}")  # noqa: S311  # not for secrets
     chosen = [world for world, share in WORLDS.items() if rng.random() < share]
-    return [world for world in chosen if world.alone][:1] or chosen
+    # Two worlds of unknown creates would each judge what the other has made of them.
+    others = [world for world in chosen if issubclass(world, UnknownCreates)][1:]
+    return [world for world in chosen if world.alone][:1] or [world for world in chosen if world not in others]

@@ -22,7 +22,7 @@ T = TypeVar("T")
 QUICK = {
     "FirstPollSeconds": "5",
     "PollSeconds": "3",
-    "SubmitGraceSeconds": "3",
+    "SubmitGraceSeconds": "30",
     "LogLevel": "DEBUG",
     "CorsOrigin": "https://app.example.com",
 }

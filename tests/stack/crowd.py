@@ -28,14 +28,11 @@ OWNER = "crowd"
 CALLERS = 6
 """Callers at the same time: each more is a process of each function."""
 
-PARAMETERS = {"FirstPollSeconds": "3", "PollSeconds": "2", "SubmitGraceSeconds": "3"}
+PARAMETERS = {"FirstPollSeconds": "3", "PollSeconds": "2", "SubmitGraceSeconds": "30"}
 UNMOVED_SECONDS = 2.0
 """An item that nobody has moved for so long is due for the sweep: on AWS after a minute or two."""
-GIVEN_UP_SECONDS = 301
-"""After its deadline, what was submitted and is not known of has failed."""
-
 UNKNOWN_SECONDS = 12.0
-"""A submission whose outcome nobody knows for so long is past its deadline: on AWS after a day."""
+"""A submission whose outcome nobody knows for so long is past its grace: on AWS after `SubmitGraceSeconds`."""
 LEASE_SECONDS = 8.0
 """Whoever has had the lease on copying for so long is dead: on AWS after 17 minutes."""
 WAIT_SCALE = 0.2
@@ -219,8 +216,13 @@ class Crowd:
             if item["next_check_at"] > now and self._unmoved_seconds(item, "next_check_at", now) > UNMOVED_SECONDS:
                 moved["next_check_at"] = 1
             unknown = "claimed" in item and "upstream_id" not in item and item["rank"] < 9
-            if unknown and now - item["claimed"] > UNKNOWN_SECONDS and item["deadline"] > now - GIVEN_UP_SECONDS:
-                moved["deadline"] = int(now) - GIVEN_UP_SECONDS
+            if (
+                unknown
+                and now - item["claimed"] > UNKNOWN_SECONDS
+                and item.get("submit_over", now) > item["claimed"] - 60
+            ):
+                # The list here is never late: the grace is over.
+                moved["submit_over"] = item["claimed"] - 60
             if item.get("copy_until", 0) > now and self._unmoved_seconds(item, "copy_until", now) > LEASE_SECONDS:
                 moved["copy_until"] = 1
             if moved:

@@ -20,6 +20,7 @@ from predictions.webhooks import sign
 
 from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud
 from local.replicate.process import LocalReplicate
+from tests.reliability import Recorded
 
 Api = Callable[..., httpx.Client]
 WaitUntil = Callable[..., Any]
@@ -364,8 +365,48 @@ class TestSubmission:
         replicate.fault("webhook_lost", times=None)
         body = {"version": "local/sleeper", "input": {"seconds": 0.125}}
         created = create(stack.alice, body)
-        assert stack.ended(created["id"], 40)["status"] == "succeeded"
+        # Neither the list nor a GET shows webhooks here: its likeness tells, after the grace.
+        assert stack.ended(created["id"], 90)["status"] == "succeeded"
         assert len(replicate.creates(created["id"])) == 1
+
+    def test_create_that_was_answered_5xx_and_not_accepted_is_submitted_again(
+        self, stack: Stack, replicate: LocalReplicate
+    ) -> None:
+        replicate.fault("create_refused", status=502)
+        created = create(stack.alice, {"version": "local/sleeper", "input": {"seconds": 0.25}})
+        assert created["status"] == "starting"
+        assert stack.ended(created["id"], 120)["status"] == "succeeded"
+        assert [c["status"] for c in replicate.creates(created["id"])] == [502, 201]
+
+    def test_third_of_the_creates_failing_in_each_way_costs_a_minute_and_no_second_run(
+        self, stack: Stack, replicate: LocalReplicate, record_property: Recorded
+    ) -> None:
+        nothing_made = ["create_refused", "create_reset", "create_silence"]
+        ways = [
+            *nothing_made,
+            "create_accepted_then_error",
+            "create_accepted_then_reset",
+            "create_accepted_then_silence",
+        ]
+        number, began, created = 18, {}, []
+        for n in range(number):
+            if n % 3 == 0:
+                replicate.fault(ways[n // 3])
+            asked_at = time.monotonic()
+            started = create(stack.alice, {"version": "local/sleeper", "input": {"seconds": 0.3 + n / 1000}})
+            began[started["id"]] = asked_at
+            created.append(started["id"])
+        seconds = []
+        for prediction_id in created:
+            assert stack.ended(prediction_id, 240)["status"] == "succeeded"
+            seconds.append(time.monotonic() - began[prediction_id])
+        p95 = sorted(seconds)[int(number * 0.95)]
+        assert p95 < 240
+        record_property("creates without a clear answer", len(ways))
+        record_property("seconds until 95 of 100 had ended", round(p95))
+        creates = [len(replicate.creates(prediction_id)) for prediction_id in created]
+        # Those of which nothing was made were sent again, and no other.
+        assert creates == [2 if n % 3 == 0 and n // 3 < len(nothing_made) else 1 for n in range(number)]
 
     def test_webhook_before_the_create_answer_is_kept(self, stack: Stack, replicate: LocalReplicate) -> None:
         replicate.fault("create_answer_late", seconds=20, until_webhook=True)

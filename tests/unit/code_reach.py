@@ -1,4 +1,4 @@
-"""What a function's code can reach, read from the source: its variables, its AWS calls, the statuses of its problems.
+"""What a function's code can reach, read from the source: variables, AWS calls, statuses of its problems, methods.
 
 A call is followed into the method of its object's class where that is written down (`self`, an annotation, `Class(…)`,
 `Class.from_env()`), else into every method of that name in the modules that the handler imports. So a name that two
@@ -38,6 +38,7 @@ _PREFIXES = {
     "cloudformation": "cloudformation",
     "dynamodb": "dynamodb",
     "events": "events",
+    "lambda": "lambda",
     "scheduler": "scheduler",
     "stepfunctions": "states",
     "secretsmanager": "secretsmanager",
@@ -57,6 +58,7 @@ class Reach:
     variables: set[str] = field(default_factory=set)
     actions: set[str] = field(default_factory=set)
     statuses: set[int] = field(default_factory=set)
+    methods: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def reach(folder: str) -> Reach:
         if id(code.node) in seen:
             continue
         seen.add(id(code.node))
+        if isinstance(code.node, ast.FunctionDef):
+            found.methods.add(f"{code.types.get('self', '')}.{code.node.name}".lstrip("."))
         called = {id(part.func) for part in ast.walk(code.node) if isinstance(part, ast.Call)}
         for part in ast.walk(code.node):
             _note(part, found)
@@ -240,7 +244,10 @@ def _note_call(client: ast.expr, call: str, found: Reach) -> None:
     service = _PREFIXES.get(name.lstrip("_"))
     if service is None or call in ("get_paginator", "exceptions"):
         return
-    if service == "s3":
+    if service == "lambda":
+        assert call == "invoke"
+        found.actions.add("lambda:InvokeFunction")
+    elif service == "s3":
         found.actions.add(_S3_ACTIONS[call])
     else:
         if call == "create_schedule":

@@ -19,6 +19,7 @@ from predictions.recipes import RecipeItems
 from predictions.schemas import ModelSchemas
 from predictions.submissions import Submissions, Timing
 from predictions.table import PredictionsTable
+from predictions.unknown_submissions import UnknownSubmissions
 from predictions.upstream import Replicate, Token
 
 from tests.unit.fakes import API_URL, Clock, Executed, ReplicateInMemory, Wakes
@@ -43,6 +44,7 @@ ENVIRONMENT = {
     "REPLICATE_API_URL": ReplicateInMemory.URL,
     "REPLICATE_TOKEN_SECRET_ARN": "replicate-token",
     "SIGNING_SECRET_ARN": "signing-secret",
+    "POLL_PREDICTION_FUNCTION_NAME": "poll-prediction",
     "WEBHOOK_MASTER_SECRET_ARN": "webhook-master",
     "LINK_SECRET_ARN": "link-secret",
     "SOURCE_BUCKET_NAME": "source",
@@ -68,6 +70,7 @@ ENVIRONMENT = {
     "TRAINING_LIFETIME_SECONDS": "604800",
     "SUBMIT_GRACE_SECONDS": "90",
     "UNKNOWN_SUBMISSION": "fail",
+    "MAX_UNKNOWN_CREATES": "5",
     "VALIDATE_INPUT": "true",
     "CREATES_PER_MINUTE": "600",
     "MAX_START_DELAY_SECONDS": "300",
@@ -195,24 +198,30 @@ def make_submissions(
     clock: Clock,
     *,
     timing: Timing | None = None,
+    upstream: Replicate | None = None,
     **options: Any,
 ) -> Submissions:
     """The protocol with other options; `schemas=None` checks no input."""
-    upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
+    upstream = upstream or Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
     dynamodb = aws.client("dynamodb")
+    timing = timing or TIMING
     options = {
         "schemas": ModelSchemas(table, upstream, now=clock.now),
         "limiter": Limiter("predictions", dynamodb, now=clock.now),
         "usage": OwnersUsage("predictions", dynamodb, now=clock.now),
+        "unknown": UnknownSubmissions(
+            table, upstream, "predictions", dynamodb, grace=timing.grace, first_poll=timing.first_poll,
+            now=clock.now, sleep=clock.sleep,
+        ),
+        "sleep": clock.sleep,
         **options,
-    }
+    }  # fmt: skip
     return Submissions(
         table,
         upstream,
         Executions(executed.machine_arn, aws.client("stepfunctions")),
-        timing or TIMING,
+        timing,
         now=clock.now,
-        sleep=clock.sleep,
         **options,
     )
 

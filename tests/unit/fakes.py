@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from email.utils import format_datetime
 from enum import StrEnum
 from types import TracebackType
 from typing import Any
@@ -100,6 +101,9 @@ class ReplicateInMemory:
         self.faults: list[Answer] = []
         self.read_faults: list[Answer] = []
         self.files: dict[str, Callable[[], httpx.Response]] = {}
+        # Where the webhook of a create is shown: in the `list`, by `get`.
+        self.shows_webhook: set[str] = set()
+        self.webhooks: dict[str, str] = {}
         self.others: dict[tuple[str, str], Callable[[], httpx.Response]] = {}
         self.models: dict[str, dict[str, Any]] = {
             "meta/llama": {"is_official": True, "latest_version": None},
@@ -162,6 +166,8 @@ class ReplicateInMemory:
             **told,
         }
         self.predictions[prediction_id] = prediction
+        if "webhook" in body:
+            self.webhooks[prediction_id] = body["webhook"]
         return prediction
 
     def finish(self, prediction_id: str, status: str = "succeeded", **told: Any) -> dict[str, Any]:
@@ -178,6 +184,13 @@ class ReplicateInMemory:
         return datetime.fromtimestamp(self._clock.now(), UTC).isoformat().replace("+00:00", "Z")
 
     def _answer(self, request: httpx.Request) -> httpx.Response:
+        answered = self._answer_of(request)
+        answered.headers.setdefault(
+            "date", format_datetime(datetime.fromtimestamp(self._clock.now(), UTC), usegmt=True)
+        )
+        return answered
+
+    def _answer_of(self, request: httpx.Request) -> httpx.Response:
         request.read()
         self.asked.append(request)
         if request.url.host != "api.replicate.com":
@@ -203,7 +216,7 @@ class ReplicateInMemory:
         of_it = [p for p in self.predictions.values() if ("destination" in p) == (collection == "trainings")]
         if path == f"/{collection}" and collection in ("predictions", "trainings"):
             newest_first = sorted(of_it, key=lambda p: str(p["created_at"]), reverse=True)
-            listed = [{k: v for k, v in p.items() if k != "webhook"} for p in newest_first]
+            listed = [self._with_webhook({k: v for k, v in p.items() if k != "webhook"}, "list") for p in newest_first]
             return httpx.Response(200, json={"previous": None, "next": None, "results": listed})
         if path == "/webhooks/default/secret":
             return httpx.Response(200, json={"key": self.SECRET})
@@ -219,7 +232,11 @@ class ReplicateInMemory:
         if path.endswith("/cancel") and prediction["status"] in ("starting", "processing"):
             prediction["status"] = "canceled"
             prediction["completed_at"] = self.timestamp()
-        return httpx.Response(200, json=prediction)
+        return httpx.Response(200, json=self._with_webhook(prediction, "get"))
+
+    def _with_webhook(self, prediction: dict[str, Any], where: str) -> dict[str, Any]:
+        webhook = self.webhooks.get(prediction["id"]) if where in self.shows_webhook else None
+        return {**prediction, "webhook": webhook} if webhook and "webhook" not in prediction else prediction
 
 
 def answer(status: int, body: Any = None, headers: dict[str, str] | None = None) -> Answer:

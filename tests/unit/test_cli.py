@@ -13,7 +13,7 @@ from predictions.__main__ import _COMMANDS, _Group, main, parser
 from predictions.access import AccessTokens
 from predictions.commands.letters import QUEUES
 from predictions.commands.stack import Stack, _Bucket
-from predictions.commands.story import waits_for
+from predictions.commands.story import _of_submissions, waits_for
 from predictions.dead_letters import DeadLetterQueue
 from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequests
 from predictions.limiter import Limiter
@@ -1128,3 +1128,30 @@ def test_every_command_is_shown_on_some_page() -> None:
     whole = "".join(page.read_text() for page in SHOWING)
     for command in COMMANDS:
         assert " ".join(command) in whole, command
+
+
+def test_submissions_and_readings_are_told_in_plain_words() -> None:
+    readings = [
+        {"at": 110, "pages": 1, "entries": 2, "undecided": ["x", "y"], "number": 12},
+        {"at": 120, "pages": 0, "entries": 0, "why_not": "a page was answered 500"},
+        {"at": 130, "pages": 2, "entries": 150},
+    ]
+    submissions = [{"at": 100, "outcome": "answered 502"}]
+    waits = prediction(
+        submissions_json=json.dumps(submissions),
+        readings_json=json.dumps(readings),
+        evidence_at=140,
+        bound_at=150,
+        unknown_creates=1,
+    )
+    said = [each.what for each in _of_submissions(waits)]
+    assert said == [
+        "submitted, without a clear answer: answered 502",
+        "read Replicate's list: 1 pages, 2 predictions; nothing tells whose these are: x, y and 10 more",
+        "read Replicate's list: 0 pages, 0 predictions; this is no evidence, since a page was answered 500",
+        "read Replicate's list: 2 pages, 150 predictions; none of them is this one",
+        "evidence: two complete readings do not show it",
+        "bound, after 1 submissions that had started nothing",
+    ]
+    undecided = prediction(claimed=1, readings_json=json.dumps(readings[:1]))
+    assert "x, y" in str(waits_for(undecided, "RUNNING", now=100))

@@ -45,7 +45,7 @@ from tests.unit.fakes import (
     refusing,
     served,
 )
-from tests.unit.test_submissions import current, hold_token, waiting, wanted
+from tests.unit.test_submissions import current, hold_token, look, waiting, wanted
 from tests.unit.test_table import FILE, put, raw_items, told
 
 # -- repeated writes ------------------------------------------------------------------------------------------
@@ -82,7 +82,8 @@ Write = Callable[[PredictionsTable, Prediction, float], Any]
 WRITES: dict[str, tuple[Callable[[PredictionsTable, Clock], Prediction], Write]] = {
     "claim": (lambda t, c: put(t, c, claim=False), lambda t, p, now: t.claim(p.id, "v1", now)),
     "release": (put, lambda t, p, now: t.release(p, now, 30)),
-    "resubmit": (put, lambda t, p, now: t.resubmit(p, int(now) + 600, now)),
+    "release_absent": (put, lambda t, p, now: t.release_absent(p, now, 5, 1)),
+    "note_unknown": (put, lambda t, p, now: t.note_unknown(p, {"submit_over": int(now)})),
     "merge that binds": (put, lambda t, p, now: t.merge(p.id, told("starting"), now)),
     "merge of progress": (bound, lambda t, p, now: t.merge(p.id, told("processing", output=["a"], logs="1"), now)),
     "merge of large progress": (bound, lambda t, p, now: t.merge(p.id, told("processing", logs="1" * 200_000), now)),
@@ -144,6 +145,14 @@ def test_writes_that_give_a_right_give_it_though_their_first_answer_was_lost(
 # -- the world around one prediction --------------------------------------------------------------------------
 
 
+def forget(*pks: str) -> None:
+    """Remove the items with these keys."""
+    dynamodb = aws.client("dynamodb")
+    for item in dynamodb.scan(TableName="predictions")["Items"]:
+        if item["pk"]["S"] in pks:
+            dynamodb.delete_item(TableName="predictions", Key={"pk": item["pk"], "sk": item["sk"]})
+
+
 class World:
     """Everything that goes on around one prediction when nobody interferes any more."""
 
@@ -171,6 +180,7 @@ class World:
         """A function that was never warm, and a Replicate that knows of nothing."""
         self.begun += 1
         self.clock.advance(7200)
+        forget("unknown", "readings")  # of the world before
         self.submissions = make_submissions(self.table, self.replicate, self.executed, self.clock)
         self.replicate.predictions.clear()
         self.replicate.asked.clear()
@@ -690,8 +700,8 @@ def test_same_request_twice_with_both_answers_lost_never_binds_one_upstream_pred
 
     answered: Any = lag  # the stubs do not know that a handler may answer in AWS's place
     aws.client("dynamodb").meta.events.register_first("before-call.dynamodb.Query", answered)
-    submissions.poll(first.id)
-    submissions.poll(second.id)
+    look(submissions, first.id)
+    look(submissions, second.id)
     ids = [current(table, p.id).upstream_id for p in (first, second)]
     assert sorted(ids, key=str) == sorted([*replicate.predictions, None], key=str)
 
@@ -715,10 +725,12 @@ def test_longest_prediction_submitted_twice_ends_before_the_shortest_retention(
     submissions = make_submissions(table, replicate, executed, clock, resubmit=True, timing=timing)
     replicate.faults = [answer(500)]
     prediction = submissions.start(wanted(lifetime=str(LIFETIME_LIMIT_SECONDS)))
-    clock.advance(LIFETIME_LIMIT_SECONDS + 3600)
-    submissions.poll(prediction.id)
+    for _ in range(3):
+        clock.advance(100)
+        look(submissions, prediction.id)
     assert len(replicate.creates) == 2
     again = current(table, prediction.id)
+    assert again.deadline == prediction.deadline
     assert again.expires_at > again.deadline + 2 * 3600
 
 

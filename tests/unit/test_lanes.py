@@ -23,6 +23,7 @@ from predictions.observability import logger, metrics
 from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
+from predictions.unknown_submissions import UnknownSubmissions
 from predictions.upstream import Replicate, Token
 
 from tests.reliability import Recorded
@@ -90,6 +91,9 @@ class Stack:
                 TIMING,
                 limiter=Limiter("predictions", dynamodb, creates_per_minute=self.rate, now=self.clock.now),
                 usage=OwnersUsage("predictions", dynamodb, now=self.clock.now),
+                unknown=UnknownSubmissions(
+                    self.predictions, upstream, "predictions", dynamodb, grace=90, first_poll=60, now=self.clock.now
+                ),
                 now=self.clock.now,
             )
             for _ in range(4)

@@ -757,6 +757,17 @@ def test_lost_answer_leaves_a_prediction_behind(replicate: LocalReplicate, api: 
     assert until(lambda: status_of(api, {"id": request["prediction"]}) == "succeeded")
 
 
+@pytest.mark.parametrize("name", ["create_reset", "create_silence"])
+def test_lost_create_leaves_nothing_behind(replicate: LocalReplicate, api: httpx.Client, name: str) -> None:
+    before = len(replicate.record()["predictions"])
+    replicate.fault(name)
+    with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError, httpx.ReadTimeout)) as caught:
+        api.post("/predictions", json={"version": version["blob"], "input": {}}, timeout=0.5)
+    assert isinstance(caught.value, httpx.ReadTimeout) == (name == "create_silence")
+    assert len(replicate.record()["predictions"]) == before
+    assert create(api).status_code == 201
+
+
 def test_answer_can_come_after_the_webhook(replicate: LocalReplicate, api: httpx.Client, receiver: Receiver) -> None:
     replicate.fault("create_answer_late", until_webhook=True)
     body = {"version": version["blob"], "input": {}, "webhook": receiver.url}

@@ -4,6 +4,9 @@ import json
 from typing import Any
 
 import pytest
+from predictions import aws
+from predictions.observability import metrics
+from predictions.orphan_polls import OrphanPolls
 from predictions.receipts import Receipt, receive
 from predictions.table import PredictionsTable
 
@@ -100,3 +103,64 @@ def test_output_that_json_does_not_have_becomes_null(table: PredictionsTable, cl
     whole = table.read(prediction.id)
     assert whole is not None
     assert whole.output == [None, None, None, 1]
+
+
+class TestOrphans:
+    @pytest.fixture
+    def invoked(self, cloud: None) -> list[dict[str, Any]]:
+        """The asynchronous invocations that were made; Lambda refuses all but the first."""
+        made: list[dict[str, Any]] = []
+
+        def answer(params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]]:
+            made.append({"path": params["url_path"], "how": params["headers"].get("X-Amz-Invocation-Type"),
+                         "event": json.loads(params["body"])})  # fmt: skip
+            if len(made) > 1:
+                return type("Http", (), {"status_code": 429})(), {"Error": {"Code": "TooManyRequestsException"}}
+            return type("Http", (), {"status_code": 202})(), {"StatusCode": 202}
+
+        answered: Any = answer  # the stubs do not know that a handler may answer in AWS's place
+        client: Any = aws.client("lambda")
+        client.meta.events.register_first("before-call.lambda.Invoke", answered)
+        return made
+
+    @pytest.mark.parametrize("status", ["processing", "succeeded"])
+    def test_orphan_is_recorded_and_a_poll_asked_for_at_once(
+        self, table: PredictionsTable, clock: Clock, invoked: list[dict[str, Any]], status: str
+    ) -> None:
+        prediction = put(table, clock)
+        receive(table, prediction.id, body("processing"), clock.now())
+        polls = OrphanPolls("poll", aws.client("lambda"))
+        assert receive(table, prediction.id, body(status, "v" * 26), clock.now(), polls) is Receipt.ORPHAN
+        orphaned = table.get(prediction.id)
+        assert orphaned is not None
+        assert orphaned.orphans == {"v" * 26}
+        assert invoked == [
+            {"path": "/2015-03-31/functions/poll/invocations", "how": "Event", "event": {"id": prediction.id}}
+        ]
+
+    def test_poll_that_cannot_be_asked_for_is_left_to_the_sweep(
+        self, table: PredictionsTable, clock: Clock, invoked: list[dict[str, Any]]
+    ) -> None:
+        prediction = put(table, clock)
+        receive(table, prediction.id, body("processing"), clock.now())
+        polls = OrphanPolls("poll", aws.client("lambda"))
+        for _ in range(2):
+            assert receive(table, prediction.id, body("processing", "v" * 26), clock.now(), polls) is Receipt.ORPHAN
+        assert f"prediction#{prediction.id}" in list(table.due(clock.now(), 10))
+
+    def test_orphan_that_is_canceled_already_asks_for_no_poll_and_counts_where_it_was_paid(
+        self, table: PredictionsTable, clock: Clock, invoked: list[dict[str, Any]]
+    ) -> None:
+        prediction = put(table, clock)
+        receive(table, prediction.id, body("processing"), clock.now())
+        receive(table, prediction.id, body("processing", "v" * 26), clock.now())
+        orphaned = table.get(prediction.id)
+        assert orphaned is not None
+        table.orphan_canceled(orphaned, "v" * 26)
+        polls = OrphanPolls("poll", aws.client("lambda"))
+        metrics.clear_metrics()
+        receive(table, prediction.id, body("canceled", "v" * 26), clock.now(), polls)
+        assert "PaidTwice" not in metrics.provider.metric_set
+        receive(table, prediction.id, body("succeeded", "v" * 26), clock.now(), polls)
+        assert "PaidTwice" in metrics.provider.metric_set
+        assert invoked == []

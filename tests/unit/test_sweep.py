@@ -329,9 +329,10 @@ class TestTooLarge:
         replicate.faults = [lost]
         prediction = start(submissions)
         [ours] = replicate.predictions.values()
-        page = json.dumps({"next": None, "results": [{**ours, "id": "large", "output": "HERE"}, ours]})
+        theirs = {**ours, "id": "large", "webhook": "https://example.com/theirs", "output": "HERE"}
+        page = json.dumps({"next": None, "results": [theirs, ours]})
         content = page.replace('"HERE"', "[" + "[]," * 4_000_000 + "[]]").encode()
-        replicate.read_faults = [lambda *_: httpx.Response(200, content=content), answer(404)]
+        replicate.read_faults = [lambda *_: httpx.Response(200, content=content)]
         clock.advance(100)
         submissions.poll(prediction.id)
         assert current(table, prediction.id).upstream_id == ours["id"]

@@ -28,7 +28,7 @@ from tests.unit.fakes import (
     answer,
     served,
 )
-from tests.unit.test_submissions import current, wanted
+from tests.unit.test_submissions import current, look, wanted
 
 WEIGHTS = "https://replicate.delivery/pbxt/abc/trained_model.tar"
 BODY: dict[str, Any] = {"destination": "acme/fox", "input": {"input_images": "https://example.com/foxes.zip"}}
@@ -196,7 +196,7 @@ def test_prediction_that_looks_the_same_is_not_taken_for_a_training(
     for upstream in replicate.predictions.values():
         del upstream["destination"]  # as if it were a prediction
     clock.advance(91)
-    submissions.poll(started.id)
+    look(submissions, started.id)
     assert current(table, started.id).upstream_id is None
 
 
@@ -217,9 +217,12 @@ def test_policy_resubmit_does_not_submit_a_training_again(
     submissions = make_submissions(table, replicate, executed, clock, resubmit=True)
     started = lost(submissions, replicate)
     replicate.predictions.clear()
-    clock.advance(WEEK + 301)
-    submissions.poll(started.id)
-    assert current(table, started.id).visible == "failed"
+    for _ in range(3):
+        clock.advance(100)
+        look(submissions, started.id)
+    ended = current(table, started.id)
+    assert ended.visible == "failed"
+    assert "nothing was started" in (ended.error or "")
     assert len(replicate.creates) == 1
 
 

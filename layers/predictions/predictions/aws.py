@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mypy_boto3_cloudformation import CloudFormationClient
     from mypy_boto3_dynamodb import DynamoDBClient
     from mypy_boto3_events import EventBridgeClient
+    from mypy_boto3_lambda import LambdaClient
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_scheduler import EventBridgeSchedulerClient
     from mypy_boto3_secretsmanager import SecretsManagerClient
@@ -41,6 +42,8 @@ _S3_CONFIG = _CONFIG.merge(Config(signature_version="s3v4", max_pool_connections
 def client(name: Literal["dynamodb"]) -> "DynamoDBClient": ...
 @overload
 def client(name: Literal["events"]) -> "EventBridgeClient": ...
+@overload
+def client(name: Literal["lambda"]) -> "LambdaClient": ...
 @overload
 def client(name: Literal["s3"]) -> "S3Client": ...
 @overload

@@ -200,7 +200,7 @@ def _distinct_keys(body: bytes) -> int:
     keys: set[bytes] = set()
     match: re.Match[bytes]
     for match in _STRING_AND_COLON.finditer(body):
-        if match.start(2) >= 0:
+        if match.span(2)[0] >= 0:
             keys.add(match[1])
             if len(keys) > _DISTINCT_KEYS_LIMIT:
                 return len(body)

@@ -4,6 +4,8 @@ from enum import StrEnum
 
 from predictions.executions import wake
 from predictions.observability import MetricUnit, count_ended, logger, metrics
+from predictions.orphan_polls import OrphanPolls
+from predictions.statuses import Status
 from predictions.table import Change, PredictionsTable
 from predictions.upstream_prediction import UnreadablePrediction, UpstreamPrediction
 
@@ -17,7 +19,9 @@ class Receipt(StrEnum):
     ORPHAN = "orphan"
 
 
-def receive(table: PredictionsTable, prediction_id: str, body: bytes, now: float) -> Receipt:
+def receive(
+    table: PredictionsTable, prediction_id: str, body: bytes, now: float, polls: OrphanPolls | None = None
+) -> Receipt:
     """Takes in one webhook whose signature is verified.
 
     Twice, late or out of order: the table's merge rule refuses it, and the token of an ended prediction is sent
@@ -28,6 +32,7 @@ def receive(table: PredictionsTable, prediction_id: str, body: bytes, now: float
         prediction_id: Our id, from the webhook's path.
         body: The raw body.
         now: The time.
+        polls: Has an orphan canceled at once; None leaves it to the sweep.
     """
     logger.set_correlation_id(prediction_id)
     try:
@@ -46,6 +51,12 @@ def receive(table: PredictionsTable, prediction_id: str, body: bytes, now: float
     if merge.change is Change.ORPHAN:
         logger.warning("orphan: a second prediction of the same request", upstream_id=told.id)
         metrics.add_metric(name="Orphans", unit=MetricUnit.Count, value=1)
+        if told.id in merge.prediction.orphans:
+            if polls is not None:
+                polls.ask(prediction_id)
+        elif told.status in (Status.SUCCEEDED, Status.FAILED):
+            # It ended before its cancel reached it.
+            metrics.add_metric(name="PaidTwice", unit=MetricUnit.Count, value=1)
         return Receipt.ORPHAN
     if merge.change is Change.ENDED and not merge.prediction.awaits_copy:
         count_ended(merge.prediction.visible, now - merge.prediction.created)

@@ -12,8 +12,9 @@ A training is a prediction to it: another path at Replicate, a `destination`, an
 Each step may happen twice, late or never, and its function may die after any line. So each begins by reading what is
 there, writes on condition, and leaves `next_check_at` in the item: when that passes, the sweep looks.
 
-The one rule that everything else serves: after a POST whose outcome is unknown there is no second POST. A webhook
-binds the prediction it started, or `poll` finds it among what Replicate lists, or it is given up after its deadline.
+The one rule that everything else serves: after a POST whose outcome is unknown there is no second POST without
+evidence that the first one started nothing. A webhook binds the prediction it started, or Replicate's list shows it; or
+two complete readings of that list do not (see `predictions.unknown_submissions`), and it is submitted again.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -39,13 +40,13 @@ from predictions.outputs import StoredFile
 from predictions.schemas import ModelSchemas
 from predictions.statuses import TERMINAL_RANK, Status, rank_of
 from predictions.table import AlreadyExists, Change, Prediction, PredictionsTable, Waits
+from predictions.unknown_submissions import RESUBMIT_WAITS, UnknownSubmissions, target_of, undecided_ids, webhook_of
 from predictions.upstream import (
     NotAccepted,
     NotFound,
     OutcomeUnknown,
     Refused,
     Replicate,
-    Target,
     Throttled,
     Unauthorized,
     Unavailable,
@@ -53,6 +54,7 @@ from predictions.upstream import (
 from predictions.upstream_prediction import UpstreamPrediction
 
 if TYPE_CHECKING:
+    from predictions.create_window import SendWindow
     from predictions.input_schema import InputSchema
 
 # A prediction whose submission nobody can account for is given up this long after Replicate must have ended it.
@@ -72,8 +74,10 @@ _STALLED_LOOKS = 3
 
 # Replicate's clock and ours may differ by this much.
 _CLOCK_SKEW_SECONDS = 30
-# No function that submits lives longer than this after its claim.
-_SUBMITTER_SECONDS = 60
+# Claims without `submit_until` are of a release whose functions acted on a claim for this long at most.
+_PREVIOUS_RELEASE_SECONDS = 60
+# A sweep stops this long before its function ends, and looks again at what it cannot finish after as much.
+_SWEEP_STEP_SECONDS = 60
 
 _NO_CONNECTION_WAIT_SECONDS = 10
 _UNAUTHORIZED_WAIT_SECONDS = 300
@@ -158,8 +162,10 @@ class Submissions:
         timing: The operator's choices.
         limiter: When a create may start.
         usage: What owners use of their limits.
+        unknown: Finds out what became of creates without a clear answer.
         schemas: Finds the schemas by which inputs are checked; None: they are not.
-        resubmit: Whether a submission of unknown outcome is made anew, once, after its deadline has passed.
+        resubmit: Whether a prediction is submitted again once there is evidence that Replicate accepted nothing.
+        max_unknown_creates: After how many creates of unknown outcome a prediction fails.
         now: The time, in seconds since 1970.
         sleep: Waits that many seconds.
     """
@@ -173,8 +179,10 @@ class Submissions:
         *,
         limiter: Limiter,
         usage: OwnersUsage,
+        unknown: UnknownSubmissions,
         schemas: ModelSchemas | None = None,
         resubmit: bool = False,
+        max_unknown_creates: int = 5,
         now: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -184,8 +192,10 @@ class Submissions:
         self._timing = timing
         self._limiter = limiter
         self._usage = usage
+        self._unknown = unknown
         self._schemas = schemas
         self._resubmit = resubmit
+        self._max_unknown_creates = max_unknown_creates
         self._now = now
         self._sleep = sleep
         self._models: dict[str, tuple[float, _Model]] = {}
@@ -202,8 +212,10 @@ class Submissions:
             Timing.from_env(),
             limiter=Limiter.from_env(),
             usage=OwnersUsage.from_env(),
+            unknown=UnknownSubmissions.from_env(table, replicate),
             schemas=ModelSchemas(table, replicate) if os.environ["VALIDATE_INPUT"] == "true" else None,
             resubmit=os.environ["UNKNOWN_SUBMISSION"] == "resubmit",
+            max_unknown_creates=int(os.environ["MAX_UNKNOWN_CREATES"]),
         )
 
     # -- start ------------------------------------------------------------------------------------------------
@@ -297,9 +309,10 @@ class Submissions:
                 expires=int(now) + self._timing.retention,
                 claim=submit_at is None,
                 execution_arn=self._executions.arn(intent.id, 1),
-                now=now,
+                now=self._now(),
                 submit_at=submit_at,
                 waits=waits,
+                wait_seconds=max(0, math.ceil(wait_seconds)),
             )
         except AlreadyExists as error:
             self._return("http", intent.owner, waits)
@@ -335,7 +348,7 @@ class Submissions:
     def _submit_for_caller(
         self, prediction: Prediction, input_json: str, wait_until: float, rate_limit: dict[str, str] | None
     ) -> Prediction:
-        submit_later = False
+        submit = False
         try:
             prediction = self._submit(prediction, input_json, wait_until, rate_limit)
         except Refused as error:
@@ -359,23 +372,24 @@ class Submissions:
             raise _problem_of(refusal) from None
         except NotAccepted as error:
             prediction, _ = self._give_back(prediction, error)
-            submit_later = not prediction.terminal
+            submit = not prediction.terminal
         except OutcomeUnknown as error:
-            logger.warning("submitted with unknown outcome", reason=str(error))
+            self._note_unknown(prediction, error)
+            submit = True  # its execution looks for it, and submits it again if it is not there
         except (ClientError, BotoCoreError):
             # Replicate has it: whatever failed on our side, the caller must not be told to try again. The claim keeps
             # anybody from submitting it twice, and webhook or poll bind it.
             logger.exception("submitted, but not bound")
         if prediction.terminal and not prediction.awaits_copy:
             return prediction  # there is nothing left to follow
-        return self._track_for_caller(prediction, submit=submit_later)
+        return self._track_for_caller(prediction, submit=submit)
 
     def _track_for_caller(self, prediction: Prediction, *, submit: bool) -> Prediction:
         try:
             self._track(prediction, submit=submit)
         except (ClientError, BotoCoreError):
             logger.exception("not tracked yet")
-            if submit and not prediction.keyed:
+            if submit and not prediction.keyed and not prediction.claimed:
                 # Nobody would submit it. Ended first, so that an execution that did start submits nothing.
                 try:
                     prediction = self._end(prediction, Status.FAILED, "The state machine could not be reached.")
@@ -421,13 +435,17 @@ class Submissions:
     # -- submit -----------------------------------------------------------------------------------------------
 
     def submit(self, prediction_id: str) -> None:
-        """Submits a prediction that nobody has claimed; anything else is left alone.
+        """Submits a prediction that nobody has claimed, and looks for one whose submission has an unknown outcome.
 
         Raises:
-            PredictionThrottled: Not now; nothing was started.
+            PredictionThrottled: Not now; nothing was started by this call.
         """
         prediction = self.table.get(prediction_id)
-        if prediction is None or prediction.terminal or prediction.claimed or prediction.upstream_id:
+        if prediction is None or prediction.terminal or prediction.upstream_id:
+            return
+        if prediction.claimed:
+            if prediction.submit_until:  # older code's are left to the polls
+                self._look_for(prediction)
             return
         now = self._now()
         if prediction.cancel_requested or _unwanted(prediction):
@@ -445,6 +463,9 @@ class Submissions:
             raise self._put_off_until(prediction, prediction.submit_at, prediction.turn_ms)
         if pause := self._limiter.pause_now():
             raise PredictionThrottled(self._within_lifetime(prediction, pause.remaining(now, _PAUSE_STEP_SECONDS)))
+        if prediction.unknown_creates and (stopped := self._unknown.stopped_seconds()):
+            # Evidence has proved wrong since its claim was released.
+            raise PredictionThrottled(self._within_lifetime(prediction, min(_PAUSE_STEP_SECONDS, stopped)))
         # What came over HTTP was checked before it was written down; a training's input is not of its version's schema.
         check = prediction.source != "http" and prediction.object == "prediction"
         # Before anything that may refuse it: what is refused costs executions too, and counts for its owner's day.
@@ -469,7 +490,7 @@ class Submissions:
             return
         api_url()
         self._take_turn(prediction, counted=counted)
-        claimed = self.table.claim(prediction_id, version, now, counted=counted)
+        claimed = self.table.claim(prediction_id, version, self._now(), counted=counted)
         if claimed is None:
             return
         self._submit_for_execution(claimed, input_json)
@@ -588,7 +609,17 @@ class Submissions:
             if not released.terminal:
                 raise PredictionThrottled(self._within_lifetime(prediction, wait_seconds)) from None
         except OutcomeUnknown as error:
-            logger.warning("submitted with unknown outcome", reason=str(error))
+            raise PredictionThrottled(self._note_unknown(prediction, error)) from None
+
+    def _note_unknown(self, prediction: Prediction, error: OutcomeUnknown) -> int:
+        """Record an unknown outcome; return in how many seconds to look for what it started."""
+        logger.warning("submitted with unknown outcome", reason=str(error))
+        try:
+            return self._unknown.note(prediction, error)
+        except (ClientError, BotoCoreError):
+            # The claim itself says until when its holder was at work.
+            logger.exception("the unknown outcome was not recorded")
+            return 1
 
     def _submit(
         self,
@@ -608,7 +639,7 @@ class Submissions:
             OutcomeUnknown: It may not.
         """
         body: dict[str, Any] = {"input": json.loads(input_json)}
-        webhook = f"{api_url()}/webhooks/replicate/{prediction.id}"
+        webhook = webhook_of(prediction.id)
         if self._replicate.calls_back(webhook):
             body |= {"webhook": webhook, "webhook_events_filter": _events(prediction)}
         if prediction.stream is not None:
@@ -618,12 +649,20 @@ class Submissions:
             body["destination"] = prediction.destination
             remaining_seconds = None  # the poll keeps a training's deadline
         wait_seconds = int(wait_until - self._now())
+        if prediction.unknown_creates:
+            # What an earlier submission started may have told its webhook since: the last moment to see that.
+            there = self.table.get(prediction.id) or prediction
+            if there.upstream_id or there.terminal:
+                return there
+            if there.cancel_requested or there.written_by != prediction.written_by or there.claimed is None:
+                raise NotAccepted(None, "the prediction was canceled, or is somebody else's to submit")
         told = self._replicate.create(
-            _target(prediction),
+            target_of(prediction),
             body,
             cancel_after_seconds=remaining_seconds,
             wait_seconds=wait_seconds if wait_seconds >= 1 else None,
             rate_limit=rate_limit,
+            window=self._window(prediction),
         )
         logger.info("submitted", upstream_id=told.id, status=told.status)
         bound = self._bind(prediction, told)
@@ -631,10 +670,20 @@ class Submissions:
             self._schemas.learn(prediction.version, told)
         return bound
 
+    def _window(self, prediction: Prediction) -> "SendWindow | None":
+        """When the holder of this claim may send its create."""
+        from predictions.create_window import SendWindow  # loaded with the first create
+
+        if prediction.claimed is None or prediction.submit_until is None:
+            return None
+        return SendWindow(prediction.claimed + _CLAIM_SECONDS, prediction.submit_until, self._now)
+
     def _bind(self, prediction: Prediction, told: UpstreamPrediction) -> Prediction:
         now = self._now()
         next_check_at = int(now) + self._timing.first_poll + 120
         merged = self._merge(prediction, told, next_check_at=next_check_at)
+        if merged.orphans:
+            self._cancel_orphans(merged)
         if merged.cancel_requested and not merged.terminal and merged.upstream_id == told.id:
             return self._cancel_upstream(merged)
         return merged
@@ -682,7 +731,11 @@ class Submissions:
             PredictionThrottled: It still has to be submitted, and not now.
         """
         prediction = self.table.get(prediction_id)
-        if prediction is None or prediction.terminal:
+        if prediction is None:
+            return
+        if prediction.terminal:
+            if prediction.orphans:
+                self._cancel_orphans(prediction)
             return
         metrics.add_metric(name="Polls", unit=MetricUnit.Count, value=1)
         self._measure_age(prediction)
@@ -694,6 +747,8 @@ class Submissions:
             self._cancel_orphans(prediction)
         if prediction.upstream_id:
             self._ask(prediction)
+        elif prediction.claimed and prediction.submit_until:
+            self._look_for(prediction)
         elif prediction.claimed:
             self._reconcile(prediction)
         else:
@@ -740,8 +795,74 @@ class Submissions:
         elif not_found != prediction.not_found_count:
             self.table.count_not_found(prediction, not_found)
 
+    def _look_for(self, prediction: Prediction) -> None:
+        """Look for what a submission of unknown outcome started; act on evidence that it started nothing.
+
+        Raises:
+            PredictionThrottled: Neither is known yet, or it is submitted again later.
+        """
+        wait_seconds = 1
+        # Without either, it is left to its deadline, whatever the readings say.
+        acts = self._resubmit or prediction.cancel_requested is not None
+        if not (acts and self._unknown.has_evidence(prediction)):
+            wait_seconds = self._unknown.look(prediction, self._bind)
+            there = self.table.get(prediction.id)
+            if there is None or there.terminal or there.upstream_id:
+                return
+            if there.written_by != prediction.written_by or there.claimed is None:
+                raise PredictionThrottled(1)  # somebody else has acted on the same evidence
+            prediction = there
+        if acts and self._unknown.has_evidence(prediction):
+            self._act_on_absence(prediction)
+        now = self._now()
+        over_at = prediction.deadline + (_ABANDON_SECONDS if prediction.read_failed else _GIVE_UP_SECONDS)
+        if now >= over_at:
+            self._give_up(prediction)
+            return
+        raise PredictionThrottled(max(1, min(wait_seconds, int(over_at - now) + 1)))
+
+    def _act_on_absence(self, prediction: Prediction) -> NoReturn:
+        """Release the claim of a prediction that Replicate has not accepted, or end it.
+
+        Raises:
+            PredictionThrottled: It is submitted again later, or has ended: the next look finds out.
+        """
+        now = self._now()
+        creates = prediction.unknown_creates + 1
+        wait_seconds = 1
+        if prediction.cancel_requested:
+            self._end(prediction, Status.CANCELED, None)
+        elif why := self._why_not_again(prediction, creates):
+            self._end(prediction, Status.FAILED, why)
+        elif stopped := self._unknown.stopped_seconds():
+            wait_seconds = min(_PAUSE_STEP_SECONDS, stopped)
+        else:
+            self._unknown.watch(prediction)  # first: an orphan must be looked for whatever happens to this function
+            wait_seconds = RESUBMIT_WAITS[min(creates, len(RESUBMIT_WAITS)) - 1]
+            if self.table.release_absent(prediction, now, wait_seconds, creates):
+                logger.warning("Replicate accepted nothing: submitted again", wait_seconds=wait_seconds)
+                metrics.add_metric(name="Resubmissions", unit=MetricUnit.Count, value=1)
+            else:
+                wait_seconds = 1
+        raise PredictionThrottled(wait_seconds)
+
+    def _why_not_again(self, prediction: Prediction, creates: int) -> str | None:
+        """Why a prediction that was not accepted is not submitted again; None where it is."""
+        if self._now() >= prediction.deadline:
+            return "Its deadline passed before Replicate accepted it."
+        if prediction.object == "training":
+            return "Replicate's answer to the submission was lost, and Replicate's list shows that nothing was started."
+        if prediction.unanswered:
+            return "It was not submitted: its caller was told of an error."
+        if creates >= self._max_unknown_creates:
+            return (
+                f"Replicate gave no clear answer to {creates} submissions, and its list shows that none of them "
+                "started anything. Request it again later."
+            )
+        return None
+
     def _reconcile(self, prediction: Prediction) -> None:
-        """Finds what a submission of unknown outcome started, if it started anything."""
+        """Finds what a submission of unknown outcome started, if it started anything; of claims by older code."""
         now = self._now()
         if now < (prediction.claimed or 0) + self._timing.grace:
             return
@@ -758,17 +879,17 @@ class Submissions:
             logger.warning("several predictions may be this one: none is taken", candidates=[m.id for m in matches])
         patience_seconds = _GIVE_UP_SECONDS if matches is not None else _ABANDON_SECONDS
         if now >= prediction.deadline + patience_seconds:
-            self._give_up(prediction, now, nothing_started=matches == [])
+            self._give_up(prediction)
 
     def _candidates(self, prediction: Prediction) -> list[UpstreamPrediction]:
         """The predictions of Replicate's that can be this one: same target, input and time, bound to no other."""
         input_json = self.table.input_json(prediction)
         if input_json is None:
             return []
-        target, wanted = _target(prediction), input_json_canonical(json.loads(input_json))
+        target, wanted = target_of(prediction), input_json_canonical(json.loads(input_json))
         claimed = prediction.claimed or 0
         start = datetime.fromtimestamp(claimed - _CLOCK_SKEW_SECONDS, UTC)
-        end = datetime.fromtimestamp(claimed + _SUBMITTER_SECONDS + _CLOCK_SKEW_SECONDS, UTC)
+        end = datetime.fromtimestamp(claimed + _PREVIOUS_RELEASE_SECONDS + _CLOCK_SKEW_SECONDS, UTC)
         matches = []
         for listed in self._replicate.created_between(start, end, prediction.collection):
             if not target.ran(listed) or listed.id in prediction.orphans | prediction.orphans_canceled:
@@ -788,21 +909,20 @@ class Submissions:
                 matches.append(told)
         return matches
 
-    def _give_up(self, prediction: Prediction, now: float, *, nothing_started: bool) -> None:
+    def _give_up(self, prediction: Prediction) -> None:
         if prediction.cancel_requested:
             self._end(prediction, Status.CANCELED, None)
-        elif self._resubmit and nothing_started and not prediction.resubmitted and prediction.object == "prediction":
-            # A training is not: with twice its lifetime it could outlast its own item.
-            lifetime_seconds = prediction.deadline - prediction.created
-            if self.table.resubmit(prediction, int(now) + lifetime_seconds, now):
-                self.submit(prediction.id)
-        else:
-            self._end(
-                prediction,
-                Status.FAILED,
-                "Replicate's answer to the submission was lost, and no prediction of it was found until the deadline. "
-                "It was not submitted again, since that could have been paid for twice.",
+            return
+        why = (
+            "Replicate's answer to the submission was lost, and no prediction of it was found until the deadline. "
+            "It was not submitted again, since that could have been paid for twice."
+        )
+        if undecided := undecided_ids(prediction):
+            why += (
+                f" These predictions at Replicate may be it, and nothing that Replicate shows of them tells: "
+                f"{', '.join(undecided)}."
             )
+        self._end(prediction, Status.FAILED, why)
 
     # -- cancel -----------------------------------------------------------------------------------------------
 
@@ -878,7 +998,7 @@ class Submissions:
         looked_at = 0
         sweepers = {"prediction": self._sweep, **(others or {})}
         for pk in self.table.due(self._now(), limit):
-            if remaining_seconds() < _SUBMITTER_SECONDS:
+            if remaining_seconds() < _SWEEP_STEP_SECONDS:
                 break
             looked_at += 1
             kind, _, each = pk.partition("#")
@@ -917,7 +1037,7 @@ class Submissions:
             self.table.delete_data(prediction, now)
         if prediction.ended_visibly:
             if prediction.orphans:
-                self.table.end_look(prediction, now + _SUBMITTER_SECONDS, stalled=False)
+                self.table.end_look(prediction, now + _SWEEP_STEP_SECONDS, stalled=False)
             elif not prediction.deleted:
                 self.table.close(prediction)
             return
@@ -927,6 +1047,10 @@ class Submissions:
         if unclaimed and never_tracked and prediction.source == "http" and not prediction.keyed:
             self._end(prediction, Status.FAILED, "It was not submitted: its caller was told of an error.")
             return
+        lost = not prediction.upstream_id and prediction.claimed is not None and prediction.submit_until is not None
+        if lost and never_tracked and prediction.source == "http" and not prediction.keyed:
+            # Its function died before it answered: its caller saw an error, and may have asked again.
+            prediction = self.table.note_unknown(prediction, {"unanswered": True}) or prediction
         logger.info("stands still", status=prediction.status, execution=execution, stalled=prediction.stalled_looks)
         self._measure_age(prediction)
         if prediction.cancel_requested and prediction.upstream_id and not prediction.terminal:
@@ -940,7 +1064,7 @@ class Submissions:
                 wake(prediction.task_token)
         else:
             metrics.add_metric(name="ExecutionsReplaced", unit=MetricUnit.Count, value=1)
-            self._track(prediction, submit=unclaimed)
+            self._track(prediction, submit=unclaimed or lost)
         # The new execution notes a time of its own where it waits for a webhook; where it copies, this one holds.
         again = self._look_again_at(prediction, now) if dead and prediction.stalled_looks > 1 else 0
         self.table.end_look(prediction, max(again, now + self._timing.first_poll + 120), stalled=dead)
@@ -997,14 +1121,28 @@ class Submissions:
 
     def _cancel_orphans(self, prediction: Prediction) -> None:
         for upstream_id in sorted(prediction.orphans):
+            if prediction.unknown_creates:
+                self._unknown.stop(prediction, upstream_id)
+            self._unknown.remember_orphan(upstream_id, prediction)
             try:
-                self._replicate.cancel(upstream_id, prediction.collection)
+                told = self._replicate.cancel(upstream_id, prediction.collection)
+                if prediction.upstream_id and told.status in (Status.SUCCEEDED, Status.FAILED):
+                    logger.error("paid twice: an orphan had ended", upstream_id=upstream_id)
+                    metrics.add_metric(name="PaidTwice", unit=MetricUnit.Count, value=1)
             except NotFound:
                 logger.info("orphan is gone", upstream_id=upstream_id)
             except Unavailable as error:
                 logger.warning("orphan not canceled yet", upstream_id=upstream_id, reason=str(error))
                 continue
             self.table.orphan_canceled(prediction, upstream_id)
+
+    def look_again(self) -> int:
+        """Read Replicate's list once more for what was submitted again, where that is due; returns for how many.
+
+        Raises:
+            ClientError, BotoCoreError: AWS failed; the next sweep does it.
+        """
+        return self._unknown.look_again(self._cancel_orphans, self._bind)
 
     def measure(self) -> None:
         """Counts what is open, and notes whether submissions are paused, for the stack's metrics; none where none is.
@@ -1220,16 +1358,6 @@ def _listed(invalid: list[dict[str, str]]) -> str:
 def _reference(prediction: Prediction) -> Reference:
     kind: Any = prediction.kind
     return Reference(kind, prediction.name, prediction.version)
-
-
-def _target(prediction: Prediction) -> Target:
-    if prediction.object == "training":
-        return Target("training", prediction.name, prediction.version)
-    if prediction.kind == "deployment":
-        return Target("deployment", prediction.name)
-    if prediction.version is None:
-        return Target("model", prediction.name)
-    return Target("version", prediction.name, prediction.version)
 
 
 def _same_input(told: Any, wanted: str) -> bool:

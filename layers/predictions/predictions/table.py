@@ -60,9 +60,20 @@ CALLERS_LIMIT = 1000
 COPY_LEASE_SECONDS = 1020
 """Longer than the longest life of copy_outputs (900 s) and the way there."""
 
+SUBMIT_SECONDS = 25
+"""How long the holder of a claim may act on it, besides the time that Replicate is asked to wait for the end."""
+
+# After `submit_until` the holder of a claim has sent all it will ever send.
+_AFTER_SUBMIT_SECONDS = 5
+
 # How long before the sweep looks at an item that should have moved on by itself.
 _START_CHECK_SECONDS = 60
 _COPY_CHECK_SECONDS = 120
+
+# A claim is the second and the writer: another one may be made in the same second.
+_THIS_CLAIM = (
+    "#claimed = :claimed AND #written_by = :written_by AND attribute_not_exists(#upstream_id) AND #rank < :terminal"
+)
 
 _CALLER = "caller#"
 
@@ -131,6 +142,19 @@ class Prediction:
     stream: bool | None = None
     claimed: int | None = None
     written_by: str | None = None
+    submit_until: int | None = None
+    submit_over: int | None = None
+    submit_answered: bool = False
+    first_claimed: int | None = None
+    unknown_creates: int = 0
+    unanswered: bool = False
+    read_at: int | None = None
+    read_failed: bool = False
+    absent_at: int | None = None
+    evidence_at: int | None = None
+    bound_at: int | None = None
+    submissions_json: str | None = None
+    readings_json: str | None = None
     submit_at: int | None = None
     reserved: bool = False
     reserved_start: int | None = None
@@ -169,6 +193,16 @@ class Prediction:
     def listed_at(self) -> str:
         """Its place in its owner's list."""
         return f"{self.created_at}#{self.id}"
+
+    @property
+    def holder_done_at(self) -> int | None:
+        """From this moment on the holder of its claim sends nothing more; None without a claim, or of older code."""
+        return self.submit_over or self.submit_until if self.claimed else None
+
+    @property
+    def searched_from(self) -> int:
+        """The moment of its first claim, since which Replicate may have accepted it."""
+        return self.first_claimed or self.claimed or self.created
 
     @property
     def wanted_events(self) -> tuple[str, ...]:
@@ -330,7 +364,7 @@ class PredictionsTable:
 
     def put_intent(
         self, intent: "Intent", *, version: str | None, deadline: int, expires: int, claim: bool, execution_arn: str,
-        now: float, submit_at: int | None = None, waits: "Waits | None" = None,
+        now: float, submit_at: int | None = None, waits: "Waits | None" = None, wait_seconds: int = 0,
     ) -> Prediction:  # fmt: skip
         """Writes down that a prediction is wanted and, in the same write, that the writer is about to submit it.
 
@@ -346,6 +380,7 @@ class PredictionsTable:
             now: The time.
             submit_at: When it may be submitted, where the caller of this method does not do it.
             waits: What it waits for until then (see `predictions.limiter`).
+            wait_seconds: How long Replicate may hold its answer to the create.
 
         Raises:
             AlreadyExists: The id is taken by one that has not expired.
@@ -378,14 +413,17 @@ class PredictionsTable:
             "status": Status.QUEUED.value,
             "visible": Status.STARTING.value,
             "deadline": deadline,
-            "claimed": int(now) if claim else None,
+            **(
+                _lease(now, wait_seconds)
+                if claim
+                else {"next_check_at": (submit_at or int(now)) + _START_CHECK_SECONDS}
+            ),
             "submit_at": submit_at,
             **(waits or NOTHING_RESERVED).attributes(),
             "written_by": secrets.token_hex(8),
             "execution_n": 1,
             "execution_arn": execution_arn,
             "open": "open",
-            "next_check_at": (submit_at or int(now)) + _START_CHECK_SECONDS,
             "expires_at": expires,
         }
         item = {name: value for name, value in item.items() if value is not None}
@@ -450,7 +488,7 @@ class PredictionsTable:
         claimed = self._change(
             prediction_id,
             set={
-                "claimed": int(now),
+                **_lease(now, 0),
                 "written_by": written_by,
                 **({"version": version} if version else {}),
                 **({"counted": True} if counted else {}),
@@ -509,7 +547,7 @@ class PredictionsTable:
                 "next_check_at": int(now) + wait_seconds + _START_CHECK_SECONDS,
                 **(waits or NOTHING_RESERVED).attributes(without_none=True),
             },
-            remove=["claimed", *NOTHING_RESERVED.attributes()],
+            remove=["claimed", "submit_until", *NOTHING_RESERVED.attributes()],
             # Not only the second of the claim: another one may be made in it, once this very write was made but its
             # answer lost, and botocore writes again.
             condition="#claimed = :claimed AND #written_by = :written_by AND attribute_not_exists(#upstream_id) "
@@ -517,16 +555,36 @@ class PredictionsTable:
             values={":claimed": prediction.claimed, ":written_by": prediction.written_by},
         )
 
-    def resubmit(self, prediction: Prediction, deadline: int, now: float) -> Prediction | None:
-        """Gives up a claim whose outcome stayed unknown beyond the deadline, once, for a second submission."""
+    # -- unknown outcomes: see `predictions.unknown_submissions` ------------------------------------------------
+
+    def note_unknown(self, prediction: Prediction, values: Mapping[str, Any]) -> Prediction | None:
+        """Record something about a claim whose outcome is unknown; None if it is no longer this claim, or bound."""
+        return self._change(prediction.id, set=values, condition=_THIS_CLAIM, values=_this_claim(prediction))
+
+    def release_absent(
+        self, prediction: Prediction, now: float, wait_seconds: int, unknown_creates: int
+    ) -> Prediction | None:
+        """Release a claim for which there is evidence that Replicate accepted nothing.
+
+        Twice: the second finds another claim, or none. If the function crashes right after, the sweep starts an
+        execution, which submits it.
+
+        Returns:
+            The prediction, or None if it is no longer this claim, is bound, or was canceled meanwhile.
+        """
         return self._change(
             prediction.id,
-            set={"deadline": deadline, "resubmitted": True, "next_check_at": int(now) + _START_CHECK_SECONDS},
-            remove=["claimed"],
-            condition="#claimed = :claimed AND attribute_not_exists(#upstream_id) "
-            "AND attribute_not_exists(#resubmitted) AND #rank < :terminal",
-            values={":claimed": prediction.claimed},
-        )
+            set={
+                "submit_at": int(now) + wait_seconds,
+                "next_check_at": int(now) + wait_seconds + _START_CHECK_SECONDS,
+                "first_claimed": prediction.searched_from,
+                "unknown_creates": unknown_creates,
+            },
+            remove=["claimed", "submit_until", "submit_over", "submit_answered", "read_at", "read_failed", "absent_at",
+                    "evidence_at", *NOTHING_RESERVED.attributes()],
+            condition=f"{_THIS_CLAIM} AND attribute_not_exists(#cancel_requested)",
+            values=_this_claim(prediction),
+        )  # fmt: skip
 
     # -- what Replicate says ----------------------------------------------------------------------------------
 
@@ -599,6 +657,8 @@ class PredictionsTable:
             "stream_url": _short(told.urls.get("stream")),
             "next_check_at": next_check_at,
         }
+        if prediction.unknown_creates and not prediction.upstream_id:
+            values["bound_at"] = int(now)
         if prediction.cancel_requested and not prediction.upstream_id and next_check_at is None:
             # Whoever binds an item that is to be canceled may lack the token for it: the sweep has it.
             values["next_check_at"] = int(now)
@@ -629,7 +689,8 @@ class PredictionsTable:
         return ["open", "next_check_at"]
 
     def _add_orphan(self, prediction: Prediction, told: "UpstreamPrediction", now: float) -> Merge:
-        if told.id in prediction.orphans | prediction.orphans_canceled or rank_of(told.status) >= TERMINAL_RANK:
+        # One that has ended is recorded too: it was paid for.
+        if told.id in prediction.orphans | prediction.orphans_canceled:
             return Merge(Change.ORPHAN, prediction)
         changed = self._change(
             prediction.id,
@@ -1383,6 +1444,20 @@ def _caller_key(prediction_id: str, task_token: str) -> dict[str, str]:
 def schema_key(version: str) -> dict[str, str]:
     """The key of the item that holds what is known of a version: see `PredictionsTable.kept_schema`."""
     return {"pk": f"schema#{version}", "sk": "input"}
+
+
+def _this_claim(prediction: Prediction) -> dict[str, Any]:
+    return {":claimed": prediction.claimed, ":written_by": prediction.written_by}
+
+
+def _lease(now: float, wait_seconds: int) -> dict[str, int]:
+    """The attributes of every claim: since when, until when its holder may act, and when the sweep looks."""
+    submit_until = int(now) + wait_seconds + SUBMIT_SECONDS
+    return {
+        "claimed": int(now),
+        "submit_until": submit_until,
+        "next_check_at": submit_until + _AFTER_SUBMIT_SECONDS,
+    }
 
 
 def _list_key(owner: str, kind: str) -> str:

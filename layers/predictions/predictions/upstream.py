@@ -17,10 +17,11 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
 
 import httpx
 from aws_lambda_powertools.utilities.parameters import SecretsProvider
@@ -38,9 +39,11 @@ from predictions.upstream_prediction import (
     utf8,
 )
 
+if TYPE_CHECKING:
+    from predictions.create_window import SendWindow
+
 CREATE_TIMEOUT_SECONDS = 20
-"""The longest a create may take that waits for no end; the reconciling grace has to be longer than any (see
-`SUBMIT_GRACE_SECONDS`)."""
+"""The longest a create may take that waits for no end."""
 
 _CONNECT_SECONDS = 5
 
@@ -114,7 +117,15 @@ class Refused(NotAccepted):
 
 
 class OutcomeUnknown(UpstreamError):
-    """A prediction may have been started, or not."""
+    """A prediction may have been started, or not.
+
+    Attributes:
+        status: The HTTP status of the response, or None where there was none.
+    """
+
+    def __init__(self, reason: str, status: int | None = None) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 class TokenUnreadable(UpstreamError):
@@ -204,23 +215,35 @@ class Replicate:
         url: The API's base URL, ending in `/v1`.
         token: Gives the token; asked before each call, so that it can be changed at any time.
         http: The client to use; it must not follow redirects, since the token goes with every request.
+        creates: The client for creates (see `predictions.create_window`); by default `http`.
     """
 
-    def __init__(self, url: str, token: "Token", http: httpx.Client) -> None:
+    def __init__(
+        self, url: str, token: "Token", http: httpx.Client, creates: Callable[[], httpx.Client] | None = None
+    ) -> None:
         self._url = url.rstrip("/")
         self._token = token
         self._http = http
+        self._creates = creates or (lambda: http)
 
     @classmethod
     def from_env(cls) -> "Replicate":
         """From `REPLICATE_API_URL` and `REPLICATE_TOKEN_SECRET_ARN`."""
-        http = httpx.Client(
-            timeout=httpx.Timeout(CREATE_TIMEOUT_SECONDS, connect=_CONNECT_SECONDS),
-            follow_redirects=False,
-            trust_env=False,
-            headers={"User-Agent": "replicate-serverless", "Accept": "application/json"},
-        )
-        return cls(os.environ["REPLICATE_API_URL"], Token(os.environ["REPLICATE_TOKEN_SECRET_ARN"]), http)
+        options: dict[str, Any] = {
+            "timeout": httpx.Timeout(CREATE_TIMEOUT_SECONDS, connect=_CONNECT_SECONDS),
+            "headers": {"User-Agent": "replicate-serverless", "Accept": "application/json"},
+        }
+        http = httpx.Client(follow_redirects=False, trust_env=False, **options)
+        made: list[httpx.Client] = []
+
+        def creates() -> httpx.Client:
+            from predictions.create_window import single_use_client  # loaded with the first create
+
+            if not made:
+                made.append(single_use_client(**options))
+            return made[0]
+
+        return cls(os.environ["REPLICATE_API_URL"], Token(os.environ["REPLICATE_TOKEN_SECRET_ARN"]), http, creates)
 
     def calls_back(self, webhook: str) -> bool:
         """Whether this Replicate takes a webhook URL: the real one refuses a local cloud's, which polls instead."""
@@ -234,6 +257,7 @@ class Replicate:
         cancel_after_seconds: int | None,
         wait_seconds: int | None = None,
         rate_limit: dict[str, str] | None = None,
+        window: "SendWindow | None" = None,
     ) -> UpstreamPrediction:
         """Creates a prediction or training with one POST, never repeated.
 
@@ -245,9 +269,11 @@ class Replicate:
             wait_seconds: Sent as `Prefer: wait`, 1 to 60: Replicate holds its answer until the end, at most that long.
                 The answer may be `processing` with the whole output, its files as `data:` URLs.
             rate_limit: Takes the answer's `RATE_LIMIT_HEADERS`, also of one that is no prediction.
+            window: When the request may be sent, and by when it is over.
 
         Raises:
-            NotAccepted: Nothing was started (`Throttled`, `Unauthorized`, `Refused`, or no connection).
+            NotAccepted: Nothing was started (`Throttled`, `Unauthorized`, `Refused`, no connection, or the window has
+                closed).
             OutcomeUnknown: A prediction may have been started.
         """
         payload = {**body, "version": target.version} if target.kind == "version" else dict(body)
@@ -259,8 +285,9 @@ class Replicate:
         timeout = httpx.Timeout(read_seconds, connect=_CONNECT_SECONDS)
         try:
             answer = self._request(
-                "POST", target.path, json=payload, headers=headers, timeout=timeout, beginning_will_do=True
-            )
+                "POST", target.path, json=payload, headers=headers, timeout=timeout, beginning_will_do=True,
+                create=True, window=window,
+            )  # fmt: skip
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
             raise NotAccepted(None, f"Replicate could not be reached ({type(error).__name__})") from error
         except TokenUnreadable as error:
@@ -272,12 +299,12 @@ class Replicate:
         if 400 <= answer.status_code < 500 and answer.status_code != 408:
             raise not_accepted(answer)
         if not 200 <= answer.status_code < 300:
-            raise OutcomeUnknown(f"Replicate answered {answer.status_code} to the create")
+            raise OutcomeUnknown(f"Replicate answered {answer.status_code} to the create", answer.status_code)
         try:
             # One that is too large still tells its id in most cases, and with it what was started.
             return UpstreamPrediction.read(answer.content, truncated=_is_truncated(answer))
         except UnreadablePrediction as error:
-            raise OutcomeUnknown("Replicate's answer to the create is not a prediction") from error
+            raise OutcomeUnknown("Replicate's answer to the create is not a prediction", answer.status_code) from error
 
     def get(self, upstream_id: str, collection: Collection = "predictions") -> UpstreamPrediction:
         """Reads one prediction or training; of one whose output is too large, all but that (see `too_large`).
@@ -411,6 +438,34 @@ class Replicate:
             raise Unavailable(f"Replicate answered {answer.status_code}", answer.status_code)
         return answer
 
+    @contextmanager
+    def opened(self, path: str, *, timeout_seconds: float) -> Iterator[httpx.Response]:
+        """Open the response to a GET, of whatever status, whose body the caller reads piece by piece.
+
+        Args:
+            path: The path, or a whole URL of this API, such as a list's `next`.
+            timeout_seconds: The longest wait for one piece. A server that sends slowly is the caller's to bound.
+
+        Raises:
+            Unavailable: Replicate could not be asked, or the response broke off while it was read.
+        """
+        url = path if path.startswith(self._url + "/") else self._url + path
+        try:
+            # A piece of compressed text may hold a thousand times as much.
+            headers = {"Authorization": f"Bearer {self._token.value()}", "Accept-Encoding": "identity"}
+            with self._http.stream("GET", url, headers=headers, timeout=timeout_seconds) as answer:
+                if answer.status_code in (401, 402, 403):
+                    self._token.forget()
+                yield answer
+        except TokenUnreadable as error:
+            raise Unavailable(str(error)) from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise Unavailable(f"Replicate could not be asked ({type(error).__name__})") from error
+
+    def owns(self, url: object) -> bool:
+        """Whether a URL leads to this API, so that the token may go with a request to it."""
+        return isinstance(url, str) and url.startswith(self._url + "/")
+
     def _request(
         self,
         method: str,
@@ -418,13 +473,20 @@ class Replicate:
         *,
         limit_bytes: int | None = None,
         beginning_will_do: bool = False,
+        create: bool = False,
+        window: "SendWindow | None" = None,
         **request: Any,
     ) -> httpx.Response:
         most = _ANSWER_LIMIT_BYTES if limit_bytes is None else limit_bytes
         headers = {**request.pop("headers", {}), "Authorization": f"Bearer {self._token.value()}"}
         url = path if path.startswith(self._url + "/") else self._url + path
+        if window is not None:
+            # Here too, for clients that open no connection of their own: reading the token may have taken its time.
+            window.check()
+            request["extensions"] = {"window": window}
         began = time.monotonic()
-        with self._http.stream(method, url, headers=headers, **request) as answer:
+        http = self._creates() if create else self._http
+        with http.stream(method, url, headers=headers, **request) as answer:
             if "Prefer" not in headers:  # else it waited for the model
                 seconds = time.monotonic() - began
                 metrics.add_metric(name="UpstreamSeconds", unit=MetricUnit.Seconds, value=seconds)

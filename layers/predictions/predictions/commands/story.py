@@ -16,6 +16,7 @@ from predictions.commands.stack import NotDone, Stack, found, line, print_table,
 from predictions.executions import Executions
 from predictions.items import deserialize, serialize
 from predictions.table import Prediction, PredictionsTable
+from predictions.unknown_submissions import undecided_ids
 
 _STUCK_LIMIT = 1000
 _LOG_LINES_LIMIT = 200
@@ -105,6 +106,11 @@ def waits_for(prediction: Prediction, execution: str | None, now: float) -> str 
     if prediction.upstream_id:
         overdue = now >= prediction.deadline
         return "Replicate to end it" + (", which is asked to cancel it, its deadline being over" if overdue else "")
+    if prediction.claimed and undecided_ids(prediction):
+        return (
+            "a person, or its deadline: nothing tells whether one of these at Replicate is it: "
+            f"{', '.join(undecided_ids(prediction))}"
+        )
     if prediction.claimed:
         return "its create, whose answer was lost, to be found at Replicate, by its webhook or in the list"
     if prediction.submit_at and prediction.submit_at > now:
@@ -163,6 +169,7 @@ def _of_item(prediction: Prediction) -> Iterator[_Moment]:
     ):
         if at is not None:
             yield _Moment(at, "table", what)
+    yield from _of_submissions(prediction)
     for text, what in (
         (prediction.started_at, "the model began"),
         (prediction.completed_at, f"it ended: {prediction.status}"),
@@ -170,6 +177,28 @@ def _of_item(prediction: Prediction) -> Iterator[_Moment]:
         # Kept as Replicate tells it, which need not be a time.
         if text and (moment := _told_at(text)) is not None:
             yield _Moment(moment, "Replicate", what)
+
+
+def _of_submissions(prediction: Prediction) -> Iterator[_Moment]:
+    """The submissions without a clear answer, and the readings of the list that looked for what they started."""
+    for submission in json.loads(prediction.submissions_json or "[]"):
+        yield _Moment(submission["at"], "table", f"submitted, without a clear answer: {submission['outcome']}")
+    for reading in json.loads(prediction.readings_json or "[]"):
+        saw = f"read Replicate's list: {reading['pages']} pages, {reading['entries']} predictions"
+        if "why_not" in reading:
+            what = f"this is no evidence, since {reading['why_not']}"
+        elif "undecided" in reading:
+            more = reading["number"] - len(reading["undecided"])
+            named = ", ".join(reading["undecided"]) + (f" and {more} more" if more > 0 else "")
+            what = f"nothing tells whose these are: {named}"
+        else:
+            what = "none of them is this one"
+        yield _Moment(reading["at"], "table", f"{saw}; {what}")
+    if prediction.evidence_at:
+        yield _Moment(prediction.evidence_at, "table", "evidence: two complete readings do not show it")
+    if prediction.bound_at:
+        times = prediction.unknown_creates
+        yield _Moment(prediction.bound_at, "table", f"bound, after {times} submissions that had started nothing")
 
 
 def _of_executions(stack: Stack, executions: Executions, prediction: Prediction) -> Iterator[_Moment]:

@@ -1,0 +1,45 @@
+"""Polls that are asked for at once: an orphan runs, and only functions with Replicate's token can cancel it."""
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from predictions.aws import client
+from predictions.observability import logger
+
+if TYPE_CHECKING:
+    from mypy_boto3_lambda import LambdaClient
+
+
+class OrphanPolls:
+    """Invokes `poll_prediction` without waiting for it.
+
+    Args:
+        function_name: The function's name.
+        lambda_: The client to use.
+    """
+
+    def __init__(self, function_name: str, lambda_: "LambdaClient") -> None:
+        self._function_name = function_name
+        self._lambda = lambda_
+
+    @classmethod
+    def from_env(cls) -> "OrphanPolls":
+        """From `POLL_PREDICTION_FUNCTION_NAME`."""
+        return cls(os.environ["POLL_PREDICTION_FUNCTION_NAME"], client("lambda"))
+
+    def ask(self, prediction_id: str) -> None:
+        """Have a prediction polled, which cancels its orphans.
+
+        Where that fails, the sweep cancels them within a minute: the item says so already.
+        """
+        try:
+            self._lambda.invoke(
+                FunctionName=self._function_name,
+                InvocationType="Event",
+                Payload=json.dumps({"id": prediction_id}).encode(),
+            )
+        except (ClientError, BotoCoreError):
+            logger.exception("the poll that cancels an orphan was not asked for")
