@@ -18,7 +18,7 @@ CLOUDS := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo local send test lint types validate audit unit attacks simulation sim stack slow faults reliability conformance bench batch lock clean
+.PHONY: help setup demo picture local send test lint types validate audit docs unit attacks simulation sim stack slow faults reliability conformance bench batch lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ setup: ## Make the environments (.venv and .local/emulator); quick when nothing 
 
 demo: setup ## Run predictions through a local cloud and tell what happens (LIVE=1: the real Replicate, costs money)
 	@$(PYTHON) -m local demo $(if $(LIVE),--live)
+
+picture: setup ## Run the demonstration and draw docs/demo.svg, which the README shows
+	@$(PYTHON) -m local demo --picture docs/demo.svg
 
 local: setup ## Keep a local cloud running: .local/stack.json says where (LOCAL_DIR=… for a second one)
 	@exec $(PYTHON) -m local run
@@ -54,6 +57,10 @@ validate: setup ## Check template.yaml with SAM and cfn-lint
 audit: setup ## Check the template with checkov, and the locked packages for known vulnerabilities (AUDIT=strict: or fail)
 	$(call heading,audit)
 	@$(PYTHON) -m local.audit
+
+docs: setup ## Build the site of docs/ into .local/site; a link that leads nowhere fails
+	$(call heading,docs)
+	@$(PYTHON) -m local.docs
 
 unit: setup ## Run the unit tests
 	$(call heading,unit tests)

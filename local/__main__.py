@@ -11,6 +11,7 @@ from types import FrameType
 
 from local.cloud import LocalCloud, LocalCloudError, Upstream, local_directory, stack_parameters, validate
 from local.demo import DemoFailed, demonstrate
+from local.picture import Recorder, draw_demo
 from local.send import SendFailed, send
 from local.terminal import Terminal
 
@@ -22,6 +23,7 @@ def main() -> int:
     commands.add_parser("run", help="keep a local cloud running until SIGINT or SIGTERM")
     demo = commands.add_parser("demo", help="run predictions through a local cloud and tell what happens")
     demo.add_argument("--live", action="store_true", help="run them on the real Replicate, which costs money")
+    demo.add_argument("--picture", type=Path, help="draw what was shown into this SVG file")
     sending = commands.add_parser("send", help="send an event sample to the local cloud that runs")
     sending.add_argument("sample", type=Path, help="a file below events/")
     sending.add_argument("--model", help="what the sample is to run, as owner/name")
@@ -37,7 +39,12 @@ def main() -> int:
             case "run":
                 run(terminal, os.environ)
             case "demo":
-                demonstrate(terminal, os.environ, live=arguments.live)
+                if arguments.picture:
+                    recorder = Recorder(sys.stdout)
+                    files = demonstrate(Terminal(recorder, colours=True), os.environ)
+                    arguments.picture.write_text(draw_demo(recorder.parts, files))
+                else:
+                    demonstrate(terminal, os.environ, live=arguments.live)
             case "send":
                 send(terminal, arguments.sample, model=arguments.model, file=arguments.file)
             case "validate":

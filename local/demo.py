@@ -62,7 +62,7 @@ FAILURE_LIVE = Task(
 DROPPED = Task("A file that is dropped into a bucket", "local/etcher", {"image": "{{ object.url }}"}, "succeeded")
 
 
-def demonstrate(terminal: Terminal, environment: Mapping[str, str], *, live: bool = False) -> None:
+def demonstrate(terminal: Terminal, environment: Mapping[str, str], *, live: bool = False) -> list[bytes]:
     """Run the predictions on a fresh local cloud; the second act is left out on the real Replicate.
 
     Replicate could not open a link to this machine.
@@ -71,6 +71,9 @@ def demonstrate(terminal: Terminal, environment: Mapping[str, str], *, live: boo
         terminal: Where the story is told.
         environment: For a live run, ``REPLICATE_API_TOKEN``.
         live: Run them on the real Replicate. It bills them, a cent or less.
+
+    Returns:
+        The output files, in the order in which they were made.
 
     Raises:
         DemoFailed: Something was not as it must be, or there is no token for a live run.
@@ -99,10 +102,12 @@ def demonstrate(terminal: Terminal, environment: Mapping[str, str], *, live: boo
             for run in runs:
                 run.tell()
             if not live:
-                _DroppedRun(cloud, api, terminal, DROPPED, live=False, content=runs[0].files[0]).tell()
+                runs.append(_DroppedRun(cloud, api, terminal, DROPPED, live=False, content=runs[0].files[0]))
+                runs[-1].tell()
         terminal.write()
         terminal.step("stopping")
     terminal.succeed("all of it was checked")
+    return [file for run in runs for file in run.files]
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Write down exactly what is installed: ``python -m local.lock [--upgrade | --check]``, ``make lock``.
 
-Five files, each package with its version and hashes, for every platform and Python that the project runs on; where the
+Six files, each package with its version and hashes, for every platform and Python that the project runs on; where the
 packages come from is the business of the machine that installs them. The layer's file holds the project's own
 dependencies in the versions of ``dev.txt``, so that what is tested is what is deployed.
 """
@@ -20,6 +20,7 @@ DEV = "requirements/dev.txt"
 EMULATOR = "requirements/emulator.txt"
 PYTHON2_CLIENT = "requirements/python2-client.txt"
 AUDIT = "requirements/audit.txt"
+DOCS = "requirements/docs.txt"
 LAYER = "layers/predictions/requirements.txt"
 HEADER = "# Made by `make lock` from pyproject.toml, whose requirements have this digest: {digest}\n"
 # The X-Ray SDK asks for botocore, which comes with the Lambda runtime and would be three quarters of the layer.
@@ -44,7 +45,7 @@ def main() -> int:
 
 
 def lock(checkout: Path, *, upgrade: bool) -> None:
-    """Write the five files, keeping the versions that are in them unless they are to be upgraded.
+    """Write the six files, keeping the versions that are in them unless they are to be upgraded.
 
     Raises:
         subprocess.CalledProcessError: uv found no versions that go together, and said why.
@@ -55,6 +56,7 @@ def lock(checkout: Path, *, upgrade: bool) -> None:
         EMULATOR: ["--group", "emulator"],
         PYTHON2_CLIENT: ["--group", "python2-client"],
         AUDIT: ["--group", "audit"],
+        DOCS: ["--group", "docs"],
     }
     for name, source in sources.items():
         renew = ["--upgrade"] if upgrade else []
@@ -85,7 +87,7 @@ def check(checkout: Path) -> list[str]:
     """Return what is wrong with the files; they are as `lock` leaves them if that is nothing."""
     header = HEADER.format(digest=digest(checkout))
     found = []
-    for name in (DEV, EMULATOR, PYTHON2_CLIENT, AUDIT, LAYER):
+    for name in (DEV, EMULATOR, PYTHON2_CLIENT, AUDIT, DOCS, LAYER):
         text = (checkout / name).read_text()
         if not text.startswith(header):
             found.append(f"{name} is not made from this pyproject.toml: run make lock")

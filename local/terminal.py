@@ -12,11 +12,12 @@ WIDTH = 100
 class Terminal:
     """Writes lines, and the seconds since it was made beside each step."""
 
-    def __init__(self, stream: TextIO) -> None:
-        """Write to `stream`; colours are used on a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    def __init__(self, stream: TextIO, *, colours: bool | None = None) -> None:
+        """Write to `stream`; without `colours`, a terminal has them unless NO_COLOR is set (https://no-color.org)."""
         self._stream = stream
         self._began = time.monotonic()
-        self._colours = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        shown = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._colours = shown if colours is None else colours
 
     def write(self, text: str = "") -> None:
         """Write text as it is."""

@@ -279,7 +279,7 @@ class TestEvents:
 
 
 def _role(cloud: LocalCloud, name: str) -> str:
-    """A role as the README says the machine's has to be."""
+    """A role as docs/step-functions.md says the machine's has to be."""
     iam = cloud.client("iam")
     arn = cloud.outputs["RequestsQueueArn"]
     trusted = {"Effect": "Allow", "Principal": {"Service": "states.amazonaws.com"}, "Action": "sts:AssumeRole"}

@@ -1108,12 +1108,13 @@ def test_secret_without_a_token_is_said_and_not_shown(
 
 # -- what the pages say --------------------------------------------------------------------------------------------
 
+SHOWING = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 SHOWN = sorted(
     {
         re.split(r"\s+[#<>] ?", found)[0].strip()
-        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for page in SHOWING
         for block in re.findall(r"^```(?:bash|console)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-        for found in re.findall(r"^(?:\$ )?replicate-serverless (.*)$", block, re.MULTILINE)
+        for found in re.findall(r"^(?:\$ )?(?:\.venv/bin/)?replicate-serverless (.*)$", block, re.MULTILINE)
     }
 )
 
@@ -1124,7 +1125,7 @@ def test_command_of_the_readme_or_a_page_is_one(shown: str) -> None:
 
 
 def test_every_command_is_shown_on_some_page() -> None:
-    whole = "".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    whole = "".join(page.read_text() for page in SHOWING)
     for command in COMMANDS:
         assert " ".join(command) in whole, command
 

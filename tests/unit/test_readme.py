@@ -1,4 +1,4 @@
-"""What the README says of the template, the Makefile and the repository is so."""
+"""What the README and the pages of docs/ say of the template, the Makefile and the repository is so."""
 
 import re
 from typing import Any
@@ -8,19 +8,23 @@ import pytest
 from tests.unit.template import ROOT, load_template, resources
 
 BLOCKS = re.compile(r"^```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
-WHOLE = (ROOT / "README.md").read_text()
-README = BLOCKS.sub("", WHOLE)
 LIBRARY = ROOT / "layers" / "predictions" / "predictions"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+# All that people read: the README, what stands beside it, and every page of docs/.
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "AGENTS.md", "SECURITY.md", "llms.txt")),
+    ROOT / "recipes" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 PARAMETERS: dict[str, dict[str, Any]] = load_template()["Parameters"]
 
 
-def section(title: str) -> str:
-    """The text below a heading, up to the next one of its rank or a higher one."""
-    heading = re.search(rf"^(#+) {re.escape(title)}\n", README, re.MULTILINE)
-    assert heading, f"the README has no section {title!r}"
-    following = re.compile(rf"^#{{1,{len(heading[1])}}} ", re.MULTILINE).search(README, heading.end())
-    return README[heading.end() : following.start() if following else len(README)]
+def section(page: str, title: str) -> str:
+    """The text below a heading of a page, up to the next one of its rank or a higher one."""
+    text = BLOCKS.sub("", (ROOT / page).read_text())
+    heading = re.search(rf"^(#+) {re.escape(title)}\n", text, re.MULTILINE)
+    assert heading, f"{page} has no section {title!r}"
+    following = re.compile(rf"^#{{1,{len(heading[1])}}} ", re.MULTILINE).search(text, heading.end())
+    return text[heading.end() : following.start() if following else len(text)]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -40,15 +44,15 @@ def code(text: str) -> list[str]:
     return re.findall(r"`([^`]+)`", text)
 
 
-def named(title: str) -> list[str]:
+def named(page: str, title: str) -> list[str]:
     """What the first cells of a section's tables name as code."""
-    return [name for row in rows(section(title)) for name in code(row[0])]
+    return [name for row in rows(section(page, title)) for name in code(row[0])]
 
 
 def anchors(markdown: str) -> set[str]:
     """The anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", markdown, re.MULTILINE)
-    return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {re.sub(r"[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def constant(path: str, name: str) -> int:
@@ -59,14 +63,16 @@ def constant(path: str, name: str) -> int:
 
 
 def test_table_of_parameters_names_those_of_the_template_and_no_others() -> None:
-    found = [row[0].strip("`") for row in rows(section("Configure"))]
+    found = [row[0].strip("`") for row in rows(section("docs/configuration.md", "Parameters"))]
     assert sorted(found) == sorted(PARAMETERS)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_table_of_parameters_gives_the_default_and_the_bounds_of_the_template(name: str) -> None:
     parameter = PARAMETERS[name]
-    (_, default, allowed, meaning), *_ = [row for row in rows(section("Configure")) if row[0] == f"`{name}`"]
+    (_, default, allowed, meaning), *_ = [
+        row for row in rows(section("docs/configuration.md", "Parameters")) if row[0] == f"`{name}`"
+    ]
     assert default == (f"`{parameter['Default']}`" if parameter["Default"] != "" else "empty")
     if "MinValue" in parameter:
         assert allowed == f"{parameter['MinValue']} to {parameter['MaxValue']}"
@@ -79,7 +85,7 @@ def test_table_of_parameters_gives_the_default_and_the_bounds_of_the_template(na
 
 
 def test_table_of_outputs_names_those_of_the_template_and_no_others() -> None:
-    assert sorted(named("Deploy to AWS")) == sorted(load_template()["Outputs"])
+    assert sorted(named("docs/deploy.md", "Outputs")) == sorted(load_template()["Outputs"])
 
 
 def test_table_of_routes_names_those_of_the_template_and_no_others() -> None:
@@ -89,7 +95,7 @@ def test_table_of_routes_names_those_of_the_template_and_no_others() -> None:
         for event in function["Properties"].get("Events", {}).values()
         if event["Type"] == "Api"
     ]
-    assert sorted(named("With curl")) == sorted(routes)
+    assert sorted(named("docs/api.md", "Routes")) == sorted(routes)
 
 
 RUNBOOK = BLOCKS.sub("", (ROOT / "docs/runbook.md").read_text())
@@ -188,32 +194,46 @@ LIMITS = {
 @pytest.mark.parametrize("what", LIMITS)
 def test_table_of_limits_gives_those_of_the_code(what: str) -> None:
     path, name, unit, text = LIMITS[what]
-    (limit,) = [row[1] for row in rows(section("Limits")) if row[0] == what]
+    (limit,) = [row[1] for row in rows(section("docs/limits.md", "Fixed limits")) if row[0] == what]
     assert limit.startswith(text.format(constant(path, name) // unit))
 
 
 def test_table_of_limits_gives_the_throttling_of_the_template() -> None:
     settings, *_ = resources("AWS::Serverless::Api")["Api"]["Properties"]["MethodSettings"]
     rate, burst = PARAMETERS[settings["ThrottlingRateLimit"]["Ref"]]["Default"], settings["ThrottlingBurstLimit"]
-    (limit,) = [row[1] for row in rows(section("Limits")) if row[0] == "requests to the API"]
+    (limit,) = [row[1] for row in rows(section("docs/limits.md", "Fixed limits")) if row[0] == "requests to the API"]
     assert limit.startswith(f"{rate} a second, bursts of {burst}")
     public = PARAMETERS["PublicRequestsPerSecond"]["Default"]
-    (limit,) = [row[1] for row in rows(section("Limits")) if row[0] == "requests to a public route"]
+    (limit,) = [
+        row[1] for row in rows(section("docs/limits.md", "Fixed limits")) if row[0] == "requests to a public route"
+    ]
     assert limit.startswith(f"{public} a second")
 
 
 def test_every_make_target_that_is_named_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    shown = "\n".join([*BLOCKS.findall(WHOLE), *code(README)])
+    wholes = [page.read_text() for page in PAGES]
+    shown = "\n".join(text for whole in wholes for text in [*BLOCKS.findall(whole), *code(BLOCKS.sub("", whole))])
     used = set(re.findall(r"\bmake ([a-z]+)", shown))
     assert {"demo", "local", "test"} <= used
     assert used <= targets
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_contributing_lists_every_make_target() -> None:
+    targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    listed = {name.split()[1] for name in named("CONTRIBUTING.md", "Commands")}
+    assert listed == targets
+
+
+def test_pages_are_all_of_the_repository_and_the_readme_is_short() -> None:
+    assert len(PAGES) > 40
+    assert all(page.is_file() for page in PAGES)
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_relative_link_leads_somewhere(page: Any) -> None:
-    text = page.read_text()
-    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    links = re.findall(r"\]\(([^)\s]+)\)", BLOCKS.sub("", page.read_text()))
     for link in links:
         if link.startswith("https://"):
             continue
@@ -221,4 +241,4 @@ def test_every_relative_link_leads_somewhere(page: Any) -> None:
         target = page.parent / path if path else page
         assert target.exists(), link
         if anchor:
-            assert anchor in anchors(target.read_text()), link
+            assert anchor in anchors(BLOCKS.sub("", target.read_text())), link
