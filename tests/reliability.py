@@ -198,7 +198,7 @@ PROMISES: Sequence[Promise] = (
                 "Parallel starts by all doors pass neither an owner's limits nor the rate",
                 ["tests/attacks/test_money.py"],
             ),
-            Shown("Every operation answers whatever comes as its document says", ["tests/stack/test_description.py"]),
+            Shown("Every operation answers whatever comes as its document says", ["tests/stack/test_openapi.py"]),
         ),
     ),
     Promise(
