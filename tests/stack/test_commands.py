@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions.__main__ import main, parser
+from predictions.cli.__main__ import main, parser
 
 from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud
 from local.replicate.process import LocalReplicate

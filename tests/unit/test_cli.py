@@ -9,11 +9,11 @@ from typing import Any
 import botocore.session
 import moto  # before predictions: it must see every client being made
 import pytest
-from predictions.__main__ import _COMMANDS, _Group, main, parser
 from predictions.access import AccessTokens
-from predictions.commands.letters import QUEUES
-from predictions.commands.stack import Stack, _Bucket
-from predictions.commands.story import waits_for
+from predictions.cli.__main__ import _COMMANDS, _Group, main, parser
+from predictions.cli.dead_letters import QUEUES
+from predictions.cli.inspect import waits_for
+from predictions.cli.stack import Stack, _Bucket
 from predictions.dead_letters import DeadLetterQueue
 from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequests
 from predictions.limiter import Limiter

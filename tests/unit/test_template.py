@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from predictions.access import _OWNER, is_owner, parse_authorization
 from predictions.change_retries import RETRY_SECONDS as CHANGE_RETRY_SECONDS
 from predictions.changes import NEEDED_SECONDS as CHANGE_NEEDED_SECONDS
-from predictions.commands.letters import QUEUES as LETTERS
+from predictions.cli.dead_letters import QUEUES as LETTERS
 from predictions.deliveries import LONGEST_WAIT_SECONDS, RETRY_SECONDS
 from predictions.deployed_recipes import NEEDED_SECONDS as NEEDED_FOR_A_FILE_SECONDS
 from predictions.dropped_manifests import PREFIX

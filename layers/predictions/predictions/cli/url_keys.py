@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from predictions.commands.stack import NotDone, Stack
+from predictions.cli.stack import NotDone, Stack
 
 
 def make_url_keys(stack: Stack, arguments: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 
 from predictions.access import AccessTokens
-from predictions.commands.stack import Stack, print_table
+from predictions.cli.stack import Stack, print_table
 
 
 def create_token(stack: Stack, arguments: argparse.Namespace) -> None:

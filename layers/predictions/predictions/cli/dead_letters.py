@@ -12,7 +12,7 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from predictions.change_retries import Retry, RetryQueue, read_dead_letter
-from predictions.commands.stack import NotDone, Stack, hidden, line, print_table, second
+from predictions.cli.stack import NotDone, Stack, hidden, line, print_table, second
 from predictions.dead_letters import DeadLetterQueue, Letter
 from predictions.dead_requests import DeadRequest, DeadRequests
 from predictions.deliveries import DeadLetters, DeliveriesQueue

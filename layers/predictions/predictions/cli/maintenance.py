@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from predictions.commands.stack import NotDone, Stack, StackUnusable, found, line, print_table
+from predictions.cli.stack import NotDone, Stack, StackUnusable, found, line, print_table
 from predictions.webhooks import SigningSecrets
 
 _NEW_MASTER = (

@@ -5,7 +5,7 @@ import sys
 import time
 
 from predictions.access import is_owner
-from predictions.commands.stack import NotDone, Stack, found
+from predictions.cli.stack import NotDone, Stack, found
 from predictions.deliveries import DeliveriesQueue, Delivery
 from predictions.owner_secrets import SecretVersions
 

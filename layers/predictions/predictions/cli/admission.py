@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict
 
 from predictions.access import is_owner
-from predictions.commands.stack import NotDone, Stack, print_table, second
+from predictions.cli.stack import NotDone, Stack, print_table, second
 from predictions.limiter import LANES, MAX_START_DELAY_SECONDS, Limiter
 from predictions.limits import LimitInvalid, OwnerLimits, OwnersLimits
 

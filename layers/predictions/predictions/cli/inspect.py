@@ -12,7 +12,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from predictions.commands.stack import NotDone, Stack, found, line, print_table, second
+from predictions.cli.stack import NotDone, Stack, found, line, print_table, second
 from predictions.executions import Executions
 from predictions.items import deserialize, serialize
 from predictions.table import Prediction, PredictionsTable
