@@ -1,1 +1,1 @@
-"""What the commands of `replicate-serverless` do, by what they are about; `predictions.cli.__main__` lists them."""
+"""The command line `replicate-serverless`, one module per subject; the layer does not ship it."""

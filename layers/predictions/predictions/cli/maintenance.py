@@ -1,75 +1,124 @@
-"""Files copied again, secrets changed, and what a deleted stack leaves."""
+"""Commands for maintenance: archive files, rotate secrets, list what a deleted stack leaves."""
 
-import argparse
 import json
-import secrets
 import sys
 import time
-from typing import Any
+from collections.abc import Mapping
+from enum import StrEnum
+from secrets import choice
+from typing import Annotated, Any
 
-from predictions.cli.stack import NotDone, Stack, StackUnusable, found, line, print_table
+import typer
+
+from predictions.cli.stack import (
+    JsonList,
+    NotDone,
+    Stack,
+    StackUnusable,
+    command,
+    found,
+    group,
+    line,
+    print_table,
+)
 from predictions.webhooks import SigningSecrets
 
+app = group()
+outputs = group("Archive output files that could not be copied.")
+secrets = group("Rotate and refresh the stack's secrets.")
+
+
+class Secret(StrEnum):
+    """The secrets that `secrets rotate` can change."""
+
+    REPLICATE_TOKEN = "replicate-token"  # noqa: S105  # its name
+    WEBHOOK_MASTER = "webhook-master"
+    LINKS = "links"
+
+
 _NEW_MASTER = (
-    "every owner's secret is another one at once, and webhooks carry no signature of the old one: receivers have to"
-    " fetch theirs again (GET /webhooks/default/secret)"
+    "every owner's secret changes at once and webhooks are no longer signed with the old one: receivers must fetch"
+    " their secret again (GET /webhooks/default/secret)"
 )
 _NEW_LINKS = (
-    "all links to files end within five minutes, also those in the inputs of predictions that still wait, which fail"
+    "all links to files expire within five minutes, including links in the inputs of predictions that still wait:"
+    " those predictions fail"
 )
-MADE = {"webhook-master": ("WebhookMasterSecret", _NEW_MASTER), "links": ("LinkSecret", _NEW_LINKS)}
-"""Secrets that are made here: their resource, and what another value does."""
+_GENERATED: Mapping[Secret, tuple[str, str]] = {
+    Secret.WEBHOOK_MASTER: ("WebhookMasterSecret", _NEW_MASTER),
+    Secret.LINKS: ("LinkSecret", _NEW_LINKS),
+}
+"""Secrets with a random value: their resource, and the effect of a new value."""
 
 _LARGEST_CHARACTERS = 512
 _KEPT_TYPES = ("AWS::DynamoDB::Table", "AWS::S3::Bucket")
 
 
-def archive(stack: Stack, arguments: argparse.Namespace) -> None:
-    """Copies what could not be copied of predictions that have ended, by copy_outputs itself."""
+@command(outputs, "archive", example="outputs archive yyys72zxolexwjthl2aalbmehp --stack NAME")
+def archive(
+    stack: Stack,
+    ids: Annotated[list[str], typer.Argument(metavar="ID", help="Ids of finished predictions.")],
+) -> None:
+    """Copy files that could not be copied when predictions finished.
+
+    Possible as long as Replicate still has them, for about an hour.
+    """
     table, function = stack.table, stack.resource("CopyOutputsFunction")
     missing = False
-    for prediction_id in arguments.ids:
+    for prediction_id in ids:
         found(table, prediction_id)
-        answer: dict[str, Any] = stack.invoke(function, {"id": prediction_id, "again": True})
-        if why := answer.get("refused"):
+        result: dict[str, Any] = stack.invoke(function, {"id": prediction_id, "again": True})
+        if why := result.get("refused"):
             missing = True
             print(f"{prediction_id}: {why}", file=sys.stderr)
             continue
-        print(f"{prediction_id}: {len(answer['stored'])} copied, {len(answer['failed'])} not.", file=sys.stderr)
-        for file in answer["failed"]:
+        print(f"{prediction_id}: {len(result['stored'])} copied, {len(result['failed'])} failed.", file=sys.stderr)
+        for file in result["failed"]:
             missing = True
             print(f"{prediction_id}: {line(file['path'] or '/', 60)}: {line(file['error'], 300)}", file=sys.stderr)
     if missing:
-        raise NotDone("Not everything was copied. What Replicate has removed, about an hour after the end, is gone.")
+        raise NotDone("Some files were not copied. Replicate removes them about an hour after completion, for good.")
 
 
-def rotate(stack: Stack, arguments: argparse.Namespace) -> None:
-    """Gives a secret another value."""
-    if arguments.secret == "replicate-token":  # noqa: S105  # its name
+@command(secrets, "rotate", example="secrets rotate replicate-token --stack NAME < new-token.txt")
+def rotate(
+    stack: Stack,
+    secret: Annotated[Secret, typer.Argument(metavar="SECRET", help="The secret.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Rotate even if that invalidates what is in use.")] = False,
+) -> None:
+    """Replace a secret.
+
+    Replicate's token is read from stdin; the other secrets get a random value.
+    """
+    if secret not in _GENERATED:
         token = sys.stdin.readline().strip()
         if not 8 <= len(token) <= _LARGEST_CHARACTERS or not all("!" <= each <= "~" for each in token):
             raise NotDone("The new token is read from stdin: one line of 8 to 512 visible ASCII characters.")
         arn = stack.output("ReplicateTokenSecretArn")
         stack.client("secretsmanager").put_secret_value(SecretId=arn, SecretString=token)
         print(
-            "Stored. Functions use it within a minute, and at once after a 401. What runs goes on. Then revoke the"
-            " old one at Replicate; `resume` ends a pause that it caused.",
+            "Stored. Functions use it within a minute, and immediately after a 401; running predictions continue."
+            " Now revoke the old token at Replicate. `resume` ends a pause that it caused.",
             file=sys.stderr,
         )
         return
-    resource, effect = MADE[arguments.secret]
-    if not arguments.yes:
-        raise NotDone(f"With another value {effect}. Say --yes if that is what you want.")
-    # As CloudFormation made the first one: 64 letters and digits.
+    resource, effect = _GENERATED[secret]
+    if not yes:
+        raise NotDone(f"With a new value, {effect}. Confirm with --yes.")
+    # Like the first value, which CloudFormation made: 64 letters and digits.
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
-    value = "".join(secrets.choice(alphabet) for _ in range(64))
+    value = "".join(choice(alphabet) for _ in range(64))
     stack.client("secretsmanager").put_secret_value(SecretId=stack.resource(resource), SecretString=value)
-    print(f"Stored; functions use it within five minutes. From then on {effect}.", file=sys.stderr)
+    print(f"Stored. Functions use it within five minutes; from then on, {effect}.", file=sys.stderr)
 
 
-def refresh(stack: Stack, arguments: argparse.Namespace) -> None:  # noqa: ARG001  # every command is called with both
-    """Asks Replicate for the secret with which it signs, as the sweep does every ten minutes."""
-    import httpx  # no other command needs it
+@command(secrets, "refresh", example="secrets refresh --stack NAME")
+def refresh(stack: Stack) -> None:
+    """Fetch the secret with which Replicate signs webhooks.
+
+    The sweep does the same every ten minutes.
+    """
+    import httpx  # only this command needs it
 
     from predictions.upstream import UpstreamError, token_of
 
@@ -78,22 +127,26 @@ def refresh(stack: Stack, arguments: argparse.Namespace) -> None:  # noqa: ARG00
     token = token_of(stored)
     url = f"{stack.parameter('ReplicateApiUrl')}/webhooks/default/secret"
     try:
-        answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=10)
-        answer.raise_for_status()
-        secret = str(answer.json()["key"])
+        response = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=10)
+        response.raise_for_status()
+        secret = str(response.json()["key"])
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise UpstreamError(f"Replicate did not tell its signing secret ({type(error).__name__}).") from None
+        raise UpstreamError(f"Replicate did not return its signing secret ({type(error).__name__}).") from None
     changed = SigningSecrets(stack.output("SigningSecretArn"), secretsmanager).store(secret, time.time())
     print(
-        "Replicate's signing secret has changed; the one before is believed for 24 hours more."
+        "Replicate's signing secret has changed; the old one stays valid for 24 hours."
         if changed
         else "Replicate's signing secret is the one that is stored.",
         file=sys.stderr,
     )
 
 
-def kept(stack: Stack, arguments: argparse.Namespace) -> None:
-    """What a deletion of the stack leaves, or has left: the table and the buckets."""
+@command(app, "kept", example="kept --stack NAME")
+def kept(stack: Stack, as_json: JsonList = False) -> None:
+    """List what remains after the stack is deleted.
+
+    These are the table and the buckets. Works before and after the deletion.
+    """
     cloudformation = stack.client("cloudformation")
     stacks = [
         each
@@ -102,10 +155,10 @@ def kept(stack: Stack, arguments: argparse.Namespace) -> None:
         if each["StackName"] == stack.name
     ]
     if not stacks:
-        raise StackUnusable(f"There is no stack {stack.name!r}, and there was none for 90 days.")
+        raise StackUnusable(f"Found no stack {stack.name!r}, nor one of that name deleted within 90 days.")
     rows = []
     for each in stacks:
-        # One that is deleted is known by its id alone, and what it left by its events.
+        # A deleted stack can only be read by its id, and the resources it left by its events.
         resources = [
             resource
             for operation, listed in (
@@ -124,7 +177,7 @@ def kept(stack: Stack, arguments: argparse.Namespace) -> None:
             and resource["ResourceStatus"] != "DELETE_COMPLETE"
         }
         rows += sorted(found_here)
-    if arguments.json:
+    if as_json:
         print(json.dumps([{"type": kind, "name": name, "stack": status} for kind, name, status in rows], indent=2))
         return
     print_table(("TYPE", "NAME", "STACK"), rows)
