@@ -18,7 +18,7 @@ CLOUDS := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo picture local send test lint types validate audit docs unit attacks simulation sim stack slow faults reliability conformance bench batch lock clean
+.PHONY: help setup demo picture local send test lint types validate audit docs unit attacks simulation sim stack slow faults reliability conformance bench batch lock openapi clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,11 +40,12 @@ send: setup ## Send EVENT=events/… to the stack of "make local", and follow wh
 
 test: lint types validate unit attacks simulation stack ## Check everything but what "make slow" runs, in this order; what fails stops it
 
-lint: setup ## Check the style, and that the requirements are those of pyproject.toml
+lint: setup ## Check the style, and that generated files are up to date (requirements, openapi.json)
 	$(call heading,lint)
 	@$(IN)ruff check .
 	@$(IN)ruff format --check .
 	@$(PYTHON) -m local.lock --check
+	@$(PYTHON) -m local.openapi --check
 
 types: setup ## Check the types
 	$(call heading,types)
@@ -104,6 +105,9 @@ batch: setup ## Run a batch of LINES=1000 lines on the local cloud, with its pro
 
 lock: setup ## Bring requirements/ and the layer's up to date with pyproject.toml (UPGRADE=1: newest versions)
 	@$(PYTHON) -m local.lock $(if $(UPGRADE),--upgrade)
+
+openapi: setup ## Write openapi.json, which the layer ships, from openapi.yaml
+	@$(PYTHON) -m local.openapi
 
 clean: ## Remove everything that was made here
 	rm -rf .venv .local .aws-sam .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -272,7 +272,7 @@ PROMISES: Sequence[Promise] = (
                 "Open batches and pipelines, attempts and refused lines count against their owner's limits",
                 ["tests/unit/test_owner_bounds.py"],
             ),
-            Shown("Every operation answers whatever comes as its document says", ["tests/stack/test_description.py"]),
+            Shown("Every operation answers whatever comes as its document says", ["tests/stack/test_openapi.py"]),
         ),
     ),
     Promise(

@@ -1,4 +1,7 @@
-"""Read routes of the API: one prediction or training, and an owner's list of them; the table only, never Replicate."""
+"""Serve the read routes: predictions, trainings and the API's own document.
+
+Predictions and trainings are read from the table only, never from Replicate.
+"""
 
 from typing import Literal
 
@@ -7,6 +10,7 @@ from predictions.api import (
     Presenter,
     answer_with,
     json_response,
+    openapi_response,
     own_prediction,
     owner_with,
     resolver,
@@ -53,6 +57,13 @@ def list_() -> Response[str]:
 def list_trainings() -> Response[str]:
     """`GET /trainings`: as for predictions, whole: Replicate's list of trainings has no filters either."""
     return _page("training", {})
+
+
+@app.get("/openapi.json")
+def document() -> Response[str]:
+    """Serve `GET /openapi.json`: this stack's own OpenAPI 3.1 document."""
+    owner_with(app, "read")
+    return openapi_response()
 
 
 def _query(name: str) -> str | None:

@@ -34,7 +34,6 @@ TRIED = {
 }  # fmt: skip
 PARSE_NONE = {
     "authorize_request": "reads a token's item",
-    "describe_api": "shows a constant",
     "give_secret": "reads a secret of this stack",
     "serve_files": "reads a link's query and answers with a redirect",
     "store_files": "keeps the bytes of a form and parses none of its files",

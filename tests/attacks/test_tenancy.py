@@ -17,6 +17,7 @@ import pytest
 
 from tests.attacks.stack import ROUTES, Stack
 from tests.reliability import Recorded
+from tests.unit.described import operations
 from tests.unit.fakes import VERSION
 
 CALLS = 10_000
@@ -353,8 +354,6 @@ def test_strangers_and_tokens_without_the_scope_are_refused_at_every_route(stack
 
 
 def test_every_route_needs_its_scope(stack: Stack, town: Town) -> None:
-    from predictions.description import operations
-
     scopes = {(each.method, each.path): each.scopes for each in operations()}
     assert scopes.keys() == ROUTES.keys()
     # What one of several scopes allows; everything else needs the one that it names.

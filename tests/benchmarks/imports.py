@@ -137,7 +137,10 @@ def _shipped() -> Iterator[Path]:
         _copy(directory / "layer", dict(locked))
         _copy(directory / "runtime", dict.fromkeys(RUNTIME))
         without = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / "layers/predictions/predictions", directory / "layer/predictions", ignore=without)
+        unshipped = shutil.ignore_patterns(
+            "__pycache__", "cli", "__main__.py", "openapi.yaml"
+        )  # as the layer's Makefile
+        shutil.copytree(ROOT / "layers/predictions/predictions", directory / "layer/predictions", ignore=unshipped)
         compiled = subprocess.run(  # noqa: S603  # this Python; as the layer's Makefile does
             [sys.executable, "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash", temporary],
             capture_output=True,

@@ -5,15 +5,17 @@ import json
 import re
 import shlex
 import time
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
-from predictions.__main__ import main, parser
+from predictions.cli.__main__ import main
 
 from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud
 from local.replicate.process import LocalReplicate
+from tests.unit.commands import stack_of
 from tests.unit.template import ROOT
 
 Api = Callable[..., httpx.Client]
@@ -49,7 +51,7 @@ def test_story_of_a_prediction_has_its_states_its_webhooks_and_its_files_in_orde
     assert code == 0
     shown = json.loads(out)
     what = [f"{each['where']}: {each['what']}" for each in shown["story"]]
-    for part in ("asked for by operated (http)", "enters AwaitWebhook", "enters CopyOutputs", "webhook verified"):
+    for part in ("created by operated (http)", "enters AwaitWebhook", "enters CopyOutputs", "webhook verified"):
         assert [each for each in what if part in each], (part, what)
     assert [each["at"] for each in shown["story"]] == sorted(each["at"] for each in shown["story"])
     (file,) = shown["files"]
@@ -76,10 +78,10 @@ def test_file_that_could_not_be_copied_is_archived_while_replicate_has_it(
     assert ended["error"]
     code, _, err = run("outputs", "archive", prediction_id)
     assert code == 2
-    assert "0 copied, 1 not" in err
+    assert "0 copied, 1 failed" in err
     replicate.reset()
     code, _, err = run("outputs", "archive", prediction_id)
-    assert (code, "1 copied, 0 not." in err) == (0, True)
+    assert (code, "1 copied, 0 failed." in err) == (0, True)
     assert read()["error"] is None
     (file,) = read()["output_files"]
     stored = cloud.client("s3").head_object(Bucket=cloud.stack.outputs_bucket, Key=file["key"])
@@ -103,7 +105,7 @@ def test_what_stands_still_is_listed_with_what_it_waits_for(run: Run, cloud: Loc
 
     try:
         # A sweep may come in between, once.
-        assert (overdue() or overdue()) == ["the sweep to take it off its list"]
+        assert (overdue() or overdue()) == ["the sweep to remove it from its list"]
         assert painted not in run("stuck", "--older-than", "2h")[1]
     finally:
         table.update_item(
@@ -140,7 +142,7 @@ def test_change_that_was_given_up_is_read_again_and_told(run: Run, cloud: LocalC
     cloud.client("sqs").send_message(QueueUrl=queue, MessageBody=json.dumps({"DDBStreamBatchInfo": part}))
     assert json.loads(run("dead-letters", "count", "--json")[1])["changes"] == 1
     code, _, err = run("dead-letters", "redrive", "changes")
-    assert (code, "Tried once more: 1." in err) == (0, True), err
+    assert (code, "Redriven: 1." in err) == (0, True), err
     assert json.loads(run("dead-letters", "count", "--json")[1])["changes"] == 0
 
 
@@ -153,7 +155,7 @@ def test_failed_job_is_invoked_again_under_its_own_id_and_starts_nothing_twice(
     for _ in range(2):
         cloud.client("sqs").send_message(QueueUrl=queue, MessageBody=json.dumps(letter))
     code, _, err = run("dead-letters", "redrive", "run-jobs")
-    assert (code, "Tried once more: 2." in err) == (0, True), err
+    assert (code, "Redriven: 2." in err) == (0, True), err
 
     def created() -> int:
         return len(replicate.creates())
@@ -191,6 +193,19 @@ def test_what_a_deletion_leaves_is_named(run: Run, cloud: LocalCloud) -> None:
     assert kept == {cloud.stack.table_name, cloud.stack.outputs_bucket, cloud.stack.inputs_bucket}
 
 
+def test_deployed_layer_holds_no_command(cloud: LocalCloud) -> None:
+    lambda_ = cloud.client("lambda")
+    configuration = lambda_.get_function_configuration(FunctionName=cloud.resources["ReadPredictionsFunction"])
+    (layer,) = configuration["Layers"]
+    location = lambda_.get_layer_version_by_arn(Arn=layer["Arn"])["Content"]["Location"]
+    archive = zipfile.ZipFile(io.BytesIO(httpx.get(location, trust_env=False).raise_for_status().content))
+    names = archive.namelist()
+    assert len([name for name in names if re.fullmatch(r"python/predictions/(\w+/)?\w+\.py", name)]) > 50
+    assert [name.rpartition("/")[2] for name in names if "/openapi." in name] == ["openapi.json"]
+    assert not [name for name in names if name.startswith(("python/predictions/cli", "python/predictions/__main__"))]
+    assert not [name for name in names if name.startswith(("python/typer", "python/click", "python/rich"))]
+
+
 RUNBOOK = (ROOT / "docs/runbook.md").read_text()
 COMMANDS = sorted(
     {
@@ -205,7 +220,7 @@ COMMANDS = sorted(
 @pytest.mark.parametrize("text", COMMANDS)
 def test_command_of_the_runbook_runs(run: Run, text: str, request: pytest.FixtureRequest) -> None:
     _, *words = shlex.split(text)
-    assert parser().parse_args(words).stack == "NAME"
+    assert stack_of(words) == "NAME"
     if {"rotate", "forget", "redrive"} & set(words):
         return  # those above, and what other tests still need
     if "ID" in words:

@@ -322,6 +322,6 @@ class TestOperated:
         # What was looked at is hidden for half a minute: let it be seen again at once.
         sqs.purge_queue(QueueUrl=dead)
         sqs.send_message(QueueUrl=dead, MessageBody=json.dumps({**message, "reason": "answered 503"}))
-        assert "Tried once more: 1." in command(cloud, "dead-letters", "redrive", "webhooks").stderr
+        assert "Redriven: 1." in command(cloud, "dead-letters", "redrive", "webhooks").stderr
         wait_until(lambda: len(receiver.headers(prediction_id, "completed")) == 3, 20, "the third webhook")
         assert command(cloud, "dead-letters", "list", "webhooks", "--json").stdout.strip() == "[]"

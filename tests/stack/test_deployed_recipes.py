@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions.__main__ import main
+from predictions.cli.__main__ import main
 
 from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud, LocalCloudError
 from tests.stack.conftest import copy_checkout

@@ -148,7 +148,7 @@ class TestQueue:
             message_id = queue.send(hook)
             queue.wait_until(lambda: queue.dead() == 1, 30, "a dead letter")
         assert queue.started() == []
-        assert "Tried once more: 1." in queue.command("redrive", "requests", "--id", message_id).stderr
+        assert "Redriven: 1." in queue.command("redrive", "requests", "--id", message_id).stderr
         (ended,) = queue.ended()
         assert queue.dead() == 0
         # Given up all the same, after it had started: as where the function died each time after that.
@@ -160,7 +160,7 @@ class TestQueue:
                 for name, value in {"request_id": message_id, "sender": "AIDA", "sent_at": "1750000000"}.items()
             },
         )
-        assert "Tried once more: 1." in queue.command("redrive", "requests").stderr
+        assert "Redriven: 1." in queue.command("redrive", "requests").stderr
         assert [each["id"] for each in queue.started()] == [ended["id"]]
         assert len(replicate.creates()) == 1
 

@@ -1,22 +1,106 @@
 """The API's own OpenAPI document, as what tests hold answers against."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import yaml
 from jsonschema import Draft202012Validator
-from predictions.description import describe
+from predictions.forwarding import ROUTES as FORWARDED_ROUTES
 
 from tests.unit.fakes import API_URL
+from tests.unit.template import ROOT
 
-FORWARDED = "(passed on to Replicate)"
+SOURCE = ROOT / "layers/predictions/predictions/openapi.yaml"
+FORWARDED = "(forwarded to Replicate)"
 NAMED_HEADERS = {"location", "preference-applied", "ratelimit-limit", "ratelimit-remaining", "ratelimit-reset"}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation of the document.
+
+    Attributes:
+        method: In capitals.
+        path: As in the template.
+        described: What the document has of it.
+    """
+
+    method: str
+    path: str
+    described: Mapping[str, Any]
+
+    @property
+    def id(self) -> str:
+        """Its `operationId`."""
+        return str(self.described["operationId"])
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """Each scope that allows it; none for a public route."""
+        return tuple(scope for each in self.described["security"] for scope in each["accessToken"])
+
+    @property
+    def successes(self) -> list[int]:
+        """The statuses of success."""
+        return [int(status) for status in self.described["responses"] if status < "400"]
+
+    @property
+    def status(self) -> int:
+        """The first status of success."""
+        return self.successes[0]
+
+    @property
+    def problems(self) -> list[int]:
+        """The statuses of its answers other than success."""
+        return sorted(int(status) for status in self.described["responses"] if status >= "400")
+
+    @property
+    def content(self) -> Mapping[str, Any]:
+        """By media type, what a success answers; empty where it has no body."""
+        content: Mapping[str, Any] = self.described["responses"][str(self.status)].get("content", {})
+        return content
+
+    @property
+    def media_type(self) -> str:
+        """Of the answer; JSON's where it has no body."""
+        return next(iter(self.content), "application/json")
+
+    @property
+    def has_body(self) -> bool:
+        """Whether callers send a body."""
+        return "requestBody" in self.described
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters of the path."""
+        return [part[1:-1] for part in self.path.split("/") if part.startswith("{")]
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names in `components.parameters`, beside those of the path."""
+        return [each["$ref"].rpartition("/")[2] for each in self.described["parameters"] if "$ref" in each]
+
+    @property
+    def forwarded(self) -> bool:
+        """Whether it is passed on to Replicate, of whose refusals the known ones are described."""
+        return (self.method, self.path) in FORWARDED_ROUTES
 
 
 @cache
 def document() -> dict[str, Any]:
     """The document; not to be changed by who gets it."""
-    return describe(API_URL)
+    found: dict[str, Any] = yaml.safe_load(SOURCE.read_text(encoding="utf-8"))
+    return {**found, "servers": [{"url": API_URL}]}
+
+
+@cache
+def operations() -> list[Operation]:
+    """All routes: what this stack answers by itself, and what is passed on."""
+    paths = document()["paths"]
+    return [Operation(method.upper(), path, each) for path in paths for method, each in paths[path].items()]
 
 
 def operation_of(event: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@ import io
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,19 +11,22 @@ from typing import Any
 import botocore.session
 import moto  # before predictions: it must see every client being made
 import pytest
-from predictions.__main__ import _COMMANDS, _Group, main, parser
 from predictions.access import AccessTokens
-from predictions.commands.letters import QUEUES
-from predictions.commands.stack import Stack, _Bucket
-from predictions.commands.story import _of_submissions, waits_for
+from predictions.cli.__main__ import main
+from predictions.cli.dead_letters import QUEUES
+from predictions.cli.inspect import _of_submissions, waits_for
+from predictions.cli.stack import Stack, _Bucket
+from predictions.cli.webhooks import Event
 from predictions.dead_letters import DeadLetterQueue
 from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequests
+from predictions.deliveries import EVENTS
 from predictions.limiter import Limiter
 from predictions.limits import OwnerLimits, OwnersLimits
 from predictions.outputs import OutputsBucket
 from predictions.requests import Message
 from predictions.table import Prediction
 
+from tests.unit.commands import COMMANDS, GROUPS, stack_of
 from tests.unit.template import ROOT, resources, table_properties
 from tests.unit.test_template import dead_letter_queues
 
@@ -182,37 +187,45 @@ def test_what_cannot_be_done_is_said(capsys: pytest.CaptureFixture[str], argv: t
     ],
 )
 def test_an_incomplete_command_shows_its_usage(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(argv)
-    assert end.value.code == 2
+    assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("usage: replicate-serverless")
+    assert err.startswith("Usage: replicate-serverless")
 
 
-COMMANDS = [
-    (name, *inner)
-    for name, each in _COMMANDS.items()
-    for inner in ([(own,) for own in each.commands] if isinstance(each, _Group) else [()])
-]
+def test_commands_are_these() -> None:
+    assert {" ".join(command) for command in COMMANDS} == {
+        "show", "stuck", "dead-letters count", "dead-letters list", "dead-letters redrive", "dead-letters forget",
+        "outputs archive", "webhooks redeliver", "webhooks rotate", "secrets rotate", "secrets refresh",
+        "tokens create", "tokens list", "tokens revoke", "limits set", "limits list", "limits remove",
+        "pause", "resume", "status", "urls keys", "kept",
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in _COMMANDS), *COMMANDS], ids=" ".join)
+def test_module_is_the_command_too() -> None:
+    command = [sys.executable, "-m", "predictions", "tokens", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # our own
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: replicate-serverless tokens list")
+
+
+def test_events_of_a_redelivery_are_those_that_are_sent() -> None:
+    assert tuple(Event) == EVENTS
+
+
+@pytest.mark.parametrize("command", [(), *GROUPS, *COMMANDS], ids=" ".join)
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([*command, "--help"])
-    assert end.value.code == 0
-    assert " ".join(["usage: replicate-serverless", *command]) in capsys.readouterr().out
+    assert main([*command, "--help"]) == 0
+    assert " ".join(["Usage: replicate-serverless", *command]) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_example_of_a_commands_help_is_one_of_it(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
-    with pytest.raises(SystemExit):
-        main([*command, "--help"])
-    _, _, example = " ".join(capsys.readouterr().out.split()).partition("example: replicate-serverless ")
+    assert main([*command, "--help"]) == 0
+    _, _, example = " ".join(capsys.readouterr().out.split()).partition("Example: replicate-serverless ")
     words = shlex.split(re.split(" [<>] ", example)[0])
     assert words[: len(command)] == list(command)
-    assert parser().parse_args(words).stack == "NAME"
+    assert stack_of(words) == "NAME"
 
 
 def test_a_created_token_alone_is_on_stdout_and_works(stack: AccessTokens, capsys: pytest.CaptureFixture[str]) -> None:
@@ -487,8 +500,8 @@ def messages(sqs: Any, queue: str) -> list[dict[str, Any]]:
     [
         (("redeliver", "z" * 26), "no prediction"),
         (("redeliver", "../x"), "no prediction"),
-        (("redeliver", "b" * 26), "has not ended"),
-        (("redeliver", "d" * 26), "has not ended"),
+        (("redeliver", "b" * 26), "has not completed"),
+        (("redeliver", "d" * 26), "has not completed"),
         (("redeliver", "c" * 26), "without a webhook"),
         (("rotate", "--owner", "Alice"), "The owner 'Alice'"),
     ],
@@ -534,8 +547,8 @@ def test_failed_webhooks_are_listed_and_sent_again(hooks: Any, capsys: pytest.Ca
     hooks.send_message(QueueUrl=dead, MessageBody="[]")
     assert main(["dead-letters", "redrive", "webhooks", "--stack", "hooks"]) == 2
     err = capsys.readouterr().err
-    assert "Tried once more: 1." in err
-    assert "it is no delivery" in err
+    assert "Redriven: 1." in err
+    assert "Left in the queue: -: not a delivery" in err
     (again,) = messages(hooks, "deliveries")
     assert {**again, "first_at": 0} == {**FAILED, "first_at": 0}
     assert again["first_at"] > FAILED["first_at"], "it is tried for another day"
@@ -650,7 +663,7 @@ def test_dead_request_is_tried_as_the_message_that_it_was_and_forgotten(
     queue.bury("message-1", "{}")
     queue.bury("message-2", "{}")
     assert main([*PUT_BACK, "--id", "message-2"]) == 0
-    assert "Tried once more: 1." in capsys.readouterr().err
+    assert "Redriven: 1." in capsys.readouterr().err
     ((record,),) = [event["Records"] for event in queue.asked]
     assert (record["messageId"], record["body"]) == ("message-2", "{}")
     assert record["attributes"] == {"SenderId": "AROAALICE0000", "SentTimestamp": "1750000000000"}
@@ -717,7 +730,7 @@ def test_dead_request_that_cannot_be_started_stays(queue: Queue, capsys: pytest.
     queue.bury("message-1", "{}")
     queue.answers = [({"batchItemFailures": [{"itemIdentifier": "message-1"}]}, None)]
     assert main(PUT_BACK) == 2
-    assert "Left where it is: message-1: AWS did not let it start" in capsys.readouterr().err
+    assert "Left in the queue: message-1: AWS did not start it" in capsys.readouterr().err
     assert queue.left == 1
 
 
@@ -729,9 +742,9 @@ def test_function_that_fails_over_one_dead_request_is_said_and_tries_the_others(
     queue.answers = [({"errorMessage": "no memory"}, "Unhandled")]
     assert main(PUT_BACK) == 2
     err = capsys.readouterr().err
-    assert "Tried once more: 1." in err
+    assert "Redriven: 1." in err
     assert "no memory" in err
-    assert "1 could not be tried" in err
+    assert "1 could not be redriven" in err
     assert queue.left == 1
 
 
@@ -826,8 +839,8 @@ def test_failed_jobs_are_invoked_again_as_what_they_were(
     ]
     out, err = capsys.readouterr()
     assert out == ""
-    assert "Tried once more: 2." in err
-    assert "no invocation" in err
+    assert "Redriven: 2." in err
+    assert "not an invocation" in err
     assert counts(capsys) == {"requests": 0, "webhooks": 0, "changes": 0, "run-jobs": 1, "invocations": 0}
 
 
@@ -907,7 +920,7 @@ def test_changes_that_were_given_up_are_read_from_the_stream_again_and_published
     assert all(isinstance(each["dynamodb"]["ApproximateCreationDateTime"], float) for each in event["Records"])
     err = capsys.readouterr().err
     assert "names no part of the stream" in err
-    assert "did not give all of it" in err
+    assert "did not return all of it" in err
     assert counts(capsys)["changes"] == 2
 
 
@@ -937,7 +950,7 @@ def test_effects_that_were_given_up_are_listed_with_their_reason_and_retried_for
     moment = "2025-06-15T15:06:40Z"
     assert [row.split(maxsplit=4)[1:] for row in rows] == [
         ["1", moment, moment, "event: failed for a day"],
-        ["1", moment, moment, "callers: publish_changes died over it each time: see its log"],
+        ["1", moment, moment, "callers: publish_changes crashed on it every time; see its log"],
     ]
     hooks.purge_queue(QueueUrl=hooks.get_queue_url(QueueName="ChangesDeadLetterQueue")["QueueUrl"])
     bury(hooks, "ChangesDeadLetterQueue", {**EFFECT, "reason": "failed for a day"}, died)
@@ -970,8 +983,8 @@ def payloads(hooks: Any) -> Any:
 def test_story_is_told_in_its_order_without_input_and_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "b" * 26, "--stack", "hooks"]) == 0
     out = capsys.readouterr().out
-    assert "asked for by alice (http)" in out
-    assert "It waits for: the sweep to start another execution, since this one is not there" in out
+    assert "created by alice (http)" in out
+    assert "Waits for: the sweep to start another execution: the last one is not found" in out
     shown = told(capsys, "show", "b" * 26)
     assert [each["at"] for each in shown["story"]] == sorted(each["at"] for each in shown["story"])
     assert shown["characters"] == {"input": 20, "progress": 20}
@@ -996,8 +1009,8 @@ def test_story_goes_without_a_time_of_replicate_that_is_none(
     )
     assert main(["show", "b" * 26, "--stack", "hooks"]) == 0
     out = capsys.readouterr().out
-    assert "asked for by alice" in out
-    assert "the model began" not in out
+    assert "created by alice" in out
+    assert "the model started" not in out
     assert "\x1b" not in out
 
 
@@ -1019,11 +1032,11 @@ def prediction(**changed: Any) -> Prediction:
         ({"rank": 9, "visible": "succeeded"}, "SUCCEEDED", None),
         ({"rank": 9, "visible": "succeeded", "orphans": frozenset({"x"})}, "SUCCEEDED", "1 orphan"),
         ({"rank": 9, "visible": "succeeded", "deleted": 1, "next_check_at": 2}, None, "finish its deletion"),
-        ({}, "FAILED", "since this one is FAILED"),
+        ({}, "FAILED", "the last one is FAILED"),
         ({"rank": 9, "visible": "processing"}, "RUNNING", "copy_outputs"),
-        ({"rank": 2, "upstream_id": "u", "claimed": 1}, "RUNNING", "Replicate to end it"),
-        ({"rank": 2, "upstream_id": "u", "claimed": 1, "deadline": 10}, "RUNNING", "its deadline being over"),
-        ({"claimed": 1}, "RUNNING", "whose answer was lost"),
+        ({"rank": 2, "upstream_id": "u", "claimed": 1}, "RUNNING", "Replicate to complete it"),
+        ({"rank": 2, "upstream_id": "u", "claimed": 1, "deadline": 10}, "RUNNING", "its deadline has passed"),
+        ({"claimed": 1}, "RUNNING", "whose response was lost"),
         ({"submit_at": 200}, "RUNNING", "its turn to be submitted"),
         ({}, "RUNNING", "submit_prediction"),
     ],
@@ -1049,7 +1062,7 @@ def test_what_could_not_be_copied_again_is_said(
     assert main(["outputs", "archive", ID, "--stack", "hooks"]) == 2
     assert invoked == [("CopyOutputs", {"id": ID, "again": True})]
     err = capsys.readouterr().err
-    assert "1 copied, 1 not." in err
+    assert "1 copied, 1 failed." in err
     assert "/1: gone" in err
 
 
@@ -1121,7 +1134,7 @@ SHOWN = sorted(
 
 @pytest.mark.parametrize("shown", SHOWN)
 def test_command_of_the_readme_or_a_page_is_one(shown: str) -> None:
-    assert parser().parse_args(shlex.split(shown)).stack
+    assert stack_of(shlex.split(shown))
 
 
 def test_every_command_is_shown_on_some_page() -> None:

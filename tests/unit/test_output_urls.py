@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.hashes import SHA1
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from predictions import aws
-from predictions.__main__ import main
 from predictions.api import Presenter
+from predictions.cli.__main__ import main
 from predictions.output_urls import Distribution, PrivateKey
 from predictions.outputs import OutputsBucket
 

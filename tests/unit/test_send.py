@@ -31,7 +31,6 @@ from tests.unit.template import logical_name, resources
 KINDS = {
     "call_replicate": Call,
     "cancel_prediction": Call,
-    "describe_api": Call,
     "give_secret": Call,
     "read_predictions": Call,
     "receive_webhook": Call,

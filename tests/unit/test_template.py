@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from predictions.access import _OWNER, is_owner, parse_authorization
 from predictions.change_retries import RETRY_SECONDS as CHANGE_RETRY_SECONDS
 from predictions.changes import NEEDED_SECONDS as CHANGE_NEEDED_SECONDS
-from predictions.commands.letters import QUEUES as LETTERS
+from predictions.cli.dead_letters import QUEUES as LETTERS
 from predictions.deliveries import LONGEST_WAIT_SECONDS, RETRY_SECONDS
 from predictions.deployed_recipes import NEEDED_SECONDS as NEEDED_FOR_A_FILE_SECONDS
 from predictions.dropped_manifests import PREFIX
@@ -163,7 +163,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
     table = {"Fn::GetAtt": ["PredictionsTable", "Arn"]}
     for name in [*FUNCTIONS, *MACHINES]:
         on_table = [each for each in statements(name) if table in listed(each["Resource"])]
-        assert on_table or name in ("DescribeApiFunction", "RunBatchStateMachine")
+        assert on_table or name == "RunBatchStateMachine"
         for statement in on_table:
             (operator,) = statement["Condition"]
             keys = statement["Condition"][operator]["dynamodb:LeadingKeys"]
@@ -560,7 +560,7 @@ def test_api_has_exactly_these_routes() -> None:
         ("DELETE", "/predictions/{id}"): "CancelPredictionFunction",
         ("POST", "/webhooks/replicate/{id}"): "ReceiveWebhookFunction",
         ("GET", "/webhooks/default/secret"): "GiveSecretFunction",
-        ("GET", "/openapi.json"): "DescribeApiFunction",
+        ("GET", "/openapi.json"): "ReadPredictionsFunction",
         ("POST", "/files"): "StoreFilesFunction",
         ("POST", "/uploads"): "StoreFilesFunction",
         ("GET", "/files"): "StoreFilesFunction",

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from aws_lambda_powertools.event_handler import APIGatewayRestResolver, CORSConfig, Response
@@ -37,6 +38,10 @@ _EXPOSED_HEADERS = [
 
 _JSON = "application/json"
 _PROBLEM = "application/problem+json"
+
+# Made from openapi.yaml by `make openapi`; read when it is asked for, so that no cold start pays for its 97 KB.
+_DOCUMENT = Path(__file__).with_name("openapi.json")
+_DOCUMENT_URL = "https://api.example.com/v1"  # the server that openapi.yaml names
 
 
 def resolver() -> APIGatewayRestResolver:
@@ -89,6 +94,16 @@ def answer_with(app: APIGatewayRestResolver) -> Callable[[dict[str, Any], Any], 
 def json_response(status: int, body: Any, headers: Mapping[str, str] | None = None) -> Response[str]:
     """A JSON answer."""
     return _response(status, body, _JSON, headers)
+
+
+def openapi_response() -> Response[str]:
+    """Respond with the API's OpenAPI document.
+
+    Its server is this stack's own URL.
+    The file's text is the response: to parse and serialize it again would only take time.
+    """
+    text = _DOCUMENT.read_text(encoding="ascii").replace(json.dumps(_DOCUMENT_URL), json.dumps(api_url()), 1)
+    return Response(status_code=200, content_type=_JSON, body=text)
 
 
 def owner_with(app: APIGatewayRestResolver, *scopes: Literal["predict", "read", "train", "manage"]) -> str:

@@ -1,32 +1,79 @@
-"""What was given up: dead letters of each queue, listed, tried once more, forgotten."""
+"""Commands for dead letters of every queue: count, list, redrive and delete them."""
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from enum import StrEnum
+from typing import Annotated, Any
 
+import typer
 from botocore.exceptions import ClientError
 
 from predictions.change_retries import Retry, RetryQueue, read_dead_letter
-from predictions.commands.stack import NotDone, Stack, hidden, line, print_table, second
+from predictions.cli.stack import (
+    JsonList,
+    JsonObject,
+    NotDone,
+    Stack,
+    command,
+    group,
+    hidden,
+    line,
+    print_table,
+    second,
+)
 from predictions.dead_letters import DeadLetterQueue, Letter
 from predictions.dead_requests import DeadRequest, DeadRequests
 from predictions.deliveries import DeadLetters, DeliveriesQueue
 
+app = group("Count, list, redrive and delete dead letters.")
+
 LOOK_SECONDS = 30
-"""For how long what has been shown, or tried, is hidden from the next look."""
+"""How long a dead letter that was listed or redriven stays hidden from the next command."""
+
+
+class Queue(StrEnum):
+    """The dead-letter queues, by the names that commands use."""
+
+    REQUESTS = "requests"
+    WEBHOOKS = "webhooks"
+    CHANGES = "changes"
+    RUN_JOBS = "run-jobs"
+    INVOCATIONS = "invocations"
+
+
+QUEUES: Mapping[str, str] = {
+    Queue.REQUESTS: "RequestsDeadLetterQueue",
+    Queue.WEBHOOKS: "DeliveriesDeadLetterQueue",
+    Queue.CHANGES: "ChangesDeadLetterQueue",
+    Queue.RUN_JOBS: "RunJobsDeadLetterQueue",
+    Queue.INVOCATIONS: "InvocationsDeadLetterQueue",
+}
+"""The logical id of each queue."""
+
+_COLUMNS: Mapping[Queue, tuple[str, ...]] = {
+    Queue.REQUESTS: ("SENT", "REASON", "BODY"),
+    Queue.WEBHOOKS: ("EVENT", "DUE", "REASON"),
+    Queue.CHANGES: ("RECORDS", "FROM", "TO", "REASON"),
+    Queue.RUN_JOBS: ("FAILED", "REASON"),
+    Queue.INVOCATIONS: ("FUNCTION", "SENT", "REASON"),
+}
 
 _SHOWN_CHARACTERS = 60
-# A stream answers with nothing now and then.
+# A stream sometimes returns an empty page before its end.
 _EMPTY_PAGES = 5
+
+_QueueName = Annotated[Queue, typer.Argument(metavar="QUEUE", help="The queue.")]
+_LetterId = Annotated[
+    str | None, typer.Option("--id", help="Only the dead letter of this id, as shown by `dead-letters list`.")
+]
 
 
 class _Left(Exception):
-    """A letter that a redrive leaves where it is; its text says why."""
+    """A redrive leaves a dead letter in its queue; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +81,11 @@ class _Dead:
     """A dead letter of any queue.
 
     Attributes:
-        id: By which commands know it.
-        row: What a line of the list shows of it besides.
-        whole: What the list as JSON shows of it.
+        id: The id that commands show and accept.
+        row: The other columns of the list.
+        whole: The entry in the JSON list.
         redrive: Tries it once more, or raises `_Left`.
-        receipt_handle: Deletes it.
+        receipt_handle: Needed to delete it.
     """
 
     id: str
@@ -48,8 +95,9 @@ class _Dead:
     receipt_handle: str
 
 
-def count_letters(stack: Stack, arguments: argparse.Namespace) -> None:
-    """How many there are of each queue."""
+@command(app, "count", example="dead-letters count --stack NAME")
+def count_letters(stack: Stack, as_json: JsonObject = False) -> None:
+    """Count the dead letters of each queue."""
     sqs = stack.client("sqs")
     names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
     counts = {}
@@ -57,60 +105,74 @@ def count_letters(stack: Stack, arguments: argparse.Namespace) -> None:
         url = stack.resource(logical_id)
         known = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=names)["Attributes"]
         counts[name] = sum(int(known[each]) for each in names)
-    if arguments.json:
+    if as_json:
         print(json.dumps(counts, indent=2))
         return
     print_table(("QUEUE", "LETTERS"), [(name, str(count)) for name, count in counts.items()])
 
 
-def list_letters(stack: Stack, arguments: argparse.Namespace) -> None:
-    """All of one queue, with why they are there."""
-    letters = list(_LOOK[arguments.queue](stack))
-    if arguments.json:
+@command(app, "list", example="dead-letters list requests --stack NAME")
+def list_letters(stack: Stack, queue: _QueueName, as_json: JsonList = False) -> None:
+    """List the dead letters of a queue with their reasons.
+
+    Each one listed is then hidden for 30 seconds.
+    """
+    letters = list(_RECEIVE[queue](stack))
+    if as_json:
         print(json.dumps([letter.whole for letter in letters], indent=2))
         return
-    print_table(("ID", *_COLUMNS[arguments.queue]), [(letter.id, *letter.row) for letter in letters])
+    print_table(("ID", *_COLUMNS[queue]), [(letter.id, *letter.row) for letter in letters])
 
 
-def redrive_letters(stack: Stack, arguments: argparse.Namespace) -> None:
-    """Tries all of one queue once more, or one of them."""
-    queue = DeadLetterQueue(stack.resource(QUEUES[arguments.queue]), stack.client("sqs"))
+@command(app, "redrive", example="dead-letters redrive webhooks --stack NAME")
+def redrive_letters(stack: Stack, queue: _QueueName, letter_id: _LetterId = None) -> None:
+    """Process dead letters once more.
+
+    Each is processed as what it was: nothing is started or sent twice.
+    """
+    dead = DeadLetterQueue(stack.resource(QUEUES[queue]), stack.client("sqs"))
     count, left = 0, []
-    for letter in _chosen(stack, arguments):
+    for letter in _chosen(stack, queue, letter_id):
         try:
             letter.redrive()
-        except (_Left, NotDone) as reason:  # one that cannot be tried keeps no other from it
+        except (_Left, NotDone) as reason:  # the others are redriven all the same
             left.append(f"{letter.id}: {reason}")
             continue
-        # In this order: a crash in between tries it twice, which starts and tells nothing twice, and loses nothing.
-        queue.forget(letter.receipt_handle)
+        # In this order: after a crash in between it is redriven twice, which starts and sends nothing twice.
+        dead.forget(letter.receipt_handle)
         count += 1
-    print(f"Tried once more: {count}. What fails again is listed again.", file=sys.stderr)
+    print(f"Redriven: {count}. Those that fail again are listed again.", file=sys.stderr)
     for why in left:
-        print(f"Left where it is: {line(why, 500)}", file=sys.stderr)
+        print(f"Left in the queue: {line(why, 500)}", file=sys.stderr)
     if left:
-        raise NotDone(f"{len(left)} could not be tried, and can be listed again in {LOOK_SECONDS} seconds.")
+        raise NotDone(f"{len(left)} could not be redriven, and can be listed again in {LOOK_SECONDS} seconds.")
 
 
-def forget_letters(stack: Stack, arguments: argparse.Namespace) -> None:
-    """Deletes one, or all that there are now."""
-    if (arguments.id is None) is not arguments.all:
-        raise NotDone("Give either --id or --all: what is forgotten cannot be tried any more.")
-    queue = DeadLetterQueue(stack.resource(QUEUES[arguments.queue]), stack.client("sqs"))
+@command(app, "forget", example="dead-letters forget invocations --all --stack NAME")
+def forget_letters(
+    stack: Stack,
+    queue: _QueueName,
+    letter_id: _LetterId = None,
+    every: Annotated[bool, typer.Option("--all", help="All that are in the queue now.")] = False,
+) -> None:
+    """Delete one dead letter, or all dead letters of a queue."""
+    if (letter_id is None) is not every:
+        raise NotDone("Give either --id or --all: a deleted dead letter cannot be redriven.")
+    dead = DeadLetterQueue(stack.resource(QUEUES[queue]), stack.client("sqs"))
     count = 0
-    for letter in _chosen(stack, arguments):
-        queue.forget(letter.receipt_handle)
+    for letter in _chosen(stack, queue, letter_id):
+        dead.forget(letter.receipt_handle)
         count += 1
-    print(f"Forgotten: {count}.", file=sys.stderr)
+    print(f"Deleted: {count}.", file=sys.stderr)
 
 
-def _chosen(stack: Stack, arguments: argparse.Namespace) -> list[_Dead]:
-    # Before any is tried: one that fails again comes back as a new letter, which would be met once more.
-    letters = list(_LOOK[arguments.queue](stack))
-    chosen = [letter for letter in letters if arguments.id in (None, letter.id)]
-    if arguments.id is not None and not chosen:
+def _chosen(stack: Stack, queue: Queue, letter_id: str | None) -> list[_Dead]:
+    # All are received before the first is redriven: one that fails again comes back as a new dead letter.
+    letters = list(_RECEIVE[queue](stack))
+    chosen = [letter for letter in letters if letter_id in (None, letter.id)]
+    if letter_id is not None and not chosen:
         raise NotDone(
-            f"There is no dead letter {arguments.id[:100]!r}. One that was listed is hidden for {LOOK_SECONDS} seconds."
+            f"Found no dead letter {letter_id[:100]!r}. One that was listed is hidden for {LOOK_SECONDS} seconds."
         )
     return chosen
 
@@ -119,13 +181,13 @@ def _chosen(stack: Stack, arguments: argparse.Namespace) -> list[_Dead]:
 
 
 def _requests(stack: Stack) -> Iterator[_Dead]:
-    dead = DeadRequests(_url(stack, "requests"), stack.client("sqs"), lambda: stack.outputs_bucket)
+    dead = DeadRequests(_url(stack, Queue.REQUESTS), stack.client("sqs"), lambda: stack.outputs_bucket)
     function = stack.resource("StartFromQueueFunction")
     for each in sorted(dead.look(LOOK_SECONDS), key=lambda request: request.sent_at):
 
         def redrive(request: DeadRequest = each) -> None:
             if stack.invoke(function, request.event())["batchItemFailures"]:
-                raise _Left("AWS did not let it start; see the log of start_from_queue")
+                raise _Left("AWS did not start it; see the log of start_from_queue")
 
         row = (second(each.sent_at), line(each.reason, 100), line(hidden(each.body), _SHOWN_CHARACTERS))
         shown = ("id", "sender", "sent_at", "reason", "body")
@@ -134,13 +196,13 @@ def _requests(stack: Stack) -> Iterator[_Dead]:
 
 def _webhooks(stack: Stack) -> Iterator[_Dead]:
     deliveries = DeliveriesQueue(stack.output("DeliveriesQueueUrl"), stack.client("sqs"))
-    for each in DeadLetters(_url(stack, "webhooks"), stack.client("sqs")).look(LOOK_SECONDS):
+    for each in DeadLetters(_url(stack, Queue.WEBHOOKS), stack.client("sqs")).look(LOOK_SECONDS):
         delivery = each.delivery
 
         def redrive(delivery: Any = delivery) -> None:
             if delivery is None:
-                raise _Left("it is no delivery")
-            # For another 24 hours; under the same webhook-id, by which the receiver can tell.
+                raise _Left("not a delivery")
+            # For another 24 hours, under the same webhook-id: the receiver can recognize a duplicate.
             deliveries.send(replace(delivery, first_at=int(time.time())))
 
         row = (delivery.event, second(delivery.first_at)) if delivery else ("-", "-")
@@ -150,7 +212,7 @@ def _webhooks(stack: Stack) -> Iterator[_Dead]:
 
 def _changes(stack: Stack) -> Iterator[_Dead]:
     function = stack.resource("PublishChangesFunction")
-    for letter, body in _records(stack, "changes"):
+    for letter, body in _records(stack, Queue.CHANGES):
         part = body.get("DDBStreamBatchInfo", {})
         first, last = (str(part.get(f"approximateArrivalOf{which}Record", "-")) for which in ("First", "Last"))
 
@@ -161,20 +223,20 @@ def _changes(stack: Stack) -> Iterator[_Dead]:
         def redrive(part: Any = part) -> None:
             records = _read_stream(stack, part, function)
             if records and (failures := stack.invoke(function, {"Records": records})["batchItemFailures"]):
-                raise _Left(f"publish_changes fails from {failures[0]['itemIdentifier']} on; see its log")
+                raise _Left(f"publish_changes fails from record {failures[0]['itemIdentifier']} on; see its log")
 
-        row = (str(part.get("batchSize", "-")), first, last, "publish_changes failed each time: see its log")
+        row = (str(part.get("batchSize", "-")), first, last, "publish_changes failed every time; see its log")
         yield _Dead(letter.id, row, {"id": letter.id, **part}, redrive, letter.receipt_handle)
 
 
 def _effect(stack: Stack, letter: Letter, body: Mapping[str, Any], retry: Retry) -> _Dead:
-    """An effect of one change that was retried for a day, or over which publish_changes died."""
+    """Make a dead letter of one effect of a change: it failed for a day, or publish_changes crashed on it."""
 
     def redrive() -> None:
-        queue, dead = stack.resource("ChangesRetryQueue"), stack.resource(QUEUES["changes"])
+        queue, dead = stack.resource("ChangesRetryQueue"), stack.resource(QUEUES[Queue.CHANGES])
         RetryQueue(queue, dead, stack.client("sqs")).send(retry, 0)
 
-    reason = str(body.get("reason", "publish_changes died over it each time: see its log"))
+    reason = str(body.get("reason", "publish_changes crashed on it every time; see its log"))
     changed = second(int(retry.record["dynamodb"]["ApproximateCreationDateTime"]))
     what = {"effect": retry.effect.value, "of": retry.record["dynamodb"]["Keys"]["pk"]["S"], "reason": reason}
     row = ("1", changed, changed, f"{retry.effect}: {reason}")
@@ -184,16 +246,16 @@ def _effect(stack: Stack, letter: Letter, body: Mapping[str, Any], retry: Retry)
 def _run_jobs(stack: Stack) -> Iterator[_Dead]:
     function = stack.resource("RunPredictionFunction")
     lambda_ = stack.client("lambda")
-    for letter, body in _records(stack, "run-jobs"):
+    for letter, body in _records(stack, Queue.RUN_JOBS):
         context, job = body.get("requestContext", {}), body.get("requestPayload")
         request_id, reason = str(context.get("requestId", "-")), _why(body)
         if isinstance(job, dict) and job.keys() == {"request_id", "job"}:
-            request_id, job = str(job["request_id"]), job["job"]  # it was redriven before
+            request_id, job = str(job["request_id"]), job["job"]  # redriven before
 
         def redrive(job: Any = job, request_id: str = request_id) -> None:
             if not isinstance(job, dict):
-                raise _Left("it is no invocation of run_prediction")
-            # Its id is what the first one was known by, and so it starts nothing twice. Nobody waits for it now either.
+                raise _Left("not an invocation of run_prediction")
+            # With the id of the first invocation it starts nothing twice. No caller waits for it any longer.
             again = {"request_id": request_id, "job": job}
             lambda_.invoke(FunctionName=function, InvocationType="Event", Payload=json.dumps(again).encode())
 
@@ -204,9 +266,9 @@ def _run_jobs(stack: Stack) -> Iterator[_Dead]:
 
 def _invocations(stack: Stack) -> Iterator[_Dead]:
     def redrive() -> None:
-        raise _Left("nothing of it is to be done again: the next sweep does it")
+        raise _Left("nothing to redrive: the next sweep does the work")
 
-    for letter, body in _records(stack, "invocations"):
+    for letter, body in _records(stack, Queue.INVOCATIONS):
         function = str(body.get("requestContext", {}).get("functionArn", "the schedule of the sweep"))
         name = function.partition(":function:")[2].partition(":")[0] or function
         row = (name, second(letter.sent_at), _why(body))
@@ -214,12 +276,12 @@ def _invocations(stack: Stack) -> Iterator[_Dead]:
         yield _Dead(letter.id, row, whole, redrive, letter.receipt_handle)
 
 
-def _url(stack: Stack, queue: str) -> str:
+def _url(stack: Stack, queue: Queue) -> str:
     return stack.resource(QUEUES[queue])
 
 
-def _records(stack: Stack, queue: str) -> Iterator[tuple[Letter, dict[str, Any]]]:
-    """Letters that AWS itself wrote, with what is in them."""
+def _records(stack: Stack, queue: Queue) -> Iterator[tuple[Letter, dict[str, Any]]]:
+    """Receive dead letters that AWS itself wrote, with their parsed bodies."""
     for letter in DeadLetterQueue(_url(stack, queue), stack.client("sqs")).look(LOOK_SECONDS):
         try:
             body = json.loads(letter.body)
@@ -229,28 +291,28 @@ def _records(stack: Stack, queue: str) -> Iterator[tuple[Letter, dict[str, Any]]
 
 
 def _why(body: Mapping[str, Any]) -> str:
-    """Why an invocation failed.
+    """Say why an invocation failed.
 
     https://docs.aws.amazon.com/lambda/latest/dg/invocation-async-retain-records.html
     """
-    said = body.get("responsePayload")
-    error = said.get("errorMessage") or said.get("errorType") if isinstance(said, dict) else None
+    payload = body.get("responsePayload")
+    error = payload.get("errorMessage") or payload.get("errorType") if isinstance(payload, dict) else None
     return line(str(error or body.get("requestContext", {}).get("condition", "it could not be invoked")), 200)
 
 
 def _read_stream(stack: Stack, part: Mapping[str, Any], function: str) -> list[dict[str, Any]]:
-    """A part of the table's stream, as Lambda passes it to the function.
+    """Read a part of the table's stream, in the form in which Lambda passes it to the function.
 
     https://docs.aws.amazon.com/lambda/latest/dg/services-dynamodb-errors.html
     """
     streams = stack.client("dynamodbstreams")
     if not {"streamArn", "shardId", "startSequenceNumber", "endSequenceNumber"} <= part.keys():
-        raise _Left("it names no part of the stream")
+        raise _Left("names no part of the stream")
     start, end = int(part["startSequenceNumber"]), int(part["endSequenceNumber"])
+    first, last = (part.get(f"approximateArrivalOf{which}Record") for which in ("First", "Last"))
     gone = (
-        "the stream has forgotten it, after 24 hours: use webhooks redeliver for what ended from"
-        f" {part.get('approximateArrivalOfFirstRecord')} to {part.get('approximateArrivalOfLastRecord')},"
-        " then forget it"
+        "no longer in the stream, which keeps records for 24 hours: use `webhooks redeliver` for predictions that"
+        f" completed from {first} to {last}, then `dead-letters forget`"
     )
     try:
         iterator = streams.get_shard_iterator(
@@ -267,10 +329,10 @@ def _read_stream(stack: Stack, part: Mapping[str, Any], function: str) -> list[d
     records: list[dict[str, Any]] = []
     empty = 0
     while iterator and empty < _EMPTY_PAGES:
-        answer = streams.get_records(ShardIterator=iterator)
-        iterator = answer.get("NextShardIterator")
-        empty = 0 if answer["Records"] else empty + 1
-        for record in answer["Records"]:
+        page = streams.get_records(ShardIterator=iterator)
+        iterator = page.get("NextShardIterator")
+        empty = 0 if page["Records"] else empty + 1
+        for record in page["Records"]:
             number = int(record["dynamodb"]["SequenceNumber"])
             if start <= number <= end and any(_passes(pattern, record) for pattern in patterns):
                 at: datetime = record["dynamodb"]["ApproximateCreationDateTime"]
@@ -278,19 +340,22 @@ def _read_stream(stack: Stack, part: Mapping[str, Any], function: str) -> list[d
                 records.append({**record, "dynamodb": change})
             if number >= end:
                 return records
-    # What is missing would be forgotten with the letter.
-    raise _Left("the stream did not give all of it: try again")
+    # The missing records would be lost with the dead letter.
+    raise _Left("the stream did not return all of it; retry")
 
 
 def _patterns(stack: Stack, function: str) -> list[Any]:
-    """Of which records the function is told; of all where its event source has no filter."""
+    """Return the filter patterns of the function's event source; one that accepts everything if it has none."""
     found = stack.client("lambda").list_event_source_mappings(FunctionName=function)["EventSourceMappings"]
     filters = [each for source in found for each in source.get("FilterCriteria", {}).get("Filters", [])]
     return [json.loads(each["Pattern"]) for each in filters] or [{}]
 
 
 def _passes(pattern: Any, value: Any) -> bool:
-    """Whether a record passes a filter, as far as those of this stack go: names, lists of texts, `prefix`, `exists`."""
+    """Check whether a record passes a filter.
+
+    Supports what the filters of this stack use: names, lists of strings, `prefix` and `exists`.
+    """
     if isinstance(pattern, dict):
         return isinstance(value, dict) and all(_passes(each, value.get(name)) for name, each in pattern.items())
     if pattern == [{"exists": True}]:
@@ -299,27 +364,10 @@ def _passes(pattern: Any, value: Any) -> bool:
     return value in pattern or (isinstance(value, str) and bool(prefixes) and value.startswith(prefixes))
 
 
-QUEUES = {
-    "requests": "RequestsDeadLetterQueue",
-    "webhooks": "DeliveriesDeadLetterQueue",
-    "changes": "ChangesDeadLetterQueue",
-    "run-jobs": "RunJobsDeadLetterQueue",
-    "invocations": "InvocationsDeadLetterQueue",
-}
-"""The dead-letter queues, by how commands call them."""
-
-_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "requests": ("SENT", "REASON", "BODY"),
-    "webhooks": ("EVENT", "DUE", "REASON"),
-    "changes": ("RECORDS", "FROM", "TO", "REASON"),
-    "run-jobs": ("FAILED", "REASON"),
-    "invocations": ("FUNCTION", "SENT", "REASON"),
-}
-
-_LOOK: Mapping[str, Callable[[Stack], Iterator[_Dead]]] = {
-    "requests": _requests,
-    "webhooks": _webhooks,
-    "changes": _changes,
-    "run-jobs": _run_jobs,
-    "invocations": _invocations,
+_RECEIVE: Mapping[Queue, Callable[[Stack], Iterator[_Dead]]] = {
+    Queue.REQUESTS: _requests,
+    Queue.WEBHOOKS: _webhooks,
+    Queue.CHANGES: _changes,
+    Queue.RUN_JOBS: _run_jobs,
+    Queue.INVOCATIONS: _invocations,
 }

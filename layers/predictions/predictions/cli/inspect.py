@@ -1,6 +1,5 @@
-"""What happened to a prediction, what it waits for, and which ones stand still."""
+"""Commands to inspect predictions: the timeline of one, and a list of those that are stalled."""
 
-import argparse
 import json
 import re
 import time
@@ -8,20 +7,35 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from botocore.exceptions import ClientError
 
-from predictions.commands.stack import NotDone, Stack, found, line, print_table, second
+from predictions.cli.stack import (
+    JsonList,
+    JsonObject,
+    NotDone,
+    PredictionId,
+    Stack,
+    command,
+    found,
+    group,
+    line,
+    print_table,
+    second,
+)
 from predictions.executions import Executions
 from predictions.items import deserialize, serialize
 from predictions.table import Prediction, PredictionsTable
 from predictions.unknown_submissions import undecided_ids
 
+app = group()
+
 _STUCK_LIMIT = 1000
 _LOG_LINES_LIMIT = 200
-# What of a log line is shown: never an exception's text, which may be of anything.
-_TOLD = ("status", "change", "upstream_id", "reason", "wait_seconds", "files", "failed", "path", "event", "execution")
+# The fields of a log line that are shown. An exception's text is never shown: it may contain anything.
+_LOGGED = ("status", "change", "upstream_id", "reason", "wait_seconds", "files", "failed", "path", "event", "execution")
 _YEAR_10000 = 253_402_300_800
 _DURATION = re.compile(r"([1-9][0-9]{0,5})([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -34,15 +48,28 @@ class _Moment:
     what: str
 
 
-def show(stack: Stack, arguments: argparse.Namespace) -> None:
-    """One prediction: what it is, what happened when, its files, and what it waits for."""
+@command(app, "show", example="show yyys72zxolexwjthl2aalbmehp --stack NAME")
+def show(
+    stack: Stack,
+    prediction_id: PredictionId,
+    with_input: Annotated[bool, typer.Option("--input", help="Include the input.")] = False,
+    with_output: Annotated[bool, typer.Option("--output", help="Include the output and the model's logs.")] = False,
+    no_log: Annotated[
+        bool, typer.Option("--no-log", help="Do not search the functions' log, which may take a while.")
+    ] = False,
+    as_json: JsonObject = False,
+) -> None:
+    """Show what happened to a prediction and what it waits for.
+
+    Prints its fields, its files and its timeline.
+    """
     table = stack.table
-    prediction = found(table, arguments.id)
+    prediction = found(table, prediction_id)
     executions = Executions(stack.output("TrackPredictionStateMachineArn"), stack.client("stepfunctions"))
-    story = [*_of_item(prediction), *_of_executions(stack, executions, prediction)]
-    if not arguments.no_log:
-        story += _of_log(stack, prediction)
-    story.sort(key=lambda moment: moment.at)
+    timeline = [*_of_item(prediction), *_of_executions(stack, executions, prediction)]
+    if not no_log:
+        timeline += _of_log(stack, prediction)
+    timeline.sort(key=lambda moment: moment.at)
     sizes = _sizes(stack, prediction)
     running = executions.status(prediction.id, prediction.execution_n)
     shown: dict[str, Any] = {
@@ -63,66 +90,82 @@ def show(stack: Stack, arguments: argparse.Namespace) -> None:
         "characters": sizes,
         "files": [file.to_item() for file in table.stored_files(prediction)],
         "waits_for": waits_for(prediction, running, time.time()),
-        "story": [{"at": _exact(each.at), "where": each.where, "what": each.what} for each in story],
+        "story": [{"at": _exact(each.at), "where": each.where, "what": each.what} for each in timeline],
     }
-    if arguments.input or arguments.output:
+    if with_input or with_output:
         whole = table.read(prediction.id)
-        shown |= {"input": whole.input if whole else None} if arguments.input else {}
+        shown |= {"input": whole.input if whole else None} if with_input else {}
         shown |= (
-            {"output": whole.output if whole else None, "logs": whole.logs if whole else None}
-            if arguments.output
-            else {}
+            {"output": whole.output if whole else None, "logs": whole.logs if whole else None} if with_output else {}
         )
-    if arguments.json:
+    if as_json:
         print(json.dumps(shown, indent=2))
         return
-    told = {name: value for name, value in shown.items() if name not in ("story", "files", "characters", "waits_for")}
-    told["characters"] = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    fields = {name: value for name, value in shown.items() if name not in ("story", "files", "characters", "waits_for")}
+    fields["characters"] = ", ".join(f"{name} {size}" for name, size in sizes.items())
     print_table(
-        ("WHAT", "IS"), [(name, line(_text(value), 4000)) for name, value in told.items() if value not in (None, [])]
+        ("FIELD", "VALUE"),
+        [(name, line(_text(value), 4000)) for name, value in fields.items() if value not in (None, [])],
     )
     if shown["files"]:
         print()
         print_table(
-            ("FILE", "BYTES", "OBJECT, OR WHY THERE IS NONE"),
+            ("FILE", "BYTES", "OBJECT OR ERROR"),
             [(line(file["path"] or "/", 60), str(file.get("bytes", "-")), line(file.get("key") or file["error"], 300))
              for file in shown["files"]],
         )  # fmt: skip
     print()
-    print_table(("WHEN", "WHERE", "WHAT"), [(_exact(each.at), each.where, line(each.what, 300)) for each in story])
-    print(f"\nIt waits for: {shown['waits_for'] or 'nothing; this is its end.'}")
+    print_table(("TIME", "SOURCE", "EVENT"), [(_exact(each.at), each.where, line(each.what, 300)) for each in timeline])
+    print(f"\nWaits for: {shown['waits_for'] or 'nothing, it is finished.'}")
 
 
 def waits_for(prediction: Prediction, execution: str | None, now: float) -> str | None:
-    """What a prediction waits for, in a sentence, given its execution's status; None where it has ended."""
+    """Describe what a prediction waits for.
+
+    Args:
+        prediction: The prediction.
+        execution: The status of its execution, or None if it was never started.
+        now: The time.
+
+    Returns:
+        A phrase, or None if the prediction is finished.
+    """
     if prediction.ended_visibly:
         if prediction.orphans:
-            return f"the sweep to cancel {len(prediction.orphans)} orphan(s) of it at Replicate"
+            return f"the sweep to cancel {len(prediction.orphans)} orphan(s) at Replicate"
         return "the sweep to finish its deletion" if prediction.deleted and prediction.next_check_at else None
     if execution != "RUNNING":
-        return f"the sweep to start another execution, since this one is {execution or 'not there'}"
+        return f"the sweep to start another execution: the last one is {execution or 'not found'}"
     if prediction.awaits_copy:
         return "copy_outputs to store its files"
     if prediction.upstream_id:
         overdue = now >= prediction.deadline
-        return "Replicate to end it" + (", which is asked to cancel it, its deadline being over" if overdue else "")
+        return "Replicate to complete it" + (", or to cancel it because its deadline has passed" if overdue else "")
     if prediction.claimed and undecided_ids(prediction):
         return (
-            "a person, or its deadline: nothing tells whether one of these at Replicate is it: "
+            "a person or its deadline: Replicate's list does not show whether this is one of "
             f"{', '.join(undecided_ids(prediction))}"
         )
     if prediction.claimed:
-        return "its create, whose answer was lost, to be found at Replicate, by its webhook or in the list"
+        return "its create, whose response was lost, to be found at Replicate by webhook or in the list"
     if prediction.submit_at and prediction.submit_at > now:
         return f"its turn to be submitted, at {second(prediction.submit_at)}"
     return "submit_prediction to submit it"
 
 
-def stuck(stack: Stack, arguments: argparse.Namespace) -> None:
-    """What is open and should have moved on some time ago, the longest overdue first."""
-    given = _DURATION.fullmatch(arguments.older_than)
+@command(app, "stuck", example="stuck --stack NAME --older-than 1h")
+def stuck(
+    stack: Stack,
+    older_than: Annotated[str, typer.Option(help="Minimum time overdue, such as 90s, 10m, 2h or 1d.")] = "10m",
+    as_json: JsonList = False,
+) -> None:
+    """List what is open and overdue, and what it waits for.
+
+    The longest overdue comes first.
+    """
+    given = _DURATION.fullmatch(older_than)
     if given is None:
-        raise NotDone(f"--older-than {arguments.older_than[:20]!r} must be a time such as 90s, 10m, 2h or 1d.")
+        raise NotDone(f"--older-than {older_than[:20]!r} must be a duration such as 90s, 10m, 2h or 1d.")
     now = time.time()
     table = stack.table
     pks = list(table.due(now - int(given[1]) * _SECONDS[given[2]], _STUCK_LIMIT))
@@ -134,14 +177,14 @@ def stuck(stack: Stack, arguments: argparse.Namespace) -> None:
         kind, _, id_ = pk.partition("#")
         prediction = predictions.get(id_)
         if prediction is None:
-            # The index lags behind; of other kinds the API tells more.
+            # The index is eventually consistent. For batches and pipelines the API shows more.
             rows += [] if kind == "prediction" else [(id_, kind, "-", "-", f"the sweep; see GET /{kind}s/{id_}")]
             continue
         why = waits_for(prediction, executions.status(id_, prediction.execution_n), now)
         since = second(prediction.next_check_at) if prediction.next_check_at else "-"
-        rows.append((id_, prediction.object, prediction.visible, since, why or "the sweep to take it off its list"))
+        rows.append((id_, prediction.object, prediction.visible, since, why or "the sweep to remove it from its list"))
     columns = ("ID", "KIND", "STATUS", "DUE SINCE", "WAITS FOR")
-    if arguments.json:
+    if as_json:
         names = [column.lower().replace(" ", "_") for column in columns]
         print(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2))
         return
@@ -157,25 +200,25 @@ def _get_many(table: PredictionsTable, ids: list[str]) -> dict[str, Prediction]:
 
 def _of_item(prediction: Prediction) -> Iterator[_Moment]:
     yield _Moment(
-        _told_at(prediction.created_at) or prediction.created,
+        _reported_at(prediction.created_at) or prediction.created,
         "table",
-        f"asked for by {prediction.owner} ({prediction.source})",
+        f"created by {prediction.owner} ({prediction.source})",
     )
     for at, what in (
-        (prediction.claimed, "claimed, to be submitted once"),
-        (prediction.cancel_requested, "its cancel was asked for"),
-        (prediction.ended, f"its end was written: {prediction.visible}"),
-        (prediction.deleted, "its data was deleted for its owner"),
+        (prediction.claimed, "claimed for submission"),
+        (prediction.cancel_requested, "cancellation requested"),
+        (prediction.ended, f"finished: {prediction.visible}"),
+        (prediction.deleted, "data deleted by the owner"),
     ):
         if at is not None:
             yield _Moment(at, "table", what)
     yield from _of_submissions(prediction)
     for text, what in (
-        (prediction.started_at, "the model began"),
-        (prediction.completed_at, f"it ended: {prediction.status}"),
+        (prediction.started_at, "the model started"),
+        (prediction.completed_at, f"completed: {prediction.status}"),
     ):
-        # Kept as Replicate tells it, which need not be a time.
-        if text and (moment := _told_at(text)) is not None:
+        # Stored as Replicate sent it, which need not be a time.
+        if text and (moment := _reported_at(text)) is not None:
             yield _Moment(moment, "Replicate", what)
 
 
@@ -221,7 +264,7 @@ def _of_executions(stack: Stack, executions: Executions, prediction: Prediction)
 
 
 def _of_log(stack: Stack, prediction: Prediction) -> Iterator[_Moment]:
-    """What the functions logged of it: webhooks, polls, copies, deliveries."""
+    """Read what the functions logged about a prediction: webhooks, polls, copies, deliveries."""
     logs = stack.client("logs")
     group = f"/aws/lambda/{stack.name}"
     try:
@@ -236,23 +279,23 @@ def _of_log(stack: Stack, prediction: Prediction) -> Iterator[_Moment]:
                 PaginationConfig={"MaxItems": _LOG_LINES_LIMIT},
             )
             for event in (event for page in pages for event in page["events"]):
-                if told := _logged(event["message"], prediction.id):
-                    yield _Moment(event["timestamp"] / 1000, *told)
+                if logged := _logged(event["message"], prediction.id):
+                    yield _Moment(event["timestamp"] / 1000, *logged)
     except ClientError as error:
         yield _Moment(time.time(), "log", f"cannot be read: {error.response['Error']['Code']}")
 
 
 def _logged(message: str, prediction_id: str) -> tuple[str, str] | None:
     try:
-        said = json.loads(message)
+        entry = json.loads(message)
     except ValueError:
         return None
-    if not isinstance(said, dict) or said.get("correlation_id") != prediction_id or "_aws" in said:
+    if not isinstance(entry, dict) or entry.get("correlation_id") != prediction_id or "_aws" in entry:
         return None
-    details = [f"{name}={said[name]}" for name in _TOLD if said.get(name) not in (None, "")]
-    function = str(said.get("function_name", "log"))
+    details = [f"{name}={entry[name]}" for name in _LOGGED if entry.get(name) not in (None, "")]
+    function = str(entry.get("function_name", "log"))
     where = re.sub(r"^.*-(\w+)Function-.*$", r"\1", function)
-    return where, " ".join([f"{said.get('level', '')}:", str(said.get("message", ""))[:200], *details])
+    return where, " ".join([f"{entry.get('level', '')}:", str(entry.get("message", ""))[:200], *details])
 
 
 def _sizes(stack: Stack, prediction: Prediction) -> dict[str, int]:
@@ -271,7 +314,7 @@ def _sizes(stack: Stack, prediction: Prediction) -> dict[str, int]:
     return {str(item["sk"]).partition("#")[0]: int(item["length"]) for item in items if "length" in item}
 
 
-def _told_at(text: str) -> float | None:
+def _reported_at(text: str) -> float | None:
     with suppress(ValueError, OverflowError):
         at = datetime.fromisoformat(text).timestamp()
         return at if 0 <= at < _YEAR_10000 else None

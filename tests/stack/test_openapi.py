@@ -15,11 +15,12 @@ from typing import Any
 import httpx
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from predictions.description import Operation, describe, operations
 
 from local.cloud import LocalCloud
 from local.replicate.catalog import models
 from local.replicate.process import LocalReplicate
+from tests.unit.described import Operation, operations
+from tests.unit.described import document as described
 
 Api = Callable[..., httpx.Client]
 Answer = tuple[int, str, bytes]
@@ -109,7 +110,7 @@ def test_document_needs_a_token(cloud: LocalCloud) -> None:
 
 def test_document_describes_this_stack(cloud: LocalCloud, document: dict[str, Any]) -> None:
     OpenAPIV31SpecValidator(document).validate()
-    assert document == describe(cloud.stack.api_url)
+    assert document == {**described(), "servers": [{"url": cloud.stack.api_url}]}
 
 
 # -- that the checks find what they are for, in an API that is not ours -----------------------------------------------
@@ -170,7 +171,7 @@ def answering_url() -> Iterator[str]:
 
 
 def test_checks_find_in_every_operation_what_the_document_does_not_allow(answering_url: str, tmp_path: Path) -> None:
-    document = describe(answering_url)
+    document = {**described(), "servers": [{"url": answering_url}]}
     # All operations once for each answer, so that one run sees all of them.
     document["paths"] = {
         f"/{kind}/{each.id}{each.path}": {
@@ -188,7 +189,7 @@ def test_checks_find_in_every_operation_what_the_document_does_not_allow(answeri
         checked = [
             each
             for each in operations()
-            if kind != "other-body" or (each.answer is not None and each.media_type == "application/json")
+            if kind != "other-body" or (each.content and each.media_type == "application/json")
         ]
         of_kind = {f"{each.method} /{kind}/{each.id}{each.path}" for each in checked}
         for finding in (SERVER_ERROR, OTHER_STATUS, OTHER_TYPE, OTHER_BODY):
@@ -244,7 +245,7 @@ BROKEN_BODIES: dict[str, tuple[bytes, dict[str, str], set[int]]] = {
     "no body": (b"", JSON_TYPE, {400, 415}),
 }
 """What breaks parsers: 415 where the operation takes the other kind of body, too."""
-BODY_OPERATIONS = [each for each in operations() if each.body is not None]
+BODY_OPERATIONS = [each for each in operations() if each.has_body]
 
 
 @pytest.mark.parametrize(("body", "headers", "statuses"), BROKEN_BODIES.values(), ids=BROKEN_BODIES)

@@ -1,0 +1,1 @@
+"""The command line `replicate-serverless`, one module per subject; the layer does not ship it."""

@@ -1,0 +1,171 @@
+"""Commands for admission: pauses of submissions, and the limits of owners."""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from predictions.access import is_owner
+from predictions.cli.stack import JsonList, JsonObject, NotDone, Stack, command, group, print_table, second
+from predictions.limiter import LANES, MAX_START_DELAY_SECONDS, Limiter
+from predictions.limits import (
+    IN_FLIGHT_MAX,
+    OPEN_BATCHES_DEFAULT,
+    OPEN_MAX,
+    OPEN_PIPELINES_DEFAULT,
+    PER_DAY_MAX,
+    LimitInvalid,
+    OwnerLimits,
+    OwnersLimits,
+)
+
+app = group()
+limits = group("Limit the predictions, batches and pipelines of owners.")
+
+_Owner = Annotated[str, typer.Argument(metavar="OWNER", help="The owner.")]
+
+
+@command(app, "pause", example='pause --reason "We move to another account until noon." --stack NAME')
+def pause(
+    stack: Stack,
+    reason: Annotated[
+        str, typer.Option(help="A sentence that callers are shown, at most 200 characters.")
+    ] = "Its operator has paused it.",
+) -> None:
+    """Hold all new submissions until `resume`."""
+    reason = reason.strip()
+    if not 1 <= len(reason) <= 200 or not reason.isprintable():
+        raise NotDone("The reason must be 1 to 200 printable characters: callers are shown it.")
+    _limiter(stack).pause_by_command(reason)
+    print("Submissions are paused within a second or two, until `resume`.", file=sys.stderr)
+
+
+@command(app, "resume", example="resume --stack NAME")
+def resume(stack: Stack) -> None:
+    """End a pause, started by a command or automatically."""
+    _limiter(stack).resume()
+    print("Submissions continue; predictions that waited are submitted within 5 minutes.", file=sys.stderr)
+
+
+@command(app, "status", example="status --stack NAME")
+def show_status(stack: Stack, as_json: JsonObject = False) -> None:
+    """Show whether submissions are paused, and what waits."""
+    now = time.time()
+    state = _limiter(stack).limiter_state()
+    pause = state.pause(now)
+    # Owners as the attributes of the limiter's item name them; owners that share a line are `other`.
+    lines = {
+        lane: {
+            owner.replace("_", "-").removeprefix("-"): round(at / 1000 - now)
+            for (of, owner), at in sorted(state.turns.items())
+            if of == lane and at / 1000 > now
+        }
+        for lane in LANES
+    }
+    shown = {
+        "paused": pause is not None,
+        "paused_by": pause.by if pause else None,
+        "pause_reason": pause.reason if pause else None,
+        "paused_since": second(int(pause.since)) if pause else None,
+        "paused_until": second(int(pause.until)) if pause and pause.until else None,
+        "throttled_seconds": max(0, round(state.blocked_until / 1000 - now)),
+        "queue_reserved_seconds": max(0, round(state.queue_at / 1000 - now)),
+        "http_reserved_seconds": max(0, round(state.http_at / 1000 - now)),
+        **{f"{lane}_waiting_seconds": waiting for lane, waiting in lines.items()},
+    }
+    if as_json:
+        print(json.dumps(shown, indent=2))
+        return
+    until = f"until {shown['paused_until']}" if shown["paused_until"] else "until `resume`"
+    rows = [
+        ("submissions", f"paused by {pause.by} since {shown['paused_since']}, {until}" if pause else "active"),
+        *([("reason", pause.reason)] if pause else []),
+        ("Replicate's rate limit", f"holds creates for {shown['throttled_seconds']} s"),
+        ("reserved, other sources", f"for {shown['queue_reserved_seconds']} s"),
+        ("reserved, HTTP", f"for {shown['http_reserved_seconds']} s"),
+        *(
+            ("waiting, HTTP" if lane == "http" else "waiting, other sources", f"{owner}, for {seconds} s")
+            for lane, waiting in lines.items()
+            for owner, seconds in waiting.items()
+        ),
+    ]
+    print_table(("FIELD", "VALUE"), rows)
+
+
+@command(limits, "set", example="limits set alice --in-flight 20 --per-day 5000 --stack NAME")
+def set_limits(
+    stack: Stack,
+    owner: _Owner,
+    in_flight: Annotated[
+        int | None, typer.Option(help=f"Maximum number of predictions in flight, 0 to {IN_FLIGHT_MAX}.")
+    ] = None,
+    per_day: Annotated[
+        int | None, typer.Option(help=f"Maximum number of predictions started per day (UTC), 0 to {PER_DAY_MAX}.")
+    ] = None,
+    open_batches: Annotated[
+        int | None,
+        typer.Option(help=f"Maximum number of open batches, 0 to {OPEN_MAX} (default: {OPEN_BATCHES_DEFAULT})."),
+    ] = None,
+    open_pipelines: Annotated[
+        int | None,
+        typer.Option(help=f"Maximum number of open pipelines, 0 to {OPEN_MAX} (default: {OPEN_PIPELINES_DEFAULT})."),
+    ] = None,
+) -> None:
+    """Replace the limits of an owner with these."""
+    given = OwnerLimits(in_flight, per_day, open_batches, open_pipelines)
+    _owners_limits(stack).set_limits(_checked(owner), given)
+    print(f"The limits of {owner} are {_limits_text(given)}, within a minute.", file=sys.stderr)
+
+
+@command(limits, "list", example="limits list --stack NAME")
+def list_limits(stack: Stack, as_json: JsonList = False) -> None:
+    """List the owners that have limits."""
+    found = list(_owners_limits(stack).list_limits())
+    if as_json:
+        print(json.dumps([{"owner": owner, **asdict(each)} for owner, each in found], indent=2))
+        return
+    texts = [
+        (owner, *("-" if limit is None else str(limit) for limit in (each.in_flight, each.per_day, *_open(each))))
+        for owner, each in found
+    ]
+    print_table(("OWNER", "IN FLIGHT", "PER DAY", "OPEN BATCHES", "OPEN PIPELINES"), texts)
+
+
+@command(limits, "remove", example="limits remove alice --stack NAME")
+def remove_limits(stack: Stack, owner: _Owner) -> None:
+    """Remove all limits of an owner."""
+    _owners_limits(stack).remove_limits(_checked(owner))
+    print(f"The limits of {owner} are removed, within a minute.", file=sys.stderr)
+
+
+def _limits_text(given: OwnerLimits) -> str:
+    batches, pipelines = _open(given)
+    named = (
+        (given.in_flight, "in flight"),
+        (given.per_day, "per day"),
+        (batches, "open batches"),
+        (pipelines, "open pipelines"),
+    )
+    *first, last = (f"{limit} {name}" for limit, name in named if limit is not None)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _open(given: OwnerLimits) -> tuple[int | None, int | None]:
+    return given.open_allowed("batch"), given.open_allowed("pipeline")
+
+
+def _checked(owner: str) -> str:
+    if not is_owner(owner):
+        raise LimitInvalid(f"The owner {owner[:64]!r} must be 1 to 32 of a-z, 0-9 and '-'.")
+    return owner
+
+
+def _owners_limits(stack: Stack) -> OwnersLimits:
+    return OwnersLimits(stack.output("TableName"), stack.client("dynamodb"))
+
+
+def _limiter(stack: Stack) -> Limiter:
+    return Limiter(stack.output("TableName"), stack.client("dynamodb"), max_start_delay_seconds=MAX_START_DELAY_SECONDS)

@@ -1,0 +1,64 @@
+"""Commands for webhooks to callers: redelivery, and the secrets that sign them."""
+
+import sys
+import time
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from predictions.access import is_owner
+from predictions.cli.stack import NotDone, PredictionId, Stack, command, found, group
+from predictions.deliveries import DeliveriesQueue, Delivery
+from predictions.owner_secrets import SecretVersions
+
+app = group("Redeliver webhooks and rotate the secrets of owners.")
+
+
+class Event(StrEnum):
+    """Events of a webhook: those of `predictions.deliveries.EVENTS`."""
+
+    START = "start"
+    OUTPUT = "output"
+    LOGS = "logs"
+    COMPLETED = "completed"
+
+
+@command(app, "redeliver", example="webhooks redeliver yyys72zxolexwjthl2aalbmehp --stack NAME")
+def redeliver(
+    stack: Stack,
+    prediction_id: PredictionId,
+    event: Annotated[Event, typer.Option(help="The event of the webhook.")] = Event.COMPLETED,
+) -> None:
+    """Send the webhook of one prediction again."""
+    prediction = found(stack.table, prediction_id)
+    if not prediction.webhook:
+        raise NotDone(f"The prediction {prediction.id} was created without a webhook.")
+    if event == Event.COMPLETED and (not prediction.terminal or prediction.awaits_copy):
+        raise NotDone(f"The prediction {prediction.id} has not completed: its webhook is sent when it does.")
+    # Numbered like the first delivery, or for repeatable events like the last: the receiver can recognize a duplicate.
+    number = 1 if event in (Event.START, Event.COMPLETED) else 0
+    delivery = Delivery(prediction.id, event.value, number, int(time.time()))
+    DeliveriesQueue(stack.output("DeliveriesQueueUrl"), stack.client("sqs")).send(delivery)
+    print(f"Queued with the webhook-id {delivery.webhook_id}.", file=sys.stderr)
+
+
+@command(app, "rotate", example="webhooks rotate --owner alice --stack NAME")
+def rotate_secret(
+    stack: Stack,
+    owner: Annotated[str, typer.Option(help="The owner whose secret is rotated.")],
+    force: Annotated[bool, typer.Option("--force", help="Rotate again within 24 hours of the last rotation.")] = False,
+) -> None:
+    """Give an owner a new webhook secret.
+
+    Webhooks are signed with the old one too for 24 hours.
+    """
+    if not is_owner(owner):
+        raise NotDone(f"The owner {owner[:64]!r} must be 1 to 32 of a-z, 0-9 and '-'.")
+    versions = SecretVersions(stack.output("TableName"), stack.client("dynamodb"))
+    rotated = versions.rotate(owner, time.time(), force=force)
+    print(
+        f"The webhook secret of {owner} is now version {rotated.version}."
+        " GET /webhooks/default/secret returns it; webhooks are signed with the old one too for 24 hours.",
+        file=sys.stderr,
+    )

@@ -1,1 +1,0 @@
-"""What the commands of `replicate-serverless` do, by what they are about; `predictions.__main__` lists them."""
