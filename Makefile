@@ -31,10 +31,11 @@ send: setup ## Send EVENT=events/… to the stack of "make local", and follow wh
 
 test: lint types validate unit attacks simulation stack ## Check everything, in this order; what fails stops it
 
-lint: setup ## Check the style, and that the requirements are those of pyproject.toml
+lint: setup ## Check the style, the layers, and that the requirements are those of pyproject.toml
 	$(call heading,lint)
 	@$(IN)ruff check .
 	@$(IN)ruff format --check .
+	@$(IN)lint-imports --no-logo --no-cache
 	@$(PYTHON) -m local.lock --check
 
 types: setup ## Check the types
