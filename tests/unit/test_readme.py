@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
+from tests.unit import library
 from tests.unit.template import ROOT, load_template, resources
 
 BLOCKS = re.compile(r"^```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
 WHOLE = (ROOT / "README.md").read_text()
 README = BLOCKS.sub("", WHOLE)
-LIBRARY = ROOT / "layers" / "predictions" / "predictions"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARAMETERS: dict[str, dict[str, Any]] = load_template()["Parameters"]
 
@@ -98,7 +98,7 @@ RUNBOOK = BLOCKS.sub("", (ROOT / "docs/runbook.md").read_text())
 def test_runbook_has_a_section_for_every_alarm_and_a_row_for_every_metric() -> None:
     sections = re.findall(r"^## (\w+Alarm)$", RUNBOOK, re.MULTILINE)
     assert sorted(sections) == sorted(resources("AWS::CloudWatch::Alarm"))
-    sources = [*(ROOT / "functions").rglob("*.py"), *LIBRARY.glob("*.py")]
+    sources = [*(ROOT / "functions").rglob("*.py"), *library.of_functions().values()]
     metrics = {
         name
         for source in sources
