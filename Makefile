@@ -10,9 +10,15 @@ PYTHON := $(IN)python
 # Steps print headings, share caches and two cores, and a stack test measures time: never side by side, whatever -j says.
 .NOTPARALLEL:
 
+# Tests with the mark "slow" are left to `make slow`, unless SLOW=1 asks for all of a kind.
+QUICK = $(if $(SLOW),,-m "not slow")
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4
+# Three local clouds.
+CLOUDS := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo local send test lint types validate audit unit attacks simulation sim stack faults reliability conformance bench batch lock clean
+.PHONY: help setup demo local send test lint types validate audit unit attacks simulation sim stack slow faults reliability conformance bench batch lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,7 +35,7 @@ local: setup ## Keep a local cloud running: .local/stack.json says where (LOCAL_
 send: setup ## Send EVENT=events/… to the stack of "make local", and follow what it starts (MODEL=…, FILE=…)
 	@$(PYTHON) -m local send "$(EVENT)" $(if $(MODEL),--model "$(MODEL)") $(if $(FILE),--file "$(FILE)")
 
-test: lint types validate unit attacks simulation stack ## Check everything, in this order; what fails stops it
+test: lint types validate unit attacks simulation stack ## Check everything but what "make slow" runs, in this order; what fails stops it
 
 lint: setup ## Check the style, the layers, and that the requirements are those of pyproject.toml
 	$(call heading,lint)
@@ -52,22 +58,27 @@ audit: setup ## Check the template with checkov, and the locked packages for kno
 
 unit: setup ## Run the unit tests
 	$(call heading,unit tests)
-	@$(PYTHON) -m pytest tests/unit --numprocesses auto --maxprocesses 4
+	@$(PYTHON) -m pytest tests/unit $(QUICK) $(SIDE_BY_SIDE)
 
 attacks: setup ## Run the tables of attacks: hostile webhooks, addresses, files, JSON, schemas, owners
 	$(call heading,attacks)
-	@$(PYTHON) -m pytest tests/attacks --numprocesses auto --maxprocesses 4
+	@$(PYTHON) -m pytest tests/attacks $(QUICK) $(SIDE_BY_SIDE)
 
 simulation: setup ## Run 5,000 schedules of faults, and sabotage the code to see them notice
 	$(call heading,simulation)
-	@$(PYTHON) -m pytest tests/simulation --numprocesses auto --maxprocesses 4
+	@$(PYTHON) -m pytest tests/simulation $(QUICK) $(SIDE_BY_SIDE)
 
 sim: setup ## Run SCHEDULES=100000 schedules of faults and write docs/simulation.md; SEED=n shows one step by step
 	@$(PYTHON) -m tests.simulation $(if $(SEED),--seed $(SEED),--schedules $(or $(SCHEDULES),100000) --write)
 
 stack: setup ## Run the stack tests, on three local clouds side by side
 	$(call heading,stack tests)
-	@$(PYTHON) -m pytest tests/stack --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	@$(PYTHON) -m pytest tests/stack $(QUICK) $(CLOUDS)
+
+slow: setup ## Run the tests that take minutes, which "make test" leaves out (SLOW=1 with one kind: all of that kind)
+	$(call heading,slow tests)
+	@$(PYTHON) -m pytest tests/unit tests/attacks tests/simulation -m slow $(SIDE_BY_SIDE)
+	@$(PYTHON) -m pytest tests/stack -m slow $(CLOUDS)
 
 faults: setup ## Run PREDICTIONS=200 on a local cloud where everything goes wrong (SEED=n; or CALL="…" FAULT="killed after")
 	@$(PYTHON) -m tests.stack.faults $(if $(PREDICTIONS),--predictions $(PREDICTIONS)) $(if $(SEED),--seed $(SEED)) \

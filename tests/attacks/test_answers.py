@@ -25,6 +25,8 @@ from tests.reliability import Recorded
 from tests.unit.fakes import VERSION, ReplicateInMemory
 from tests.unit.template import folder_name, resources
 
+pytestmark = pytest.mark.slow
+
 TRIED = {
     "poll_prediction", "cancel_prediction", "sweep_predictions", "submit_prediction", "start_prediction",
     "receive_webhook", "copy_outputs", "publish_changes", "read_predictions", "run_prediction", "deliver_webhook",

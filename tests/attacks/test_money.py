@@ -644,6 +644,7 @@ def test_nothing_is_created_while_replicate_wants_none(
     assert len(world.upstream.runs) >= 8, "and all that waited is started then"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [600])
 def test_canceled_creates_of_one_owner_do_not_delay_another(simulation: Simulation, n: int) -> None:
     world = meeting(simulation, 7, faults=False, limits=OwnerLimits(in_flight=1))

@@ -121,7 +121,7 @@ delays are the longest of any schedule that has the world alone.
 |---|---|---|---|
 {worlds}
 
-{len(SABOTAGES)} sabotages of the code are each noticed within 5,000 of these schedules, says `make test`: see
+{len(SABOTAGES)} sabotages of the code are each noticed within 3,000 of these schedules, says `make test`: see
 [their list](../tests/simulation/sabotages.py).
 """
 

@@ -250,6 +250,9 @@ def call(world: "World", service: str, operation: str, asked: dict[str, Any], cl
             world.step("tells", seconds)
     if fault == "died before":
         world.die()
+    process = world.scheduler.current
+    if fault in ("refused", "answer lost") and operation == "GetItem" and process is not None:
+        process.unread.add(asked["Key"]["pk"]["S"])
     if fault == "refused":
         raise_client_error(client, operation, AwsError("ThrottlingException"))
     try:

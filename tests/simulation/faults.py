@@ -57,7 +57,7 @@ class Faults:
         self._invoke = choice((0.0, 0.0, 0.03, 0.15))
         self._list_lag = choice((0.0, 5.0, 25.0, 60.0))
         self.index_lag = choice((0.0, 0.0, 0.3, 2.0))
-        self.very_late = rng.random() < 0.08
+        self.very_late = rng.random() < 0.12
         if self.very_late:
             self._create, self._lost = 1.0, min(self._lost, 0.3)
         self.stops = rng.random() < 0.15

@@ -33,6 +33,7 @@ class Process:
         killed: Whether it must not go on: its next step raises `Died`.
         event: What a function was invoked with.
         ended_at: When it was over.
+        unread: Items that it asked for and was not answered about.
     """
 
     def __init__(self, name: str) -> None:
@@ -43,6 +44,7 @@ class Process:
         self.killed = False
         self.event: Any = None
         self.ended_at: float | None = None
+        self.unread: set[str] = set()
         self.waiters: list[Waiter] = []
 
 

@@ -15,7 +15,7 @@ from tests.unit.template import ROOT
 
 SCHEDULES = 5000
 PARTS = 10
-SABOTAGE_SCHEDULES = 5000
+SABOTAGE_SCHEDULES = 3000
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -26,6 +26,7 @@ def test_schedule_of_faults_breaks_no_promise(simulation: Simulation, part: int,
     record_property("schedules", SCHEDULES // PARTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SABOTAGES)
 def test_sabotaged_code_breaks_a_promise_in_some_schedule(
     simulation: Simulation, name: str, record_property: Recorded

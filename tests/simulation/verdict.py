@@ -81,7 +81,8 @@ class Check:
         """What was written down, and may be paid for, was not answered as if it were not."""
         for pk, process in self.world.writers.items():
             answer = process.result if isinstance(process.result, dict) else {}
-            if answer.get("statusCode", 0) < 500:
+            # A function whose write and whose read of the item both got no answer cannot know of it.
+            if answer.get("statusCode", 0) < 500 or pk in process.unread:
                 continue
             kind, _, id_ = pk.partition("#")
             runs = [run for run in self.world.upstream.runs.values() if run.our_id == id_]

@@ -19,7 +19,7 @@ WORLDS: dict[type[Scenario], float] = {
     PoisonMessage: 0.02,
     Tarpit: 0.004,
     Backlog: 0.005,
-    Overload: 0.0025,
+    Overload: 0.004,
     TokenFlood: 0.006,
     OldKeys: 0.008,
 }

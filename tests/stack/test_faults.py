@@ -18,6 +18,9 @@ ROUNDS = 12
 PREDICTIONS = 200
 """In all, those of the rounds included."""
 
+# Minutes for one stack, of which each worker has one after the other.
+pytestmark = pytest.mark.slow
+
 AT_ONCE = 50
 """At least so many of them while everything is wrong, however many rounds it took to strike each call."""
 

@@ -284,6 +284,7 @@ class TestFailures:
         assert bus.calls == [[refused]], "the same event, under the same event_id"
         assert retries.bodies == []
 
+    @pytest.mark.slow
     def test_bus_that_refuses_a_hundred_times_repeats_no_webhook_and_loses_no_event(
         self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, retries: Queued, given_up: Queued
     ) -> None:
@@ -304,6 +305,7 @@ class TestFailures:
         assert sorted(bus.types) == ["Prediction Started"] * 5 + ["Prediction Succeeded"] * 5
         assert (retries.bodies, given_up.bodies) == ([], [])
 
+    @pytest.mark.slow
     def test_step_functions_that_refuse_a_hundred_times_repeat_no_webhook_and_no_event(
         self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, retries: Queued, wakes: Wakes
     ) -> None:

@@ -32,6 +32,8 @@ from tests.unit.conftest import TIMING
 from tests.unit.fakes import API_URL, Clock, ReplicateInMemory
 from tests.unit.test_submissions import wanted
 
+pytestmark = pytest.mark.slow
+
 ARN = "arn:aws:states:us-east-1:123456789012:stateMachine:track-prediction"
 RATE = 60
 """Creates a minute; the queue's lane has nine tenths of it."""

@@ -668,6 +668,7 @@ class TestTwiceLateNever:
         return True
 
 
+@pytest.mark.slow
 @given(graphs(cyclic=False), st.data())
 @settings(
     max_examples=12,

@@ -241,6 +241,7 @@ def town(monkeypatch: pytest.MonkeyPatch) -> Town:
     return Town()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends_a_minute", [60, 100, 200])
 def test_receiver_that_hangs_delays_no_other_owners_webhook_by_half_a_minute(
     town: Town, record_property: Recorded, ends_a_minute: int
