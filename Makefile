@@ -40,10 +40,11 @@ send: setup ## Send EVENT=events/… to the stack of "make local", and follow wh
 
 test: lint types validate unit attacks simulation stack ## Check everything but what "make slow" runs, in this order; what fails stops it
 
-lint: setup ## Check the style, and that generated files are up to date (requirements, openapi.json)
+lint: setup ## Check the style, the layers, and that generated files are up to date (requirements, openapi.json)
 	$(call heading,lint)
 	@$(IN)ruff check .
 	@$(IN)ruff format --check .
+	@$(IN)lint-imports --no-logo --no-cache
 	@$(PYTHON) -m local.lock --check
 	@$(PYTHON) -m local.openapi --check
 

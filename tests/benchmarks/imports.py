@@ -45,6 +45,7 @@ RUNTIME = ("boto3", "botocore", "jmespath", "python-dateutil", "s3transfer", "si
 # The parts that a cold start is made of, by the modules they consist of; the first that fits counts. A module that is
 # in none of them (the standard library) counts for the part that imported it first.
 OURS = "ours+clients"
+OURS_LEAST = 3
 PARTS = {
     "boto3": ("boto3", "s3transfer"),
     "botocore": ("botocore", "jmespath", "dateutil", "urllib3", "six"),
@@ -102,11 +103,24 @@ def measure(say: Callable[[str], None]) -> dict[str, Loaded]:
         say(f"importing {len(handlers)} handlers, {ROUNDS + PROFILED_ROUNDS} times each, in new processes")
         for _ in range(PROFILED_ROUNDS):  # first: every file is in the page cache afterwards
             for name, environment in handlers.items():
-                parts[name].append(_parts(_load(shipped, name, environment, "-X", "importtime").stderr))
+                profile = _load(shipped, name, environment, "-X", "importtime").stderr
+                _check(name, profile)
+                parts[name].append(_parts(profile))
         for _ in range(ROUNDS):
             for name, environment in handlers.items():
                 runs[name].append(json.loads(_load(shipped, name, environment).stdout))
     return {name: _summary(runs[name], parts[name]) for name in handlers}
+
+
+def _check(name: str, profile: str) -> None:
+    """Refuse a profile that does not show our modules: what was measured would be something else.
+
+    Raises:
+        BenchmarkFailed: Fewer are in it than any handler imports.
+    """
+    ours = [module for _, module, _ in _lines(profile) if module.startswith("predictions.")]
+    if name not in REFERENCES and len(ours) < OURS_LEAST:
+        raise BenchmarkFailed(f"{name} imported {len(ours)} modules of the library")
 
 
 def _summary(runs: list[dict[str, float]], parts: list[dict[str, float]]) -> Loaded:

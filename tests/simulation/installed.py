@@ -1,7 +1,6 @@
 """The real library and handlers, put into a simulated world: its clients, clock and chance are the schedule's."""
 
 import os
-import pkgutil
 import random
 import secrets
 import time
@@ -15,7 +14,6 @@ from typing import Any
 from unittest import mock
 
 import httpx
-import predictions
 from predictions import aws, outputs, requests
 from predictions.observability import logger, metrics
 from predictions.outputs import OutputsBucket
@@ -25,6 +23,7 @@ from tests.simulation.account import Clients
 from tests.simulation.verdict import Verdict
 from tests.simulation.world import ENVIRONMENT_HERE, World
 from tests.simulation.worlds import worlds_of
+from tests.unit import library
 
 
 class _Inline:
@@ -83,8 +82,9 @@ def _clients() -> Clients:
 @cache
 def _modules() -> list[ModuleType]:
     """All of the library but its commands: what handlers import only when they need it, too."""
-    found = pkgutil.iter_modules(predictions.__path__, "predictions.")
-    return [import_module(each.name) for each in found if not each.ispkg and not each.name.endswith("__main__")]
+    found = [import_module(name) for name in library.of_functions()]
+    assert len(found) >= library.MODULES_LEAST - 10
+    return found
 
 
 @contextmanager

@@ -17,9 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import TypeGuard
 
+from tests.unit import library
 from tests.unit.template import ROOT
-
-PACKAGE = ROOT / "layers/predictions/predictions"
 
 _S3_ACTIONS = {
     "abort_multipart_upload": "s3:AbortMultipartUpload",
@@ -48,6 +47,8 @@ _PREFIXES = {
 }
 # `seen.add(…)` is a set's, not an upload's.
 _OF_OTHERS = frozenset(dir(set)) | {"from_env"}
+# The handler, the package, and a few modules of it: fewer would be a reader of imports that sees none.
+IMPORTED_LEAST = 5
 _POWERTOOLS = {"SecretsProvider": "secretsmanager:GetSecretValue"}
 
 
@@ -73,7 +74,7 @@ class _Code:
 def reach(folder: str) -> Reach:
     """What the handler in `functions/{folder}` needs."""
     app = ROOT / "functions" / folder / "app.py"
-    modules = _imported(app)
+    modules = imported(folder)
     functions: dict[tuple[Path, str], _Code] = {}
     classes: dict[str, tuple[ast.ClassDef, dict[str, _Code]]] = {}
     protocols: set[str] = set()
@@ -260,31 +261,51 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def _imported(app: Path) -> list[Path]:
-    """The handler's file and every module of our package that it imports when it runs, through others too."""
+@cache
+def imported(folder: str) -> list[Path]:
+    """The file of the handler in `functions/{folder}` and all of our modules that it imports when it runs.
+
+    Those that it imports through others count too, and the packages that they are in.
+    """
     modules: list[Path] = []
-    waiting = [app]
+    waiting = [ROOT / "functions" / folder / "app.py"]
     while waiting:
         path = waiting.pop()
         if path in modules:
             continue
         modules.append(path)
-        waiting += [
-            _path(node.module)
-            for node in _running(_tree(path))
-            if isinstance(node, ast.ImportFrom) and _is_ours(node.module)
-        ]
+        for node in _running(_tree(path)):
+            _refuse_modules(node)
+            if isinstance(node, ast.ImportFrom) and _is_ours(node.module):
+                waiting += [_path(node.module), *_packages(node.module)]
+    assert len(modules) >= IMPORTED_LEAST, f"{folder} imports {len(modules)} modules: what it needs cannot be read"
     return modules
 
 
+def _refuse_modules(node: ast.AST) -> None:
+    # `clients.client` of a module `clients` would not be followed.
+    if isinstance(node, ast.Import):
+        modules = {each.name for each in node.names} & library.modules().keys()
+    elif isinstance(node, ast.ImportFrom):
+        assert not node.level, "import by the whole name: relative imports are not followed"
+        modules = {f"{node.module}.{each.name}" for each in node.names} & library.modules().keys()
+    else:
+        return
+    assert not modules, f"import what is used, not its module: {ast.unparse(node)}"
+
+
 def _is_ours(module: str | None) -> TypeGuard[str]:
-    # `aws.client` of a module `aws` would not be followed.
-    assert module != "predictions", "import what is used, not its module: `from predictions.aws import client`"
     return module is not None and module.startswith("predictions.")
 
 
 def _path(module: str) -> Path:
-    return PACKAGE / f"{module.removeprefix('predictions.')}.py"
+    return library.modules()[module]
+
+
+def _packages(module: str) -> list[Path]:
+    """The packages that a module is in, which are imported before it."""
+    parts = module.split(".")
+    return [library.modules()[".".join(parts[:length])] for length in range(1, len(parts))]
 
 
 def _running(tree: ast.Module) -> Iterator[ast.AST]:

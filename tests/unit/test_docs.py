@@ -18,8 +18,9 @@ from PIL import Image
 from local import docs, picture, site_links
 from local.demo import DROPPED, PICTURE
 from local.terminal import Terminal
+from tests.unit.library import modules
 from tests.unit.template import ROOT, _Loader, load_template, resources
-from tests.unit.test_readme import BLOCKS, LIBRARY, PAGES, code, rows, section
+from tests.unit.test_readme import BLOCKS, PAGES, code, rows, section
 
 FENCES = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 EXAMPLES = [
@@ -123,7 +124,7 @@ def test_rows_of_each_table_have_the_cells_of_its_heading() -> None:
 
 
 def test_table_of_items_has_every_partition_key_of_the_code() -> None:
-    sources = [source.read_text() for source in sorted(LIBRARY.rglob("*.py"))]
+    sources = [source.read_text() for source in modules().values()]
     assert len(sources) > 50
     whole = "".join(sources)
     table = rows(section("docs/architecture.md", "The table"))

@@ -8,7 +8,6 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -30,6 +29,8 @@ from predictions.outputs import (
     place_files,
     replace_files,
 )
+
+from tests.unit.library import LIBRARY
 
 BUCKET = "outputs"
 PREFIX = "ada/id0/up0"
@@ -992,7 +993,7 @@ def test_missing_variable_fails_by_its_name(monkeypatch: pytest.MonkeyPatch, mis
 
 def test_readers_do_not_import_the_http_client() -> None:
     code = "import sys, predictions.outputs; sys.exit(bool({'httpx', 'predictions.addresses'} & set(sys.modules)))"
-    layer = str(Path(outputs.__file__).parents[1])
+    layer = str(LIBRARY.parent)
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, env={"PYTHONPATH": layer}, check=False).returncode == 0  # noqa: S603  # our own code
 

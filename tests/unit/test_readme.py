@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from tests.unit import library
 from tests.unit.template import ROOT, load_template, resources
 
 BLOCKS = re.compile(r"^```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
-LIBRARY = ROOT / "layers" / "predictions" / "predictions"
 # All that people read: the README, what stands beside it, and every page of docs/.
 PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "AGENTS.md", "SECURITY.md", "llms.txt")),
@@ -104,7 +104,7 @@ RUNBOOK = BLOCKS.sub("", (ROOT / "docs/runbook.md").read_text())
 def test_runbook_has_a_section_for_every_alarm_and_a_row_for_every_metric() -> None:
     sections = re.findall(r"^## (\w+Alarm)$", RUNBOOK, re.MULTILINE)
     assert sorted(sections) == sorted(resources("AWS::CloudWatch::Alarm"))
-    sources = [*(ROOT / "functions").rglob("*.py"), *LIBRARY.glob("*.py")]
+    sources = [*(ROOT / "functions").rglob("*.py"), *library.of_functions().values()]
     metrics = {
         name
         for source in sources

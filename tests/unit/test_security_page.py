@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from local import audit
+from tests.unit.library import LIBRARY, modules
 from tests.unit.template import ROOT, folder_name, load_template, resources
 from tests.unit.test_readme import BLOCKS, code, rows
 
 PAGE = BLOCKS.sub("", (ROOT / "docs" / "security.md").read_text())
-LIBRARY = ROOT / "layers" / "predictions" / "predictions"
 NAMED = sorted({name for name in code(PAGE) if re.fullmatch(r"[\w./-]+\.(py|yaml|json|md|txt)(::[\w:]+)?", name)})
 
 
@@ -35,16 +35,22 @@ def in_file(path: Path) -> set[str]:
     return found
 
 
+def is_module(path: str) -> bool:
+    """Whether a path is a module's in the library: `table.py`, or `package/module.py`."""
+    return LIBRARY / path in modules().values()
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_path_or_test_that_the_page_names_is_there(name: str) -> None:
     path, _, test = name.partition("::")
-    file = ROOT / path if "/" in path or not (LIBRARY / path).exists() else LIBRARY / path
+    file = LIBRARY / path if is_module(path) else ROOT / path
     assert file.is_file()
     assert not test or test in in_file(file)
 
 
 def test_page_names_tests_and_modules() -> None:
     assert len([name for name in NAMED if "::test_" in name]) > 20
+    assert len([name for name in NAMED if is_module(name)]) > 25
 
 
 def test_every_promise_has_a_module_and_a_test() -> None:

@@ -18,6 +18,7 @@ from predictions.received_requests import FAILURES_LIMIT, NEEDED_SECONDS
 from predictions.receivers import TOTAL_SECONDS
 from predictions.submissions import _ABANDON_SECONDS
 
+from tests.unit import library
 from tests.unit.code_reach import reach
 from tests.unit.template import (
     ROOT,
@@ -925,10 +926,7 @@ def test_sweep_runs_every_minute_and_is_not_repeated() -> None:
 ALARMS = {name: found["Properties"] for name, found in resources("AWS::CloudWatch::Alarm").items()}
 COMMON = load_template()["Globals"]["Function"]["Environment"]["Variables"]
 SOURCES_OF_METRICS = "".join(
-    path.read_text()
-    for folder in ("functions", "layers/predictions/predictions")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-    if path.parent.name != "commands"  # of operators
+    path.read_text() for path in (*sorted((ROOT / "functions").rglob("*.py")), *library.of_functions().values())
 )
 EMITTED = set(re.findall(r'(?:add_metric|single_metric)\(\s*name="(\w+)"', SOURCES_OF_METRICS))
 
