@@ -27,7 +27,7 @@ from tests.unit.conftest import ENVIRONMENT
 from tests.unit.fakes import API_URL, Clock, ReplicateInMemory
 from tests.unit.template import folder_name, resources
 
-SERVICES = ("dynamodb", "events", "s3", "scheduler", "secretsmanager", "sqs", "ssm", "stepfunctions")
+SERVICES = ("dynamodb", "events", "lambda", "s3", "scheduler", "secretsmanager", "sqs", "ssm", "stepfunctions")
 
 ROUTES = {
     (event["Properties"]["Method"].upper(), event["Properties"]["Path"]): {
@@ -106,6 +106,13 @@ class QuickAccount(Account):
         self._stack = stack
         self.executions: dict[str, str] = {}
         self.messages: list[dict[str, Any]] = []
+        self.polls: list[str] = []
+
+    def _lambda_Invoke(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        if asked["InvocationType"] != "Event":
+            raise Refused("a function of the API waits for another one")
+        self.polls.append(json.loads(asked["Payload"])["id"])
+        return {"StatusCode": 202}
 
     def _stepfunctions_StartExecution(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         if len(asked["input"].encode()) > EXECUTION_INPUT_LIMIT_BYTES:

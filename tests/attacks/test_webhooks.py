@@ -45,12 +45,13 @@ Headers = dict[str, Any]
 
 
 class Account:
-    """What the function reaches: a table in memory, the signing secret and the executions that wait."""
+    """What the function reaches: a table in memory, the signing secret, executions that wait, and poll_prediction."""
 
     def __init__(self, clock: Clock) -> None:
         self.table = Table(clock.now)
         self.secret = {"current": SECRET, "previous": None, "rotated_at": "2025-01-01T00:00:00Z"}
         self.woken: list[str] = []
+        self.polled: list[str] = []
         self.calls: list[str] = []
 
     def call(self, service: str, operation: str, asked: dict[str, Any], client: Any) -> Any:
@@ -65,6 +66,10 @@ class Account:
         if operation == "SendTaskSuccess":
             self.woken.append(asked["taskToken"])
             return {}
+        if operation == "Invoke":
+            assert asked["InvocationType"] == "Event", "a webhook waits for no function"
+            self.polled.append(json.loads(asked["Payload"])["id"])
+            return {"StatusCode": 202}
         raise AssertionError(f"the webhook's function called {service}.{operation}")
 
 
@@ -785,7 +790,7 @@ class Expected:
         if "webhook" in event:
             return same, "unknown prediction"
         if self.bound not in (None, upstream_id):
-            return replace(same, orphans=self.orphans | ({upstream_id} if not ends else set())), "orphan"
+            return replace(same, orphans=self.orphans | {upstream_id}), "orphan"
         if self.status in ("succeeded", "failed", "canceled"):
             return replace(same, woken=True), "nothing new"
         new = replace(same, bound=upstream_id, woken=ends)
@@ -847,9 +852,12 @@ def test_every_order_of_up_to_seven_events_ends_in_the_right_state(
                 for name, event in EVENTS.items():
                     account.table.items = dict(tables[pair[0]])
                     account.woken.clear()
+                    account.polled.clear()
                     expected, receipt = pair[1].after(event)
                     answer = send(bodies[name], headers[name], prediction_id)
                     assert answer == (200, receipt), (pair, name)
+                    # An orphan is canceled by a poll that is asked for at once, and counted if it has ended.
+                    assert account.polled == [prediction_id] * (receipt == "orphan"), (pair, name)
                     assert replace(seen(prediction_id, account.woken), progress=expected.progress) == expected, name
                     state = frozen(account.table)
                     tables.setdefault(state, dict(account.table.items))
