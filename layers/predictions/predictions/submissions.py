@@ -1146,6 +1146,11 @@ class Submissions:
                     logger.error("paid twice: an orphan had ended", upstream_id=upstream_id)
                     metrics.add_metric(name="PaidTwice", unit=MetricUnit.Count, value=1)
             except NotFound:
+                if prediction.orphans_not_found + 1 < _NOT_FOUND_LIMIT:
+                    # One 404 is not believed, as in a poll: an orphan that runs on is paid for.
+                    logger.warning("orphan not found", upstream_id=upstream_id, times=prediction.orphans_not_found + 1)
+                    self.table.count_orphans_not_found(prediction)
+                    continue
                 logger.info("orphan is gone", upstream_id=upstream_id)
             except Unavailable as error:
                 logger.warning("orphan not canceled yet", upstream_id=upstream_id, reason=str(error))
