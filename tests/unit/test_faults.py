@@ -767,6 +767,23 @@ def test_webhook_of_a_bound_prediction_at_anothers_address_cancels_nothing(
     assert replicate.canceled == []
 
 
+def test_orphan_whose_cancel_is_answered_404_is_asked_five_times_before_it_is_taken_for_gone(
+    submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+) -> None:
+    prediction = bound_with_orphan(table, clock)
+    table.merge(prediction.id, told("failed", error="bad"), clock.now())
+    replicate.read_faults = [answer(404)] * 5
+    for times in range(1, 5):
+        clock.advance(60)
+        submissions.sweep(10, lambda: 300)
+        there = current(table, prediction.id)
+        assert (there.orphans, there.orphans_not_found) == (frozenset({"v" * 26}), times)
+    clock.advance(60)
+    submissions.sweep(10, lambda: 300)
+    assert current(table, prediction.id).orphans == frozenset()
+    assert replicate.canceled == ["v" * 26] * 5
+
+
 # -- poll and sweep -------------------------------------------------------------------------------------------
 
 

@@ -178,6 +178,7 @@ class Prediction:
     resume_n: int | None = None
     orphans: frozenset[str] = frozenset()
     orphans_canceled: frozenset[str] = frozenset()
+    orphans_not_found: int = 0
     copy_until: int | None = None
     copy_by: int | None = None
     data_removed: bool = False
@@ -811,6 +812,11 @@ class PredictionsTable:
         """Notes how often in a row Replicate has denied to know an open prediction."""
         self._change(prediction.id, set={"not_found_count": count}, condition="attribute_exists(#open)")
 
+    def count_orphans_not_found(self, prediction: Prediction) -> None:
+        """Count one more 404 to the cancel of an orphan; the item stays due as it is."""
+        count = prediction.orphans_not_found + 1
+        self._change(prediction.id, set={"orphans_not_found": count}, condition="attribute_exists(#open)")
+
     def reserve(self, upstream_id: str, prediction: Prediction) -> bool:
         """Takes an upstream id for a prediction that is about to be bound to it by its likeness alone.
 
@@ -848,6 +854,7 @@ class PredictionsTable:
             prediction.id,
             add={"orphans_canceled": {upstream_id}},
             delete={"orphans": {upstream_id}},
+            remove=["orphans_not_found"],
             condition="attribute_exists(pk)",
         )
 
