@@ -79,6 +79,10 @@ PROMISES: Sequence[Promise] = (
                 ["tests/simulation/test_simulation.py::test_schedule_of_faults_breaks_no_promise"],
             ),
             Shown(
+                "Nor in any named world: batches, pipelines, trainings, webhooks, task tokens, owners who cost others",
+                ["tests/simulation/test_simulation.py::test_each_world_is_reached_and_breaks_no_promise"],
+            ),
+            Shown(
                 "The schedules would notice: each sabotage of the code is found",
                 ["tests/simulation/test_simulation.py::test_sabotaged_code_breaks_a_promise_in_some_schedule"],
             ),
@@ -114,8 +118,26 @@ PROMISES: Sequence[Promise] = (
                 ["tests/stack/test_upgrades.py"],
             ),
             Shown(
+                "Looks that die over an item hold up no other, become rarer, and end with it an hour past its deadline",
+                ["tests/unit/test_sweep.py::TestDeadLooks"],
+            ),
+            Shown(
+                "Answers of 12 and 60 MB in functions that are killed at their own memory and time",
+                ["tests/attacks/test_answers.py"],
+            ),
+            Shown(
                 "Webhooks that never come are made up for by polls",
                 ["tests/stack/test_predictions.py::TestLostWebhooks"],
+            ),
+            Shown(
+                "A bus or Step Functions that refuse for hours lose nothing, and delay and repeat no webhook",
+                ["tests/unit/test_changes.py::TestFailures"],
+            ),
+            Shown(
+                "Each kind of webhook that a caller wants is sent, in every order of Replicate's",
+                [
+                    "tests/unit/test_deliveries.py::TestChanges::test_each_wanted_kind_is_told_in_every_order_of_replicates_webhooks"
+                ],
             ),
         ),
     ),
@@ -128,6 +150,7 @@ PROMISES: Sequence[Promise] = (
                     "tests/stack/test_predictions.py::TestSameRequest",
                     "tests/stack/test_queue.py::TestQueue",
                     "tests/stack/test_recipes.py::TestObjects",
+                    "tests/unit/test_batches.py::test_batch_whose_requests_two_calls_with_one_key_wrote_at_once_is_read",
                 ],
             ),
             Shown(
@@ -156,6 +179,10 @@ PROMISES: Sequence[Promise] = (
             ),
             Shown("A batch of 200 lines, canceled half-way and run again", ["tests/stack/test_batches.py"]),
             Shown(
+                "A fault at any call of a new batch or pipeline makes one of them; expired keys start new ones",
+                ["tests/unit/test_once.py"],
+            ),
+            Shown(
                 "Starts at the same time, in any order of their calls", ["tests/unit/test_submissions.py::TestStart"]
             ),
         ),
@@ -167,7 +194,10 @@ PROMISES: Sequence[Promise] = (
                 "Every order, with repetition, of up to seven webhooks of thirteen kinds",
                 ["tests/attacks/test_webhooks.py::test_every_order_of_up_to_seven_events_ends_in_the_right_state"],
             ),
-            Shown("The merge rule, for any words and ids", ["tests/unit/test_table.py::TestMerge"]),
+            Shown(
+                "The merge rule, for any words and ids",
+                ["tests/unit/test_table.py::TestMerge", "tests/unit/test_table.py::TestPayloads"],
+            ),
         ),
     ),
     Promise(
@@ -201,10 +231,17 @@ PROMISES: Sequence[Promise] = (
                 "Each function is refused what it must not do, by the deployed policies",
                 ["tests/stack/test_permissions.py"],
             ),
+            Shown(
+                "A receiver that hangs delays no other owner's webhook by half a minute",
+                ["tests/unit/test_webhook_slots.py"],
+            ),
             Shown("Each policy is what the code calls, and no more", ["tests/unit/test_template.py"]),
             Shown(
                 "Without a token of the right scope nothing is answered",
-                ["tests/stack/test_predictions.py::TestAccess"],
+                [
+                    "tests/stack/test_predictions.py::TestAccess",
+                    "tests/unit/test_events.py::test_a_sample_needs_one_of_the_scopes_that_are_described_and_no_other",
+                ],
             ),
         ),
     ),
@@ -213,7 +250,10 @@ PROMISES: Sequence[Promise] = (
         (
             Shown(
                 "Hostile JSON at the API, the webhook, the queue, in manifests and from models",
-                ["tests/attacks/test_json.py"],
+                [
+                    "tests/attacks/test_json.py",
+                    "tests/unit/test_submissions.py::TestStart::test_refusal_of_any_size_ends_the_prediction_and_is_answered_alike_when_it_is_repeated",
+                ],
             ),
             Shown(
                 "Hostile schemas: bounded steps, linear-time patterns, nothing fetched",
@@ -223,6 +263,14 @@ PROMISES: Sequence[Promise] = (
             Shown(
                 "Parallel starts by all doors pass neither an owner's limits nor the rate",
                 ["tests/attacks/test_money.py"],
+            ),
+            Shown(
+                "At 120 % of the rate at least 95 % of it starts in each minute, and owners share it; none is wasted",
+                ["tests/unit/test_lanes.py"],
+            ),
+            Shown(
+                "Open batches and pipelines, attempts and refused lines count against their owner's limits",
+                ["tests/unit/test_owner_bounds.py"],
             ),
             Shown("Every operation answers whatever comes as its document says", ["tests/stack/test_description.py"]),
         ),
@@ -248,7 +296,13 @@ PROMISES: Sequence[Promise] = (
             Shown("Pauses, limits and waiting turns", ["tests/stack/test_limits.py"]),
             Shown(
                 "Dead letters are put back, and start nothing twice",
-                ["tests/stack/test_queue.py", "tests/stack/test_deliveries.py"],
+                [
+                    "tests/stack/test_queue.py",
+                    "tests/stack/test_deliveries.py",
+                    "tests/unit/test_cli.py::test_dead_letter_of_every_hop_to_the_requests_queue_is_redriven",
+                    "tests/unit/test_requests.py::TestLargeRefused",
+                    "tests/unit/test_received_requests.py",
+                ],
             ),
         ),
     ),

@@ -370,6 +370,8 @@ def test_streaming_model_can_be_read_as_events(api: httpx.Client) -> None:
 
 
 def test_wait_that_ends_early_gives_the_running_prediction(api: httpx.Client) -> None:
+    # Its process is started by its first prediction, which takes longer than a second on a busy machine.
+    api.post("/predictions", json={"version": version["sleeper"], "input": {"seconds": 0}}, headers={"Prefer": "wait"})
     body = {"version": version["sleeper"], "input": {"seconds": 60}}
     answer = api.post("/predictions", json=body, headers={"Prefer": "wait=1"})
     assert answer.headers["preference-applied"] == "wait=1"

@@ -100,6 +100,28 @@ class TestDeadLooks:
         assert swept(submissions)
         assert f"{second.id}-2" in executed.inputs
 
+    def test_cancel_that_replicate_did_not_answer_is_asked_again_soon_however_often_looks_died(
+        self,
+        submissions: Submissions,
+        replicate: ReplicateInMemory,
+        table: PredictionsTable,
+        executed: Executed,
+        clock: Clock,
+    ) -> None:
+        prediction = start(submissions)
+        executed.stop(f"{prediction.id}-1")
+        table.request_cancel(prediction.id, clock.now())
+        replicate.read_faults = [dies, dies, answer(500)]
+        for _ in range(2):
+            until_due(clock, current(table, prediction.id).next_check_at)
+            assert not swept(submissions)
+        until_due(clock, current(table, prediction.id).next_check_at)
+        assert swept(submissions)
+        assert current(table, prediction.id).next_check_at == int(clock.now()) + 180, "not after 24 minutes"
+        until_due(clock, current(table, prediction.id).next_check_at)
+        assert swept(submissions)
+        assert replicate.predictions[current(table, prediction.id).upstream_id or ""]["status"] == "canceled"
+
     @pytest.mark.parametrize("what", ["cancel", "orphan"])
     def test_item_over_which_every_look_dies_is_looked_at_ever_more_rarely_and_ended_an_hour_past_its_deadline(
         self, submissions: Submissions, replicate: ReplicateInMemory, table: PredictionsTable, clock: Clock, what: str

@@ -942,10 +942,20 @@ class Submissions:
         return flagged
 
     def _cancel_upstream(self, prediction: Prediction) -> Prediction:
-        """Asks Replicate to cancel a prediction, and merges an end that it answers with.
+        """Ask Replicate to cancel a prediction, and merge an end that it answers with.
+
+        Without an answer the flag or the deadline stays: the next poll, or the sweep, asks again.
+        """
+        return self._ask_to_cancel(prediction) or prediction
+
+    def _ask_to_cancel(self, prediction: Prediction) -> Prediction | None:
+        """Ask Replicate to cancel a prediction, and merge an end that it answers with.
 
         Of the answer to a cancel, which holds the whole prediction, only the status is read: an end is read by a GET,
         by the same rules as in a poll.
+
+        Returns:
+            The prediction as it is then, or None if Replicate did not answer.
         """
         upstream_id = prediction.upstream_id or ""
         try:
@@ -954,9 +964,8 @@ class Submissions:
                 return prediction
             return self._merge(prediction, self._replicate.get(upstream_id, prediction.collection))
         except (NotFound, Unavailable) as error:
-            # The flag or the deadline stays: the next poll, or the sweep in a minute, asks again.
             logger.warning("cancel without answer", reason=str(error))
-            return prediction
+            return None
 
     # -- delete -----------------------------------------------------------------------------------------------
 
@@ -1053,9 +1062,16 @@ class Submissions:
             prediction = self.table.note_unknown(prediction, {"unanswered": True}) or prediction
         logger.info("stands still", status=prediction.status, execution=execution, stalled=prediction.stalled_looks)
         self._measure_age(prediction)
+        unheard = False
         if prediction.cancel_requested and prediction.upstream_id and not prediction.terminal:
-            prediction = self._cancel_upstream(prediction)
+            asked = self._ask_to_cancel(prediction)
+            unheard = asked is None
+            prediction = asked or prediction
         dead = execution not in ("RUNNING", None)
+        if dead and unheard and self._resumes_later(prediction):
+            # This look did not die: Replicate is asked again as soon as in any other one.
+            self.table.end_look(prediction, now + self._timing.first_poll + 120, stalled=True)
+            return
         if dead and self._resumes_later(prediction):
             self.table.end_look(prediction, self._look_again_at(prediction, now), stalled=True, put_off=True)
             return
