@@ -34,6 +34,8 @@ from tests.simulation.dynamodb import ConditionFailed, Table
 from tests.unit.fakes import API_URL, Clock, ReplicateInMemory
 from tests.unit.test_submissions import wanted
 
+pytestmark = pytest.mark.slow
+
 ARN = "arn:aws:states:us-east-1:123456789012:stateMachine:track-prediction"
 TIMING = Timing(lifetime=86400, training_lifetime=604800, grace=45, first_poll=60, poll=600, retention=30 * 86400)
 PAGE = 100
@@ -250,6 +252,8 @@ class TestLoad:
         most = stack.account.most_lists_in_a_minute()
         p95 = seconds[int(number * 0.95)]
         record_property("unknown creates", number)
+        record_property(f"s until 95 of 100 of {number} were decided", round(p95))
+        record_property(f"list calls in the busiest minute of {number}", most)
         assert p95 < 240
         assert most < 60
         assert stack.asks / number < 15
