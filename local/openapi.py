@@ -1,4 +1,6 @@
-"""Write the API's document as JSON: ``python -m local.openapi [--check]``, ``make openapi``.
+"""Write the API's document as JSON (``make openapi``).
+
+Usage: ``python -m local.openapi [--check]``
 
 The layer has no YAML library, so it ships ``openapi.json``. People read and edit ``openapi.yaml``, from which the JSON
 is made: without spaces, as the API sends it.

@@ -1,4 +1,4 @@
-"""Run the command line as `python -m predictions`; it is in `predictions.cli`, which the layer does not ship."""
+"""Run the command line of `predictions.cli` as `python -m predictions`."""
 
 import sys
 

@@ -1,1 +1,4 @@
-"""The command line `replicate-serverless`, one module per subject; the layer does not ship it."""
+"""The command line `replicate-serverless`, one module per subject.
+
+The layer does not ship this package.
+"""

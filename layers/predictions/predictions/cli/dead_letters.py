@@ -230,7 +230,10 @@ def _changes(stack: Stack) -> Iterator[_Dead]:
 
 
 def _effect(stack: Stack, letter: Letter, body: Mapping[str, Any], retry: Retry) -> _Dead:
-    """Make a dead letter of one effect of a change: it failed for a day, or publish_changes crashed on it."""
+    """Make a dead letter of one effect of a change.
+
+    The effect failed for a day, or publish_changes crashed on it.
+    """
 
     def redrive() -> None:
         queue, dead = stack.resource("ChangesRetryQueue"), stack.resource(QUEUES[Queue.CHANGES])
@@ -301,7 +304,7 @@ def _why(body: Mapping[str, Any]) -> str:
 
 
 def _read_stream(stack: Stack, part: Mapping[str, Any], function: str) -> list[dict[str, Any]]:
-    """Read a part of the table's stream, in the form in which Lambda passes it to the function.
+    """Read a part of the table's stream, as Lambda passes it to the function.
 
     https://docs.aws.amazon.com/lambda/latest/dg/services-dynamodb-errors.html
     """
@@ -345,7 +348,10 @@ def _read_stream(stack: Stack, part: Mapping[str, Any], function: str) -> list[d
 
 
 def _patterns(stack: Stack, function: str) -> list[Any]:
-    """Return the filter patterns of the function's event source; one that accepts everything if it has none."""
+    """Return the filter patterns of the function's event source.
+
+    Without a filter, one pattern that accepts everything.
+    """
     found = stack.client("lambda").list_event_source_mappings(FunctionName=function)["EventSourceMappings"]
     filters = [each for source in found for each in source.get("FilterCriteria", {}).get("Filters", [])]
     return [json.loads(each["Pattern"]) for each in filters] or [{}]

@@ -1,4 +1,4 @@
-"""Commands to inspect predictions: the timeline of one, and a list of those that are stalled."""
+"""Commands to inspect predictions: the timeline of one, the stalled ones."""
 
 import json
 import re
@@ -264,7 +264,7 @@ def _of_executions(stack: Stack, executions: Executions, prediction: Prediction)
 
 
 def _of_log(stack: Stack, prediction: Prediction) -> Iterator[_Moment]:
-    """Read what the functions logged about a prediction: webhooks, polls, copies, deliveries."""
+    """Read what the functions logged about a prediction."""
     logs = stack.client("logs")
     group = f"/aws/lambda/{stack.name}"
     try:

@@ -1,4 +1,4 @@
-"""Commands for maintenance: archive files, rotate secrets, list what a deleted stack leaves."""
+"""Commands for maintenance: files, secrets, and what a deleted stack leaves."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Shared by all commands: how they are registered, the deployed stack, and output to the terminal."""
+"""Shared by all commands: their registration, the stack, and output."""
 
 import json
 import os
@@ -46,7 +46,7 @@ class _Bucket(OutputsBucket):
 
 
 class Stack:
-    """A deployed stack, found by its name, with the region and credentials of the command line.
+    """A deployed stack, with the region and credentials of the command line.
 
     Region: `--region`, else AWS_REGION, else botocore's own order. AWS_ENDPOINT_URL is honoured.
 
@@ -158,13 +158,13 @@ def print_table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> No
 
 
 def line(text: str, characters: int) -> str:
-    """Shorten a text from outside to part of a line, without control characters of the terminal."""
+    """Shorten a text from outside, without control characters of the terminal."""
     shown = "".join(each if each.isprintable() else " " for each in text[: characters + 1])
     return shown if len(shown) <= characters else shown[: characters - 1] + "…"
 
 
 def hidden(body: str) -> str:
-    """Mask the task token in a body: whoever has it can complete the waiting state."""
+    """Mask the task token in a body: it lets its holder complete the waiting state."""
     return re.sub(r'("task_token"\s*:\s*")[^"]*', r"\1…", body)
 
 
@@ -199,7 +199,10 @@ def _options(
 
 
 class _Command(TyperCommand):
-    """A command that shows its usage with every usage error, also with an option that lacks its value."""
+    """A command that shows its usage with every usage error.
+
+    Typer alone does not, if an option lacks its value.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
