@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from predictions.items import deserialize
-from predictions.statuses import DEFAULT_WEBHOOK_EVENTS
+from predictions.status import DEFAULT_WEBHOOK_EVENTS
 
 from tests.simulation.callers import SENDERS, Wanted
 from tests.simulation.machine import Told

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from predictions import deliveries, intents, limiter, outputs, received_requests, statuses, submissions, table
+from predictions import deliveries, intents, limiter, outputs, received_requests, submissions, table
+from predictions import status as statuses
 from predictions.batch_control import BatchControl
 from predictions.change_retries import Effect
 from predictions.changes import Changes

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from predictions.items import deserialize
-from predictions.statuses import visible
+from predictions.status import visible
 
 from tests.simulation.callers import Wanted
 from tests.simulation.dynamodb import Item

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from predictions.outputs import OutputsBucket
-from predictions.statuses import Status
+from predictions.status import Status
 from predictions.table import PredictionsTable
 from predictions.upstream_prediction import UpstreamPrediction
 from predictions.webhooks import sign

@@ -16,7 +16,7 @@ from predictions.api import Presenter, answer_with, json_response, resolver
 from predictions.errors import Problem
 from predictions.intents import create_intent, derived_id
 from predictions.outputs import OutputsBucket, StoredFile
-from predictions.statuses import Status, visible
+from predictions.status import Status, visible
 from predictions.submissions import Submissions
 from predictions.table import Prediction, PredictionsTable, Whole
 from predictions.upstream_prediction import UpstreamPrediction

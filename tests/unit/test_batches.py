@@ -21,7 +21,7 @@ from predictions.intents import random_id
 from predictions.outputs import OutputsBucket
 from predictions.recipes import Recipe, RecipeItems, State
 from predictions.requests import Message, Requests
-from predictions.statuses import Status
+from predictions.status import Status
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
 

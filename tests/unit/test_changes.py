@@ -10,7 +10,7 @@ from predictions.changes import OUTPUT_LIMIT_BYTES, PARSED_LIMIT_CHARACTERS, Cha
 from predictions.deliveries import DeliveriesQueue
 from predictions.events import FILES_LIMIT_BYTES, Event, EventBus, list_files
 from predictions.outputs import OutputsBucket, StoredFile, find_files
-from predictions.statuses import Status
+from predictions.status import Status
 from predictions.table import Prediction, PredictionsTable
 from predictions.upstream_prediction import UpstreamPrediction
 

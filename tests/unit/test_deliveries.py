@@ -20,7 +20,7 @@ from predictions.deliveries import (
     deliveries_of,
 )
 from predictions.outputs import StoredFile
-from predictions.statuses import Status
+from predictions.status import Status
 from predictions.table import PredictionsTable
 
 from tests.unit.fakes import Clock, Queued, refusing

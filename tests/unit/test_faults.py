@@ -18,7 +18,7 @@ from predictions.intents import LIFETIME_LIMIT_SECONDS, Intent
 from predictions.observability import metrics
 from predictions.outputs import OutputsBucket, StoredFile
 from predictions.receipts import receive
-from predictions.statuses import Status
+from predictions.status import Status
 from predictions.submissions import Submissions, Timing
 from predictions.table import Prediction, PredictionsTable
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from predictions import aws, placeholders
+from predictions import aws, templating
 from predictions.api import ANSWER_LIMIT_BYTES, Presenter
 from predictions.copies import copy
 from predictions.errors import Problem
@@ -148,7 +148,7 @@ class World:
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps alone end a filling, however slow this machine is now."""
-    monkeypatch.setattr(placeholders, "SECONDS_LIMIT", 1000.0)
+    monkeypatch.setattr(templating, "SECONDS_LIMIT", 1000.0)
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import time
 from typing import Any
 
 import pytest
-from predictions import placeholders
-from predictions.placeholders import (
+from predictions import templating
+from predictions.templating import (
     STEPS_LIMIT,
     Allowance,
     Filler,
@@ -21,7 +21,7 @@ from predictions.placeholders import (
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps alone end a filling, however slow this machine is now."""
-    monkeypatch.setattr(placeholders, "SECONDS_LIMIT", 1000.0)
+    monkeypatch.setattr(templating, "SECONDS_LIMIT", 1000.0)
 
 
 CONTEXT: dict[str, Any] = {

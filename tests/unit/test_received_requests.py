@@ -225,7 +225,7 @@ def test_messages_behind_one_that_takes_all_the_time_return_untouched_and_are_do
 
 
 def test_time_is_enough_for_every_message_of_a_batch_to_use_up_its_allowance() -> None:
-    from predictions.placeholders import SECONDS_LIMIT
+    from predictions.templating import SECONDS_LIMIT
 
     timeout = resources("AWS::Serverless::Function")["StartFromQueueFunction"]["Properties"]["Timeout"]
     assert timeout >= (BATCH_SIZE * 2 * SECONDS_LIMIT) + NEEDED_SECONDS
@@ -234,7 +234,7 @@ def test_time_is_enough_for_every_message_of_a_batch_to_use_up_its_allowance() -
 def test_placeholders_that_are_not_filled_in_time_are_given_up_with_the_reason_after_some_tries(
     function: Function, monkeypatch: pytest.MonkeyPatch, wakes: Wakes
 ) -> None:
-    from predictions.placeholders import TooSlow
+    from predictions.templating import TooSlow
 
     def slow(_: Any) -> Any:
         raise TooSlow("not in time")

@@ -16,7 +16,7 @@ from predictions.items import deserialize, serialize
 from predictions.observability import logger
 from predictions.outputs import OutputsBucket
 from predictions.requests import Message, RequestRefused, Requests, _source_of, task_token_of
-from predictions.statuses import Status
+from predictions.status import Status
 from predictions.table import CALLERS_LIMIT, PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
 
 from tests.unit.apps import Context, load_app

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from predictions import aws
 from predictions.intents import create_intent, derived_id, random_id
 from predictions.outputs import OutputsBucket, StoredFile
-from predictions.statuses import Status, rank_of, visible
+from predictions.status import Status, rank_of, visible
 from predictions.table import PAYLOAD_LIMIT_BYTES, AlreadyExists, Change, Prediction, PredictionsTable
 from predictions.upstream_prediction import UpstreamPrediction
 

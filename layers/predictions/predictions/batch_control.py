@@ -36,9 +36,9 @@ from predictions.items import timestamp
 from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, refusal_of
 from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import logger
-from predictions.placeholders import PlaceholderError, expressions
 from predictions.recent_requests import RecentRequests
 from predictions.recipes import Recipe, RecipeItems
+from predictions.templating import PlaceholderError, expressions
 
 if TYPE_CHECKING:
     from mypy_boto3_stepfunctions import SFNClient

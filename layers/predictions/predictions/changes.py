@@ -30,7 +30,7 @@ from predictions.deliveries import DeliveriesQueue
 from predictions.events import Event, EventBus, event_of_prediction, list_files
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.outputs import OutputsBucket, StoredFile
-from predictions.statuses import Status
+from predictions.status import Status
 from predictions.table import PayloadTooLong, Prediction, PredictionsTable, read_image
 
 OUTPUT_LIMIT_BYTES = 32 * 1024

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from predictions.aws import client
 from predictions.dead_letters import DeadLetterQueue
 from predictions.errors import PredictionsError
-from predictions.statuses import DEFAULT_WEBHOOK_EVENTS, Status
+from predictions.status import DEFAULT_WEBHOOK_EVENTS, Status
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient

@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws import client
 from predictions.observability import logger
 from predictions.outputs import StoredFile
-from predictions.statuses import Status
+from predictions.status import Status
 from predictions.table import Prediction
 
 if TYPE_CHECKING:

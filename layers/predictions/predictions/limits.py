@@ -455,7 +455,7 @@ class OwnersUsage:
 
 def _has_ended(status: Mapping[str, Any]) -> bool:
     """Whether a prediction, a batch or a pipeline is over, by its item: what follows it to its end has `open`."""
-    from predictions.statuses import TERMINAL_RANK
+    from predictions.status import TERMINAL_RANK
 
     return bool(status["rank"] >= TERMINAL_RANK) if "rank" in status else "open" not in status
 

@@ -81,7 +81,7 @@ def request_of(value: Any, template: Mapping[str, Any] | None) -> dict[str, Any]
     row = _row(value)
     if template is None:
         return row
-    from predictions.placeholders import Allowance, PlaceholderError, TooSlow, fill  # only with a template
+    from predictions.templating import Allowance, PlaceholderError, TooSlow, fill  # only with a template
 
     try:
         made = fill(template, {"row": row}, Allowance(seconds=_FILL_SECONDS))
@@ -96,7 +96,7 @@ def request_by(recipe: "Recipe", value: Any) -> tuple[dict[str, Any], str | None
     Raises:
         LineRefused: There is none.
     """
-    from predictions.placeholders import Allowance, PlaceholderError, TooSlow
+    from predictions.templating import Allowance, PlaceholderError, TooSlow
 
     context, allowance = {"row": _row(value)}, Allowance(seconds=_FILL_SECONDS)
     try:

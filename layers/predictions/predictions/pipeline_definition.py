@@ -1,6 +1,6 @@
 """What a pipeline consists of, checked as far as it can be before anything of it is started.
 
-A step's input may hold placeholders (see `predictions.placeholders`), over
+A step's input may hold placeholders (see `templating`), over
 
     input               the pipeline's own input
     steps.NAME.output   what another step gave: that step has to succeed first
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from predictions.errors import Problem
 from predictions.intents import Reference, create_requested_intent, input_json_canonical
-from predictions.placeholders import Allowance, PlaceholderError, TooSlow, expressions, fill, holds_placeholders
+from predictions.templating import Allowance, PlaceholderError, TooSlow, expressions, fill, holds_placeholders
 
 STEPS_LIMIT = 50
 """The most steps of a pipeline."""

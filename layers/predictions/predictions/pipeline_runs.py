@@ -10,7 +10,7 @@ from typing import Literal
 from predictions.intents import derived_id
 from predictions.pipeline_definition import Step
 from predictions.pipelines_table import Notes, StoredPipeline
-from predictions.statuses import Status
+from predictions.status import Status
 from predictions.table import Prediction
 
 StepStatus = Literal["waiting", "starting", "processing", "succeeded", "failed", "canceled", "skipped"]

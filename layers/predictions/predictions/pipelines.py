@@ -23,9 +23,9 @@ from predictions.outputs import OutputsBucket
 from predictions.pipeline_definition import Step, elements
 from predictions.pipeline_runs import run_ids, run_key, states_of
 from predictions.pipelines_table import PipelinesTable, StoredPipeline
-from predictions.placeholders import Allowance, PlaceholderError, fill
 from predictions.requests import Message, RequestRefused
 from predictions.table import PredictionsTable, UnreadResult
+from predictions.templating import Allowance, PlaceholderError, fill
 
 GATHERED_LIMIT_BYTES = 16 * 1024 * 1024
 """The most bytes of outputs, with their logs, that a step refers to; summed before any of them is read."""

@@ -5,7 +5,7 @@ from enum import StrEnum
 from predictions.executions import wake
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.orphan_polls import OrphanPolls
-from predictions.statuses import Status
+from predictions.status import Status
 from predictions.table import Change, PredictionsTable
 from predictions.upstream_prediction import UnreadablePrediction, UpstreamPrediction
 

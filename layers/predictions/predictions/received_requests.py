@@ -26,7 +26,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws import client
 from predictions.items import deserialize, read_items, serialize
 from predictions.observability import logger
-from predictions.placeholders import TooSlow
+from predictions.templating import TooSlow
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

@@ -15,7 +15,7 @@ from predictions.api import Presenter
 from predictions.deliveries import FIRST_WAIT_SECONDS, DeadLetters, DeliveriesQueue, Delivery
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.owner_secrets import OwnerSecrets
-from predictions.statuses import Status
+from predictions.status import Status
 from predictions.table import PredictionsTable, Whole
 from predictions.webhook_slots import NoSlotFree, WebhookSlots
 from predictions.webhooks import sign

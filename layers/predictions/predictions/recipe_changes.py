@@ -21,12 +21,12 @@ from predictions.errors import Problem
 from predictions.intents import Reference, create_requested_intent, parse_json, random_id
 from predictions.items import timestamp
 from predictions.observability import logger
-from predictions.placeholders import PlaceholderError, expressions, holds_placeholders
 from predictions.recipe_bodies import NAME, RecipeBody
 from predictions.recipe_rules import RecipeRules, RuleRefused
 from predictions.recipes import KEPT_APART, Recipe, RecipeItems
 from predictions.schemas import ModelSchemas
 from predictions.table import PredictionsTable
+from predictions.templating import PlaceholderError, expressions, holds_placeholders
 from predictions.upstream import NotFound, Replicate, UpstreamError
 
 if TYPE_CHECKING:

@@ -37,9 +37,9 @@ from predictions.items import deserialize, list_page, read_items, serialize
 from predictions.links import Links
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.outputs import ORIGIN_DEPTH, safe_prefix
-from predictions.placeholders import Allowance, Filler, NothingFound, PlaceholderError
 from predictions.requests import Message, RequestRefused
 from predictions.table import is_id
+from predictions.templating import Allowance, Filler, NothingFound, PlaceholderError
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

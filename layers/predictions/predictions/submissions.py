@@ -38,7 +38,7 @@ from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, Place, re
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.outputs import StoredFile
 from predictions.schemas import ModelSchemas
-from predictions.statuses import TERMINAL_RANK, Status, rank_of
+from predictions.status import TERMINAL_RANK, Status, rank_of
 from predictions.table import AlreadyExists, Change, Prediction, PredictionsTable, Waits
 from predictions.unknown_submissions import RESUBMIT_WAITS, UnknownSubmissions, target_of, undecided_ids, webhook_of
 from predictions.upstream import (

@@ -42,7 +42,7 @@ from predictions.errors import PredictionsError
 from predictions.items import deserialize, list_page, read_items, serialize, timestamp
 from predictions.outputs import OutputsBucket, StoredFile
 from predictions.recent_requests import RecentRequests
-from predictions.statuses import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status, rank_of, visible
+from predictions.status import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status, rank_of, visible
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from predictions.bounded_json import LIGHT_BYTES, read_members, weigh
 from predictions.errors import PredictionsError
-from predictions.statuses import TERMINAL_RANK, Status, rank_of
+from predictions.status import TERMINAL_RANK, Status, rank_of
 
 DEPTH_LIMIT = 300
 """The deepest answer: what Python reads beyond that depends on its version, and on who calls."""
