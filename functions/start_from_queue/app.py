@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from predictions.callers import tell_failure
+from predictions.aws.task_tokens import tell_failure
 from predictions.dead_requests import DeadRequests
 from predictions.errors import NoLongerWanted
 from predictions.observability import MetricUnit, handler_of, logger, metrics, remaining_seconds

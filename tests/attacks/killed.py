@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.outputs import OutputsBucket
 from predictions.table import PredictionsTable
 
@@ -104,7 +104,7 @@ class Cloud:
 
     def predictions(self) -> PredictionsTable:
         """The table, by the library's own reader and writer."""
-        return PredictionsTable("predictions", OutputsBucket("outputs"), aws.client("dynamodb"))
+        return PredictionsTable("predictions", OutputsBucket("outputs"), clients.client("dynamodb"))
 
     def invoke(self, function: str, event: Any, **environment: str) -> Run:
         """Runs a function of the template once."""
@@ -322,10 +322,10 @@ def cloud() -> Iterator[Cloud]:
     try:
         with pytest.MonkeyPatch.context() as here:
             here.setenv("AWS_ENDPOINT_URL", cloud.url)
-            aws._client.cache_clear()
+            clients._client.cache_clear()
             yield cloud
     finally:
-        aws._client.cache_clear()
+        clients._client.cache_clear()
         cloud.close()
 
 

@@ -16,8 +16,9 @@ from urllib.parse import parse_qsl, urlencode
 import botocore.session
 import httpx
 import pytest
-from predictions import aws, outputs, requests
+from predictions import outputs, requests
 from predictions.access import AccessTokens
+from predictions.aws import clients as aws
 from predictions.webhooks import sign
 
 from tests.simulation.account import Account, AwsError

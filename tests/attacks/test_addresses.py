@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions import aws
 from predictions.addresses import AddressRefused, check_webhook_url, guarded_client, is_public
+from predictions.aws import clients
 from predictions.deliveries import Delivery
 from predictions.outputs import OutputsBucket
 from predictions.table import PredictionsTable
@@ -269,7 +269,7 @@ def test_bad_webhook_url_is_answered_422_at_the_api_and_nothing_is_written(cloud
             if status != 422 or [f["field"] for f in fields] != ["webhook"] or reason not in fields[0]["detail"]:
                 wrong[url] = status, fields
     assert wrong == {}
-    items = aws.client("dynamodb").scan(TableName="predictions")["Items"]
+    items = clients.client("dynamodb").scan(TableName="predictions")["Items"]
     assert [item for item in items if item["pk"]["S"].startswith("prediction#")] == []
 
 
@@ -330,10 +330,10 @@ def deliver(cloud: None, clock: Clock, authorities: ssl.SSLContext, monkeypatch:
         app = load_app("deliver_webhook", template_only)
     monkeypatch.setattr(app.receivers, "_now", clock.now)
     monkeypatch.setattr(httpx, "create_ssl_context", lambda **_: authorities)
-    table = PredictionsTable("predictions", OutputsBucket("outputs"), aws.client("dynamodb"))
+    table = PredictionsTable("predictions", OutputsBucket("outputs"), clients.client("dynamodb"))
     prediction = put(table, clock, webhook=HOOK, webhook_events_filter=["completed"])
     table.merge(prediction.id, told("succeeded", output="text"), clock.now())
-    sqs = aws.client("sqs")
+    sqs = clients.client("sqs")
     queue, dead = (sqs.get_queue_url(QueueName=name)["QueueUrl"] for name in ("deliveries", "dead-deliveries"))
 
     def deliver(url: str) -> str:
@@ -487,7 +487,7 @@ def copy(cloud: None, clock: Clock, file_host: HostileHost, monkeypatch: pytest.
     with pytest.MonkeyPatch.context() as template_only:
         app = load_app("copy_outputs", template_only)
     bucket = OutputsBucket("outputs", [file_host.origin], sleep=lambda seconds: None)
-    table = PredictionsTable("predictions", bucket, aws.client("dynamodb"))
+    table = PredictionsTable("predictions", bucket, clients.client("dynamodb"))
     monkeypatch.setattr(app, "outputs", bucket)
     monkeypatch.setattr(app, "time", clock_module(clock.now))
 

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.outputs import STOP_BEFORE_SECONDS, OutputsBucket, folder, safe_prefix
 from predictions.table import PredictionsTable
 
@@ -50,7 +50,7 @@ def copy(cloud: None, clock: Clock, host: HostileHost, monkeypatch: pytest.Monke
         app = load_app("copy_outputs", template_only)
         # Between the attempts of a file are seconds.
         bucket = OutputsBucket("outputs", [host.origin], sleep=lambda seconds: None)
-        table = PredictionsTable("predictions", bucket, aws.client("dynamodb"))
+        table = PredictionsTable("predictions", bucket, clients.client("dynamodb"))
     monkeypatch.setattr(app, "outputs", bucket)
     monkeypatch.setattr(app, "time", clock_module(clock.now))
 
@@ -78,7 +78,7 @@ def copy(cloud: None, clock: Clock, host: HostileHost, monkeypatch: pytest.Monke
 
 def stored_objects() -> set[str]:
     """What is there of predictions; also that no upload was left behind."""
-    s3 = aws.client("s3")
+    s3 = clients.client("s3")
     assert s3.list_multipart_uploads(Bucket="outputs").get("Uploads", []) == []
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket="outputs")
     keys = {found["Key"] for page in pages for found in page.get("Contents", [])}
@@ -251,7 +251,7 @@ def test_each_hostile_answer_has_its_reason_or_exactly_its_bytes(
 
 
 def content(key: str) -> bytes:
-    body: bytes = aws.client("s3").get_object(Bucket="outputs", Key=key)["Body"].read()
+    body: bytes = clients.client("s3").get_object(Bucket="outputs", Key=key)["Body"].read()
     return body
 
 
@@ -445,7 +445,7 @@ def test_what_can_run_in_a_browser_is_only_ever_a_download(copy: Copy, host: Hos
     stored = copy([host.origin + path for path in answers])
     wrong = {}
     for n, (file, (named, expected)) in enumerate(zip(stored, TYPES.items(), strict=True)):
-        found = aws.client("s3").get_object(Bucket="outputs", Key=file["key"])
+        found = clients.client("s3").get_object(Bucket="outputs", Key=file["key"])
         served = found["ContentType"], found.get("ContentDisposition")
         if served != expected or file["content_type"] != expected[0] or found["Body"].read() != bodies[n % len(bodies)]:
             wrong[named[:60]] = served
@@ -463,7 +463,7 @@ def test_polyglot_is_served_as_what_it_was_called_or_not_at_all(copy: Copy, host
         [("image/png", None), DOWNLOAD] * len(POLYGLOTS),
         strict=True,
     ):
-        found = aws.client("s3").get_object(Bucket="outputs", Key=file["key"])
+        found = clients.client("s3").get_object(Bucket="outputs", Key=file["key"])
         assert (found["ContentType"], found.get("ContentDisposition")) == expected
         assert found["Body"].read() == body
 

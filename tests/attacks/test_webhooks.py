@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from predictions import aws
+from predictions.aws import clients as aws
 from predictions.outputs import OutputsBucket
 from predictions.table import PredictionsTable
 from predictions.webhooks import (

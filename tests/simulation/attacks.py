@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
-from predictions.items import deserialize
+from predictions.aws.dynamodb import deserialize
 
 from tests.simulation.callers import Wanted
 from tests.simulation.jobs import Batches, Job, Pipelines, _Jobs

@@ -14,7 +14,8 @@ from typing import Any
 from unittest import mock
 
 import httpx
-from predictions import aws, outputs, requests
+from predictions import outputs, requests
+from predictions.aws import clients as aws
 from predictions.observability import logger, metrics
 from predictions.outputs import OutputsBucket
 from predictions.receivers import Receivers

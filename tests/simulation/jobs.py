@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
+from predictions.aws.dynamodb import deserialize
 from predictions.intents import derived_id
-from predictions.items import deserialize
 
 from tests.simulation.callers import Wanted
 from tests.simulation.scenario import Scenario

@@ -5,7 +5,7 @@ from collections import Counter
 from functools import partial
 from typing import Any, ClassVar
 
-from predictions.items import deserialize
+from predictions.aws.dynamodb import deserialize
 from predictions.status import DEFAULT_WEBHOOK_EVENTS
 
 from tests.simulation.callers import SENDERS, Wanted

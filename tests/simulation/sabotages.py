@@ -12,11 +12,11 @@ from unittest import mock
 
 from predictions import deliveries, intents, limiter, outputs, received_requests, submissions, table
 from predictions import status as statuses
+from predictions.aws.executions import Executions
 from predictions.batch_control import BatchControl
 from predictions.change_retries import Effect
 from predictions.changes import Changes
 from predictions.create_window import SendWindow
-from predictions.executions import Executions
 from predictions.idempotency_keys import IdempotencyKeys
 from predictions.limiter import Limiter
 from predictions.list_readings import ListReader, Reading, digest_of

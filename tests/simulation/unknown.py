@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any, ClassVar
 
 import httpx
+from predictions.aws.dynamodb import deserialize
 from predictions.create_window import CreateTooLateError
-from predictions.items import deserialize
 
 from tests.simulation.callers import Wanted
 from tests.simulation.scenario import Scenario

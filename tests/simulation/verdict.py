@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from predictions.items import deserialize
+from predictions.aws.dynamodb import deserialize
 from predictions.status import visible
 
 from tests.simulation.callers import Wanted

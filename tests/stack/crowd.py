@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 import httpx
-from predictions.items import deserialize, serialize
+from predictions.aws.dynamodb import deserialize, serialize
 
 from local.cloud import LocalCloud
 from tests.stack.audit import ENDS, Evidence, Request, verdict

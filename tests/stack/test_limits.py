@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions.executions import Executions
+from predictions.aws.executions import Executions
 from predictions.intents import create_requested_intent
 from predictions.limiter import Limiter
 from predictions.outputs import OutputsBucket

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, urlsplit
 import httpx
 import pytest
 from PIL import Image
-from predictions import aws
+from predictions.aws import clients
 from predictions.links import Links
 
 from local.cloud import LocalCloud
@@ -21,7 +21,7 @@ Api = Callable[..., httpx.Client]
 def link(cloud: LocalCloud, boto: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Makes links as the stack's functions do, with the stack's own secret."""
     secret = boto("secretsmanager").get_secret_value(SecretId=cloud.resources["LinkSecret"])["SecretString"]
-    monkeypatch.setattr(aws, "_api_url", (time.monotonic() + 600, cloud.stack.api_url))
+    monkeypatch.setattr(clients, "_api_url", (time.monotonic() + 600, cloud.stack.api_url))
 
     def link(bucket: str, key: str, expires: int | None = None) -> str:
         links = Links({"inputs": cloud.stack.inputs_bucket, "outputs": cloud.stack.outputs_bucket}, "")

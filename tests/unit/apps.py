@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from predictions import aws
+from predictions.aws import clients
 
 from tests.unit.conftest import ENVIRONMENT
 from tests.unit.template import logical_name, variables
@@ -57,7 +57,7 @@ class AwsCalls:
         self.made: list[str] = []
         self._error: Exception | None = None
         for name in ("dynamodb", "events", "s3", "sqs", "ssm", "secretsmanager", "stepfunctions"):
-            client: Any = aws.client(name)
+            client: Any = clients.client(name)
             client.meta.events.register_first("before-call", self._record)
 
     def fail(self, error: Exception | None) -> None:

@@ -7,8 +7,8 @@ import moto  # before anything that makes a client
 import pytest
 from moto.backends import get_backend
 from moto.core.models import DEFAULT_ACCOUNT_ID
-from predictions import aws
-from predictions.executions import Executions
+from predictions.aws import clients
+from predictions.aws.executions import Executions
 from predictions.limiter import Limiter
 from predictions.limits import OwnersUsage
 from predictions.observability import metrics
@@ -118,9 +118,9 @@ def _account(service: str, region: str = ENVIRONMENT["AWS_REGION"]) -> Any:
 def cloud(environment: None) -> Iterator[None]:
     """An empty AWS account with the stack's table, bucket, parameter and secrets."""
     with moto.mock_aws():
-        aws._client.cache_clear()
-        aws._api_url = None
-        aws.client("dynamodb").create_table(TableName="predictions", **table_properties())
+        clients._client.cache_clear()
+        clients._api_url = None
+        clients.client("dynamodb").create_table(TableName="predictions", **table_properties())
         # The others not through clients, each of which costs a test more than all of these.
         s3, ssm, sqs = _account("s3", "aws"), _account("ssm"), _account("sqs")
         for bucket in ("outputs", "inputs", "source"):
@@ -133,8 +133,8 @@ def cloud(environment: None) -> Iterator[None]:
         _account("scheduler").create_schedule_group("replicate-serverless", [])
         _account("events").create_event_bus("bus")
         yield
-    aws._client.cache_clear()
-    aws._api_url = None
+    clients._client.cache_clear()
+    clients._api_url = None
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def outputs(cloud: None, clock: Clock, replicate: ReplicateInMemory) -> OutputsB
 @pytest.fixture
 def table(cloud: None, outputs: OutputsBucket) -> PredictionsTable:
     """The predictions table."""
-    return PredictionsTable("predictions", outputs, aws.client("dynamodb"))
+    return PredictionsTable("predictions", outputs, clients.client("dynamodb"))
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def make_submissions(
 ) -> Submissions:
     """The protocol with other options; `schemas=None` checks no input."""
     upstream = upstream or Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
-    dynamodb = aws.client("dynamodb")
+    dynamodb = clients.client("dynamodb")
     timing = timing or TIMING
     options = {
         "schemas": ModelSchemas(table, upstream, now=clock.now),
@@ -219,7 +219,7 @@ def make_submissions(
     return Submissions(
         table,
         upstream,
-        Executions(executed.machine_arn, aws.client("stepfunctions")),
+        Executions(executed.machine_arn, clients.client("stepfunctions")),
         timing,
         now=clock.now,
         **options,

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 from botocore.exceptions import ReadTimeoutError
-from predictions import aws
+from predictions.aws import clients
 from predictions.intents import Attempt
 
 API_URL = "https://api.example.com/v1"
@@ -269,12 +269,12 @@ class Executed:
     """State machines whose executions only exist: moto starts, describes and stops them."""
 
     def __init__(self, name: str = "track-prediction") -> None:
-        self.machine_arn: str = aws.client("stepfunctions").create_state_machine(
+        self.machine_arn: str = clients.client("stepfunctions").create_state_machine(
             name=name,
             definition=json.dumps({"StartAt": "End", "States": {"End": {"Type": "Succeed"}}}),
             roleArn="arn:aws:iam::123456789012:role/track",
         )["stateMachineArn"]
-        self.batch_machine_arn: str = aws.client("stepfunctions").create_state_machine(
+        self.batch_machine_arn: str = clients.client("stepfunctions").create_state_machine(
             name="run-batch",
             definition=json.dumps({"StartAt": "End", "States": {"End": {"Type": "Succeed"}}}),
             roleArn="arn:aws:iam::123456789012:role/run",
@@ -283,7 +283,7 @@ class Executed:
     @property
     def inputs(self) -> dict[str, Any]:
         """The input of each execution by its name."""
-        stepfunctions = aws.client("stepfunctions")
+        stepfunctions = clients.client("stepfunctions")
         listed = stepfunctions.list_executions(stateMachineArn=self.machine_arn)["executions"]
         return {
             e["name"]: json.loads(stepfunctions.describe_execution(executionArn=e["executionArn"])["input"])
@@ -292,7 +292,7 @@ class Executed:
 
     def stop(self, name: str) -> None:
         """Ends an execution, as by hand."""
-        aws.client("stepfunctions").stop_execution(
+        clients.client("stepfunctions").stop_execution(
             executionArn=f"{self.machine_arn.replace(':stateMachine:', ':execution:')}:{name}"
         )
 
@@ -429,7 +429,7 @@ def faulty(fault: Fault, n: int) -> Iterator[list[str]]:
 
 
 def _events(service: Any) -> Any:
-    client: Any = aws.client(service)
+    client: Any = clients.client(service)
     return client.meta.events
 
 

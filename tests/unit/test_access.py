@@ -7,7 +7,6 @@ import moto  # before predictions: it must see every client being made
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from predictions import aws
 from predictions.access import (
     AccessTokenInvalid,
     AccessTokenNotFound,
@@ -15,6 +14,7 @@ from predictions.access import (
     Scope,
     parse_authorization,
 )
+from predictions.aws import clients
 
 TOKEN = "rs_" + "A" * 43
 
@@ -24,7 +24,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("TABLE_NAME", "predictions")
     with moto.mock_aws():
-        aws.client("dynamodb").create_table(
+        clients.client("dynamodb").create_table(
             TableName="predictions",
             BillingMode="PAY_PER_REQUEST",
             KeySchema=[
@@ -52,14 +52,14 @@ def calls(table: str) -> Iterator[list[dict[str, Any]]]:
     def observe(params: dict[str, Any], model: Any, **kwargs: Any) -> None:
         seen.append({"operation": model.name, **params})
 
-    events = aws.client("dynamodb").meta.events
+    events = clients.client("dynamodb").meta.events
     events.register("before-parameter-build.dynamodb.*", observe)
     yield seen
     events.unregister("before-parameter-build.dynamodb.*", observe)
 
 
 def items() -> list[dict[str, Any]]:
-    return list(aws.client("dynamodb").scan(TableName="predictions")["Items"])
+    return list(clients.client("dynamodb").scan(TableName="predictions")["Items"])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_put_repeated_after_a_lost_answer_succeeds_and_another_owners_does_not
 ) -> None:
     access_tokens.create("alice", ["read"])
     put = {key: value for key, value in calls[0].items() if key != "operation"}
-    client = aws.client("dynamodb")
+    client = clients.client("dynamodb")
     client.put_item(**put)
     assert len(items()) == 1
     put["ExpressionAttributeValues"] = {**put["ExpressionAttributeValues"], ":owner": {"S": "mallory"}}
@@ -219,7 +219,7 @@ def test_an_unknown_scope_in_the_table_allows_nothing(access_tokens: AccessToken
     token, _ = access_tokens.create("alice", ["read"])
     item = items()[0]
     item["scopes"] = {"SS": ["root", "read"]}
-    aws.client("dynamodb").put_item(TableName="predictions", Item=item)
+    clients.client("dynamodb").put_item(TableName="predictions", Item=item)
     found = access_tokens.find(token)
     assert found is not None
     assert found.scopes == (Scope.READ,)
@@ -239,7 +239,7 @@ def test_an_id_of_two_tokens_revokes_neither(access_tokens: AccessTokens) -> Non
     access_tokens.create("alice", ["read"])
     item = items()[0]
     twin = {**item, "sk": {"S": item["sk"]["S"][:-1] + ("0" if item["sk"]["S"][-1] != "0" else "1")}}
-    aws.client("dynamodb").put_item(TableName="predictions", Item=twin)
+    clients.client("dynamodb").put_item(TableName="predictions", Item=twin)
     with pytest.raises(AccessTokenNotFound, match="2 tokens"):
         access_tokens.revoke(item["sk"]["S"][:12])
     assert len(items()) == 2
@@ -250,7 +250,7 @@ def test_an_id_of_two_tokens_revokes_neither(access_tokens: AccessTokens) -> Non
 def test_tokens_are_listed_oldest_first_and_nothing_else_is(access_tokens: AccessTokens) -> None:
     assert access_tokens.list() == []
     created = [access_tokens.create(owner, ["read"])[1] for owner in ("carol", "alice", "bob")]
-    aws.client("dynamodb").put_item(
+    clients.client("dynamodb").put_item(
         TableName="predictions",
         Item={"pk": {"S": "prediction#abc"}, "sk": {"S": "status"}, "owner": {"S": "alice"}},
     )
@@ -260,7 +260,7 @@ def test_tokens_are_listed_oldest_first_and_nothing_else_is(access_tokens: Acces
 def test_more_tokens_than_a_page_are_all_listed(access_tokens: AccessTokens) -> None:
     """A page of DynamoDB ends at 1 MB."""
     for number in range(6):
-        aws.client("dynamodb").put_item(
+        clients.client("dynamodb").put_item(
             TableName="predictions",
             Item={
                 "pk": {"S": "tokens"},

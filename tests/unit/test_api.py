@@ -11,8 +11,8 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
-from predictions import aws
 from predictions.api import Presenter, answer_with, json_response, resolver
+from predictions.aws import clients
 from predictions.errors import Problem
 from predictions.intents import create_intent, derived_id
 from predictions.outputs import OutputsBucket, StoredFile
@@ -352,17 +352,17 @@ def test_a_failing_aws_is_a_problem_to_try_again(
 def test_a_url_that_cannot_be_read_stops_a_create_before_its_claim(
     call: Call, replicate: ReplicateInMemory, body: Any
 ) -> None:
-    aws.client("ssm").delete_parameter(Name="/replicate-serverless/api_url")
+    clients.client("ssm").delete_parameter(Name="/replicate-serverless/api_url")
     problem_of(start(call, body), 503)
     assert replicate.creates == []
-    items = aws.client("dynamodb").scan(TableName="predictions")["Items"]
+    items = clients.client("dynamodb").scan(TableName="predictions")["Items"]
     assert [item for item in items if item["sk"]["S"] == "status"] == []
 
 
 def test_a_token_that_cannot_be_read_is_told_as_the_stacks_fault_and_nothing_is_sent(
     call: Call, replicate: ReplicateInMemory
 ) -> None:
-    aws.client("secretsmanager").delete_secret(SecretId="replicate-token", ForceDeleteWithoutRecovery=True)
+    clients.client("secretsmanager").delete_secret(SecretId="replicate-token", ForceDeleteWithoutRecovery=True)
     problem_of(start(call), 502)
     assert replicate.asked == []
     [shown] = call("read_predictions", "list")["body"]["results"]
@@ -372,7 +372,7 @@ def test_a_token_that_cannot_be_read_is_told_as_the_stacks_fault_and_nothing_is_
 def test_a_token_that_cannot_be_read_leaves_a_keyed_request_to_be_submitted_later(
     call: Call, replicate: ReplicateInMemory, table: PredictionsTable
 ) -> None:
-    aws.client("secretsmanager").delete_secret(SecretId="replicate-token", ForceDeleteWithoutRecovery=True)
+    clients.client("secretsmanager").delete_secret(SecretId="replicate-token", ForceDeleteWithoutRecovery=True)
     problem_of(start(call, headers={"Idempotency-Key": "k-1"}), 502)
     assert replicate.asked == []
     prediction = table.get(derived_id("alice", "k-1"))
@@ -444,7 +444,7 @@ def test_a_refusal_of_replicate_is_the_callers_answer(call: Call, replicate: Rep
 def store_signing_secret() -> None:
     """Makes the secret of the samples the one to verify with."""
     document = {"current": SAMPLE_SIGNING_SECRET, "previous": None, "rotated_at": "2025-01-01T00:00:00Z"}
-    aws.client("secretsmanager").put_secret_value(SecretId="signing-secret", SecretString=json.dumps(document))
+    clients.client("secretsmanager").put_secret_value(SecretId="signing-secret", SecretString=json.dumps(document))
 
 
 def test_a_webhook_before_there_is_a_secret_is_asked_for_again(call: Call) -> None:
@@ -959,7 +959,7 @@ def lambda_bytes(answered: dict[str, Any]) -> int:
 def bucket_has(link: str) -> Any:
     """The document that a presigned link leads to."""
     key = urlsplit(link).path.lstrip("/").removeprefix("outputs/")
-    return json.loads(aws.client("s3").get_object(Bucket="outputs", Key=key)["Body"].read())
+    return json.loads(clients.client("s3").get_object(Bucket="outputs", Key=key)["Body"].read())
 
 
 @pytest.mark.parametrize("prompt", ["\u4f60" * 1_600_000, '"' * 2_400_000], ids=["three bytes each", "escaped twice"])

@@ -10,8 +10,8 @@ from typing import Any
 import moto  # before predictions: it must see every client being made
 import pytest
 from botocore.exceptions import ClientError
-from predictions import aws
 from predictions.access import AccessTokens
+from predictions.aws import clients
 from predictions.limits import OwnerLimits, OwnersLimits
 
 EVENTS = Path(__file__).parents[2] / "events" / "authorize_request"
@@ -27,7 +27,7 @@ def handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Handler]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("TABLE_NAME", "predictions")
     with moto.mock_aws():
-        client = aws.client("dynamodb")
+        client = clients.client("dynamodb")
         client.create_table(
             TableName="predictions",
             BillingMode="PAY_PER_REQUEST",
@@ -125,7 +125,7 @@ def test_a_created_token_is_allowed_until_it_is_revoked(handler: Handler) -> Non
 
 
 def test_limits_of_the_owner_are_passed_on_as_texts(handler: Handler) -> None:
-    limits = OwnersLimits("predictions", aws.client("dynamodb"))
+    limits = OwnersLimits("predictions", clients.client("dynamodb"))
     for given, passed in (
         (OwnerLimits(in_flight=20, per_day=0), {"in_flight_limit": "20", "per_day_limit": "0"}),
         (OwnerLimits(per_day=7), {"per_day_limit": "7"}),
@@ -139,7 +139,7 @@ def test_limits_of_the_owner_are_passed_on_as_texts(handler: Handler) -> None:
 
 
 def test_a_table_that_cannot_be_read_is_not_answered_401(handler: Handler) -> None:
-    aws.client("dynamodb").delete_table(TableName="predictions")
+    clients.client("dynamodb").delete_table(TableName="predictions")
     with pytest.raises(ClientError) as fault:
         handler(sample("bearer_token"), None)
     assert str(fault.value) != "Unauthorized"

@@ -9,14 +9,15 @@ import pytest
 from botocore.exceptions import ClientError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from predictions import aws, batch_files
+from predictions import batch_files
+from predictions.aws import clients
+from predictions.aws.executions import Executions
 from predictions.batch_control import BatchControl
 from predictions.batch_files import get_text, lines_key, new_object, read_jsonl, refused_key, requests_key
 from predictions.batch_preparation import prepare
 from predictions.batch_results import finish
 from predictions.batches import Batch, Batches, event_of
 from predictions.errors import NoLongerWanted, Problem
-from predictions.executions import Executions
 from predictions.intents import random_id
 from predictions.outputs import OutputsBucket
 from predictions.recipes import Recipe, RecipeItems, State
@@ -49,12 +50,12 @@ class World:
         self.clock = clock
         self.batches = Batches("predictions", "outputs", now=clock.now)
         self.machine = executed.batch_machine_arn
-        self.recipes = RecipeItems("predictions", aws.client("dynamodb"))
-        stepfunctions = aws.client("stepfunctions")
+        self.recipes = RecipeItems("predictions", clients.client("dynamodb"))
+        stepfunctions = clients.client("stepfunctions")
         self.control = BatchControl(self.batches, self.recipes, self.machine, "inputs", RETENTION, stepfunctions)
         self.requests = Requests(
             table,
-            Executions(executed.machine_arn, aws.client("stepfunctions")),
+            Executions(executed.machine_arn, clients.client("stepfunctions")),
             lifetime_seconds=86400,
             retention_seconds=RETENTION,
             queue_owner="queue",
@@ -124,7 +125,7 @@ class World:
 
     @property
     def executions(self) -> dict[str, Any]:
-        stepfunctions = aws.client("stepfunctions")
+        stepfunctions = clients.client("stepfunctions")
         found = stepfunctions.list_executions(stateMachineArn=self.machine)["executions"]
         return {
             each["name"]: json.loads(stepfunctions.describe_execution(executionArn=each["executionArn"])["input"])
@@ -133,7 +134,7 @@ class World:
 
     def stop_execution(self, name: str) -> None:
         arn = f"{self.machine.replace(':stateMachine:', ':execution:')}:{name}"
-        aws.client("stepfunctions").stop_execution(executionArn=arn)
+        clients.client("stepfunctions").stop_execution(executionArn=arn)
 
 
 @pytest.fixture
@@ -310,7 +311,7 @@ def test_bad_line_among_good_ones_is_refused_alone(world: World) -> None:
 
 
 def test_manifest_of_rows_is_filled_into_the_template(world: World) -> None:
-    aws.client("s3").put_object(Bucket="inputs", Key="batches/alice/a.csv", Body=b"who,n\nfox,1\nowl\n")
+    clients.client("s3").put_object(Bucket="inputs", Key="batches/alice/a.csv", Body=b"who,n\nfox,1\nowl\n")
     template = {"model": "meta/llama", "input": {"prompt": "{{ row.who }}"}}
     batch = world.prepared(manifest="s3://inputs/batches/alice/a.csv", template=template)
     assert list(read_jsonl("outputs", requests_key(batch.id))) == [
@@ -329,7 +330,7 @@ def test_recipe_as_it_was_makes_the_requests(world: World, replicate: ReplicateI
         output_prefix="zoo/{{ row.animal }}",
     )
     rows = b"animal,seed\nfox,3\n,4\nhare,\n"
-    aws.client("s3").put_object(Bucket="inputs", Key="batches/alice/a.csv", Body=rows)
+    clients.client("s3").put_object(Bucket="inputs", Key="batches/alice/a.csv", Body=rows)
     batch = world.make(manifest="s3://inputs/batches/alice/a.csv", recipe="fill", key="k")
     # Nothing of a batch changes with its recipe.
     world.put_recipe("fill", input={"prompt": "changed"})
@@ -367,7 +368,7 @@ def test_template_that_makes_half_a_surrogate_pair_is_refused_line_by_line(world
 
 
 def test_file_of_the_owner_is_a_manifest_by_its_id(world: World) -> None:
-    aws.client("s3").put_object(Bucket="inputs", Key=f"files/alice/{'a' * 26}", Body=json.dumps(LLAMA).encode())
+    clients.client("s3").put_object(Bucket="inputs", Key=f"files/alice/{'a' * 26}", Body=json.dumps(LLAMA).encode())
     assert world.prepared(manifest="a" * 26).lines == 1
 
 
@@ -375,7 +376,7 @@ def test_file_of_the_owner_is_a_manifest_by_its_id(world: World) -> None:
 def test_manifest_that_cannot_be_read_fails_the_batch_with_the_reason(
     world: World, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    s3, key = aws.client("s3"), "batches/alice/a.csv"
+    s3, key = clients.client("s3"), "batches/alice/a.csv"
     s3.put_object(Bucket="inputs", Key=key, Body=b"a,a\n1,2\n" if change == "no header" else b"a,b\n1,2\n3,4\n")
     template = {"model": "meta/llama", "input": {"prompt": "{{ row.a }}"}}
     batch = world.make(manifest=f"s3://inputs/{key}", template=template)
@@ -394,7 +395,7 @@ def test_manifest_that_cannot_be_read_fails_the_batch_with_the_reason(
 
 @pytest.mark.parametrize("manifest", [b"{}\n" * 9, b"\n" * 600_000], ids=["lines", "empty lines"])
 def test_manifest_that_takes_longer_than_the_function_may_run_fails_the_batch(world: World, manifest: bytes) -> None:
-    aws.client("s3").put_object(Bucket="inputs", Key="batches/alice/a.jsonl", Body=manifest)
+    clients.client("s3").put_object(Bucket="inputs", Key="batches/alice/a.jsonl", Body=manifest)
     batch = world.make(manifest="s3://inputs/batches/alice/a.jsonl")
     left = iter([900.0, 61.0, 59.0, 58.0])
     assert prepare(world.batches, batch.id, 1, lambda: next(left))["lines"] == 0
@@ -442,7 +443,7 @@ def test_object_is_whole_or_not_there(cloud: None, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="JSON"):
         write("broken", 13)
     assert batch_files.etag_of("outputs", "broken") is None
-    assert "Uploads" not in aws.client("s3").list_multipart_uploads(Bucket="outputs")
+    assert "Uploads" not in clients.client("s3").list_multipart_uploads(Bucket="outputs")
     write("whole", 12)
     assert [line["n"] for line in read_jsonl("outputs", "whole")] == list(range(12))
 
@@ -741,8 +742,8 @@ def test_retry_runs_what_failed_and_keeps_what_succeeded(world: World, replicate
 
 def records() -> Iterator[dict[str, Any]]:
     """The table's stream, as Lambda passes it."""
-    table = aws.client("dynamodb").describe_table(TableName="predictions")["Table"]
-    streams: Any = aws._session().create_client("dynamodbstreams")
+    table = clients.client("dynamodb").describe_table(TableName="predictions")["Table"]
+    streams: Any = clients._session().create_client("dynamodbstreams")
     (shard,) = streams.describe_stream(StreamArn=table["LatestStreamArn"])["StreamDescription"]["Shards"]
     iterator = streams.get_shard_iterator(
         StreamArn=table["LatestStreamArn"], ShardId=shard["ShardId"], ShardIteratorType="TRIM_HORIZON"

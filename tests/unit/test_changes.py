@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.change_retries import RetryQueue
 from predictions.changes import OUTPUT_LIMIT_BYTES, PARSED_LIMIT_CHARACTERS, Changes
 from predictions.deliveries import DeliveriesQueue
@@ -30,7 +30,7 @@ class Bus:
         self.refused: set[str] = set()
         self.error_code = "InternalFailure"
         self.call_refused_with = ""
-        events: Any = aws.client("events").meta.events
+        events: Any = clients.client("events").meta.events
         self._answered: Any = self._put
         events.register_first("before-call.eventbridge.PutEvents", self._answered)
 
@@ -75,7 +75,7 @@ def make(
         table,
         outputs,
         DeliveriesQueue.from_env(),
-        EventBus("bus", aws.client("events")),
+        EventBus("bus", clients.client("events")),
         RetryQueue.from_env(),
         processing_events=processing_events,
         **options,
@@ -228,19 +228,19 @@ class TestEvents:
 class TestBus:
     def test_events_go_in_as_few_calls_as_the_bus_allows(self, bus: Bus) -> None:
         events = [Event("E", {"n": n}, DUE) for n in range(25)]
-        assert EventBus("bus", aws.client("events")).put(events) == []
+        assert EventBus("bus", clients.client("events")).put(events) == []
         assert [len(entries) for entries in bus.calls] == [10, 10, 5]
 
     @pytest.mark.parametrize("text", ["x" * 100_000, "é" * 50_000])
     def test_calls_are_within_the_size_that_the_bus_takes(self, bus: Bus, text: str) -> None:
         events = [Event("E", {"text": text}, DUE) for _ in range(5)]
-        assert EventBus("bus", aws.client("events")).put(events) == []
+        assert EventBus("bus", clients.client("events")).put(events) == []
         assert [len(entries) for entries in bus.calls] == [2, 2, 1]
         for entries in bus.calls:
             assert sum(len(entry["Detail"].encode()) for entry in entries) < 256 * 1024
 
     def test_nothing_is_called_for_nothing(self, bus: Bus) -> None:
-        assert EventBus("bus", aws.client("events")).put([]) == []
+        assert EventBus("bus", clients.client("events")).put([]) == []
         assert bus.calls == []
 
 

@@ -12,12 +12,12 @@ import botocore.session
 import moto  # before predictions: it must see every client being made
 import pytest
 from predictions.access import AccessTokens
+from predictions.aws.dead_letter_queue import DeadLetterQueue
 from predictions.cli.__main__ import main
 from predictions.cli.dead_letters import QUEUES
 from predictions.cli.inspect import _of_submissions, waits_for
 from predictions.cli.stack import Stack, _Bucket
 from predictions.cli.webhooks import Event
-from predictions.dead_letters import DeadLetterQueue
 from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequests
 from predictions.deliveries import EVENTS
 from predictions.limiter import Limiter

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from predictions import aws
 from predictions.api import Presenter
+from predictions.aws import clients
 from predictions.copies import copy, copy_again
 from predictions.errors import CopyInterrupted
 from predictions.observability import metrics
@@ -41,7 +41,7 @@ def made_calls(operation: str) -> Iterator[list[str]]:
     def note(params: dict[str, Any], **_: Any) -> None:
         made.append(params["Key"])
 
-    client: Any = aws.client("s3")
+    client: Any = clients.client("s3")
     event = f"provide-client-params.s3.{operation}"
     client.meta.events.register(event, note)
     try:
@@ -51,7 +51,7 @@ def made_calls(operation: str) -> Iterator[list[str]]:
 
 
 def keys() -> list[str]:
-    return [o["Key"] for o in aws.client("s3").list_objects_v2(Bucket="outputs").get("Contents", [])]
+    return [o["Key"] for o in clients.client("s3").list_objects_v2(Bucket="outputs").get("Contents", [])]
 
 
 def test_unknown_running_or_finished_prediction_is_left_alone(
@@ -76,7 +76,7 @@ def test_every_file_is_stored_byte_for_byte_before_the_end_is_visible(
         ("/0", f"{prefix}/0", len(PNG), hashlib.sha256(PNG).hexdigest()),
         ("/2/more", f"{prefix}/1", 5, hashlib.sha256(b"other").hexdigest()),
     ]
-    assert aws.client("s3").get_object(Bucket="outputs", Key=f"{prefix}/0")["Body"].read() == PNG
+    assert clients.client("s3").get_object(Bucket="outputs", Key=f"{prefix}/0")["Body"].read() == PNG
 
 
 def test_copy_that_failed_for_now_is_interrupted_and_goes_on_later(

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.create_window import CreateTooLateError, SendWindow, single_use_client
 from predictions.errors import PredictionThrottled
 from predictions.run_jobs import RunJobs
@@ -214,7 +214,9 @@ def test_function_that_claims_sends_nothing_after_its_window_however_long_it_may
     assert replicate.creates == []
     token.seconds = 0
     (prediction_id,) = {
-        item["id"]["S"] for item in aws.client("dynamodb").scan(TableName="predictions")["Items"] if "visible" in item
+        item["id"]["S"]
+        for item in clients.client("dynamodb").scan(TableName="predictions")["Items"]
+        if "visible" in item
     }
     left = table.get(prediction_id)
     assert left is not None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import BotoCoreError, ClientError
-from predictions import aws
+from predictions.aws import clients
 from predictions.copies import copy
 from predictions.errors import Problem
 from predictions.outputs import OutputsBucket
@@ -85,9 +85,9 @@ def assert_hidden(table: PredictionsTable, prediction_id: str) -> None:
 
 def left(prediction_id: str) -> list[str]:
     """What the table and the bucket have of a prediction, beside its status item."""
-    items = aws.client("dynamodb").scan(TableName="predictions")["Items"]
+    items = clients.client("dynamodb").scan(TableName="predictions")["Items"]
     keys = [i["sk"]["S"] for i in items if i["pk"]["S"] == f"prediction#{prediction_id}" and i["sk"]["S"] != "status"]
-    s3 = aws.client("s3")
+    s3 = clients.client("s3")
     keys += [o["Key"] for o in s3.list_objects_v2(Bucket="outputs").get("Contents", []) if prediction_id in o["Key"]]
     uploads = s3.list_multipart_uploads(Bucket="outputs").get("Uploads", [])
     return keys + [upload["Key"] for upload in uploads if prediction_id in upload["Key"]]
@@ -157,8 +157,8 @@ def test_parts_of_an_upload_that_broke_off_are_removed(
 ) -> None:
     prediction = run_to_end()
     key = f"alice/{prediction.id}/{prediction.upstream_id}/7"
-    upload = aws.client("s3").create_multipart_upload(Bucket="outputs", Key=key)["UploadId"]
-    aws.client("s3").upload_part(Bucket="outputs", Key=key, UploadId=upload, PartNumber=1, Body=b"secret")
+    upload = clients.client("s3").create_multipart_upload(Bucket="outputs", Key=key)["UploadId"]
+    clients.client("s3").upload_part(Bucket="outputs", Key=key, UploadId=upload, PartNumber=1, Body=b"secret")
     assert key in left(prediction.id)
     submissions.delete_ended(prediction)
     assert left(prediction.id) == []

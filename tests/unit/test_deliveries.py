@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from predictions import aws
+from predictions.aws import clients
 from predictions.changes import Changes
 from predictions.deliveries import (
     RETRY_SECONDS,
@@ -35,8 +35,8 @@ COMPLETED = Delivery(ID, "completed", 1, DUE)
 
 def stream() -> list[dict[str, Any]]:
     """The table's stream so far, as Lambda passes it."""
-    streams: Any = aws._session().create_client("dynamodbstreams")
-    table = aws.client("dynamodb").describe_table(TableName="predictions")["Table"]
+    streams: Any = clients._session().create_client("dynamodbstreams")
+    table = clients.client("dynamodb").describe_table(TableName="predictions")["Table"]
     arn = table["LatestStreamArn"]
     (shard,) = streams.describe_stream(StreamArn=arn)["StreamDescription"]["Shards"]
     iterator = streams.get_shard_iterator(StreamArn=arn, ShardId=shard["ShardId"], ShardIteratorType="TRIM_HORIZON")[
@@ -238,8 +238,8 @@ class TestMessages:
 
 def waiting(name: str) -> list[dict[str, Any]]:
     """The bodies of a queue's visible messages."""
-    url = aws.client("sqs").get_queue_url(QueueName=name)["QueueUrl"]
-    found = aws.client("sqs").receive_message(QueueUrl=url, MaxNumberOfMessages=10, VisibilityTimeout=0)
+    url = clients.client("sqs").get_queue_url(QueueName=name)["QueueUrl"]
+    found = clients.client("sqs").receive_message(QueueUrl=url, MaxNumberOfMessages=10, VisibilityTimeout=0)
     return [json.loads(message["Body"]) for message in found.get("Messages", [])]
 
 
@@ -264,11 +264,11 @@ class TestQueues:
         prediction = put(table, clock, webhook=HOOK, owner="bob")
         table.merge(prediction.id, told("processing", output="a"), clock.now())
         table.merge(prediction.id, told("succeeded", output="ab"), clock.now())
-        url = aws.client("sqs").get_queue_url(QueueName="deliveries")["QueueUrl"]
+        url = clients.client("sqs").get_queue_url(QueueName="deliveries")["QueueUrl"]
         sent = Queued("deliveries")
         for record in stream():
             DeliveriesQueue.from_env().send_for(record, set())
-        found = aws.client("sqs").receive_message(
+        found = clients.client("sqs").receive_message(
             QueueUrl=url, MaxNumberOfMessages=10, MessageSystemAttributeNames=["MessageGroupId"]
         )
         groups = [message["Attributes"].get("MessageGroupId") for message in found["Messages"]]
@@ -281,8 +281,8 @@ class TestQueues:
         table.merge(prediction.id, told("succeeded"), clock.now())
         assert Changes.from_env().publish(stream()) is None
         assert [message["event"] for message in waiting("deliveries")] == ["start"]
-        queue = aws.client("sqs").get_queue_attributes(
-            QueueUrl=aws.client("sqs").get_queue_url(QueueName="deliveries")["QueueUrl"],
+        queue = clients.client("sqs").get_queue_attributes(
+            QueueUrl=clients.client("sqs").get_queue_url(QueueName="deliveries")["QueueUrl"],
             AttributeNames=["ApproximateNumberOfMessagesDelayed"],
         )
         assert queue["Attributes"]["ApproximateNumberOfMessagesDelayed"] == "1"
@@ -291,9 +291,9 @@ class TestQueues:
         letters = DeadLetters.from_env()
         letters.bury(COMPLETED, "answered 500")
         letters.bury(replace(COMPLETED, id="b" * 26), "answered 404")
-        url = aws.client("sqs").get_queue_url(QueueName="dead-deliveries")["QueueUrl"]
-        aws.client("sqs").send_message(QueueUrl=url, MessageBody=COMPLETED.message())
-        aws.client("sqs").send_message(QueueUrl=url, MessageBody="[]")
+        url = clients.client("sqs").get_queue_url(QueueName="dead-deliveries")["QueueUrl"]
+        clients.client("sqs").send_message(QueueUrl=url, MessageBody=COMPLETED.message())
+        clients.client("sqs").send_message(QueueUrl=url, MessageBody="[]")
         found = list(letters.look(30))
         assert list(letters.look(30)) == [], "what was looked at is hidden for a while"
         assert [(each.delivery.id[0] if each.delivery else "", each.reason) for each in found] == [
@@ -304,5 +304,5 @@ class TestQueues:
         ]
         for each in found:
             letters.forget(each)
-        counts = aws.client("sqs").get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
+        counts = clients.client("sqs").get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
         assert counts["ApproximateNumberOfMessagesNotVisible"] == "0"

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.deployed_recipes import FILES_LIMIT, NEEDED_SECONDS, DeployedRecipes, DeploymentRefused, recipe_files
 from predictions.errors import Problem
 from predictions.recipe_changes import RECIPE_LIMIT_BYTES, RecipeChanges
@@ -53,12 +53,12 @@ def deployed(items: RecipeItems, changes: RecipeChanges) -> DeployedRecipes:
 def stack_id(cloud: None) -> str:
     """A stack that is not deleted."""
     template = json.dumps({"Resources": {"Topic": {"Type": "AWS::SNS::Topic"}}})
-    made = aws.client("cloudformation").create_stack(StackName="replicate-serverless", TemplateBody=template)
+    made = clients.client("cloudformation").create_stack(StackName="replicate-serverless", TemplateBody=template)
     return made["StackId"]
 
 
 def rules(bus: str = "default") -> set[str]:
-    return {rule["Name"] for rule in aws.client("events").list_rules(EventBusName=bus)["Rules"]}
+    return {rule["Name"] for rule in clients.client("events").list_rules(EventBusName=bus)["Rules"]}
 
 
 def names(items: RecipeItems, owner: str = "queue") -> list[str]:
@@ -222,10 +222,10 @@ class TestDeleting:
         deployed.apply(packed(a=RECIPE), plenty)
         pattern = {"model": MODEL, "input": {"prompt": "x"}, "pattern": {"source": ["shop"]}, "bus": "stack"}
         changes.put("alice", json.dumps(pattern).encode(), None, name="by-api")
-        events = aws.client("events")
+        events = clients.client("events")
         for other in (f"{RULE}other-recipe-{'a' * 26}", f"other-recipe-{'a' * 26}"):
             events.put_rule(Name=other, EventPattern='{"source": ["x"]}')
-        aws.client("cloudformation").delete_stack(StackName=stack_id)
+        clients.client("cloudformation").delete_stack(StackName=stack_id)
         deployed.remove(stack_id, plenty)
         assert rules() == {f"{RULE}other-recipe-{'a' * 26}", f"other-recipe-{'a' * 26}"}
         assert rules("bus") == set()
@@ -236,7 +236,7 @@ class TestDeleting:
     ) -> None:
         deployed.apply(packed(a=RECIPE, b=RECIPE, c=RECIPE), plenty)
         kept = min(rules())
-        aws.client("cloudformation").delete_stack(StackName=stack_id)
+        clients.client("cloudformation").delete_stack(StackName=stack_id)
         with refusing("DeleteRule", "InternalException", lambda body: body["Name"] == kept, service="events"):
             deployed.remove(stack_id, plenty)
         assert rules() == {kept}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
-from predictions import aws
+from predictions.aws import clients
 from predictions.batch_files import read_jsonl, requests_key
 from predictions.batch_preparation import prepare
 from predictions.batches import Batch
@@ -24,7 +24,7 @@ TAKES: dict[str, Any] = {"input": {"prompt": "{{ row.animal }}"}, "batches": {}}
 
 def put(key: str = KEY, body: bytes = ROWS, **options: Any) -> str:
     """Drops a manifest; its ETag."""
-    return str(aws.client("s3").put_object(Bucket="inputs", Key=key, Body=body, **options)["ETag"]).strip('"')
+    return str(clients.client("s3").put_object(Bucket="inputs", Key=key, Body=body, **options)["ETag"]).strip('"')
 
 
 def told(key: str = KEY, *, bucket: str = "inputs", **of_object: Any) -> dict[str, Any]:

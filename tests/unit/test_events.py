@@ -8,18 +8,18 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions import aws
 from predictions.access import Scope
 from predictions.api import Presenter
+from predictions.aws import clients
+from predictions.aws.dynamodb import deserialize
+from predictions.aws.executions import Executions
 from predictions.batch_control import BatchControl
 from predictions.batches import Batch, Batches
 from predictions.dead_requests import DeadRequests
 from predictions.deliveries import Delivery
-from predictions.executions import Executions
 from predictions.files import Files
 from predictions.forwarding import Forwarding, VersionCache
 from predictions.idempotency_keys import IdempotencyKeys
-from predictions.items import deserialize
 from predictions.links import Links
 from predictions.outputs import OutputsBucket
 from predictions.owner_secrets import OwnerSecrets
@@ -350,16 +350,16 @@ def run(
     Every answer of the API is held against its OpenAPI document.
     """
 
-    versions = VersionCache("predictions", aws.client("dynamodb"), clock.now)
+    versions = VersionCache("predictions", clients.client("dynamodb"), clock.now)
     changes = make_recipe_changes(table, replicate, clock)
     forwarding = Forwarding(ReplicateInMemory.URL, Token("replicate-token"), replicate.client(), versions)
 
-    pipelines = PipelinesTable("predictions", outputs, aws.client("dynamodb"))
+    pipelines = PipelinesTable("predictions", outputs, clients.client("dynamodb"))
     pipeline_executions = PipelineExecutions(
-        pipelines, Executions(pipeline_executed.machine_arn, aws.client("stepfunctions")), now=clock.now
+        pipelines, Executions(pipeline_executed.machine_arn, clients.client("stepfunctions")), now=clock.now
     )
     steps = Pipelines(pipelines, table, outputs, Links({"outputs": "outputs"}, "link-secret", now=clock.now))
-    queue_url = aws.client("sqs").get_queue_url(QueueName="requests")["QueueUrl"]
+    queue_url = clients.client("sqs").get_queue_url(QueueName="requests")["QueueUrl"]
 
     def run(function: str, event: dict[str, Any], **others: Any) -> Any:
         with pytest.MonkeyPatch.context() as only_here:
@@ -380,7 +380,7 @@ def run(
                     now=clock.now,
                 ),
                 "pipeline_executions": pipeline_executions,
-                "progress": Progress(steps, submissions, queue_url, aws.client("sqs"), now=clock.now),
+                "progress": Progress(steps, submissions, queue_url, clients.client("sqs"), now=clock.now),
                 "files": Files("predictions", "inputs", 86400, now=clock.now),
                 "time": clock_module(clock.now),
                 **others,
@@ -409,7 +409,7 @@ def started(run: Run, replicate: ReplicateInMemory) -> None:
     assert run("start_prediction", sample("start_prediction", "version"))["statusCode"] == 201
     rotated_at = datetime(2025, 1, 1, tzinfo=UTC).isoformat()
     secret = {"current": SAMPLE_SIGNING_SECRET, "previous": None, "rotated_at": rotated_at}
-    aws.client("secretsmanager").put_secret_value(SecretId="signing-secret", SecretString=json.dumps(secret))
+    clients.client("secretsmanager").put_secret_value(SecretId="signing-secret", SecretString=json.dumps(secret))
 
 
 def problem_of(answer: dict[str, Any]) -> dict[str, Any]:
@@ -451,7 +451,7 @@ def test_a_sample_that_is_refused_by_what_is_there_changes_nothing(
 
 def items() -> list[Any]:
     """Everything in the table."""
-    return sorted(aws.client("dynamodb").scan(TableName="predictions")["Items"], key=str)
+    return sorted(clients.client("dynamodb").scan(TableName="predictions")["Items"], key=str)
 
 
 @pytest.mark.parametrize(("function", "case"), sorted(ANSWERED), ids=names(ANSWERED))
@@ -557,7 +557,7 @@ def test_the_samples_of_a_pipeline_tell_it_to_its_cancel(
     # Ids are random: the samples' key names the samples' pipeline already, as after a first request that died.
     event, pipeline_id = sample("manage_pipelines", "create"), sample("advance_pipeline", "execution")["id"]
     print_ = fingerprint(json.loads(event["body"]))
-    keys = IdempotencyKeys("pipeline", "predictions", aws.client("dynamodb"), now=clock.now)
+    keys = IdempotencyKeys("pipeline", "predictions", clients.client("dynamodb"), now=clock.now)
     keys.take_key("alice", event["headers"]["Idempotency-Key"], pipeline_id, print_, int(clock.now()) + 86400)
 
     def shown(case: str) -> dict[str, Any]:
@@ -616,7 +616,7 @@ def test_the_sample_of_the_schedule_stores_the_signing_secret_and_restarts_what_
     clock.advance(3600)
     assert run("sweep_predictions", sample("sweep_predictions", "schedule")) == {"found": 1}
     assert executed.inputs[f"{SAMPLE_ID}-2"] == {"id": SAMPLE_ID, "submit": False}
-    stored = aws.client("secretsmanager").get_secret_value(SecretId="signing-secret")["SecretString"]
+    stored = clients.client("secretsmanager").get_secret_value(SecretId="signing-secret")["SecretString"]
     assert json.loads(stored)["current"] == ReplicateInMemory.SECRET
     assert json.loads(stored)["previous"] == SAMPLE_SIGNING_SECRET
 
@@ -691,7 +691,7 @@ def test_the_sample_of_a_retry_stays_in_its_queue_where_it_cannot_be_queued_agai
 def batch(cloud: None, executed: Executed, clock: Clock) -> Batch:
     """The batch of the samples, of one line, as it is when its execution begins."""
     batches = Batches("predictions", "outputs", now=clock.now)
-    stepfunctions, recipes = aws.client("stepfunctions"), RecipeItems.from_env()
+    stepfunctions, recipes = clients.client("stepfunctions"), RecipeItems.from_env()
     made = BatchControl(batches, recipes, executed.batch_machine_arn, "inputs", 86400, stepfunctions).make(
         json.dumps({"requests": [BATCH_LINE]}).encode(), {}, "alice"
     )
@@ -790,7 +790,7 @@ def test_a_sample_of_an_event_starts_its_recipe_once(
     definition = {"model": "black-forest-labs/flux-schnell", "input": {"prompt": prompt}, **source}
     at = "2025-06-15T15:00:00.000000Z"
     RecipeItems.from_env().put(Recipe(recipe_id, "alice", "mine", definition, "active", "1", at, at), replaces=None)
-    aws.client("s3").put_object(Bucket="inputs", Key="postcards/lisbon.json", Body=b"hello\n")
+    clients.client("s3").put_object(Bucket="inputs", Key="postcards/lisbon.json", Body=b"hello\n")
     for _ in range(2):
         assert run("start_from_queue", event) == {"batchItemFailures": []}
     assert len(executed.inputs) == 1
@@ -809,11 +809,11 @@ def test_the_sample_of_a_manifest_starts_its_batch_once(run: Run, executed: Exec
     recipe_id = recipes.claim_name("alice", "animals", SAMPLE_ID)
     recipes.put(Recipe(recipe_id, "alice", "animals", definition, "active", "1", at, at), replaces=None)
     manifest = b'{"animal": "fox"}\n{"animal": "hare"}\n'
-    aws.client("s3").put_object(Bucket="inputs", Key="batches/alice/animals/2025-06.jsonl", Body=manifest)
+    clients.client("s3").put_object(Bucket="inputs", Key="batches/alice/animals/2025-06.jsonl", Body=manifest)
     for _ in range(2):
         assert run("start_from_queue", sample("start_from_queue", "manifest")) == {"batchItemFailures": []}
     (found,) = json.loads(run("manage_batches", sample("manage_batches", "list"))["body"])["results"]
     assert (found["recipe"], found["manifest"]) == ("animals", "s3://inputs/batches/alice/animals/2025-06.jsonl")
-    stepfunctions = aws.client("stepfunctions")
+    stepfunctions = clients.client("stepfunctions")
     (started,) = stepfunctions.list_executions(stateMachineArn=executed.batch_machine_arn)["executions"]
     assert started["name"] == f"{found['id']}-1-1"

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from botocore.exceptions import BotoCoreError, ClientError
-from predictions import aws
+from predictions.aws import clients
 from predictions.copies import copy
 from predictions.errors import CopyInterrupted, PredictionThrottled, Problem
 from predictions.intents import LIFETIME_LIMIT_SECONDS, Intent
@@ -147,7 +147,7 @@ def test_writes_that_give_a_right_give_it_though_their_first_answer_was_lost(
 
 def forget(*pks: str) -> None:
     """Remove the items with these keys."""
-    dynamodb = aws.client("dynamodb")
+    dynamodb = clients.client("dynamodb")
     for item in dynamodb.scan(TableName="predictions")["Items"]:
         if item["pk"]["S"] in pks:
             dynamodb.delete_item(TableName="predictions", Key={"pk": item["pk"], "sk": item["sk"]})
@@ -187,7 +187,7 @@ class World:
         self.replicate.faults.clear()
         self.replicate.files = {FILE: served(PNG)}
         self.wakes.tokens.clear()
-        aws._api_url = None
+        clients._api_url = None
 
     @property
     def upstream_id(self) -> str:
@@ -207,7 +207,7 @@ class World:
             check_at = self.clock.now() + wait_seconds + 120
             try:
                 hold_token(self.table, self.prediction_id, token, next_check_at=check_at)
-            except aws.client("dynamodb").exceptions.ConditionalCheckFailedException:
+            except clients.client("dynamodb").exceptions.ConditionalCheckFailedException:
                 break
             yield wait_seconds, token
             if token in self.wakes.tokens:
@@ -258,7 +258,7 @@ class World:
     def _submits(self, n: int) -> bool | None:
         """Whether the nth execution has to submit; None where it does not run."""
         arn = f"{self.executed.machine_arn.replace(':stateMachine:', ':execution:')}:{self.prediction_id}-{n}"
-        stepfunctions = aws.client("stepfunctions")
+        stepfunctions = clients.client("stepfunctions")
         try:
             described = stepfunctions.describe_execution(executionArn=arn)
         except stepfunctions.exceptions.ExecutionDoesNotExist:
@@ -291,7 +291,7 @@ class World:
         assert prediction.upstream_id in accepted, "accepted, and not bound"
         assert prediction.visible == accepted[prediction.upstream_id]["status"]
         if prediction.visible == "succeeded":
-            s3 = aws.client("s3")
+            s3 = clients.client("s3")
             stored = [s3.get_object(Bucket="outputs", Key=str(file.key))["Body"].read() for file in whole.files]
             assert stored == [PNG]
 
@@ -367,7 +367,7 @@ def past_deadline(world: World) -> None:
 def waiting_and_tracked(world: World) -> None:
     prediction = waiting(world.table, world.clock, lifetime="15m")
     world.prediction_id = prediction.id
-    aws.client("stepfunctions").start_execution(
+    clients.client("stepfunctions").start_execution(
         stateMachineArn=world.executed.machine_arn,
         name=f"{prediction.id}-1",
         input=json.dumps({"id": prediction.id, "submit": True}),
@@ -476,7 +476,7 @@ def run(world: World, situation: Situation, fault: Fault, n: int) -> list[str]:
     """One run whose nth call to AWS does not go well, and all that follows; the calls of the run."""
     world.begin()
     # Each run is the first one of its version.
-    aws.client("dynamodb").delete_item(
+    clients.client("dynamodb").delete_item(
         TableName="predictions", Key={"pk": {"S": f"schema#{VERSION}"}, "sk": {"S": "input"}}
     )
     situation.arrange(world)
@@ -636,7 +636,7 @@ def test_read_that_fails_after_the_create_is_still_a_201(
 def test_token_that_is_none_is_a_502_and_nothing_is_sent(
     submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, secret: str
 ) -> None:
-    aws.client("secretsmanager").put_secret_value(SecretId="replicate-token", SecretString=secret)
+    clients.client("secretsmanager").put_secret_value(SecretId="replicate-token", SecretString=secret)
     intent = wanted()
     with pytest.raises(Problem) as problem:
         submissions.start(intent)
@@ -699,7 +699,7 @@ def test_same_request_twice_with_both_answers_lost_never_binds_one_upstream_pred
         return type("Http", (), {"status_code": 200})(), {"Items": [], "Count": 0}
 
     answered: Any = lag  # the stubs do not know that a handler may answer in AWS's place
-    aws.client("dynamodb").meta.events.register_first("before-call.dynamodb.Query", answered)
+    clients.client("dynamodb").meta.events.register_first("before-call.dynamodb.Query", answered)
     look(submissions, first.id)
     look(submissions, second.id)
     ids = [current(table, p.id).upstream_id for p in (first, second)]
@@ -876,7 +876,7 @@ def test_sweep_goes_on_where_the_signing_secret_cannot_be_refreshed(
 def test_payload_whose_object_has_expired_is_shown_as_removed(table: PredictionsTable, clock: Clock) -> None:
     prediction = put(table, clock)
     table.merge(prediction.id, told("succeeded", output="x" * 200_000), clock.now())
-    s3 = aws.client("s3")
+    s3 = clients.client("s3")
     for found in s3.list_objects_v2(Bucket="outputs")["Contents"]:
         s3.delete_object(Bucket="outputs", Key=found["Key"])
     [listed] = table.list("alice", None, older=True, size=100).predictions

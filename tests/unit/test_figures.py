@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.copies import copy
 from predictions.outputs import OutputsBucket
 from predictions.receipts import receive
@@ -24,7 +24,7 @@ class Calls:
 
     def __init__(self, service: Any) -> None:
         self.counted: Counter[str] = Counter()
-        aws.client(service).meta.events.register(f"before-call.{service}", self._count)
+        clients.client(service).meta.events.register(f"before-call.{service}", self._count)
 
     def _count(self, model: Any, **_: Any) -> None:
         self.counted[model.name] += 1

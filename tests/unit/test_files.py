@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.files import Files
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
@@ -75,7 +75,7 @@ def download(call: Call, url: str, **changes: str) -> dict[str, Any]:
 
 
 def keys() -> list[str]:
-    return [each["Key"] for each in aws.client("s3").list_objects_v2(Bucket="inputs").get("Contents", [])]
+    return [each["Key"] for each in clients.client("s3").list_objects_v2(Bucket="inputs").get("Contents", [])]
 
 
 # -- refusals ------------------------------------------------------------------------------------------------
@@ -129,14 +129,14 @@ def test_a_link_dies_with_its_file_and_with_its_day(call: Call, clock: Clock) ->
 
 
 def test_nothing_is_shown_of_a_file_that_could_not_be_stored(call: Call) -> None:
-    aws.client("s3").delete_bucket(Bucket="inputs")
+    clients.client("s3").delete_bucket(Bucket="inputs")
     assert call("store_files", "create")["status"] == 503
     assert listed(call)["results"] == []
 
 
 def test_a_delete_that_broke_off_between_object_and_item_is_completed_by_the_next(call: Call) -> None:
     shown = create(call)
-    aws.client("s3").delete_object(Bucket="inputs", Key=keys()[0])
+    clients.client("s3").delete_object(Bucket="inputs", Key=keys()[0])
     assert delete(call, shown["id"])["status"] == 204
     assert get(call, shown["id"])["status"] == 404
 
@@ -176,7 +176,7 @@ def test_a_file_is_stored_byte_for_byte_and_shown_as_replicate_does(call: Call, 
     led = download(call, link)
     assert (led["status"], led["headers"]["Cache-Control"]) == (302, "no-store")
     target = urlsplit(led["headers"]["Location"])
-    stored = aws.client("s3").get_object(Bucket="inputs", Key=keys()[0])
+    stored = clients.client("s3").get_object(Bucket="inputs", Key=keys()[0])
     assert target.path.endswith(keys()[0])
     assert (stored["Body"].read(), stored["ContentType"]) == (content, "image/png")
 
@@ -226,7 +226,7 @@ def test_an_upload_is_complete_once_s3_has_it(call: Call) -> None:
     assert get(call, shown["id"])["body"]["uploaded"] is False
     assert download(call, link)["status"] == 404
     # As S3 does for the link: the tests of the stack go through it.
-    aws.client("s3").put_object(Bucket="inputs", Key=f"files/alice/{shown['id']}", Body=b"a fox")
+    clients.client("s3").put_object(Bucket="inputs", Key=f"files/alice/{shown['id']}", Body=b"a fox")
     assert download(call, link)["status"] == 302, "its use completes it, without a GET before"
     found = get(call, shown["id"])["body"]
     assert (found["uploaded"], found["size"], found["etag"]) == (True, 5, hashlib.md5(b"a fox").hexdigest())  # noqa: S324  # an ETag

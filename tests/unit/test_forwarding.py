@@ -11,7 +11,7 @@ import pytest
 from botocore.exceptions import ClientError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from predictions import aws
+from predictions.aws import clients
 from predictions.errors import Problem
 from predictions.forwarding import (
     ANSWER_LIMIT_BYTES,
@@ -77,7 +77,7 @@ def call(cloud: None, upstream: Upstream, clock: Clock, monkeypatch: pytest.Monk
     """Calls the function as API Gateway does, with all scopes; the answer's headers have names in lower case."""
     with pytest.MonkeyPatch.context() as template_only:
         app = load_app("call_replicate", template_only)
-    versions = VersionCache("predictions", aws.client("dynamodb"), clock.now)
+    versions = VersionCache("predictions", clients.client("dynamodb"), clock.now)
     token = Token("replicate-token")
     monkeypatch.setattr(app, "forwarding", Forwarding(URL, token, upstream.client, versions, clock.now))
 
@@ -613,7 +613,7 @@ def test_a_refusal_of_the_stacks_token_is_502_and_counted_and_the_token_is_read_
     assert "operator" in problem["detail"]
     assert "r8_" not in json.dumps(problem)
     assert counted() == 1
-    aws.client("secretsmanager").put_secret_value(SecretId="replicate-token", SecretString="r8_a_new_one")
+    clients.client("secretsmanager").put_secret_value(SecretId="replicate-token", SecretString="r8_a_new_one")
     call(method, path)
     assert [request.headers["authorization"] for request in upstream.asked] == [
         f"Bearer {ReplicateInMemory.TOKEN}",
@@ -624,7 +624,7 @@ def test_a_refusal_of_the_stacks_token_is_502_and_counted_and_the_token_is_read_
 def test_a_token_that_cannot_be_read_is_502_and_counted_and_nothing_is_asked(
     call: Call, upstream: Upstream, counted: Callable[[], int]
 ) -> None:
-    aws.client("secretsmanager").delete_secret(SecretId="replicate-token", ForceDeleteWithoutRecovery=True)
+    clients.client("secretsmanager").delete_secret(SecretId="replicate-token", ForceDeleteWithoutRecovery=True)
     problem_of(call("GET", "/account"), 502)
     assert counted() == 1
     assert upstream.asked == []
@@ -743,7 +743,7 @@ def test_an_answer_that_cannot_be_unpacked_is_502(call: Call, upstream: Upstream
 
 
 def test_a_url_that_cannot_be_read_stops_a_change_before_it_is_made(call: Call, upstream: Upstream) -> None:
-    aws.client("ssm").delete_parameter(Name="/replicate-serverless/api_url")
+    clients.client("ssm").delete_parameter(Name="/replicate-serverless/api_url")
     problem_of(call("DELETE", "/models/acme/fox"), 503)
     assert upstream.asked == []
 
@@ -803,7 +803,7 @@ def test_only_the_version_itself_is_kept(call: Call, upstream: Upstream, told: h
     call("GET", VERSION_PATH)
     call("GET", VERSION_PATH)
     assert len(upstream.asked) == 2
-    assert aws.client("dynamodb").scan(TableName="predictions")["Items"] == []
+    assert clients.client("dynamodb").scan(TableName="predictions")["Items"] == []
 
 
 @pytest.mark.parametrize("path", ["/account", "/hardware", "/models/acme/fox", "/models/acme/fox/versions", "/search"])
@@ -834,7 +834,7 @@ def test_a_cache_that_fails_is_none(
     def refuse(**_: Any) -> None:
         raise ClientError({"Error": {"Code": "ThrottlingException", "Message": "slow down"}}, "GetItem")
 
-    events: Any = aws.client("dynamodb").meta.events
+    events: Any = clients.client("dynamodb").meta.events
     events.register_first("before-call.dynamodb", refuse)
     try:
         assert call("GET", VERSION_PATH)["statusCode"] == 200
@@ -849,7 +849,7 @@ def test_a_cache_that_fails_is_none(
 def test_the_access_of_the_cache_is_to_its_own_items_only(call: Call, upstream: Upstream) -> None:
     upstream.answer(httpx.Response(200, json=TOLD))
     call("GET", VERSION_PATH)
-    [item] = aws.client("dynamodb").scan(TableName="predictions")["Items"]
+    [item] = clients.client("dynamodb").scan(TableName="predictions")["Items"]
     assert item["pk"] == {"S": f"forwarded#{VERSION_PATH}"}
     assert item.keys() == {"pk", "sk", "json", "expires_at"}
 
@@ -866,7 +866,7 @@ def described(given: Any) -> dict[str, Any]:
 @pytest.fixture
 def read_version(cloud: None, upstream: Upstream, clock: Clock) -> Callable[[Any], str]:
     """Reads a version through the forwarding, which keeps schemas."""
-    versions = VersionCache("predictions", aws.client("dynamodb"), clock.now, keeps_schemas=True)
+    versions = VersionCache("predictions", clients.client("dynamodb"), clock.now, keeps_schemas=True)
     forwarding = Forwarding(URL, Token("replicate-token"), upstream.client, versions, clock.now)
 
     def read(told: Any) -> str:

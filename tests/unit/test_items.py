@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from predictions import aws
-from predictions.items import deserialize, list_page, read_items, serialize
+from predictions.aws import clients
+from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize
 
 from tests.unit.apps import AwsCalls
 
@@ -12,7 +12,7 @@ TABLE = "predictions"
 
 
 def put(pk: str, **attributes: Any) -> None:
-    aws.client("dynamodb").put_item(TableName=TABLE, Item=serialize({"pk": pk, "sk": "x", **attributes}))
+    clients.client("dynamodb").put_item(TableName=TABLE, Item=serialize({"pk": pk, "sk": "x", **attributes}))
 
 
 def test_item_comes_back_as_it_was_and_with_whole_numbers() -> None:
@@ -23,8 +23,8 @@ def test_item_comes_back_as_it_was_and_with_whole_numbers() -> None:
 
 def test_keys_that_are_not_there_are_left_out(cloud: None) -> None:
     put("a")
-    assert read_items(aws.client("dynamodb"), TABLE, [("a", "x"), ("a", "y"), ("b", "x")]).keys() == {("a", "x")}
-    assert read_items(aws.client("dynamodb"), TABLE, []) == {}
+    assert read_items(clients.client("dynamodb"), TABLE, [("a", "x"), ("a", "y"), ("b", "x")]).keys() == {("a", "x")}
+    assert read_items(clients.client("dynamodb"), TABLE, []) == {}
 
 
 def test_more_keys_than_one_call_takes_and_what_dynamodb_leaves_for_later_are_all_read(cloud: None) -> None:
@@ -32,7 +32,7 @@ def test_more_keys_than_one_call_takes_and_what_dynamodb_leaves_for_later_are_al
     for pk, _ in keys:
         put(pk)
     calls = AwsCalls()
-    dynamodb: Any = aws.client("dynamodb")
+    dynamodb: Any = clients.client("dynamodb")
 
     def answer_in_parts(parsed: dict[str, Any], **_: Any) -> None:
         there = parsed["Responses"][TABLE]
@@ -62,4 +62,4 @@ def test_page_begins_beside_its_place_and_says_whether_there_is_more(
     for place, pk in enumerate("abc", 1):
         put(pk, owner="alice", listed_at=str(place))
     put("d", owner="bob", listed_at="2")
-    assert list_page(aws.client("dynamodb"), TABLE, "alice", start, older=older, size=2) == expected
+    assert list_page(clients.client("dynamodb"), TABLE, "alice", start, older=older, size=2) == expected

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from predictions import aws
+from predictions.aws import clients as aws
+from predictions.aws.executions import Executions
 from predictions.errors import PredictionThrottled, Problem
-from predictions.executions import Executions
 from predictions.limiter import BURST_SECONDS, Limiter
 from predictions.limits import OwnersUsage
 from predictions.observability import logger, metrics

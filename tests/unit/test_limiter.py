@@ -8,7 +8,7 @@ import pytest
 from botocore.exceptions import ClientError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from predictions import aws
+from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.limiter import BURST_SECONDS, QUIET_SECONDS, AskAgain, Limiter, Start, TooLate
 from predictions.limits import OwnerLimits
@@ -22,7 +22,7 @@ from tests.unit.test_submissions import current, waiting, wanted
 
 
 def limiter_of(clock: Clock, creates_per_minute: int = 600) -> Limiter:
-    return Limiter("predictions", aws.client("dynamodb"), creates_per_minute=creates_per_minute, now=clock.now)
+    return Limiter("predictions", clients.client("dynamodb"), creates_per_minute=creates_per_minute, now=clock.now)
 
 
 LONG = 4e9
@@ -65,7 +65,7 @@ def slow(table: PredictionsTable, replicate: ReplicateInMemory, executed: Execut
 def queued(table: PredictionsTable, clock: Clock, **options: Any) -> str:
     """A prediction that came by the queue's door."""
     prediction_id = waiting(table, clock, **options).id
-    aws.client("dynamodb").update_item(
+    clients.client("dynamodb").update_item(
         TableName="predictions",
         Key={"pk": {"S": f"prediction#{prediction_id}"}, "sk": {"S": "status"}},
         UpdateExpression="SET #source = :queue",
@@ -183,7 +183,7 @@ class TestQueue:
     def test_starts_of_several_functions_never_exceed_both_lanes(
         self, cloud: None, clock: Clock, steps: list[tuple[str, int, float]]
     ) -> None:
-        aws.client("dynamodb").delete_item(
+        clients.client("dynamodb").delete_item(
             TableName="predictions", Key={"pk": {"S": "limiter"}, "sk": {"S": "creates"}}
         )
         functions = [limiter_of(clock, 120) for _ in range(3)]
@@ -308,7 +308,7 @@ class TestTurns:
         assert isinstance(limiter.reserve_for_queue("alice", latest=clock.now() + 31), Start)
 
     def test_start_beyond_the_delay_is_not_reserved_and_has_a_turn(self, cloud: None, clock: Clock) -> None:
-        limiter = Limiter("predictions", aws.client("dynamodb"), max_start_delay_seconds=20, now=clock.now)
+        limiter = Limiter("predictions", clients.client("dynamodb"), max_start_delay_seconds=20, now=clock.now)
         limiter.block(30)
         before = limiter.limiter_state().queue_at
         turn = limiter.reserve_for_queue("alice", latest=LONG)
@@ -372,7 +372,7 @@ class TestTurns:
         limiter.block(200)
         for n in range(150):
             limiter.reserve_for_queue(f"owner-{n}", latest=LONG)
-        item = aws.client("dynamodb").get_item(TableName="predictions", Key=KEY)["Item"]
+        item = clients.client("dynamodb").get_item(TableName="predictions", Key=KEY)["Item"]
         assert sum(name.startswith("queue_last_") for name in item) == 101
         assert "queue_last_owner_7" in item
         clock.advance(300)
@@ -387,7 +387,7 @@ class TestTurns:
         self, limiter: Limiter, clock: Clock, name: str, value: Any
     ) -> None:
         for_queue(limiter)
-        aws.client("dynamodb").update_item(
+        clients.client("dynamodb").update_item(
             TableName="predictions",
             Key=KEY,
             UpdateExpression="SET #name = :value",

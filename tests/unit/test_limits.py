@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from predictions import aws
+from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.intents import random_id
 from predictions.limits import LimitReached, OwnerLimits, OwnersLimits, OwnersUsage
@@ -26,18 +26,18 @@ MIDNIGHT = 1_750_032_000
 @pytest.fixture
 def usage(cloud: None, clock: Clock) -> OwnersUsage:
     """What owners use."""
-    return OwnersUsage("predictions", aws.client("dynamodb"), now=clock.now)
+    return OwnersUsage("predictions", clients.client("dynamodb"), now=clock.now)
 
 
 def places() -> dict[str, Any]:
     """Alice's places, and how many of her days."""
-    found = aws.client("dynamodb").scan(TableName="predictions")["Items"]
+    found = clients.client("dynamodb").scan(TableName="predictions")["Items"]
     items = {item["sk"]["S"]: item for item in found if item["pk"]["S"] == "usage#alice"}
     return {sk: set(item["ids"]["M"]) if sk == "in_flight" else int(item["n"]["N"]) for sk, item in items.items()}
 
 
 def give(**limits: int) -> None:
-    OwnersLimits("predictions", aws.client("dynamodb")).set_limits("alice", OwnerLimits(**limits))
+    OwnersLimits("predictions", clients.client("dynamodb")).set_limits("alice", OwnerLimits(**limits))
 
 
 class TestRefused:
@@ -110,7 +110,7 @@ class TestRefused:
 
 
 def items() -> list[Any]:
-    return sorted(aws.client("dynamodb").scan(TableName="predictions")["Items"], key=str)
+    return sorted(clients.client("dynamodb").scan(TableName="predictions")["Items"], key=str)
 
 
 class TestPlaces:
@@ -188,7 +188,7 @@ class TestPlaces:
         clock.moment = MIDNIGHT
         usage.take_place("alice", random_id(), OwnerLimits(per_day=2))
         assert places() == {"day#2025-06-15": 2, "day#2025-06-16": 1}
-        found = aws.client("dynamodb").scan(TableName="predictions")["Items"]
+        found = clients.client("dynamodb").scan(TableName="predictions")["Items"]
         assert all(0 < int(item["expires_at"]["N"]) - MIDNIGHT < 3 * 86400 for item in found)
 
     def test_midnight_while_a_full_day_is_asked_costs_no_other_day(self, cloud: None, clock: Clock) -> None:
@@ -196,7 +196,7 @@ class TestPlaces:
             clock.advance(0.25)
             return clock.now()
 
-        usage = OwnersUsage("predictions", aws.client("dynamodb"), now=ticking)
+        usage = OwnersUsage("predictions", clients.client("dynamodb"), now=ticking)
         clock.moment = MIDNIGHT - 60
         usage.take_place("alice", random_id(), OwnerLimits(per_day=1))
         clock.moment = MIDNIGHT - 0.6
@@ -229,7 +229,7 @@ class Turns:
         self._schedule = schedule
         self._alive = set(range(count))
         self._changed = threading.Condition()
-        self._client: Any = aws.client("dynamodb")
+        self._client: Any = clients.client("dynamodb")
         self._me = threading.local()
 
     def run(self, works: list[Callable[[], None]]) -> None:
@@ -280,7 +280,7 @@ class Turns:
 def test_starts_at_the_same_time_never_pass_a_limit(
     cloud: None, clock: Clock, schedule: list[int], limits: OwnerLimits, before: int
 ) -> None:
-    client = aws.client("dynamodb")
+    client = clients.client("dynamodb")
     for item in client.scan(TableName="predictions")["Items"]:
         client.delete_item(TableName="predictions", Key={"pk": item["pk"], "sk": item["sk"]})
     # Places of what never came to be: they are given back meanwhile, by whoever comes first.

@@ -4,7 +4,7 @@ from typing import Any
 from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit
 
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.links import Links, LinkSecretUnusable, UnknownBucket
 
 from tests.unit.fakes import API_URL, Clock
@@ -69,7 +69,7 @@ def test_a_link_ends_when_it_says(links: Links, clock: Clock) -> None:
 
 
 def test_a_link_of_another_stack_opens_nothing(links: Links, clock: Clock) -> None:
-    aws.client("secretsmanager").create_secret(Name="other", SecretString="o" * 64)
+    clients.client("secretsmanager").create_secret(Name="other", SecretString="o" * 64)
     other = Links(BUCKETS, "other", now=clock.now)
     assert links.open(**parts(other.url("inputs", "in/fox.png", expires=2_000_000_000))) is None
 
@@ -80,7 +80,7 @@ def test_payloads_are_not_served_even_with_the_right_signature(links: Links) -> 
 
 
 def test_a_secret_that_is_none_signs_nothing(cloud: None) -> None:
-    aws.client("secretsmanager").create_secret(Name="short", SecretString="x")
+    clients.client("secretsmanager").create_secret(Name="short", SecretString="x")
     with pytest.raises(LinkSecretUnusable):
         Links(BUCKETS, "short").url("inputs", "a", expires=2_000_000_000)
 

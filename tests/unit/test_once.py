@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import BotoCoreError, ClientError
-from predictions import aws
 from predictions.api import Presenter
+from predictions.aws import clients
+from predictions.aws.executions import Executions
 from predictions.batch_control import BatchControl
 from predictions.batches import Batches
 from predictions.copies import copy
-from predictions.executions import Executions
 from predictions.intents import derived_id
 from predictions.output_urls import Distribution, PrivateKey
 from predictions.outputs import OutputsBucket
@@ -61,7 +61,7 @@ def post(
     for door in BODIES:
         with pytest.MonkeyPatch.context() as only_here:
             apps[door] = load_app(f"manage_{door}", only_here)
-    stepfunctions = aws.client("stepfunctions")
+    stepfunctions = clients.client("stepfunctions")
     control = BatchControl(
         Batches("predictions", "outputs", now=clock.now),
         RecipeItems.from_env(),
@@ -71,7 +71,7 @@ def post(
         stepfunctions,
         recent=RecentRequests.from_env(),
     )
-    pipelines = PipelinesTable("predictions", outputs, aws.client("dynamodb"))
+    pipelines = PipelinesTable("predictions", outputs, clients.client("dynamodb"))
     executions = PipelineExecutions(pipelines, Executions(executed.machine_arn, stepfunctions), now=clock.now)
     api = PipelineApi(
         pipelines, table, submissions, executions, Presenter(outputs, 3600), RETENTION, now=clock.now
@@ -97,7 +97,7 @@ def post(
 def made(door: str) -> int:
     """How many batches or pipelines there are."""
     prefix = f"{door.removesuffix('es') if door == 'batches' else door.removesuffix('s')}#"
-    found = aws.client("dynamodb").scan(TableName="predictions")["Items"]
+    found = clients.client("dynamodb").scan(TableName="predictions")["Items"]
     return sum(item["sk"]["S"] == "status" and item["pk"]["S"].startswith(prefix) for item in found)
 
 
@@ -108,7 +108,7 @@ def test_request_without_key_that_is_repeated_on_5xx_after_a_fault_at_any_call_i
 ) -> None:
     dies = fault in (Fault.DIED_BEFORE, Fault.DIED_AFTER)
     for n in count():
-        aws._api_url = None
+        clients._api_url = None
         before = made(door)
         with faulty(fault, n) as calls:
             # Only a client that counts its attempts can find again what a function began before it died.
@@ -146,7 +146,7 @@ def test_same_request_is_another_one_unless_its_client_says_that_it_repeats(
 
 @pytest.mark.parametrize("door", BODIES)
 def test_request_whose_answer_cannot_be_put_together_makes_nothing(post: Post, door: str) -> None:
-    aws._api_url = None
+    clients._api_url = None
     with refusing("GetParameter", "ThrottlingException", service="ssm"):
         assert post(door, 0) == 503
     assert made(door) == 0
@@ -178,7 +178,7 @@ def test_retry_of_a_batch_that_meets_a_fault_at_any_call_begins_one_attempt(
 ) -> None:
     for n in count():
         batch = failed_batch(batch_world, replicate)
-        aws._api_url = None
+        clients._api_url = None
         with faulty(fault, n) as calls:
             try:
                 assert batch_world.control.again(batch).attempt == 2
@@ -255,7 +255,7 @@ def ending(
             if prediction["status"] == "starting":
                 replicate.finish(upstream_id, output=[FILE])
         ours = submissions()
-        for item in aws.client("dynamodb").scan(TableName="predictions")["Items"]:
+        for item in clients.client("dynamodb").scan(TableName="predictions")["Items"]:
             if item["sk"]["S"] == "status" and item["rank"]["N"] != "9":
                 id_ = item["id"]["S"]
                 ours.poll(id_)
@@ -320,7 +320,7 @@ def test_start_that_meets_a_fault_at_any_call_after_its_create_is_answered_201(
         event[name] = {n: v for n, v in event[name].items() if n.lower() != "idempotency-key"}
     after = 0
     for n in count():
-        aws._api_url = None
+        clients._api_url = None
         replicate.asked.clear()
         with faulty(fault, n) as calls:
             status = app.handler(event, Context())["statusCode"]
@@ -363,11 +363,11 @@ def test_run_job_that_cannot_be_shown_is_answered_with_its_id_and_status(
 
 def remove(pk: str, sk: str) -> None:
     """As TTL does, late and in any order."""
-    aws.client("dynamodb").delete_item(TableName="predictions", Key={"pk": {"S": pk}, "sk": {"S": sk}})
+    clients.client("dynamodb").delete_item(TableName="predictions", Key={"pk": {"S": pk}, "sk": {"S": sk}})
 
 
 def key_item() -> dict[str, Any]:
-    (item,) = (i for i in aws.client("dynamodb").scan(TableName="predictions")["Items"] if i["sk"]["S"] == "key")
+    (item,) = (i for i in clients.client("dynamodb").scan(TableName="predictions")["Items"] if i["sk"]["S"] == "key")
     return dict(item)
 
 
@@ -386,7 +386,7 @@ def test_key_of_a_batch_that_has_expired_makes_a_new_one(
     if release == "before":
         item = key_item()
         item["expires_at"] = item.pop("named_until")
-        aws.client("dynamodb").put_item(TableName="predictions", Item=item)
+        clients.client("dynamodb").put_item(TableName="predictions", Item=item)
     clock.advance(RETENTION - 1)
     assert batch_world.make(LLAMA, key="monthly").id == old.id
     clock.advance(2)
@@ -454,11 +454,11 @@ def test_pipeline_whose_id_an_earlier_release_made_of_its_key_is_found_by_it(
     world = pipeline_world
     new = world.create(IMAGE, key="k")
     old_id = derived_id("pipelines#alice", "k")
-    for item in aws.client("dynamodb").scan(TableName="predictions")["Items"]:
+    for item in clients.client("dynamodb").scan(TableName="predictions")["Items"]:
         if item["pk"]["S"] == f"pipeline#{new}":
             fields = {"id": {"S": old_id}} if item["sk"]["S"] == "status" else {}
             moved = {**item, **fields, "pk": {"S": f"pipeline#{old_id}"}}
-            aws.client("dynamodb").put_item(TableName="predictions", Item=moved)
+            clients.client("dynamodb").put_item(TableName="predictions", Item=moved)
             remove(f"pipeline#{new}", item["sk"]["S"])
     remove(key_item()["pk"]["S"], "key")
     assert world.create(IMAGE, key="k") == old_id

@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.hashes import SHA1
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from predictions import aws
 from predictions.api import Presenter
+from predictions.aws import clients
 from predictions.cli.__main__ import main
 from predictions.output_urls import Distribution, PrivateKey
 from predictions.outputs import OutputsBucket
@@ -113,7 +113,7 @@ def test_an_operators_key_pair_signs_what_its_public_key_verifies(
     told = capsys.readouterr()
     parameters = json.loads(told.out)
     assert parameters.keys() == {"OutputUrls", "OutputUrlPublicKey", "OutputUrlSecretArn"}
-    secret = aws.client("secretsmanager").get_secret_value(SecretId=parameters["OutputUrlSecretArn"])
+    secret = clients.client("secretsmanager").get_secret_value(SecretId=parameters["OutputUrlSecretArn"])
     assert secret["Name"] == "team/output-urls"
     kept = PrivateKey.from_json(secret["SecretString"])
     assert f"{kept.p:x}" not in told.out + told.err
@@ -127,7 +127,7 @@ def test_an_operators_key_pair_signs_what_its_public_key_verifies(
 
 def test_a_second_key_pair_does_not_replace_the_first(cloud: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["urls", "keys", "--stack", "team"]) == 0
-    secrets = aws.client("secretsmanager")
+    secrets = clients.client("secretsmanager")
     before = secrets.get_secret_value(SecretId="team/output-urls")["SecretString"]
     capsys.readouterr()
     assert main(["urls", "keys", "--stack", "team"]) == 2

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moto import mock_aws
-from predictions import aws, outputs
+from predictions import outputs
+from predictions.aws import clients
 from predictions.errors import CopyInterrupted
 from predictions.outputs import (
     FILES_LIMIT,
@@ -46,11 +47,11 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
     with mock_aws():
-        aws._client.cache_clear()
-        s3 = aws.client("s3")
+        clients._client.cache_clear()
+        s3 = clients.client("s3")
         s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
         yield s3
-    aws._client.cache_clear()
+    clients._client.cache_clear()
 
 
 S3Answer = tuple[SimpleNamespace, dict[str, Any]]

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.batch_control import ATTEMPTS_LIMIT, BatchControl
 from predictions.batch_preparation import prepare
 from predictions.dropped_manifests import DroppedManifests
@@ -32,7 +32,7 @@ MIDNIGHT = 1_750_032_000
 @pytest.fixture
 def usage(cloud: None, clock: Clock) -> OwnersUsage:
     """What owners use."""
-    return OwnersUsage("predictions", aws.client("dynamodb"), now=clock.now)
+    return OwnersUsage("predictions", clients.client("dynamodb"), now=clock.now)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def batches(batch_world: BatchWorld, usage: OwnersUsage) -> BatchWorld:  # noqa:
         batch_world.machine,
         "inputs",
         RETENTION,
-        aws.client("stepfunctions"),
+        clients.client("stepfunctions"),
         usage=usage,
     )
     return batch_world
@@ -78,12 +78,12 @@ def refused(problem: Any) -> tuple[int, str]:
 
 def places(sk: str) -> set[str]:
     key = {"pk": {"S": "usage#alice"}, "sk": {"S": sk}}
-    item = aws.client("dynamodb").get_item(TableName="predictions", Key=key).get("Item", {})
+    item = clients.client("dynamodb").get_item(TableName="predictions", Key=key).get("Item", {})
     return set(item.get("ids", {}).get("M", {}))
 
 
 def items() -> list[Any]:
-    return sorted(aws.client("dynamodb").scan(TableName="predictions")["Items"], key=str)
+    return sorted(clients.client("dynamodb").scan(TableName="predictions")["Items"], key=str)
 
 
 def use_day_up(limits: OwnerLimits, usage: OwnersUsage) -> None:
@@ -106,11 +106,11 @@ def test_batch_beyond_the_limit_is_refused_with_limit_and_value_and_leaves_nothi
     limits = OwnerLimits(open_batches=2)
     for _ in range(2):
         make(batches, limits, LLAMA)
-    before, objects = items(), aws.client("s3").list_objects_v2(Bucket="outputs")["KeyCount"]
+    before, objects = items(), clients.client("s3").list_objects_v2(Bucket="outputs")["KeyCount"]
     with pytest.raises(Problem, match="Owner alice has reached its limit of 2 open batches") as problem:
         make(batches, limits, LLAMA)
     assert refused(problem) == (429, "60")
-    assert (items(), aws.client("s3").list_objects_v2(Bucket="outputs")["KeyCount"]) == (before, objects)
+    assert (items(), clients.client("s3").list_objects_v2(Bucket="outputs")["KeyCount"]) == (before, objects)
     assert len(batches.executions) == 2
 
 
@@ -185,13 +185,13 @@ def test_owner_with_any_limit_has_a_default_of_open_batches_and_pipelines() -> N
 
 
 def test_dropped_manifest_beyond_the_limit_is_refused_with_its_reason(batches: BatchWorld) -> None:
-    OwnersLimits("predictions", aws.client("dynamodb")).set_limits("alice", OwnerLimits(open_batches=1))
+    OwnersLimits("predictions", clients.client("dynamodb")).set_limits("alice", OwnerLimits(open_batches=1))
     batches.put_recipe("fill", batches={})
     door = DroppedManifests(batches.control, inputs_bucket_name="inputs", max_origin_depth=3)
 
     def drop(name: str) -> Any:
         key = f"batches/alice/fill/{name}.jsonl"
-        etag = aws.client("s3").put_object(Bucket="inputs", Key=key, Body=b"{}\n")["ETag"]
+        etag = clients.client("s3").put_object(Bucket="inputs", Key=key, Body=b"{}\n")["ETag"]
         told = {
             "bucket": {"name": "inputs"},
             "object": {"key": key, "size": 3, "etag": etag.strip('"'), "sequencer": "0"},
@@ -277,7 +277,7 @@ def test_nothing_is_made_or_run_again_while_the_limit_of_the_day_is_used_up(
 def test_lines_that_the_schema_refuses_use_the_day_up_and_the_rest_waits_for_the_next(
     batches: BatchWorld, replicate: ReplicateInMemory, clock: Clock
 ) -> None:
-    OwnersLimits("predictions", aws.client("dynamodb")).set_limits("alice", OwnerLimits(per_day=3))
+    OwnersLimits("predictions", clients.client("dynamodb")).set_limits("alice", OwnerLimits(per_day=3))
     batch = batches.prepared(*[BY_SCHEMA] * 5)
     ended, waits = [], []
     for prediction_id in batches.run(batch, submit=False).values():
@@ -296,7 +296,7 @@ def test_lines_that_the_schema_refuses_use_the_day_up_and_the_rest_waits_for_the
 def test_line_that_waits_for_an_outage_counts_once(
     batches: BatchWorld, replicate: ReplicateInMemory, clock: Clock
 ) -> None:
-    OwnersLimits("predictions", aws.client("dynamodb")).set_limits("alice", OwnerLimits(per_day=9, in_flight=9))
+    OwnersLimits("predictions", clients.client("dynamodb")).set_limits("alice", OwnerLimits(per_day=9, in_flight=9))
     [prediction_id] = batches.run(
         batches.prepared({"model": FLUX, "input": {"prompt": "a fox"}}), submit=False
     ).values()
@@ -307,5 +307,5 @@ def test_line_that_waits_for_an_outage_counts_once(
         clock.advance(60)
     batches.submissions.submit(prediction_id)
     key = {"pk": {"S": "usage#alice"}, "sk": {"S": "day#2025-06-15"}}
-    assert aws.client("dynamodb").get_item(TableName="predictions", Key=key)["Item"]["n"] == {"N": "1"}
+    assert clients.client("dynamodb").get_item(TableName="predictions", Key=key)["Item"]["n"] == {"N": "1"}
     assert len(replicate.creates) == 1

@@ -4,7 +4,7 @@ import base64
 
 import pytest
 from botocore.exceptions import ClientError
-from predictions import aws
+from predictions.aws import clients
 from predictions.owner_secrets import (
     MasterSecretUnusable,
     OwnerSecrets,
@@ -26,11 +26,11 @@ def versions(cloud: None) -> SecretVersions:
 
 @pytest.fixture
 def secrets(versions: SecretVersions, clock: Clock) -> OwnerSecrets:
-    return OwnerSecrets(versions, "webhook-master", aws.client("secretsmanager"), clock.now)
+    return OwnerSecrets(versions, "webhook-master", clients.client("secretsmanager"), clock.now)
 
 
 def set_master(value: str) -> None:
-    aws.client("secretsmanager").put_secret_value(SecretId="webhook-master", SecretString=value)
+    clients.client("secretsmanager").put_secret_value(SecretId="webhook-master", SecretString=value)
 
 
 def test_master_that_is_too_short_makes_no_secret(secrets: OwnerSecrets) -> None:
@@ -41,7 +41,7 @@ def test_master_that_is_too_short_makes_no_secret(secrets: OwnerSecrets) -> None
 
 
 def test_master_that_cannot_be_read_is_said_and_read_again(secrets: OwnerSecrets) -> None:
-    secretsmanager = aws.client("secretsmanager")
+    secretsmanager = clients.client("secretsmanager")
     secretsmanager.delete_secret(SecretId="webhook-master", ForceDeleteWithoutRecovery=True)
     with pytest.raises(ClientError):
         secrets.current_secret("alice")

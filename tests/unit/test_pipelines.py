@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from predictions import aws, templating
+from predictions import templating
 from predictions.api import ANSWER_LIMIT_BYTES, Presenter
+from predictions.aws import clients
+from predictions.aws.dynamodb import deserialize, serialize
+from predictions.aws.executions import Executions
 from predictions.copies import copy
 from predictions.errors import Problem
-from predictions.executions import Executions
 from predictions.intents import create_requested_intent
-from predictions.items import deserialize, serialize
 from predictions.links import Links
 from predictions.outputs import OutputsBucket
 from predictions.pipeline_api import LIFETIME_SECONDS, PipelineApi
@@ -58,21 +59,21 @@ class World:
     ) -> None:
         self.clock, self.replicate, self.submissions, self.predictions = clock, replicate, submissions, table
         self._outputs = outputs
-        self.table = PipelinesTable("predictions", outputs, aws.client("dynamodb"))
+        self.table = PipelinesTable("predictions", outputs, clients.client("dynamodb"))
         links = Links({"outputs": "outputs"}, "link-secret", now=clock.now)
         self.pipelines = Pipelines(self.table, table, outputs, links)
         self.executions = PipelineExecutions(
-            self.table, Executions(executed.machine_arn, aws.client("stepfunctions")), now=clock.now
+            self.table, Executions(executed.machine_arn, clients.client("stepfunctions")), now=clock.now
         )
-        self.queue_url = aws.client("sqs").get_queue_url(QueueName="requests")["QueueUrl"]
-        self.progress = Progress(self.pipelines, submissions, self.queue_url, aws.client("sqs"), now=clock.now)
+        self.queue_url = clients.client("sqs").get_queue_url(QueueName="requests")["QueueUrl"]
+        self.progress = Progress(self.pipelines, submissions, self.queue_url, clients.client("sqs"), now=clock.now)
         presenter = Presenter(outputs, 3600)
         self.api = PipelineApi(
             self.table, table, submissions, self.executions, presenter, 30 * 86400, now=clock.now
         )  # fmt: skip
         self.requests = Requests(
             table,
-            Executions(executed.machine_arn, aws.client("stepfunctions")),
+            Executions(executed.machine_arn, clients.client("stepfunctions")),
             lifetime_seconds=86400,
             retention_seconds=30 * 86400,
             queue_owner="queue",
@@ -94,7 +95,7 @@ class World:
 
     def sent(self) -> list[dict[str, Any]]:
         """The messages of the requests queue, which are gone then."""
-        sqs, found = aws.client("sqs"), []
+        sqs, found = clients.client("sqs"), []
         while messages := sqs.receive_message(QueueUrl=self.queue_url, MaxNumberOfMessages=10).get("Messages"):
             for each in messages:
                 found.append(json.loads(each["Body"]))
@@ -109,7 +110,7 @@ class World:
             if prediction is not None:
                 # Else the limiter would keep those back that come at one moment.
                 key = {"pk": {"S": "limiter"}, "sk": {"S": "creates"}}
-                aws.client("dynamodb").delete_item(TableName="predictions", Key=key)
+                clients.client("dynamodb").delete_item(TableName="predictions", Key=key)
                 self.submissions.submit(prediction.id)
                 started.append(prediction)
         return started
@@ -176,7 +177,7 @@ class TestRefused:
             world.create(LARGE)
         with pytest.raises(Problem, match="Idempotency-Key"):
             world.create(IMAGE, key="with space")
-        assert aws.client("dynamodb").scan(TableName="predictions")["Items"] == []
+        assert clients.client("dynamodb").scan(TableName="predictions")["Items"] == []
         assert executed.inputs == {}
 
     def test_model_that_is_not_there_is_refused_with_its_step(self, world: World) -> None:
@@ -291,7 +292,7 @@ class TestRun:
         large = step("large", {"text": "x" * PAYLOAD_LIMIT_BYTES})
         pipeline_id = world.create(large)
         assert len(world.deliver()) == 1
-        listed = aws.client("s3").list_objects_v2(Bucket="outputs", Prefix=f"payloads/pipelines/{pipeline_id}/")
+        listed = clients.client("s3").list_objects_v2(Bucket="outputs", Prefix=f"payloads/pipelines/{pipeline_id}/")
         assert listed["KeyCount"] == 1
 
     def test_pipelines_of_an_owner_are_listed_newest_first(self, world: World) -> None:
@@ -652,7 +653,7 @@ class TestTwiceLateNever:
 
     def wait(self, pipeline_id: str, token: str, seen: int | None = None) -> bool:
         """What AwaitStep writes; whether it waits."""
-        dynamodb = aws.client("dynamodb")
+        dynamodb = clients.client("dynamodb")
         condition, values = "#status = :running", {":token": token, ":running": "running"}
         try:
             dynamodb.update_item(
@@ -721,7 +722,7 @@ class TestEvent:
         yield {"dynamodb": {"Keys": key, "OldImage": after}}
 
     def item(self, pipeline_id: str) -> Any:
-        return aws.client("dynamodb").get_item(
+        return clients.client("dynamodb").get_item(
             TableName="predictions", Key=serialize({"pk": f"pipeline#{pipeline_id}", "sk": "status"})
         )["Item"]
 
@@ -745,7 +746,7 @@ class TestEvent:
 
     def test_what_is_noted_of_a_step_is_no_event(self, world: World) -> None:
         world.create(EACH)
-        for item in aws.client("dynamodb").scan(TableName="predictions")["Items"]:
+        for item in clients.client("dynamodb").scan(TableName="predictions")["Items"]:
             if deserialize(item)["sk"] != "status":
                 assert event_of({"dynamodb": {"NewImage": item}}) is None
 
@@ -766,7 +767,7 @@ class TestMemory:
         prediction_id = world.run_id(pipeline_id, "each", index)
         prediction = world.predictions.get(prediction_id)
         assert prediction is not None
-        aws.client("dynamodb").update_item(
+        clients.client("dynamodb").update_item(
             TableName="predictions",
             Key=serialize({"pk": f"prediction#{prediction_id}", "sk": f"result#{prediction.upstream_id}"}),
             UpdateExpression="SET #length = :length",
@@ -846,7 +847,7 @@ class TestMemory:
     @pytest.mark.parametrize("body", ["{", "[]", "{}", '{"pipeline_id": 7}', '{"pipeline_id": "x"}', "[" * 100_000])
     def test_given_up_message_of_no_pipeline_is_passed_over(self, world: World, body: str) -> None:
         world.requests.give_up(Message("m", "AIDA", body, 0), "reason")
-        assert aws.client("dynamodb").scan(TableName="predictions")["Items"] == []
+        assert clients.client("dynamodb").scan(TableName="predictions")["Items"] == []
 
 
 def test_no_pipeline_within_the_limits_takes_a_second_of_a_message(world: World) -> None:

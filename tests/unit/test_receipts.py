@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.observability import metrics
 from predictions.orphan_polls import OrphanPolls
 from predictions.receipts import Receipt, receive
@@ -119,7 +119,7 @@ class TestOrphans:
             return type("Http", (), {"status_code": 202})(), {"StatusCode": 202}
 
         answered: Any = answer  # the stubs do not know that a handler may answer in AWS's place
-        client: Any = aws.client("lambda")
+        client: Any = clients.client("lambda")
         client.meta.events.register_first("before-call.lambda.Invoke", answered)
         return made
 
@@ -129,7 +129,7 @@ class TestOrphans:
     ) -> None:
         prediction = put(table, clock)
         receive(table, prediction.id, body("processing"), clock.now())
-        polls = OrphanPolls("poll", aws.client("lambda"))
+        polls = OrphanPolls("poll", clients.client("lambda"))
         assert receive(table, prediction.id, body(status, "v" * 26), clock.now(), polls) is Receipt.ORPHAN
         orphaned = table.get(prediction.id)
         assert orphaned is not None
@@ -143,7 +143,7 @@ class TestOrphans:
     ) -> None:
         prediction = put(table, clock)
         receive(table, prediction.id, body("processing"), clock.now())
-        polls = OrphanPolls("poll", aws.client("lambda"))
+        polls = OrphanPolls("poll", clients.client("lambda"))
         for _ in range(2):
             assert receive(table, prediction.id, body("processing", "v" * 26), clock.now(), polls) is Receipt.ORPHAN
         assert f"prediction#{prediction.id}" in list(table.due(clock.now(), 10))
@@ -157,7 +157,7 @@ class TestOrphans:
         orphaned = table.get(prediction.id)
         assert orphaned is not None
         table.orphan_canceled(orphaned, "v" * 26)
-        polls = OrphanPolls("poll", aws.client("lambda"))
+        polls = OrphanPolls("poll", clients.client("lambda"))
         metrics.clear_metrics()
         receive(table, prediction.id, body("canceled", "v" * 26), clock.now(), polls)
         assert "PaidTwice" not in metrics.provider.metric_set

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import ReadTimeoutError
-from predictions import aws
-from predictions.items import deserialize
+from predictions.aws import clients
+from predictions.aws.dynamodb import deserialize
 from predictions.outputs import OutputsBucket
 from predictions.pipeline_definition import Definition, Step
 from predictions.pipelines_table import PipelinesTable
@@ -91,7 +91,7 @@ class Queue:
                 self.returned.append((id_, body["VisibilityTimeout"]))
             return type("Http", (), {"status_code": 200})(), {}
 
-        events: Any = aws.client("sqs").meta.events
+        events: Any = clients.client("sqs").meta.events
         events.register_first("before-call.sqs", answer)
         try:
             yield
@@ -107,7 +107,7 @@ def killed_over(text: str) -> Iterator[None]:
         if text in str(params["body"]):
             raise Died
 
-    events: Any = aws.client("dynamodb").meta.events
+    events: Any = clients.client("dynamodb").meta.events
     events.register_first("before-call.dynamodb.PutItem", kill)
     try:
         yield
@@ -295,7 +295,7 @@ def test_tries_whose_counts_are_written_and_not_confirmed_do_not_count_as_cut_of
     with refusing("StartExecution", "ThrottlingException"):
         queue.turn()
 
-    events: Any = aws.client("dynamodb").meta.events
+    events: Any = clients.client("dynamodb").meta.events
 
     def lose(**_: Any) -> None:
         events.unregister("after-call.dynamodb.UpdateItem", lose)
@@ -349,7 +349,7 @@ def test_counts_of_tries_expire_after_the_message(function: Function) -> None:
     with refusing("StartExecution", "ThrottlingException"):
         queue.turn()
         queue.turn()
-    found = map(deserialize, aws.client("dynamodb").scan(TableName="predictions")["Items"])
+    found = map(deserialize, clients.client("dynamodb").scan(TableName="predictions")["Items"])
     (item,) = [item for item in found if item["sk"] == "tries"]
     keeps = resources("AWS::SQS::Queue")["RequestsQueue"]["Properties"]["MessageRetentionPeriod"]
     assert item["expires_at"] > time.time() + keeps
@@ -358,7 +358,7 @@ def test_counts_of_tries_expire_after_the_message(function: Function) -> None:
 def test_step_of_a_pipeline_that_kills_the_function_fails_its_pipeline_with_the_reason(
     function: Function, table: PredictionsTable, outputs: OutputsBucket, clock: Clock
 ) -> None:
-    pipelines = PipelinesTable("predictions", outputs, aws.client("dynamodb"))
+    pipelines = PipelinesTable("predictions", outputs, clients.client("dynamodb"))
     step = Step("image", {"model": BODY["model"]}, {"prompt": "{{ input.prompt }}"}, None, ())
     pipelines.put_pipeline(
         "p" * 26, Definition({"prompt": "POISON"}, (step,)), owner="alice", fingerprint="f",

@@ -11,9 +11,9 @@ from typing import Any
 import httpcore
 import httpx
 import pytest
-from predictions import aws
 from predictions.addresses import guarded_client
 from predictions.api import Presenter
+from predictions.aws import clients
 from predictions.deliveries import DeadLetters, DeliveriesQueue, Delivery, deliveries_of
 from predictions.observability import metrics
 from predictions.outputs import OutputsBucket, StoredFile
@@ -102,7 +102,7 @@ def queued(clock: Clock, prediction_id: str, event: str = "completed", n: int = 
     """A delivery that is due now, received from its queue."""
     delivery = Delivery(prediction_id, event, n, int(clock.now()))
     DeliveriesQueue.from_env().send(delivery)
-    (message,) = aws.client("sqs").receive_message(QueueUrl=QUEUE, VisibilityTimeout=1)["Messages"]
+    (message,) = clients.client("sqs").receive_message(QueueUrl=QUEUE, VisibilityTimeout=1)["Messages"]
     return delivery, message["ReceiptHandle"]
 
 
@@ -348,7 +348,7 @@ def test_output_of_files_is_told_with_our_urls_only(
 
 def hook(prediction_id: str, url: str) -> None:
     """Gives a prediction a webhook that the API would not take."""
-    aws.client("dynamodb").update_item(
+    clients.client("dynamodb").update_item(
         TableName="predictions",
         Key={"pk": {"S": f"prediction#{prediction_id}"}, "sk": {"S": "status"}},
         UpdateExpression="SET webhook = :url",

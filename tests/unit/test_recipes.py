@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.intents import Intent
 from predictions.links import Links
 from predictions.outputs import folder, safe_prefix
@@ -70,17 +70,17 @@ def call(changes: RecipeChanges, monkeypatch: pytest.MonkeyPatch) -> Call:
 
 
 def rules(bus: str = "default") -> dict[str, Any]:
-    found = aws.client("events").list_rules(EventBusName=bus)["Rules"]
+    found = clients.client("events").list_rules(EventBusName=bus)["Rules"]
     return {rule["Name"].removeprefix(RULE): json.loads(rule["EventPattern"]) for rule in found}
 
 
 def target(recipe_id: str, bus: str = "default") -> dict[str, Any]:
-    (found,) = aws.client("events").list_targets_by_rule(Rule=RULE + recipe_id, EventBusName=bus)["Targets"]
+    (found,) = clients.client("events").list_targets_by_rule(Rule=RULE + recipe_id, EventBusName=bus)["Targets"]
     return dict(found)
 
 
 def schedules() -> list[str]:
-    found = aws.client("scheduler").list_schedules(GroupName="replicate-serverless")["Schedules"]
+    found = clients.client("scheduler").list_schedules(GroupName="replicate-serverless")["Schedules"]
     return [each["Name"].removeprefix(RULE) for each in found]
 
 
@@ -224,7 +224,7 @@ class TestChanges:
         call("PUT", "mine", {**without, "schedule": {"expression": "rate(1 day)", "time_zone": "Europe/Berlin"}})
         assert (rules(), rules("bus"), schedules()) == ({}, {}, [recipe_id])
         call("PUT", "mine", {**without, "schedule": {"expression": "rate(2 days)"}})
-        schedule = aws.client("scheduler").get_schedule(Name=RULE + recipe_id, GroupName="replicate-serverless")
+        schedule = clients.client("scheduler").get_schedule(Name=RULE + recipe_id, GroupName="replicate-serverless")
         assert (schedule["ScheduleExpression"], schedule["ScheduleExpressionTimezone"]) == ("rate(2 days)", "UTC")
         assert json.loads(schedule["Target"]["Input"])["event"]["time"] == "<aws.scheduler.scheduled-time>"
         call("PUT", "mine", without)
@@ -273,7 +273,7 @@ def created(key: str, bucket: str = "inputs", *, put: bool = True, **changes: An
     """S3's event of an object, which is put there."""
     etag = "0" * 32
     if put:
-        s3 = aws.client("s3")
+        s3 = clients.client("s3")
         etag = s3.put_object(Bucket=bucket, Key=key, Body=b"x", Metadata=changes.pop("metadata", {}))["ETag"].strip('"')
     found = {"key": key, "size": 1, "etag": etag, "sequencer": "0055AED6DCD90281E5", **changes}
     return {
@@ -388,7 +388,7 @@ class TestDoor:
     def test_an_object_that_is_gone_or_overwritten_starts_nothing(self, intent: Callable[..., Any]) -> None:
         assert intent({}, created("in/never.png", put=False)) is None
         first = created("in/a.png")
-        aws.client("s3").put_object(Bucket="inputs", Key="in/a.png", Body=b"another")
+        clients.client("s3").put_object(Bucket="inputs", Key="in/a.png", Body=b"another")
         assert intent({}, first) is None
 
     def test_a_file_becomes_a_request_with_a_link_and_a_place_for_its_results(self, intent: Callable[..., Any]) -> None:

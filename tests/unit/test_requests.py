@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from predictions import aws
+from predictions.aws import clients
+from predictions.aws.dynamodb import deserialize, serialize
+from predictions.aws.executions import Executions
 from predictions.changes import Changes
 from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequest, DeadRequests
-from predictions.executions import Executions
-from predictions.items import deserialize, serialize
 from predictions.observability import logger
 from predictions.outputs import OutputsBucket
 from predictions.requests import Message, RequestRefused, Requests, _source_of, task_token_of
@@ -45,7 +45,7 @@ def message(body: Any = BODY, *, id: str = "message-1", sender: str = "AIDANOBOD
 def requests(table: PredictionsTable, executed: Executed, clock: Clock) -> Requests:
     return Requests(
         table,
-        Executions(executed.machine_arn, aws.client("stepfunctions")),
+        Executions(executed.machine_arn, clients.client("stepfunctions")),
         lifetime_seconds=3600,
         retention_seconds=30 * 86400,
         queue_owner="queue",
@@ -56,7 +56,7 @@ def requests(table: PredictionsTable, executed: Executed, clock: Clock) -> Reque
 
 
 def items(sk: str) -> list[dict[str, Any]]:
-    found = map(deserialize, aws.client("dynamodb").scan(TableName="predictions")["Items"])
+    found = map(deserialize, clients.client("dynamodb").scan(TableName="predictions")["Items"])
     return [item for item in found if item["sk"].startswith(sk)]
 
 
@@ -97,7 +97,7 @@ class TestRefused:
         rows = [{"pk": f"prediction#{prediction.id}", "sk": f"caller#{n}", "task_token": f"t{n}"} for n in range(998)]
         for n in range(0, len(rows), 25):
             puts: Any = [{"PutRequest": {"Item": serialize(row)}} for row in rows[n : n + 25]]
-            aws.client("dynamodb").batch_write_item(RequestItems={"predictions": puts})
+            clients.client("dynamodb").batch_write_item(RequestItems={"predictions": puts})
         requests.take(message({**asked, "task_token": "the last one"}, id="message-2"))
         assert len(items("caller#")) == CALLERS_LIMIT
         with pytest.raises(RequestRefused, match=f"1000 states wait for prediction {prediction.id} already"):
@@ -164,7 +164,7 @@ class TestTaken:
     ) -> None:
         with (
             refusing("StartExecution", "ThrottlingException"),
-            pytest.raises(aws.client("stepfunctions").exceptions.ClientError),
+            pytest.raises(clients.client("stepfunctions").exceptions.ClientError),
         ):
             requests.take(message())
         assert executed.inputs == {}
@@ -230,7 +230,7 @@ def function(requests: Requests, cloud: None) -> Iterator[Function]:
 
 def look() -> list[DeadRequest]:
     url = "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests"
-    return list(DeadRequests(url, aws.client("sqs"), lambda: OutputsBucket("outputs")).look(30))
+    return list(DeadRequests(url, clients.client("sqs"), lambda: OutputsBucket("outputs")).look(30))
 
 
 @pytest.mark.parametrize("named", ["recipe_id", "pipeline_id", "batch_id"])
@@ -359,7 +359,7 @@ def limited(limit: int = MESSAGE_LIMIT_BYTES) -> Iterator[list[int]]:
         sizes.append(size)
         return None
 
-    events: Any = aws.client("sqs").meta.events
+    events: Any = clients.client("sqs").meta.events
     events.register_first("before-call.sqs.SendMessage", count)
     try:
         yield sizes
@@ -417,9 +417,9 @@ class TestLargeRefused:
             assert wakes.told
 
     def test_object_is_read_for_messages_of_ours_alone(self, cloud: None) -> None:
-        aws.client("s3").put_object(Bucket="outputs", Key="payloads/other/secret.json", Body=b"secret")
+        clients.client("s3").put_object(Bucket="outputs", Key="payloads/other/secret.json", Body=b"secret")
         attributes = {"request_id": "m-1", "sender": "AIDA", "sent_at": "1", "body_key": "payloads/other/secret.json"}
-        aws.client("sqs").send_message(
+        clients.client("sqs").send_message(
             QueueUrl="https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests",
             MessageBody="{}",
             MessageAttributes={n: {"DataType": "String", "StringValue": v} for n, v in attributes.items()},
@@ -444,7 +444,7 @@ class TestDeleted:
     def kept(self, prediction: Prediction) -> list[str]:
         """The contents of everything that is kept of a prediction, beside its status."""
         found = [item for item in items("") if item["pk"] == f"prediction#{prediction.id}" and item["sk"] != "status"]
-        s3 = aws.client("s3")
+        s3 = clients.client("s3")
         listed = s3.list_objects_v2(Bucket="outputs").get("Contents", [])
         bodies = [s3.get_object(Bucket="outputs", Key=each["Key"])["Body"].read().decode() for each in listed]
         return [json.dumps(item, default=str) for item in found] + bodies
@@ -532,7 +532,7 @@ class TestDeadRequests:
         assert len(executed.inputs) == 1
 
     def test_message_that_sqs_moved_is_known_by_its_own_id_whatever_its_sender_wrote(self, cloud: None) -> None:
-        sqs = aws.client("sqs")
+        sqs = clients.client("sqs")
         dead_url = "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests"
         arn = sqs.get_queue_attributes(QueueUrl=dead_url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
         redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 1})
@@ -601,7 +601,7 @@ class TestDeadRequests:
         self, cloud: None, body: str, told: dict[str, str], kept: Any, reason: str
     ) -> None:
         attributes = {"ERROR_CODE": "NO_PERMISSIONS", "ERROR_MESSAGE": "denied", "TARGET_ARN": "arn:aws:sqs:x", **told}
-        aws.client("sqs").send_message(
+        clients.client("sqs").send_message(
             QueueUrl="https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests",
             MessageBody=body,
             MessageAttributes={n: {"DataType": "String", "StringValue": v} for n, v in attributes.items()},

@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 from botocore.exceptions import ClientError
-from predictions import aws
 from predictions.api import Presenter
+from predictions.aws import clients
 from predictions.outputs import OutputsBucket
 from predictions.receipts import receive
 from predictions.run_jobs import RunJobs
@@ -80,7 +80,7 @@ def tell(table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock) ->
 
 
 def items() -> list[Any]:
-    return list(aws.client("dynamodb").scan(TableName="predictions")["Items"])
+    return list(clients.client("dynamodb").scan(TableName="predictions")["Items"])
 
 
 def ours() -> str:

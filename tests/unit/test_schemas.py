@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from botocore.exceptions import ClientError
-from predictions import aws
+from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.intents import Intent, Reference, create_intent, model_reference
 from predictions.observability import metrics
@@ -213,8 +213,8 @@ def test_large_schema_whose_object_has_expired_is_asked_for_again_by_the_version
     large = document(choice={"enum": [f"choice {n} " + "x" * 50 for n in range(3_000)]})
     replicate.versions[f"stability-ai/sdxl/versions/{VERSION}"]["openapi_schema"] = large
     make_submissions(table, replicate, executed, clock).start(wanted(GOOD, NAMED))
-    (stored,) = aws.client("s3").list_objects_v2(Bucket="outputs", Prefix="payloads/schemas/")["Contents"]
-    aws.client("s3").delete_object(Bucket="outputs", Key=stored["Key"])
+    (stored,) = clients.client("s3").list_objects_v2(Bucket="outputs", Prefix="payloads/schemas/")["Contents"]
+    clients.client("s3").delete_object(Bucket="outputs", Key=stored["Key"])
     with pytest.raises(Problem):
         make_submissions(table, replicate, executed, clock).start(wanted(BAD, VERSION))
 
@@ -292,13 +292,13 @@ def test_large_schema_is_kept_in_the_bucket(
     large = document(choice={"enum": [f"choice {n} " + "x" * 50 for n in range(3_000)]})
     replicate.versions[f"stability-ai/sdxl/versions/{VERSION}"]["openapi_schema"] = large
     make_submissions(table, replicate, executed, clock).start(wanted(GOOD, NAMED))
-    (stored,) = aws.client("s3").list_objects_v2(Bucket="outputs", Prefix="payloads/schemas/")["Contents"]
+    (stored,) = clients.client("s3").list_objects_v2(Bucket="outputs", Prefix="payloads/schemas/")["Contents"]
     assert stored["Size"] > PAYLOAD_LIMIT_BYTES
     with pytest.raises(Problem):
         make_submissions(table, replicate, executed, clock).start(wanted({**GOOD, "choice": "none"}, NAMED))
     assert len(asked(replicate)) == 1
     # The bucket's rules may remove it before the table forgets it.
-    aws.client("s3").delete_object(Bucket="outputs", Key=stored["Key"])
+    clients.client("s3").delete_object(Bucket="outputs", Key=stored["Key"])
     with pytest.raises(Problem):
         make_submissions(table, replicate, executed, clock).start(wanted({**GOOD, "choice": "none"}, NAMED))
     assert len(asked(replicate)) == 2
@@ -463,7 +463,7 @@ def test_key_of_a_refused_input_is_free(submissions: Submissions, replicate: Rep
 
 def test_table_forgets_a_schema_by_its_time_to_live(table: PredictionsTable) -> None:
     table.keep_schema(VERSION, "{}", 1_000, "acme/fox")
-    item = aws.client("dynamodb").get_item(
+    item = clients.client("dynamodb").get_item(
         TableName="predictions", Key={"pk": {"S": f"schema#{VERSION}"}, "sk": {"S": "input"}}
     )["Item"]
     assert item["expires_at"] == {"N": "1000"}

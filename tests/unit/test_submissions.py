@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from botocore.exceptions import ClientError
-from predictions import aws
+from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.intents import Attempt, Intent, create_intent, model_reference
 from predictions.observability import metrics
@@ -488,7 +488,7 @@ class TestSameRequest:
     @pytest.mark.parametrize("number", [0, 1])
     def test_note_of_an_earlier_release_is_none(self, submissions: Submissions, clock: Clock, number: int) -> None:
         started = submissions.start(wanted(), attempt=attempt(clock, 0))
-        dynamodb = aws.client("dynamodb")
+        dynamodb = clients.client("dynamodb")
         items = dynamodb.scan(TableName="predictions")["Items"]
         (note,) = (item for item in items if item["pk"]["S"].startswith("recent#"))
         del note["asked_at"], note["attempt"]
@@ -911,7 +911,7 @@ class TestSweep:
         self, submissions: Submissions, table: PredictionsTable, executed: Executed, clock: Clock
     ) -> None:
         prediction = waiting(table, clock, key="k")
-        aws.client("stepfunctions").start_execution(
+        clients.client("stepfunctions").start_execution(
             stateMachineArn=executed.machine_arn, name=f"{prediction.id}-1", input='{"other": "input"}'
         )
         executed.stop(f"{prediction.id}-1")
@@ -985,7 +985,7 @@ class TestSweep:
 
 def forget_expired(clock: Clock) -> None:
     """What DynamoDB does with items whose time is over."""
-    dynamodb = aws.client("dynamodb")
+    dynamodb = clients.client("dynamodb")
     for item in dynamodb.scan(TableName="predictions")["Items"]:
         if "expires_at" in item and int(item["expires_at"]["N"]) <= clock.now():
             dynamodb.delete_item(TableName="predictions", Key={"pk": item["pk"], "sk": item["sk"]})
@@ -997,7 +997,7 @@ def hold_token(table: PredictionsTable, prediction_id: str, token: str, *, next_
     values: dict[str, Any] = {":token": {"S": token}, ":terminal": {"N": "9"}}
     if next_check_at:
         values[":next_check_at"] = {"N": str(int(next_check_at))}
-    aws.client("dynamodb").update_item(
+    clients.client("dynamodb").update_item(
         TableName="predictions",
         Key={"pk": {"S": f"prediction#{prediction_id}"}, "sk": {"S": "status"}},
         UpdateExpression="SET task_token = :token" + check,
@@ -1022,7 +1022,7 @@ def test_wait_ends_with_the_visible_end_or_the_time(
 def test_database_that_fails_before_the_post_spends_nothing(
     submissions: Submissions, replicate: ReplicateInMemory, outputs: OutputsBucket
 ) -> None:
-    aws.client("dynamodb").delete_table(TableName="predictions")
+    clients.client("dynamodb").delete_table(TableName="predictions")
     with pytest.raises(ClientError):
         submissions.start(wanted())
     assert replicate.creates == []

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.intents import create_intent
 from predictions.observability import metrics
 from predictions.pipeline_progress import PipelineExecutions
@@ -228,7 +228,7 @@ class TestDeadLooks:
         assert swept(submissions)
         assert current(table, prediction.id).stalled_looks == 1
         writes: list[str] = []
-        events: Any = aws.client("dynamodb").meta.events
+        events: Any = clients.client("dynamodb").meta.events
         events.register_first("before-call.dynamodb.UpdateItem", lambda **_: writes.append("update"))
         submissions.poll(prediction.id)
         assert (current(table, prediction.id).stalled_looks, len(writes)) == (0, 1)
@@ -415,12 +415,12 @@ class TestPipelines:
     def test_pipeline_over_which_executions_die_is_looked_at_ever_more_rarely_and_ended_past_its_deadline(
         self, table: PredictionsTable, pipeline_executed: Executed, clock: Clock
     ) -> None:
-        from predictions.executions import Executions
+        from predictions.aws.executions import Executions
         from predictions.outputs import OutputsBucket
         from predictions.pipeline_definition import create_definition
 
-        pipelines = PipelinesTable("predictions", OutputsBucket("outputs"), aws.client("dynamodb"))
-        executions = Executions(pipeline_executed.machine_arn, aws.client("stepfunctions"))
+        pipelines = PipelinesTable("predictions", OutputsBucket("outputs"), clients.client("dynamodb"))
+        executions = Executions(pipeline_executed.machine_arn, clients.client("stepfunctions"))
         runs = PipelineExecutions(pipelines, executions, now=clock.now)
         definition = create_definition({"steps": [{"name": "one", "model": "meta/llama", "input": {}}]}, lambda *_: [])
         deadline = int(clock.now()) + 86400

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.copies import copy
 from predictions.outputs import OutputsBucket
 from predictions.receipts import Receipt, receive
@@ -150,7 +150,7 @@ def test_processing_with_the_whole_output_is_no_end_until_replicate_says_so(
     assert executed.inputs == {f"{started.id}-1": {"id": started.id, "submit": False}}
     assert submissions.wait_for_end(started.id, 2) is False
     # The bytes of files are not kept as progress: nobody would be shown them.
-    items = json.dumps(aws.client("dynamodb").scan(TableName="predictions")["Items"])
+    items = json.dumps(clients.client("dynamodb").scan(TableName="predictions")["Items"])
     assert "base64" not in items
     upstream_id = started.upstream_id or ""
     done = replicate.finish(upstream_id, output="A fox.", logs="100%")

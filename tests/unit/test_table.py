@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from predictions import aws
+from predictions.aws import clients
 from predictions.intents import create_intent, derived_id, random_id
 from predictions.outputs import OutputsBucket, StoredFile
 from predictions.status import Status, rank_of, visible
@@ -44,13 +44,13 @@ def told(status: str, upstream_id: str = "u" * 26, **more: Any) -> UpstreamPredi
 
 def objects_of(prediction: Prediction) -> dict[str, int]:
     """The objects below a prediction's payloads, with their sizes."""
-    s3 = aws.client("s3")
+    s3 = clients.client("s3")
     listed = s3.list_objects_v2(Bucket="outputs", Prefix=f"payloads/{prediction.id}/").get("Contents", [])
     return {found["Key"]: found["Size"] for found in listed}
 
 
 def raw_items(prediction_id: str) -> dict[str, dict[str, Any]]:
-    items = aws.client("dynamodb").scan(TableName="predictions")["Items"]
+    items = clients.client("dynamodb").scan(TableName="predictions")["Items"]
     return {item["sk"]["S"]: item for item in items if item["pk"]["S"] == f"prediction#{prediction_id}"}
 
 
@@ -136,7 +136,7 @@ class TestMerge:
     def test_unknown_prediction_writes_nothing(self, table: PredictionsTable, clock: Clock) -> None:
         merge = table.merge("a" * 26, told("succeeded", output="x"), clock.now())
         assert merge.change is Change.UNKNOWN
-        assert aws.client("dynamodb").scan(TableName="predictions")["Items"] == []
+        assert clients.client("dynamodb").scan(TableName="predictions")["Items"] == []
 
     def test_first_upstream_id_binds_and_a_second_one_is_an_orphan(self, table: PredictionsTable, clock: Clock) -> None:
         prediction = put(table, clock)
@@ -426,7 +426,7 @@ class TestList:
             put(table, clock, input={"text": "x" * 200_000})
             clock.advance(1)
         read: list[str] = []
-        aws.client("s3").meta.events.register("before-call.s3.GetObject", lambda **_: read.append("object"))
+        clients.client("s3").meta.events.register("before-call.s3.GetObject", lambda **_: read.append("object"))
         page = table.list("alice", None, older=True, size=100)
         next(page.predictions)
         assert read == ["object"]

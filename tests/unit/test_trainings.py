@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.copies import copy
 from predictions.errors import Problem
 from predictions.intents import Intent, create_intent, create_requested_intent, create_training, training_reference
@@ -385,7 +385,7 @@ def test_token_without_the_scope_starts_no_training(call: Call, replicate: Repli
     assert answered["statusCode"] == 403
     assert "`train`" in answered["body"]["detail"]
     assert replicate.asked == []
-    assert aws.client("dynamodb").scan(TableName="predictions")["Items"] == []
+    assert clients.client("dynamodb").scan(TableName="predictions")["Items"] == []
 
 
 @pytest.mark.parametrize("scopes", ["train", "manage"])

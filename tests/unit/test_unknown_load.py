@@ -16,9 +16,9 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions import aws
+from predictions.aws import clients as aws
+from predictions.aws.executions import Executions
 from predictions.errors import PredictionThrottled
-from predictions.executions import Executions
 from predictions.limiter import Limiter
 from predictions.limits import OwnersUsage
 from predictions.observability import logger, metrics

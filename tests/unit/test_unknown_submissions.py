@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions import aws
+from predictions.aws import clients
 from predictions.errors import PredictionThrottled
 from predictions.observability import metrics
 from predictions.submissions import Submissions, Timing
@@ -244,7 +244,7 @@ class TestEvidence:
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock, others: int
     ) -> None:
         for n in range(others):  # open items that wait for other things, and are due before the control
-            aws.client("dynamodb").put_item(
+            clients.client("dynamodb").put_item(
                 TableName="predictions",
                 Item={"pk": {"S": f"batch#{n}"}, "sk": {"S": "status"}, "open": {"S": "open"},
                       "next_check_at": {"N": str(int(clock.now()) + 179)}},
@@ -482,7 +482,7 @@ class TestAgain:
     ) -> None:
         started = waiting(table, clock, lifetime="10m")
         table.claim(started.id, None, clock.now())
-        aws.client("dynamodb").update_item(
+        clients.client("dynamodb").update_item(
             TableName="predictions",
             Key={"pk": {"S": f"prediction#{started.id}"}, "sk": {"S": "status"}},
             UpdateExpression="REMOVE submit_until",
@@ -626,7 +626,7 @@ class TestWrong:
         submissions.poll(bound.id)
         clock.advance(60)
         assert submissions.look_again() == 1
-        items = aws.client("dynamodb").scan(TableName="predictions")["Items"]
+        items = clients.client("dynamodb").scan(TableName="predictions")["Items"]
         assert not [item["sk"]["S"] for item in items if item["sk"]["S"].startswith("again#")]
 
     def test_end_that_was_written_while_the_list_was_read_leaves_nothing_registered(
@@ -640,7 +640,7 @@ class TestWrong:
         submissions.poll(bound.id)
         clock.advance(65)
         assert submissions.look_again() == 0
-        items = aws.client("dynamodb").scan(TableName="predictions")["Items"]
+        items = clients.client("dynamodb").scan(TableName="predictions")["Items"]
         assert not [item["sk"]["S"] for item in items if item["sk"]["S"].startswith("again#")]
 
     def test_orphan_that_a_webhook_tells_is_canceled_by_the_poll_that_follows(

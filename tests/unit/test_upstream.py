@@ -7,7 +7,8 @@ import httpx
 import moto
 import pytest
 from botocore.exceptions import ClientError
-from predictions import aws, upstream
+from predictions import upstream
+from predictions.aws import clients
 from predictions.upstream import (
     Model,
     NotAccepted,
@@ -39,15 +40,15 @@ def secrets_manager() -> Iterator[None]:
     """A Secrets Manager, the same for all tests: they ask for nothing else, and there are many of them."""
     with pytest.MonkeyPatch.context() as monkeypatch, moto.mock_aws():
         monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
-        aws._client.cache_clear()
+        clients._client.cache_clear()
         yield
-    aws._client.cache_clear()
+    clients._client.cache_clear()
 
 
 @pytest.fixture
 def token(secrets_manager: None) -> Iterator[Token]:
     """The stack's token, read by nobody yet."""
-    client = aws.client("secretsmanager")
+    client = clients.client("secretsmanager")
     client.create_secret(Name="replicate-token", SecretString=TOKEN)
     yield Token("replicate-token")
     client.delete_secret(SecretId="replicate-token", ForceDeleteWithoutRecovery=True)
@@ -541,7 +542,7 @@ def test_a_target_knows_what_it_ran(target: Target, told: dict[str, Any], ran: b
 
 def put_token(text: str | bytes) -> None:
     value: Any = {"SecretString": text} if isinstance(text, str) else {"SecretBinary": text}
-    aws.client("secretsmanager").put_secret_value(SecretId="replicate-token", **value)
+    clients.client("secretsmanager").put_secret_value(SecretId="replicate-token", **value)
 
 
 @pytest.mark.parametrize(
@@ -587,7 +588,7 @@ def test_a_secret_that_holds_no_token_sends_nothing(server: Upstream, secret: st
 
 
 def test_a_secret_that_cannot_be_read_sends_nothing(server: Upstream) -> None:
-    aws.client("secretsmanager").delete_secret(SecretId="replicate-token", ForceDeleteWithoutRecovery=True)
+    clients.client("secretsmanager").delete_secret(SecretId="replicate-token", ForceDeleteWithoutRecovery=True)
     with pytest.raises(NotAccepted):
         server.create()
     for ask in ASKS.values():

@@ -6,10 +6,10 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions import aws
 from predictions.api import Presenter
+from predictions.aws import clients
+from predictions.aws.dynamodb import serialize
 from predictions.deliveries import DeadLetters, DeliveriesQueue, Delivery
-from predictions.items import serialize
 from predictions.outputs import OutputsBucket
 from predictions.owner_secrets import OwnerSecrets, SecretVersions
 from predictions.receivers import Receivers
@@ -30,7 +30,7 @@ CONSUMERS = 20
 
 @pytest.fixture
 def slots(cloud: None) -> WebhookSlots:
-    return WebhookSlots("predictions", aws.client("dynamodb"), choose=min)
+    return WebhookSlots("predictions", clients.client("dynamodb"), choose=min)
 
 
 def slow(slots: WebhookSlots, clock: Clock, *, owner: str = "mallory", origin: str = ORIGIN) -> None:
@@ -112,7 +112,7 @@ class TestSlots:
         for n in range(40):
             slow(slots, clock, origin=f"https://{n}.example.com")
             clock.advance(MARK_SECONDS / 4)
-        (item,) = aws.client("dynamodb").scan(TableName="predictions")["Items"]
+        (item,) = clients.client("dynamodb").scan(TableName="predictions")["Items"]
         assert len([name for name in item if name.startswith("slow_")]) <= 5
         assert int(item["expires_at"]["N"]) > clock.now()
 
@@ -237,7 +237,7 @@ class Town:
 
 @pytest.fixture
 def town(monkeypatch: pytest.MonkeyPatch) -> Town:
-    monkeypatch.setattr(aws, "_api_url", (float("inf"), API_URL))
+    monkeypatch.setattr(clients, "_api_url", (float("inf"), API_URL))
     return Town()
 
 

@@ -9,7 +9,7 @@ import pytest
 from botocore.exceptions import ClientError
 from hypothesis import given
 from hypothesis import strategies as st
-from predictions import aws
+from predictions.aws import clients
 from predictions.webhooks import (
     SignatureMismatch,
     SigningSecrets,
@@ -94,7 +94,7 @@ class SecretsManager:
         return SigningSecrets.from_env()
 
     def put(self, value: str) -> None:
-        aws.client("secretsmanager").put_secret_value(SecretId=self.arn, SecretString=value)
+        clients.client("secretsmanager").put_secret_value(SecretId=self.arn, SecretString=value)
         self.calls.clear()
 
     def put_document(self, current: str, previous: str | None, rotated_at: float) -> None:
@@ -102,7 +102,7 @@ class SecretsManager:
         self.put(json.dumps({"current": current, "previous": previous, "rotated_at": moment}))
 
     def document(self) -> dict[str, Any]:
-        value = aws.client("secretsmanager").get_secret_value(SecretId=self.arn)
+        value = clients.client("secretsmanager").get_secret_value(SecretId=self.arn)
         document: dict[str, Any] = json.loads(value["SecretString"])
         return document
 
@@ -111,7 +111,7 @@ class SecretsManager:
 def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[SecretsManager]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     with moto.mock_aws():
-        client = aws.client("secretsmanager")
+        client = clients.client("secretsmanager")
         fake = SecretsManager(client.create_secret(Name="signing", SecretString="{}")["ARN"])
         monkeypatch.setenv("SIGNING_SECRET_ARN", fake.arn)
 
@@ -159,7 +159,7 @@ def test_no_usable_secret_is_unavailable_until_one_is_stored(stored: SecretsMana
 def test_a_secret_without_any_version_is_unavailable_and_can_be_stored(
     stored: SecretsManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SIGNING_SECRET_ARN", aws.client("secretsmanager").create_secret(Name="empty")["ARN"])
+    monkeypatch.setenv("SIGNING_SECRET_ARN", clients.client("secretsmanager").create_secret(Name="empty")["ARN"])
     with pytest.raises(SigningSecretUnavailable):
         stored.secrets().current(NOW)
     assert stored.secrets().store(SECRET, NOW)

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from predictions.aws import client
+from predictions.aws.clients import client
 from predictions.errors import PredictionsError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from aws_lambda_powertools.event_handler import APIGatewayRestResolver, CORSConf
 from aws_lambda_powertools.event_handler.exceptions import NotFoundError
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.aws import api_url
+from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.observability import MetricUnit, handler_of, logger, metrics
 from predictions.output_urls import Distribution

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.aws import api_url, client
+from predictions.aws.clients import api_url, client
+from predictions.aws.dynamodb import timestamp
 from predictions.batch_body import BatchBody, read_body, refusal
 from predictions.batch_files import (
     etag_of,
@@ -32,7 +33,6 @@ from predictions.intents import (
     parse_json,
     random_id,
 )
-from predictions.items import timestamp
 from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, refusal_of
 from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import logger

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.aws import client
+from predictions.aws.clients import client
+from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
 from predictions.batch_files import read_range, requests_key
 from predictions.errors import NoLongerWanted, Problem
 from predictions.idempotency_keys import IdempotencyKeys
 from predictions.intents import BODY_LIMIT_BYTES, Intent, create_requested_intent, derived_id
-from predictions.items import deserialize, list_page, read_items, serialize, timestamp
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -225,7 +225,7 @@ class Batches:
         return _batch(deserialize(found)) if found else None
 
     def page(self, owner: str, start: str | None, *, older: bool, size: int) -> tuple[Sequence[Batch], bool]:
-        """A page of an owner's batches; see `predictions.items.list_page`."""
+        """A page of an owner's batches; see `aws.dynamodb.list_page`."""
         dynamodb = self._dynamodb
         key = _listed_owner(owner)
         pks, more = list_page(dynamodb, self._table_name, key, start, older=older, size=size)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from predictions.aws import client
-from predictions.dead_letters import DeadLetterQueue
+from predictions.aws.clients import client
+from predictions.aws.dead_letter_queue import DeadLetterQueue
 from predictions.errors import PredictionsError
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 - Webhooks to callers, as deliveries in a queue: `predictions.deliveries`.
 - Events on the stack's bus: `predictions.events`.
-- The end, for state machines of others that wait for it: `predictions.callers`.
+- The end, for state machines of others that wait for it: `aws.task_tokens`.
 - What pipelines do at the end of what they started: `_ended`. A batch's lines have callers: its state machine.
 
 Stream records come at least once, and in the order of an item's changes. Each of these is the same for a record that
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.callers import tell_failure, tell_success
+from predictions.aws.task_tokens import tell_failure, tell_success
 from predictions.change_retries import Effect, Retry, RetryQueue, UnreadableRetry
 from predictions.deliveries import DeliveriesQueue
 from predictions.events import Event, EventBus, event_of_prediction, list_files

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from urllib.parse import urlencode
 
-from predictions.aws import api_url
+from predictions.aws.clients import api_url
 from predictions.errors import Problem
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
 
-from predictions.aws import client
-from predictions.dead_letters import DeadLetterQueue, Letter
+from predictions.aws.clients import client
+from predictions.aws.dead_letter_queue import DeadLetterQueue, Letter
 from predictions.outputs import OutputsBucket
 
 if TYPE_CHECKING:

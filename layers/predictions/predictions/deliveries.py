@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from predictions.aws import client
-from predictions.dead_letters import DeadLetterQueue
+from predictions.aws.clients import client
+from predictions.aws.dead_letter_queue import DeadLetterQueue
 from predictions.errors import PredictionsError
 from predictions.status import DEFAULT_WEBHOOK_EVENTS, Status
 

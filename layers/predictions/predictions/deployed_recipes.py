@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from predictions.access import is_owner
-from predictions.aws import client
+from predictions.aws.clients import client
 from predictions.errors import PredictionsError, Problem
 from predictions.intents import parse_json
 from predictions.recipe_changes import RECIPE_LIMIT_BYTES, RecipeChanges

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.aws import client
+from predictions.aws.clients import client
 from predictions.observability import logger
 from predictions.outputs import StoredFile
 from predictions.status import Status

@@ -24,8 +24,8 @@ from urllib.parse import urlencode
 
 from botocore.exceptions import ClientError
 
-from predictions.aws import client
-from predictions.items import deserialize, list_page, read_items, serialize, timestamp
+from predictions.aws.clients import client
+from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

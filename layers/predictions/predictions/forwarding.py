@@ -27,7 +27,7 @@ from urllib.parse import urlencode
 import httpx
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.aws import api_url, client
+from predictions.aws.clients import api_url, client
 from predictions.errors import Problem
 from predictions.intents import parse_json
 from predictions.observability import MetricUnit, logger, metrics

@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.aws import client
+from predictions.aws.clients import client
 from predictions.observability import MetricUnit, logger, metrics
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from predictions.aws import client
+from predictions.aws.clients import client
 from predictions.errors import PredictionsError, Problem
 
 if TYPE_CHECKING:
@@ -399,7 +399,7 @@ class OwnersUsage:
         Returns:
             How many are left, as far as is known: somebody else may be giving some back, or taking some.
         """
-        from predictions.items import read_items  # the authorizer, which needs the limits only, goes without
+        from predictions.aws.dynamodb import read_items  # the authorizer, which needs the limits only, goes without
 
         found = self._dynamodb.get_item(
             TableName=self._table_name, Key=_usage_key(owner, places.sk), ConsistentRead=True

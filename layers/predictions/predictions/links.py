@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from predictions.aws import api_url, client
+from predictions.aws.clients import api_url, client
 from predictions.errors import PredictionsError
 
 if TYPE_CHECKING:

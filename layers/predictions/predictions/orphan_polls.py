@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.aws import client
+from predictions.aws.clients import client
 from predictions.observability import logger
 
 if TYPE_CHECKING:

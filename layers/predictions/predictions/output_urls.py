@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from botocore.signers import CloudFrontSigner
 
-from predictions.aws import client
+from predictions.aws.clients import client
 
 # A page of a list is asked for again and again: for this part of its time a file keeps its URL, which is signed once.
 _KEPT_PART = 4

@@ -32,7 +32,7 @@ from urllib.parse import unquote_to_bytes
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.aws import client
+from predictions.aws.clients import client
 from predictions.errors import CopyInterrupted
 
 if TYPE_CHECKING:

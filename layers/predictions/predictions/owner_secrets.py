@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from predictions.aws import client
+from predictions.aws.clients import client
 from predictions.errors import PredictionsError
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from predictions.aws import client
-from predictions.executions import Executions
+from predictions.aws.clients import client
+from predictions.aws.executions import Executions
 from predictions.observability import logger
 from predictions.pipeline_runs import StepState, run_ids, states_of
 from predictions.pipelines import CannotRun, Pipelines

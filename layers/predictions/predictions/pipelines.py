@@ -12,11 +12,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from predictions.aws import client
+from predictions.aws.clients import client
+from predictions.aws.dynamodb import deserialize, serialize
+from predictions.aws.executions import wake
 from predictions.errors import PredictionsError, Problem
-from predictions.executions import wake
 from predictions.intents import BODY_LIMIT_BYTES, Intent, create_requested_intent
-from predictions.items import deserialize, serialize
 from predictions.links import Links
 from predictions.observability import logger
 from predictions.outputs import OutputsBucket

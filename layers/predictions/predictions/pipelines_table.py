@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.aws import client
+from predictions.aws.clients import client
+from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
 from predictions.errors import PredictionsError
 from predictions.idempotency_keys import IdempotencyKeys
-from predictions.items import deserialize, list_page, read_items, serialize, timestamp
 from predictions.outputs import OutputsBucket
 from predictions.pipeline_definition import Definition
 from predictions.table import PAYLOAD_LIMIT_BYTES

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-from predictions.executions import wake
+from predictions.aws.executions import wake
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.orphan_polls import OrphanPolls
 from predictions.status import Status

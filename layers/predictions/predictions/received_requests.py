@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.aws import client
-from predictions.items import deserialize, read_items, serialize
+from predictions.aws.clients import client
+from predictions.aws.dynamodb import deserialize, read_items, serialize
 from predictions.observability import logger
 from predictions.templating import TooSlow
 

@@ -7,8 +7,8 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-from predictions.aws import client
-from predictions.items import deserialize, serialize
+from predictions.aws.clients import client
+from predictions.aws.dynamodb import deserialize, serialize
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

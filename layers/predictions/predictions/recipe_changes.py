@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from predictions.aws.dynamodb import timestamp
 from predictions.errors import Problem
 from predictions.intents import Reference, create_requested_intent, parse_json, random_id
-from predictions.items import timestamp
 from predictions.observability import logger
 from predictions.recipe_bodies import NAME, RecipeBody
 from predictions.recipe_rules import RecipeRules, RuleRefused

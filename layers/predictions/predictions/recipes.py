@@ -31,9 +31,9 @@ from urllib.parse import quote
 
 from botocore.exceptions import ClientError
 
-from predictions.aws import client
+from predictions.aws.clients import client
+from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize
 from predictions.intents import Intent, create_requested_intent
-from predictions.items import deserialize, list_page, read_items, serialize
 from predictions.links import Links
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.outputs import ORIGIN_DEPTH, safe_prefix

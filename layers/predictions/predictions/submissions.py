@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.aws import api_url
+from predictions.aws.clients import api_url
+from predictions.aws.executions import Executions, wake
 from predictions.errors import PredictionThrottled, Problem
-from predictions.executions import Executions, wake
 from predictions.intents import Attempt, Intent, Reference, input_json_canonical
 from predictions.limiter import AskAgain, Lane, Limiter, Pause, Reservation, Start, TooLate
 from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, Place, refusal_of

@@ -29,8 +29,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from predictions.aws import api_url, client
-from predictions.items import deserialize, read_items, serialize
+from predictions.aws.clients import api_url, client
+from predictions.aws.dynamodb import deserialize, read_items, serialize
 from predictions.list_readings import MARGIN_SECONDS, Listed, ListReader, Reading, digest_of
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.table import Change, Prediction, PredictionsTable

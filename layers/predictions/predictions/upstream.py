@@ -27,7 +27,7 @@ import httpx
 from aws_lambda_powertools.utilities.parameters import SecretsProvider
 from aws_lambda_powertools.utilities.parameters.exceptions import GetParameterError
 
-from predictions.aws import client
+from predictions.aws.clients import client
 from predictions.bounded_json import LIGHT_BYTES, Unscannable, elements, members, read_members
 from predictions.errors import PredictionsError
 from predictions.observability import MetricUnit, metrics

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.aws import client
+from predictions.aws.clients import client
 from predictions.errors import PredictionsError
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from botocore.exceptions import ClientError
 
+from predictions.aws.dead_letter_queue import DeadLetterQueue, Letter
 from predictions.change_retries import Retry, RetryQueue, read_dead_letter
 from predictions.cli.stack import (
     JsonList,
@@ -25,7 +26,6 @@ from predictions.cli.stack import (
     print_table,
     second,
 )
-from predictions.dead_letters import DeadLetterQueue, Letter
 from predictions.dead_requests import DeadRequest, DeadRequests
 from predictions.deliveries import DeadLetters, DeliveriesQueue
 

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 from botocore.exceptions import ClientError
 
+from predictions.aws.dynamodb import deserialize, serialize
+from predictions.aws.executions import Executions
 from predictions.cli.stack import (
     JsonList,
     JsonObject,
@@ -25,8 +27,6 @@ from predictions.cli.stack import (
     print_table,
     second,
 )
-from predictions.executions import Executions
-from predictions.items import deserialize, serialize
 from predictions.table import Prediction, PredictionsTable
 from predictions.unknown_submissions import undecided_ids
 

@@ -4,7 +4,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from predictions.aws import client
+from predictions.aws.clients import client
 
 if TYPE_CHECKING:
     from mypy_boto3_stepfunctions import SFNClient

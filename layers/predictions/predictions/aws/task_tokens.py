@@ -10,7 +10,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from predictions.aws import client
+from predictions.aws.clients import client
 from predictions.observability import logger
 
 # https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskFailure.html

@@ -1,0 +1,1 @@
+"""AWS clients and what the library does with each service, without knowledge of predictions."""
