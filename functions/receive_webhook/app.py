@@ -5,11 +5,11 @@ import time
 from aws_lambda_powertools.event_handler import Response
 from predictions.api import all_headers_of, answer_with, body_of, json_response, resolver
 from predictions.errors import Problem
+from predictions.net.signatures import SigningSecrets, SigningSecretUnavailable, WebhookRefused
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.orphan_polls import OrphanPolls
 from predictions.receipts import receive
 from predictions.table import PredictionsTable, is_id
-from predictions.webhooks import SigningSecrets, SigningSecretUnavailable, WebhookRefused
 
 app = resolver()
 table = PredictionsTable.from_env()

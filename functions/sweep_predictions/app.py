@@ -5,11 +5,11 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 from predictions.batch_control import BatchControl
+from predictions.net.signatures import SigningSecrets, SigningSecretUnavailable
 from predictions.observability import MetricUnit, handler_of, logger, metrics, remaining_seconds
 from predictions.pipeline_progress import PipelineExecutions
 from predictions.submissions import Submissions
 from predictions.upstream import UpstreamError
-from predictions.webhooks import SigningSecrets, SigningSecretUnavailable
 
 SWEEP_LIMIT = 1000
 """The most items one sweep looks at; the next one, a minute later, goes on."""

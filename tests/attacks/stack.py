@@ -19,7 +19,7 @@ import pytest
 from predictions import outputs, requests
 from predictions.access import AccessTokens
 from predictions.aws import clients as aws
-from predictions.webhooks import sign
+from predictions.net.signatures import sign
 
 from tests.simulation.account import Account, AwsError
 from tests.simulation.dynamodb import Item, Table

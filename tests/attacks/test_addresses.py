@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions.addresses import AddressRefused, check_webhook_url, guarded_client, is_public
 from predictions.aws import clients
 from predictions.deliveries import Delivery
+from predictions.net.addresses import AddressRefused, check_webhook_url, guarded_client, is_public
 from predictions.outputs import OutputsBucket
 from predictions.table import PredictionsTable
 

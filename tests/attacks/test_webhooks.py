@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 from predictions.aws import clients as aws
-from predictions.outputs import OutputsBucket
-from predictions.table import PredictionsTable
-from predictions.webhooks import (
+from predictions.net.signatures import (
     MAX_BODY_BYTES,
     SignatureMismatch,
     SigningSecretUnavailable,
@@ -21,6 +19,8 @@ from predictions.webhooks import (
     sign,
     verify,
 )
+from predictions.outputs import OutputsBucket
+from predictions.table import PredictionsTable
 
 from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error

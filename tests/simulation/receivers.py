@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
-from predictions.webhooks import verify
+from predictions.net.signatures import verify
 
 if TYPE_CHECKING:
     from tests.simulation.world import World

@@ -9,7 +9,7 @@ from email.utils import format_datetime
 from typing import TYPE_CHECKING, Any
 
 import httpx
-from predictions.webhooks import sign
+from predictions.net.signatures import sign
 
 from tests.simulation.functions import FunctionFailed
 from tests.simulation.scheduler import Waiter

@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
+from predictions.net.signatures import sign
 from predictions.outputs import OutputsBucket
 from predictions.status import Status
 from predictions.table import PredictionsTable
 from predictions.upstream_prediction import UpstreamPrediction
-from predictions.webhooks import sign
 
 from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud
 from local.replicate.process import LocalReplicate

@@ -458,7 +458,7 @@ def test_url_longer_than_any_client_takes_has_a_reason(s3: Any) -> None:
 
 
 def test_private_address_behind_a_file_host_has_a_reason(s3: Any) -> None:
-    from predictions.addresses import guarded_client
+    from predictions.net.addresses import guarded_client
 
     bucket = OutputsBucket(BUCKET, open_client=lambda: guarded_client(resolve=lambda host, port: ["10.0.0.1"]))
     [stored] = store(bucket, URL)
@@ -993,7 +993,7 @@ def test_missing_variable_fails_by_its_name(monkeypatch: pytest.MonkeyPatch, mis
 
 
 def test_readers_do_not_import_the_http_client() -> None:
-    code = "import sys, predictions.outputs; sys.exit(bool({'httpx', 'predictions.addresses'} & set(sys.modules)))"
+    code = "import sys, predictions.outputs; sys.exit(bool({'httpx', 'predictions.net.addresses'} & set(sys.modules)))"
     layer = str(LIBRARY.parent)
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, env={"PYTHONPATH": layer}, check=False).returncode == 0  # noqa: S603  # our own code

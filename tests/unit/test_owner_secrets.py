@@ -5,6 +5,7 @@ import base64
 import pytest
 from botocore.exceptions import ClientError
 from predictions.aws import clients
+from predictions.net.signatures import sign, verify
 from predictions.owner_secrets import (
     MasterSecretUnusable,
     OwnerSecrets,
@@ -12,7 +13,6 @@ from predictions.owner_secrets import (
     SecretVersion,
     SecretVersions,
 )
-from predictions.webhooks import sign, verify
 
 from tests.unit.fakes import Clock, answers_lost
 

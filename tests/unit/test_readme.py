@@ -186,7 +186,7 @@ LIMITS = {
     "steps with `for_each`": ("layers/predictions/predictions/pipeline_definition.py", "FAN_OUTS_LIMIT", 1, "{}"),
     "a pipeline": ("layers/predictions/predictions/pipeline_api.py", "LIFETIME_SECONDS", 86400, "{} days"),
     "one sweep": ("functions/sweep_predictions/app.py", "SWEEP_LIMIT", 1, "{} predictions"),
-    "age of a webhook": ("layers/predictions/predictions/webhooks.py", "TOLERANCE_SECONDS", 1, "{} s"),
+    "age of a webhook": ("layers/predictions/predictions/net/signatures.py", "TOLERANCE_SECONDS", 1, "{} s"),
     "one try of a webhook to a caller": ("layers/predictions/predictions/receivers.py", "TOTAL_SECONDS", 1, "{} s;"),
 }
 

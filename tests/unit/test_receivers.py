@@ -11,10 +11,10 @@ from typing import Any
 import httpcore
 import httpx
 import pytest
-from predictions.addresses import guarded_client
 from predictions.api import Presenter
 from predictions.aws import clients
 from predictions.deliveries import DeadLetters, DeliveriesQueue, Delivery, deliveries_of
+from predictions.net.addresses import guarded_client
 from predictions.observability import metrics
 from predictions.outputs import OutputsBucket, StoredFile
 from predictions.owner_secrets import OwnerSecrets, SecretVersions

@@ -10,7 +10,7 @@ from botocore.exceptions import ClientError
 from hypothesis import given
 from hypothesis import strategies as st
 from predictions.aws import clients
-from predictions.webhooks import (
+from predictions.net.signatures import (
     SignatureMismatch,
     SigningSecrets,
     SigningSecretUnavailable,

@@ -24,7 +24,7 @@ from typing import Any
 import httpcore
 import httpx
 
-from predictions.addresses import TimedNetwork
+from predictions.net.addresses import TimedNetwork
 
 _RESET_WHEN_CLOSED: httpcore.SOCKET_OPTION = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 

@@ -553,7 +553,7 @@ def _reference(version: str | None, invalid: list[dict[str, str]], field: str = 
 
 
 def _check_webhook(url: str, field: str, allow_loopback: bool, invalid: list[dict[str, str]]) -> None:
-    from predictions.addresses import AddressRefused, check_webhook_url  # only requests with a webhook pay for it
+    from predictions.net.addresses import AddressRefused, check_webhook_url  # only requests with a webhook pay for it
 
     try:
         check_webhook_url(url, allow_loopback=allow_loopback)

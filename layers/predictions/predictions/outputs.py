@@ -541,7 +541,7 @@ class OutputsBucket:
     def _guarded_client(self) -> "httpx.Client":
         # Imported here, because the functions that only read outputs must not pay for httpx at their cold
         # start.
-        from predictions.addresses import TimedNetwork, guarded_client
+        from predictions.net.addresses import TimedNetwork, guarded_client
 
         network = TimedNetwork(lambda: self._thread.left())
         return guarded_client(allowed_origins=self._file_origins, timeout=15, network=network)
@@ -676,7 +676,7 @@ class OutputsBucket:
         """The body at a URL, behind at most five redirects, each to an origin that files may come from."""
         import httpx  # see _guarded_client
 
-        from predictions.addresses import AddressRefused
+        from predictions.net.addresses import AddressRefused
 
         # Without compression, lengths are those of the file.
         headers = {"Accept-Encoding": "identity", "User-Agent": "replicate-serverless"}

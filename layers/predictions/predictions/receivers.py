@@ -10,15 +10,15 @@ from typing import Any
 
 import httpx
 
-from predictions.addresses import AddressRefused, TimedNetwork, guarded_client
 from predictions.api import Presenter
 from predictions.deliveries import FIRST_WAIT_SECONDS, DeadLetters, DeliveriesQueue, Delivery
+from predictions.net.addresses import AddressRefused, TimedNetwork, guarded_client
+from predictions.net.signatures import sign
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.owner_secrets import OwnerSecrets
 from predictions.status import Status
 from predictions.table import PredictionsTable, Whole
 from predictions.webhook_slots import NoSlotFree, WebhookSlots
-from predictions.webhooks import sign
 
 TOTAL_SECONDS = 10.0
 """The most one try takes, whatever the receiver does."""

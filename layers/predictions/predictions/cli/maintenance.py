@@ -21,7 +21,7 @@ from predictions.cli.stack import (
     line,
     print_table,
 )
-from predictions.webhooks import SigningSecrets
+from predictions.net.signatures import SigningSecrets
 
 app = group()
 outputs = group("Archive output files that could not be copied.")

@@ -1,0 +1,1 @@
+"""HTTP to and from strangers: checked addresses, guarded clients, webhook signatures."""
