@@ -6,7 +6,7 @@ It stands before every cold call, so it imports nothing but the table's client; 
 from typing import Any
 
 from predictions.access import AccessTokens, parse_authorization
-from predictions.limits import OwnersLimits
+from predictions.admission.quotas import OwnersLimits
 
 access_tokens = AccessTokens.from_env()
 owners_limits = OwnersLimits.from_env()

@@ -3,13 +3,13 @@
 from typing import Any
 
 from aws_lambda_powertools.event_handler import Response
+from predictions.admission.quotas import OwnerLimits
 from predictions.api import Presenter, answer_with, body_of, headers_of, json_response, owner_with, resolver
 from predictions.aws.clients import api_url
 from predictions.batch_control import BatchControl
 from predictions.batches import Batch
 from predictions.cursors import page_links, read_cursor
 from predictions.intents import Attempt
-from predictions.limits import OwnerLimits
 from predictions.observability import MetricUnit, logger, metrics, remaining_seconds
 from predictions.submissions import Submissions
 

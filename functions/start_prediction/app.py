@@ -5,6 +5,7 @@ import os
 
 from aws_lambda_powertools.event_handler import Response
 from botocore.exceptions import BotoCoreError, ClientError
+from predictions.admission.quotas import OwnerLimits
 from predictions.api import (
     Presenter,
     answer_with,
@@ -25,7 +26,6 @@ from predictions.intents import (
     training_reference,
     wait_seconds,
 )
-from predictions.limits import OwnerLimits
 from predictions.observability import logger, remaining_seconds
 from predictions.submissions import Submissions
 from predictions.table import Prediction, Whole

@@ -17,7 +17,8 @@ from typing import Any
 import greenlet
 import httpx
 import pytest
-from predictions.limiter import (
+from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage
+from predictions.admission.rate_limiter import (
     AUTOMATIC,
     AUTOMATIC_PAUSE_SECONDS,
     BURST_SECONDS,
@@ -27,7 +28,6 @@ from predictions.limiter import (
     Limiter,
     Start,
 )
-from predictions.limits import LimitReached, OwnerLimits, OwnersUsage
 
 from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error

@@ -10,15 +10,16 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from predictions import deliveries, intents, limiter, outputs, received_requests, submissions, table
+from predictions import deliveries, intents, outputs, received_requests, submissions, table
 from predictions import status as statuses
+from predictions.admission import rate_limiter
+from predictions.admission.rate_limiter import Limiter
 from predictions.aws.executions import Executions
 from predictions.batch_control import BatchControl
 from predictions.change_retries import Effect
 from predictions.changes import Changes
 from predictions.create_window import SendWindow
 from predictions.idempotency_keys import IdempotencyKeys
-from predictions.limiter import Limiter
 from predictions.list_readings import ListReader, Reading, digest_of
 from predictions.outputs import OutputsBucket
 from predictions.pipeline_api import PipelineApi
@@ -318,7 +319,7 @@ def _used_again(_: Any) -> Any:
     """A start that was given back is handed out to everybody who asks for it."""
 
     def plan_free(self: Limiter, lane: str, number: int) -> Any:
-        plan = limiter._Plan("free", 0, number)
+        plan = rate_limiter._Plan("free", 0, number)
         plan.conditions.append("attribute_exists(pk)")
         plan.sets.append(f"{lane}_at = {lane}_at + :nothing")
         plan.values[":nothing"] = 0
@@ -408,7 +409,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "one 404 is believed": _value(submissions, "_NOT_FOUND_LIMIT", 1),
     "the sweep asks before it puts the next look off": _method(PredictionsTable, "begin_look", _looked_at_first),
     "nothing is ended without asking": _method(Submissions, "_is_abandoned", _constant(False)),
-    "owners reserve starts far ahead": _value(limiter, "NEAR_SECONDS", (10**6, 10**6)),
+    "owners reserve starts far ahead": _value(rate_limiter, "NEAR_SECONDS", (10**6, 10**6)),
     "starts are reserved beyond the deadline": _method(Limiter, "_reserve", _without_deadline),
     "a start that was given back is used by many": _method(Limiter, "_plan_free", _used_again),
     "one message takes the others along": _all(

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
+from predictions.admission.rate_limiter import Limiter
 from predictions.aws.executions import Executions
 from predictions.intents import create_requested_intent
-from predictions.limiter import Limiter
 from predictions.outputs import OutputsBucket
 from predictions.table import PredictionsTable
 

@@ -7,10 +7,10 @@ import moto  # before anything that makes a client
 import pytest
 from moto.backends import get_backend
 from moto.core.models import DEFAULT_ACCOUNT_ID
+from predictions.admission.quotas import OwnersUsage
+from predictions.admission.rate_limiter import Limiter
 from predictions.aws import clients
 from predictions.aws.executions import Executions
-from predictions.limiter import Limiter
-from predictions.limits import OwnersUsage
 from predictions.observability import metrics
 from predictions.outputs import OutputsBucket
 from predictions.recipe_changes import RecipeChanges

@@ -11,8 +11,8 @@ import moto  # before predictions: it must see every client being made
 import pytest
 from botocore.exceptions import ClientError
 from predictions.access import AccessTokens
+from predictions.admission.quotas import OwnerLimits, OwnersLimits
 from predictions.aws import clients
-from predictions.limits import OwnerLimits, OwnersLimits
 
 EVENTS = Path(__file__).parents[2] / "events" / "authorize_request"
 SAMPLE_TOKEN = "rs_" + "A" * 43

@@ -12,6 +12,8 @@ import botocore.session
 import moto  # before predictions: it must see every client being made
 import pytest
 from predictions.access import AccessTokens
+from predictions.admission.quotas import OwnerLimits, OwnersLimits
+from predictions.admission.rate_limiter import Limiter
 from predictions.aws.dead_letter_queue import DeadLetterQueue
 from predictions.cli.__main__ import main
 from predictions.cli.dead_letters import QUEUES
@@ -20,8 +22,6 @@ from predictions.cli.stack import Stack, _Bucket
 from predictions.cli.webhooks import Event
 from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequests
 from predictions.deliveries import EVENTS
-from predictions.limiter import Limiter
-from predictions.limits import OwnerLimits, OwnersLimits
 from predictions.outputs import OutputsBucket
 from predictions.requests import Message
 from predictions.table import Prediction

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from predictions.admission.quotas import OwnersUsage
+from predictions.admission.rate_limiter import BURST_SECONDS, Limiter
 from predictions.aws import clients as aws
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionThrottled, Problem
-from predictions.limiter import BURST_SECONDS, Limiter
-from predictions.limits import OwnersUsage
 from predictions.observability import logger, metrics
 from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions

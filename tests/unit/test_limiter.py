@@ -8,10 +8,10 @@ import pytest
 from botocore.exceptions import ClientError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from predictions.admission.quotas import OwnerLimits
+from predictions.admission.rate_limiter import BURST_SECONDS, QUIET_SECONDS, AskAgain, Limiter, Start, TooLate
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
-from predictions.limiter import BURST_SECONDS, QUIET_SECONDS, AskAgain, Limiter, Start, TooLate
-from predictions.limits import OwnerLimits
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
 

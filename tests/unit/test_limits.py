@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersLimits, OwnersUsage
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.intents import random_id
-from predictions.limits import LimitReached, OwnerLimits, OwnersLimits, OwnersUsage
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
 

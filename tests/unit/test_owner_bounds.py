@@ -5,12 +5,12 @@ from typing import Any
 
 import httpx
 import pytest
+from predictions.admission.quotas import OwnerLimits, OwnersLimits, OwnersUsage
 from predictions.aws import clients
 from predictions.batch_control import ATTEMPTS_LIMIT, BatchControl
 from predictions.batch_preparation import prepare
 from predictions.dropped_manifests import DroppedManifests
 from predictions.errors import PredictionThrottled, Problem
-from predictions.limits import OwnerLimits, OwnersLimits, OwnersUsage
 from predictions.requests import RequestRefused
 
 from tests.unit.apps import AwsCalls

@@ -16,11 +16,11 @@ from typing import Any
 
 import httpx
 import pytest
+from predictions.admission.quotas import OwnersUsage
+from predictions.admission.rate_limiter import Limiter
 from predictions.aws import clients as aws
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionThrottled
-from predictions.limiter import Limiter
-from predictions.limits import OwnersUsage
 from predictions.observability import logger, metrics
 from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions, Timing

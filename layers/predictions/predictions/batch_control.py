@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, refusal_of
 from predictions.aws.clients import api_url, client
 from predictions.aws.dynamodb import timestamp
 from predictions.batch_body import BatchBody, read_body, refusal
@@ -33,7 +34,6 @@ from predictions.intents import (
     parse_json,
     random_id,
 )
-from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, refusal_of
 from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import logger
 from predictions.recent_requests import RecentRequests

@@ -9,11 +9,11 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, refusal_of
 from predictions.api import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
 from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.intents import Attempt, derived_id, idempotency_key, parse_json, random_id
-from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, refusal_of
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.pipeline_definition import create_definition, fingerprint
 from predictions.pipeline_progress import PipelineExecutions

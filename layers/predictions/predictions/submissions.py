@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, Place, refusal_of
+from predictions.admission.rate_limiter import AskAgain, Lane, Limiter, Pause, Reservation, Start, TooLate
 from predictions.aws.clients import api_url
 from predictions.aws.executions import Executions, wake
 from predictions.errors import PredictionThrottled, Problem
 from predictions.intents import Attempt, Intent, Reference, input_json_canonical
-from predictions.limiter import AskAgain, Lane, Limiter, Pause, Reservation, Start, TooLate
-from predictions.limits import LimitReached, OwnerLimits, OwnersUsage, Place, refusal_of
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.outputs import StoredFile
 from predictions.schemas import ModelSchemas

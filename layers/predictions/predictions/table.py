@@ -18,8 +18,8 @@ twice, late or out of order is refused by the condition, and the caller is told 
 Besides, `pk` = `tokens` holds the access tokens (see `predictions.access`) and `pk` = `recent#{owner}#{fingerprint}`
 the latest request of a client that announced that it may send it again; `pk` = `forwarded#{path}` holds an answer of
 Replicate that does not change (see `predictions.forwarding`); `pk` = `schema#{version}` holds the schema of a model's
-input, or only which model's version it is; `pk` = `limiter` when the next create may start (see `predictions.limiter`),
-and `pk` = `usage#{owner}` what an owner uses of its limits (see `predictions.limits`). Below
+input, or only which model's version it is; `pk` = `limiter` when the next create may start (see
+`admission.rate_limiter`), and `pk` = `usage#{owner}` what an owner uses of its limits (see `admission.quotas`). Below
 `pk` = `pipeline#{id}` are pipelines (see `predictions.pipelines_table`).
 """
 
@@ -237,7 +237,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """What a prediction that nobody has claimed waits for at the limiter (see `predictions.limiter`).
+    """What a prediction that nobody has claimed waits for at the limiter (see `admission.rate_limiter`).
 
     Attributes:
         reserved_start: The number of the start that is reserved for it.
@@ -380,7 +380,7 @@ class PredictionsTable:
             execution_arn: The execution that will track it, `{id}-1`.
             now: The time.
             submit_at: When it may be submitted, where the caller of this method does not do it.
-            waits: What it waits for until then (see `predictions.limiter`).
+            waits: What it waits for until then (see `admission.rate_limiter`).
             wait_seconds: How long Replicate may hold its answer to the create.
 
         Raises:
@@ -483,7 +483,7 @@ class PredictionsTable:
             prediction_id: Our id.
             version: The version that will run, where it is known.
             now: The time.
-            counted: Whether it has its place in its owner's limits (see `predictions.limits`).
+            counted: Whether it has its place in its owner's limits (see `admission.quotas`).
         """
         written_by = secrets.token_hex(8)
         claimed = self._change(

@@ -9,9 +9,7 @@ from typing import Annotated
 import typer
 
 from predictions.access import is_owner
-from predictions.cli.stack import JsonList, JsonObject, NotDone, Stack, command, group, print_table, second
-from predictions.limiter import LANES, MAX_START_DELAY_SECONDS, Limiter
-from predictions.limits import (
+from predictions.admission.quotas import (
     IN_FLIGHT_MAX,
     OPEN_BATCHES_DEFAULT,
     OPEN_MAX,
@@ -21,6 +19,8 @@ from predictions.limits import (
     OwnerLimits,
     OwnersLimits,
 )
+from predictions.admission.rate_limiter import LANES, MAX_START_DELAY_SECONDS, Limiter
+from predictions.cli.stack import JsonList, JsonObject, NotDone, Stack, command, group, print_table, second
 
 app = group()
 limits = group("Limit the predictions, batches and pipelines of owners.")

@@ -1,0 +1,1 @@
+"""Whether and when a prediction may start: the rate limiter and the quotas of owners."""
