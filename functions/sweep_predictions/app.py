@@ -9,7 +9,7 @@ from predictions.net.signatures import SigningSecrets, SigningSecretUnavailable
 from predictions.observability import MetricUnit, handler_of, logger, metrics, remaining_seconds
 from predictions.pipeline_progress import PipelineExecutions
 from predictions.submissions import Submissions
-from predictions.upstream import UpstreamError
+from predictions.upstream.client import UpstreamError
 
 SWEEP_LIMIT = 1000
 """The most items one sweep looks at; the next one, a minute later, goes on."""

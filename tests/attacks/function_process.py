@@ -35,7 +35,7 @@ def main() -> None:
     function, pipe = sys.argv[1], int(sys.argv[2])
     event: Any = json.load(sys.stdin)
     if limit := os.environ.get("PARSED_LIMIT_BYTES"):
-        importlib.import_module("predictions.upstream_prediction").PARSED_LIMIT_BYTES = int(limit)  # type: ignore[attr-defined]
+        importlib.import_module("predictions.upstream.prediction").PARSED_LIMIT_BYTES = int(limit)  # type: ignore[attr-defined]
     app = importlib.import_module(f"functions.{function}.app")
     context = _Context(int(os.environ["AWS_LAMBDA_FUNCTION_MEMORY_SIZE"]), int(os.environ["TIMEOUT_SECONDS"]))
     os.write(pipe, b"began\n")

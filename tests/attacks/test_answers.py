@@ -13,12 +13,12 @@ from functools import cache
 from typing import Any
 
 import pytest
-from predictions.bounded_json import weigh
 from predictions.deliveries import Delivery
 from predictions.intents import create_intent
 from predictions.net.signatures import sign
 from predictions.table import Prediction
-from predictions.upstream_prediction import PARSED_LIMIT_BYTES, UpstreamPrediction
+from predictions.upstream.bounded_json import weigh
+from predictions.upstream.prediction import PARSED_LIMIT_BYTES, UpstreamPrediction
 
 from tests.attacks.killed import Cloud, Run, api_event, cloud
 from tests.reliability import Recorded

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import pytest
-from predictions.input_schema import InputSchema, NotChecked, UnusableSchema
+from predictions.upstream.input_schema import InputSchema, NotChecked, UnusableSchema
 
 from tests.attacks.stack import Stack
 from tests.reliability import Recorded

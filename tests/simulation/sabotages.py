@@ -18,9 +18,7 @@ from predictions.aws.executions import Executions
 from predictions.batch_control import BatchControl
 from predictions.change_retries import Effect
 from predictions.changes import Changes
-from predictions.create_window import SendWindow
 from predictions.idempotency_keys import IdempotencyKeys
-from predictions.list_readings import ListReader, Reading, digest_of
 from predictions.outputs import OutputsBucket
 from predictions.pipeline_api import PipelineApi
 from predictions.pipeline_progress import PipelineExecutions
@@ -30,7 +28,9 @@ from predictions.requests import Requests
 from predictions.submissions import Submissions
 from predictions.table import Change, Prediction, PredictionsTable
 from predictions.unknown_submissions import UnknownSubmissions, _told, target_of
-from predictions.upstream import NotAccepted, OutcomeUnknown, Replicate
+from predictions.upstream.client import NotAccepted, OutcomeUnknown, Replicate
+from predictions.upstream.create_window import SendWindow
+from predictions.upstream.list_reader import ListReader, Reading, digest_of
 from predictions.webhook_slots import NoSlotFree, Slot, WebhookSlots
 
 from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import httpx
 from predictions.aws.dynamodb import deserialize
-from predictions.create_window import CreateTooLateError
+from predictions.upstream.create_window import CreateTooLateError
 
 from tests.simulation.callers import Wanted
 from tests.simulation.scenario import Scenario

@@ -16,7 +16,7 @@ from predictions.net.signatures import sign
 from predictions.outputs import OutputsBucket
 from predictions.status import Status
 from predictions.table import PredictionsTable
-from predictions.upstream_prediction import UpstreamPrediction
+from predictions.upstream.prediction import UpstreamPrediction
 
 from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud
 from local.replicate.process import LocalReplicate

@@ -20,7 +20,7 @@ from predictions.schemas import ModelSchemas
 from predictions.submissions import Submissions, Timing
 from predictions.table import PredictionsTable
 from predictions.unknown_submissions import UnknownSubmissions
-from predictions.upstream import Replicate, Token
+from predictions.upstream.client import Replicate, Token
 
 from tests.unit.fakes import API_URL, Clock, Executed, ReplicateInMemory, Wakes
 from tests.unit.template import table_properties

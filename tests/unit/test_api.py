@@ -19,7 +19,7 @@ from predictions.outputs import OutputsBucket, StoredFile
 from predictions.status import Status, visible
 from predictions.submissions import Submissions
 from predictions.table import Prediction, PredictionsTable, Whole
-from predictions.upstream_prediction import UpstreamPrediction
+from predictions.upstream.prediction import UpstreamPrediction
 
 from tests.unit.apps import SAMPLE_SIGNING_SECRET, AwsCalls, Context, clock_module, load_app, sample
 from tests.unit.fakes import API_URL, VERSION, Clock, ReplicateInMemory, answer

@@ -9,8 +9,8 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from predictions.bounded_json import Unscannable, elements, members, read_members, weigh
 from predictions.outputs import JSON, OutputsBucket
+from predictions.upstream.bounded_json import Unscannable, elements, members, read_members, weigh
 
 MB = 1_000_000
 NO_LIMIT = 1 << 40

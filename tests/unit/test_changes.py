@@ -12,7 +12,7 @@ from predictions.events import FILES_LIMIT_BYTES, Event, EventBus, list_files
 from predictions.outputs import OutputsBucket, StoredFile, find_files
 from predictions.status import Status
 from predictions.table import Prediction, PredictionsTable
-from predictions.upstream_prediction import UpstreamPrediction
+from predictions.upstream.prediction import UpstreamPrediction
 
 from tests.unit.apps import AwsCalls
 from tests.unit.fakes import Clock, Queued, Wakes, refusal_of, refusing

@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import pytest
 from predictions.aws import clients
-from predictions.create_window import CreateTooLateError, SendWindow, single_use_client
 from predictions.errors import PredictionThrottled
 from predictions.run_jobs import RunJobs
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
-from predictions.upstream import NotAccepted, OutcomeUnknown, Replicate, Target
+from predictions.upstream.client import NotAccepted, OutcomeUnknown, Replicate, Target
+from predictions.upstream.create_window import CreateTooLateError, SendWindow, single_use_client
 
 from tests.attacks.hosts import HostileHost, endless, head, hostile_host, silent, whole
 from tests.unit.code_reach import reach

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from predictions.entry_scanner import NAMES, TEXT_LIMIT_BYTES, Entry, EntryScanner, MalformedListError
+from predictions.upstream.entry_scanner import NAMES, TEXT_LIMIT_BYTES, Entry, EntryScanner, MalformedListError
 
 
 def scan(text: bytes, *, size: int = 65536, single: bool = False) -> tuple[list[Entry], Any]:

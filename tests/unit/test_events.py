@@ -32,7 +32,7 @@ from predictions.recipes import Recipe, RecipeItems
 from predictions.run_jobs import RunJobs
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
-from predictions.upstream import Token
+from predictions.upstream.client import Token
 
 from tests.unit.apps import (
     EVENTS,

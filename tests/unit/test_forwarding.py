@@ -29,7 +29,7 @@ from predictions.intents import create_intent
 from predictions.observability import logger
 from predictions.submissions import Submissions
 from predictions.table import KeptSchema, PredictionsTable
-from predictions.upstream import Token
+from predictions.upstream.client import Token
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
 from tests.unit.fakes import API_URL, VERSION, Clock, ReplicateInMemory, refusing

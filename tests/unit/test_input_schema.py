@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from predictions.input_schema import (
+from predictions.upstream.input_schema import (
     STEPS_LIMIT,
     VIOLATIONS_LIMIT,
     InputSchema,

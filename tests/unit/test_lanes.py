@@ -24,7 +24,7 @@ from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
 from predictions.unknown_submissions import UnknownSubmissions
-from predictions.upstream import Replicate, Token
+from predictions.upstream.client import Replicate, Token
 
 from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error

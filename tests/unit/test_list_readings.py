@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions.list_readings import ListReader, Reading, digest_of
-from predictions.upstream import Replicate
+from predictions.upstream.client import Replicate
+from predictions.upstream.list_reader import ListReader, Reading, digest_of
 
 from tests.unit.fakes import Clock
 

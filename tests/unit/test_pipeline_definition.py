@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from predictions.errors import Problem
-from predictions.input_schema import InputSchema
 from predictions.intents import Reference
 from predictions.pipeline_definition import (
     BODY_LIMIT_PLACEHOLDERS,
@@ -21,6 +20,7 @@ from predictions.pipeline_definition import (
     create_definition,
     fingerprint,
 )
+from predictions.upstream.input_schema import InputSchema
 
 from tests.unit.fakes import SCHEMA
 

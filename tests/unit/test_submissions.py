@@ -929,7 +929,7 @@ class TestSweep:
         started = submissions.start(wanted())
         request = next(r for r in replicate.asked if r.method == "POST")
         second = replicate.accept(request, status="processing")
-        from predictions.upstream_prediction import UpstreamPrediction
+        from predictions.upstream.prediction import UpstreamPrediction
 
         for _ in range(2):
             table.merge(started.id, UpstreamPrediction.parse(second), clock.now())
@@ -950,7 +950,7 @@ class TestSweep:
         wakes: Wakes,
         clock: Clock,
     ) -> None:
-        from predictions.upstream_prediction import UpstreamPrediction
+        from predictions.upstream.prediction import UpstreamPrediction
 
         started = submissions.start(wanted())
         hold_token(table, started.id, "token-1")

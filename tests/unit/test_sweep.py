@@ -14,7 +14,7 @@ from predictions.pipeline_progress import PipelineExecutions
 from predictions.pipelines_table import PipelinesTable
 from predictions.submissions import Submissions
 from predictions.table import Prediction, PredictionsTable
-from predictions.upstream_prediction import PARSED_LIMIT_BYTES, UpstreamPrediction
+from predictions.upstream.prediction import PARSED_LIMIT_BYTES, UpstreamPrediction
 
 from tests.unit.fakes import VERSION, Clock, Died, Executed, ReplicateInMemory, answer
 from tests.unit.test_batches import LLAMA, World, plenty
@@ -321,7 +321,7 @@ class TestTooLarge:
     ) -> None:
         prediction = start(submissions)
         upstream_id = current(table, prediction.id).upstream_id or ""
-        monkeypatch.setattr("predictions.upstream._ANSWER_LIMIT_BYTES", 2000)
+        monkeypatch.setattr("predictions.upstream.client._ANSWER_LIMIT_BYTES", 2000)
         body = b'{"id": "%s", "output": "%s", "status": "succeeded"}' % (upstream_id.encode(), b"x" * 4000)
         pieces = (body[at : at + 100] for at in range(0, len(body), 100))
         replicate.read_faults = [lambda *_: httpx.Response(200, content=pieces)]

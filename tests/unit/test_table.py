@@ -11,7 +11,7 @@ from predictions.intents import create_intent, derived_id, random_id
 from predictions.outputs import OutputsBucket, StoredFile
 from predictions.status import Status, rank_of, visible
 from predictions.table import PAYLOAD_LIMIT_BYTES, AlreadyExists, Change, Prediction, PredictionsTable
-from predictions.upstream_prediction import UpstreamPrediction
+from predictions.upstream.prediction import UpstreamPrediction
 
 from tests.unit.fakes import VERSION, Clock, Died, answers_lost, meanwhile
 

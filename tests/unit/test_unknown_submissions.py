@@ -12,7 +12,7 @@ from predictions.observability import metrics
 from predictions.submissions import Submissions, Timing
 from predictions.table import Prediction, PredictionsTable
 from predictions.unknown_submissions import CALLS_AT_ONCE, CALLS_PER_MINUTE, STOP_SECONDS, _Budget
-from predictions.upstream_prediction import UpstreamPrediction
+from predictions.upstream.prediction import UpstreamPrediction
 
 from tests.unit.conftest import make_submissions
 from tests.unit.fakes import (

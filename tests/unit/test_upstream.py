@@ -7,9 +7,9 @@ import httpx
 import moto
 import pytest
 from botocore.exceptions import ClientError
-from predictions import upstream
 from predictions.aws import clients
-from predictions.upstream import (
+from predictions.upstream import client as upstream
+from predictions.upstream.client import (
     Model,
     NotAccepted,
     NotFound,
@@ -23,7 +23,7 @@ from predictions.upstream import (
     Unauthorized,
     Unavailable,
 )
-from predictions.upstream_prediction import UpstreamPrediction
+from predictions.upstream.prediction import UpstreamPrediction
 
 URL = "https://api.replicate.com/v1"
 TOKEN = "r8_of_the_stack"

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from predictions.upstream_prediction import UnreadablePrediction, UpstreamPrediction, read_json
+from predictions.upstream.prediction import UnreadablePrediction, UpstreamPrediction, read_json
 
 VERSION = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
 TOLD: dict[str, Any] = {

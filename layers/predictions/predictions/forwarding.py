@@ -33,7 +33,7 @@ from predictions.intents import parse_json
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.schemas import KEEP_SECONDS, to_keep, usable_schema
 from predictions.table import PAYLOAD_LIMIT_BYTES, schema_key
-from predictions.upstream import (
+from predictions.upstream.client import (
     RATE_LIMIT_HEADERS,
     SCHEMA_LIMIT_BYTES,
     Throttled,
@@ -41,7 +41,7 @@ from predictions.upstream import (
     TokenUnreadable,
     not_accepted,
 )
-from predictions.upstream_prediction import read_json
+from predictions.upstream.prediction import read_json
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

@@ -7,7 +7,7 @@ from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.orphan_polls import OrphanPolls
 from predictions.status import Status
 from predictions.table import Change, PredictionsTable
-from predictions.upstream_prediction import UnreadablePrediction, UpstreamPrediction
+from predictions.upstream.prediction import UnreadablePrediction, UpstreamPrediction
 
 
 class Receipt(StrEnum):

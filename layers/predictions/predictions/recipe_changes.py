@@ -27,10 +27,10 @@ from predictions.recipes import KEPT_APART, Recipe, RecipeItems
 from predictions.schemas import ModelSchemas
 from predictions.table import PredictionsTable
 from predictions.templating import PlaceholderError, expressions, holds_placeholders
-from predictions.upstream import NotFound, Replicate, UpstreamError
+from predictions.upstream.client import NotFound, Replicate, UpstreamError
 
 if TYPE_CHECKING:
-    from predictions.input_schema import InputSchema
+    from predictions.upstream.input_schema import InputSchema
 
 RECIPE_LIMIT_BYTES = 64 * 1024
 """The largest recipe, as JSON: an item holds 400 KB, and a page of a list has to hold many."""
@@ -285,7 +285,7 @@ class RecipeChanges:
         schema = self._schema(reference)
         if schema is None:
             return
-        from predictions.input_schema import NotChecked
+        from predictions.upstream.input_schema import NotChecked
 
         value = {**(asked.defaults or {}), **asked.input}
         open_places = [place for place, _ in expressions({"input": asked.input})]

@@ -20,13 +20,13 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.errors import PredictionsError
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.upstream import UpstreamError, is_model_name
+from predictions.upstream.client import UpstreamError, is_model_name
 
 if TYPE_CHECKING:
-    from predictions.input_schema import InputSchema
     from predictions.table import PredictionsTable
-    from predictions.upstream import Replicate
-    from predictions.upstream_prediction import UpstreamPrediction
+    from predictions.upstream.client import Replicate
+    from predictions.upstream.input_schema import InputSchema
+    from predictions.upstream.prediction import UpstreamPrediction
 
 # A version never changes. The table forgets it all the same, like everything in it.
 KEEP_SECONDS = 30 * 86400
@@ -119,7 +119,7 @@ class ModelSchemas:
         if kept and kept.text == _UNUSABLE:
             return None
         if kept and kept.text is not None:
-            from predictions.input_schema import InputSchema, UnusableSchema
+            from predictions.upstream.input_schema import InputSchema, UnusableSchema
 
             try:
                 return InputSchema.from_json(kept.text)
@@ -150,7 +150,7 @@ def usable_schema(openapi_schema: Any, of: str) -> "InputSchema | None":
     """The schema of a model's input, from what its author made of it; None where that is of no use."""
     if openapi_schema is None:  # as Replicate shows it for some models
         return None
-    from predictions.input_schema import InputSchema, UnusableSchema
+    from predictions.upstream.input_schema import InputSchema, UnusableSchema
 
     try:
         return InputSchema.from_openapi(openapi_schema)

@@ -41,7 +41,7 @@ from predictions.schemas import ModelSchemas
 from predictions.status import TERMINAL_RANK, Status, rank_of
 from predictions.table import AlreadyExists, Change, Prediction, PredictionsTable, Waits
 from predictions.unknown_submissions import RESUBMIT_WAITS, UnknownSubmissions, target_of, undecided_ids, webhook_of
-from predictions.upstream import (
+from predictions.upstream.client import (
     NotAccepted,
     NotFound,
     OutcomeUnknown,
@@ -51,11 +51,11 @@ from predictions.upstream import (
     Unauthorized,
     Unavailable,
 )
-from predictions.upstream_prediction import UpstreamPrediction
+from predictions.upstream.prediction import UpstreamPrediction
 
 if TYPE_CHECKING:
-    from predictions.create_window import SendWindow
-    from predictions.input_schema import InputSchema
+    from predictions.upstream.create_window import SendWindow
+    from predictions.upstream.input_schema import InputSchema
 
 # A prediction whose submission nobody can account for is given up this long after Replicate must have ended it.
 _GIVE_UP_SECONDS = 300
@@ -672,7 +672,7 @@ class Submissions:
 
     def _window(self, prediction: Prediction) -> "SendWindow | None":
         """When the holder of this claim may send its create."""
-        from predictions.create_window import SendWindow  # loaded with the first create
+        from predictions.upstream.create_window import SendWindow  # loaded with the first create
 
         if prediction.claimed is None or prediction.submit_until is None:
             return None
@@ -1280,7 +1280,7 @@ class Submissions:
         """What is wrong with an input, as far as it can be told; Replicate looks at it again."""
         if schema is None:
             return []
-        from predictions.input_schema import NotChecked  # loaded with the first schema
+        from predictions.upstream.input_schema import NotChecked  # loaded with the first schema
 
         try:
             return schema.violations(json.loads(input_json))

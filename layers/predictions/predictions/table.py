@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
     from predictions.intents import Attempt, Intent
-    from predictions.upstream_prediction import UpstreamPrediction
+    from predictions.upstream.prediction import UpstreamPrediction
 
 PAYLOAD_LIMIT_BYTES = 100 * 1024
 """Above this a payload goes to S3: an item holds 400 KB, and a page of a list has to hold many.

@@ -111,8 +111,9 @@ LANES: tuple[Lane, ...] = ("http", "queue")
 _KEY = {"pk": {"S": "limiter"}, "sk": {"S": "creates"}}
 _PAUSE = ("paused_until", "paused_at", "paused_by", "pause_reason")
 
-# How far ahead rules put each of these at most; `upstream` takes a `Retry-After` up to an hour. Lanes are ahead of a
-# block, or of this moment, by `MaxStartDelaySeconds` and less than two minutes: a burst of HTTP and the last starts.
+# How far ahead rules put each of these at most; `upstream.client` takes a `Retry-After` up to an hour. Lanes are
+# ahead of a block, or of this moment, by `MaxStartDelaySeconds` and less than two minutes: a burst of HTTP and the last
+# starts.
 _BLOCK_SECONDS = 3600
 _LANE_SECONDS = 120
 _FARTHEST_SECONDS: dict[str, int] = {

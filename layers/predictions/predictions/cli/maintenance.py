@@ -120,7 +120,7 @@ def refresh(stack: Stack) -> None:
     """
     import httpx  # only this command needs it
 
-    from predictions.upstream import UpstreamError, token_of
+    from predictions.upstream.client import UpstreamError, token_of
 
     secretsmanager = stack.client("secretsmanager")
     stored = secretsmanager.get_secret_value(SecretId=stack.output("ReplicateTokenSecretArn"))["SecretString"]

@@ -28,10 +28,10 @@ from aws_lambda_powertools.utilities.parameters import SecretsProvider
 from aws_lambda_powertools.utilities.parameters.exceptions import GetParameterError
 
 from predictions.aws.clients import client
-from predictions.bounded_json import LIGHT_BYTES, Unscannable, elements, members, read_members
 from predictions.errors import PredictionsError
 from predictions.observability import MetricUnit, metrics
-from predictions.upstream_prediction import (
+from predictions.upstream.bounded_json import LIGHT_BYTES, Unscannable, elements, members, read_members
+from predictions.upstream.prediction import (
     TEXT_LIMIT_BYTES,
     UnreadablePrediction,
     UpstreamPrediction,
@@ -40,7 +40,7 @@ from predictions.upstream_prediction import (
 )
 
 if TYPE_CHECKING:
-    from predictions.create_window import SendWindow
+    from predictions.upstream.create_window import SendWindow
 
 CREATE_TIMEOUT_SECONDS = 20
 """The longest a create may take that waits for no end."""
@@ -215,7 +215,7 @@ class Replicate:
         url: The API's base URL, ending in `/v1`.
         token: Gives the token; asked before each call, so that it can be changed at any time.
         http: The client to use; it must not follow redirects, since the token goes with every request.
-        creates: The client for creates (see `predictions.create_window`); by default `http`.
+        creates: The client for creates (see `upstream.create_window`); by default `http`.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class Replicate:
         made: list[httpx.Client] = []
 
         def creates() -> httpx.Client:
-            from predictions.create_window import single_use_client  # loaded with the first create
+            from predictions.upstream.create_window import single_use_client  # loaded with the first create
 
             if not made:
                 made.append(single_use_client(**options))

@@ -1,6 +1,6 @@
 """A prediction in Replicate's words, as answers and webhooks carry it.
 
-Apart from `upstream`, so that the webhook's function reads one without importing an HTTP client.
+Apart from `upstream.client`, so that the webhook's function reads one without importing an HTTP client.
 """
 
 import json
@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
-from predictions.bounded_json import LIGHT_BYTES, read_members, weigh
 from predictions.errors import PredictionsError
 from predictions.status import TERMINAL_RANK, Status, rank_of
+from predictions.upstream.bounded_json import LIGHT_BYTES, read_members, weigh
 
 DEPTH_LIMIT = 300
 """The deepest answer: what Python reads beyond that depends on its version, and on who calls."""

@@ -1,0 +1,1 @@
+"""Replicate's API: its client, its predictions, its input schemas."""
