@@ -9,7 +9,7 @@ from predictions.aws.clients import api_url
 from predictions.batch_control import BatchControl
 from predictions.batches import Batch
 from predictions.cursors import page_links, read_cursor
-from predictions.intents import Attempt
+from predictions.intents.model import Attempt
 from predictions.observability import MetricUnit, logger, metrics, remaining_seconds
 from predictions.submissions import Submissions
 

@@ -16,7 +16,7 @@ from predictions.api import (
     owner_with,
     resolver,
 )
-from predictions.intents import (
+from predictions.intents.model import (
     Attempt,
     Intent,
     Reference,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from predictions.deliveries import Delivery
-from predictions.intents import create_intent
+from predictions.intents.model import create_intent
 from predictions.net.signatures import sign
 from predictions.table import Prediction
 from predictions.upstream.bounded_json import weigh

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from predictions import deliveries, intents, outputs, received_requests, submissions, table
+from predictions import deliveries, outputs, received_requests, submissions, table
 from predictions import status as statuses
 from predictions.admission import rate_limiter
 from predictions.admission.rate_limiter import Limiter
@@ -19,6 +19,7 @@ from predictions.batch_control import BatchControl
 from predictions.change_retries import Effect
 from predictions.changes import Changes
 from predictions.idempotency_keys import IdempotencyKeys
+from predictions.intents import model as intents
 from predictions.outputs import OutputsBucket
 from predictions.pipeline_api import PipelineApi
 from predictions.pipeline_progress import PipelineExecutions

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from predictions.admission.rate_limiter import Limiter
 from predictions.aws.executions import Executions
-from predictions.intents import create_requested_intent
+from predictions.intents.model import create_requested_intent
 from predictions.outputs import OutputsBucket
 from predictions.table import PredictionsTable
 

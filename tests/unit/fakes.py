@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 from botocore.exceptions import ReadTimeoutError
 from predictions.aws import clients
-from predictions.intents import Attempt
+from predictions.intents.model import Attempt
 
 API_URL = "https://api.example.com/v1"
 VERSION = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"

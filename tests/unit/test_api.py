@@ -14,7 +14,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 from predictions.api import Presenter, answer_with, json_response, resolver
 from predictions.aws import clients
 from predictions.errors import Problem
-from predictions.intents import create_intent, derived_id
+from predictions.intents.model import create_intent, derived_id
 from predictions.outputs import OutputsBucket, StoredFile
 from predictions.status import Status, visible
 from predictions.submissions import Submissions

@@ -14,7 +14,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws import clients
 from predictions.copies import copy
 from predictions.errors import CopyInterrupted, PredictionThrottled, Problem
-from predictions.intents import LIFETIME_LIMIT_SECONDS, Intent
+from predictions.intents.model import LIFETIME_LIMIT_SECONDS, Intent
 from predictions.observability import metrics
 from predictions.outputs import OutputsBucket, StoredFile
 from predictions.receipts import receive

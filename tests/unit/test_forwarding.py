@@ -25,7 +25,7 @@ from predictions.forwarding import (
     VersionCache,
 )
 from predictions.forwarding import Call as ForwardedCall
-from predictions.intents import create_intent
+from predictions.intents.model import create_intent
 from predictions.observability import logger
 from predictions.submissions import Submissions
 from predictions.table import KeptSchema, PredictionsTable

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from predictions.errors import Problem
-from predictions.intents import (
+from predictions.intents.model import (
     BODY_LIMIT_BYTES,
     DEPTH_LIMIT,
     Intent,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersLimits, OwnersUsage
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
-from predictions.intents import random_id
+from predictions.intents.model import random_id
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable
 

@@ -13,7 +13,7 @@ from predictions.aws.executions import Executions
 from predictions.batch_control import BatchControl
 from predictions.batches import Batches
 from predictions.copies import copy
-from predictions.intents import derived_id
+from predictions.intents.model import derived_id
 from predictions.output_urls import Distribution, PrivateKey
 from predictions.outputs import OutputsBucket
 from predictions.pipeline_api import PipelineApi

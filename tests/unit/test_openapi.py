@@ -10,7 +10,7 @@ from predictions.batch_body import BatchBody
 from predictions.deliveries import EVENTS
 from predictions.file_uploads import UploadBody
 from predictions.forwarding import ROUTES as FORWARDED_ROUTES
-from predictions.intents import PredictionBody, TrainingBody
+from predictions.intents.model import PredictionBody, TrainingBody
 from predictions.pipeline_definition import PipelineBody
 from predictions.recipe_bodies import RecipeBody
 from pydantic import BaseModel

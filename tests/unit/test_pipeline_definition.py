@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from predictions.errors import Problem
-from predictions.intents import Reference
+from predictions.intents.model import Reference
 from predictions.pipeline_definition import (
     BODY_LIMIT_PLACEHOLDERS,
     BODY_LIMIT_VALUES,

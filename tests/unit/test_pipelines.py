@@ -17,7 +17,7 @@ from predictions.aws.dynamodb import deserialize, serialize
 from predictions.aws.executions import Executions
 from predictions.copies import copy
 from predictions.errors import Problem
-from predictions.intents import create_requested_intent
+from predictions.intents.model import create_requested_intent
 from predictions.links import Links
 from predictions.outputs import OutputsBucket
 from predictions.pipeline_api import LIFETIME_SECONDS, PipelineApi

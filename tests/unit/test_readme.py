@@ -116,7 +116,7 @@ def test_runbook_has_a_section_for_every_alarm_and_a_row_for_every_metric() -> N
 
 
 LIMITS = {
-    "body of a request": ("layers/predictions/predictions/intents.py", "BODY_LIMIT_BYTES", 2**20, "{} MiB"),
+    "body of a request": ("layers/predictions/predictions/intents/model.py", "BODY_LIMIT_BYTES", 2**20, "{} MiB"),
     "body of a change that is passed on": (
         "layers/predictions/predictions/forwarding.py",
         "CHANGE_LIMIT_BYTES",
@@ -141,7 +141,7 @@ LIMITS = {
         1,
         "{} s",
     ),
-    "nesting of JSON": ("layers/predictions/predictions/intents.py", "DEPTH_LIMIT", 1, "{} levels"),
+    "nesting of JSON": ("layers/predictions/predictions/intents/model.py", "DEPTH_LIMIT", 1, "{} levels"),
     "a file in `POST /files`": (
         "layers/predictions/predictions/file_uploads.py",
         "CONTENT_LIMIT_BYTES",
@@ -168,7 +168,12 @@ LIMITS = {
         "`max_concurrency`, {} at most",
     ),
     "`Prefer: wait`": ("functions/start_prediction/app.py", "WAIT_LIMIT_SECONDS", 1, "{} s"),
-    "deadline": ("layers/predictions/predictions/intents.py", "LIFETIME_LIMIT_SECONDS", 24 * 3600, "5 s to {} days"),
+    "deadline": (
+        "layers/predictions/predictions/intents/model.py",
+        "LIFETIME_LIMIT_SECONDS",
+        24 * 3600,
+        "5 s to {} days",
+    ),
     "page of a list": ("functions/read_predictions/app.py", "PAGE_SIZE", 1, "{} predictions"),
     "logs in an answer": ("layers/predictions/predictions/api.py", "_LOGS_LIMIT_CHARACTERS", 1024, "the last {} Ki "),
     "input or result in the table": ("layers/predictions/predictions/table.py", "PAYLOAD_LIMIT_BYTES", 1024, "{} KiB"),

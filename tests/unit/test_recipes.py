@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from predictions.aws import clients
-from predictions.intents import Intent
+from predictions.intents.model import Intent
 from predictions.links import Links
 from predictions.outputs import folder, safe_prefix
 from predictions.recipe_changes import RECIPE_LIMIT_BYTES, RecipeChanges

@@ -9,7 +9,7 @@ import pytest
 from botocore.exceptions import ClientError
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
-from predictions.intents import Intent, Reference, create_intent, model_reference
+from predictions.intents.model import Intent, Reference, create_intent, model_reference
 from predictions.observability import metrics
 from predictions.submissions import Submissions
 from predictions.table import PAYLOAD_LIMIT_BYTES, KeptSchema, PredictionsTable

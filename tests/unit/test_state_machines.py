@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from predictions import errors
-from predictions.intents import LIFETIME_LIMIT_SECONDS
+from predictions.intents.model import LIFETIME_LIMIT_SECONDS
 from predictions.pipeline_api import LIFETIME_SECONDS
 from predictions.pipeline_definition import FAN_OUTS_LIMIT, ITEMS_LIMIT, STEPS_LIMIT
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from predictions.aws import clients
-from predictions.intents import create_intent
+from predictions.intents.model import create_intent
 from predictions.observability import metrics
 from predictions.pipeline_progress import PipelineExecutions
 from predictions.pipelines_table import PipelinesTable

@@ -8,7 +8,13 @@ import pytest
 from predictions.aws import clients
 from predictions.copies import copy
 from predictions.errors import Problem
-from predictions.intents import Intent, create_intent, create_requested_intent, create_training, training_reference
+from predictions.intents.model import (
+    Intent,
+    create_intent,
+    create_requested_intent,
+    create_training,
+    training_reference,
+)
 from predictions.outputs import OutputsBucket
 from predictions.receipts import Receipt, receive
 from predictions.submissions import Submissions

@@ -26,7 +26,7 @@ from predictions.batch_files import (
 )
 from predictions.batches import Batch, Batches
 from predictions.errors import Problem
-from predictions.intents import (
+from predictions.intents.model import (
     LIFETIME_LIMIT_SECONDS,
     Attempt,
     idempotency_key,

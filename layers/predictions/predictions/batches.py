@@ -30,7 +30,7 @@ from predictions.aws.dynamodb import deserialize, list_page, read_items, seriali
 from predictions.batch_files import read_range, requests_key
 from predictions.errors import NoLongerWanted, Problem
 from predictions.idempotency_keys import IdempotencyKeys
-from predictions.intents import BODY_LIMIT_BYTES, Intent, create_requested_intent, derived_id
+from predictions.intents.model import BODY_LIMIT_BYTES, Intent, create_requested_intent, derived_id
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

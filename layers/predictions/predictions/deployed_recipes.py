@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from predictions.access import is_owner
 from predictions.aws.clients import client
 from predictions.errors import PredictionsError, Problem
-from predictions.intents import parse_json
+from predictions.intents.model import parse_json
 from predictions.recipe_changes import RECIPE_LIMIT_BYTES, RecipeChanges
 from predictions.recipe_rules import RecipeRules
 from predictions.recipes import RecipeItems

@@ -29,7 +29,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import api_url, client
 from predictions.errors import Problem
-from predictions.intents import parse_json
+from predictions.intents.model import parse_json
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.schemas import KEEP_SECONDS, to_keep, usable_schema
 from predictions.table import PAYLOAD_LIMIT_BYTES, schema_key

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from predictions.batch_files import read_lines
 from predictions.errors import PredictionsError, Problem
-from predictions.intents import BODY_LIMIT_BYTES, create_requested_intent, parse_json
+from predictions.intents.model import BODY_LIMIT_BYTES, create_requested_intent, parse_json
 
 if TYPE_CHECKING:
     from predictions.recipes import Recipe

@@ -13,7 +13,7 @@ from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage,
 from predictions.api import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
 from predictions.aws.clients import api_url
 from predictions.errors import Problem
-from predictions.intents import Attempt, derived_id, idempotency_key, parse_json, random_id
+from predictions.intents.model import Attempt, derived_id, idempotency_key, parse_json, random_id
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.pipeline_definition import create_definition, fingerprint
 from predictions.pipeline_progress import PipelineExecutions

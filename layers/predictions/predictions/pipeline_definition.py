@@ -21,7 +21,7 @@ from jmespath.parser import Parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from predictions.errors import Problem
-from predictions.intents import Reference, create_requested_intent, input_json_canonical
+from predictions.intents.model import Reference, create_requested_intent, input_json_canonical
 from predictions.templating import Allowance, PlaceholderError, TooSlow, expressions, fill, holds_placeholders
 
 STEPS_LIMIT = 50

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from predictions.intents import derived_id
+from predictions.intents.model import derived_id
 from predictions.pipeline_definition import Step
 from predictions.pipelines_table import Notes, StoredPipeline
 from predictions.status import Status

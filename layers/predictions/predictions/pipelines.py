@@ -16,7 +16,7 @@ from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, serialize
 from predictions.aws.executions import wake
 from predictions.errors import PredictionsError, Problem
-from predictions.intents import BODY_LIMIT_BYTES, Intent, create_requested_intent
+from predictions.intents.model import BODY_LIMIT_BYTES, Intent, create_requested_intent
 from predictions.links import Links
 from predictions.observability import logger
 from predictions.outputs import OutputsBucket

@@ -13,7 +13,7 @@ from predictions.aws.dynamodb import deserialize, serialize
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
-    from predictions.intents import Attempt
+    from predictions.intents.model import Attempt
 
 _RECENT_MS = 120_000
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from predictions.aws.dynamodb import timestamp
 from predictions.errors import Problem
-from predictions.intents import Reference, create_requested_intent, parse_json, random_id
+from predictions.intents.model import Reference, create_requested_intent, parse_json, random_id
 from predictions.observability import logger
 from predictions.recipe_bodies import NAME, RecipeBody
 from predictions.recipe_rules import RecipeRules, RuleRefused

@@ -33,7 +33,7 @@ from botocore.exceptions import ClientError
 
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize
-from predictions.intents import Intent, create_requested_intent
+from predictions.intents.model import Intent, create_requested_intent
 from predictions.links import Links
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.outputs import ORIGIN_DEPTH, safe_prefix

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from predictions.access import OWNER_RULE, is_owner
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionsError, Problem
-from predictions.intents import Intent, create_requested_intent, parse_json
+from predictions.intents.model import Intent, create_requested_intent, parse_json
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.table import CALLERS_LIMIT, AlreadyExists, Prediction, PredictionsTable
 

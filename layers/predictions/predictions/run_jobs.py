@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from predictions.api import Presenter
 from predictions.errors import Problem
-from predictions.intents import Intent, create_requested_intent, parse_json
+from predictions.intents.model import Intent, create_requested_intent, parse_json
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.submissions import Submissions
 from predictions.table import Prediction, Whole

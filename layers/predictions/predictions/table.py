@@ -47,7 +47,7 @@ from predictions.status import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status, ra
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
-    from predictions.intents import Attempt, Intent
+    from predictions.intents.model import Attempt, Intent
     from predictions.upstream.prediction import UpstreamPrediction
 
 PAYLOAD_LIMIT_BYTES = 100 * 1024

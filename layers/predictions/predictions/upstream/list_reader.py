@@ -17,7 +17,7 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 
-from predictions.intents import input_json_canonical
+from predictions.intents.model import input_json_canonical
 from predictions.upstream.client import Collection, NotFound, Replicate, Unavailable
 from predictions.upstream.entry_scanner import Entry, EntryScanner, MalformedListError
 

@@ -1,0 +1,1 @@
+"""Requests for predictions, checked before anything is written or spent."""
