@@ -20,7 +20,7 @@ from urllib.parse import unquote_plus, urlsplit
 import httpx
 from botocore.exceptions import BotoCoreError, ClientError
 from PIL import Image
-from predictions.outputs import OutputsBucket
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.table import Prediction, PredictionsTable
 
 from local.cloud import STACK_NAME, Stack, aws_client, local_directory

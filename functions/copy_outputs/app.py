@@ -4,8 +4,8 @@ import time
 from typing import Any
 
 from predictions.copies import copy, copy_again
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.observability import handler_of, logger, remaining_seconds
-from predictions.outputs import OutputsBucket
 from predictions.table import PredictionsTable
 
 outputs = OutputsBucket.from_env()

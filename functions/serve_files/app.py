@@ -3,8 +3,8 @@
 from aws_lambda_powertools.event_handler import Response
 from predictions.api import answer_with, resolver
 from predictions.errors import Problem
-from predictions.files import Files
-from predictions.links import Links
+from predictions.files.links import Links
+from predictions.files.uploads import Files
 from predictions.table import is_id
 
 app = resolver()

@@ -7,8 +7,8 @@ from predictions.api import answer_with, body_of, headers_of, json_response, own
 from predictions.aws.clients import api_url
 from predictions.cursors import page_links, read_cursor
 from predictions.errors import Problem
-from predictions.file_uploads import read_form, read_upload
-from predictions.files import Files, place
+from predictions.files.upload_requests import read_form, read_upload
+from predictions.files.uploads import Files, place
 from predictions.table import is_id
 
 PAGE_SIZE = 100

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from predictions.errors import CopyInterrupted
-from predictions.outputs import STOP_BEFORE_SECONDS, OutputsBucket
+from predictions.files.outputs_bucket import STOP_BEFORE_SECONDS, OutputsBucket
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import pytest
 from predictions.aws import clients
-from predictions.outputs import OutputsBucket
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.table import PredictionsTable
 
 from tests.simulation.dynamodb import ConditionFailed, Table

@@ -16,9 +16,10 @@ from urllib.parse import parse_qsl, urlencode
 import botocore.session
 import httpx
 import pytest
-from predictions import outputs, requests
+from predictions import requests
 from predictions.access import AccessTokens
 from predictions.aws import clients as aws
+from predictions.files import outputs_bucket
 from predictions.net.signatures import sign
 
 from tests.simulation.account import Account, AwsError
@@ -252,7 +253,7 @@ class Stack:
         monkeypatch.setattr(httpx, "Client", Client)
         monkeypatch.setattr(aws, "_client", clients)
         monkeypatch.setattr(aws, "_api_url", None)
-        made: Any = outputs.OutputsBucket.__init__
+        made: Any = outputs_bucket.OutputsBucket.__init__
         monkeypatch.setattr(made, "__kwdefaults__", {**made.__kwdefaults__, "open_client": replicate.client})
         monkeypatch.setenv("CREATES_PER_MINUTE", "6000")
         requests._source.cache_clear()

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import pytest
 from predictions.aws import clients
-from predictions.outputs import STOP_BEFORE_SECONDS, OutputsBucket, folder, safe_prefix
+from predictions.files.outputs_bucket import STOP_BEFORE_SECONDS, OutputsBucket, folder, safe_prefix
 from predictions.table import PredictionsTable
 
 from tests.attacks.hosts import Answer, HostileHost, endless, head, hostile_host, sends, silent, sink, whole

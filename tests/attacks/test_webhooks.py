@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from predictions.aws import clients as aws
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.net.signatures import (
     MAX_BODY_BYTES,
     SignatureMismatch,
@@ -19,7 +20,6 @@ from predictions.net.signatures import (
     sign,
     verify,
 )
-from predictions.outputs import OutputsBucket
 from predictions.table import PredictionsTable
 
 from tests.reliability import Recorded

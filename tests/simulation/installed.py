@@ -14,10 +14,11 @@ from typing import Any
 from unittest import mock
 
 import httpx
-from predictions import outputs, requests
+from predictions import requests
 from predictions.aws import clients as aws
+from predictions.files import outputs_bucket
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.observability import logger, metrics
-from predictions.outputs import OutputsBucket
 from predictions.receivers import Receivers
 
 from tests.simulation.account import Clients
@@ -160,7 +161,7 @@ def installed() -> Iterator[Simulation]:
             mock.patch.dict(os.environ, environment, clear=True),
             mock.patch.object(aws, "_client", clients),
             mock.patch.object(aws, "_api_url", None),
-            mock.patch.object(outputs, "ThreadPoolExecutor", _Inline),
+            mock.patch.object(outputs_bucket, "ThreadPoolExecutor", _Inline),
             mock.patch.object(httpx, "Client", Client),
             mock.patch.object(metrics, "add_metric", _count_nothing),
             _clocked(here, own),

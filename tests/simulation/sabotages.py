@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from predictions import deliveries, outputs, received_requests, submissions, table
+from predictions import deliveries, received_requests, submissions, table
 from predictions import status as statuses
 from predictions.admission import rate_limiter
 from predictions.admission.rate_limiter import Limiter
@@ -18,9 +18,10 @@ from predictions.aws.executions import Executions
 from predictions.batch_control import BatchControl
 from predictions.change_retries import Effect
 from predictions.changes import Changes
+from predictions.files import outputs_bucket
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.idempotency_keys import IdempotencyKeys
 from predictions.intents import model as intents
-from predictions.outputs import OutputsBucket
 from predictions.pipeline_api import PipelineApi
 from predictions.pipeline_progress import PipelineExecutions
 from predictions.received_requests import ReceivedRequests
@@ -185,7 +186,9 @@ def _file_given_up(copy: Any) -> Any:
     def copied(self: OutputsBucket, *given: Any, **options: Any) -> Any:
         outcome = copy(self, *given, **options)
         return (
-            outputs.StoredFile(given[0].path, given[0].index, error="no") if isinstance(outcome, Exception) else outcome
+            outputs_bucket.StoredFile(given[0].path, given[0].index, error="no")
+            if isinstance(outcome, Exception)
+            else outcome
         )
 
     return copied
@@ -386,7 +389,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "no orphan is canceled": _method(Submissions, "_cancel_orphans", _swept_without_orphans),
     "a cancel is not passed on": _method(Submissions, "_ask_to_cancel", lambda _: lambda self, prediction: prediction),
     "ExecutionAlreadyExists is taken for success": _method(Executions, "start", _started_whatever_is_there),
-    "a file's size is not checked": _value(outputs, "_length", lambda _: None),
+    "a file's size is not checked": _value(outputs_bucket, "_length", lambda _: None),
     "a file that broke off is given up": _method(OutputsBucket, "_copy", _file_given_up),
     "a copy without a lease": _method(PredictionsTable, "lease_copy", _constant(True)),
     "files are not waited for": _method(OutputsBucket, "holds_files", _constant(False)),

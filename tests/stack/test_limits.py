@@ -12,8 +12,8 @@ import httpx
 import pytest
 from predictions.admission.rate_limiter import Limiter
 from predictions.aws.executions import Executions
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import create_requested_intent
-from predictions.outputs import OutputsBucket
 from predictions.table import PredictionsTable
 
 from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from PIL import Image
 from predictions.aws import clients
-from predictions.links import Links
+from predictions.files.links import Links
 
 from local.cloud import LocalCloud
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.net.signatures import sign
-from predictions.outputs import OutputsBucket
 from predictions.status import Status
 from predictions.table import PredictionsTable
 from predictions.upstream.prediction import UpstreamPrediction

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions.outputs import OutputsBucket
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.table import PredictionsTable
 
 from local.cloud import LocalCloud

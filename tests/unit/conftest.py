@@ -11,8 +11,8 @@ from predictions.admission.quotas import OwnersUsage
 from predictions.admission.rate_limiter import Limiter
 from predictions.aws import clients
 from predictions.aws.executions import Executions
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.observability import metrics
-from predictions.outputs import OutputsBucket
 from predictions.recipe_changes import RecipeChanges
 from predictions.recipe_rules import RecipeRules
 from predictions.recipes import RecipeItems

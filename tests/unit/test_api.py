@@ -14,8 +14,8 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 from predictions.api import Presenter, answer_with, json_response, resolver
 from predictions.aws import clients
 from predictions.errors import Problem
+from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.intents.model import create_intent, derived_id
-from predictions.outputs import OutputsBucket, StoredFile
 from predictions.status import Status, visible
 from predictions.submissions import Submissions
 from predictions.table import Prediction, PredictionsTable, Whole

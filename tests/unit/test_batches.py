@@ -18,8 +18,8 @@ from predictions.batch_preparation import prepare
 from predictions.batch_results import finish
 from predictions.batches import Batch, Batches, event_of
 from predictions.errors import NoLongerWanted, Problem
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import random_id
-from predictions.outputs import OutputsBucket
 from predictions.recipes import Recipe, RecipeItems, State
 from predictions.requests import Message, Requests
 from predictions.status import Status

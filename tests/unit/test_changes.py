@@ -9,7 +9,7 @@ from predictions.change_retries import RetryQueue
 from predictions.changes import OUTPUT_LIMIT_BYTES, PARSED_LIMIT_CHARACTERS, Changes
 from predictions.deliveries import DeliveriesQueue
 from predictions.events import FILES_LIMIT_BYTES, Event, EventBus, list_files
-from predictions.outputs import OutputsBucket, StoredFile, find_files
+from predictions.files.outputs_bucket import OutputsBucket, StoredFile, find_files
 from predictions.status import Status
 from predictions.table import Prediction, PredictionsTable
 from predictions.upstream.prediction import UpstreamPrediction

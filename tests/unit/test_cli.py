@@ -22,7 +22,7 @@ from predictions.cli.stack import Stack, _Bucket
 from predictions.cli.webhooks import Event
 from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequests
 from predictions.deliveries import EVENTS
-from predictions.outputs import OutputsBucket
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.requests import Message
 from predictions.table import Prediction
 

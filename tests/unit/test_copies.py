@@ -11,8 +11,8 @@ from predictions.api import Presenter
 from predictions.aws import clients
 from predictions.copies import copy, copy_again
 from predictions.errors import CopyInterrupted
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.observability import metrics
-from predictions.outputs import OutputsBucket
 from predictions.table import Prediction, PredictionsTable
 
 from tests.unit.fakes import PNG, Clock, ReplicateInMemory, served

@@ -9,7 +9,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws import clients
 from predictions.copies import copy
 from predictions.errors import Problem
-from predictions.outputs import OutputsBucket
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.receipts import receive
 from predictions.submissions import Submissions
 from predictions.table import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable, Whole

@@ -19,7 +19,7 @@ from predictions.deliveries import (
     UnreadableDelivery,
     deliveries_of,
 )
-from predictions.outputs import StoredFile
+from predictions.files.outputs_bucket import StoredFile
 from predictions.status import Status
 from predictions.table import PredictionsTable
 

@@ -17,11 +17,11 @@ from predictions.batch_control import BatchControl
 from predictions.batches import Batch, Batches
 from predictions.dead_requests import DeadRequests
 from predictions.deliveries import Delivery
-from predictions.files import Files
+from predictions.files.links import Links
+from predictions.files.outputs_bucket import OutputsBucket
+from predictions.files.uploads import Files
 from predictions.forwarding import Forwarding, VersionCache
 from predictions.idempotency_keys import IdempotencyKeys
-from predictions.links import Links
-from predictions.outputs import OutputsBucket
 from predictions.owner_secrets import OwnerSecrets
 from predictions.pipeline_api import PipelineApi
 from predictions.pipeline_definition import fingerprint

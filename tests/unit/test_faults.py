@@ -14,9 +14,9 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws import clients
 from predictions.copies import copy
 from predictions.errors import CopyInterrupted, PredictionThrottled, Problem
+from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.intents.model import LIFETIME_LIMIT_SECONDS, Intent
 from predictions.observability import metrics
-from predictions.outputs import OutputsBucket, StoredFile
 from predictions.receipts import receive
 from predictions.status import Status
 from predictions.submissions import Submissions, Timing

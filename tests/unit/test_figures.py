@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from predictions.aws import clients
 from predictions.copies import copy
-from predictions.outputs import OutputsBucket
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.receipts import receive
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 from predictions.errors import Problem
-from predictions.file_uploads import CONTENT_LIMIT_BYTES, UPLOAD_LIMIT_BYTES, read_form, read_upload
+from predictions.files.upload_requests import CONTENT_LIMIT_BYTES, UPLOAD_LIMIT_BYTES, read_form, read_upload
 
 FORM = "multipart/form-data; boundary=x"
 

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from predictions.aws import clients
-from predictions.files import Files
+from predictions.files.uploads import Files
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
 from tests.unit.fakes import API_URL, Clock

@@ -5,7 +5,7 @@ from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit
 
 import pytest
 from predictions.aws import clients
-from predictions.links import Links, LinkSecretUnusable, UnknownBucket
+from predictions.files.links import Links, LinkSecretUnusable, UnknownBucket
 
 from tests.unit.fakes import API_URL, Clock
 

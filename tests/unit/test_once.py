@@ -13,9 +13,9 @@ from predictions.aws.executions import Executions
 from predictions.batch_control import BatchControl
 from predictions.batches import Batches
 from predictions.copies import copy
+from predictions.files.outputs_bucket import OutputsBucket
+from predictions.files.signed_urls import Distribution, PrivateKey
 from predictions.intents.model import derived_id
-from predictions.output_urls import Distribution, PrivateKey
-from predictions.outputs import OutputsBucket
 from predictions.pipeline_api import PipelineApi
 from predictions.pipeline_progress import PipelineExecutions
 from predictions.pipelines_table import PipelinesTable

@@ -8,7 +8,7 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from predictions.batch_body import BatchBody
 from predictions.deliveries import EVENTS
-from predictions.file_uploads import UploadBody
+from predictions.files.upload_requests import UploadBody
 from predictions.forwarding import ROUTES as FORWARDED_ROUTES
 from predictions.intents.model import PredictionBody, TrainingBody
 from predictions.pipeline_definition import PipelineBody

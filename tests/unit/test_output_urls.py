@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from predictions.api import Presenter
 from predictions.aws import clients
 from predictions.cli.__main__ import main
-from predictions.output_urls import Distribution, PrivateKey
-from predictions.outputs import OutputsBucket
+from predictions.files.outputs_bucket import OutputsBucket
+from predictions.files.signed_urls import Distribution, PrivateKey
 
 from tests.unit.fakes import Clock
 

@@ -17,9 +17,9 @@ from predictions.aws.dynamodb import deserialize, serialize
 from predictions.aws.executions import Executions
 from predictions.copies import copy
 from predictions.errors import Problem
+from predictions.files.links import Links
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import create_requested_intent
-from predictions.links import Links
-from predictions.outputs import OutputsBucket
 from predictions.pipeline_api import LIFETIME_SECONDS, PipelineApi
 from predictions.pipeline_definition import ITEMS_LIMIT, PART_LIMIT_VALUES
 from predictions.pipeline_progress import RESEND_SECONDS, PipelineExecutions, Progress, Turn

@@ -14,9 +14,9 @@ import pytest
 from predictions.api import Presenter
 from predictions.aws import clients
 from predictions.deliveries import DeadLetters, DeliveriesQueue, Delivery, deliveries_of
+from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.net.addresses import guarded_client
 from predictions.observability import metrics
-from predictions.outputs import OutputsBucket, StoredFile
 from predictions.owner_secrets import OwnerSecrets, SecretVersions
 from predictions.receivers import Receivers
 from predictions.table import PredictionsTable

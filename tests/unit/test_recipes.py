@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from predictions.aws import clients
+from predictions.files.links import Links
+from predictions.files.outputs_bucket import folder, safe_prefix
 from predictions.intents.model import Intent
-from predictions.links import Links
-from predictions.outputs import folder, safe_prefix
 from predictions.recipe_changes import RECIPE_LIMIT_BYTES, RecipeChanges
 from predictions.recipes import RecipeItems, Recipes
 from predictions.requests import Message, RequestRefused, Requests

@@ -13,8 +13,8 @@ from predictions.aws.dynamodb import deserialize, serialize
 from predictions.aws.executions import Executions
 from predictions.changes import Changes
 from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequest, DeadRequests
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.observability import logger
-from predictions.outputs import OutputsBucket
 from predictions.requests import Message, RequestRefused, Requests, _source_of, task_token_of
 from predictions.status import Status
 from predictions.table import CALLERS_LIMIT, PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable

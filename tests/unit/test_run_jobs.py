@@ -9,7 +9,7 @@ import pytest
 from botocore.exceptions import ClientError
 from predictions.api import Presenter
 from predictions.aws import clients
-from predictions.outputs import OutputsBucket
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.receipts import receive
 from predictions.run_jobs import RunJobs
 from predictions.submissions import Submissions

@@ -9,9 +9,9 @@ import pytest
 from botocore.exceptions import ClientError
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import Attempt, Intent, create_intent, model_reference
 from predictions.observability import metrics
-from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions
 from predictions.table import Prediction, PredictionsTable
 

@@ -416,7 +416,7 @@ class TestPipelines:
         self, table: PredictionsTable, pipeline_executed: Executed, clock: Clock
     ) -> None:
         from predictions.aws.executions import Executions
-        from predictions.outputs import OutputsBucket
+        from predictions.files.outputs_bucket import OutputsBucket
         from predictions.pipeline_definition import create_definition
 
         pipelines = PipelinesTable("predictions", OutputsBucket("outputs"), clients.client("dynamodb"))

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from predictions.aws import clients
 from predictions.copies import copy
-from predictions.outputs import OutputsBucket
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.receipts import Receipt, receive
 from predictions.submissions import Submissions
 from predictions.table import PredictionsTable

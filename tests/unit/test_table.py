@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from predictions.aws import clients
+from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.intents.model import create_intent, derived_id, random_id
-from predictions.outputs import OutputsBucket, StoredFile
 from predictions.status import Status, rank_of, visible
 from predictions.table import PAYLOAD_LIMIT_BYTES, AlreadyExists, Change, Prediction, PredictionsTable
 from predictions.upstream.prediction import UpstreamPrediction

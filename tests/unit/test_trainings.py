@@ -8,6 +8,7 @@ import pytest
 from predictions.aws import clients
 from predictions.copies import copy
 from predictions.errors import Problem
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import (
     Intent,
     create_intent,
@@ -15,7 +16,6 @@ from predictions.intents.model import (
     create_training,
     training_reference,
 )
-from predictions.outputs import OutputsBucket
 from predictions.receipts import Receipt, receive
 from predictions.submissions import Submissions
 from predictions.table import Prediction, PredictionsTable

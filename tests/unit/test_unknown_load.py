@@ -21,8 +21,8 @@ from predictions.admission.rate_limiter import Limiter
 from predictions.aws import clients as aws
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionThrottled
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.observability import logger, metrics
-from predictions.outputs import OutputsBucket
 from predictions.submissions import Submissions, Timing
 from predictions.table import PredictionsTable
 from predictions.unknown_submissions import UnknownSubmissions

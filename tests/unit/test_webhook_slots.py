@@ -10,7 +10,7 @@ from predictions.api import Presenter
 from predictions.aws import clients
 from predictions.aws.dynamodb import serialize
 from predictions.deliveries import DeadLetters, DeliveriesQueue, Delivery
-from predictions.outputs import OutputsBucket
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.owner_secrets import OwnerSecrets, SecretVersions
 from predictions.receivers import Receivers
 from predictions.table import PredictionsTable

@@ -20,9 +20,9 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import api_url
 from predictions.errors import Problem
+from predictions.files.outputs_bucket import FILES_LIMIT, OutputsBucket, StoredFile
+from predictions.files.signed_urls import Distribution
 from predictions.observability import MetricUnit, handler_of, logger, metrics
-from predictions.output_urls import Distribution
-from predictions.outputs import FILES_LIMIT, OutputsBucket, StoredFile
 from predictions.table import Page, Prediction, PredictionsTable, Whole, is_id
 
 # Lambda answers with at most 6 MB, in which the body is a string: JSON within JSON.

@@ -28,8 +28,8 @@ from predictions.aws.task_tokens import tell_failure, tell_success
 from predictions.change_retries import Effect, Retry, RetryQueue, UnreadableRetry
 from predictions.deliveries import DeliveriesQueue
 from predictions.events import Event, EventBus, event_of_prediction, list_files
+from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.outputs import OutputsBucket, StoredFile
 from predictions.status import Status
 from predictions.table import PayloadTooLong, Prediction, PredictionsTable, read_image
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from predictions.errors import CopyInterrupted
+from predictions.files.outputs_bucket import FILES_LIMIT, OutputsBucket, folder
 from predictions.observability import MetricUnit, count_ended, logger, metrics
-from predictions.outputs import FILES_LIMIT, OutputsBucket, folder
 from predictions.table import PredictionsTable
 
 # Replicate removes files about an hour after the end; beyond this a host that still fails is taken at its word.

@@ -17,7 +17,7 @@ from botocore.exceptions import ClientError
 
 from predictions.aws.clients import client
 from predictions.aws.dead_letter_queue import DeadLetterQueue, Letter
-from predictions.outputs import OutputsBucket
+from predictions.files.outputs_bucket import OutputsBucket
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient

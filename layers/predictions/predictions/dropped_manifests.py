@@ -18,10 +18,10 @@ from predictions.admission.quotas import LimitReached
 from predictions.batch_body import BatchLimits
 from predictions.batch_control import BatchControl
 from predictions.batches import Batch
+from predictions.files.outputs_bucket import ORIGIN_DEPTH
 from predictions.intents.model import random_id
 from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.outputs import ORIGIN_DEPTH
 from predictions.recipes import head_of, next_depth, object_of
 from predictions.requests import RequestRefused
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import client
+from predictions.files.outputs_bucket import StoredFile
 from predictions.observability import logger
-from predictions.outputs import StoredFile
 from predictions.status import Status
 from predictions.table import Prediction
 

@@ -16,10 +16,10 @@ from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, serialize
 from predictions.aws.executions import wake
 from predictions.errors import PredictionsError, Problem
+from predictions.files.links import Links
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import BODY_LIMIT_BYTES, Intent, create_requested_intent
-from predictions.links import Links
 from predictions.observability import logger
-from predictions.outputs import OutputsBucket
 from predictions.pipeline_definition import Step, elements
 from predictions.pipeline_runs import run_ids, run_key, states_of
 from predictions.pipelines_table import PipelinesTable, StoredPipeline

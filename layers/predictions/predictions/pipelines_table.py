@@ -25,8 +25,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
 from predictions.errors import PredictionsError
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.idempotency_keys import IdempotencyKeys
-from predictions.outputs import OutputsBucket
 from predictions.pipeline_definition import Definition
 from predictions.table import PAYLOAD_LIMIT_BYTES
 

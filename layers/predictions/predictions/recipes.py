@@ -33,10 +33,10 @@ from botocore.exceptions import ClientError
 
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize
+from predictions.files.links import Links
+from predictions.files.outputs_bucket import ORIGIN_DEPTH, safe_prefix
 from predictions.intents.model import Intent, create_requested_intent
-from predictions.links import Links
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.outputs import ORIGIN_DEPTH, safe_prefix
 from predictions.requests import Message, RequestRefused
 from predictions.table import is_id
 from predictions.templating import Allowance, Filler, NothingFound, PlaceholderError

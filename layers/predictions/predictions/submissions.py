@@ -34,9 +34,9 @@ from predictions.admission.rate_limiter import AskAgain, Lane, Limiter, Pause, R
 from predictions.aws.clients import api_url
 from predictions.aws.executions import Executions, wake
 from predictions.errors import PredictionThrottled, Problem
+from predictions.files.outputs_bucket import StoredFile
 from predictions.intents.model import Attempt, Intent, Reference, input_json_canonical
 from predictions.observability import MetricUnit, count_ended, logger, metrics
-from predictions.outputs import StoredFile
 from predictions.schemas import ModelSchemas
 from predictions.status import TERMINAL_RANK, Status, rank_of
 from predictions.table import AlreadyExists, Change, Prediction, PredictionsTable, Waits

@@ -40,7 +40,7 @@ from botocore.exceptions import ClientError
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
 from predictions.errors import PredictionsError
-from predictions.outputs import OutputsBucket, StoredFile
+from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.recent_requests import RecentRequests
 from predictions.status import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status, rank_of, visible
 

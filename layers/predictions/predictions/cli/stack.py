@@ -15,7 +15,7 @@ from botocore.exceptions import ClientError
 from typer.core import TyperCommand
 
 from predictions.errors import PredictionsError
-from predictions.outputs import OutputsBucket
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.table import Prediction, PredictionsTable, is_id
 
 PROGRAM = "replicate-serverless"

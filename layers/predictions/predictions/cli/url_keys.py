@@ -19,7 +19,7 @@ def make_url_keys(stack: Stack) -> None:
         from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
     except ImportError:
         raise NotDone("Install the package with its extra: replicate-serverless[cli].") from None
-    from predictions.output_urls import PrivateKey
+    from predictions.files.signed_urls import PrivateKey
 
     # The only size that CloudFront accepts.
     # https://docs.aws.amazon.com/AmazonCloudFront/latest/DeveloperGuide/private-content-trusted-signers.html

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
     from mypy_boto3_s3 import S3Client
 
-    from predictions.file_uploads import NewFile
+    from predictions.files.upload_requests import NewFile
 
 UPLOAD_URL_SECONDS = 3600
 """How long an upload may begin; one that has begun may take longer."""

@@ -1,0 +1,1 @@
+"""Files: uploads, the outputs bucket, and the links to both."""
