@@ -21,7 +21,7 @@ import httpx
 from botocore.exceptions import BotoCoreError, ClientError
 from PIL import Image
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.table import Prediction, PredictionsTable
+from predictions.store.predictions import Prediction, PredictionsTable
 
 from local.cloud import STACK_NAME, Stack, aws_client, local_directory
 from local.terminal import Terminal

@@ -6,7 +6,7 @@ from typing import Any
 from predictions.copies import copy, copy_again
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.observability import handler_of, logger, remaining_seconds
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 
 outputs = OutputsBucket.from_env()
 table = PredictionsTable.from_env()

@@ -5,7 +5,7 @@ from typing import Any
 from predictions.batch_results import finish
 from predictions.batches import Batches
 from predictions.observability import handler_of, logger
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 
 batches = Batches.from_env()
 table = PredictionsTable.from_env()

@@ -17,7 +17,7 @@ from predictions.api import (
 )
 from predictions.cursors import page_links, read_cursor, read_moment
 from predictions.errors import Problem
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 
 PAGE_SIZE = 100
 

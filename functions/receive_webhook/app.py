@@ -9,7 +9,7 @@ from predictions.net.signatures import SigningSecrets, SigningSecretUnavailable,
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.orphan_polls import OrphanPolls
 from predictions.receipts import receive
-from predictions.table import PredictionsTable, is_id
+from predictions.store.predictions import PredictionsTable, is_id
 
 app = resolver()
 table = PredictionsTable.from_env()

@@ -27,8 +27,8 @@ from predictions.intents.model import (
     wait_seconds,
 )
 from predictions.observability import logger, remaining_seconds
+from predictions.store.predictions import Prediction, Whole
 from predictions.submissions import Submissions
-from predictions.table import Prediction, Whole
 
 # API Gateway ends a request after 29 s; submitting and answering take the rest.
 # https://docs.aws.amazon.com/apigateway/latest/developerguide/limits.html

@@ -24,7 +24,7 @@ from typing import Any, cast
 import pytest
 from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 
 from tests.simulation.dynamodb import ConditionFailed, Table
 from tests.unit.conftest import ENVIRONMENT, SECRETS

@@ -15,7 +15,7 @@ from predictions.aws import clients
 from predictions.deliveries import Delivery
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.net.addresses import AddressRefused, check_webhook_url, guarded_client, is_public
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 
 from tests.attacks.hosts import HostileHost, head, hostile_host, sends, whole
 from tests.reliability import Recorded

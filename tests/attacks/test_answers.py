@@ -16,7 +16,7 @@ import pytest
 from predictions.deliveries import Delivery
 from predictions.intents.model import create_intent
 from predictions.net.signatures import sign
-from predictions.table import Prediction
+from predictions.store.predictions import Prediction
 from predictions.upstream.bounded_json import weigh
 from predictions.upstream.prediction import PARSED_LIMIT_BYTES, UpstreamPrediction
 

@@ -20,7 +20,7 @@ from predictions.net.signatures import (
     sign,
     verify,
 )
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 
 from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error

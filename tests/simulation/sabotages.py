@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from predictions import deliveries, received_requests, submissions, table
+from predictions import deliveries, received_requests, submissions
 from predictions import status as statuses
 from predictions.admission import rate_limiter
 from predictions.admission.rate_limiter import Limiter
@@ -20,15 +20,16 @@ from predictions.change_retries import Effect
 from predictions.changes import Changes
 from predictions.files import outputs_bucket
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.idempotency_keys import IdempotencyKeys
 from predictions.intents import model as intents
 from predictions.pipeline_api import PipelineApi
 from predictions.pipeline_progress import PipelineExecutions
 from predictions.received_requests import ReceivedRequests
 from predictions.receivers import Receivers
 from predictions.requests import Requests
+from predictions.store import predictions as table
+from predictions.store.idempotency_keys import IdempotencyKeys
+from predictions.store.predictions import Change, Prediction, PredictionsTable
 from predictions.submissions import Submissions
-from predictions.table import Change, Prediction, PredictionsTable
 from predictions.unknown_submissions import UnknownSubmissions, _told, target_of
 from predictions.upstream.client import NotAccepted, OutcomeUnknown, Replicate
 from predictions.upstream.create_window import SendWindow

@@ -14,7 +14,7 @@ from predictions.admission.rate_limiter import Limiter
 from predictions.aws.executions import Executions
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import create_requested_intent
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 
 from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud
 from local.replicate.process import LocalReplicate

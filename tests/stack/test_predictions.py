@@ -15,7 +15,7 @@ import pytest
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.net.signatures import sign
 from predictions.status import Status
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 from predictions.upstream.prediction import UpstreamPrediction
 
 from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 
 from local.cloud import LocalCloud
 from local.replicate.process import LocalReplicate

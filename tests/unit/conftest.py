@@ -17,8 +17,8 @@ from predictions.recipe_changes import RecipeChanges
 from predictions.recipe_rules import RecipeRules
 from predictions.recipes import RecipeItems
 from predictions.schemas import ModelSchemas
+from predictions.store.predictions import PredictionsTable
 from predictions.submissions import Submissions, Timing
-from predictions.table import PredictionsTable
 from predictions.unknown_submissions import UnknownSubmissions
 from predictions.upstream.client import Replicate, Token
 

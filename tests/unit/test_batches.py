@@ -23,8 +23,8 @@ from predictions.intents.model import random_id
 from predictions.recipes import Recipe, RecipeItems, State
 from predictions.requests import Message, Requests
 from predictions.status import Status
+from predictions.store.predictions import PredictionsTable
 from predictions.submissions import Submissions
-from predictions.table import PredictionsTable
 
 from tests.unit.fakes import Clock, Executed, ReplicateInMemory, Wakes, meanwhile, refusing
 from tests.unit.template import resources

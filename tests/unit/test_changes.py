@@ -11,7 +11,7 @@ from predictions.deliveries import DeliveriesQueue
 from predictions.events import FILES_LIMIT_BYTES, Event, EventBus, list_files
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile, find_files
 from predictions.status import Status
-from predictions.table import Prediction, PredictionsTable
+from predictions.store.predictions import Prediction, PredictionsTable
 from predictions.upstream.prediction import UpstreamPrediction
 
 from tests.unit.apps import AwsCalls

@@ -24,7 +24,7 @@ from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequests
 from predictions.deliveries import EVENTS
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.requests import Message
-from predictions.table import Prediction
+from predictions.store.predictions import Prediction
 
 from tests.unit.commands import COMMANDS, GROUPS, stack_of
 from tests.unit.template import ROOT, resources, table_properties

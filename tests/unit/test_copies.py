@@ -13,7 +13,7 @@ from predictions.copies import copy, copy_again
 from predictions.errors import CopyInterrupted
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.observability import metrics
-from predictions.table import Prediction, PredictionsTable
+from predictions.store.predictions import Prediction, PredictionsTable
 
 from tests.unit.fakes import PNG, Clock, ReplicateInMemory, served
 from tests.unit.test_table import FILE, put, told

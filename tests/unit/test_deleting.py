@@ -11,8 +11,8 @@ from predictions.copies import copy
 from predictions.errors import Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.receipts import receive
+from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable, Whole
 from predictions.submissions import Submissions
-from predictions.table import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable, Whole
 
 from tests.unit.fakes import (
     PNG,

@@ -21,7 +21,7 @@ from predictions.deliveries import (
 )
 from predictions.files.outputs_bucket import StoredFile
 from predictions.status import Status
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 
 from tests.unit.fakes import Clock, Queued, refusing
 from tests.unit.test_table import FILE, put, told

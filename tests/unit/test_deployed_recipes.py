@@ -12,7 +12,7 @@ from predictions.errors import Problem
 from predictions.recipe_changes import RECIPE_LIMIT_BYTES, RecipeChanges
 from predictions.recipe_rules import RecipeRules
 from predictions.recipes import RecipeItems
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 
 from tests.unit.apps import Context, load_app, sample
 from tests.unit.conftest import ENVIRONMENT, make_recipe_changes

@@ -19,8 +19,8 @@ from predictions.intents.model import LIFETIME_LIMIT_SECONDS, Intent
 from predictions.observability import metrics
 from predictions.receipts import receive
 from predictions.status import Status
+from predictions.store.predictions import Prediction, PredictionsTable
 from predictions.submissions import Submissions, Timing
-from predictions.table import Prediction, PredictionsTable
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
 from tests.unit.conftest import make_submissions

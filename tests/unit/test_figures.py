@@ -9,8 +9,8 @@ from predictions.aws import clients
 from predictions.copies import copy
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.receipts import receive
+from predictions.store.predictions import PredictionsTable
 from predictions.submissions import Submissions
-from predictions.table import PredictionsTable
 
 from tests.unit.fakes import PNG, VERSION, Clock, ReplicateInMemory, Wakes, attempt, served
 from tests.unit.test_submissions import hold_token, wanted

@@ -27,8 +27,8 @@ from predictions.forwarding import (
 from predictions.forwarding import Call as ForwardedCall
 from predictions.intents.model import create_intent
 from predictions.observability import logger
+from predictions.store.predictions import KeptSchema, PredictionsTable
 from predictions.submissions import Submissions
-from predictions.table import KeptSchema, PredictionsTable
 from predictions.upstream.client import Token
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample

@@ -19,7 +19,7 @@ from predictions.intents.model import (
     random_id,
     wait_seconds,
 )
-from predictions.table import is_id
+from predictions.store.predictions import is_id
 
 VERSION = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
 BODY = {"version": VERSION, "input": {"prompt": "a red fox"}}

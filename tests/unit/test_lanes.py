@@ -21,8 +21,8 @@ from predictions.aws.executions import Executions
 from predictions.errors import PredictionThrottled, Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.observability import logger, metrics
+from predictions.store.predictions import PredictionsTable
 from predictions.submissions import Submissions
-from predictions.table import PredictionsTable
 from predictions.unknown_submissions import UnknownSubmissions
 from predictions.upstream.client import Replicate, Token
 

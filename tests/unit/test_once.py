@@ -19,12 +19,12 @@ from predictions.intents.model import derived_id
 from predictions.pipeline_api import PipelineApi
 from predictions.pipeline_progress import PipelineExecutions
 from predictions.pipelines_table import PipelinesTable
-from predictions.recent_requests import RecentRequests
 from predictions.recipes import RecipeItems
 from predictions.requests import Message
 from predictions.run_jobs import RunJobs
+from predictions.store.predictions import PredictionsTable
+from predictions.store.recent_requests import RecentRequests
 from predictions.submissions import Submissions
-from predictions.table import PredictionsTable
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
 from tests.unit.conftest import make_submissions

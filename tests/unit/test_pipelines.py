@@ -34,8 +34,8 @@ from predictions.pipelines import (
 )
 from predictions.pipelines_table import Pipeline, PipelinesTable
 from predictions.requests import Message, RequestRefused, Requests
+from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
 from predictions.submissions import Submissions
-from predictions.table import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
 
 from tests.unit.apps import AwsCalls
 from tests.unit.fakes import API_URL, PNG, Clock, Died, Executed, Fault, ReplicateInMemory, Wakes, faulty, served

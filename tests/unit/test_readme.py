@@ -176,7 +176,12 @@ LIMITS = {
     ),
     "page of a list": ("functions/read_predictions/app.py", "PAGE_SIZE", 1, "{} predictions"),
     "logs in an answer": ("layers/predictions/predictions/api.py", "_LOGS_LIMIT_CHARACTERS", 1024, "the last {} Ki "),
-    "input or result in the table": ("layers/predictions/predictions/table.py", "PAYLOAD_LIMIT_BYTES", 1024, "{} KiB"),
+    "input or result in the table": (
+        "layers/predictions/predictions/store/predictions.py",
+        "PAYLOAD_LIMIT_BYTES",
+        1024,
+        "{} KiB",
+    ),
     "one check of an input": ("layers/predictions/predictions/upstream/input_schema.py", "STEPS_LIMIT", 1, "{} steps"),
     "files of an output": ("layers/predictions/predictions/files/outputs_bucket.py", "FILES_LIMIT", 1, "{};"),
     "fields of a refusal by Replicate": (

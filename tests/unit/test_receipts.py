@@ -8,7 +8,7 @@ from predictions.aws import clients
 from predictions.observability import metrics
 from predictions.orphan_polls import OrphanPolls
 from predictions.receipts import Receipt, receive
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 
 from tests.unit.fakes import API_URL, Clock, Wakes
 from tests.unit.test_submissions import hold_token

@@ -14,7 +14,7 @@ from predictions.files.outputs_bucket import OutputsBucket
 from predictions.pipeline_definition import Definition, Step
 from predictions.pipelines_table import PipelinesTable
 from predictions.received_requests import FAILURES_LIMIT, KILLS_LIMIT, NEEDED_SECONDS, RETURN_SECONDS
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 
 from tests.unit.apps import Context
 from tests.unit.fakes import Clock, Died, Executed, Wakes, refusing

@@ -19,7 +19,7 @@ from predictions.net.addresses import guarded_client
 from predictions.observability import metrics
 from predictions.owner_secrets import OwnerSecrets, SecretVersions
 from predictions.receivers import Receivers
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 from predictions.webhook_slots import WebhookSlots
 from standardwebhooks import Webhook
 

@@ -12,7 +12,7 @@ from predictions.intents.model import Intent
 from predictions.recipe_changes import RECIPE_LIMIT_BYTES, RecipeChanges
 from predictions.recipes import RecipeItems, Recipes
 from predictions.requests import Message, RequestRefused, Requests
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 
 from tests.unit.apps import Context, load_app, sample
 from tests.unit.conftest import make_recipe_changes

@@ -17,7 +17,7 @@ from predictions.files.outputs_bucket import OutputsBucket
 from predictions.observability import logger
 from predictions.requests import Message, RequestRefused, Requests, _source_of, task_token_of
 from predictions.status import Status
-from predictions.table import CALLERS_LIMIT, PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
+from predictions.store.predictions import CALLERS_LIMIT, PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
 
 from tests.unit.apps import Context, load_app
 from tests.unit.conftest import ENVIRONMENT

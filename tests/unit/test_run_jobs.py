@@ -12,8 +12,8 @@ from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.receipts import receive
 from predictions.run_jobs import RunJobs
+from predictions.store.predictions import PredictionsTable
 from predictions.submissions import Submissions
-from predictions.table import PredictionsTable
 
 from tests.unit.apps import AwsCalls
 from tests.unit.fakes import (

@@ -10,8 +10,8 @@ from predictions.aws import clients
 from predictions.copies import copy
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.receipts import Receipt, receive
+from predictions.store.predictions import PredictionsTable
 from predictions.submissions import Submissions
-from predictions.table import PredictionsTable
 
 from tests.unit.conftest import make_submissions
 from tests.unit.fakes import PNG, VERSION, Clock, Executed, ReplicateInMemory, Wakes, answer

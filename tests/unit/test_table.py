@@ -10,7 +10,7 @@ from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.intents.model import create_intent, derived_id, random_id
 from predictions.status import Status, rank_of, visible
-from predictions.table import PAYLOAD_LIMIT_BYTES, AlreadyExists, Change, Prediction, PredictionsTable
+from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, AlreadyExists, Change, Prediction, PredictionsTable
 from predictions.upstream.prediction import UpstreamPrediction
 
 from tests.unit.fakes import VERSION, Clock, Died, answers_lost, meanwhile

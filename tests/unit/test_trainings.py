@@ -17,8 +17,8 @@ from predictions.intents.model import (
     training_reference,
 )
 from predictions.receipts import Receipt, receive
+from predictions.store.predictions import Prediction, PredictionsTable
 from predictions.submissions import Submissions
-from predictions.table import Prediction, PredictionsTable
 
 from tests.unit.apps import Context, load_app, sample
 from tests.unit.conftest import make_submissions

@@ -9,8 +9,8 @@ import pytest
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled
 from predictions.observability import metrics
+from predictions.store.predictions import Prediction, PredictionsTable
 from predictions.submissions import Submissions, Timing
-from predictions.table import Prediction, PredictionsTable
 from predictions.unknown_submissions import CALLS_AT_ONCE, CALLS_PER_MINUTE, STOP_SECONDS, _Budget
 from predictions.upstream.prediction import UpstreamPrediction
 

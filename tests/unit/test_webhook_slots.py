@@ -13,7 +13,7 @@ from predictions.deliveries import DeadLetters, DeliveriesQueue, Delivery
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.owner_secrets import OwnerSecrets, SecretVersions
 from predictions.receivers import Receivers
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 from predictions.webhook_slots import LEASE_SECONDS, MARK_SECONDS, SLOTS, SLOW_SECONDS, NoSlotFree, Slot, WebhookSlots
 
 from tests.reliability import Recorded

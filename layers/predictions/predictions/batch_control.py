@@ -36,8 +36,8 @@ from predictions.intents.model import (
 )
 from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import logger
-from predictions.recent_requests import RecentRequests
 from predictions.recipes import Recipe, RecipeItems
+from predictions.store.recent_requests import RecentRequests
 from predictions.templating import PlaceholderError, expressions
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 
 from predictions.batch_files import lines_key, new_object, read_jsonl, refused_key, results_key
 from predictions.batches import Batch, Batches
-from predictions.table import Prediction, PredictionsTable, Result
+from predictions.store.predictions import Prediction, PredictionsTable, Result
 
 # One BatchGetItem: https://docs.aws.amazon.com/amazondynamodb/latest/APIReference/API_BatchGetItem.html
 _CHUNK = 100

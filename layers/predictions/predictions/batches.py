@@ -13,7 +13,7 @@ It is written before anybody looks for lines that run, and a line looks at it ri
 been written down: so either of the two sees the other, and no line is left running.
 
 `sk` = `key` under `batch#{owner's key, hashed}` holds the id that belongs to an `Idempotency-Key` (see
-`predictions.idempotency_keys`). Batches' own ids are random, because messages name them without further proof.
+`store.idempotency_keys`). Batches' own ids are random, because messages name them without further proof.
 """
 
 import json
@@ -29,8 +29,8 @@ from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
 from predictions.batch_files import read_range, requests_key
 from predictions.errors import NoLongerWanted, Problem
-from predictions.idempotency_keys import IdempotencyKeys
 from predictions.intents.model import BODY_LIMIT_BYTES, Intent, create_requested_intent, derived_id
+from predictions.store.idempotency_keys import IdempotencyKeys
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

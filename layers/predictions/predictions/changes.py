@@ -31,7 +31,7 @@ from predictions.events import Event, EventBus, event_of_prediction, list_files
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
-from predictions.table import PayloadTooLong, Prediction, PredictionsTable, read_image
+from predictions.store.predictions import PayloadTooLong, Prediction, PredictionsTable, read_image
 
 OUTPUT_LIMIT_BYTES = 32 * 1024
 """What the output may take in what a state machine is told: it carries 256 KiB in all, and has data of its own."""

@@ -6,7 +6,7 @@ from typing import Any
 from predictions.errors import CopyInterrupted
 from predictions.files.outputs_bucket import FILES_LIMIT, OutputsBucket, folder
 from predictions.observability import MetricUnit, count_ended, logger, metrics
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 
 # Replicate removes files about an hour after the end; beyond this a host that still fails is taken at its word.
 _GIVE_UP_SECONDS = 2 * 3600

@@ -32,7 +32,7 @@ from predictions.errors import Problem
 from predictions.intents.model import parse_json
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.schemas import KEEP_SECONDS, to_keep, usable_schema
-from predictions.table import PAYLOAD_LIMIT_BYTES, schema_key
+from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, schema_key
 from predictions.upstream.client import (
     RATE_LIMIT_HEADERS,
     SCHEMA_LIMIT_BYTES,

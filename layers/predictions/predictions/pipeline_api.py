@@ -20,8 +20,8 @@ from predictions.pipeline_progress import PipelineExecutions
 from predictions.pipeline_runs import StepState, run_ids, states_of
 from predictions.pipelines import wake_pipeline
 from predictions.pipelines_table import Pipeline, PipelineExists, PipelinesTable, StoredPipeline
+from predictions.store.predictions import Prediction, PredictionsTable, Whole, is_id
 from predictions.submissions import Submissions
-from predictions.table import Prediction, PredictionsTable, Whole, is_id
 
 LIFETIME_SECONDS = 7 * 86400
 """How long a pipeline may take: less than the shortest retention, 15 days, so that its first outputs are there to its

@@ -11,7 +11,7 @@ from predictions.intents.model import derived_id
 from predictions.pipeline_definition import Step
 from predictions.pipelines_table import Notes, StoredPipeline
 from predictions.status import Status
-from predictions.table import Prediction
+from predictions.store.predictions import Prediction
 
 StepStatus = Literal["waiting", "starting", "processing", "succeeded", "failed", "canceled", "skipped"]
 

@@ -24,7 +24,7 @@ from predictions.pipeline_definition import Step, elements
 from predictions.pipeline_runs import run_ids, run_key, states_of
 from predictions.pipelines_table import PipelinesTable, StoredPipeline
 from predictions.requests import Message, RequestRefused
-from predictions.table import PredictionsTable, UnreadResult
+from predictions.store.predictions import PredictionsTable, UnreadResult
 from predictions.templating import Allowance, PlaceholderError, fill
 
 GATHERED_LIMIT_BYTES = 16 * 1024 * 1024

@@ -6,7 +6,7 @@
         sk = step#{name}                how many elements a `for_each` found, and when its requests were sent
         sk = error#{name}#{index}       why a run of a step cannot be started: its input cannot be filled
     pk = pipeline#{owner and key, hashed}
-        sk = key                        which pipeline an idempotency key names (see `predictions.idempotency_keys`)
+        sk = key                        which pipeline an idempotency key names (see `store.idempotency_keys`)
 
 Ids are random, so that nothing of a pipeline that has expired is ever taken for another one's of the same key.
 Nothing is said of a step that its predictions say: their ids come from the pipeline's id, the step's name and the
@@ -26,9 +26,9 @@ from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
 from predictions.errors import PredictionsError
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.idempotency_keys import IdempotencyKeys
 from predictions.pipeline_definition import Definition
-from predictions.table import PAYLOAD_LIMIT_BYTES
+from predictions.store.idempotency_keys import IdempotencyKeys
+from predictions.store.predictions import PAYLOAD_LIMIT_BYTES
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

@@ -6,7 +6,7 @@ from predictions.aws.executions import wake
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.orphan_polls import OrphanPolls
 from predictions.status import Status
-from predictions.table import Change, PredictionsTable
+from predictions.store.predictions import Change, PredictionsTable
 from predictions.upstream.prediction import UnreadablePrediction, UpstreamPrediction
 
 

@@ -17,7 +17,7 @@ from predictions.net.signatures import sign
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.owner_secrets import OwnerSecrets
 from predictions.status import Status
-from predictions.table import PredictionsTable, Whole
+from predictions.store.predictions import PredictionsTable, Whole
 from predictions.webhook_slots import NoSlotFree, WebhookSlots
 
 TOTAL_SECONDS = 10.0

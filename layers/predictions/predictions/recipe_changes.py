@@ -25,7 +25,7 @@ from predictions.recipe_bodies import NAME, RecipeBody
 from predictions.recipe_rules import RecipeRules, RuleRefused
 from predictions.recipes import KEPT_APART, Recipe, RecipeItems
 from predictions.schemas import ModelSchemas
-from predictions.table import PredictionsTable
+from predictions.store.predictions import PredictionsTable
 from predictions.templating import PlaceholderError, expressions, holds_placeholders
 from predictions.upstream.client import NotFound, Replicate, UpstreamError
 

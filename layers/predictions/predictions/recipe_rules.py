@@ -15,7 +15,7 @@ from predictions.aws.clients import client
 from predictions.errors import PredictionsError
 from predictions.observability import logger
 from predictions.recipes import Recipe
-from predictions.table import is_id
+from predictions.store.predictions import is_id
 
 if TYPE_CHECKING:
     from mypy_boto3_events import EventBridgeClient

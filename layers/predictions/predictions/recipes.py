@@ -38,7 +38,7 @@ from predictions.files.outputs_bucket import ORIGIN_DEPTH, safe_prefix
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.requests import Message, RequestRefused
-from predictions.table import is_id
+from predictions.store.predictions import is_id
 from predictions.templating import Allowance, Filler, NothingFound, PlaceholderError
 
 if TYPE_CHECKING:

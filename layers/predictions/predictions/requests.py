@@ -26,7 +26,7 @@ from predictions.aws.executions import Executions
 from predictions.errors import PredictionsError, Problem
 from predictions.intents.model import Intent, create_requested_intent, parse_json
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.table import CALLERS_LIMIT, AlreadyExists, Prediction, PredictionsTable
+from predictions.store.predictions import CALLERS_LIMIT, AlreadyExists, Prediction, PredictionsTable
 
 if TYPE_CHECKING:
     from predictions.dropped_manifests import DroppedManifests

@@ -23,7 +23,7 @@ from predictions.observability import MetricUnit, logger, metrics
 from predictions.upstream.client import UpstreamError, is_model_name
 
 if TYPE_CHECKING:
-    from predictions.table import PredictionsTable
+    from predictions.store.predictions import PredictionsTable
     from predictions.upstream.client import Replicate
     from predictions.upstream.input_schema import InputSchema
     from predictions.upstream.prediction import UpstreamPrediction

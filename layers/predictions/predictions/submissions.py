@@ -39,7 +39,7 @@ from predictions.intents.model import Attempt, Intent, Reference, input_json_can
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.schemas import ModelSchemas
 from predictions.status import TERMINAL_RANK, Status, rank_of
-from predictions.table import AlreadyExists, Change, Prediction, PredictionsTable, Waits
+from predictions.store.predictions import AlreadyExists, Change, Prediction, PredictionsTable, Waits
 from predictions.unknown_submissions import RESUBMIT_WAITS, UnknownSubmissions, target_of, undecided_ids, webhook_of
 from predictions.upstream.client import (
     NotAccepted,

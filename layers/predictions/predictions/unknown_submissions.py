@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from predictions.aws.clients import api_url, client
 from predictions.aws.dynamodb import deserialize, read_items, serialize
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.table import Change, Prediction, PredictionsTable
+from predictions.store.predictions import Change, Prediction, PredictionsTable
 from predictions.upstream.client import Collection, OutcomeUnknown, Replicate, Target, Unavailable
 from predictions.upstream.list_reader import MARGIN_SECONDS, Listed, ListReader, Reading, digest_of
 from predictions.upstream.prediction import UpstreamPrediction

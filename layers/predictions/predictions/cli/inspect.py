@@ -27,7 +27,7 @@ from predictions.cli.stack import (
     print_table,
     second,
 )
-from predictions.table import Prediction, PredictionsTable
+from predictions.store.predictions import Prediction, PredictionsTable
 from predictions.unknown_submissions import undecided_ids
 
 app = group()

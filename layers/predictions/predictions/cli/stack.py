@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 from predictions.errors import PredictionsError
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.table import Prediction, PredictionsTable, is_id
+from predictions.store.predictions import Prediction, PredictionsTable, is_id
 
 PROGRAM = "replicate-serverless"
 

@@ -41,8 +41,8 @@ from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
 from predictions.errors import PredictionsError
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile
-from predictions.recent_requests import RecentRequests
 from predictions.status import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status, rank_of, visible
+from predictions.store.recent_requests import RecentRequests
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -454,7 +454,7 @@ class PredictionsTable:
         return _prediction_of(item)
 
     def note_request(self, prediction_id: str, owner: str, fingerprint: str, attempt: "Attempt") -> str:
-        """Notes which prediction a request starts that comes without a key; see `predictions.recent_requests`.
+        """Notes which prediction a request starts that comes without a key; see `store.recent_requests`.
 
         Args:
             prediction_id: The id that a new prediction would have.

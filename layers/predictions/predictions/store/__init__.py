@@ -1,0 +1,1 @@
+"""The predictions of the table: their items and the conditions under which they change."""
