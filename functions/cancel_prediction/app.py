@@ -2,7 +2,7 @@
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api import Presenter, answer_with, json_response, own_prediction, owner_with, resolver
-from predictions.submissions import Submissions
+from predictions.lifecycle.submissions import Submissions
 
 app = resolver()
 submissions = Submissions.from_env()

@@ -3,8 +3,8 @@
 import time
 from typing import Any
 
-from predictions.copies import copy, copy_again
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.lifecycle.archive_outputs import copy, copy_again
 from predictions.observability import handler_of, logger, remaining_seconds
 from predictions.store.predictions import PredictionsTable
 

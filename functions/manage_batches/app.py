@@ -10,8 +10,8 @@ from predictions.batch_control import BatchControl
 from predictions.batches import Batch
 from predictions.cursors import page_links, read_cursor
 from predictions.intents.model import Attempt
+from predictions.lifecycle.submissions import Submissions
 from predictions.observability import MetricUnit, logger, metrics, remaining_seconds
-from predictions.submissions import Submissions
 
 PAGE_SIZE = 25
 

@@ -26,9 +26,9 @@ from predictions.intents.model import (
     training_reference,
     wait_seconds,
 )
+from predictions.lifecycle.submissions import Submissions
 from predictions.observability import logger, remaining_seconds
 from predictions.store.predictions import Prediction, Whole
-from predictions.submissions import Submissions
 
 # API Gateway ends a request after 29 s; submitting and answering take the rest.
 # https://docs.aws.amazon.com/apigateway/latest/developerguide/limits.html

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from predictions.lifecycle.submissions import Submissions
 from predictions.observability import handler_of, logger
-from predictions.submissions import Submissions
 
 submissions = Submissions.from_env()
 

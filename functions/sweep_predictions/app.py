@@ -5,10 +5,10 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 from predictions.batch_control import BatchControl
+from predictions.lifecycle.submissions import Submissions
 from predictions.net.signatures import SigningSecrets, SigningSecretUnavailable
 from predictions.observability import MetricUnit, handler_of, logger, metrics, remaining_seconds
 from predictions.pipeline_progress import PipelineExecutions
-from predictions.submissions import Submissions
 from predictions.upstream.client import UpstreamError
 
 SWEEP_LIMIT = 1000

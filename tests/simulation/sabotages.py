@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from predictions import deliveries, received_requests, submissions
+from predictions import deliveries, received_requests
 from predictions import status as statuses
 from predictions.admission import rate_limiter
 from predictions.admission.rate_limiter import Limiter
@@ -21,6 +21,9 @@ from predictions.changes import Changes
 from predictions.files import outputs_bucket
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents import model as intents
+from predictions.lifecycle import submissions
+from predictions.lifecycle.reconcile import UnknownSubmissions, _told, target_of
+from predictions.lifecycle.submissions import Submissions
 from predictions.pipeline_api import PipelineApi
 from predictions.pipeline_progress import PipelineExecutions
 from predictions.received_requests import ReceivedRequests
@@ -29,8 +32,6 @@ from predictions.requests import Requests
 from predictions.store import predictions as table
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.predictions import Change, Prediction, PredictionsTable
-from predictions.submissions import Submissions
-from predictions.unknown_submissions import UnknownSubmissions, _told, target_of
 from predictions.upstream.client import NotAccepted, OutcomeUnknown, Replicate
 from predictions.upstream.create_window import SendWindow
 from predictions.upstream.list_reader import ListReader, Reading, digest_of

@@ -12,14 +12,14 @@ from predictions.admission.rate_limiter import Limiter
 from predictions.aws import clients
 from predictions.aws.executions import Executions
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.lifecycle.model_lookup import ModelSchemas
+from predictions.lifecycle.reconcile import UnknownSubmissions
+from predictions.lifecycle.submissions import Submissions, Timing
 from predictions.observability import metrics
 from predictions.recipe_changes import RecipeChanges
 from predictions.recipe_rules import RecipeRules
 from predictions.recipes import RecipeItems
-from predictions.schemas import ModelSchemas
 from predictions.store.predictions import PredictionsTable
-from predictions.submissions import Submissions, Timing
-from predictions.unknown_submissions import UnknownSubmissions
 from predictions.upstream.client import Replicate, Token
 
 from tests.unit.fakes import API_URL, Clock, Executed, ReplicateInMemory, Wakes

@@ -16,9 +16,9 @@ from predictions.aws import clients
 from predictions.errors import Problem
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.intents.model import create_intent, derived_id
+from predictions.lifecycle.submissions import Submissions
 from predictions.status import Status, visible
 from predictions.store.predictions import Prediction, PredictionsTable, Whole
-from predictions.submissions import Submissions
 from predictions.upstream.prediction import UpstreamPrediction
 
 from tests.unit.apps import SAMPLE_SIGNING_SECRET, AwsCalls, Context, clock_module, load_app, sample

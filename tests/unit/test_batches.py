@@ -20,11 +20,11 @@ from predictions.batches import Batch, Batches, event_of
 from predictions.errors import NoLongerWanted, Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import random_id
+from predictions.lifecycle.submissions import Submissions
 from predictions.recipes import Recipe, RecipeItems, State
 from predictions.requests import Message, Requests
 from predictions.status import Status
 from predictions.store.predictions import PredictionsTable
-from predictions.submissions import Submissions
 
 from tests.unit.fakes import Clock, Executed, ReplicateInMemory, Wakes, meanwhile, refusing
 from tests.unit.template import resources

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from predictions.api import Presenter
 from predictions.aws import clients
-from predictions.copies import copy, copy_again
 from predictions.errors import CopyInterrupted
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.lifecycle.archive_outputs import copy, copy_again
 from predictions.observability import metrics
 from predictions.store.predictions import Prediction, PredictionsTable
 

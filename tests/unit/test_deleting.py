@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws import clients
-from predictions.copies import copy
 from predictions.errors import Problem
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.receipts import receive
+from predictions.lifecycle.archive_outputs import copy
+from predictions.lifecycle.receive_webhook import receive
+from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable, Whole
-from predictions.submissions import Submissions
 
 from tests.unit.fakes import (
     PNG,

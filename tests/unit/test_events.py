@@ -21,6 +21,7 @@ from predictions.files.links import Links
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.files.uploads import Files
 from predictions.forwarding import Forwarding, VersionCache
+from predictions.lifecycle.submissions import Submissions
 from predictions.owner_secrets import OwnerSecrets
 from predictions.pipeline_api import PipelineApi
 from predictions.pipeline_definition import fingerprint
@@ -31,7 +32,6 @@ from predictions.recipes import Recipe, RecipeItems
 from predictions.run_jobs import RunJobs
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.predictions import PredictionsTable
-from predictions.submissions import Submissions
 from predictions.upstream.client import Token
 
 from tests.unit.apps import (

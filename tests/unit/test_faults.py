@@ -12,15 +12,15 @@ import httpx
 import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws import clients
-from predictions.copies import copy
 from predictions.errors import CopyInterrupted, PredictionThrottled, Problem
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.intents.model import LIFETIME_LIMIT_SECONDS, Intent
+from predictions.lifecycle.archive_outputs import copy
+from predictions.lifecycle.receive_webhook import receive
+from predictions.lifecycle.submissions import Submissions, Timing
 from predictions.observability import metrics
-from predictions.receipts import receive
 from predictions.status import Status
 from predictions.store.predictions import Prediction, PredictionsTable
-from predictions.submissions import Submissions, Timing
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
 from tests.unit.conftest import make_submissions

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 from predictions.aws import clients
-from predictions.copies import copy
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.receipts import receive
+from predictions.lifecycle.archive_outputs import copy
+from predictions.lifecycle.receive_webhook import receive
+from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import PredictionsTable
-from predictions.submissions import Submissions
 
 from tests.unit.fakes import PNG, VERSION, Clock, ReplicateInMemory, Wakes, attempt, served
 from tests.unit.test_submissions import hold_token, wanted

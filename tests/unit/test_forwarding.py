@@ -26,9 +26,9 @@ from predictions.forwarding import (
 )
 from predictions.forwarding import Call as ForwardedCall
 from predictions.intents.model import create_intent
+from predictions.lifecycle.submissions import Submissions
 from predictions.observability import logger
 from predictions.store.predictions import KeptSchema, PredictionsTable
-from predictions.submissions import Submissions
 from predictions.upstream.client import Token
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample

@@ -20,10 +20,10 @@ from predictions.aws import clients as aws
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionThrottled, Problem
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.lifecycle.reconcile import UnknownSubmissions
+from predictions.lifecycle.submissions import Submissions
 from predictions.observability import logger, metrics
 from predictions.store.predictions import PredictionsTable
-from predictions.submissions import Submissions
-from predictions.unknown_submissions import UnknownSubmissions
 from predictions.upstream.client import Replicate, Token
 
 from tests.reliability import Recorded
@@ -234,7 +234,7 @@ def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clients]:
     monkeypatch.setattr(aws, "_client", clients)
     monkeypatch.setattr(aws, "_api_url", None)
     monkeypatch.setattr(metrics, "add_metric", lambda **_: None)
-    monkeypatch.setattr("predictions.submissions.count_ended", lambda *_: None)
+    monkeypatch.setattr("predictions.lifecycle.submissions.count_ended", lambda *_: None)
     level = logger.log_level
     logger.setLevel("CRITICAL")
     yield clients

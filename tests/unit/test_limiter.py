@@ -12,8 +12,8 @@ from predictions.admission.quotas import OwnerLimits
 from predictions.admission.rate_limiter import BURST_SECONDS, QUIET_SECONDS, AskAgain, Limiter, Start, TooLate
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
+from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import PredictionsTable
-from predictions.submissions import Submissions
 
 from tests.unit.apps import AwsCalls
 from tests.unit.conftest import make_submissions

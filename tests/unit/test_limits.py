@@ -11,8 +11,8 @@ from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersLimits
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.intents.model import random_id
+from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import PredictionsTable
-from predictions.submissions import Submissions
 
 from tests.unit.apps import AwsCalls
 from tests.unit.fakes import Clock, ReplicateInMemory, answer, answers_lost

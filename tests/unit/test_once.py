@@ -12,10 +12,11 @@ from predictions.aws import clients
 from predictions.aws.executions import Executions
 from predictions.batch_control import BatchControl
 from predictions.batches import Batches
-from predictions.copies import copy
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.files.signed_urls import Distribution, PrivateKey
 from predictions.intents.model import derived_id
+from predictions.lifecycle.archive_outputs import copy
+from predictions.lifecycle.submissions import Submissions
 from predictions.pipeline_api import PipelineApi
 from predictions.pipeline_progress import PipelineExecutions
 from predictions.pipelines_table import PipelinesTable
@@ -24,7 +25,6 @@ from predictions.requests import Message
 from predictions.run_jobs import RunJobs
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
-from predictions.submissions import Submissions
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
 from tests.unit.conftest import make_submissions

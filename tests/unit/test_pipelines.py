@@ -15,11 +15,12 @@ from predictions.api import ANSWER_LIMIT_BYTES, Presenter
 from predictions.aws import clients
 from predictions.aws.dynamodb import deserialize, serialize
 from predictions.aws.executions import Executions
-from predictions.copies import copy
 from predictions.errors import Problem
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import create_requested_intent
+from predictions.lifecycle.archive_outputs import copy
+from predictions.lifecycle.submissions import Submissions
 from predictions.pipeline_api import LIFETIME_SECONDS, PipelineApi
 from predictions.pipeline_definition import ITEMS_LIMIT, PART_LIMIT_VALUES
 from predictions.pipeline_progress import RESEND_SECONDS, PipelineExecutions, Progress, Turn
@@ -35,7 +36,6 @@ from predictions.pipelines import (
 from predictions.pipelines_table import Pipeline, PipelinesTable
 from predictions.requests import Message, RequestRefused, Requests
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
-from predictions.submissions import Submissions
 
 from tests.unit.apps import AwsCalls
 from tests.unit.fakes import API_URL, PNG, Clock, Died, Executed, Fault, ReplicateInMemory, Wakes, faulty, served

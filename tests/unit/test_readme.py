@@ -185,7 +185,7 @@ LIMITS = {
     "one check of an input": ("layers/predictions/predictions/upstream/input_schema.py", "STEPS_LIMIT", 1, "{} steps"),
     "files of an output": ("layers/predictions/predictions/files/outputs_bucket.py", "FILES_LIMIT", 1, "{};"),
     "fields of a refusal by Replicate": (
-        "layers/predictions/predictions/submissions.py",
+        "layers/predictions/predictions/lifecycle/submissions.py",
         "REFUSAL_FIELDS_LIMIT",
         1,
         "the first {},",

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 from predictions.aws import clients
+from predictions.lifecycle.orphan_polls import OrphanPolls
+from predictions.lifecycle.receive_webhook import Receipt, receive
 from predictions.observability import metrics
-from predictions.orphan_polls import OrphanPolls
-from predictions.receipts import Receipt, receive
 from predictions.store.predictions import PredictionsTable
 
 from tests.unit.fakes import API_URL, Clock, Wakes

@@ -10,10 +10,10 @@ from botocore.exceptions import ClientError
 from predictions.api import Presenter
 from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.receipts import receive
+from predictions.lifecycle.receive_webhook import receive
+from predictions.lifecycle.submissions import Submissions
 from predictions.run_jobs import RunJobs
 from predictions.store.predictions import PredictionsTable
-from predictions.submissions import Submissions
 
 from tests.unit.apps import AwsCalls
 from tests.unit.fakes import (

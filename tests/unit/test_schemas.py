@@ -10,9 +10,9 @@ from botocore.exceptions import ClientError
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.intents.model import Intent, Reference, create_intent, model_reference
+from predictions.lifecycle.submissions import Submissions
 from predictions.observability import metrics
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, KeptSchema, PredictionsTable
-from predictions.submissions import Submissions
 
 from tests.unit.apps import AwsCalls
 from tests.unit.conftest import make_submissions

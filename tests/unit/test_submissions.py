@@ -11,9 +11,9 @@ from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import Attempt, Intent, create_intent, model_reference
+from predictions.lifecycle.submissions import Submissions
 from predictions.observability import metrics
 from predictions.store.predictions import Prediction, PredictionsTable
-from predictions.submissions import Submissions
 
 from tests.unit.fakes import (
     API_URL,

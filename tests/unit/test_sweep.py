@@ -9,11 +9,11 @@ import httpx
 import pytest
 from predictions.aws import clients
 from predictions.intents.model import create_intent
+from predictions.lifecycle.submissions import Submissions
 from predictions.observability import metrics
 from predictions.pipeline_progress import PipelineExecutions
 from predictions.pipelines_table import PipelinesTable
 from predictions.store.predictions import Prediction, PredictionsTable
-from predictions.submissions import Submissions
 from predictions.upstream.prediction import PARSED_LIMIT_BYTES, UpstreamPrediction
 
 from tests.unit.fakes import VERSION, Clock, Died, Executed, ReplicateInMemory, answer

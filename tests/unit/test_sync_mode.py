@@ -7,11 +7,11 @@ from typing import Any
 import httpx
 import pytest
 from predictions.aws import clients
-from predictions.copies import copy
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.receipts import Receipt, receive
+from predictions.lifecycle.archive_outputs import copy
+from predictions.lifecycle.receive_webhook import Receipt, receive
+from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import PredictionsTable
-from predictions.submissions import Submissions
 
 from tests.unit.conftest import make_submissions
 from tests.unit.fakes import PNG, VERSION, Clock, Executed, ReplicateInMemory, Wakes, answer

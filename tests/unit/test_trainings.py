@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from predictions.aws import clients
-from predictions.copies import copy
 from predictions.errors import Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import (
@@ -16,9 +15,10 @@ from predictions.intents.model import (
     create_training,
     training_reference,
 )
-from predictions.receipts import Receipt, receive
+from predictions.lifecycle.archive_outputs import copy
+from predictions.lifecycle.receive_webhook import Receipt, receive
+from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import Prediction, PredictionsTable
-from predictions.submissions import Submissions
 
 from tests.unit.apps import Context, load_app, sample
 from tests.unit.conftest import make_submissions

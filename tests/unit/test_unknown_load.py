@@ -22,10 +22,10 @@ from predictions.aws import clients as aws
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionThrottled
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.lifecycle.reconcile import UnknownSubmissions
+from predictions.lifecycle.submissions import Submissions, Timing
 from predictions.observability import logger, metrics
 from predictions.store.predictions import PredictionsTable
-from predictions.submissions import Submissions, Timing
-from predictions.unknown_submissions import UnknownSubmissions
 from predictions.upstream.client import Replicate, Token
 
 from tests.reliability import Recorded

@@ -8,10 +8,10 @@ import httpx
 import pytest
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled
+from predictions.lifecycle.reconcile import CALLS_AT_ONCE, CALLS_PER_MINUTE, STOP_SECONDS, _Budget
+from predictions.lifecycle.submissions import Submissions, Timing
 from predictions.observability import metrics
 from predictions.store.predictions import Prediction, PredictionsTable
-from predictions.submissions import Submissions, Timing
-from predictions.unknown_submissions import CALLS_AT_ONCE, CALLS_PER_MINUTE, STOP_SECONDS, _Budget
 from predictions.upstream.prediction import UpstreamPrediction
 
 from tests.unit.conftest import make_submissions
@@ -646,7 +646,7 @@ class TestWrong:
     def test_orphan_that_a_webhook_tells_is_canceled_by_the_poll_that_follows(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
     ) -> None:
-        from predictions.receipts import receive
+        from predictions.lifecycle.receive_webhook import receive
 
         bound = self.resubmitted(submissions, table, replicate, clock)
         late = upstream(replicate, bound, clock, status="succeeded", webhook=f"{API_URL}/webhooks/replicate/{bound.id}")

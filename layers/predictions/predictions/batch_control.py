@@ -43,7 +43,7 @@ from predictions.templating import PlaceholderError, expressions
 if TYPE_CHECKING:
     from mypy_boto3_stepfunctions import SFNClient
 
-    from predictions.submissions import Submissions
+    from predictions.lifecycle.submissions import Submissions
 
 _CHUNK = 100
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html

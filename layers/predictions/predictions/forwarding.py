@@ -30,8 +30,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws.clients import api_url, client
 from predictions.errors import Problem
 from predictions.intents.model import parse_json
+from predictions.lifecycle.model_lookup import KEEP_SECONDS, to_keep, usable_schema
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.schemas import KEEP_SECONDS, to_keep, usable_schema
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, schema_key
 from predictions.upstream.client import (
     RATE_LIMIT_HEADERS,
@@ -350,7 +350,7 @@ class VersionCache:
         table_name: The table's name.
         dynamodb: The client to use.
         now: Seconds since 1970.
-        keeps_schemas: Whether to keep the schemas of their inputs too, by which `predictions.schemas` checks a
+        keeps_schemas: Whether to keep the schemas of their inputs too, by which `lifecycle.model_lookup` checks a
             prediction that names nothing but the version's id.
     """
 

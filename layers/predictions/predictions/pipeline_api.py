@@ -14,6 +14,7 @@ from predictions.api import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
 from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.intents.model import Attempt, derived_id, idempotency_key, parse_json, random_id
+from predictions.lifecycle.submissions import Submissions
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.pipeline_definition import create_definition, fingerprint
 from predictions.pipeline_progress import PipelineExecutions
@@ -21,7 +22,6 @@ from predictions.pipeline_runs import StepState, run_ids, states_of
 from predictions.pipelines import wake_pipeline
 from predictions.pipelines_table import Pipeline, PipelineExists, PipelinesTable, StoredPipeline
 from predictions.store.predictions import Prediction, PredictionsTable, Whole, is_id
-from predictions.submissions import Submissions
 
 LIFETIME_SECONDS = 7 * 86400
 """How long a pipeline may take: less than the shortest retention, 15 days, so that its first outputs are there to its

@@ -27,8 +27,8 @@ from predictions.cli.stack import (
     print_table,
     second,
 )
+from predictions.lifecycle.reconcile import undecided_ids
 from predictions.store.predictions import Prediction, PredictionsTable
-from predictions.unknown_submissions import undecided_ids
 
 app = group()
 

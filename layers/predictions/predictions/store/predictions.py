@@ -556,7 +556,7 @@ class PredictionsTable:
             values={":claimed": prediction.claimed, ":written_by": prediction.written_by},
         )
 
-    # -- unknown outcomes: see `predictions.unknown_submissions` ------------------------------------------------
+    # -- unknown outcomes: see `lifecycle.reconcile` ------------------------------------------------
 
     def note_unknown(self, prediction: Prediction, values: Mapping[str, Any]) -> Prediction | None:
         """Record something about a claim whose outcome is unknown; None if it is no longer this claim, or bound."""

@@ -14,7 +14,7 @@ there, writes on condition, and leaves `next_check_at` in the item: when that pa
 
 The one rule that everything else serves: after a POST whose outcome is unknown there is no second POST without
 evidence that the first one started nothing. A webhook binds the prediction it started, or Replicate's list shows it; or
-two complete readings of that list do not (see `predictions.unknown_submissions`), and it is submitted again.
+two complete readings of that list do not (see `lifecycle.reconcile`), and it is submitted again.
 """
 
 import contextlib
@@ -36,11 +36,11 @@ from predictions.aws.executions import Executions, wake
 from predictions.errors import PredictionThrottled, Problem
 from predictions.files.outputs_bucket import StoredFile
 from predictions.intents.model import Attempt, Intent, Reference, input_json_canonical
+from predictions.lifecycle.model_lookup import ModelSchemas
+from predictions.lifecycle.reconcile import RESUBMIT_WAITS, UnknownSubmissions, target_of, undecided_ids, webhook_of
 from predictions.observability import MetricUnit, count_ended, logger, metrics
-from predictions.schemas import ModelSchemas
 from predictions.status import TERMINAL_RANK, Status, rank_of
 from predictions.store.predictions import AlreadyExists, Change, Prediction, PredictionsTable, Waits
-from predictions.unknown_submissions import RESUBMIT_WAITS, UnknownSubmissions, target_of, undecided_ids, webhook_of
 from predictions.upstream.client import (
     NotAccepted,
     NotFound,

@@ -3,8 +3,8 @@
 from enum import StrEnum
 
 from predictions.aws.executions import wake
+from predictions.lifecycle.orphan_polls import OrphanPolls
 from predictions.observability import MetricUnit, count_ended, logger, metrics
-from predictions.orphan_polls import OrphanPolls
 from predictions.status import Status
 from predictions.store.predictions import Change, PredictionsTable
 from predictions.upstream.prediction import UnreadablePrediction, UpstreamPrediction

@@ -1,0 +1,1 @@
+"""The life of a prediction, one module per step of the protocol."""
