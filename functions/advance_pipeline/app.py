@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from predictions.observability import handler_of, logger, remaining_seconds
-from predictions.pipeline_progress import Progress
+from predictions.pipelines.advance import Progress
 
 progress = Progress.from_env()
 

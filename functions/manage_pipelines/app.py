@@ -5,7 +5,7 @@ from predictions.admission.quotas import OwnerLimits
 from predictions.api import answer_with, body_of, headers_of, json_response, owner_with, resolver
 from predictions.cursors import page_links, read_cursor
 from predictions.intents.model import Attempt
-from predictions.pipeline_api import PipelineApi
+from predictions.pipelines.manage import PipelineApi
 
 PAGE_SIZE = 100
 

@@ -8,7 +8,7 @@ from predictions.batch_control import BatchControl
 from predictions.lifecycle.submissions import Submissions
 from predictions.net.signatures import SigningSecrets, SigningSecretUnavailable
 from predictions.observability import MetricUnit, handler_of, logger, metrics, remaining_seconds
-from predictions.pipeline_progress import PipelineExecutions
+from predictions.pipelines.advance import PipelineExecutions
 from predictions.upstream.client import UpstreamError
 
 SWEEP_LIMIT = 1000

@@ -24,8 +24,8 @@ from predictions.intents import model as intents
 from predictions.lifecycle import submissions
 from predictions.lifecycle.reconcile import UnknownSubmissions, _told, target_of
 from predictions.lifecycle.submissions import Submissions
-from predictions.pipeline_api import PipelineApi
-from predictions.pipeline_progress import PipelineExecutions
+from predictions.pipelines.advance import PipelineExecutions
+from predictions.pipelines.manage import PipelineApi
 from predictions.received_requests import ReceivedRequests
 from predictions.receivers import Receivers
 from predictions.requests import Requests

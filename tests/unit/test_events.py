@@ -23,11 +23,11 @@ from predictions.files.uploads import Files
 from predictions.forwarding import Forwarding, VersionCache
 from predictions.lifecycle.submissions import Submissions
 from predictions.owner_secrets import OwnerSecrets
-from predictions.pipeline_api import PipelineApi
-from predictions.pipeline_definition import fingerprint
-from predictions.pipeline_progress import PipelineExecutions, Progress
-from predictions.pipelines import Pipelines
-from predictions.pipelines_table import PipelinesTable
+from predictions.pipelines.advance import PipelineExecutions, Progress
+from predictions.pipelines.definition import fingerprint
+from predictions.pipelines.manage import PipelineApi
+from predictions.pipelines.steps import Pipelines
+from predictions.pipelines.store import PipelinesTable
 from predictions.recipes import Recipe, RecipeItems
 from predictions.run_jobs import RunJobs
 from predictions.store.idempotency_keys import IdempotencyKeys

@@ -17,9 +17,9 @@ from predictions.files.signed_urls import Distribution, PrivateKey
 from predictions.intents.model import derived_id
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.submissions import Submissions
-from predictions.pipeline_api import PipelineApi
-from predictions.pipeline_progress import PipelineExecutions
-from predictions.pipelines_table import PipelinesTable
+from predictions.pipelines.advance import PipelineExecutions
+from predictions.pipelines.manage import PipelineApi
+from predictions.pipelines.store import PipelinesTable
 from predictions.recipes import RecipeItems
 from predictions.requests import Message
 from predictions.run_jobs import RunJobs

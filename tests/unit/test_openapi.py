@@ -11,7 +11,7 @@ from predictions.deliveries import EVENTS
 from predictions.files.upload_requests import UploadBody
 from predictions.forwarding import ROUTES as FORWARDED_ROUTES
 from predictions.intents.model import PredictionBody, TrainingBody
-from predictions.pipeline_definition import PipelineBody
+from predictions.pipelines.definition import PipelineBody
 from predictions.recipe_bodies import RecipeBody
 from pydantic import BaseModel
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from predictions.errors import Problem
 from predictions.intents.model import Reference
-from predictions.pipeline_definition import (
+from predictions.pipelines.definition import (
     BODY_LIMIT_PLACEHOLDERS,
     BODY_LIMIT_VALUES,
     FAN_OUTS_LIMIT,

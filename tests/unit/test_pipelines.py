@@ -21,11 +21,11 @@ from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import create_requested_intent
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.submissions import Submissions
-from predictions.pipeline_api import LIFETIME_SECONDS, PipelineApi
-from predictions.pipeline_definition import ITEMS_LIMIT, PART_LIMIT_VALUES
-from predictions.pipeline_progress import RESEND_SECONDS, PipelineExecutions, Progress, Turn
-from predictions.pipeline_runs import run_id, run_key
-from predictions.pipelines import (
+from predictions.pipelines.advance import RESEND_SECONDS, PipelineExecutions, Progress, Turn
+from predictions.pipelines.definition import ITEMS_LIMIT, PART_LIMIT_VALUES
+from predictions.pipelines.manage import LIFETIME_SECONDS, PipelineApi
+from predictions.pipelines.state import run_id, run_key
+from predictions.pipelines.steps import (
     GATHERED_LIMIT_BYTES,
     GATHERED_LIMIT_VALUES,
     Pipelines,
@@ -33,7 +33,7 @@ from predictions.pipelines import (
     is_canceled,
     prediction_ended,
 )
-from predictions.pipelines_table import Pipeline, PipelinesTable
+from predictions.pipelines.store import Pipeline, PipelinesTable
 from predictions.requests import Message, RequestRefused, Requests
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
 
@@ -802,7 +802,7 @@ class TestMemory:
         self, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # As many small values as take the most memory for their length.
-        monkeypatch.setattr("predictions.pipelines.GATHERED_LIMIT_VALUES", 10_000)
+        monkeypatch.setattr("predictions.pipelines.steps.GATHERED_LIMIT_VALUES", 10_000)
         pipeline_id = self.start(world, [[{}] * 4000, [{}] * 4000])
         world.turn(pipeline_id)
         assert world.deliver() == []

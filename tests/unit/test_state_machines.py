@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from predictions import errors
 from predictions.intents.model import LIFETIME_LIMIT_SECONDS
-from predictions.pipeline_api import LIFETIME_SECONDS
-from predictions.pipeline_definition import FAN_OUTS_LIMIT, ITEMS_LIMIT, STEPS_LIMIT
+from predictions.pipelines.definition import FAN_OUTS_LIMIT, ITEMS_LIMIT, STEPS_LIMIT
+from predictions.pipelines.manage import LIFETIME_SECONDS
 
 from tests.unit.template import ROOT, listed, load_template, resources, statements
 

@@ -11,8 +11,8 @@ from predictions.aws import clients
 from predictions.intents.model import create_intent
 from predictions.lifecycle.submissions import Submissions
 from predictions.observability import metrics
-from predictions.pipeline_progress import PipelineExecutions
-from predictions.pipelines_table import PipelinesTable
+from predictions.pipelines.advance import PipelineExecutions
+from predictions.pipelines.store import PipelinesTable
 from predictions.store.predictions import Prediction, PredictionsTable
 from predictions.upstream.prediction import PARSED_LIMIT_BYTES, UpstreamPrediction
 
@@ -417,7 +417,7 @@ class TestPipelines:
     ) -> None:
         from predictions.aws.executions import Executions
         from predictions.files.outputs_bucket import OutputsBucket
-        from predictions.pipeline_definition import create_definition
+        from predictions.pipelines.definition import create_definition
 
         pipelines = PipelinesTable("predictions", OutputsBucket("outputs"), clients.client("dynamodb"))
         executions = Executions(pipeline_executed.machine_arn, clients.client("stepfunctions"))

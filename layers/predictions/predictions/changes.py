@@ -253,7 +253,7 @@ class Changes:
         at = float(change["ApproximateCreationDateTime"])
         told: tuple[str, Mapping[str, Any]] | None = None
         if kind == "pipeline":
-            from predictions.pipelines import event_of  # with the first record of a pipeline
+            from predictions.pipelines.steps import event_of  # with the first record of a pipeline
 
             told = event_of(record)
         elif kind == "batch" and sk == "status":
@@ -271,7 +271,7 @@ class Changes:
         """The visible end of a step: its pipeline looks at it."""
         ended = _newly_visible(record["dynamodb"])
         if ended is not None and ended.visible in _ENDED and "pipeline" in ended.origin:
-            from predictions.pipelines import prediction_ended  # with the first step of a pipeline
+            from predictions.pipelines.steps import prediction_ended  # with the first step of a pipeline
 
             prediction_ended(ended.id, ended.origin, ended.visible)
 

@@ -30,7 +30,7 @@ from predictions.store.predictions import CALLERS_LIMIT, AlreadyExists, Predicti
 
 if TYPE_CHECKING:
     from predictions.dropped_manifests import DroppedManifests
-    from predictions.pipelines import Pipelines
+    from predictions.pipelines.steps import Pipelines
 
 _TASK_TOKEN_LIMIT = 2048
 """https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskSuccess.html"""
@@ -257,7 +257,7 @@ def _source(named: str) -> Source:
 
 @cache
 def _pipelines() -> "Pipelines":
-    from predictions.pipelines import Pipelines
+    from predictions.pipelines.steps import Pipelines
 
     return Pipelines.from_env()
 

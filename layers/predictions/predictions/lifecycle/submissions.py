@@ -1332,7 +1332,7 @@ def _unwanted(prediction: Prediction) -> bool:
     """Whether what asked for a prediction was canceled after its request was read, and before it was written down."""
     if "pipeline" not in prediction.origin:
         return False
-    from predictions.pipelines import is_canceled  # only steps of pipelines pay for it
+    from predictions.pipelines.steps import is_canceled  # only steps of pipelines pay for it
 
     return is_canceled(str(prediction.origin["pipeline"]))
 

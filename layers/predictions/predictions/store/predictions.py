@@ -20,7 +20,7 @@ the latest request of a client that announced that it may send it again; `pk` = 
 Replicate that does not change (see `predictions.forwarding`); `pk` = `schema#{version}` holds the schema of a model's
 input, or only which model's version it is; `pk` = `limiter` when the next create may start (see
 `admission.rate_limiter`), and `pk` = `usage#{owner}` what an owner uses of its limits (see `admission.quotas`). Below
-`pk` = `pipeline#{id}` are pipelines (see `predictions.pipelines_table`).
+`pk` = `pipeline#{id}` are pipelines (see `pipelines.store`).
 """
 
 import contextlib

@@ -26,7 +26,7 @@ from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
 from predictions.errors import PredictionsError
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.pipeline_definition import Definition
+from predictions.pipelines.definition import Definition
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES
 

@@ -16,11 +16,11 @@ from predictions.errors import Problem
 from predictions.intents.model import Attempt, derived_id, idempotency_key, parse_json, random_id
 from predictions.lifecycle.submissions import Submissions
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.pipeline_definition import create_definition, fingerprint
-from predictions.pipeline_progress import PipelineExecutions
-from predictions.pipeline_runs import StepState, run_ids, states_of
-from predictions.pipelines import wake_pipeline
-from predictions.pipelines_table import Pipeline, PipelineExists, PipelinesTable, StoredPipeline
+from predictions.pipelines.advance import PipelineExecutions
+from predictions.pipelines.definition import create_definition, fingerprint
+from predictions.pipelines.state import StepState, run_ids, states_of
+from predictions.pipelines.steps import wake_pipeline
+from predictions.pipelines.store import Pipeline, PipelineExists, PipelinesTable, StoredPipeline
 from predictions.store.predictions import Prediction, PredictionsTable, Whole, is_id
 
 LIFETIME_SECONDS = 7 * 86400

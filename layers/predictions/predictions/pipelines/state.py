@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from predictions.intents.model import derived_id
-from predictions.pipeline_definition import Step
-from predictions.pipelines_table import Notes, StoredPipeline
+from predictions.pipelines.definition import Step
+from predictions.pipelines.store import Notes, StoredPipeline
 from predictions.status import Status
 from predictions.store.predictions import Prediction
 

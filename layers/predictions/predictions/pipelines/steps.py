@@ -20,9 +20,9 @@ from predictions.files.links import Links
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import BODY_LIMIT_BYTES, Intent, create_requested_intent
 from predictions.observability import logger
-from predictions.pipeline_definition import Step, elements
-from predictions.pipeline_runs import run_ids, run_key, states_of
-from predictions.pipelines_table import PipelinesTable, StoredPipeline
+from predictions.pipelines.definition import Step, elements
+from predictions.pipelines.state import run_ids, run_key, states_of
+from predictions.pipelines.store import PipelinesTable, StoredPipeline
 from predictions.requests import Message, RequestRefused
 from predictions.store.predictions import PredictionsTable, UnreadResult
 from predictions.templating import Allowance, PlaceholderError, fill

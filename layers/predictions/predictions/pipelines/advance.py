@@ -16,9 +16,9 @@ from predictions.aws.clients import client
 from predictions.aws.executions import Executions
 from predictions.lifecycle.submissions import Submissions
 from predictions.observability import logger
-from predictions.pipeline_runs import StepState, run_ids, states_of
-from predictions.pipelines import CannotRun, Pipelines
-from predictions.pipelines_table import Notes, Pipeline, PipelinesTable, Status, StoredPipeline
+from predictions.pipelines.state import StepState, run_ids, states_of
+from predictions.pipelines.steps import CannotRun, Pipelines
+from predictions.pipelines.store import Notes, Pipeline, PipelinesTable, Status, StoredPipeline
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient

@@ -1,0 +1,1 @@
+"""Pipelines: predictions whose inputs depend on the outputs of others."""
