@@ -5,9 +5,9 @@ import os
 from typing import Any
 
 import httpx
-from predictions.deployed_recipes import DeployedRecipes, DeploymentRefused, recipe_files
 from predictions.errors import PredictionsError
 from predictions.observability import handler_of, logger, remaining_seconds
+from predictions.recipes.deployment import DeployedRecipes, DeploymentRefused, recipe_files
 
 ANSWER_SECONDS = 10
 ANSWER_ATTEMPTS = 3

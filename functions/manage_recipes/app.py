@@ -7,8 +7,8 @@ from predictions.api import answer_with, body_of, headers_of, json_response, own
 from predictions.aws.clients import api_url
 from predictions.cursors import page_links, read_cursor
 from predictions.errors import Problem
-from predictions.recipe_changes import RecipeChanges, is_name
-from predictions.recipes import Recipe, RecipeItems
+from predictions.recipes.manage import RecipeChanges, is_name
+from predictions.recipes.store import Recipe, RecipeItems
 
 PAGE_SIZE = 50
 

@@ -16,9 +16,9 @@ from predictions.lifecycle.model_lookup import ModelSchemas
 from predictions.lifecycle.reconcile import UnknownSubmissions
 from predictions.lifecycle.submissions import Submissions, Timing
 from predictions.observability import metrics
-from predictions.recipe_changes import RecipeChanges
-from predictions.recipe_rules import RecipeRules
-from predictions.recipes import RecipeItems
+from predictions.recipes.manage import RecipeChanges
+from predictions.recipes.rules import RecipeRules
+from predictions.recipes.store import RecipeItems
 from predictions.store.predictions import PredictionsTable
 from predictions.upstream.client import Replicate, Token
 

@@ -21,7 +21,7 @@ from predictions.errors import NoLongerWanted, Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import random_id
 from predictions.lifecycle.submissions import Submissions
-from predictions.recipes import Recipe, RecipeItems, State
+from predictions.recipes.store import Recipe, RecipeItems, State
 from predictions.requests import Message, Requests
 from predictions.status import Status
 from predictions.store.predictions import PredictionsTable

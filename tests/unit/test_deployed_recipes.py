@@ -7,11 +7,11 @@ from typing import Any
 import httpx
 import pytest
 from predictions.aws import clients
-from predictions.deployed_recipes import FILES_LIMIT, NEEDED_SECONDS, DeployedRecipes, DeploymentRefused, recipe_files
 from predictions.errors import Problem
-from predictions.recipe_changes import RECIPE_LIMIT_BYTES, RecipeChanges
-from predictions.recipe_rules import RecipeRules
-from predictions.recipes import RecipeItems
+from predictions.recipes.deployment import FILES_LIMIT, NEEDED_SECONDS, DeployedRecipes, DeploymentRefused, recipe_files
+from predictions.recipes.manage import RECIPE_LIMIT_BYTES, RecipeChanges
+from predictions.recipes.rules import RecipeRules
+from predictions.recipes.store import RecipeItems
 from predictions.store.predictions import PredictionsTable
 
 from tests.unit.apps import Context, load_app, sample

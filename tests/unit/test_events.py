@@ -28,7 +28,7 @@ from predictions.pipelines.definition import fingerprint
 from predictions.pipelines.manage import PipelineApi
 from predictions.pipelines.steps import Pipelines
 from predictions.pipelines.store import PipelinesTable
-from predictions.recipes import Recipe, RecipeItems
+from predictions.recipes.store import Recipe, RecipeItems
 from predictions.run_jobs import RunJobs
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.predictions import PredictionsTable

@@ -20,7 +20,7 @@ from predictions.lifecycle.submissions import Submissions
 from predictions.pipelines.advance import PipelineExecutions
 from predictions.pipelines.manage import PipelineApi
 from predictions.pipelines.store import PipelinesTable
-from predictions.recipes import RecipeItems
+from predictions.recipes.store import RecipeItems
 from predictions.requests import Message
 from predictions.run_jobs import RunJobs
 from predictions.store.predictions import PredictionsTable

@@ -12,7 +12,7 @@ from predictions.files.upload_requests import UploadBody
 from predictions.forwarding import ROUTES as FORWARDED_ROUTES
 from predictions.intents.model import PredictionBody, TrainingBody
 from predictions.pipelines.definition import PipelineBody
-from predictions.recipe_bodies import RecipeBody
+from predictions.recipes.schema import RecipeBody
 from pydantic import BaseModel
 
 from local.openapi import SOURCE, TARGET, as_json

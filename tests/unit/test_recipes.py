@@ -9,8 +9,8 @@ from predictions.aws import clients
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import folder, safe_prefix
 from predictions.intents.model import Intent
-from predictions.recipe_changes import RECIPE_LIMIT_BYTES, RecipeChanges
-from predictions.recipes import RecipeItems, Recipes
+from predictions.recipes.manage import RECIPE_LIMIT_BYTES, RecipeChanges
+from predictions.recipes.store import RecipeItems, Recipes
 from predictions.requests import Message, RequestRefused, Requests
 from predictions.store.predictions import PredictionsTable
 

@@ -11,12 +11,12 @@ from predictions.change_retries import RETRY_SECONDS as CHANGE_RETRY_SECONDS
 from predictions.changes import NEEDED_SECONDS as CHANGE_NEEDED_SECONDS
 from predictions.cli.dead_letters import QUEUES as LETTERS
 from predictions.deliveries import LONGEST_WAIT_SECONDS, RETRY_SECONDS
-from predictions.deployed_recipes import NEEDED_SECONDS as NEEDED_FOR_A_FILE_SECONDS
 from predictions.dropped_manifests import PREFIX
 from predictions.forwarding import ROUTES
 from predictions.lifecycle.submissions import _ABANDON_SECONDS
 from predictions.received_requests import FAILURES_LIMIT, NEEDED_SECONDS
 from predictions.receivers import TOTAL_SECONDS
+from predictions.recipes.deployment import NEEDED_SECONDS as NEEDED_FOR_A_FILE_SECONDS
 
 from tests.unit import library
 from tests.unit.code_reach import reach

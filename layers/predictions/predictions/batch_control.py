@@ -36,7 +36,7 @@ from predictions.intents.model import (
 )
 from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import logger
-from predictions.recipes import Recipe, RecipeItems
+from predictions.recipes.store import Recipe, RecipeItems
 from predictions.store.recent_requests import RecentRequests
 from predictions.templating import PlaceholderError, expressions
 

@@ -145,7 +145,7 @@ def _first_lines(batches: Batches, batch: Batch, remaining_seconds: Callable[[],
 def _requests(bucket: str, batch: Batch) -> Callable[[Any], tuple[dict[str, Any], str | None]]:
     """What makes a request of a line's value, and says where its results go."""
     if batch.recipe:
-        from predictions.recipes import Recipe  # only batches by a recipe pay for it
+        from predictions.recipes.store import Recipe  # only batches by a recipe pay for it
 
         recipe = Recipe(**json.loads(get_text(bucket, recipe_key(batch.id))))
         return lambda value: request_by(recipe, value)

@@ -22,7 +22,7 @@ from predictions.files.outputs_bucket import ORIGIN_DEPTH
 from predictions.intents.model import random_id
 from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.recipes import head_of, next_depth, object_of
+from predictions.recipes.store import head_of, next_depth, object_of
 from predictions.requests import RequestRefused
 
 PREFIX = "batches/"

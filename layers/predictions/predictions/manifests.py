@@ -17,7 +17,7 @@ from predictions.errors import PredictionsError, Problem
 from predictions.intents.model import BODY_LIMIT_BYTES, create_requested_intent, parse_json
 
 if TYPE_CHECKING:
-    from predictions.recipes import Recipe
+    from predictions.recipes.store import Recipe
 
 LINE_LIMIT_BYTES = 1024 * 1024
 """The longest line; a file belongs into a bucket, and its URL into the line."""

@@ -245,7 +245,7 @@ def _source(named: str) -> Source:
     """Imported with the first message that needs it, and kept: the secret of links is not read for each message."""
     match named:
         case "recipe_id":
-            from predictions.recipes import Recipes
+            from predictions.recipes.store import Recipes
 
             return Recipes.from_env()
         case "pipeline_id":

@@ -1,10 +1,10 @@
 """Recipes: named templates of requests, filled from events.
 
 A recipe is an item, `pk` = `recipe#{id}`, `sk` = `recipe`, with its definition as JSON text, the way its owner wrote it
-and `predictions.recipe_changes` checked it. Its id is 26 random characters: the messages that its rule or schedule puts
+and `recipes.manage` checked it. Its id is 26 random characters: the messages that its rule or schedule puts
 into the requests queue name it, and who knows it may start the recipe for its owner. `pk` = `recipe#{owner}#{name}`,
 `sk` = `name` holds the id that a name has, so that an owner has one recipe of a name. `pk` = `recipe#deployed` lists
-those that came with a deployment (see `predictions.deployed_recipes`).
+those that came with a deployment (see `recipes.deployment`).
 
 An expression in a template sees:
 

@@ -22,9 +22,9 @@ from predictions.errors import Problem
 from predictions.intents.model import Reference, create_requested_intent, parse_json, random_id
 from predictions.lifecycle.model_lookup import ModelSchemas
 from predictions.observability import logger
-from predictions.recipe_bodies import NAME, RecipeBody
-from predictions.recipe_rules import RecipeRules, RuleRefused
-from predictions.recipes import KEPT_APART, Recipe, RecipeItems
+from predictions.recipes.rules import RecipeRules, RuleRefused
+from predictions.recipes.schema import NAME, RecipeBody
+from predictions.recipes.store import KEPT_APART, Recipe, RecipeItems
 from predictions.store.predictions import PredictionsTable
 from predictions.templating import PlaceholderError, expressions, holds_placeholders
 from predictions.upstream.client import NotFound, Replicate, UpstreamError

@@ -15,9 +15,9 @@ from predictions.access import is_owner
 from predictions.aws.clients import client
 from predictions.errors import PredictionsError, Problem
 from predictions.intents.model import parse_json
-from predictions.recipe_changes import RECIPE_LIMIT_BYTES, RecipeChanges
-from predictions.recipe_rules import RecipeRules
-from predictions.recipes import RecipeItems
+from predictions.recipes.manage import RECIPE_LIMIT_BYTES, RecipeChanges
+from predictions.recipes.rules import RecipeRules
+from predictions.recipes.store import RecipeItems
 
 if TYPE_CHECKING:
     from mypy_boto3_cloudformation import CloudFormationClient

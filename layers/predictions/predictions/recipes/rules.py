@@ -14,7 +14,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws.clients import client
 from predictions.errors import PredictionsError
 from predictions.observability import logger
-from predictions.recipes import Recipe
+from predictions.recipes.store import Recipe
 from predictions.store.predictions import is_id
 
 if TYPE_CHECKING:

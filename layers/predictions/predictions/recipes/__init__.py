@@ -1,0 +1,1 @@
+"""Recipes: named templates of requests that events start."""
