@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from predictions.batch_results import finish
-from predictions.batches import Batches
+from predictions.batches.finish import finish
+from predictions.batches.store import Batches
 from predictions.observability import handler_of, logger
 from predictions.store.predictions import PredictionsTable
 

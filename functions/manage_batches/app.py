@@ -6,8 +6,8 @@ from aws_lambda_powertools.event_handler import Response
 from predictions.admission.quotas import OwnerLimits
 from predictions.api import Presenter, answer_with, body_of, headers_of, json_response, owner_with, resolver
 from predictions.aws.clients import api_url
-from predictions.batch_control import BatchControl
-from predictions.batches import Batch
+from predictions.batches.manage import BatchControl
+from predictions.batches.store import Batch
 from predictions.cursors import page_links, read_cursor
 from predictions.intents.model import Attempt
 from predictions.lifecycle.submissions import Submissions

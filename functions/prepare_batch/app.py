@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from predictions.batch_preparation import prepare
-from predictions.batches import Batches
+from predictions.batches.prepare import prepare
+from predictions.batches.store import Batches
 from predictions.observability import handler_of, logger, remaining_seconds
 
 batches = Batches.from_env()

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
-from predictions.batch_control import BatchControl
+from predictions.batches.manage import BatchControl
 from predictions.lifecycle.submissions import Submissions
 from predictions.net.signatures import SigningSecrets, SigningSecretUnavailable
 from predictions.observability import MetricUnit, handler_of, logger, metrics, remaining_seconds

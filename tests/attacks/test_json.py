@@ -240,7 +240,7 @@ def test_line_of_a_manifest_is_refused_alone_with_its_reason(
 
 def objects_of(stack: Stack, batch_id: str) -> dict[str, list[Any]]:
     """What preparing a batch has written."""
-    from predictions.batch_files import refused_key, requests_key
+    from predictions.batches.files import refused_key, requests_key
 
     return {
         part: [read_strictly(line) for line in stack.account.objects[key][0].split(b"\n") if line]

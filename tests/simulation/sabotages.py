@@ -15,7 +15,7 @@ from predictions import status as statuses
 from predictions.admission import rate_limiter
 from predictions.admission.rate_limiter import Limiter
 from predictions.aws.executions import Executions
-from predictions.batch_control import BatchControl
+from predictions.batches.manage import BatchControl
 from predictions.change_retries import Effect
 from predictions.changes import Changes
 from predictions.files import outputs_bucket

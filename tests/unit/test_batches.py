@@ -9,14 +9,14 @@ import pytest
 from botocore.exceptions import ClientError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from predictions import batch_files
 from predictions.aws import clients
 from predictions.aws.executions import Executions
-from predictions.batch_control import BatchControl
-from predictions.batch_files import get_text, lines_key, new_object, read_jsonl, refused_key, requests_key
-from predictions.batch_preparation import prepare
-from predictions.batch_results import finish
-from predictions.batches import Batch, Batches, event_of
+from predictions.batches import files as batch_files
+from predictions.batches.files import get_text, lines_key, new_object, read_jsonl, refused_key, requests_key
+from predictions.batches.finish import finish
+from predictions.batches.manage import BatchControl
+from predictions.batches.prepare import prepare
+from predictions.batches.store import Batch, Batches, event_of
 from predictions.errors import NoLongerWanted, Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import random_id
@@ -385,7 +385,7 @@ def test_manifest_that_cannot_be_read_fails_the_batch_with_the_reason(
     elif change == "gone":
         s3.delete_object(Bucket="inputs", Key=key)
     elif change == "too many":
-        monkeypatch.setattr("predictions.batch_preparation.LINES_LIMIT", 1)
+        monkeypatch.setattr("predictions.batches.prepare.LINES_LIMIT", 1)
     assert prepare(world.batches, batch.id, 1)["lines"] == 0
     assert world.finish(batch)["open"] == 0
     batch = world.there(batch)
@@ -665,7 +665,7 @@ def test_line_that_was_late_is_not_submitted_when_its_batch_is_run_anew(
 def test_cancel_that_runs_out_of_time_is_gone_on_with_by_the_sweep(
     world: World, replicate: ReplicateInMemory, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("predictions.batch_control._CHUNK", 2)
+    monkeypatch.setattr("predictions.batches.manage._CHUNK", 2)
     batch = world.prepared(*[LLAMA] * 5)
     world.run(batch)
     seconds = iter([100.0] * 3 + [0.0] * 10)

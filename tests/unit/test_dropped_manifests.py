@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 from predictions.aws import clients
-from predictions.batch_files import read_jsonl, requests_key
-from predictions.batch_preparation import prepare
-from predictions.batches import Batch
-from predictions.dropped_manifests import DroppedManifests
+from predictions.batches.dropped import DroppedManifests
+from predictions.batches.files import read_jsonl, requests_key
+from predictions.batches.prepare import prepare
+from predictions.batches.store import Batch
 from predictions.requests import Message, RequestRefused
 
 from tests.unit.fakes import refusing
@@ -90,7 +90,7 @@ def test_manifest_that_can_start_nothing_is_refused_with_its_reason(door: World,
 def test_manifest_that_is_too_large_is_refused(door: World, monkeypatch: pytest.MonkeyPatch) -> None:
     door.put_recipe("fill", **TAKES)
     put()
-    monkeypatch.setattr("predictions.dropped_manifests.MANIFEST_LIMIT_BYTES", len(ROWS) - 1)
+    monkeypatch.setattr("predictions.batches.dropped.MANIFEST_LIMIT_BYTES", len(ROWS) - 1)
     with pytest.raises(RequestRefused, match=f"has {len(ROWS)} bytes"):
         take(door, told())
 

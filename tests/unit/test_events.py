@@ -13,8 +13,8 @@ from predictions.api import Presenter
 from predictions.aws import clients
 from predictions.aws.dynamodb import deserialize
 from predictions.aws.executions import Executions
-from predictions.batch_control import BatchControl
-from predictions.batches import Batch, Batches
+from predictions.batches.manage import BatchControl
+from predictions.batches.store import Batch, Batches
 from predictions.dead_requests import DeadRequests
 from predictions.deliveries import Delivery
 from predictions.files.links import Links

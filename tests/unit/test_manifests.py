@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from predictions.batch_files import read_lines
-from predictions.manifests import (
+from predictions.batches.files import read_lines
+from predictions.batches.manifest import (
     LINE_LIMIT_BYTES,
     Format,
     Line,

@@ -10,8 +10,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.api import Presenter
 from predictions.aws import clients
 from predictions.aws.executions import Executions
-from predictions.batch_control import BatchControl
-from predictions.batches import Batches
+from predictions.batches.manage import BatchControl
+from predictions.batches.store import Batches
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.files.signed_urls import Distribution, PrivateKey
 from predictions.intents.model import derived_id

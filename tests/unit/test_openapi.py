@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from predictions.batch_body import BatchBody
+from predictions.batches.schema import BatchBody
 from predictions.deliveries import EVENTS
 from predictions.files.upload_requests import UploadBody
 from predictions.forwarding import ROUTES as FORWARDED_ROUTES

@@ -7,9 +7,9 @@ import httpx
 import pytest
 from predictions.admission.quotas import OwnerLimits, OwnersLimits, OwnersUsage
 from predictions.aws import clients
-from predictions.batch_control import ATTEMPTS_LIMIT, BatchControl
-from predictions.batch_preparation import prepare
-from predictions.dropped_manifests import DroppedManifests
+from predictions.batches.dropped import DroppedManifests
+from predictions.batches.manage import ATTEMPTS_LIMIT, BatchControl
+from predictions.batches.prepare import prepare
 from predictions.errors import PredictionThrottled, Problem
 from predictions.requests import RequestRefused
 

@@ -156,13 +156,13 @@ LIMITS = {
     ),
     "page of the list of batches": ("functions/manage_batches/app.py", "PAGE_SIZE", 1, "{} batches"),
     "lines of a batch": (
-        "layers/predictions/predictions/manifests.py",
+        "layers/predictions/predictions/batches/manifest.py",
         "LINES_LIMIT",
         1,
         "{:,}; 1 MiB each, 1 GiB in all",
     ),
     "lines of a batch at once": (
-        "layers/predictions/predictions/batch_body.py",
+        "layers/predictions/predictions/batches/schema.py",
         "MAX_CONCURRENCY",
         1,
         "`max_concurrency`, {} at most",

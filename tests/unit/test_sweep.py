@@ -399,7 +399,7 @@ class TestBatches:
         world.batches.running(batch, lines=1, total=1, refused=0)
         world.batches.stop(batch, "canceled")
         with monkeypatch.context() as broken:
-            broken.setattr("predictions.batch_control.read_jsonl", dead)
+            broken.setattr("predictions.batches.manage.read_jsonl", dead)
             waits = []
             for _ in range(4):
                 with pytest.raises(Died):

@@ -257,7 +257,7 @@ class Changes:
 
             told = event_of(record)
         elif kind == "batch" and sk == "status":
-            from predictions.batches import event_of as event_of_batch  # a stack without batches never needs it
+            from predictions.batches.store import event_of as event_of_batch  # a stack without batches never needs it
 
             told = event_of_batch(change, self._outputs.name)
         elif (after := _newly_visible(change)) is not None:

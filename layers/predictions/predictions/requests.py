@@ -29,7 +29,7 @@ from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.predictions import CALLERS_LIMIT, AlreadyExists, Prediction, PredictionsTable
 
 if TYPE_CHECKING:
-    from predictions.dropped_manifests import DroppedManifests
+    from predictions.batches.dropped import DroppedManifests
     from predictions.pipelines.steps import Pipelines
 
 _TASK_TOKEN_LIMIT = 2048
@@ -250,7 +250,7 @@ def _source(named: str) -> Source:
             return Recipes.from_env()
         case "pipeline_id":
             return _pipelines()
-    from predictions.batches import Batches
+    from predictions.batches.store import Batches
 
     return Batches.from_env()
 
@@ -264,7 +264,7 @@ def _pipelines() -> "Pipelines":
 
 @cache
 def _dropped_manifests() -> "DroppedManifests":
-    from predictions.dropped_manifests import DroppedManifests
+    from predictions.batches.dropped import DroppedManifests
 
     return DroppedManifests.from_env()
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from predictions.batch_body import BatchLimits
+from predictions.batches.schema import BatchLimits
 from predictions.intents.model import WebhookEvent
 
 NAME = r"[a-z0-9][a-z0-9-]{0,62}"

@@ -1150,7 +1150,7 @@ class PredictionsTable:
     # -- batches ----------------------------------------------------------------------------------------------
 
     def line_wanted(self, prediction: Prediction) -> bool:
-        """Whether the batch that a prediction is a line of, if it is one, still wants it; see `predictions.batches`."""
+        """Whether the batch that a prediction is a line of, if it is one, still wants it; see `batches.store`."""
         if "batch" not in prediction.origin:
             return True
         key = {"pk": f"batch#{prediction.origin['batch']}", "sk": "status"}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from predictions.batch_files import read_lines
+from predictions.batches.files import read_lines
 from predictions.errors import PredictionsError, Problem
 from predictions.intents.model import BODY_LIMIT_BYTES, create_requested_intent, parse_json
 

@@ -13,8 +13,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, refusal_of
 from predictions.aws.clients import api_url, client
 from predictions.aws.dynamodb import timestamp
-from predictions.batch_body import BatchBody, read_body, refusal
-from predictions.batch_files import (
+from predictions.batches.files import (
     etag_of,
     lines_key,
     manifest_key,
@@ -24,7 +23,9 @@ from predictions.batch_files import (
     recipe_key,
     template_key,
 )
-from predictions.batches import Batch, Batches
+from predictions.batches.manifest import MANIFEST_LIMIT_BYTES
+from predictions.batches.schema import BatchBody, read_body, refusal
+from predictions.batches.store import Batch, Batches
 from predictions.errors import Problem
 from predictions.intents.model import (
     LIFETIME_LIMIT_SECONDS,
@@ -34,7 +35,6 @@ from predictions.intents.model import (
     parse_json,
     random_id,
 )
-from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import logger
 from predictions.recipes.store import Recipe, RecipeItems
 from predictions.store.recent_requests import RecentRequests

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from predictions.admission.quotas import LimitReached
-from predictions.batch_body import BatchLimits
-from predictions.batch_control import BatchControl
-from predictions.batches import Batch
+from predictions.batches.manage import BatchControl
+from predictions.batches.manifest import MANIFEST_LIMIT_BYTES
+from predictions.batches.schema import BatchLimits
+from predictions.batches.store import Batch
 from predictions.files.outputs_bucket import ORIGIN_DEPTH
 from predictions.intents.model import random_id
-from predictions.manifests import MANIFEST_LIMIT_BYTES
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.recipes.store import head_of, next_depth, object_of
 from predictions.requests import RequestRefused

@@ -1,7 +1,7 @@
 """Batches: many requests from one manifest, and where each of them stands.
 
 A batch's item (`pk` = `batch#{id}`, `sk` = `status`) is small and holds no list: the lines are objects (see
-`predictions.batch_files`), and a line's prediction is known by an id that is made from the batch's id, the line's
+`batches.files`), and a line's prediction is known by an id that is made from the batch's id, the line's
 number and the attempt. So a line starts one prediction however often it is sent, and whoever wants to know of all of
 them goes through the lines.
 
@@ -27,7 +27,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
-from predictions.batch_files import read_range, requests_key
+from predictions.batches.files import read_range, requests_key
 from predictions.errors import NoLongerWanted, Problem
 from predictions.intents.model import BODY_LIMIT_BYTES, Intent, create_requested_intent, derived_id
 from predictions.store.idempotency_keys import IdempotencyKeys

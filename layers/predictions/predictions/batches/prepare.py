@@ -9,7 +9,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from predictions.batch_files import (
+from predictions.batches.files import (
     get_text,
     lines_key,
     new_object,
@@ -20,8 +20,7 @@ from predictions.batch_files import (
     requests_key,
     template_key,
 )
-from predictions.batches import Batch, Batches
-from predictions.manifests import (
+from predictions.batches.manifest import (
     LINES_LIMIT,
     LineRefused,
     ManifestUnreadable,
@@ -30,6 +29,7 @@ from predictions.manifests import (
     request_by,
     request_of,
 )
+from predictions.batches.store import Batch, Batches
 from predictions.observability import logger
 
 # What of the function's time is left for writing the last of it down, when a manifest takes too long.

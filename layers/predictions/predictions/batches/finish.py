@@ -10,8 +10,8 @@ from heapq import merge
 from itertools import islice
 from typing import Any
 
-from predictions.batch_files import lines_key, new_object, read_jsonl, refused_key, results_key
-from predictions.batches import Batch, Batches
+from predictions.batches.files import lines_key, new_object, read_jsonl, refused_key, results_key
+from predictions.batches.store import Batch, Batches
 from predictions.store.predictions import Prediction, PredictionsTable, Result
 
 # One BatchGetItem: https://docs.aws.amazon.com/amazondynamodb/latest/APIReference/API_BatchGetItem.html

@@ -1,0 +1,1 @@
+"""Batches: many predictions from one manifest."""
