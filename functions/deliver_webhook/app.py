@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from predictions.deliveries import Delivery
+from predictions.notifications.webhook_queue import Delivery
+from predictions.notifications.webhook_sender import Receivers
 from predictions.observability import handler_of
-from predictions.receivers import Receivers
 
 receivers = Receivers.from_env()
 

@@ -2,7 +2,7 @@
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api import answer_with, json_response, owner_with, resolver
-from predictions.owner_secrets import OwnerSecrets
+from predictions.notifications.signing_secrets import OwnerSecrets
 
 app = resolver()
 secrets = OwnerSecrets.from_env()

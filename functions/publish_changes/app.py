@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from predictions.changes import Changes
+from predictions.notifications.stream import Changes
 from predictions.observability import handler_of, remaining_seconds
 
 changes = Changes.from_env()

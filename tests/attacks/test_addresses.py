@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 from predictions.aws import clients
-from predictions.deliveries import Delivery
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.net.addresses import AddressRefused, check_webhook_url, guarded_client, is_public
+from predictions.notifications.webhook_queue import Delivery
 from predictions.store.predictions import PredictionsTable
 
 from tests.attacks.hosts import HostileHost, head, hostile_host, sends, whole

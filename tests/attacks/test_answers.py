@@ -13,9 +13,9 @@ from functools import cache
 from typing import Any
 
 import pytest
-from predictions.deliveries import Delivery
 from predictions.intents.model import create_intent
 from predictions.net.signatures import sign
+from predictions.notifications.webhook_queue import Delivery
 from predictions.store.predictions import Prediction
 from predictions.upstream.bounded_json import weigh
 from predictions.upstream.prediction import PARSED_LIMIT_BYTES, UpstreamPrediction

@@ -18,8 +18,8 @@ from predictions import requests
 from predictions.aws import clients as aws
 from predictions.files import outputs_bucket
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.notifications.webhook_sender import Receivers
 from predictions.observability import logger, metrics
-from predictions.receivers import Receivers
 
 from tests.simulation.account import Clients
 from tests.simulation.verdict import Verdict

@@ -10,24 +10,26 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from predictions import deliveries, received_requests
+from predictions import received_requests
 from predictions import status as statuses
 from predictions.admission import rate_limiter
 from predictions.admission.rate_limiter import Limiter
 from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
-from predictions.change_retries import Effect
-from predictions.changes import Changes
 from predictions.files import outputs_bucket
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents import model as intents
 from predictions.lifecycle import submissions
 from predictions.lifecycle.reconcile import UnknownSubmissions, _told, target_of
 from predictions.lifecycle.submissions import Submissions
+from predictions.notifications import webhook_queue
+from predictions.notifications.stream import Changes
+from predictions.notifications.stream_retries import Effect
+from predictions.notifications.webhook_sender import Receivers
+from predictions.notifications.webhook_slots import NoSlotFree, Slot, WebhookSlots
 from predictions.pipelines.advance import PipelineExecutions
 from predictions.pipelines.manage import PipelineApi
 from predictions.received_requests import ReceivedRequests
-from predictions.receivers import Receivers
 from predictions.requests import Requests
 from predictions.store import predictions as table
 from predictions.store.idempotency_keys import IdempotencyKeys
@@ -35,7 +37,6 @@ from predictions.store.predictions import Change, Prediction, PredictionsTable
 from predictions.upstream.client import NotAccepted, OutcomeUnknown, Replicate
 from predictions.upstream.create_window import SendWindow
 from predictions.upstream.list_reader import ListReader, Reading, digest_of
-from predictions.webhook_slots import NoSlotFree, Slot, WebhookSlots
 
 from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood
 from tests.simulation.jobs import Batches, Pipelines, Trainings
@@ -435,14 +436,16 @@ SABOTAGES: dict[str, Sabotage] = {
     "callers are told from the first on, each time": _method(Changes, "_tell_callers", _without_time),
     "who comes after the end is not told": _method(Changes, "_tell_callers", _told_at_the_end_alone),
     "a deleted input comes back": _method(Requests, "start", _put_without_looking),
-    "output and logs are told only while it runs": _value_made(deliveries, "_of_status", _only_changes_of_the_status),
+    "output and logs are told only while it runs": _value_made(
+        webhook_queue, "_of_status", _only_changes_of_the_status
+    ),
     "trouble of the bus repeats webhooks": _method(Changes, "_retry_later", _retried_by_the_stream),
     "an event that the bus refuses is forgotten": _method(
         Changes, "_not_taken", lambda put: lambda self, news: put(self, news) and []
     ),
     "a webhook is tried once": _method(Receivers, "_put_off", _constant(True)),
     "hanging receivers occupy all consumers": _all(
-        _value(deliveries, "_owner_of", lambda _: ""),
+        _value(webhook_queue, "_owner_of", lambda _: ""),
         _method(WebhookSlots, "acquire", lambda _: lambda self, owner, origin, now: Slot(owner, origin, now)),
     ),
     "a training is looked for among predictions": _value(Prediction, "collection", "predictions"),

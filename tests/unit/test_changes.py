@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 from predictions.aws import clients
-from predictions.change_retries import RetryQueue
-from predictions.changes import OUTPUT_LIMIT_BYTES, PARSED_LIMIT_CHARACTERS, Changes
-from predictions.deliveries import DeliveriesQueue
-from predictions.events import FILES_LIMIT_BYTES, Event, EventBus, list_files
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile, find_files
+from predictions.notifications.event_bus import FILES_LIMIT_BYTES, Event, EventBus, list_files
+from predictions.notifications.stream import OUTPUT_LIMIT_BYTES, PARSED_LIMIT_CHARACTERS, Changes
+from predictions.notifications.stream_retries import RetryQueue
+from predictions.notifications.webhook_queue import DeliveriesQueue
 from predictions.status import Status
 from predictions.store.predictions import Prediction, PredictionsTable
 from predictions.upstream.prediction import UpstreamPrediction

@@ -21,8 +21,8 @@ from predictions.cli.inspect import _of_submissions, waits_for
 from predictions.cli.stack import Stack, _Bucket
 from predictions.cli.webhooks import Event
 from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequests
-from predictions.deliveries import EVENTS
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.notifications.webhook_queue import EVENTS
 from predictions.requests import Message
 from predictions.store.predictions import Prediction
 

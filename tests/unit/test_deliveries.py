@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from predictions.aws import clients
-from predictions.changes import Changes
-from predictions.deliveries import (
+from predictions.files.outputs_bucket import StoredFile
+from predictions.notifications.stream import Changes
+from predictions.notifications.webhook_queue import (
     RETRY_SECONDS,
     RUNNING_RETRY_SECONDS,
     DeadLetters,
@@ -19,7 +20,6 @@ from predictions.deliveries import (
     UnreadableDelivery,
     deliveries_of,
 )
-from predictions.files.outputs_bucket import StoredFile
 from predictions.status import Status
 from predictions.store.predictions import PredictionsTable
 

@@ -16,13 +16,13 @@ from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
 from predictions.batches.store import Batch, Batches
 from predictions.dead_requests import DeadRequests
-from predictions.deliveries import Delivery
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.files.uploads import Files
 from predictions.forwarding import Forwarding, VersionCache
 from predictions.lifecycle.submissions import Submissions
-from predictions.owner_secrets import OwnerSecrets
+from predictions.notifications.signing_secrets import OwnerSecrets
+from predictions.notifications.webhook_queue import Delivery
 from predictions.pipelines.advance import PipelineExecutions, Progress
 from predictions.pipelines.definition import fingerprint
 from predictions.pipelines.manage import PipelineApi

@@ -6,7 +6,7 @@ import pytest
 from botocore.exceptions import ClientError
 from predictions.aws import clients
 from predictions.net.signatures import sign, verify
-from predictions.owner_secrets import (
+from predictions.notifications.signing_secrets import (
     MasterSecretUnusable,
     OwnerSecrets,
     RotatedRecently,

@@ -202,7 +202,12 @@ LIMITS = {
     "a pipeline": ("layers/predictions/predictions/pipelines/manage.py", "LIFETIME_SECONDS", 86400, "{} days"),
     "one sweep": ("functions/sweep_predictions/app.py", "SWEEP_LIMIT", 1, "{} predictions"),
     "age of a webhook": ("layers/predictions/predictions/net/signatures.py", "TOLERANCE_SECONDS", 1, "{} s"),
-    "one try of a webhook to a caller": ("layers/predictions/predictions/receivers.py", "TOTAL_SECONDS", 1, "{} s;"),
+    "one try of a webhook to a caller": (
+        "layers/predictions/predictions/notifications/webhook_sender.py",
+        "TOTAL_SECONDS",
+        1,
+        "{} s;",
+    ),
 }
 
 

@@ -13,14 +13,14 @@ import httpx
 import pytest
 from predictions.api import Presenter
 from predictions.aws import clients
-from predictions.deliveries import DeadLetters, DeliveriesQueue, Delivery, deliveries_of
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.net.addresses import guarded_client
+from predictions.notifications.signing_secrets import OwnerSecrets, SecretVersions
+from predictions.notifications.webhook_queue import DeadLetters, DeliveriesQueue, Delivery, deliveries_of
+from predictions.notifications.webhook_sender import Receivers
+from predictions.notifications.webhook_slots import WebhookSlots
 from predictions.observability import metrics
-from predictions.owner_secrets import OwnerSecrets, SecretVersions
-from predictions.receivers import Receivers
 from predictions.store.predictions import PredictionsTable
-from predictions.webhook_slots import WebhookSlots
 from standardwebhooks import Webhook
 
 from tests.unit.fakes import Clock

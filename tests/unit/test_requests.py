@@ -11,9 +11,9 @@ import pytest
 from predictions.aws import clients
 from predictions.aws.dynamodb import deserialize, serialize
 from predictions.aws.executions import Executions
-from predictions.changes import Changes
 from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequest, DeadRequests
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.notifications.stream import Changes
 from predictions.observability import logger
 from predictions.requests import Message, RequestRefused, Requests, _source_of, task_token_of
 from predictions.status import Status

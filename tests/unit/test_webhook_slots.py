@@ -9,12 +9,20 @@ import pytest
 from predictions.api import Presenter
 from predictions.aws import clients
 from predictions.aws.dynamodb import serialize
-from predictions.deliveries import DeadLetters, DeliveriesQueue, Delivery
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.owner_secrets import OwnerSecrets, SecretVersions
-from predictions.receivers import Receivers
+from predictions.notifications.signing_secrets import OwnerSecrets, SecretVersions
+from predictions.notifications.webhook_queue import DeadLetters, DeliveriesQueue, Delivery
+from predictions.notifications.webhook_sender import Receivers
+from predictions.notifications.webhook_slots import (
+    LEASE_SECONDS,
+    MARK_SECONDS,
+    SLOTS,
+    SLOW_SECONDS,
+    NoSlotFree,
+    Slot,
+    WebhookSlots,
+)
 from predictions.store.predictions import PredictionsTable
-from predictions.webhook_slots import LEASE_SECONDS, MARK_SECONDS, SLOTS, SLOW_SECONDS, NoSlotFree, Slot, WebhookSlots
 
 from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error

@@ -13,7 +13,6 @@ import typer
 from botocore.exceptions import ClientError
 
 from predictions.aws.dead_letter_queue import DeadLetterQueue, Letter
-from predictions.change_retries import Retry, RetryQueue, read_dead_letter
 from predictions.cli.stack import (
     JsonList,
     JsonObject,
@@ -27,7 +26,8 @@ from predictions.cli.stack import (
     second,
 )
 from predictions.dead_requests import DeadRequest, DeadRequests
-from predictions.deliveries import DeadLetters, DeliveriesQueue
+from predictions.notifications.stream_retries import Retry, RetryQueue, read_dead_letter
+from predictions.notifications.webhook_queue import DeadLetters, DeliveriesQueue
 
 app = group("Count, list, redrive and delete dead letters.")
 

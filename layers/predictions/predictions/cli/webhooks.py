@@ -9,14 +9,14 @@ import typer
 
 from predictions.access import is_owner
 from predictions.cli.stack import NotDone, PredictionId, Stack, command, found, group
-from predictions.deliveries import DeliveriesQueue, Delivery
-from predictions.owner_secrets import SecretVersions
+from predictions.notifications.signing_secrets import SecretVersions
+from predictions.notifications.webhook_queue import DeliveriesQueue, Delivery
 
 app = group("Redeliver webhooks and rotate the secrets of owners.")
 
 
 class Event(StrEnum):
-    """Events of a webhook: those of `predictions.deliveries.EVENTS`."""
+    """Events of a webhook: those of `notifications.webhook_queue.EVENTS`."""
 
     START = "start"
     OUTPUT = "output"

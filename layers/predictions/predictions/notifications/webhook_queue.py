@@ -1,7 +1,7 @@
 """Webhooks to callers, as messages: which ones a change of the table calls for, and the queue that holds them.
 
 A delivery is one webhook of one prediction. Its message holds ids and times only: what the receiver is sent is read
-from the table when it is sent, by `predictions.receivers`.
+from the table when it is sent, by `notifications.webhook_sender`.
 """
 
 import json

@@ -1,7 +1,7 @@
 """What a change of the table calls for, as its stream tells it: the one place that knows all of it.
 
-- Webhooks to callers, as deliveries in a queue: `predictions.deliveries`.
-- Events on the stack's bus: `predictions.events`.
+- Webhooks to callers, as deliveries in a queue: `notifications.webhook_queue`.
+- Events on the stack's bus: `notifications.event_bus`.
 - The end, for state machines of others that wait for it: `aws.task_tokens`.
 - What pipelines do at the end of what they started: `_ended`. A batch's lines have callers: its state machine.
 
@@ -9,7 +9,7 @@ Stream records come at least once, and in the order of an item's changes. Each o
 comes twice, or can be told to be: deliveries and events have ids, a task token works once, and a hook has to look.
 
 Each of the four is done without regard to the others: one that fails is sent to a queue of its own and retried from
-there (`predictions.change_retries`), and the stream goes on. Only while that queue cannot be reached either is the
+there (`notifications.stream_retries`), and the stream goes on. Only while that queue cannot be reached either is the
 stream read again, from that record on.
 """
 
@@ -25,10 +25,10 @@ from typing import Any, TypeVar
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.task_tokens import tell_failure, tell_success
-from predictions.change_retries import Effect, Retry, RetryQueue, UnreadableRetry
-from predictions.deliveries import DeliveriesQueue
-from predictions.events import Event, EventBus, event_of_prediction, list_files
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile
+from predictions.notifications.event_bus import Event, EventBus, event_of_prediction, list_files
+from predictions.notifications.stream_retries import Effect, Retry, RetryQueue, UnreadableRetry
+from predictions.notifications.webhook_queue import DeliveriesQueue
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
 from predictions.store.predictions import PayloadTooLong, Prediction, PredictionsTable, read_image

@@ -11,14 +11,14 @@ from typing import Any
 import httpx
 
 from predictions.api import Presenter
-from predictions.deliveries import FIRST_WAIT_SECONDS, DeadLetters, DeliveriesQueue, Delivery
 from predictions.net.addresses import AddressRefused, TimedNetwork, guarded_client
 from predictions.net.signatures import sign
+from predictions.notifications.signing_secrets import OwnerSecrets
+from predictions.notifications.webhook_queue import FIRST_WAIT_SECONDS, DeadLetters, DeliveriesQueue, Delivery
+from predictions.notifications.webhook_slots import NoSlotFree, WebhookSlots
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.owner_secrets import OwnerSecrets
 from predictions.status import Status
 from predictions.store.predictions import PredictionsTable, Whole
-from predictions.webhook_slots import NoSlotFree, WebhookSlots
 
 TOTAL_SECONDS = 10.0
 """The most one try takes, whatever the receiver does."""
@@ -107,7 +107,7 @@ class Receivers:
 
         Twice at once, or again after a crash: the receiver is sent the same `webhook-id` again. 2xx is success, 410
         ends the delivery; everything else, redirects too, is tried again later, or given up when its time is over. So
-        is a delivery for which no slot is free (see `predictions.webhook_slots`), at the same times and untried.
+        is a delivery for which no slot is free (see `notifications.webhook_slots`), at the same times and untried.
 
         Args:
             delivery: What to deliver.

@@ -1,6 +1,6 @@
 """Effects of a change that could not be published: a queue of their own, so that the table's stream goes on.
 
-`predictions.changes` gives each change of the table its effects one by one. An effect that fails (the bus refuses an
+`notifications.stream` gives each change of the table its effects one by one. An effect that fails (the bus refuses an
 event, Step Functions throttle, an exception that nobody expected) is sent to this queue with what it takes to do it
 again: the record of the stream, without the secrets in it. It is retried with exponential backoff for a day, then kept
 in the dead-letter queue of changes. So trouble with the bus delays no webhook and repeats none, and no record holds up
