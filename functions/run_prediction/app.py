@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from predictions.intake.invocation import RunJobs
 from predictions.observability import handler_of, remaining_seconds
-from predictions.run_jobs import RunJobs
 
 run_jobs = RunJobs.from_env()
 

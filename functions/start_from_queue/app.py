@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from predictions.aws.task_tokens import tell_failure
-from predictions.dead_requests import DeadRequests
 from predictions.errors import NoLongerWanted
+from predictions.intake.queue import Message, RequestRefused, Requests, task_token_of
+from predictions.intake.redelivery import GivenUp, ReceivedRequests
+from predictions.intake.refused import DeadRequests
 from predictions.observability import MetricUnit, handler_of, logger, metrics, remaining_seconds
-from predictions.received_requests import GivenUp, ReceivedRequests
-from predictions.requests import Message, RequestRefused, Requests, task_token_of
 
 requests = Requests.from_env()
 dead_requests = DeadRequests.from_env()

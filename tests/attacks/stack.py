@@ -16,10 +16,10 @@ from urllib.parse import parse_qsl, urlencode
 import botocore.session
 import httpx
 import pytest
-from predictions import requests
 from predictions.access import AccessTokens
 from predictions.aws import clients as aws
 from predictions.files import outputs_bucket
+from predictions.intake import queue as requests
 from predictions.net.signatures import sign
 
 from tests.simulation.account import Account, AwsError

@@ -14,10 +14,10 @@ from typing import Any
 from unittest import mock
 
 import httpx
-from predictions import requests
 from predictions.aws import clients as aws
 from predictions.files import outputs_bucket
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.intake import queue as requests
 from predictions.notifications.webhook_sender import Receivers
 from predictions.observability import logger, metrics
 

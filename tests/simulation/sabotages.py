@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from predictions import received_requests
 from predictions import status as statuses
 from predictions.admission import rate_limiter
 from predictions.admission.rate_limiter import Limiter
@@ -18,6 +17,9 @@ from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
 from predictions.files import outputs_bucket
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.intake import redelivery
+from predictions.intake.queue import Requests
+from predictions.intake.redelivery import ReceivedRequests
 from predictions.intents import model as intents
 from predictions.lifecycle import submissions
 from predictions.lifecycle.reconcile import UnknownSubmissions, _told, target_of
@@ -29,8 +31,6 @@ from predictions.notifications.webhook_sender import Receivers
 from predictions.notifications.webhook_slots import NoSlotFree, Slot, WebhookSlots
 from predictions.pipelines.advance import PipelineExecutions
 from predictions.pipelines.manage import PipelineApi
-from predictions.received_requests import ReceivedRequests
-from predictions.requests import Requests
 from predictions.store import predictions as table
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.predictions import Change, Prediction, PredictionsTable
@@ -346,7 +346,7 @@ def _as_they_come(handle: Any) -> Any:
     """All messages of a batch share its fate."""
 
     def handled(self: ReceivedRequests, records: Any, *given: Any) -> Any:
-        with mock.patch.object(received_requests, "_in_turn", list):
+        with mock.patch.object(redelivery, "_in_turn", list):
             return handle(self, [{**r, "attributes": {**r["attributes"], **_FIRST}} for r in records], *given)
 
     return handled

@@ -20,10 +20,10 @@ from predictions.cli.dead_letters import QUEUES
 from predictions.cli.inspect import _of_submissions, waits_for
 from predictions.cli.stack import Stack, _Bucket
 from predictions.cli.webhooks import Event
-from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequests
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.intake.queue import Message
+from predictions.intake.refused import MESSAGE_LIMIT_BYTES, DeadRequests
 from predictions.notifications.webhook_queue import EVENTS
-from predictions.requests import Message
 from predictions.store.predictions import Prediction
 
 from tests.unit.commands import COMMANDS, GROUPS, stack_of

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled
+from predictions.intake.invocation import RunJobs
 from predictions.lifecycle.submissions import Submissions
-from predictions.run_jobs import RunJobs
 from predictions.store.predictions import PredictionsTable
 from predictions.upstream.client import NotAccepted, OutcomeUnknown, Replicate, Target
 from predictions.upstream.create_window import CreateTooLateError, SendWindow, single_use_client

@@ -15,11 +15,12 @@ from predictions.aws.dynamodb import deserialize
 from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
 from predictions.batches.store import Batch, Batches
-from predictions.dead_requests import DeadRequests
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.files.uploads import Files
 from predictions.forwarding import Forwarding, VersionCache
+from predictions.intake.invocation import RunJobs
+from predictions.intake.refused import DeadRequests
 from predictions.lifecycle.submissions import Submissions
 from predictions.notifications.signing_secrets import OwnerSecrets
 from predictions.notifications.webhook_queue import Delivery
@@ -29,7 +30,6 @@ from predictions.pipelines.manage import PipelineApi
 from predictions.pipelines.steps import Pipelines
 from predictions.pipelines.store import PipelinesTable
 from predictions.recipes.store import Recipe, RecipeItems
-from predictions.run_jobs import RunJobs
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.predictions import PredictionsTable
 from predictions.upstream.client import Token

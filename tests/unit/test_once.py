@@ -14,6 +14,8 @@ from predictions.batches.manage import BatchControl
 from predictions.batches.store import Batches
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.files.signed_urls import Distribution, PrivateKey
+from predictions.intake.invocation import RunJobs
+from predictions.intake.queue import Message
 from predictions.intents.model import derived_id
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.submissions import Submissions
@@ -21,8 +23,6 @@ from predictions.pipelines.advance import PipelineExecutions
 from predictions.pipelines.manage import PipelineApi
 from predictions.pipelines.store import PipelinesTable
 from predictions.recipes.store import RecipeItems
-from predictions.requests import Message
-from predictions.run_jobs import RunJobs
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
 

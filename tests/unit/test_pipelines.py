@@ -18,6 +18,7 @@ from predictions.aws.executions import Executions
 from predictions.errors import Problem
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.intake.queue import Message, RequestRefused, Requests
 from predictions.intents.model import create_requested_intent
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.submissions import Submissions
@@ -34,7 +35,6 @@ from predictions.pipelines.steps import (
     prediction_ended,
 )
 from predictions.pipelines.store import Pipeline, PipelinesTable
-from predictions.requests import Message, RequestRefused, Requests
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
 
 from tests.unit.apps import AwsCalls
@@ -835,7 +835,7 @@ class TestMemory:
         [sent] = world.sent()
         message = Message("m", "AIDA", json.dumps(sent), int(world.clock.now()))
         with pytest.MonkeyPatch.context() as only_here:
-            only_here.setattr("predictions.requests._pipelines", lambda: world.pipelines)
+            only_here.setattr("predictions.intake.queue._pipelines", lambda: world.pipelines)
             for _ in range(2):
                 world.requests.give_up(message, "It was tried four times.")
         assert world.turn(pipeline_id).done

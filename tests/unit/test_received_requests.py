@@ -11,9 +11,9 @@ from botocore.exceptions import ReadTimeoutError
 from predictions.aws import clients
 from predictions.aws.dynamodb import deserialize
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.intake.redelivery import FAILURES_LIMIT, KILLS_LIMIT, NEEDED_SECONDS, RETURN_SECONDS
 from predictions.pipelines.definition import Definition, Step
 from predictions.pipelines.store import PipelinesTable
-from predictions.received_requests import FAILURES_LIMIT, KILLS_LIMIT, NEEDED_SECONDS, RETURN_SECONDS
 from predictions.store.predictions import PredictionsTable
 
 from tests.unit.apps import Context

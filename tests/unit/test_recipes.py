@@ -8,10 +8,10 @@ import pytest
 from predictions.aws import clients
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import folder, safe_prefix
+from predictions.intake.queue import Message, RequestRefused, Requests
 from predictions.intents.model import Intent
 from predictions.recipes.manage import RECIPE_LIMIT_BYTES, RecipeChanges
 from predictions.recipes.store import RecipeItems, Recipes
-from predictions.requests import Message, RequestRefused, Requests
 from predictions.store.predictions import PredictionsTable
 
 from tests.unit.apps import Context, load_app, sample

@@ -11,11 +11,11 @@ import pytest
 from predictions.aws import clients
 from predictions.aws.dynamodb import deserialize, serialize
 from predictions.aws.executions import Executions
-from predictions.dead_requests import MESSAGE_LIMIT_BYTES, DeadRequest, DeadRequests
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.intake.queue import Message, RequestRefused, Requests, _source_of, task_token_of
+from predictions.intake.refused import MESSAGE_LIMIT_BYTES, DeadRequest, DeadRequests
 from predictions.notifications.stream import Changes
 from predictions.observability import logger
-from predictions.requests import Message, RequestRefused, Requests, _source_of, task_token_of
 from predictions.status import Status
 from predictions.store.predictions import CALLERS_LIMIT, PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
 

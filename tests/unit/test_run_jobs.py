@@ -10,9 +10,9 @@ from botocore.exceptions import ClientError
 from predictions.api import Presenter
 from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.intake.invocation import RunJobs
 from predictions.lifecycle.receive_webhook import receive
 from predictions.lifecycle.submissions import Submissions
-from predictions.run_jobs import RunJobs
 from predictions.store.predictions import PredictionsTable
 
 from tests.unit.apps import AwsCalls

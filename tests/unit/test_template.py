@@ -10,12 +10,12 @@ from predictions.access import _OWNER, is_owner, parse_authorization
 from predictions.batches.dropped import PREFIX
 from predictions.cli.dead_letters import QUEUES as LETTERS
 from predictions.forwarding import ROUTES
+from predictions.intake.redelivery import FAILURES_LIMIT, NEEDED_SECONDS
 from predictions.lifecycle.submissions import _ABANDON_SECONDS
 from predictions.notifications.stream import NEEDED_SECONDS as CHANGE_NEEDED_SECONDS
 from predictions.notifications.stream_retries import RETRY_SECONDS as CHANGE_RETRY_SECONDS
 from predictions.notifications.webhook_queue import LONGEST_WAIT_SECONDS, RETRY_SECONDS
 from predictions.notifications.webhook_sender import TOTAL_SECONDS
-from predictions.received_requests import FAILURES_LIMIT, NEEDED_SECONDS
 from predictions.recipes.deployment import NEEDED_SECONDS as NEEDED_FOR_A_FILE_SECONDS
 
 from tests.unit import library

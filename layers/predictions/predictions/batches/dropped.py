@@ -20,10 +20,10 @@ from predictions.batches.manifest import MANIFEST_LIMIT_BYTES
 from predictions.batches.schema import BatchLimits
 from predictions.batches.store import Batch
 from predictions.files.outputs_bucket import ORIGIN_DEPTH
+from predictions.intake.queue import RequestRefused
 from predictions.intents.model import random_id
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.recipes.store import head_of, next_depth, object_of
-from predictions.requests import RequestRefused
 
 PREFIX = "batches/"
 """Of the inputs bucket; the template's rule has it, too."""

@@ -25,7 +25,7 @@ from predictions.cli.stack import (
     print_table,
     second,
 )
-from predictions.dead_requests import DeadRequest, DeadRequests
+from predictions.intake.refused import DeadRequest, DeadRequests
 from predictions.notifications.stream_retries import Retry, RetryQueue, read_dead_letter
 from predictions.notifications.webhook_queue import DeadLetters, DeliveriesQueue
 

@@ -18,12 +18,12 @@ from predictions.aws.executions import wake
 from predictions.errors import PredictionsError, Problem
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.intake.queue import Message, RequestRefused
 from predictions.intents.model import BODY_LIMIT_BYTES, Intent, create_requested_intent
 from predictions.observability import logger
 from predictions.pipelines.definition import Step, elements
 from predictions.pipelines.state import run_ids, run_key, states_of
 from predictions.pipelines.store import PipelinesTable, StoredPipeline
-from predictions.requests import Message, RequestRefused
 from predictions.store.predictions import PredictionsTable, UnreadResult
 from predictions.templating import Allowance, PlaceholderError, fill
 
@@ -142,7 +142,7 @@ class Pipelines:
         return cls(PipelinesTable.from_env(), PredictionsTable.from_env(), OutputsBucket.from_env(), Links.from_env())
 
     def intent(self, body: Mapping[str, Any], message: Message) -> Intent | None:  # noqa: ARG002  # of every source
-        """The intent of one run of a step; see `predictions.requests.Source`.
+        """The intent of one run of a step; see `intake.queue.Source`.
 
         A run whose input cannot be filled is noted as failed, which wakes the pipeline.
 

@@ -35,9 +35,9 @@ from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import ORIGIN_DEPTH, safe_prefix
+from predictions.intake.queue import Message, RequestRefused
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.requests import Message, RequestRefused
 from predictions.store.predictions import is_id
 from predictions.templating import Allowance, Filler, NothingFound, PlaceholderError
 
@@ -353,7 +353,7 @@ class Recipes:
         )
 
     def intent(self, body: Mapping[str, Any], message: Message) -> Intent | None:
-        """The intent of a message `{"recipe_id", "event"}`; see `predictions.requests.Source`.
+        """The intent of a message `{"recipe_id", "event"}`; see `intake.queue.Source`.
 
         Returns:
             The intent; None where the recipe or the object is gone, or the event is no longer this recipe's.

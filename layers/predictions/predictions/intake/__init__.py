@@ -1,0 +1,1 @@
+"""Requests that do not come over HTTP: the requests queue and direct invocations."""
