@@ -34,7 +34,7 @@ import boto3
 import httpx
 import yaml
 from botocore.config import Config
-from predictions.access import AccessTokens, Scope
+from predictions.api.access_tokens import AccessTokens, Scope
 
 from local.replicate.process import LocalReplicate
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-SOURCE = CHECKOUT / "layers/predictions/predictions/openapi.yaml"
+SOURCE = CHECKOUT / "layers/predictions/predictions/api/openapi.yaml"
 TARGET = SOURCE.with_suffix(".json")
 
 

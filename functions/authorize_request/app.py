@@ -5,8 +5,8 @@ It stands before every cold call, so it imports nothing but the table's client; 
 
 from typing import Any
 
-from predictions.access import AccessTokens, parse_authorization
 from predictions.admission.quotas import OwnersLimits
+from predictions.api.access_tokens import AccessTokens, parse_authorization
 
 access_tokens = AccessTokens.from_env()
 owners_limits = OwnersLimits.from_env()

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from aws_lambda_powertools.event_handler import Response
-from predictions.api import answer_with, body_of, headers_of, owner_with, resolver
-from predictions.forwarding import ROUTES, Call, Forwarding, Method
+from predictions.api.app import answer_with, body_of, headers_of, owner_with, resolver
+from predictions.api.proxy import ROUTES, Call, Forwarding, Method
 from predictions.observability import logger
 
 app = resolver()

@@ -1,7 +1,7 @@
 """The route by which an owner's receivers get the secret that the stack signs their webhooks with."""
 
 from aws_lambda_powertools.event_handler import Response
-from predictions.api import answer_with, json_response, owner_with, resolver
+from predictions.api.app import answer_with, json_response, owner_with, resolver
 from predictions.notifications.signing_secrets import OwnerSecrets
 
 app = resolver()

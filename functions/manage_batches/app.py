@@ -4,11 +4,11 @@ from typing import Any
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.admission.quotas import OwnerLimits
-from predictions.api import Presenter, answer_with, body_of, headers_of, json_response, owner_with, resolver
+from predictions.api.app import Presenter, answer_with, body_of, headers_of, json_response, owner_with, resolver
+from predictions.api.pagination import page_links, read_cursor
 from predictions.aws.clients import api_url
 from predictions.batches.manage import BatchControl
 from predictions.batches.store import Batch
-from predictions.cursors import page_links, read_cursor
 from predictions.intents.model import Attempt
 from predictions.lifecycle.submissions import Submissions
 from predictions.observability import MetricUnit, logger, metrics, remaining_seconds

@@ -2,8 +2,8 @@
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.admission.quotas import OwnerLimits
-from predictions.api import answer_with, body_of, headers_of, json_response, owner_with, resolver
-from predictions.cursors import page_links, read_cursor
+from predictions.api.app import answer_with, body_of, headers_of, json_response, owner_with, resolver
+from predictions.api.pagination import page_links, read_cursor
 from predictions.intents.model import Attempt
 from predictions.pipelines.manage import PipelineApi
 

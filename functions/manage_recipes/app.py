@@ -3,9 +3,9 @@
 from typing import Any
 
 from aws_lambda_powertools.event_handler import Response
-from predictions.api import answer_with, body_of, headers_of, json_response, owner_with, resolver
+from predictions.api.app import answer_with, body_of, headers_of, json_response, owner_with, resolver
+from predictions.api.pagination import page_links, read_cursor
 from predictions.aws.clients import api_url
-from predictions.cursors import page_links, read_cursor
 from predictions.errors import Problem
 from predictions.recipes.manage import RecipeChanges, is_name
 from predictions.recipes.store import Recipe, RecipeItems

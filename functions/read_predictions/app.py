@@ -6,7 +6,7 @@ Predictions and trainings are read from the table only, never from Replicate.
 from typing import Literal
 
 from aws_lambda_powertools.event_handler import Response
-from predictions.api import (
+from predictions.api.app import (
     Presenter,
     answer_with,
     json_response,
@@ -15,7 +15,7 @@ from predictions.api import (
     owner_with,
     resolver,
 )
-from predictions.cursors import page_links, read_cursor, read_moment
+from predictions.api.pagination import page_links, read_cursor, read_moment
 from predictions.errors import Problem
 from predictions.store.predictions import PredictionsTable
 

@@ -3,7 +3,7 @@
 import time
 
 from aws_lambda_powertools.event_handler import Response
-from predictions.api import all_headers_of, answer_with, body_of, json_response, resolver
+from predictions.api.app import all_headers_of, answer_with, body_of, json_response, resolver
 from predictions.errors import Problem
 from predictions.lifecycle.orphan_polls import OrphanPolls
 from predictions.lifecycle.receive_webhook import receive

@@ -1,7 +1,7 @@
 """Download routes: public, since models have no access token; the unguessable link is the proof."""
 
 from aws_lambda_powertools.event_handler import Response
-from predictions.api import answer_with, resolver
+from predictions.api.app import answer_with, resolver
 from predictions.errors import Problem
 from predictions.files.links import Links
 from predictions.files.uploads import Files

@@ -6,7 +6,7 @@ import os
 from aws_lambda_powertools.event_handler import Response
 from botocore.exceptions import BotoCoreError, ClientError
 from predictions.admission.quotas import OwnerLimits
-from predictions.api import (
+from predictions.api.app import (
     Presenter,
     answer_with,
     body_of,

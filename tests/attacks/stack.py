@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlencode
 import botocore.session
 import httpx
 import pytest
-from predictions.access import AccessTokens
+from predictions.api.access_tokens import AccessTokens
 from predictions.aws import clients as aws
 from predictions.files import outputs_bucket
 from predictions.intake import queue as requests

@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 from jsonschema import Draft202012Validator
-from predictions.forwarding import ROUTES as FORWARDED_ROUTES
+from predictions.api.proxy import ROUTES as FORWARDED_ROUTES
 
 from tests.unit.fakes import API_URL
 from tests.unit.template import ROOT
 
-SOURCE = ROOT / "layers/predictions/predictions/openapi.yaml"
+SOURCE = ROOT / "layers/predictions/predictions/api/openapi.yaml"
 FORWARDED = "(forwarded to Replicate)"
 NAMED_HEADERS = {"location", "preference-applied", "ratelimit-limit", "ratelimit-remaining", "ratelimit-reset"}
 

@@ -7,7 +7,7 @@ import moto  # before predictions: it must see every client being made
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from predictions.access import (
+from predictions.api.access_tokens import (
     AccessTokenInvalid,
     AccessTokenNotFound,
     AccessTokens,

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
-from predictions.api import Presenter, answer_with, json_response, resolver
+from predictions.api.app import Presenter, answer_with, json_response, resolver
 from predictions.aws import clients
 from predictions.errors import Problem
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile

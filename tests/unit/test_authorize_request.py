@@ -10,8 +10,8 @@ from typing import Any
 import moto  # before predictions: it must see every client being made
 import pytest
 from botocore.exceptions import ClientError
-from predictions.access import AccessTokens
 from predictions.admission.quotas import OwnerLimits, OwnersLimits
+from predictions.api.access_tokens import AccessTokens
 from predictions.aws import clients
 
 EVENTS = Path(__file__).parents[2] / "events" / "authorize_request"

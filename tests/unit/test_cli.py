@@ -11,9 +11,9 @@ from typing import Any
 import botocore.session
 import moto  # before predictions: it must see every client being made
 import pytest
-from predictions.access import AccessTokens
 from predictions.admission.quotas import OwnerLimits, OwnersLimits
 from predictions.admission.rate_limiter import Limiter
+from predictions.api.access_tokens import AccessTokens
 from predictions.aws.dead_letter_queue import DeadLetterQueue
 from predictions.cli.__main__ import main
 from predictions.cli.dead_letters import QUEUES

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from predictions.api import Presenter
+from predictions.api.app import Presenter
 from predictions.aws import clients
 from predictions.errors import CopyInterrupted
 from predictions.files.outputs_bucket import OutputsBucket

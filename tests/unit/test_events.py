@@ -8,8 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions.access import Scope
-from predictions.api import Presenter
+from predictions.api.access_tokens import Scope
+from predictions.api.app import Presenter
+from predictions.api.proxy import Forwarding, VersionCache
 from predictions.aws import clients
 from predictions.aws.dynamodb import deserialize
 from predictions.aws.executions import Executions
@@ -18,7 +19,6 @@ from predictions.batches.store import Batch, Batches
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.files.uploads import Files
-from predictions.forwarding import Forwarding, VersionCache
 from predictions.intake.invocation import RunJobs
 from predictions.intake.refused import DeadRequests
 from predictions.lifecycle.submissions import Submissions

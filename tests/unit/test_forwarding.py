@@ -11,9 +11,7 @@ import pytest
 from botocore.exceptions import ClientError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from predictions.aws import clients
-from predictions.errors import Problem
-from predictions.forwarding import (
+from predictions.api.proxy import (
     ANSWER_LIMIT_BYTES,
     CHANGE_LIMIT_BYTES,
     QUERY_LIMIT_CHARACTERS,
@@ -24,7 +22,9 @@ from predictions.forwarding import (
     Method,
     VersionCache,
 )
-from predictions.forwarding import Call as ForwardedCall
+from predictions.api.proxy import Call as ForwardedCall
+from predictions.aws import clients
+from predictions.errors import Problem
 from predictions.intents.model import create_intent
 from predictions.lifecycle.submissions import Submissions
 from predictions.observability import logger

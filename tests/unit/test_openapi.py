@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
+from predictions.api.proxy import ROUTES as FORWARDED_ROUTES
 from predictions.batches.schema import BatchBody
 from predictions.files.upload_requests import UploadBody
-from predictions.forwarding import ROUTES as FORWARDED_ROUTES
 from predictions.intents.model import PredictionBody, TrainingBody
 from predictions.notifications.webhook_queue import EVENTS
 from predictions.pipelines.definition import PipelineBody

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.hashes import SHA1
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from predictions.api import Presenter
+from predictions.api.app import Presenter
 from predictions.aws import clients
 from predictions.cli.__main__ import main
 from predictions.files.outputs_bucket import OutputsBucket

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from predictions import templating
-from predictions.api import ANSWER_LIMIT_BYTES, Presenter
+from predictions.api.app import ANSWER_LIMIT_BYTES, Presenter
 from predictions.aws import clients
 from predictions.aws.dynamodb import deserialize, serialize
 from predictions.aws.executions import Executions

@@ -118,25 +118,25 @@ def test_runbook_has_a_section_for_every_alarm_and_a_row_for_every_metric() -> N
 LIMITS = {
     "body of a request": ("layers/predictions/predictions/intents/model.py", "BODY_LIMIT_BYTES", 2**20, "{} MiB"),
     "body of a change that is passed on": (
-        "layers/predictions/predictions/forwarding.py",
+        "layers/predictions/predictions/api/proxy.py",
         "CHANGE_LIMIT_BYTES",
         2**20,
         "{} MiB",
     ),
     "query that is passed on": (
-        "layers/predictions/predictions/forwarding.py",
+        "layers/predictions/predictions/api/proxy.py",
         "QUERY_LIMIT_CHARACTERS",
         1,
         "{} characters",
     ),
     "answer that is passed on": (
-        "layers/predictions/predictions/forwarding.py",
+        "layers/predictions/predictions/api/proxy.py",
         "ANSWER_LIMIT_BYTES",
         1,
         "{:,} bytes",
     ),
     "age of a kept version of a model": (
-        "layers/predictions/predictions/forwarding.py",
+        "layers/predictions/predictions/api/proxy.py",
         "VERSION_CACHE_SECONDS",
         1,
         "{} s",
@@ -175,7 +175,12 @@ LIMITS = {
         "5 s to {} days",
     ),
     "page of a list": ("functions/read_predictions/app.py", "PAGE_SIZE", 1, "{} predictions"),
-    "logs in an answer": ("layers/predictions/predictions/api.py", "_LOGS_LIMIT_CHARACTERS", 1024, "the last {} Ki "),
+    "logs in an answer": (
+        "layers/predictions/predictions/api/app.py",
+        "_LOGS_LIMIT_CHARACTERS",
+        1024,
+        "the last {} Ki ",
+    ),
     "input or result in the table": (
         "layers/predictions/predictions/store/predictions.py",
         "PAYLOAD_LIMIT_BYTES",

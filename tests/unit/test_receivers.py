@@ -11,7 +11,7 @@ from typing import Any
 import httpcore
 import httpx
 import pytest
-from predictions.api import Presenter
+from predictions.api.app import Presenter
 from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.net.addresses import guarded_client

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from botocore.exceptions import ClientError
-from predictions.api import Presenter
+from predictions.api.app import Presenter
 from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intake.invocation import RunJobs

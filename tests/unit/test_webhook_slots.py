@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions.api import Presenter
+from predictions.api.app import Presenter
 from predictions.aws import clients
 from predictions.aws.dynamodb import serialize
 from predictions.files.outputs_bucket import OutputsBucket

@@ -1,7 +1,7 @@
 """Items of the table in the form that DynamoDB's client speaks, and the two reads that lists are made of.
 
-What stands before every cold call (`access`) or keeps an item of two values (`owner_secrets`, `forwarding`) writes
-that form itself instead: importing the serializers imports boto3.
+`api.access_tokens`, which runs before every cold call, and modules with an item of two values
+(`notifications.signing_secrets`, `api.proxy`) write that form themselves: importing the serializers imports boto3.
 """
 
 from collections.abc import Iterable, Mapping

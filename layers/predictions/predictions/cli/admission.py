@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from predictions.access import is_owner
 from predictions.admission.quotas import (
     IN_FLIGHT_MAX,
     OPEN_BATCHES_DEFAULT,
@@ -20,6 +19,7 @@ from predictions.admission.quotas import (
     OwnersLimits,
 )
 from predictions.admission.rate_limiter import LANES, MAX_START_DELAY_SECONDS, Limiter
+from predictions.api.access_tokens import is_owner
 from predictions.cli.stack import JsonList, JsonObject, NotDone, Stack, command, group, print_table, second
 
 app = group()

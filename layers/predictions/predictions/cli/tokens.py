@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from predictions.access import AccessTokens, Scope
+from predictions.api.access_tokens import AccessTokens, Scope
 from predictions.cli.stack import JsonList, Stack, command, group, print_table
 
 app = group("Create, list and revoke access tokens of the API.")

@@ -23,7 +23,7 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
-from predictions.api import Presenter
+from predictions.api.app import Presenter
 from predictions.errors import Problem
 from predictions.intents.model import Intent, create_requested_intent, parse_json
 from predictions.lifecycle.submissions import Submissions

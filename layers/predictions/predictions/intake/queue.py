@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from predictions.access import OWNER_RULE, is_owner
+from predictions.api.access_tokens import OWNER_RULE, is_owner
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionsError, Problem
 from predictions.intents.model import Intent, create_requested_intent, parse_json

@@ -9,7 +9,7 @@ None, and Replicate checks the input itself. What has to be looked up, and at wh
     version                     as `owner/name:version` once its model is known; until then nothing
 
 Replicate gives a version only by the name of its model. Whose a version is, is learned from its answer to the first
-create of it, and from a version that a caller reads by way of `predictions.forwarding`, which keeps the schema at once.
+create of it, and from a version that a caller reads by way of `api.proxy`, which keeps the schema at once.
 """
 
 import time

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from predictions.api import Presenter
+from predictions.api.app import Presenter
 from predictions.net.addresses import AddressRefused, TimedNetwork, guarded_client
 from predictions.net.signatures import sign
 from predictions.notifications.signing_secrets import OwnerSecrets

@@ -10,7 +10,7 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, refusal_of
-from predictions.api import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
+from predictions.api.app import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
 from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.intents.model import Attempt, derived_id, idempotency_key, parse_json, random_id

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from predictions.access import is_owner
+from predictions.api.access_tokens import is_owner
 from predictions.aws.clients import client
 from predictions.errors import PredictionsError, Problem
 from predictions.intents.model import parse_json

@@ -15,9 +15,9 @@ written once each, or objects in the outputs bucket above `PAYLOAD_LIMIT_BYTES`:
 Every write of a status item is conditional; there is no other way to change one than this module. What may happen
 twice, late or out of order is refused by the condition, and the caller is told what is there instead.
 
-Besides, `pk` = `tokens` holds the access tokens (see `predictions.access`) and `pk` = `recent#{owner}#{fingerprint}`
+Besides, `pk` = `tokens` holds the access tokens (see `api.access_tokens`) and `pk` = `recent#{owner}#{fingerprint}`
 the latest request of a client that announced that it may send it again; `pk` = `forwarded#{path}` holds an answer of
-Replicate that does not change (see `predictions.forwarding`); `pk` = `schema#{version}` holds the schema of a model's
+Replicate that does not change (see `api.proxy`); `pk` = `schema#{version}` holds the schema of a model's
 input, or only which model's version it is; `pk` = `limiter` when the next create may start (see
 `admission.rate_limiter`), and `pk` = `usage#{owner}` what an owner uses of its limits (see `admission.quotas`). Below
 `pk` = `pipeline#{id}` are pipelines (see `pipelines.store`).
