@@ -5,11 +5,12 @@ import time
 from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import all_headers_of, answer_with, body_of, json_response, resolver
 from predictions.errors import Problem
+from predictions.ids import is_id
 from predictions.lifecycle.orphan_polls import OrphanPolls
 from predictions.lifecycle.receive_webhook import receive
 from predictions.net.signatures import SigningSecrets, SigningSecretUnavailable, WebhookRefused
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.store.predictions import PredictionsTable, is_id
+from predictions.store.predictions import PredictionsTable
 
 app = resolver()
 table = PredictionsTable.from_env()

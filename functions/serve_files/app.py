@@ -5,7 +5,7 @@ from predictions.api.app import answer_with, resolver
 from predictions.errors import Problem
 from predictions.files.links import Links
 from predictions.files.uploads import Files
-from predictions.store.predictions import is_id
+from predictions.ids import is_id
 
 app = resolver()
 files = Files.from_env()

@@ -9,7 +9,7 @@ from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.files.upload_requests import read_form, read_upload
 from predictions.files.uploads import Files, place
-from predictions.store.predictions import is_id
+from predictions.ids import is_id
 
 PAGE_SIZE = 100
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from predictions.aws.dynamodb import deserialize
-from predictions.intents.model import derived_id
+from predictions.ids import derived_id
 
 from tests.simulation.callers import Wanted
 from tests.simulation.scenario import Scenario

@@ -17,6 +17,7 @@ from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
 from predictions.files import outputs_bucket
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.ids import random_id
 from predictions.intake import redelivery
 from predictions.intake.queue import Requests
 from predictions.intake.redelivery import ReceivedRequests
@@ -366,7 +367,7 @@ def _key_for_ever(make: Any) -> Any:
 SABOTAGES: dict[str, Sabotage] = {
     "no claim": _method(PredictionsTable, "claim", _claimed_by_anybody),
     "the intent is not claimed": _method(PredictionsTable, "put_intent", _put_unclaimed),
-    "keys are ignored": _value(intents, "derived_id", lambda *_: intents.random_id()),
+    "keys are ignored": _value(intents, "derived_id", lambda *_: random_id()),
     "blind re-post": _method(Replicate, "create", _posted_again),
     "release after an unknown outcome": _method(Replicate, "create", _released_when_unknown),
     "unconditional writes": _method(PredictionsTable, "_change", _without_condition),

@@ -15,7 +15,8 @@ from predictions.api.app import Presenter, answer_with, json_response, resolver
 from predictions.aws import clients
 from predictions.errors import Problem
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile
-from predictions.intents.model import create_intent, derived_id
+from predictions.ids import derived_id
+from predictions.intents.model import create_intent
 from predictions.lifecycle.submissions import Submissions
 from predictions.status import Status, visible
 from predictions.store.predictions import Prediction, PredictionsTable, Whole

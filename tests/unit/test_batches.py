@@ -19,8 +19,8 @@ from predictions.batches.prepare import prepare
 from predictions.batches.store import Batch, Batches, event_of
 from predictions.errors import NoLongerWanted, Problem
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.ids import random_id
 from predictions.intake.queue import Message, Requests
-from predictions.intents.model import random_id
 from predictions.lifecycle.submissions import Submissions
 from predictions.recipes.store import Recipe, RecipeItems, State
 from predictions.status import Status

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersLimits, OwnersUsage
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
-from predictions.intents.model import random_id
+from predictions.ids import random_id
 from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import PredictionsTable
 

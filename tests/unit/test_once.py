@@ -14,9 +14,9 @@ from predictions.batches.manage import BatchControl
 from predictions.batches.store import Batches
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.files.signed_urls import Distribution, PrivateKey
+from predictions.ids import derived_id
 from predictions.intake.invocation import RunJobs
 from predictions.intake.queue import Message
-from predictions.intents.model import derived_id
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.submissions import Submissions
 from predictions.pipelines.advance import PipelineExecutions

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile
-from predictions.intents.model import create_intent, derived_id, random_id
+from predictions.ids import derived_id, random_id
+from predictions.intents.model import create_intent
 from predictions.status import Status, rank_of, visible
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, AlreadyExists, Change, Prediction, PredictionsTable
 from predictions.upstream.prediction import UpstreamPrediction

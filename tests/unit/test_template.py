@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from predictions.api.access_tokens import _OWNER, is_owner, parse_authorization
+from predictions.api.access_tokens import parse_authorization
 from predictions.api.proxy import ROUTES
 from predictions.batches.dropped import PREFIX
 from predictions.cli.dead_letters import QUEUES as LETTERS
+from predictions.ids import _OWNER, is_owner
 from predictions.intake.redelivery import FAILURES_LIMIT, NEEDED_SECONDS
 from predictions.lifecycle.submissions import _ABANDON_SECONDS
 from predictions.notifications.stream import NEEDED_SECONDS as CHANGE_NEEDED_SECONDS

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from predictions.aws.clients import client
 from predictions.errors import PredictionsError
+from predictions.ids import _OWNER
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -25,10 +26,6 @@ TOKENS_PK = "tokens"
 
 _TOKEN = re.compile(r"rs_[A-Za-z0-9_-]{43}")
 _AUTHORIZATION = re.compile(r"(?:bearer|token) +([\x21-\x7e]{1,256}) *", re.IGNORECASE | re.ASCII)
-# `payloads` is what the outputs bucket keeps beside the owners' files.
-_OWNER = re.compile(r"(?!payloads$)[a-z0-9][a-z0-9-]{0,31}")
-OWNER_RULE = "1 to 32 of a-z, 0-9 and '-', not '-' first, and not 'payloads'"
-"""What `is_owner` asks for, in words."""
 _NAME = re.compile(r"[ -~]{0,64}")  # Printable ASCII: names are shown in terminals.
 _ID = re.compile(r"[0-9a-f]{6,64}")
 
@@ -73,11 +70,6 @@ class AccessToken:
     name: str
     created_at: str
     token_hint: str
-
-
-def is_owner(text: str) -> bool:
-    """Whether a text can be an owner's name."""
-    return _OWNER.fullmatch(text) is not None
 
 
 def parse_authorization(header: str | None) -> str | None:

@@ -22,8 +22,9 @@ from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.files.outputs_bucket import FILES_LIMIT, OutputsBucket, StoredFile
 from predictions.files.signed_urls import Distribution
+from predictions.ids import is_id
 from predictions.observability import MetricUnit, handler_of, logger, metrics
-from predictions.store.predictions import Page, Prediction, PredictionsTable, Whole, is_id
+from predictions.store.predictions import Page, Prediction, PredictionsTable, Whole
 
 # Lambda answers with at most 6 MB, in which the body is a string: JSON within JSON.
 # https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html

@@ -20,8 +20,8 @@ from predictions.batches.manifest import MANIFEST_LIMIT_BYTES
 from predictions.batches.schema import BatchLimits
 from predictions.batches.store import Batch
 from predictions.files.outputs_bucket import ORIGIN_DEPTH
+from predictions.ids import random_id
 from predictions.intake.queue import RequestRefused
-from predictions.intents.model import random_id
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.recipes.store import head_of, next_depth, object_of
 

@@ -27,14 +27,8 @@ from predictions.batches.manifest import MANIFEST_LIMIT_BYTES
 from predictions.batches.schema import BatchBody, read_body, refusal
 from predictions.batches.store import Batch, Batches
 from predictions.errors import Problem
-from predictions.intents.model import (
-    LIFETIME_LIMIT_SECONDS,
-    Attempt,
-    idempotency_key,
-    input_json_canonical,
-    parse_json,
-    random_id,
-)
+from predictions.ids import random_id
+from predictions.intents.model import LIFETIME_LIMIT_SECONDS, Attempt, idempotency_key, input_json_canonical, parse_json
 from predictions.observability import logger
 from predictions.recipes.store import Recipe, RecipeItems
 from predictions.store.recent_requests import RecentRequests

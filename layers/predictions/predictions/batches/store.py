@@ -29,7 +29,8 @@ from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
 from predictions.batches.files import read_range, requests_key
 from predictions.errors import NoLongerWanted, Problem
-from predictions.intents.model import BODY_LIMIT_BYTES, Intent, create_requested_intent, derived_id
+from predictions.ids import derived_id
+from predictions.intents.model import BODY_LIMIT_BYTES, Intent, create_requested_intent
 from predictions.store.idempotency_keys import IdempotencyKeys
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from predictions.admission.quotas import (
     OwnersLimits,
 )
 from predictions.admission.rate_limiter import LANES, MAX_START_DELAY_SECONDS, Limiter
-from predictions.api.access_tokens import is_owner
 from predictions.cli.stack import JsonList, JsonObject, NotDone, Stack, command, group, print_table, second
+from predictions.ids import is_owner
 
 app = group()
 limits = group("Limit the predictions, batches and pipelines of owners.")

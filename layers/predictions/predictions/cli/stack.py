@@ -16,7 +16,8 @@ from typer.core import TyperCommand
 
 from predictions.errors import PredictionsError
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.store.predictions import Prediction, PredictionsTable, is_id
+from predictions.ids import is_id
+from predictions.store.predictions import Prediction, PredictionsTable
 
 PROGRAM = "replicate-serverless"
 

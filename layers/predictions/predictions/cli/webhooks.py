@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from predictions.api.access_tokens import is_owner
 from predictions.cli.stack import NotDone, PredictionId, Stack, command, found, group
+from predictions.ids import is_owner
 from predictions.notifications.signing_secrets import SecretVersions
 from predictions.notifications.webhook_queue import DeliveriesQueue, Delivery
 

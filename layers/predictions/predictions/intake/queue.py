@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from predictions.api.access_tokens import OWNER_RULE, is_owner
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionsError, Problem
+from predictions.ids import OWNER_RULE, is_owner
 from predictions.intents.model import Intent, create_requested_intent, parse_json
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.predictions import CALLERS_LIMIT, AlreadyExists, Prediction, PredictionsTable

@@ -5,11 +5,9 @@ refuses it with a `Problem` that names every field that is wrong. An intent's `i
 same owner and `Idempotency-Key` always give the same id.
 """
 
-import base64
 import hashlib
 import json
 import re
-import secrets
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from predictions.errors import Problem
+from predictions.ids import derived_id, random_id
 
 BODY_LIMIT_BYTES = 5 * 1024 * 1024
 """The largest body: Lambda takes 6 MB with the event around it.
@@ -433,20 +432,6 @@ def _with_whole_numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_whole_numbers(part) for part in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def random_id() -> str:
-    """A new prediction id."""
-    return _id_of(secrets.token_bytes(17))
-
-
-def derived_id(owner: str, key: str) -> str:
-    """The prediction id that belongs to an owner's idempotency key."""
-    return _id_of(hashlib.sha256(f"{owner}\0{key}".encode()).digest())
-
-
-def _id_of(entropy: bytes) -> str:
-    return base64.b32encode(entropy).decode().lower()[:26]
 
 
 def _refuse_constant(name: str) -> None:

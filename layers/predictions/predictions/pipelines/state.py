@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from predictions.intents.model import derived_id
+from predictions.ids import derived_id
 from predictions.pipelines.definition import Step
 from predictions.pipelines.store import Notes, StoredPipeline
 from predictions.status import Status

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from predictions.api.access_tokens import is_owner
 from predictions.aws.clients import client
 from predictions.errors import PredictionsError, Problem
+from predictions.ids import is_owner
 from predictions.intents.model import parse_json
 from predictions.recipes.manage import RECIPE_LIMIT_BYTES, RecipeChanges
 from predictions.recipes.rules import RecipeRules

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from predictions.aws.dynamodb import timestamp
 from predictions.errors import Problem
-from predictions.intents.model import Reference, create_requested_intent, parse_json, random_id
+from predictions.ids import random_id
+from predictions.intents.model import Reference, create_requested_intent, parse_json
 from predictions.lifecycle.model_lookup import ModelSchemas
 from predictions.observability import logger
 from predictions.recipes.rules import RecipeRules, RuleRefused

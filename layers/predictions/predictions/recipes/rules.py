@@ -13,9 +13,9 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import client
 from predictions.errors import PredictionsError
+from predictions.ids import is_id
 from predictions.observability import logger
 from predictions.recipes.store import Recipe
-from predictions.store.predictions import is_id
 
 if TYPE_CHECKING:
     from mypy_boto3_events import EventBridgeClient

@@ -35,10 +35,10 @@ from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import ORIGIN_DEPTH, safe_prefix
+from predictions.ids import is_id
 from predictions.intake.queue import Message, RequestRefused
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.store.predictions import is_id
 from predictions.templating import Allowance, Filler, NothingFound, PlaceholderError
 
 if TYPE_CHECKING:

@@ -27,7 +27,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -1432,11 +1431,6 @@ class PredictionsTable:
             input_key=asked.get("s3_key") if asked else None,
             result_key=told.get("s3_key") if told else None,
         )
-
-
-def is_id(text: str) -> bool:
-    """Whether a text can be a prediction's id."""
-    return re.fullmatch(r"[a-z0-9]{26}", text, re.ASCII) is not None
 
 
 def _key(prediction_id: str) -> dict[str, str]:
