@@ -7,17 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from predictions.errors import Problem
 from predictions.ids import derived_id, is_id, random_id
-from predictions.intents.model import (
-    BODY_LIMIT_BYTES,
-    DEPTH_LIMIT,
-    Intent,
-    Reference,
-    create_intent,
-    input_json_canonical,
-    model_reference,
-    parse_json,
-    wait_seconds,
-)
+from predictions.intents.model import Intent, Reference, create_intent, model_reference, wait_seconds
+from predictions.validation import BODY_LIMIT_BYTES, DEPTH_LIMIT, input_json_canonical, parse_json
 
 VERSION = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
 BODY = {"version": VERSION, "input": {"prompt": "a red fox"}}

@@ -116,7 +116,7 @@ def test_runbook_has_a_section_for_every_alarm_and_a_row_for_every_metric() -> N
 
 
 LIMITS = {
-    "body of a request": ("layers/predictions/predictions/intents/model.py", "BODY_LIMIT_BYTES", 2**20, "{} MiB"),
+    "body of a request": ("layers/predictions/predictions/validation.py", "BODY_LIMIT_BYTES", 2**20, "{} MiB"),
     "body of a change that is passed on": (
         "layers/predictions/predictions/api/proxy.py",
         "CHANGE_LIMIT_BYTES",
@@ -141,7 +141,7 @@ LIMITS = {
         1,
         "{} s",
     ),
-    "nesting of JSON": ("layers/predictions/predictions/intents/model.py", "DEPTH_LIMIT", 1, "{} levels"),
+    "nesting of JSON": ("layers/predictions/predictions/validation.py", "DEPTH_LIMIT", 1, "{} levels"),
     "a file in `POST /files`": (
         "layers/predictions/predictions/files/upload_requests.py",
         "CONTENT_LIMIT_BYTES",

@@ -29,7 +29,6 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import api_url, client
 from predictions.errors import Problem
-from predictions.intents.model import parse_json
 from predictions.lifecycle.model_lookup import KEEP_SECONDS, to_keep, usable_schema
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, schema_key
@@ -42,6 +41,7 @@ from predictions.upstream.client import (
     not_accepted,
 )
 from predictions.upstream.prediction import read_json
+from predictions.validation import parse_json
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

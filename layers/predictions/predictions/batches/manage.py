@@ -28,11 +28,12 @@ from predictions.batches.schema import BatchBody, read_body, refusal
 from predictions.batches.store import Batch, Batches
 from predictions.errors import Problem
 from predictions.ids import random_id
-from predictions.intents.model import LIFETIME_LIMIT_SECONDS, Attempt, idempotency_key, input_json_canonical, parse_json
+from predictions.intents.model import LIFETIME_LIMIT_SECONDS, Attempt, idempotency_key
 from predictions.observability import logger
 from predictions.recipes.store import Recipe, RecipeItems
 from predictions.store.recent_requests import RecentRequests
 from predictions.templating import PlaceholderError, expressions
+from predictions.validation import input_json_canonical, parse_json
 
 if TYPE_CHECKING:
     from mypy_boto3_stepfunctions import SFNClient

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from predictions.batches.files import read_lines
 from predictions.errors import PredictionsError, Problem
-from predictions.intents.model import BODY_LIMIT_BYTES, create_requested_intent, parse_json
+from predictions.intents.model import create_requested_intent
+from predictions.validation import BODY_LIMIT_BYTES, parse_json
 
 if TYPE_CHECKING:
     from predictions.recipes.store import Recipe

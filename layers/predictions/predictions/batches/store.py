@@ -30,8 +30,9 @@ from predictions.aws.dynamodb import deserialize, list_page, read_items, seriali
 from predictions.batches.files import read_range, requests_key
 from predictions.errors import NoLongerWanted, Problem
 from predictions.ids import derived_id
-from predictions.intents.model import BODY_LIMIT_BYTES, Intent, create_requested_intent
+from predictions.intents.model import Intent, create_requested_intent
 from predictions.store.idempotency_keys import IdempotencyKeys
+from predictions.validation import BODY_LIMIT_BYTES
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 
 from predictions.errors import Problem
 from predictions.ids import random_id
-from predictions.intents.model import parse_json
+from predictions.validation import parse_json
 
 CONTENT_LIMIT_BYTES = 4_400_000
 """The largest file in a request: Lambda takes 6 MB, in which the body is base64 with the event around it.

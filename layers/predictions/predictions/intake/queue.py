@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionsError, Problem
 from predictions.ids import OWNER_RULE, is_owner
-from predictions.intents.model import Intent, create_requested_intent, parse_json
+from predictions.intents.model import Intent, create_requested_intent
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.predictions import CALLERS_LIMIT, AlreadyExists, Prediction, PredictionsTable
+from predictions.validation import parse_json
 
 if TYPE_CHECKING:
     from predictions.batches.dropped import DroppedManifests

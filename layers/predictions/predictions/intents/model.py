@@ -8,8 +8,6 @@ same owner and `Idempotency-Key` always give the same id.
 import hashlib
 import json
 import re
-import sys
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -18,13 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from predictions.errors import Problem
 from predictions.ids import derived_id, random_id
-
-BODY_LIMIT_BYTES = 5 * 1024 * 1024
-"""The largest body: Lambda takes 6 MB with the event around it.
-https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html"""
-
-DEPTH_LIMIT = 100
-"""The deepest JSON: far above any model's input, far below what recursive code bears."""
+from predictions.validation import input_json_canonical, parse_json
 
 LIFETIME_LIMIT_SECONDS = 3 * 24 * 3600
 """The longest deadline: with one resubmission still shorter than the shortest retention, 15 days."""
@@ -35,7 +27,6 @@ Source = Literal["http", "queue", "recipe", "batch", "pipeline", "run_job"]
 """How a request came: by the API, as a message of its own, from an event by a recipe, as a batch's line, as a
 pipeline's step, or by a direct call of `run_prediction`."""
 
-_NUMBER_LIMIT = sys.float_info.max
 _INVALID_FIELDS_LIMIT = 50
 
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_])?"
@@ -43,7 +34,6 @@ _REFERENCE = re.compile(
     rf"(?P<name>{_NAME}/{_NAME})(?::(?P<version>[0-9a-f]{{64}}))?|(?P<bare_version>[0-9a-f]{{64}})", re.ASCII
 )
 _MODEL_NAME = re.compile(rf"{_NAME}/{_NAME}", re.ASCII)
-_CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([^;\"'\s]*)", re.IGNORECASE)
 _DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,8})s?)?", re.ASCII)
 _DURATION_DETAIL = "A duration from 5 seconds to 3 days, such as `30`, `30s`, `5m` or `1h30m45s`."
 _PREFER_WAIT = re.compile(r"wait(?:\s*=\s*\"?(?P<seconds>[^\";,\s]*)\"?)?\s*(?:;.*)?", re.IGNORECASE)
@@ -386,84 +376,6 @@ def wait_seconds(prefer: str | None, limit: int) -> int | None:
             raise _invalid([{"field": "Prefer", "detail": "`wait` takes whole seconds from 1 to 60, as in `wait=10`."}])
         return min(limit, int(seconds))
     return None
-
-
-def parse_json(body: bytes, content_type: str | None) -> Any:
-    """Parses a hostile body as JSON that can be stored and written again.
-
-    Raises:
-        Problem: 413 above `BODY_LIMIT_BYTES`; 415 for another media type or charset; 400 for what is not JSON
-            (RFC 8259), is nested deeper than `DEPTH_LIMIT`, gives one key twice (which of them is meant, readers
-            disagree), or holds numbers or text that JSON cannot carry on.
-    """
-    if len(body) > BODY_LIMIT_BYTES:
-        raise Problem(
-            413,
-            f"The body has {len(body)} bytes; {BODY_LIMIT_BYTES} are taken. Pass large files as https URLs in `input`.",
-        )
-    media_type = (content_type or "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not media_type.endswith("+json"):
-        raise Problem(415, f"The body has to be application/json, not {media_type[:100]!r}.")
-    # JSON is UTF-8 (RFC 8259, 8.1), and names no charset; a sender that names another one means other text.
-    charset = _CHARSET.search(content_type or "")
-    if charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
-        raise Problem(415, f"The body has to be UTF-8, not {charset[1][:30]!a}.")
-    try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_object)
-    except UnicodeDecodeError:
-        raise Problem(400, "The body is not UTF-8.") from None
-    except RecursionError:
-        raise Problem(400, f"The body is nested deeper than {DEPTH_LIMIT} levels.") from None
-    except ValueError as error:
-        place = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise Problem(400, f"The body is not JSON{place}.") from None
-    _check_json(value)
-    return value
-
-
-def input_json_canonical(value: Any) -> str:
-    """JSON text that is equal for equal values, whatever their keys' order; 7.0 is 7, as to most of JSON's readers."""
-    return json.dumps(_with_whole_numbers(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-
-
-def _with_whole_numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _with_whole_numbers(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_with_whole_numbers(part) for part in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise Problem(400, f"The body gives the key {twice[:100]!a} twice in one object.")
-    return made
-
-
-def _check_json(value: Any) -> None:
-    # Iterative: the depth is the caller's to choose.
-    waiting: list[tuple[Any, int]] = [(value, 1)]
-    while waiting:
-        item, depth = waiting.pop()
-        if depth > DEPTH_LIMIT:
-            raise Problem(400, f"The body is nested deeper than {DEPTH_LIMIT} levels.")
-        if isinstance(item, dict):
-            waiting += [(part, depth + 1) for pair in item.items() for part in pair]
-        elif isinstance(item, list):
-            waiting += [(part, depth + 1) for part in item]
-        elif isinstance(item, int | float) and not -_NUMBER_LIMIT <= item <= _NUMBER_LIMIT:
-            raise Problem(400, "The body holds a number that is too large for JSON's common range (a 64-bit float).")
-        elif isinstance(item, str):
-            try:
-                item.encode()
-            except UnicodeEncodeError:
-                raise Problem(400, "The body holds half of a surrogate pair, which is no character.") from None
 
 
 def _read(kind: type[_AnyBody], body: bytes, headers: Mapping[str, str]) -> _AnyBody:

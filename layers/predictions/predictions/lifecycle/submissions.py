@@ -35,7 +35,7 @@ from predictions.aws.clients import api_url
 from predictions.aws.executions import Executions, wake
 from predictions.errors import PredictionThrottled, Problem
 from predictions.files.outputs_bucket import StoredFile
-from predictions.intents.model import Attempt, Intent, Reference, input_json_canonical
+from predictions.intents.model import Attempt, Intent, Reference
 from predictions.lifecycle.model_lookup import ModelSchemas
 from predictions.lifecycle.reconcile import RESUBMIT_WAITS, UnknownSubmissions, target_of, undecided_ids, webhook_of
 from predictions.observability import MetricUnit, count_ended, logger, metrics
@@ -52,6 +52,7 @@ from predictions.upstream.client import (
     Unavailable,
 )
 from predictions.upstream.prediction import UpstreamPrediction
+from predictions.validation import input_json_canonical
 
 if TYPE_CHECKING:
     from predictions.upstream.create_window import SendWindow

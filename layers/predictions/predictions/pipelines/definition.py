@@ -21,8 +21,9 @@ from jmespath.parser import Parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from predictions.errors import Problem
-from predictions.intents.model import Reference, create_requested_intent, input_json_canonical
+from predictions.intents.model import Reference, create_requested_intent
 from predictions.templating import Allowance, PlaceholderError, TooSlow, expressions, fill, holds_placeholders
+from predictions.validation import input_json_canonical
 
 STEPS_LIMIT = 50
 """The most steps of a pipeline."""

@@ -14,7 +14,7 @@ from predictions.api.app import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
 from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.ids import derived_id, is_id, random_id
-from predictions.intents.model import Attempt, idempotency_key, parse_json
+from predictions.intents.model import Attempt, idempotency_key
 from predictions.lifecycle.submissions import Submissions
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.pipelines.advance import PipelineExecutions
@@ -23,6 +23,7 @@ from predictions.pipelines.state import StepState, run_ids, states_of
 from predictions.pipelines.steps import wake_pipeline
 from predictions.pipelines.store import Pipeline, PipelineExists, PipelinesTable, StoredPipeline
 from predictions.store.predictions import Prediction, PredictionsTable, Whole
+from predictions.validation import parse_json
 
 LIFETIME_SECONDS = 7 * 86400
 """How long a pipeline may take: less than the shortest retention, 15 days, so that its first outputs are there to its

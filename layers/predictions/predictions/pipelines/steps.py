@@ -19,13 +19,14 @@ from predictions.errors import PredictionsError, Problem
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intake.queue import Message, RequestRefused
-from predictions.intents.model import BODY_LIMIT_BYTES, Intent, create_requested_intent
+from predictions.intents.model import Intent, create_requested_intent
 from predictions.observability import logger
 from predictions.pipelines.definition import Step, elements
 from predictions.pipelines.state import run_ids, run_key, states_of
 from predictions.pipelines.store import PipelinesTable, StoredPipeline
 from predictions.store.predictions import PredictionsTable, UnreadResult
 from predictions.templating import Allowance, PlaceholderError, fill
+from predictions.validation import BODY_LIMIT_BYTES
 
 GATHERED_LIMIT_BYTES = 16 * 1024 * 1024
 """The most bytes of outputs, with their logs, that a step refers to; summed before any of them is read."""

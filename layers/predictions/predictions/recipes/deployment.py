@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from predictions.aws.clients import client
 from predictions.errors import PredictionsError, Problem
 from predictions.ids import is_owner
-from predictions.intents.model import parse_json
 from predictions.recipes.manage import RECIPE_LIMIT_BYTES, RecipeChanges
 from predictions.recipes.rules import RecipeRules
 from predictions.recipes.store import RecipeItems
+from predictions.validation import parse_json
 
 if TYPE_CHECKING:
     from mypy_boto3_cloudformation import CloudFormationClient

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from predictions.aws.dynamodb import timestamp
 from predictions.errors import Problem
 from predictions.ids import random_id
-from predictions.intents.model import Reference, create_requested_intent, parse_json
+from predictions.intents.model import Reference, create_requested_intent
 from predictions.lifecycle.model_lookup import ModelSchemas
 from predictions.observability import logger
 from predictions.recipes.rules import RecipeRules, RuleRefused
@@ -29,6 +29,7 @@ from predictions.recipes.store import KEPT_APART, Recipe, RecipeItems
 from predictions.store.predictions import PredictionsTable
 from predictions.templating import PlaceholderError, expressions, holds_placeholders
 from predictions.upstream.client import NotFound, Replicate, UpstreamError
+from predictions.validation import parse_json
 
 if TYPE_CHECKING:
     from predictions.upstream.input_schema import InputSchema

@@ -17,9 +17,9 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 
-from predictions.intents.model import input_json_canonical
 from predictions.upstream.client import Collection, NotFound, Replicate, Unavailable
 from predictions.upstream.entry_scanner import Entry, EntryScanner, MalformedListError
+from predictions.validation import input_json_canonical
 
 MARGIN_SECONDS = 60
 """How much earlier than a claim an entry may seem to be created, by clocks that differ."""
