@@ -6,9 +6,10 @@ from typing import Any
 
 from predictions.aws.task_tokens import tell_failure
 from predictions.errors import NoLongerWanted
-from predictions.intake.queue import Message, RequestRefused, Requests, task_token_of
+from predictions.intake.queue import Requests, task_token_of
 from predictions.intake.redelivery import GivenUp, ReceivedRequests
 from predictions.intake.refused import DeadRequests
+from predictions.intents.sources import Message, RequestRefused
 from predictions.observability import MetricUnit, handler_of, logger, metrics, remaining_seconds
 
 requests = Requests.from_env()

@@ -20,7 +20,8 @@ from predictions.batches.store import Batch, Batches, event_of
 from predictions.errors import NoLongerWanted, Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.ids import random_id
-from predictions.intake.queue import Message, Requests
+from predictions.intake.queue import Requests
+from predictions.intents.sources import Message
 from predictions.lifecycle.submissions import Submissions
 from predictions.recipes.store import Recipe, RecipeItems, State
 from predictions.status import Status

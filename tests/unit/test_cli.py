@@ -21,8 +21,8 @@ from predictions.cli.inspect import _of_submissions, waits_for
 from predictions.cli.stack import Stack, _Bucket
 from predictions.cli.webhooks import Event
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.intake.queue import Message
 from predictions.intake.refused import MESSAGE_LIMIT_BYTES, DeadRequests
+from predictions.intents.sources import Message
 from predictions.notifications.webhook_queue import EVENTS
 from predictions.store.predictions import Prediction
 

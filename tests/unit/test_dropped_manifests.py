@@ -10,7 +10,7 @@ from predictions.batches.dropped import DroppedManifests
 from predictions.batches.files import read_jsonl, requests_key
 from predictions.batches.prepare import prepare
 from predictions.batches.store import Batch
-from predictions.intake.queue import Message, RequestRefused
+from predictions.intents.sources import Message, RequestRefused
 
 from tests.unit.fakes import refusing
 from tests.unit.test_batches import World, world

@@ -16,7 +16,7 @@ from predictions.files.outputs_bucket import OutputsBucket
 from predictions.files.signed_urls import Distribution, PrivateKey
 from predictions.ids import derived_id
 from predictions.intake.invocation import RunJobs
-from predictions.intake.queue import Message
+from predictions.intents.sources import Message
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.submissions import Submissions
 from predictions.pipelines.advance import PipelineExecutions

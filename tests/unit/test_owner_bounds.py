@@ -11,7 +11,7 @@ from predictions.batches.dropped import DroppedManifests
 from predictions.batches.manage import ATTEMPTS_LIMIT, BatchControl
 from predictions.batches.prepare import prepare
 from predictions.errors import PredictionThrottled, Problem
-from predictions.intake.queue import RequestRefused
+from predictions.intents.sources import RequestRefused
 
 from tests.unit.apps import AwsCalls
 from tests.unit.fakes import Clock, Executed, ReplicateInMemory, answers_lost, meanwhile

@@ -18,8 +18,9 @@ from predictions.aws.executions import Executions
 from predictions.errors import Problem
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.intake.queue import Message, RequestRefused, Requests
+from predictions.intake.queue import Requests
 from predictions.intents.model import create_requested_intent
+from predictions.intents.sources import Message, RequestRefused
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.submissions import Submissions
 from predictions.pipelines.advance import RESEND_SECONDS, PipelineExecutions, Progress, Turn

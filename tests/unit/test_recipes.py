@@ -8,8 +8,9 @@ import pytest
 from predictions.aws import clients
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import folder, safe_prefix
-from predictions.intake.queue import Message, RequestRefused, Requests
+from predictions.intake.queue import Requests
 from predictions.intents.model import Intent
+from predictions.intents.sources import Message, RequestRefused
 from predictions.recipes.manage import RECIPE_LIMIT_BYTES, RecipeChanges
 from predictions.recipes.store import RecipeItems, Recipes
 from predictions.store.predictions import PredictionsTable

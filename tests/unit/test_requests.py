@@ -12,8 +12,9 @@ from predictions.aws import clients
 from predictions.aws.dynamodb import deserialize, serialize
 from predictions.aws.executions import Executions
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.intake.queue import Message, RequestRefused, Requests, _source_of, task_token_of
+from predictions.intake.queue import Requests, _source_of, task_token_of
 from predictions.intake.refused import MESSAGE_LIMIT_BYTES, DeadRequest, DeadRequests
+from predictions.intents.sources import Message, RequestRefused
 from predictions.notifications.stream import Changes
 from predictions.observability import logger
 from predictions.status import Status

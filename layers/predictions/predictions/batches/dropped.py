@@ -21,7 +21,7 @@ from predictions.batches.schema import BatchLimits
 from predictions.batches.store import Batch
 from predictions.files.outputs_bucket import ORIGIN_DEPTH
 from predictions.ids import random_id
-from predictions.intake.queue import RequestRefused
+from predictions.intents.sources import RequestRefused
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.recipes.store import head_of, next_depth, object_of
 

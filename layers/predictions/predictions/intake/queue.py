@@ -17,14 +17,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from predictions.aws.executions import Executions
-from predictions.errors import PredictionsError, Problem
+from predictions.errors import Problem
 from predictions.ids import OWNER_RULE, is_owner
 from predictions.intents.model import Intent, create_requested_intent
+from predictions.intents.sources import Message, RequestRefused, Source
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.predictions import CALLERS_LIMIT, AlreadyExists, Prediction, PredictionsTable
 from predictions.validation import parse_json
@@ -35,41 +35,6 @@ if TYPE_CHECKING:
 
 _TASK_TOKEN_LIMIT = 2048
 """https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskSuccess.html"""
-
-
-class RequestRefused(PredictionsError):
-    """A message that can start nothing, now or later; its text is the reason, for the person who finds it."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """A message of the requests queue.
-
-    Attributes:
-        id: What it is known by for good: its own id, or the first one's where it was redriven.
-        sender: The principal that sent it, as SQS says (`SenderId`).
-        body: Its text.
-        sent_at: When it was sent first, in Unix seconds: what depends on the time has to come out the same again.
-    """
-
-    id: str
-    sender: str
-    body: str
-    sent_at: int
-
-
-class Source(Protocol):
-    """What turns a message that names something stored into an intent: recipes, batches, pipelines."""
-
-    def intent(self, body: Mapping[str, Any], message: Message) -> Intent | None:
-        """The intent; None where it is no longer wanted, and nothing has to be said of that.
-
-        Twice, it gives an intent with the same id.
-
-        Raises:
-            RequestRefused: It never can.
-            Problem: 422, with the fields.
-        """
 
 
 class Requests:

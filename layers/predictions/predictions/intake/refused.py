@@ -22,7 +22,7 @@ from predictions.files.outputs_bucket import OutputsBucket
 if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
 
-    from predictions.intake.queue import Message
+    from predictions.intents.sources import Message
 
 MESSAGE_LIMIT_BYTES = 1024 * 1024
 """What SQS takes of a message: its body, and the names, types and values of its attributes, together.

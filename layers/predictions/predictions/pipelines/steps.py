@@ -18,8 +18,8 @@ from predictions.aws.executions import wake
 from predictions.errors import PredictionsError, Problem
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.intake.queue import Message, RequestRefused
 from predictions.intents.model import Intent, create_requested_intent
+from predictions.intents.sources import Message, RequestRefused
 from predictions.observability import logger
 from predictions.pipelines.definition import Step, elements
 from predictions.pipelines.state import run_ids, run_key, states_of

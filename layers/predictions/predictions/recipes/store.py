@@ -36,8 +36,8 @@ from predictions.aws.dynamodb import deserialize, list_page, read_items, seriali
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import ORIGIN_DEPTH, safe_prefix
 from predictions.ids import is_id
-from predictions.intake.queue import Message, RequestRefused
 from predictions.intents.model import Intent, create_requested_intent
+from predictions.intents.sources import Message, RequestRefused
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.templating import Allowance, Filler, NothingFound, PlaceholderError
 
