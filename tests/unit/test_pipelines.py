@@ -32,10 +32,10 @@ from predictions.pipelines.steps import (
     GATHERED_LIMIT_VALUES,
     Pipelines,
     event_of,
-    is_canceled,
     prediction_ended,
 )
 from predictions.pipelines.store import Pipeline, PipelinesTable
+from predictions.store.origins import is_canceled
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
 
 from tests.unit.apps import AwsCalls

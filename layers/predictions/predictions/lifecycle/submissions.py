@@ -40,6 +40,7 @@ from predictions.lifecycle.model_lookup import ModelSchemas
 from predictions.lifecycle.reconcile import RESUBMIT_WAITS, UnknownSubmissions, target_of, undecided_ids, webhook_of
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.status import TERMINAL_RANK, Status, rank_of
+from predictions.store.origins import is_canceled
 from predictions.store.predictions import AlreadyExists, Change, Prediction, PredictionsTable, Waits
 from predictions.upstream.client import (
     NotAccepted,
@@ -1333,8 +1334,6 @@ def _unwanted(prediction: Prediction) -> bool:
     """Whether what asked for a prediction was canceled after its request was read, and before it was written down."""
     if "pipeline" not in prediction.origin:
         return False
-    from predictions.pipelines.steps import is_canceled  # only steps of pipelines pay for it
-
     return is_canceled(str(prediction.origin["pipeline"]))
 
 

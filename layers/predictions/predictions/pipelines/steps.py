@@ -78,18 +78,6 @@ def wake_pipeline(pipeline_id: str) -> None:
     wake(deserialize(answer["Attributes"]).get("task_token"))
 
 
-def is_canceled(pipeline_id: str) -> bool:
-    """Whether nothing of a pipeline is to be started any more: it was canceled, has ended, or expired."""
-    dynamodb = client("dynamodb")
-    found = dynamodb.get_item(
-        TableName=os.environ["TABLE_NAME"],
-        Key=serialize({"pk": f"pipeline#{pipeline_id}", "sk": "status"}),
-        ConsistentRead=True,
-    ).get("Item")
-    item = deserialize(found) if found else {}
-    return item.get("status") != "running" or "cancel_requested" in item
-
-
 def event_of(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """The event that a record of the table's stream calls for: a pipeline has ended.
 
