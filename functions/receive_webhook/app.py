@@ -8,9 +8,10 @@ from predictions.errors import Problem
 from predictions.ids import is_id
 from predictions.lifecycle.orphan_polls import OrphanPolls
 from predictions.lifecycle.receive_webhook import receive
-from predictions.net.signatures import SigningSecrets, SigningSecretUnavailable, WebhookRefused
+from predictions.net.signatures import SigningSecretUnavailable, WebhookRefused
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.predictions import PredictionsTable
+from predictions.upstream.signing_secret import SigningSecrets
 
 app = resolver()
 table = PredictionsTable.from_env()

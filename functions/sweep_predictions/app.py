@@ -6,10 +6,11 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 from predictions.batches.manage import BatchControl
 from predictions.lifecycle.submissions import Submissions
-from predictions.net.signatures import SigningSecrets, SigningSecretUnavailable
+from predictions.net.signatures import SigningSecretUnavailable
 from predictions.observability import MetricUnit, handler_of, logger, metrics, remaining_seconds
 from predictions.pipelines.advance import PipelineExecutions
 from predictions.upstream.client import UpstreamError
+from predictions.upstream.signing_secret import SigningSecrets
 
 SWEEP_LIMIT = 1000
 """The most items one sweep looks at; the next one, a minute later, goes on."""

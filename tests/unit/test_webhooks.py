@@ -10,14 +10,8 @@ from botocore.exceptions import ClientError
 from hypothesis import given
 from hypothesis import strategies as st
 from predictions.aws import clients
-from predictions.net.signatures import (
-    SignatureMismatch,
-    SigningSecrets,
-    SigningSecretUnavailable,
-    WebhookRefused,
-    sign,
-    verify,
-)
+from predictions.net.signatures import SignatureMismatch, SigningSecretUnavailable, WebhookRefused, sign, verify
+from predictions.upstream.signing_secret import SigningSecrets
 
 NOW = 1_700_000_000
 BODY = b'{"id":"ufawqhfynnddngldkgtslldrkq","status":"succeeded"}'

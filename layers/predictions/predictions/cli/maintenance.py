@@ -21,7 +21,7 @@ from predictions.cli.stack import (
     line,
     print_table,
 )
-from predictions.net.signatures import SigningSecrets
+from predictions.upstream.signing_secret import SigningSecrets
 
 app = group()
 outputs = group("Archive output files that could not be copied.")

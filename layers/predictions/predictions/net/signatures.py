@@ -1,4 +1,4 @@
-"""Signatures of webhooks: Replicate's are verified here, ours are made here.
+"""Signatures of webhooks: those of Replicate are verified here, ours are made here.
 
 Replicate signs as Standard Webhooks describes (https://www.standardwebhooks.com/,
 https://replicate.com/docs/topics/webhooks/verify-webhook): HMAC-SHA256 over `{id}.{timestamp}.{raw body}`.
@@ -10,32 +10,16 @@ import base64
 import binascii
 import hashlib
 import hmac
-import json
-import math
-import os
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import BotoCoreError, ClientError
-
-from predictions.aws.clients import client
 from predictions.errors import PredictionsError
-
-if TYPE_CHECKING:
-    from mypy_boto3_secretsmanager import SecretsManagerClient
 
 TOLERANCE_SECONDS = 300
 MAX_BODY_BYTES = 6 * 1024 * 1024
 """No larger body reaches a function: https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html"""
 MAX_HEADER_CHARACTERS = 2048
 MAX_SIGNATURES = 8
-
-OVERLAP_SECONDS = 24 * 3600
-CACHE_SECONDS = 300
-UNAVAILABLE_CACHE_SECONDS = 5
-REFRESH_SECONDS = 30
 
 # No dot in an id: it separates the signed parts, and with it two different webhooks could sign alike.
 _ID = re.compile(r"[A-Za-z0-9_-]{1,256}")
@@ -156,12 +140,12 @@ def _signatures(header: str) -> list[str]:
 
 
 def _signature(body: bytes, webhook_id: str, timestamp: str, secret: str) -> str:
-    mac = hmac.new(_key(secret), f"{webhook_id}.{timestamp}.".encode(), hashlib.sha256)
+    mac = hmac.new(key_of(secret), f"{webhook_id}.{timestamp}.".encode(), hashlib.sha256)
     mac.update(body)
     return base64.b64encode(mac.digest()).decode()
 
 
-def _key(secret: str) -> bytes:
+def key_of(secret: str) -> bytes:
     """The bytes to sign with: 24 to 64, says Standard Webhooks; an empty key would let everybody sign."""
     try:
         prefix, _, encoded = secret.partition("whsec_")
@@ -172,128 +156,3 @@ def _key(secret: str) -> bytes:
         # Never the value itself: this message goes to the log.
         raise SigningSecretUnavailable("A signing secret is malformed: it must be whsec_ and 24 to 64 bytes in base64.")
     return key
-
-
-class SigningSecrets:
-    """Replicate's signing secret, kept in Secrets Manager.
-
-    Its value is `{"current": "whsec_…", "previous": "whsec_…" | null, "rotated_at": RFC 3339}`, or `{}` until
-    one is stored. The sweep, which holds the Replicate token, stores it; the public webhook function only
-    reads it.
-    """
-
-    def __init__(self, secret_arn: str, secretsmanager: "SecretsManagerClient") -> None:
-        self._secret_arn = secret_arn
-        self._secretsmanager = secretsmanager
-        self._document: dict[str, Any] = {}
-        self._read_at = -math.inf
-
-    @classmethod
-    def from_env(cls) -> "SigningSecrets":
-        """Of the secret named by SIGNING_SECRET_ARN."""
-        return cls(os.environ["SIGNING_SECRET_ARN"], client("secretsmanager"))
-
-    def verify(self, body: bytes, headers: Mapping[str, str | None], now: float) -> None:
-        """`verify` with the secrets of now; on a mismatch once more if they can be read anew.
-
-        Raises:
-            WebhookRefused: The request is not genuine.
-            SigningSecretUnavailable: Our own fault; the sender should try again.
-        """
-        try:
-            verify(body, headers, self.current(now), now)
-        except SignatureMismatch:
-            if not self.refresh_after_refusal(now):
-                raise
-            verify(body, headers, self.current(now), now)
-
-    def current(self, now: float) -> list[str]:
-        """The secrets to believe: the current one and, for 24 h after it came, the one before it.
-
-        They are read at most every 5 minutes, or 5 seconds while there is none: strangers call the public
-        function as often as they like, and must not thereby use up Secrets Manager for it.
-
-        Raises:
-            SigningSecretUnavailable: None has been stored yet, it is malformed, or it cannot be read.
-        """
-        if now - self._read_at >= (CACHE_SECONDS if self._document else UNAVAILABLE_CACHE_SECONDS):
-            self._document, self._read_at = {}, now
-            try:
-                self._document = self._read()
-            except (BotoCoreError, ClientError) as error:
-                raise SigningSecretUnavailable(f"The secret {self._secret_arn} cannot be read: {error}") from error
-        if not self._document:
-            raise SigningSecretUnavailable(
-                f"The secret {self._secret_arn} holds no signing secret, or could not be read moments ago."
-                " The sweep stores Replicate's within a minute if the Replicate token is valid."
-            )
-        secrets = [self._document["current"]]
-        if now - self._document["rotated_at"] < OVERLAP_SECONDS:
-            secrets += self._document["previous"]
-        return secrets
-
-    def refresh_after_refusal(self, now: float) -> bool:
-        """Forgets secrets read at least 30 s ago: a signature that does not match may be of a newer one.
-
-        Returns:
-            Whether `current` will read anew, so that verifying again can have another result.
-        """
-        if now - self._read_at < REFRESH_SECONDS:
-            return False
-        self._read_at = -math.inf
-        return True
-
-    def store(self, secret: str, now: float) -> bool:
-        """Makes `secret` the current one, unless it is already, and the one until now the previous one.
-
-        Safe to repeat and to crash before or after its one write. Two writers with different values in hand
-        (one asked Replicate just before a rotation) leave both valid; the next sweep puts them in order.
-
-        Args:
-            secret: As Replicate's API gives it.
-            now: Unix time in seconds.
-
-        Returns:
-            Whether it was new.
-
-        Raises:
-            SigningSecretUnavailable: `secret` is malformed; nothing was written.
-            botocore.exceptions.ClientError: Secrets Manager refused.
-        """
-        _key(secret)
-        stored = self._read()
-        if stored.get("current") == secret:
-            return False
-        document = {
-            "current": secret,
-            "previous": stored.get("current"),
-            "rotated_at": datetime.fromtimestamp(now, UTC).isoformat(),
-        }
-        self._secretsmanager.put_secret_value(SecretId=self._secret_arn, SecretString=json.dumps(document))
-        self._read_at = -math.inf
-        return True
-
-    def _read(self) -> dict[str, Any]:
-        """What is stored, checked, or `{}`.
-
-        `previous` is a list of none or one, `rotated_at` is in Unix seconds.
-        A document that makes no sense counts as none, so that `store` mends it.
-        """
-        try:
-            answer = self._secretsmanager.get_secret_value(SecretId=self._secret_arn)
-        except ClientError as error:
-            # A secret without any value yet; if there is no such secret at all, writing to it will say so.
-            if error.response["Error"]["Code"] == "ResourceNotFoundException":
-                return {}
-            raise
-        try:
-            document = json.loads(answer["SecretString"])
-            _key(document["current"])
-        except (KeyError, TypeError, ValueError, SigningSecretUnavailable):
-            return {}
-        try:
-            _key(document["previous"])
-            rotated_at = datetime.fromisoformat(document["rotated_at"]).timestamp()
-        except (KeyError, TypeError, ValueError, SigningSecretUnavailable):
-            return {"current": document["current"], "previous": [], "rotated_at": -math.inf}
-        return {"current": document["current"], "previous": [document["previous"]], "rotated_at": rotated_at}
