@@ -1,8 +1,9 @@
 """Cancel and delete routes of the API: an open prediction is canceled, the data of one that has ended removed."""
 
 from aws_lambda_powertools.event_handler import Response
-from predictions.api.app import Presenter, answer_with, json_response, own_prediction, owner_with, resolver
+from predictions.api.app import answer_with, json_response, own_prediction, owner_with, resolver
 from predictions.lifecycle.submissions import Submissions
+from predictions.views.prediction import Presenter
 
 app = resolver()
 submissions = Submissions.from_env()

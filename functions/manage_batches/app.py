@@ -4,7 +4,7 @@ from typing import Any
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.admission.quotas import OwnerLimits
-from predictions.api.app import Presenter, answer_with, body_of, headers_of, json_response, owner_with, resolver
+from predictions.api.app import answer_with, body_of, headers_of, json_response, owner_with, resolver
 from predictions.api.pagination import page_links, read_cursor
 from predictions.aws.clients import api_url
 from predictions.batches.manage import BatchControl
@@ -12,6 +12,7 @@ from predictions.batches.store import Batch
 from predictions.intents.model import Attempt
 from predictions.lifecycle.submissions import Submissions
 from predictions.observability import MetricUnit, logger, metrics, remaining_seconds
+from predictions.views.prediction import Presenter
 
 PAGE_SIZE = 25
 

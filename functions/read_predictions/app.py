@@ -6,18 +6,11 @@ Predictions and trainings are read from the table only, never from Replicate.
 from typing import Literal
 
 from aws_lambda_powertools.event_handler import Response
-from predictions.api.app import (
-    Presenter,
-    answer_with,
-    json_response,
-    openapi_response,
-    own_prediction,
-    owner_with,
-    resolver,
-)
+from predictions.api.app import answer_with, json_response, openapi_response, own_prediction, owner_with, resolver
 from predictions.api.pagination import page_links, read_cursor, read_moment
 from predictions.errors import Problem
 from predictions.store.predictions import PredictionsTable
+from predictions.views.prediction import Presenter
 
 PAGE_SIZE = 100
 

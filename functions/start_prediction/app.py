@@ -6,16 +6,7 @@ import os
 from aws_lambda_powertools.event_handler import Response
 from botocore.exceptions import BotoCoreError, ClientError
 from predictions.admission.quotas import OwnerLimits
-from predictions.api.app import (
-    Presenter,
-    answer_with,
-    body_of,
-    headers_of,
-    json_response,
-    own_prediction,
-    owner_with,
-    resolver,
-)
+from predictions.api.app import answer_with, body_of, headers_of, json_response, own_prediction, owner_with, resolver
 from predictions.intents.model import (
     Attempt,
     Intent,
@@ -29,6 +20,7 @@ from predictions.intents.model import (
 from predictions.lifecycle.submissions import Submissions
 from predictions.observability import logger, remaining_seconds
 from predictions.store.predictions import Prediction, Whole
+from predictions.views.prediction import Presenter
 
 # API Gateway ends a request after 29 s; submitting and answering take the rest.
 # https://docs.aws.amazon.com/apigateway/latest/developerguide/limits.html

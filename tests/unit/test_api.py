@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
-from predictions.api.app import Presenter, answer_with, json_response, resolver
+from predictions.api.app import answer_with, json_response, resolver
 from predictions.aws import clients
 from predictions.errors import Problem
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile
@@ -21,6 +21,7 @@ from predictions.lifecycle.submissions import Submissions
 from predictions.status import Status, visible
 from predictions.store.predictions import Prediction, PredictionsTable, Whole
 from predictions.upstream.prediction import UpstreamPrediction
+from predictions.views.prediction import Presenter
 
 from tests.unit.apps import SAMPLE_SIGNING_SECRET, AwsCalls, Context, clock_module, load_app, sample
 from tests.unit.fakes import API_URL, VERSION, Clock, ReplicateInMemory, answer

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from predictions.api.app import Presenter
 from predictions.aws import clients
 from predictions.errors import CopyInterrupted
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.lifecycle.archive_outputs import copy, copy_again
 from predictions.observability import metrics
 from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.views.prediction import Presenter
 
 from tests.unit.fakes import PNG, Clock, ReplicateInMemory, served
 from tests.unit.test_table import FILE, put, told

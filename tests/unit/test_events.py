@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import pytest
 from predictions.api.access_tokens import Scope
-from predictions.api.app import Presenter
 from predictions.api.proxy import Forwarding, VersionCache
 from predictions.aws import clients
 from predictions.aws.dynamodb import deserialize
@@ -33,6 +32,7 @@ from predictions.recipes.store import Recipe, RecipeItems
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.predictions import PredictionsTable
 from predictions.upstream.client import Token
+from predictions.views.prediction import Presenter
 
 from tests.unit.apps import (
     EVENTS,

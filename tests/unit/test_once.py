@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import BotoCoreError, ClientError
-from predictions.api.app import Presenter
 from predictions.aws import clients
 from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
@@ -25,6 +24,7 @@ from predictions.pipelines.store import PipelinesTable
 from predictions.recipes.store import RecipeItems
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
+from predictions.views.prediction import Presenter
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
 from tests.unit.conftest import make_submissions

@@ -10,11 +10,11 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.hashes import SHA1
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from predictions.api.app import Presenter
 from predictions.aws import clients
 from predictions.cli.__main__ import main
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.files.signed_urls import Distribution, PrivateKey
+from predictions.views.prediction import Presenter
 
 from tests.unit.fakes import Clock
 

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from predictions import templating
-from predictions.api.app import ANSWER_LIMIT_BYTES, Presenter
 from predictions.aws import clients
 from predictions.aws.dynamodb import deserialize, serialize
 from predictions.aws.executions import Executions
@@ -37,6 +36,7 @@ from predictions.pipelines.steps import (
 from predictions.pipelines.store import Pipeline, PipelinesTable
 from predictions.store.origins import is_canceled
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
+from predictions.views.prediction import ANSWER_LIMIT_BYTES, Presenter
 
 from tests.unit.apps import AwsCalls
 from tests.unit.fakes import API_URL, PNG, Clock, Died, Executed, Fault, ReplicateInMemory, Wakes, faulty, served

@@ -176,7 +176,7 @@ LIMITS = {
     ),
     "page of a list": ("functions/read_predictions/app.py", "PAGE_SIZE", 1, "{} predictions"),
     "logs in an answer": (
-        "layers/predictions/predictions/api/app.py",
+        "layers/predictions/predictions/views/prediction.py",
         "_LOGS_LIMIT_CHARACTERS",
         1024,
         "the last {} Ki ",

@@ -11,7 +11,6 @@ from typing import Any
 import httpcore
 import httpx
 import pytest
-from predictions.api.app import Presenter
 from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.net.addresses import guarded_client
@@ -21,6 +20,7 @@ from predictions.notifications.webhook_sender import Receivers
 from predictions.notifications.webhook_slots import WebhookSlots
 from predictions.observability import metrics
 from predictions.store.predictions import PredictionsTable
+from predictions.views.prediction import Presenter
 from standardwebhooks import Webhook
 
 from tests.unit.fakes import Clock

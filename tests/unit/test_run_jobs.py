@@ -7,13 +7,13 @@ from typing import Any
 import httpx
 import pytest
 from botocore.exceptions import ClientError
-from predictions.api.app import Presenter
 from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intake.invocation import RunJobs
 from predictions.lifecycle.receive_webhook import receive
 from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import PredictionsTable
+from predictions.views.prediction import Presenter
 
 from tests.unit.apps import AwsCalls
 from tests.unit.fakes import (

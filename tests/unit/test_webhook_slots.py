@@ -6,7 +6,6 @@ from typing import Any
 
 import httpx
 import pytest
-from predictions.api.app import Presenter
 from predictions.aws import clients
 from predictions.aws.dynamodb import serialize
 from predictions.files.outputs_bucket import OutputsBucket
@@ -23,6 +22,7 @@ from predictions.notifications.webhook_slots import (
     WebhookSlots,
 )
 from predictions.store.predictions import PredictionsTable
+from predictions.views.prediction import Presenter
 
 from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error

@@ -23,13 +23,13 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
-from predictions.api.app import Presenter
 from predictions.errors import Problem
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.lifecycle.submissions import Submissions
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.predictions import Prediction, Whole
 from predictions.validation import parse_json
+from predictions.views.prediction import Presenter
 
 WAIT_MARGIN_SECONDS = 20
 """What of the function's time is left for the answer, when a wait is cut: reading it, with AWS's own retries."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 
-from predictions.api.app import Presenter
 from predictions.net.addresses import AddressRefused, TimedNetwork, guarded_client
 from predictions.net.signatures import sign
 from predictions.notifications.signing_secrets import OwnerSecrets
@@ -19,6 +18,7 @@ from predictions.notifications.webhook_slots import NoSlotFree, WebhookSlots
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
 from predictions.store.predictions import PredictionsTable, Whole
+from predictions.views.prediction import Presenter
 
 TOTAL_SECONDS = 10.0
 """The most one try takes, whatever the receiver does."""

@@ -10,7 +10,6 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, refusal_of
-from predictions.api.app import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
 from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.ids import derived_id, is_id, random_id
@@ -24,6 +23,7 @@ from predictions.pipelines.steps import wake_pipeline
 from predictions.pipelines.store import Pipeline, PipelineExists, PipelinesTable, StoredPipeline
 from predictions.store.predictions import Prediction, PredictionsTable, Whole
 from predictions.validation import parse_json
+from predictions.views.prediction import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
 
 LIFETIME_SECONDS = 7 * 86400
 """How long a pipeline may take: less than the shortest retention, 15 days, so that its first outputs are there to its

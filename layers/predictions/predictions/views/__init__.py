@@ -1,0 +1,1 @@
+"""Resources as callers see them, as JSON."""

@@ -1,0 +1,207 @@
+"""Predictions as callers see them."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from predictions.aws.clients import api_url
+from predictions.files.outputs_bucket import FILES_LIMIT, OutputsBucket, StoredFile
+from predictions.files.signed_urls import Distribution
+from predictions.observability import MetricUnit, logger, metrics
+from predictions.store.predictions import Page, Prediction, Whole
+
+# Lambda answers with at most 6 MB, in which the body is a string: JSON within JSON.
+# https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
+ANSWER_LIMIT_BYTES = 5_500_000
+_LOGS_LIMIT_CHARACTERS = 256 * 1024
+_LARGE_INPUT_BYTES = ANSWER_LIMIT_BYTES - 1024**2
+
+
+@dataclass(frozen=True)
+class ShownPage:
+    """A page as callers see it.
+
+    Attributes:
+        results: Its predictions, from its start on.
+        first: The place in the list of the first one; None on an empty page.
+        beyond: The place of the last one, where there are further ones.
+    """
+
+    results: list[dict[str, Any]]
+    first: str | None
+    beyond: str | None
+
+
+class Presenter:
+    """Shows predictions as Replicate does, with every key present.
+
+    Args:
+        outputs: Makes the URLs of stored files, where no distribution does.
+        url_seconds: How long those URLs work.
+        distribution: Makes URLs that any client can fetch.
+    """
+
+    def __init__(self, outputs: OutputsBucket, url_seconds: int, distribution: Distribution | None = None) -> None:
+        self._outputs = outputs
+        self._url_seconds = url_seconds
+        self._distribution = distribution
+
+    @classmethod
+    def from_env(cls) -> "Presenter":
+        """From `OUTPUTS_BUCKET_NAME`, `FILE_ORIGINS`, `OUTPUT_URL_SECONDS` and what `Distribution.from_env` reads."""
+        return cls(OutputsBucket.from_env(), int(os.environ["OUTPUT_URL_SECONDS"]), Distribution.from_env())
+
+    def show(self, whole: Whole, *, as_starting: bool = False) -> dict[str, Any]:
+        """A prediction in Replicate's JSON; what is ours is `output_files`.
+
+        An output that makes the answer too large for Lambda is answered as the URL of a JSON document
+        `{"output": …, "logs": …}`, and such an input as `{"url": …}`.
+
+        Args:
+            whole: The prediction.
+            as_starting: Whether to show one that has not ended as `starting`, without output: the official clients
+                take the answer to a wait that ended early for the end, unless it says so.
+        """
+        prediction = whole.prediction
+        status = prediction.visible
+        output = self._output(whole)
+        if as_starting and status == "processing":
+            status, output = "starting", None
+        url = f"{api_url()}/{prediction.collection}/{prediction.id}"
+        urls = {"get": url, "cancel": f"{url}/cancel", "web": url}
+        if prediction.stream_url:
+            urls["stream"] = prediction.stream_url
+        ended = prediction.terminal and not prediction.awaits_copy
+        shown: dict[str, Any] = {
+            "id": prediction.id,
+            "model": prediction.model or prediction.name or "",
+            "version": prediction.upstream_version or prediction.version or "hidden",
+            "input": whole.input,
+            "output": output,
+            "logs": (whole.logs or "")[-_LOGS_LIMIT_CHARACTERS:],
+            "error": _error(prediction, whole.files) if ended else None,
+            "status": status,
+            "created_at": prediction.created_at,
+            "started_at": prediction.started_at,
+            "completed_at": prediction.completed_at if ended else None,
+            "metrics": json.loads(prediction.metrics_json) if prediction.metrics_json and ended else {},
+            "data_removed": prediction.data_removed,
+            "source": "api",
+            "deadline": _rfc3339(prediction.deadline),
+            "urls": urls,
+            "output_files": [self._file(file) for file in whole.files],
+        }
+        if prediction.destination:
+            shown["destination"] = prediction.destination
+        if prediction.deployment:
+            shown["deployment"] = prediction.deployment
+        if prediction.webhook:
+            shown["webhook"] = prediction.webhook
+            if prediction.webhook_events_filter:
+                shown["webhook_events_filter"] = list(prediction.webhook_events_filter)
+        # What no answer can carry is linked: it is an object in the bucket then.
+        if whole.input_key and _is_too_large(shown):
+            shown["input"] = {"url": self._url(whole.input_key)}
+        if whole.result_key and output is not None and _is_too_large(shown):
+            # A result with files names upstream's URLs, which end within the hour: it is not linked.
+            link = None if whole.files else self._url(whole.result_key)
+            shown |= {"output": link, "output_files": []}
+            if link is None:
+                shown["error"] = f"The output with its {len(whole.files)} files is too large for an answer."
+        return shown
+
+    def show_started(
+        self, prediction: Prediction, asked: Any, read: Callable[[], Whole], *, as_starting: bool = True
+    ) -> dict[str, Any]:
+        """Show a prediction to the caller who has just started it, whatever fails while it is shown.
+
+        It is started, and may be paid for: a caller who got an error would start another one. So on any error
+        (AWS fails, the secret that signs URLs is refused or damaged) it is shown as `starting`, without output: the
+        caller reads it by its id.
+
+        Args:
+            prediction: What was started.
+            asked: Its input.
+            read: Reads it with its payloads.
+            as_starting: As for `show`.
+        """
+        try:
+            return self.show(read(), as_starting=as_starting)
+        except Exception:  # noqa: BLE001  # whatever it is, the caller must not take it for "nothing was started"
+            logger.exception("started, but not shown", prediction_id=prediction.id)
+            metrics.add_metric(name="AnswersWithoutOutput", unit=MetricUnit.Count, value=1)
+        # Nothing of this has to be signed or read. The input is left out where it leaves no room for the rest.
+        open_ = replace(prediction, status="starting", visible="starting", rank=0)
+        return self.show(Whole(open_, {} if answer_bytes(asked) > _LARGE_INPUT_BYTES else asked, None, None, []))
+
+    def link(self, key: str) -> str:
+        """A URL of an object in the outputs bucket, which works for a while."""
+        return self._url(key)
+
+    def show_page(self, page: Page) -> "ShownPage":
+        """As many predictions of a page as one answer carries, but at least one, from its start on."""
+        results: list[dict[str, Any]] = []
+        places: list[str] = []
+        room, more = ANSWER_LIMIT_BYTES, page.more
+        for whole in page.predictions:
+            shown = self.show(whole)
+            room -= answer_bytes(shown)
+            if results and room < 0:
+                more = True
+                break
+            results.append(shown)
+            places.append(whole.prediction.listed_at)
+        return ShownPage(results, places[0] if places else None, places[-1] if places and more else None)
+
+    def _output(self, whole: Whole) -> Any:
+        if whole.output is None or whole.prediction.awaits_copy:
+            return None
+        if not whole.prediction.terminal:
+            # Its files are still upstream's: callers are shown no URL that is not ours.
+            return None if self._outputs.holds_files(whole.output) else whole.output
+        # A file that nobody copied, as after an end by our own word, is shown as missing: its URL is not ours.
+        return self._outputs.place_files(whole.output, {f.path: self._url(f.key) for f in whole.files if f.key})
+
+    def _url(self, key: str) -> str:
+        return (self._distribution or self._outputs).url(key, self._url_seconds)
+
+    def _file(self, file: StoredFile) -> dict[str, Any]:
+        if file.error:
+            return {"path": file.path, "error": file.error}
+        return {
+            "path": file.path,
+            "bucket": self._outputs.name,
+            "key": file.key,
+            "bytes": file.bytes,
+            "sha256": file.sha256,
+            "content_type": file.content_type,
+        }
+
+
+def answer_bytes(shown: Any) -> int:
+    """How much of Lambda's answer a JSON value takes."""
+    return len(json.dumps(json.dumps(shown)))
+
+
+def _is_too_large(shown: Any) -> bool:
+    text = json.dumps(shown)
+    # Within Lambda's answer it only gets longer, which would take its memory twice more.
+    return len(text) > ANSWER_LIMIT_BYTES or len(json.dumps(text)) > ANSWER_LIMIT_BYTES
+
+
+def _error(prediction: Prediction, files: Any) -> str | None:
+    if prediction.error:
+        return prediction.error
+    said = [f"output{file.path}: {file.error}" for file in files if file.error]
+    # The entry for all files beyond the limit is the last one, and says how many there are.
+    beyond = said[-1:] if files and files[-1].index >= FILES_LIMIT else []
+    lost, known = len(said) - len(beyond), len(files) - len(beyond)
+    counted = f"{lost} of {known} output files could not be stored. " if lost else ""
+    return counted + "; ".join([*said[:lost][:10], *beyond]) or None
+
+
+def _rfc3339(moment: int) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")
