@@ -162,7 +162,7 @@ LIMITS = {
         "{:,}; 1 MiB each, 1 GiB in all",
     ),
     "lines of a batch at once": (
-        "layers/predictions/predictions/batches/schema.py",
+        "layers/predictions/predictions/recipes/schema.py",
         "MAX_CONCURRENCY",
         1,
         "`max_concurrency`, {} at most",

@@ -17,12 +17,12 @@ from typing import Any
 from predictions.admission.quotas import LimitReached
 from predictions.batches.manage import BatchControl
 from predictions.batches.manifest import MANIFEST_LIMIT_BYTES
-from predictions.batches.schema import BatchLimits
 from predictions.batches.store import Batch
 from predictions.files.outputs_bucket import ORIGIN_DEPTH
 from predictions.ids import random_id
 from predictions.intents.sources import RequestRefused
 from predictions.observability import MetricUnit, logger, metrics
+from predictions.recipes.schema import BatchLimits
 from predictions.recipes.store import head_of, next_depth, object_of
 
 PREFIX = "batches/"

@@ -2,21 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from predictions.errors import Problem
-
-MAX_CONCURRENCY = 1000
-"""The most lines of a batch that run at once."""
-
-
-class BatchLimits(BaseModel):
-    """How a batch runs."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    max_concurrency: int = Field(default=20, ge=1, le=MAX_CONCURRENCY)
-    tolerated_failure_percentage: int = Field(default=100, ge=0, le=100)
+from predictions.recipes.schema import BatchLimits
 
 
 class BatchBody(BatchLimits):

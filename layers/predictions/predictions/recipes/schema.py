@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from predictions.batches.schema import BatchLimits
 from predictions.intents.model import WebhookEvent
 
 NAME = r"[a-z0-9][a-z0-9-]{0,62}"
@@ -34,6 +33,19 @@ class ScheduleBody(BaseModel):
 
     expression: str = Field(max_length=256)
     time_zone: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_+/-]{1,50}$")
+
+
+MAX_CONCURRENCY = 1000
+"""The most lines of a batch that run at once."""
+
+
+class BatchLimits(BaseModel):
+    """How a batch runs."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    max_concurrency: int = Field(default=20, ge=1, le=MAX_CONCURRENCY)
+    tolerated_failure_percentage: int = Field(default=100, ge=0, le=100)
 
 
 class RecipeBody(BaseModel):
