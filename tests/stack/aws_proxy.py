@@ -265,7 +265,8 @@ class AwsProxy:
 
     async def _caller(self, writer: asyncio.StreamWriter) -> int | None:
         """The process at the other end; None where it has closed the connection."""
-        pid = await asyncio.to_thread(_process_at, writer.get_extra_info("peername")[1])
+        ports = writer.get_extra_info("peername")[1], writer.get_extra_info("sockname")[1]
+        pid = await asyncio.to_thread(process_at, *ports)
         return pid if pid != os.getpid() else None  # its port is this process's by now
 
 
@@ -416,15 +417,23 @@ def _refusal(fault: Fault, request: _Request) -> bytes:
 # -- the process at the other end -----------------------------------------------------------------------------------
 
 
-def _process_at(port: int) -> int | None:
-    """The process that has a connection from this port of the loopback interface."""
-    return _process_at_on_linux(port) if sys.platform == "linux" else _process_at_by_lsof(port)
+def process_at(port: int, to: int) -> int | None:
+    """Find the process that has a connection from one port of the loopback interface to another.
+
+    Both are needed: a port is used by several processes at once where they are connected to different ones.
+    """
+    return _process_at_on_linux(port, to) if sys.platform == "linux" else _process_at_by_lsof(port, to)
 
 
-def _process_at_on_linux(port: int) -> int | None:
-    local = f"{int.from_bytes(socket.inet_aton('127.0.0.1'), sys.byteorder):08X}:{port:04X}"
+def _process_at_on_linux(port: int, to: int) -> int | None:
+    loopback = f"{int.from_bytes(socket.inet_aton('127.0.0.1'), sys.byteorder):08X}"
+    wanted = [f"{loopback}:{port:04X}", f"{loopback}:{to:04X}"]
     inode = next(
-        (fields[9] for line in Path("/proc/net/tcp").read_text().splitlines() if (fields := line.split())[1] == local),
+        (
+            fields[9]
+            for line in Path("/proc/net/tcp").read_text().splitlines()
+            if (fields := line.split())[1:3] == wanted
+        ),
         None,
     )
     if inode is None or inode == "0":
@@ -438,13 +447,13 @@ def _process_at_on_linux(port: int) -> int | None:
     return None
 
 
-def _process_at_by_lsof(port: int) -> int | None:
+def _process_at_by_lsof(port: int, to: int) -> int | None:
     command = ["lsof", "-nP", "-Fpn", f"-iTCP:{port}"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # ours
     pid = None
     for line in ran.stdout.splitlines():
         if line.startswith("p"):
             pid = int(line[1:])
-        elif line.startswith(f"n127.0.0.1:{port}->"):
+        elif line == f"n127.0.0.1:{port}->127.0.0.1:{to}":
             return pid
     return None

@@ -183,6 +183,7 @@ def test_more_failing_lines_than_tolerated_fail_the_batch(alice: Owner, replicat
     assert [line["n"] for line in alice.results(batch)] == list(range(1, 11))
 
 
+@pytest.mark.slow
 def test_two_hundred_lines_canceled_half_way_and_run_anew_are_never_twice_upstream(
     alice: Owner, replicate: LocalReplicate
 ) -> None:

@@ -169,6 +169,7 @@ def answering_url() -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_checks_find_in_every_operation_what_the_document_does_not_allow(answering_url: str, tmp_path: Path) -> None:
     document = describe(answering_url)
     # All operations once for each answer, so that one run sees all of them.
