@@ -16,7 +16,7 @@ from predictions.submissions import Submissions
 from predictions.table import Prediction, PredictionsTable
 from predictions.upstream_prediction import PARSED_LIMIT_BYTES, UpstreamPrediction
 
-from tests.unit.fakes import VERSION, Clock, Died, Executed, ReplicateInMemory, answer
+from tests.unit.fakes import VERSION, Clock, Died, Executed, ReplicateInMemory, accept_then, answer
 from tests.unit.test_batches import LLAMA, World, plenty
 from tests.unit.test_batches import world as batch_world  # noqa: F401  # a fixture
 
@@ -99,6 +99,26 @@ class TestDeadLooks:
         assert not swept(submissions)
         assert swept(submissions)
         assert f"{second.id}-2" in executed.inputs
+
+    def test_prediction_that_is_not_bound_is_looked_for_four_times_an_hour_however_often_executions_died(
+        self,
+        submissions: Submissions,
+        replicate: ReplicateInMemory,
+        table: PredictionsTable,
+        executed: Executed,
+        clock: Clock,
+    ) -> None:
+        replicate.faults = [accept_then(500)]
+        prediction = start(submissions)
+        waits = []
+        for _ in range(12):
+            there = current(table, prediction.id)
+            assert there.upstream_id is None
+            executed.stop(f"{prediction.id}-{there.execution_n}")
+            until_due(clock, there.next_check_at)
+            assert swept(submissions)
+            waits.append((current(table, prediction.id).next_check_at or 0) - int(clock.now()))
+        assert max(waits) == 900, waits
 
     def test_cancel_that_replicate_did_not_answer_is_asked_again_soon_however_often_looks_died(
         self,

@@ -69,6 +69,7 @@ _ABANDON_COPY_SECONDS = 3 * 3600
 # Backoff of the sweep's looks at a prediction over which functions die: from 3 minutes, doubled, up to an hour.
 _LOOK_AGAIN_SECONDS = 180
 _LOOK_AGAIN_MOST_SECONDS = 3600
+_LOOK_AGAIN_UNBOUND_SECONDS = 900
 # That many looks in a row died, or found the execution dead, before a prediction is ended without asking Replicate.
 _STALLED_LOOKS = 3
 
@@ -1088,7 +1089,9 @@ class Submissions:
     def _look_again_at(self, prediction: Prediction, now: float) -> float:
         """When to look next at a prediction if this look dies: exponential backoff, never past the last look of all."""
         doubled: int = 2 ** min(prediction.stalled_looks, 10)
-        backoff = min(_LOOK_AGAIN_MOST_SECONDS, _LOOK_AGAIN_SECONDS * doubled)
+        # An unbound prediction is found in Replicate's list, which forgets its input an hour after its end.
+        most = _LOOK_AGAIN_UNBOUND_SECONDS if prediction.upstream_id is None else _LOOK_AGAIN_MOST_SECONDS
+        backoff = min(most, _LOOK_AGAIN_SECONDS * doubled)
         last = self._abandoned_at(prediction)
         return now + backoff if now >= last else min(now + backoff, last)
 
