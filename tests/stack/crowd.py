@@ -216,13 +216,11 @@ class Crowd:
             if item["next_check_at"] > now and self._unmoved_seconds(item, "next_check_at", now) > UNMOVED_SECONDS:
                 moved["next_check_at"] = 1
             unknown = "claimed" in item and "upstream_id" not in item and item["rank"] < 9
-            if (
-                unknown
-                and now - item["claimed"] > UNKNOWN_SECONDS
-                and item.get("submit_over", now) > item["claimed"] - 60
-            ):
+            # One whose holder was killed is not registered: nobody else reads the list for it.
+            over = "submit_over" if "submit_over" in item else "submit_until"
+            if unknown and now - item["claimed"] > UNKNOWN_SECONDS and item.get(over, 0) > item["claimed"] - 60:
                 # The list here is never late: the grace is over.
-                moved["submit_over"] = item["claimed"] - 60
+                moved[over] = item["claimed"] - 60
             if item.get("copy_until", 0) > now and self._unmoved_seconds(item, "copy_until", now) > LEASE_SECONDS:
                 moved["copy_until"] = 1
             if moved:
