@@ -225,6 +225,20 @@ class Crowd:
                 moved["copy_until"] = 1
             if moved:
                 self._move(item, moved)
+        self._end_reading(now)
+
+    def _end_reading(self, now: float) -> None:
+        """Ends the lease on reading Replicate's list, once whoever had it was killed."""
+        key = serialize({"pk": "readings", "sk": "lease"})
+        found = self._dynamodb.get_item(TableName=self._table, Key=key, ConsistentRead=True)
+        lease = deserialize(found.get("Item", {}))
+        if lease.get("until", 0) > now and self._unmoved_seconds(lease, "until", now) > LEASE_SECONDS:
+            with contextlib.suppress(self._dynamodb.exceptions.ConditionalCheckFailedException):
+                self._dynamodb.update_item(
+                    TableName=self._table, Key=key, UpdateExpression="SET #until = :over, used_ms = :over",
+                    ConditionExpression="#until = :seen", ExpressionAttributeNames={"#until": "until"},
+                    ExpressionAttributeValues=serialize({":over": 1, ":seen": lease["until"]}),
+                )  # fmt: skip
 
     def _unmoved_seconds(self, item: dict[str, Any], name: str, now: float) -> float:
         """For how long an attribute has been seen to have this value."""
