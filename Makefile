@@ -72,7 +72,7 @@ attacks: setup ## Run the tables of attacks: hostile webhooks, addresses, files,
 	$(call heading,attacks)
 	@$(PYTHON) -m pytest tests/attacks $(QUICK) $(SIDE_BY_SIDE)
 
-simulation: setup ## Run 5,000 schedules of faults, and sabotage the code to see them notice
+simulation: setup ## Run 5,000 schedules of faults (SLOW=1: and sabotage the code to see them notice)
 	$(call heading,simulation)
 	@$(PYTHON) -m pytest tests/simulation $(QUICK) $(SIDE_BY_SIDE)
 

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 
 from tests.simulation.installed import installed, run_seeds
-from tests.simulation.sabotages import SABOTAGES
+from tests.simulation.sabotages import SABOTAGE_SCHEDULES, SABOTAGES
 from tests.simulation.scenario import Scenario
 from tests.simulation.verdict import Verdict
 from tests.simulation.worlds import WORLDS
@@ -121,8 +121,8 @@ delays are the longest of any schedule that has the world alone.
 |---|---|---|---|
 {worlds}
 
-{len(SABOTAGES)} sabotages of the code are each noticed within 3,000 of these schedules, says `make test`: see
-[their list](../tests/simulation/sabotages.py).
+{len(SABOTAGES)} sabotages of the code are each noticed within {SABOTAGE_SCHEDULES:,} of these schedules, says
+`make slow`: see [their list](../tests/simulation/sabotages.py).
 """
 
 

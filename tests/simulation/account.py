@@ -258,8 +258,8 @@ def call(world: "World", service: str, operation: str, asked: dict[str, Any], cl
     if fault == "died before":
         world.die()
     process = world.scheduler.current
-    if fault in ("refused", "answer lost") and operation == "GetItem" and process is not None:
-        process.unread.add(asked["Key"]["pk"]["S"])
+    if fault in ("refused", "answer lost") and operation in ("PutItem", "GetItem") and process is not None:
+        process.unanswered.add((operation, asked["Item" if operation == "PutItem" else "Key"]["pk"]["S"]))
     if fault == "refused":
         raise_client_error(client, operation, AwsError("ThrottlingException"))
     try:

@@ -364,6 +364,9 @@ def _key_for_ever(make: Any) -> Any:
     return made
 
 
+SABOTAGE_SCHEDULES = 3000
+"""In so many schedules each of these has to be noticed."""
+
 SABOTAGES: dict[str, Sabotage] = {
     "no claim": _method(PredictionsTable, "claim", _claimed_by_anybody),
     "the intent is not claimed": _method(PredictionsTable, "put_intent", _put_unclaimed),
@@ -391,7 +394,9 @@ SABOTAGES: dict[str, Sabotage] = {
         Submissions, "_bind", lambda _: lambda self, prediction, told: prediction
     ),
     "no orphan is canceled": _method(Submissions, "_cancel_orphans", _swept_without_orphans),
-    "a cancel is not passed on": _method(Submissions, "_ask_to_cancel", lambda _: lambda self, prediction: prediction),
+    "a cancel is not passed on": _method(
+        Submissions, "_cancel_upstream", lambda _: lambda self, prediction: prediction
+    ),
     "ExecutionAlreadyExists is taken for success": _method(Executions, "start", _started_whatever_is_there),
     "a file's size is not checked": _value(outputs_bucket, "_length", lambda _: None),
     "a file that broke off is given up": _method(OutputsBucket, "_copy", _file_given_up),

@@ -33,7 +33,7 @@ class Process:
         killed: Whether it must not go on: its next step raises `Died`.
         event: What a function was invoked with.
         ended_at: When it was over.
-        unread: Items that it asked for and was not answered about.
+        unanswered: Its calls without an answer that wrote or read one item: operation and key (`pk`).
     """
 
     def __init__(self, name: str) -> None:
@@ -44,7 +44,7 @@ class Process:
         self.killed = False
         self.event: Any = None
         self.ended_at: float | None = None
-        self.unread: set[str] = set()
+        self.unanswered: set[tuple[str, str]] = set()
         self.waiters: list[Waiter] = []
 
 

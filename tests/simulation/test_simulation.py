@@ -9,7 +9,7 @@ import pytest
 
 from tests.reliability import Recorded
 from tests.simulation.installed import Simulation
-from tests.simulation.sabotages import SABOTAGES, seeds_of
+from tests.simulation.sabotages import SABOTAGE_SCHEDULES, SABOTAGES, seeds_of
 from tests.simulation.scenario import Scenario
 from tests.simulation.unknown import LateCreates, LateLists
 from tests.simulation.verdict import BEYOND, SECOND_RUNS_CANCELED
@@ -18,7 +18,6 @@ from tests.unit.template import ROOT
 
 SCHEDULES = 5000
 PARTS = 10
-SABOTAGE_SCHEDULES = 3000
 
 
 @pytest.mark.parametrize("part", range(PARTS))

@@ -85,7 +85,8 @@ class Check:
         for pk, process in self.world.writers.items():
             answer = process.result if isinstance(process.result, dict) else {}
             # A function whose write and whose read of the item both got no answer cannot know of it.
-            if answer.get("statusCode", 0) < 500 or pk in process.unread:
+            unknowable = process.unanswered >= {("PutItem", pk), ("GetItem", pk)}
+            if answer.get("statusCode", 0) < 500 or unknowable:
                 continue
             kind, _, id_ = pk.partition("#")
             runs = [run for run in self.world.upstream.runs.values() if run.our_id == id_]

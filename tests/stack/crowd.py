@@ -216,17 +216,29 @@ class Crowd:
             if item["next_check_at"] > now and self._unmoved_seconds(item, "next_check_at", now) > UNMOVED_SECONDS:
                 moved["next_check_at"] = 1
             unknown = "claimed" in item and "upstream_id" not in item and item["rank"] < 9
-            if (
-                unknown
-                and now - item["claimed"] > UNKNOWN_SECONDS
-                and item.get("submit_over", now) > item["claimed"] - 60
-            ):
+            # One whose holder was killed is not registered: nobody else reads the list for it.
+            over = "submit_over" if "submit_over" in item else "submit_until"
+            if unknown and now - item["claimed"] > UNKNOWN_SECONDS and item.get(over, 0) > item["claimed"] - 60:
                 # The list here is never late: the grace is over.
-                moved["submit_over"] = item["claimed"] - 60
+                moved[over] = item["claimed"] - 60
             if item.get("copy_until", 0) > now and self._unmoved_seconds(item, "copy_until", now) > LEASE_SECONDS:
                 moved["copy_until"] = 1
             if moved:
                 self._move(item, moved)
+        self._end_reading(now)
+
+    def _end_reading(self, now: float) -> None:
+        """Ends the lease on reading Replicate's list, once whoever had it was killed."""
+        key = serialize({"pk": "readings", "sk": "lease"})
+        found = self._dynamodb.get_item(TableName=self._table, Key=key, ConsistentRead=True)
+        lease = deserialize(found.get("Item", {}))
+        if lease.get("until", 0) > now and self._unmoved_seconds(lease, "until", now) > LEASE_SECONDS:
+            with contextlib.suppress(self._dynamodb.exceptions.ConditionalCheckFailedException):
+                self._dynamodb.update_item(
+                    TableName=self._table, Key=key, UpdateExpression="SET #until = :over, used_ms = :over",
+                    ConditionExpression="#until = :seen", ExpressionAttributeNames={"#until": "until"},
+                    ExpressionAttributeValues=serialize({":over": 1, ":seen": lease["until"]}),
+                )  # fmt: skip
 
     def _unmoved_seconds(self, item: dict[str, Any], name: str, now: float) -> float:
         """For how long an attribute has been seen to have this value."""

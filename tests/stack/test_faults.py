@@ -18,7 +18,7 @@ ROUNDS = 12
 PREDICTIONS = 200
 """In all, those of the rounds included."""
 
-# Minutes for one stack, of which each worker has one after the other.
+# One stack is struck for minutes, while a worker runs the tests of a file one after the other.
 pytestmark = pytest.mark.slow
 
 AT_ONCE = 50

@@ -29,15 +29,15 @@ def route(cloud: LocalCloud) -> str:
 
 
 @pytest.fixture
-def ended(api: Api, wait_until: WaitUntil) -> Callable[[str], dict[str, Any]]:
+def ended(api: Api, wait_until: WaitUntil) -> Callable[..., dict[str, Any]]:
     """The training as soon as callers see it ended."""
 
-    def ended(training_id: str) -> dict[str, Any]:
+    def ended(training_id: str, seconds: float = 40) -> dict[str, Any]:
         def shown() -> dict[str, Any] | None:
             training: dict[str, Any] = api("alice").get(f"/trainings/{training_id}").raise_for_status().json()
             return training if training["status"] in ("succeeded", "failed", "canceled") else None
 
-        found: dict[str, Any] = wait_until(shown, 40, f"training {training_id} to end")
+        found: dict[str, Any] = wait_until(shown, seconds, f"training {training_id} to end")
         return found
 
     return ended
@@ -67,7 +67,7 @@ def test_refusal_of_replicate_is_the_callers_answer(api: Api, replicate: LocalRe
 
 
 def test_training_ends_with_its_version_and_its_weights_in_the_bucket(
-    cloud: LocalCloud, api: Api, replicate: LocalReplicate, route: str, ended: Callable[[str], dict[str, Any]]
+    cloud: LocalCloud, api: Api, replicate: LocalReplicate, route: str, ended: Callable[..., dict[str, Any]]
 ) -> None:
     alice = api("alice")
     created = train(alice, route)
@@ -93,17 +93,18 @@ def test_training_ends_with_its_version_and_its_weights_in_the_bucket(
 
 @pytest.mark.parametrize("fault", ["create_accepted_then_error", "create_accepted_then_reset"])
 def test_training_whose_answer_and_webhooks_were_lost_is_found_and_not_started_twice(
-    api: Api, replicate: LocalReplicate, route: str, ended: Callable[[str], dict[str, Any]], fault: str
+    api: Api, replicate: LocalReplicate, route: str, ended: Callable[..., dict[str, Any]], fault: str
 ) -> None:
     replicate.fault(fault)
     replicate.fault("webhook_lost", times=None)
     created = train(api("alice"), route)
-    assert ended(created["id"])["status"] == "succeeded"
+    # Neither the list nor a GET shows webhooks here: its likeness tells, after the grace.
+    assert ended(created["id"], 90)["status"] == "succeeded"
     assert len(replicate.creates()) == 1
 
 
 def test_cancel_ends_it_at_replicate(
-    api: Api, replicate: LocalReplicate, route: str, ended: Callable[[str], dict[str, Any]]
+    api: Api, replicate: LocalReplicate, route: str, ended: Callable[..., dict[str, Any]]
 ) -> None:
     created = train(api("alice"), route, seconds=60)
     assert api("alice").post(f"/trainings/{created['id']}/cancel").status_code == 200
@@ -114,7 +115,7 @@ def test_cancel_ends_it_at_replicate(
 
 
 def test_official_client_trains_lists_and_cancels(
-    cloud: LocalCloud, replicate: LocalReplicate, route: str, ended: Callable[[str], dict[str, Any]]
+    cloud: LocalCloud, replicate: LocalReplicate, route: str, ended: Callable[..., dict[str, Any]]
 ) -> None:
     version = route.split("/")[5]
     client = Client(api_token=cloud.create_token("alice"), base_url=cloud.stack.api_url.removesuffix("/v1"))

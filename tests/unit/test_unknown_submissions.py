@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled
 from predictions.lifecycle.reconcile import CALLS_AT_ONCE, CALLS_PER_MINUTE, STOP_SECONDS, _Budget
@@ -526,6 +527,52 @@ class TestShared:
         assert all(current(table, p.id).upstream_id for p in started)
         assert len(replicate.predictions) == number
         assert lists(replicate) < 12
+
+    def test_claim_whose_outcome_could_not_be_recorded_is_registered_all_the_same(
+        self, submissions: Submissions, replicate: ReplicateInMemory
+    ) -> None:
+        def fail(**_: Any) -> None:
+            raise EndpointConnectionError(endpoint_url="https://dynamodb")
+
+        def lose(request: httpx.Request, replicate: ReplicateInMemory) -> httpx.Response:
+            clients.client("dynamodb").meta.events.register("before-call.dynamodb.UpdateItem", fail, unique_id="fail")
+            return httpx.Response(502)
+
+        replicate.faults = [lose]
+        try:
+            started = submissions.start(wanted())
+        finally:
+            clients.client("dynamodb").meta.events.unregister("before-call.dynamodb.UpdateItem", unique_id="fail")
+        items = clients.client("dynamodb").scan(TableName="predictions")["Items"]
+        assert [item["id"]["S"] for item in items if item["pk"]["S"] == "unknown"] == [started.id]
+
+    def test_claim_that_is_registered_when_a_reading_has_asked_is_not_taken_for_read(
+        self, submissions: Submissions, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        late: list[Prediction] = []
+
+        def register_another(**_: Any) -> None:
+            if not late:
+                late.append(started)
+                clock.advance(1)
+                late[0] = submissions.start(wanted(input={"prompt": "other"}))
+                clock.advance(4)
+
+        replicate.faults = [answer(502), answer(502)]
+        started = submissions.start(wanted())
+        clock.advance(3)
+        events = clients.client("dynamodb").meta.events
+        events.register("before-call.dynamodb.BatchGetItem", register_another, unique_id="another")
+        try:
+            with pytest.raises(PredictionThrottled):
+                submissions.submit(started.id)
+        finally:
+            events.unregister("before-call.dynamodb.BatchGetItem", unique_id="another")
+        clock.advance(2)
+        before = lists(replicate)
+        with pytest.raises(PredictionThrottled):
+            submissions.submit(late[0].id)
+        assert lists(replicate) == before + 1
 
     def test_lease_keeps_a_second_reader_out_until_it_is_over(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock

@@ -190,6 +190,8 @@ class UnknownSubmissions:
         Returns:
             In how many seconds to look for what the create has started.
         """
+        # First: whoever finds `submit_over` relies on readings that others make for it.
+        self._register(prediction)
         now = self._now()
         outcome = f"answered {error.status}" if error.status else "no answer"
         wait = self._waits(replace(prediction, submit_answered=error.status is not None))[0]
@@ -199,9 +201,7 @@ class UnknownSubmissions:
             "submissions_json": _appended(prediction.submissions_json, {"at": prediction.claimed, "outcome": outcome}),
             "next_check_at": int(now) + wait + 120,
         }
-        noted = self._table.note_unknown(prediction, values)
-        if noted is not None:  # else a webhook has bound it meanwhile
-            self._register(noted)
+        self._table.note_unknown(prediction, values)  # unless a webhook has bound it meanwhile
         return wait
 
     def _register(self, prediction: Prediction) -> None:
@@ -260,10 +260,11 @@ class UnknownSubmissions:
         """When the list was last read for this claim, and whether that reading was none."""
         done_at = prediction.holder_done_at or 0
         began = float(last.get("began", 0))
+        registered = float(last.get("registered", began))
         searched_from = prediction.searched_from - MARGIN_SECONDS
         covered = (
             prediction.submit_over is not None  # so its holder has registered it
-            and began >= done_at
+            and registered >= done_at
             and (last.get("why_not") is not None or float(last.get("reached", began)) <= searched_from)
         )
         if covered and began > (prediction.read_at or 0):
@@ -339,6 +340,8 @@ class UnknownSubmissions:
     ) -> Reading:
         """Read the list once, as the holder of the lease, and settle every registered claim."""
         lease = self._lease()
+        # Of what is registered from now on, this reading may know nothing.
+        registered_at = self._now()
         claims = self._registered(collection)
         claims |= {prediction.id: prediction for prediction in own}
         watched = [*claims.values(), *again]
@@ -354,6 +357,7 @@ class UnknownSubmissions:
         last = json.loads(lease.get("last_json", "{}"))
         last[collection] = {
             "began": reading.began,
+            "registered": registered_at,
             "reached": max(0, reading.reached) if reading.reached != float("inf") else reading.began,
             "why_not": reading.why_not,
             "claims": len(claims),

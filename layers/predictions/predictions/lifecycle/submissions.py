@@ -68,7 +68,8 @@ _NOT_FOUND_LIMIT = 5
 # and the copier would have taken the file host at its word an hour before.
 _ABANDON_COPY_SECONDS = 3 * 3600
 
-# Backoff of the sweep's looks at a prediction over which functions die: from 3 minutes, doubled, up to an hour.
+# Backoff of the sweep's looks at a prediction over which functions die: from 3 minutes, doubled, up to an hour. Up to
+# 15 minutes if it is unbound: Replicate removes the input by which its list shows whose it is an hour after its end.
 _LOOK_AGAIN_SECONDS = 180
 _LOOK_AGAIN_MOST_SECONDS = 3600
 _LOOK_AGAIN_UNBOUND_SECONDS = 900
@@ -688,7 +689,7 @@ class Submissions:
         if merged.orphans:
             self._cancel_orphans(merged)
         if merged.cancel_requested and not merged.terminal and merged.upstream_id == told.id:
-            return self._cancel_upstream(merged)
+            return self._cancel_upstream(merged) or merged
         return merged
 
     def _wait_seconds(self, prediction: Prediction, error: NotAccepted) -> tuple[int, Waits]:
@@ -775,7 +776,7 @@ class Submissions:
             if prediction.terminal:
                 metrics.add_metric(name="EndsByPoll", unit=MetricUnit.Count, value=1)
             elif prediction.cancel_requested or now >= prediction.deadline:
-                prediction = self._cancel_upstream(prediction)
+                prediction = self._cancel_upstream(prediction) or prediction
         except NotFound:
             not_found = prediction.not_found_count + 1
         except Unavailable as error:
@@ -939,26 +940,20 @@ class Submissions:
         if flagged.terminal:
             return flagged
         if flagged.upstream_id:
-            return self._cancel_upstream(flagged)
+            return self._cancel_upstream(flagged) or flagged
         if not flagged.claimed:
             return self._end(flagged, Status.CANCELED, None)
         return flagged
 
-    def _cancel_upstream(self, prediction: Prediction) -> Prediction:
-        """Ask Replicate to cancel a prediction, and merge an end that it answers with.
-
-        Without an answer the flag or the deadline stays: the next poll, or the sweep, asks again.
-        """
-        return self._ask_to_cancel(prediction) or prediction
-
-    def _ask_to_cancel(self, prediction: Prediction) -> Prediction | None:
+    def _cancel_upstream(self, prediction: Prediction) -> Prediction | None:
         """Ask Replicate to cancel a prediction, and merge an end that it answers with.
 
         Of the answer to a cancel, which holds the whole prediction, only the status is read: an end is read by a GET,
         by the same rules as in a poll.
 
         Returns:
-            The prediction as it is then, or None if Replicate did not answer.
+            The prediction as it is then, or None if Replicate did not answer: the flag or the deadline stays, and the
+            next poll, or the sweep, asks again.
         """
         upstream_id = prediction.upstream_id or ""
         try:
@@ -1067,16 +1062,16 @@ class Submissions:
         self._measure_age(prediction)
         unheard = False
         if prediction.cancel_requested and prediction.upstream_id and not prediction.terminal:
-            asked = self._ask_to_cancel(prediction)
-            unheard = asked is None
-            prediction = asked or prediction
+            canceled = self._cancel_upstream(prediction)
+            unheard = canceled is None
+            prediction = canceled or prediction
+        soon = now + self._timing.first_poll + 120
         dead = execution not in ("RUNNING", None)
-        if dead and unheard and self._resumes_later(prediction):
-            # This look did not die: Replicate is asked again as soon as in any other one.
-            self.table.end_look(prediction, now + self._timing.first_poll + 120, stalled=True)
-            return
         if dead and self._resumes_later(prediction):
-            self.table.end_look(prediction, self._look_again_at(prediction, now), stalled=True, put_off=True)
+            # A look that Replicate did not answer has not died: its cancel is sent again soon, by a look that may
+            # still put the execution off.
+            again = soon if unheard else self._look_again_at(prediction, now)
+            self.table.end_look(prediction, again, stalled=True, put_off=not unheard)
             return
         if execution == "RUNNING":
             if prediction.terminal:
@@ -1086,12 +1081,11 @@ class Submissions:
             self._track(prediction, submit=unclaimed or lost)
         # The new execution notes a time of its own where it waits for a webhook; where it copies, this one holds.
         again = self._look_again_at(prediction, now) if dead and prediction.stalled_looks > 1 else 0
-        self.table.end_look(prediction, max(again, now + self._timing.first_poll + 120), stalled=dead)
+        self.table.end_look(prediction, max(again, soon), stalled=dead)
 
     def _look_again_at(self, prediction: Prediction, now: float) -> float:
         """When to look next at a prediction if this look dies: exponential backoff, never past the last look of all."""
         doubled: int = 2 ** min(prediction.stalled_looks, 10)
-        # An unbound prediction is found in Replicate's list, which forgets its input an hour after its end.
         most = _LOOK_AGAIN_UNBOUND_SECONDS if prediction.upstream_id is None else _LOOK_AGAIN_MOST_SECONDS
         backoff = min(most, _LOOK_AGAIN_SECONDS * doubled)
         last = self._abandoned_at(prediction)
