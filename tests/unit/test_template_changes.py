@@ -1,0 +1,198 @@
+"""The comparison of two templates, and with it the template since the release before its sections."""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from local import template_changes
+from local.template_changes import Change, Part, changes, digests, parts
+
+# The digests of the template of the release before. The whole section below goes with them: see CONTRIBUTING.md.
+BEFORE = Path(__file__).with_name("template-before.json")
+
+TABLE = {"Fn::GetAtt": ["Table", "Arn"]}
+
+
+def statement(**changed: Any) -> dict[str, Any]:
+    condition = {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["a#*", "b#*"]}}
+    return {
+        "Sid": "Items",
+        "Effect": "Allow",
+        "Action": ["dynamodb:GetItem", "dynamodb:PutItem"],
+        "Resource": TABLE,
+        "Condition": condition,
+    } | changed
+
+
+TEMPLATE: dict[str, Any] = {
+    "Parameters": {"LogLevel": {"Type": "String", "Default": "INFO", "Description": "Least severe level."}},
+    "Outputs": {"Url": {"Value": {"Fn::Sub": "https://${Api}/v1"}}},
+    "Resources": {
+        "Function": {
+            "Type": "AWS::Lambda::Function",
+            "Properties": {"Timeout": 5, "Environment": {"Variables": {"A": {"Ref": "Table"}, "B": "2"}}},
+        },
+        "Role": {
+            "Type": "AWS::IAM::Role",
+            "Properties": {"Policies": [{"PolicyName": "p", "PolicyDocument": {"Statement": [statement()]}}]},
+        },
+        "ApiDeployment0123456789": {"Type": "AWS::ApiGateway::Deployment", "Properties": {"Description": "x"}},
+        "Stage": {
+            "Type": "AWS::ApiGateway::Stage",
+            "Properties": {"DeploymentId": {"Ref": "ApiDeployment0123456789"}, "StageName": "v1"},
+        },
+        "Graphs": {
+            "Type": "AWS::CloudWatch::Dashboard",
+            "Properties": {"DashboardBody": {"Fn::Sub": '{"widgets": [{"title": "Open", "metrics": ["a", "b"]}]}'}},
+        },
+    },
+}
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> list[Change]:
+    """The changes that a change of the template above makes."""
+    after = deepcopy(TEMPLATE)
+    change(after)
+    return changes(digests(parts(TEMPLATE)), digests(parts(after)))
+
+
+def properties(template: dict[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = template["Resources"][name]["Properties"]
+    return found
+
+
+def policy(template: dict[str, Any], *statements: dict[str, Any]) -> None:
+    properties(template, "Role")["Policies"][0]["PolicyDocument"]["Statement"] = [*statements]
+
+
+def set_property(name: str, key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda template: properties(template, name).update({key: value})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda template: template["Parameters"]["LogLevel"].update(Description="Another text."),
+        lambda template: policy(template, statement(Sid="Other")),
+        lambda template: policy(template, statement(Action="dynamodb:PutItem"), statement(Action="dynamodb:GetItem")),
+        set_property("Graphs", "DashboardBody", {"Fn::Sub": '{"widgets":[{"title":"All","metrics":["a","b"]}]}'}),
+        set_property("ApiDeployment0123456789", "Description", "y"),
+        lambda template: template.update(Resources=dict(reversed(template["Resources"].items()))),
+    ],
+    ids=["description", "sid", "split statement", "title", "description of a deployment", "order"],
+)
+def test_texts_order_and_form_are_no_changes(change: Callable[[dict[str, Any]], Any]) -> None:
+    assert changed(change) == []
+
+
+def test_other_digest_in_a_logical_id_is_no_change() -> None:
+    def redeploy(template: dict[str, Any]) -> None:
+        found = json.loads(json.dumps(template["Resources"]).replace("0123456789", "abcdef0123"))
+        template["Resources"] = found
+
+    assert changed(redeploy) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "part", "what"),
+    [
+        (lambda template: template["Resources"].pop("Stage"), "Stage", "removed"),
+        (lambda template: template["Resources"].update(More={"Type": "AWS::SQS::Queue"}), "More", "added"),
+        (set_property("Function", "Timeout", 6), "Function", "changed"),
+        (set_property("Stage", "StageName", "v2"), "Stage", "changed"),
+        (set_property("Graphs", "DashboardBody", {"Fn::Sub": '{"widgets": [{"metrics": []}]}'}), "Graphs", "changed"),
+        (lambda template: template["Parameters"]["LogLevel"].update(Default="DEBUG"), "Parameters.LogLevel", "changed"),
+        (lambda template: template["Outputs"].pop("Url"), "Outputs.Url", "removed"),
+        (lambda template: template["Resources"]["Stage"].update(Condition="C"), "Stage", "changed"),
+        (lambda template: policy(template, statement(Action="dynamodb:GetItem")), "Role", "grants removed"),
+        (lambda template: policy(template), "Role", "grants removed"),
+        (lambda template: policy(template, statement(), statement(Action="dynamodb:Query")), "Role", "grants added"),
+    ],
+)  # fmt: skip
+def test_other_change_is_found(change: Callable[[dict[str, Any]], Any], part: str, what: str) -> None:
+    (found,) = changed(change)
+    assert (found.part, found.what) == (part, what)
+
+
+@pytest.mark.parametrize(
+    "wider",
+    [
+        {"Resource": "*"},
+        {"Condition": {}},
+        {"Condition": {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["a#*", "b#*", "c#*"]}}},
+        {"Condition": {"ForAnyValue:StringLike": {"dynamodb:LeadingKeys": ["a#*", "b#*"]}}},
+        {"Action": ["dynamodb:GetItem", "dynamodb:PutItem", "dynamodb:DeleteItem"]},
+        {"Effect": "Deny"},
+    ],
+)
+def test_statement_that_grants_more_or_something_else_is_a_new_grant(wider: dict[str, Any]) -> None:
+    assert "grants added" in {change.what for change in changed(lambda template: policy(template, statement(**wider)))}
+
+
+def test_statement_without_its_condition_of_cloudformation_is_a_new_grant() -> None:
+    conditional = deepcopy(TEMPLATE)
+    policy(conditional, {"Fn::If": ["C", statement(), {"Ref": "AWS::NoValue"}]})
+    found = changes(digests(parts(conditional)), digests(parts(TEMPLATE)))
+    assert {change.what for change in found} == {"grants added", "grants removed"}
+
+
+def test_statements_that_are_merged_across_items_are_a_new_grant() -> None:
+    def keyed(action: str, key: str) -> dict[str, Any]:
+        return statement(Action=action, Condition={"ForAllValues:StringLike": {"dynamodb:LeadingKeys": [key]}})
+
+    apart, merged = deepcopy(TEMPLATE), deepcopy(TEMPLATE)
+    policy(apart, keyed("dynamodb:GetItem", "a#*"), keyed("dynamodb:PutItem", "b#*"))
+    policy(merged, statement())
+    (found,) = changes(digests(parts(apart)), digests(parts(merged)))
+    assert (found.what, len(found.names)) == ("grants added", 2)
+
+
+def test_variables_are_compared_one_by_one() -> None:
+    (found,) = changed(lambda template: properties(template, "Function")["Environment"]["Variables"].pop("A"))
+    assert found == Change("Function", "variables removed", ("A",))
+    other = changed(lambda template: properties(template, "Function")["Environment"]["Variables"].update(A="3"))
+    assert other == [Change("Function", "variables added", ("A",)), Change("Function", "variables removed", ("A",))]
+
+
+def test_report_names_each_change_with_its_variables_and_grants() -> None:
+    before = {"F": Part("AWS::Lambda::Function", "{}", {"A": "1"}), "R": Part("AWS::IAM::Role", "{}", grants=["x y"])}
+    after = {"F": Part("AWS::Lambda::Function", "{}"), "R": Part("AWS::IAM::Role", "{}", grants=["x z"])}
+    assert [*template_changes.report(before, after)] == [
+        "F: variables removed", "    A", "R: grants added", "    x z", "R: grants removed", "    x y",
+    ]  # fmt: skip
+
+
+def test_template_of_a_commit_is_compared_with_the_one_of_the_checkout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert template_changes.main(["HEAD"]) == 0
+    assert capsys.readouterr().out
+    assert len(template_changes.of_ref("HEAD")) > len(TEMPLATE)
+
+
+# -- since the release before --------------------------------------------------------------------------------------
+
+# openapi.json is a route of read_predictions, and describe_api is gone with what was its own.
+ROUTE_MOVED = {
+    Change("Api", "changed"),
+    Change("DescribeApiFunction", "removed"),
+    Change("DescribeApiFunctionDescribePermissionv1", "removed"),
+    Change("DescribeApiFunctionRole", "removed"),
+    Change("ReadPredictionsFunctionDescribePermissionv1", "added"),
+}
+# Variables that a function's step does not read.
+FEWER_VARIABLES: dict[str, tuple[str, ...]] = {}
+# Roles that may do less: which statements, test_template.py holds against the code.
+NARROWER_ROLES: set[str] = set()
+
+
+def test_nothing_changed_since_the_release_before_but_what_is_listed() -> None:
+    after = template_changes.of_checkout()
+    found = set(changes(json.loads(BEFORE.read_text()), digests(after)))
+    narrower = {change.part for change in found if change.what == "grants removed"}
+    assert {change for change in found if change.what != "grants removed"} == ROUTE_MOVED | {
+        Change(name, "variables removed", tuple(sorted(names))) for name, names in FEWER_VARIABLES.items()
+    }, "python -m local.template_changes REF shows the changes"
+    assert narrower == NARROWER_ROLES
