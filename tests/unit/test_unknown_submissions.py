@@ -327,6 +327,26 @@ class TestEvidence:
         assert current(table, lost.id).upstream_id in replicate.predictions
         assert len(replicate.creates) == 2
 
+    def test_first_reading_without_it_after_an_undecided_one_is_followed_by_the_second_at_once(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        replicate.shows_webhook = set()
+        replicate.faults = [answer(502)]
+        lost = submissions.start(wanted())
+        other = waiting(table, clock, key="k")
+        table.claim(other.id, VERSION, clock.now())
+        accepted = replicate.accept(
+            next(r for r in replicate.asked if r.method == "POST"), input={"prompt": "of the other"}
+        )
+        execute(submissions, clock, lost.id, seconds=GRACE + 60)
+        assert current(table, lost.id).evidence_at == 0
+        table.merge(other.id, UpstreamPrediction.parse(accepted), clock.now())
+        before = lists(replicate)
+        execute(submissions, clock, lost.id)
+        begins = [each["at"] for each in json.loads(current(table, lost.id).readings_json or "[]")]
+        assert lists(replicate) - before >= 2
+        assert begins[-1] - begins[-2] <= 6, "the second reading waited as long as one after an undecided one"
+
     def test_404_of_an_entry_excludes_nothing(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
     ) -> None:

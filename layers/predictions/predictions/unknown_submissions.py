@@ -282,7 +282,11 @@ class UnknownSubmissions:
         if failed:
             least, most = _FAILED_WAITS
             return read_at + min(most, max(least, elapsed / 4))
-        if prediction.absent_at is not None and prediction.evidence_at is None and elapsed >= self._grace:
+        # An undecided entry makes the evidence 0. The second reading follows soon only where this one was the first.
+        first = prediction.absent_at is not None and (
+            prediction.evidence_at is None or (not prediction.evidence_at and int(read_at) <= prediction.absent_at)
+        )
+        if first and elapsed >= self._grace:
             return read_at + _SECOND_READING_SECONDS
         for wait in waits:
             if wait > elapsed:
