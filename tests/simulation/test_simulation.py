@@ -11,7 +11,7 @@ from tests.reliability import Recorded
 from tests.simulation.installed import Simulation
 from tests.simulation.sabotages import SABOTAGE_SCHEDULES, SABOTAGES, seeds_of
 from tests.simulation.scenario import Scenario
-from tests.simulation.unknown import LateCreates, LateLists
+from tests.simulation.unknown import Frozen, LateCreates, LateLists, Strangers, UnknownCreates
 from tests.simulation.verdict import BEYOND, SECOND_RUNS_CANCELED
 from tests.simulation.worlds import WORLDS, worlds_of
 from tests.unit.template import ROOT
@@ -68,6 +68,58 @@ def test_each_world_is_reached_and_breaks_no_promise(
     record_property("schedules", 3)
     schedules = [seed for seed in range(SCHEDULES) if world in worlds_of(seed)]
     assert len(schedules) >= 10
+
+
+SITUATIONS = {
+    "1 unknown creates in a row", "2 unknown creates in a row", "3 unknown creates in a row",
+    "accepted, without a clear answer", "accepted minutes later", "listed within the grace", "listed after the grace",
+    "no webhook in list", "no webhook in get", "no input", "no redacted input", "no deployment",
+    "no webhook arrives", "strangers", "thawed", "canceled between evidence and submission",
+}  # fmt: skip
+"""What creates without a clear answer have to be tried in."""
+
+
+def _situations_of(scenario: UnknownCreates) -> set[str]:
+    """The situations that a schedule has been in."""
+    world = scenario.world
+    runs = [run for run in world.upstream.runs.values() if run.prompt.startswith("unknown ")]
+    items = {item["id"]["S"]: item for (_, sk), item in world.table.items.items() if sk == "status" and "id" in item}
+    found = {f"{number} unknown creates in a row" for number in scenario.failed.values()}
+    found |= {f"no {hidden}" for hidden in world.upstream.hides}
+    holds = {
+        "accepted, without a clear answer": any("submit_over" in items.get(run.our_id or "", {}) for run in runs),
+        "accepted minutes later": any(run.created - run.sent_at >= 60 for run in runs),
+        "listed within the grace": any(0 < run.listed_at - run.created <= 45 for run in runs),
+        "listed after the grace": any(run.listed_at - run.created > 45 for run in runs),
+        "no webhook arrives": world.faults.webhook_is_lost(),
+        "strangers": isinstance(scenario, Strangers) and scenario.number_of_strangers > 0,
+        "thawed": isinstance(scenario, Frozen) and bool(scenario.failed),
+        "canceled between evidence and submission": any(
+            "evidence_at" in item and "cancel_requested" in item and item["status"]["S"] == "canceled"
+            for item in items.values()
+        ),
+    }
+    return found | {name for name, held in holds.items() if held}
+
+
+def test_worlds_of_unknown_creates_reach_each_situation(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch, record_property: Recorded
+) -> None:
+    seen: set[str] = set()
+    check = UnknownCreates.check
+
+    def look(scenario: UnknownCreates) -> None:
+        seen.update(_situations_of(scenario))
+        check(scenario)
+
+    monkeypatch.setattr(UnknownCreates, "check", look)
+    worlds = [world for world in WORLDS if issubclass(world, UnknownCreates)]
+    for seed in range(10):
+        for world in worlds:
+            verdict = simulation.run(seed, scenarios=[world])
+            assert not verdict.broken, f"{verdict.broken}, seed {seed} of {world.name}"
+    record_property("schedules", 10 * len(worlds))
+    assert seen >= SITUATIONS, SITUATIONS - seen
 
 
 @pytest.mark.parametrize("world", [LateLists, LateCreates], ids=lambda world: world.name)

@@ -132,7 +132,7 @@ FAULTS_GO_ON_SECONDS = 45
 
 
 def everything_at_once(
-    crowd: Crowd, predictions: int, say: Callable[[str], None] = lambda _: None, seconds: float = 180
+    crowd: Crowd, predictions: int, say: Callable[[str], None] = lambda _: None, seconds: float = 300
 ) -> None:
     """Asks for so many predictions while everything is wrong, and waits until all have ended.
 

@@ -143,6 +143,31 @@ def test_every_create_has_a_connection_of_its_own(client: httpx.Client, clock: C
         assert host.connections == 3
 
 
+def test_functions_send_each_create_over_a_connection_of_its_own(
+    cloud: None, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    def quiet(connection: socket.socket) -> None:
+        try:
+            while connection.recv(65536):
+                pass
+            closed.append("closed in order")
+        except ConnectionResetError:
+            closed.append("reset")
+
+    window = SendWindow(clock.now() + 10, clock.now() + 0.3, clock.now)
+    with hostile_host({"": quiet}) as host:
+        monkeypatch.setenv("REPLICATE_API_URL", f"{host.origin}/v1")
+        replicate = Replicate.from_env()
+        for _ in range(2):
+            with pytest.raises(OutcomeUnknown):
+                create(replicate, window)
+    assert closed == ["reset", "reset"]
+    replicate._creates().close()
+    replicate._http.close()
+
+
 def test_status_of_the_response_is_told_of_an_unknown_outcome(client: httpx.Client, clock: Clock) -> None:
     window = SendWindow(clock.now() + 10, clock.now() + 25, clock.now)
     bad = head("Content-Length: 0", status="502 Bad Gateway")

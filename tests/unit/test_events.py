@@ -536,6 +536,26 @@ def test_the_samples_of_webhooks_tell_a_prediction_to_its_end(run: Run, started:
     assert [prediction["id"] for prediction in listed["results"]] == [SAMPLE_ID]
 
 
+def test_webhook_of_a_second_run_has_its_prediction_polled_at_once(run: Run, started: None) -> None:
+    made: list[str] = []
+
+    def answer(params: dict[str, Any], **_: Any) -> Any:
+        made.append(params["url_path"])
+        return type("Http", (), {"status_code": 202})(), {"StatusCode": 202}
+
+    answered: Any = answer  # the stubs do not know that a handler may answer in AWS's place
+    clients.client("lambda").meta.events.register_first("before-call.lambda.Invoke", answered)
+    clients.client("dynamodb").update_item(
+        TableName="predictions",
+        Key={"pk": {"S": f"prediction#{SAMPLE_ID}"}, "sk": {"S": "status"}},
+        UpdateExpression="SET upstream_id = :first",
+        ExpressionAttributeValues={":first": {"S": "f" * 26}},
+    )
+    told = run("receive_webhook", sample("receive_webhook", "start"))
+    assert json.loads(told["body"]) == {"received": "orphan"}
+    assert made == ["/2015-03-31/functions/poll-prediction/invocations"]
+
+
 def test_the_sample_of_a_cancel_cancels_at_replicate(run: Run, started: None, replicate: ReplicateInMemory) -> None:
     shown = json.loads(run("cancel_prediction", sample("cancel_prediction", "open"))["body"])
     assert (shown["id"], shown["status"]) == (SAMPLE_ID, "canceled")

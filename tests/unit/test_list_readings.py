@@ -124,6 +124,7 @@ def odd(clock: Clock) -> dict[str, list[httpx.Response]]:
             page(clock, entry("a", now), following=second),
             httpx.Response(200, json=good, headers=dated(clock, 100)),
         ],
+        "a page of before": [httpx.Response(200, json=good, headers=dated(clock, -40))],
         "a cached page": [httpx.Response(200, json=good, headers={**dated(clock), "age": "30"})],
         "an error on a later page": [page(clock, entry("a", now), following=second), httpx.Response(503)],
     }

@@ -388,6 +388,14 @@ def assert_plain_http_only(condition: dict[str, Any]) -> None:
 # -- parameters ----------------------------------------------------------------------------------------------------
 
 
+def test_new_stacks_submit_again_on_evidence_after_a_grace_of_45_seconds_and_5_times_at_most() -> None:
+    # A stack that exists keeps its values in an update: `fail`, where it was deployed before there was evidence.
+    grace, policy, creates = (PARAMETERS[n] for n in ("SubmitGraceSeconds", "UnknownSubmission", "MaxUnknownCreates"))
+    assert (grace["Default"], grace["MinValue"]) == (45, 30)
+    assert (policy["Default"], policy["AllowedValues"]) == ("resubmit", ["fail", "resubmit"])
+    assert creates["Default"] == 5
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_has_a_description_a_bound_a_default_and_a_group(name: str) -> None:
     parameter = PARAMETERS[name]

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 from botocore.exceptions import EndpointConnectionError
+from predictions.admission.quotas import OwnerLimits, OwnersLimits
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled
 from predictions.lifecycle.reconcile import CALLS_AT_ONCE, CALLS_PER_MINUTE, STOP_SECONDS, _Budget
@@ -204,6 +206,38 @@ class TestEvidence:
         assert lists(replicate) == 3
         assert len(replicate.creates) == 1
 
+    @pytest.mark.parametrize(("lost", "looks"), [(answer(502), [3, 10, 30, 46]), ("silence", [10, 30, 46, 90])])
+    def test_list_is_read_at_these_seconds_after_the_holder_was_done(
+        self, table: PredictionsTable, replicate: ReplicateInMemory, executed: Executed, clock: Clock, lost: Any,
+        looks: list[int],
+    ) -> None:  # fmt: skip
+        submissions = make_submissions(table, replicate, executed, clock, timing=TIMING)
+        replicate.faults = [fall_silent(clock) if lost == "silence" else lost]
+        started = submissions.start(wanted())
+        over, read = clock.now(), []
+        for second in range(1, 92):
+            clock.moment = over + second
+            before = lists(replicate)
+            with pytest.raises(PredictionThrottled):
+                submissions.submit(started.id)
+            if lists(replicate) > before:
+                read.append(second)
+        assert read == looks
+
+    def test_twenty_open_predictions_of_the_same_time_are_the_control_group(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        replicate.faults = [answer(502)]
+        started = submissions.start(wanted())
+        clock.advance(1)
+        for n in range(22):
+            shown = submissions.start(wanted(input={"prompt": f"control {n}"}))
+            table.check_again_at(current(table, shown.id), clock.now() + 600)
+            del replicate.predictions[current(table, shown.id).upstream_id or ""]
+        execute(submissions, clock, started.id, seconds=100)
+        (reading, *_) = json.loads(current(table, started.id).readings_json or "[]")[-1:]
+        assert reading["why_not"].startswith("it does not show 20 predictions")
+
     def test_entry_that_is_listed_late_within_the_grace_is_bound_and_not_submitted_again(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
     ) -> None:
@@ -327,6 +361,26 @@ class TestEvidence:
         assert current(table, lost.id).upstream_id in replicate.predictions
         assert len(replicate.creates) == 2
 
+    def test_first_reading_without_it_after_an_undecided_one_is_followed_by_the_second_at_once(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        replicate.shows_webhook = set()
+        replicate.faults = [answer(502)]
+        lost = submissions.start(wanted())
+        other = waiting(table, clock, key="k")
+        table.claim(other.id, VERSION, clock.now())
+        accepted = replicate.accept(
+            next(r for r in replicate.asked if r.method == "POST"), input={"prompt": "of the other"}
+        )
+        execute(submissions, clock, lost.id, seconds=GRACE + 60)
+        assert current(table, lost.id).evidence_at == 0
+        table.merge(other.id, UpstreamPrediction.parse(accepted), clock.now())
+        before = lists(replicate)
+        execute(submissions, clock, lost.id)
+        begins = [each["at"] for each in json.loads(current(table, lost.id).readings_json or "[]")]
+        assert lists(replicate) - before >= 2
+        assert begins[-1] - begins[-2] <= 6, "the second reading waited as long as one after an undecided one"
+
     def test_404_of_an_entry_excludes_nothing(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
     ) -> None:
@@ -346,6 +400,36 @@ class TestEvidence:
         assert execute(submissions, clock, started.id) >= GRACE
         assert current(table, started.id).upstream_id in replicate.predictions
         assert len(replicate.creates) == 1
+
+    def test_candidate_that_could_not_be_asked_for_is_not_bound_by_its_likeness(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        replicate.faults = [answer(502)]
+        started = submissions.start(wanted())
+        theirs = upstream(replicate, started, clock)
+        replicate.webhooks[theirs["id"]] = "https://example.com/theirs"
+        replicate.others["GET", f"/predictions/{theirs['id']}"] = lambda: httpx.Response(503)
+        execute(submissions, clock, started.id, seconds=300)
+        assert (current(table, started.id).upstream_id, len(replicate.creates)) == (None, 1)
+        # Once it can be asked for, its webhook tells that it is another's.
+        del replicate.others["GET", f"/predictions/{theirs['id']}"]
+        execute(submissions, clock, started.id)
+        assert current(table, started.id).upstream_id not in (None, theirs["id"])
+        assert len(replicate.creates) == 2
+
+    def test_entries_are_named_although_the_last_reading_before_the_end_failed(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        replicate.shows_webhook = set()
+        replicate.faults = [answer(502)]
+        started = submissions.start(wanted(lifetime="10m"))
+        stranger = replicate.accept(next(r for r in replicate.asked if r.method == "POST"), input={"prompt": "theirs"})
+        execute(submissions, clock, started.id, seconds=500)
+        replicate.others["GET", "/predictions"] = lambda: httpx.Response(503)
+        execute(submissions, clock, started.id)
+        ended = current(table, started.id)
+        assert ended.visible == "failed"
+        assert stranger["id"] in (ended.error or "")
 
 
 class TestAgain:
@@ -408,6 +492,48 @@ class TestAgain:
         execute(submissions, clock, started.id)
         assert current(table, started.id).upstream_id in replicate.predictions
         assert len(replicate.creates) == 1
+
+    def test_cancel_between_the_second_claim_and_its_post_ends_it_canceled(
+        self,
+        submissions: Submissions,
+        table: PredictionsTable,
+        replicate: ReplicateInMemory,
+        clock: Clock,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        replicate.faults = [answer(502)]
+        started = submissions.start(wanted())
+        claim = PredictionsTable.claim
+
+        def canceled_meanwhile(self: PredictionsTable, *args: Any, **options: Any) -> Any:
+            claimed = claim(self, *args, **options)
+            submissions.cancel(current(table, started.id))
+            return claimed
+
+        monkeypatch.setattr(PredictionsTable, "claim", canceled_meanwhile)
+        execute(submissions, clock, started.id)
+        assert (current(table, started.id).visible, len(replicate.creates)) == ("canceled", 1)
+
+    def test_next_submission_takes_a_start_and_no_place_in_its_owners_limits(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        OwnersLimits("predictions", clients.client("dynamodb")).set_limits("alice", OwnerLimits(per_day=1))
+        replicate.faults = [answer(502)]
+        intent = replace(wanted(), source="queue")
+        started = table.put_intent(
+            intent, version=VERSION, deadline=int(clock.now()) + 86400, expires=int(clock.now()) + 864000, claim=False,
+            execution_arn="arn:x", now=clock.now(),
+        )  # fmt: skip
+        lanes: list[int] = []
+        for seconds in (1, 600):
+            execute(submissions, clock, started.id, seconds=seconds)
+            limiter = clients.client("dynamodb").get_item(
+                TableName="predictions", Key={"pk": {"S": "limiter"}, "sk": {"S": "creates"}}
+            )
+            lanes.append(int(limiter["Item"]["queue_at"]["N"]))
+        assert len(replicate.creates) == 2
+        assert current(table, started.id).upstream_id in replicate.predictions
+        assert lanes[0] < lanes[1]
 
     def test_cancel_between_evidence_and_release_ends_it_canceled(
         self,
@@ -506,7 +632,7 @@ class TestAgain:
 
 
 class TestShared:
-    def test_thousand_unknown_creates_at_once_are_submitted_again_in_minutes_and_few_list_calls(
+    def test_sixty_unknown_creates_at_once_are_submitted_again_in_minutes_and_few_list_calls(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
     ) -> None:
         number = 60
@@ -663,6 +789,26 @@ class TestWrong:
         assert read == [60, 300, 1260]
         assert lists(replicate) - before == 3
 
+    def test_list_is_read_again_also_where_it_ended_without_being_bound(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        replicate.faults = [answer(502)] * 5
+        started = submissions.start(wanted())
+        execute(submissions, clock, started.id)
+        failed = current(table, started.id)
+        assert (failed.visible, failed.upstream_id) == ("failed", None)
+        late = upstream(replicate, failed, clock)
+        began, read = clock.now(), []
+        for _ in range(10):
+            clock.advance(60)
+            if submissions.look_again():
+                read.append(clock.now() - began)
+        assert read == [60, 300]
+        assert replicate.canceled == [late["id"]]
+        assert not measured("PaidTwice")
+        items = clients.client("dynamodb").scan(TableName="predictions")["Items"]
+        assert not [item["sk"]["S"] for item in items if item["sk"]["S"].startswith("again#")]
+
     def test_end_in_the_second_of_a_reading_is_read_after_once_more_and_leaves_nothing_registered(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
     ) -> None:
@@ -703,6 +849,21 @@ class TestWrong:
         submissions.poll(bound.id)
         assert replicate.canceled == [late["id"]]
         assert measured("PaidTwice") == [1]
+
+    def test_reading_that_shows_two_of_them_binds_the_first_and_cancels_the_other(
+        self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock
+    ) -> None:
+        replicate.faults = [answer(502), accept_then(502)]
+        started = submissions.start(wanted())
+        while len(replicate.creates) < 2:
+            execute(submissions, clock, started.id, seconds=1)
+        clock.advance(1)
+        upstream(replicate, started, clock)
+        first, second = replicate.predictions
+        execute(submissions, clock, started.id)
+        bound = current(table, started.id)
+        assert (bound.upstream_id, set(bound.orphans_canceled)) == (first, {second})
+        assert replicate.canceled == [second]
 
     def test_prediction_of_another_stack_with_the_same_id_is_no_orphan(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock

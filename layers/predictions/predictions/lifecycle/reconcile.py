@@ -16,8 +16,8 @@ any minute, however many predictions wait. A lease only saves work: each write t
 conditional on the claim that was read.
 
 A prediction that was submitted again stays registered: the list is read once more 1 and 5 minutes after it was bound,
-and after it has ended. One that turns up all the same is an orphan. It is canceled, and stops all resubmission for an
-hour (`sk` = `breaker`), since evidence of this kind was wrong.
+or has ended without being bound, and after it has ended. One that turns up all the same is an orphan. It is canceled,
+and stops all resubmission for an hour (`sk` = `breaker`), since evidence of this kind was wrong.
 """
 
 import json
@@ -106,9 +106,12 @@ def webhook_of(prediction_id: str) -> str:
 
 
 def undecided_ids(prediction: Prediction) -> list[str]:
-    """Return the ids of upstream predictions that may be this one, as the last reading saw them."""
-    history = json.loads(prediction.readings_json or "[]")
-    return list(history[-1].get("undecided", [])) if history else []
+    """Return the ids of upstream predictions that may be this one, as the last reading that could tell saw them.
+
+    A reading that is not complete takes none of them back.
+    """
+    telling = [reading for reading in json.loads(prediction.readings_json or "[]") if _tells(reading)]
+    return list(telling[-1].get("undecided", [])) if telling else []
 
 
 @dataclass(frozen=True)
@@ -282,7 +285,11 @@ class UnknownSubmissions:
         if failed:
             least, most = _FAILED_WAITS
             return read_at + min(most, max(least, elapsed / 4))
-        if prediction.absent_at is not None and prediction.evidence_at is None and elapsed >= self._grace:
+        # An undecided entry makes the evidence 0. The second reading follows soon only where this one was the first.
+        first = prediction.absent_at is not None and (
+            prediction.evidence_at is None or (not prediction.evidence_at and int(read_at) <= prediction.absent_at)
+        )
+        if first and elapsed >= self._grace:
             return read_at + _SECOND_READING_SECONDS
         for wait in waits:
             if wait > elapsed:
@@ -477,7 +484,7 @@ class UnknownSubmissions:
                     matches.append(entry)
             elif not known.excluded and entry.id not in prediction.orphans | prediction.orphans_canceled:
                 undecided.append(known.listed or entry if known.known else entry)
-        candidates = []
+        candidates: list[Listed] = []
         if undecided and not matches:
             target = target_of(prediction)
             likely = [entry for entry in undecided if target.ran(_told(entry))]
@@ -487,6 +494,8 @@ class UnknownSubmissions:
                     digests[prediction.id] = digest_of(text) if text else None
                 wanted = digests[prediction.id]
                 candidates = [entry for entry in likely if wanted and entry.input_digest == wanted]
+                if not all(hidden.get(entry.id, _Hidden(known=False)).known for entry in candidates):
+                    candidates = []  # a GET may still tell whose they are
         return _Verdict(tuple(matches), tuple(undecided), tuple(candidates))
 
     def _hidden(self, collection: Collection, reading: Reading, claims: Sequence[Prediction]) -> dict[str, _Hidden]:
@@ -578,7 +587,7 @@ class UnknownSubmissions:
         values |= {
             "read_at": began,
             "read_failed": failed,
-            "readings_json": _appended(prediction.readings_json, saw),
+            "readings_json": _appended(prediction.readings_json, saw, keep=_tells),
             "next_check_at": int(self._now() + max(0, wait)) + 120,
         }
         self._table.note_unknown(prediction, values)
@@ -607,13 +616,11 @@ class UnknownSubmissions:
         due: dict[Collection, list[tuple[dict[str, Any], Prediction]]] = {}
         for item in registered:
             prediction = there.get(str(item["id"]))
-            if (
-                prediction is None
-                or (prediction.terminal and not prediction.upstream_id)
-                or _read_to_the_end(prediction, item.get("read_at", 0))
-            ):
+            if prediction is None or _read_to_the_end(prediction, item.get("read_at", 0)):
                 self._remove(item["sk"])
-            elif prediction.upstream_id and _due_again(prediction, item.get("read_at", 0), now):
+            elif (prediction.upstream_id or prediction.terminal) and _due_again(
+                prediction, item.get("read_at", 0), now
+            ):
                 due.setdefault(prediction.collection, []).append((item, prediction))
         for collection, items in due.items():
             if not self._acquire(self._lease(), now):
@@ -732,9 +739,14 @@ def _told(entry: Listed) -> UpstreamPrediction:
     )
 
 
+def _settled_at(prediction: Prediction) -> int:
+    """Since when a prediction that was submitted again is bound, or has ended without."""
+    unbound = prediction.ended if prediction.terminal and not prediction.upstream_id else None
+    return prediction.bound_at or unbound or prediction.created
+
+
 def _due_again(prediction: Prediction, read_at: int, now: float) -> bool:
-    bound_at = prediction.bound_at or prediction.created
-    moments = [bound_at + seconds for seconds in _AGAIN_AFTER_SECONDS]
+    moments = [_settled_at(prediction) + seconds for seconds in _AGAIN_AFTER_SECONDS]
     if prediction.ended_visibly and prediction.ended:
         # A reading that began in the same second may have begun before the end.
         moments.append(prediction.ended + 1)
@@ -743,11 +755,21 @@ def _due_again(prediction: Prediction, read_at: int, now: float) -> bool:
 
 def _read_to_the_end(prediction: Prediction, read_at: int) -> bool:
     """Whether the last reading was the last one that is needed."""
-    bound_at = prediction.bound_at or prediction.created
-    last = max(bound_at + _AGAIN_AFTER_SECONDS[-1], (prediction.ended or 0) + 1)
+    last = max(_settled_at(prediction) + _AGAIN_AFTER_SECONDS[-1], (prediction.ended or 0) + 1)
     return prediction.ended_visibly and read_at >= last
 
 
-def _appended(history_json: str | None, entry: Mapping[str, Any]) -> str:
-    history = json.loads(history_json or "[]")
-    return json.dumps([*history[-_HISTORY + 1 :], entry], separators=(",", ":"))
+def _tells(reading: Mapping[str, Any]) -> bool:
+    """Whether a reading in the history tells which entries may be the prediction: it shows some, or is complete."""
+    return "undecided" in reading or "why_not" not in reading
+
+
+def _appended(
+    history_json: str | None, entry: Mapping[str, Any], keep: Callable[[Mapping[str, Any]], bool] = lambda _: False
+) -> str:
+    """Return a history with one more entry, without its oldest ones; the last one to keep stays."""
+    history = [*json.loads(history_json or "[]"), entry]
+    older, newest = history[:-_HISTORY], history[-_HISTORY:]
+    if older and not any(map(keep, newest)):
+        newest = [*[each for each in older if keep(each)][-1:], *newest[1:]]
+    return json.dumps(newest, separators=(",", ":"))

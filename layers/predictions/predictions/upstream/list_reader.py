@@ -26,6 +26,8 @@ MARGIN_SECONDS = 60
 
 # Lambda's clocks are kept by AWS: one that differs by more is Replicate's, or a proxy's.
 _CLOCK_LIMIT_SECONDS = 300
+# A page that was made so long before it was asked for may be a stored one, which shows nothing of meanwhile.
+_CLOCK_BEHIND_SECONDS = 30
 # Between two pages the difference of the clocks stays the same, but for whole seconds and the time on the way.
 _CLOCK_STEP_SECONDS = 30
 # So much later than the entry before it an entry may be.
@@ -167,6 +169,8 @@ class ListReader:
         first = reading.clock_offset
         if abs(offset) > _CLOCK_LIMIT_SECONDS or (first is not None and abs(offset - first) > _CLOCK_STEP_SECONDS):
             raise _OddError("Replicate's clock cannot be believed")
+        if offset < -_CLOCK_BEHIND_SECONDS:
+            raise _OddError(f"a page was made {-offset:.0f} s before it was asked for")
         if first is None:
             reading.clock_offset = first = offset
         return first
