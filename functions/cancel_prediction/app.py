@@ -2,11 +2,15 @@
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, json_response, own_prediction, owner_with, resolver
-from predictions.lifecycle.submissions import Submissions
+from predictions.lifecycle.cancel import CancelPrediction
+from predictions.lifecycle.delete import DeletePrediction
+from predictions.store.predictions import PredictionsTable
 from predictions.views.prediction import Presenter
 
 app = resolver()
-submissions = Submissions.from_env()
+table = PredictionsTable.from_env()
+canceling = CancelPrediction.from_env()
+deleting = DeletePrediction.from_env()
 presenter = Presenter.from_env()
 
 
@@ -14,25 +18,25 @@ presenter = Presenter.from_env()
 def cancel(prediction_id: str) -> Response[str]:
     """`POST /predictions/{id}/cancel`: 200 with the prediction as it is then; one that has ended stays as it is."""
     owner = owner_with(app, "predict")
-    whole = own_prediction(submissions.table, prediction_id, owner)
-    submissions.cancel(whole.prediction)
-    return json_response(200, presenter.show(own_prediction(submissions.table, prediction_id, owner)))
+    whole = own_prediction(table, prediction_id, owner)
+    canceling.cancel(whole.prediction)
+    return json_response(200, presenter.show(own_prediction(table, prediction_id, owner)))
 
 
 @app.post("/trainings/<training_id>/cancel")
 def cancel_training(training_id: str) -> Response[str]:
     """`POST /trainings/{id}/cancel`: as for a prediction; a token that may start trainings may cancel them."""
     owner = owner_with(app, "predict", "train")
-    submissions.cancel(own_prediction(submissions.table, training_id, owner, "training").prediction)
-    return json_response(200, presenter.show(own_prediction(submissions.table, training_id, owner, "training")))
+    canceling.cancel(own_prediction(table, training_id, owner, "training").prediction)
+    return json_response(200, presenter.show(own_prediction(table, training_id, owner, "training")))
 
 
 @app.delete("/predictions/<prediction_id>")
 def delete(prediction_id: str) -> Response[str]:
     """`DELETE /predictions/{id}`: 200 with what is left of a prediction that has ended; 409 for an open one."""
     owner = owner_with(app, "predict")
-    submissions.delete_ended(own_prediction(submissions.table, prediction_id, owner).prediction)
-    return json_response(200, presenter.show(own_prediction(submissions.table, prediction_id, owner)))
+    deleting.delete_ended(own_prediction(table, prediction_id, owner).prediction)
+    return json_response(200, presenter.show(own_prediction(table, prediction_id, owner)))
 
 
 handler = answer_with(app)

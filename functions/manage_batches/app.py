@@ -10,7 +10,7 @@ from predictions.aws.clients import api_url
 from predictions.batches.manage import BatchControl
 from predictions.batches.store import Batch
 from predictions.intents.model import Attempt
-from predictions.lifecycle.submissions import Submissions
+from predictions.lifecycle.cancel import CancelPrediction
 from predictions.observability import MetricUnit, logger, metrics, remaining_seconds
 from predictions.views.prediction import Presenter
 
@@ -21,7 +21,7 @@ ANSWER_SECONDS = 9
 
 app = resolver()
 control = BatchControl.from_env()
-submissions = Submissions.from_env()
+canceling = CancelPrediction.from_env()
 presenter = Presenter.from_env()
 
 
@@ -55,7 +55,7 @@ def get(batch_id: str) -> Response[str]:
 def cancel(batch_id: str) -> Response[str]:
     """`POST /batches/{id}/cancel`: 200 with the batch as it is then; one that has ended stays as it is."""
     batch = control.own(batch_id, owner_with(app, "predict"))
-    return json_response(200, _show_changed(control.halt(batch, submissions, _remaining_seconds)))
+    return json_response(200, _show_changed(control.halt(batch, canceling, _remaining_seconds)))
 
 
 @app.post("/batches/<batch_id>/retry")

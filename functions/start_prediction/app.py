@@ -17,9 +17,9 @@ from predictions.intents.model import (
     training_reference,
     wait_seconds,
 )
-from predictions.lifecycle.submissions import Submissions
+from predictions.lifecycle.start import StartPrediction
 from predictions.observability import logger, remaining_seconds
-from predictions.store.predictions import Prediction, Whole
+from predictions.store.predictions import Prediction, PredictionsTable, Whole
 from predictions.views.prediction import Presenter
 
 # API Gateway ends a request after 29 s; submitting and answering take the rest.
@@ -28,7 +28,8 @@ WAIT_LIMIT_SECONDS = 25
 ANSWER_SECONDS = 5
 
 app = resolver()
-submissions = Submissions.from_env()
+table = PredictionsTable.from_env()
+starting = StartPrediction.from_env()
 presenter = Presenter.from_env()
 
 
@@ -87,7 +88,7 @@ def _create(reference: Reference | None) -> Response[str]:
         # outside of every limit. Its client is answered `starting`, and polls.
         return _answer(intent, prediction, told)
     try:
-        submissions.wait_for_end(prediction.id, _remaining_seconds() - until)
+        starting.wait_for_end(prediction.id, _remaining_seconds() - until)
     except (ClientError, BotoCoreError):
         logger.exception("started, but not waited for")
     return _answer(intent, prediction, {**told, "Preference-Applied": f"wait={seconds}"})
@@ -99,7 +100,7 @@ def _remaining_seconds() -> float:
 
 def _start(intent: Intent, rate_limit: dict[str, str], wait_seconds: float = 0) -> Prediction:
     context = app.current_event.request_context
-    return submissions.start(
+    return starting.start(
         intent,
         attempt=Attempt.of(headers_of(app), context.request_time_epoch),
         wait_seconds=wait_seconds,
@@ -111,7 +112,7 @@ def _start(intent: Intent, rate_limit: dict[str, str], wait_seconds: float = 0) 
 
 def _answer(intent: Intent, prediction: Prediction, headers: dict[str, str]) -> Response[str]:
     def read() -> Whole:
-        return own_prediction(submissions.table, prediction.id, intent.owner, intent.object)
+        return own_prediction(table, prediction.id, intent.owner, intent.object)
 
     shown = presenter.show_started(prediction, json.loads(intent.input_json), read)
     return json_response(201, shown, {**headers, "Location": shown["urls"]["get"]})

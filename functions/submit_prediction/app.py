@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from predictions.lifecycle.submissions import Submissions
+from predictions.lifecycle.submit import SubmitPrediction
 from predictions.observability import handler_of, logger
 
-submissions = Submissions.from_env()
+submitting = SubmitPrediction.from_env()
 
 
 @handler_of
@@ -23,5 +23,5 @@ def handler(event: dict[str, Any], context: object) -> dict[str, Any]:  # noqa: 
         PredictionThrottled: Not now; the message is the number of seconds to wait.
     """
     logger.set_correlation_id(event["id"])
-    submissions.submit(event["id"])
+    submitting.submit(event["id"])
     return {}

@@ -5,7 +5,8 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 from predictions.batches.manage import BatchControl
-from predictions.lifecycle.submissions import Submissions
+from predictions.lifecycle.connections import Connections
+from predictions.lifecycle.sweep import SweepPredictions
 from predictions.net.signatures import SigningSecretUnavailable
 from predictions.observability import MetricUnit, handler_of, logger, metrics, remaining_seconds
 from predictions.pipelines.advance import PipelineExecutions
@@ -20,7 +21,8 @@ SECRET_REFRESH_SECONDS = 600
 LOOK_AGAIN_SECONDS = 90
 """What a reading of Replicate's list may take, with all that follows from it."""
 
-submissions = Submissions.from_env()
+connections = Connections.from_env()
+sweeping = SweepPredictions.over(connections)
 pipeline_executions = PipelineExecutions.from_env()
 batch_control = BatchControl.from_env()
 secrets = SigningSecrets.from_env()
@@ -42,18 +44,18 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:  # noqa: ARG
     left = remaining_seconds(context)
 
     def sweep_batch(batch_id: str) -> None:
-        batch_control.sweep_one(batch_id, submissions, left)
+        batch_control.sweep_one(batch_id, connections.canceling, left)
 
-    found = submissions.sweep(SWEEP_LIMIT, left, {"batch": sweep_batch, "pipeline": pipeline_executions.restart})
+    found = sweeping.sweep(SWEEP_LIMIT, left, {"batch": sweep_batch, "pipeline": pipeline_executions.restart})
     metrics.add_metric(name="SweepFound", unit=MetricUnit.Count, value=found)
     if left() > LOOK_AGAIN_SECONDS:
         try:
-            submissions.look_again()
+            sweeping.look_again()
         except (ClientError, BotoCoreError):
             # What is registered stays so: the next sweep reads the list.
             logger.exception("the list was not read again")
     try:
-        submissions.measure()
+        sweeping.measure()
     except (ClientError, BotoCoreError):
         # They are for alarms and the dashboard only; the next sweep tells.
         logger.exception("not measured")
@@ -66,7 +68,7 @@ def _refresh_signing_secret() -> None:
     if now < _refreshed_at + SECRET_REFRESH_SECONDS:
         return
     try:
-        changed = secrets.store(submissions.signing_secret(), now)
+        changed = secrets.store(connections.replicate.signing_secret(), now)
     except (UpstreamError, SigningSecretUnavailable, ClientError, BotoCoreError) as error:
         # Predictions end by poll without it, so the sweep goes on.
         logger.error("signing secret not refreshed", reason=str(error))

@@ -12,7 +12,7 @@ from predictions.batches.dropped import PREFIX
 from predictions.cli.dead_letters import QUEUES as LETTERS
 from predictions.ids import _OWNER, is_owner
 from predictions.intake.redelivery import FAILURES_LIMIT, NEEDED_SECONDS
-from predictions.lifecycle.submissions import _ABANDON_SECONDS
+from predictions.lifecycle.timing import ABANDON_SECONDS
 from predictions.notifications.stream import NEEDED_SECONDS as CHANGE_NEEDED_SECONDS
 from predictions.notifications.stream_retries import RETRY_SECONDS as CHANGE_RETRY_SECONDS
 from predictions.notifications.webhook_queue import LONGEST_WAIT_SECONDS, RETRY_SECONDS
@@ -1281,7 +1281,7 @@ def test_recipes_are_deployed_once_their_function_may_use_the_key_and_removed_wh
 def test_alarm_for_what_is_past_its_deadline_comes_after_the_last_poll_that_may_end_it() -> None:
     longest = load_template()["Parameters"]["PollSeconds"]["MaxValue"]
     alarm = load_template()["Resources"]["OverduePredictionsAlarm"]["Properties"]
-    assert alarm["Threshold"] > _ABANDON_SECONDS + longest
+    assert alarm["Threshold"] > ABANDON_SECONDS + longest
 
 
 def test_concurrency_is_reserved_for_webhooks_and_starts_only_where_it_is_asked_for() -> None:

@@ -12,17 +12,20 @@ Replicate gives a version only by the name of its model. Whose a version is, is 
 create of it, and from a version that a caller reads by way of `api.proxy`, which keeps the schema at once.
 """
 
+import json
+import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.errors import PredictionsError
+from predictions.errors import PredictionsError, Problem
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.upstream.client import UpstreamError, is_model_name
+from predictions.upstream.client import NotFound, Unavailable, UpstreamError, is_model_name
 
 if TYPE_CHECKING:
+    from predictions.intents.model import Reference
     from predictions.store.predictions import PredictionsTable
     from predictions.upstream.client import Replicate
     from predictions.upstream.input_schema import InputSchema
@@ -37,6 +40,8 @@ _REMEMBER_RELEASE_SECONDS = 300
 # After a failure each prediction would wait for the next one.
 _REMEMBER_FAILURE_SECONDS = 60
 _REMEMBERED_LIMIT = 64
+_MODEL_CACHE_SECONDS = 300
+_MODELS_CACHED = 64
 
 # What is kept of a schema that cannot be used.
 _UNUSABLE = "null"
@@ -172,3 +177,105 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ClientError):
         return str(error.response["Error"]["Code"])
     return str(error) if isinstance(error, UpstreamError) else type(error).__name__
+
+
+class FoundModel(NamedTuple):
+    """What is known of a model: its version (None: Replicate runs it without one) and its input's schema, if any."""
+
+    version: str | None
+    schema: "InputSchema | None"
+
+
+class ModelLookup:
+    """Looks models up: which version runs, and by which schema its input is checked.
+
+    Args:
+        replicate: Replicate.
+        schemas: Finds the schemas by which inputs are checked; None: they are not.
+        now: The time, in seconds since 1970.
+    """
+
+    def __init__(
+        self, replicate: "Replicate", schemas: ModelSchemas | None, *, now: Callable[[], float] = time.time
+    ) -> None:
+        self._replicate = replicate
+        self._schemas = schemas
+        self._now = now
+        self._models: dict[str, tuple[float, FoundModel]] = {}
+
+    @classmethod
+    def from_env(cls, table: "PredictionsTable", replicate: "Replicate") -> "ModelLookup":
+        """From `VALIDATE_INPUT`."""
+        return cls(replicate, ModelSchemas(table, replicate) if os.environ["VALIDATE_INPUT"] == "true" else None)
+
+    def violations(self, reference: "Reference", asked: Any) -> list[dict[str, str]]:
+        """What is wrong with an input by its model's schema, for what is to be started later; nothing is written.
+
+        Raises:
+            Problem: 404 where there is no such model, 422 where it has no version, 503 where that is not known.
+        """
+        return self.violations_of(self.find(reference).schema, json.dumps(asked))
+
+    def find(self, reference: "Reference", *, check: bool = True) -> "FoundModel":
+        """The version that runs a reference, and by which schema to check its input.
+
+        Args:
+            reference: What is to be run.
+            check: Whether the schema is needed.
+
+        Raises:
+            Problem: 404 where there is no such model, 422 where it has no version, 503 where that is not known.
+        """
+        name, version = reference.name or "", reference.version
+        if reference.kind == "model" and version is None:
+            return self._model(name)
+        if self._schemas is None or not check:
+            return FoundModel(version, None)
+        if reference.kind == "deployment":
+            return FoundModel(version, self._schemas.of_deployment(name))
+        return FoundModel(version, self._schemas.of_version(reference.name, version or ""))
+
+    def _model(self, name: str) -> "FoundModel":
+        cached = self._models.get(name)
+        if cached and cached[0] > self._now():
+            return cached[1]
+        try:
+            model = self._replicate.model(name)
+        except NotFound:
+            detail = f"There is no model {name}, or this stack's Replicate token may not use it."
+            raise Problem(404, detail, upstream_status=404) from None
+        except Unavailable as error:
+            detail = f"Replicate could not be asked for the version of {name}: {error}. Nothing was started: try again."
+            raise Problem(503, detail, headers={"Retry-After": "5"}, upstream_status=error.status) from None
+        version = None if model.is_official else model.latest_version
+        if version is None and not model.is_official:
+            raise Problem(422, f"The model {name} has no version that could be run.")
+        schema = self._schemas.of_model(name, model.openapi_schema) if self._schemas else None
+        self._models.pop(name, None)
+        while len(self._models) >= _MODELS_CACHED:
+            del self._models[next(iter(self._models))]  # the oldest: schemas are large
+        found = FoundModel(version, schema)
+        self._models[name] = (self._now() + _MODEL_CACHE_SECONDS, found)
+        return found
+
+    def violations_of(self, schema: "InputSchema | None", input_json: str) -> list[dict[str, str]]:
+        """What is wrong with an input, as far as it can be told; Replicate looks at it again."""
+        if schema is None:
+            return []
+        from predictions.upstream.input_schema import NotChecked  # loaded with the first schema
+
+        try:
+            return schema.violations(json.loads(input_json))
+        except NotChecked as error:
+            logger.info("input not checked", reason=str(error))
+            return []
+
+    def learn(self, version: str, told: "UpstreamPrediction") -> None:
+        """Learn whose a version is, where inputs are checked: see `ModelSchemas.learn`."""
+        if self._schemas:
+            self._schemas.learn(version, told)
+
+
+def listed(invalid: list[dict[str, str]]) -> str:
+    """Return what is wrong with an input as one text."""
+    return " ".join(f"{field['field']}: {field['detail']}" for field in invalid)

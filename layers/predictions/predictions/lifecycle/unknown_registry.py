@@ -1,0 +1,151 @@
+"""The register of creates with an unknown outcome, and of predictions that were submitted again.
+
+Readings of Replicate's list are shared: each looks for all that is registered (`pk` = `unknown`). Steps that only
+create write here, and need nothing of what reads the list (see `lifecycle.reconcile`).
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from predictions.aws.clients import client
+from predictions.aws.dynamodb import deserialize, serialize
+from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.upstream.client import Collection, OutcomeUnknown
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+# After the holder of a claim is done: an answered 5xx is mostly a create that was not accepted, and lists are fast.
+_LOOKS_ANSWERED = (3, 10, 30)
+_LOOKS_UNANSWERED = (10, 30, 90)
+
+_HISTORY = 8
+
+
+class UnknownRegistry:
+    """Keeps what is to be looked for in Replicate's list.
+
+    Args:
+        table: The predictions.
+        table_name: The table's name.
+        dynamodb: The client to use.
+        grace: How long after the holder of a claim is done the second reading may begin, in seconds.
+        now: The time, in seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        table: PredictionsTable,
+        table_name: str,
+        dynamodb: "DynamoDBClient",
+        *,
+        grace: int,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._table = table
+        self._table_name = table_name
+        self._dynamodb = dynamodb
+        self._grace = grace
+        self._now = now
+
+    @classmethod
+    def from_env(cls, table: PredictionsTable) -> "UnknownRegistry":
+        """From `TABLE_NAME` and `SUBMIT_GRACE_SECONDS`."""
+        return cls(table, os.environ["TABLE_NAME"], client("dynamodb"), grace=int(os.environ["SUBMIT_GRACE_SECONDS"]))
+
+    # -- claims -----------------------------------------------------------------------------------------------
+
+    def note(self, prediction: Prediction, error: OutcomeUnknown) -> int:
+        """Record that the holder of a claim is done, without knowing what became of its create.
+
+        If the function crashes before this, `submit_until` in the item says when it was done at the latest.
+
+        Returns:
+            In how many seconds to look for what the create has started.
+        """
+        # First: whoever finds `submit_over` relies on readings that others make for it.
+        self.register(prediction)
+        now = self._now()
+        outcome = f"answered {error.status}" if error.status else "no answer"
+        wait = self.looks(replace(prediction, submit_answered=error.status is not None))[0]
+        values = {
+            "submit_over": math.ceil(now),
+            "submit_answered": error.status is not None,
+            "submissions_json": append_to(prediction.submissions_json, {"at": prediction.claimed, "outcome": outcome}),
+            "next_check_at": int(now) + wait + 120,
+        }
+        self._table.note_unknown(prediction, values)  # unless a webhook has bound it meanwhile
+        return wait
+
+    def register(self, prediction: Prediction) -> None:
+        """Register a claim, so that every reading of the list looks for it."""
+        self._put(f"claim#{prediction.claimed:010d}#{prediction.id}", prediction)
+
+    def looks(self, prediction: Prediction) -> tuple[int, ...]:
+        """Return when to look for a claim, in seconds after its holder was done."""
+        looks = _LOOKS_ANSWERED if prediction.submit_answered else _LOOKS_UNANSWERED
+        return tuple(sorted({*looks, self._grace + 1}))
+
+    def claims(self, collection: Collection) -> dict[str, Prediction]:
+        """The claims that are registered and still unknown; what else is registered is removed."""
+        keys: dict[str, list[str]] = {}
+        for item in self._query("claim#"):
+            if item["collection"] == collection:
+                keys.setdefault(str(item["id"]), []).append(str(item["sk"]))
+        there = self._table.get_many(keys)
+        claims = {}
+        for id_, sks in keys.items():
+            prediction = there.get(id_)
+            open_ = prediction is not None and not prediction.terminal and not prediction.upstream_id
+            for sk in sks:
+                if prediction is not None and open_ and sk == f"claim#{prediction.claimed or 0:010d}#{id_}":
+                    claims[id_] = prediction
+                else:
+                    self.remove(sk)
+        return claims
+
+    # -- predictions that were submitted again ----------------------------------------------------------------
+
+    def watch(self, prediction: Prediction) -> None:
+        """Register a prediction that is about to be submitted again, so that the list is read again afterwards."""
+        self._put(f"again#{prediction.id}", prediction)
+
+    def watched(self) -> list[dict[str, Any]]:
+        """Return the items of the predictions that were submitted again."""
+        return self._query("again#")
+
+    def note_watched(self, item: Mapping[str, Any], read_at: int) -> None:
+        """Record when the list was last read for a prediction that was submitted again."""
+        self._dynamodb.put_item(TableName=self._table_name, Item=serialize({**item, "read_at": read_at}))
+
+    def remove(self, sk: str) -> None:
+        """Remove what is registered under a sort key."""
+        self._dynamodb.delete_item(TableName=self._table_name, Key=serialize({"pk": "unknown", "sk": sk}))
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _put(self, sk: str, prediction: Prediction) -> None:
+        item = {"pk": "unknown", "sk": sk, "id": prediction.id, "collection": prediction.collection,
+                "expires_at": max(prediction.deadline, int(self._now())) + 86400}  # fmt: skip
+        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
+
+    def _query(self, begin: str) -> list[dict[str, Any]]:
+        found = []
+        for page in self._dynamodb.get_paginator("query").paginate(
+            TableName=self._table_name,
+            KeyConditionExpression="pk = :pk AND begins_with(sk, :begin)",
+            ExpressionAttributeValues=serialize({":pk": "unknown", ":begin": begin}),
+        ):
+            found += [deserialize(item) for item in page["Items"]]
+        return found
+
+
+def append_to(history_json: str | None, entry: Mapping[str, Any]) -> str:
+    """Return a history in JSON with one more entry, without its oldest beyond the limit."""
+    history = json.loads(history_json or "[]")
+    return json.dumps([*history[-_HISTORY + 1 :], entry], separators=(",", ":"))
