@@ -519,6 +519,40 @@ def test_function_may_do_what_its_code_does_and_nothing_else(name: str) -> None:
     assert actions(name) == reach(folder_name(name)).actions | source_actions(name)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_may_use_only_the_items_and_indexes_that_its_code_names(name: str) -> None:
+    texts = reach(folder_name(name)).texts
+    for statement in statements(name):
+        if not any(action.startswith("dynamodb:") for action in listed(statement["Action"])):
+            continue
+        for keys in statement.get("Condition", {}).get("ForAllValues:StringLike", {}).values():
+            assert {key.removesuffix("*") for key in listed(keys)} <= texts
+        arns = [each["Fn::Sub"] for each in listed(statement["Resource"]) if "Fn::Sub" in each]
+        assert {arn.rpartition("/index/")[2] for arn in arns if "/index/" in arn} <= texts
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_may_use_only_the_secrets_and_machines_that_its_variables_name(name: str) -> None:
+    given = list(variables(name).values())
+    machines = {_machine(value) for key, value in variables(name).items() if key.endswith("STATE_MACHINE_ARN")}
+    used: set[str] = set()
+    for statement in statements(name):
+        services = {action.partition(":")[0] for action in listed(statement["Action"])}
+        resources_ = listed(statement["Resource"])
+        if services == {"secretsmanager"}:
+            assert [each for each in resources_ if each not in given] == []
+        elif services == {"states"} and resources_ != ["*"]:
+            used |= {_machine(each) for each in resources_}
+    assert used == machines, "neither a machine that it does not know, nor the name of one that it may not touch"
+
+
+def _machine(arn: Any) -> str:
+    """`run-batch` of the ARN of this machine, or of its executions and Map runs."""
+    found = re.search(r"\$\{AWS::StackName\}-([a-z-]+)", arn["Fn::Sub"])
+    assert found, arn
+    return found[1]
+
+
 def test_functions_behind_the_api_end_before_it_gives_up() -> None:
     for name, function in resources("AWS::Serverless::Function").items():
         if any(event["Type"] == "Api" for event in function["Properties"].get("Events", {}).values()):
