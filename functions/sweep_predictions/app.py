@@ -7,16 +7,13 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.batches.manage import BatchControl
 from predictions.lifecycle.connections import Connections
 from predictions.lifecycle.sweep import SweepPredictions
-from predictions.net.signatures import SigningSecretUnavailable
 from predictions.observability import MetricUnit, handler_of, logger, metrics, remaining_seconds
 from predictions.pipelines.advance import PipelineExecutions
-from predictions.upstream.client import UpstreamError
 from predictions.upstream.signing_secret import SigningSecrets
+from predictions.upstream.signing_secret_refresh import SigningSecretRefresh
 
 SWEEP_LIMIT = 1000
 """The most items one sweep looks at; the next one, a minute later, goes on."""
-
-SECRET_REFRESH_SECONDS = 600
 
 LOOK_AGAIN_SECONDS = 90
 """What a reading of Replicate's list may take, with all that follows from it."""
@@ -25,8 +22,7 @@ connections = Connections.from_env()
 sweeping = SweepPredictions.over(connections)
 pipeline_executions = PipelineExecutions.from_env()
 batch_control = BatchControl.from_env()
-secrets = SigningSecrets.from_env()
-_refreshed_at = 0.0
+secret_refresh = SigningSecretRefresh(SigningSecrets.from_env())
 
 
 @handler_of
@@ -40,7 +36,7 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:  # noqa: ARG
     Returns:
         `{"found": …}`, how many predictions, pipelines and batches stood still.
     """
-    _refresh_signing_secret()
+    secret_refresh.refresh(connections.replicate.signing_secret, time.time())
     left = remaining_seconds(context)
 
     def sweep_batch(batch_id: str) -> None:
@@ -60,19 +56,3 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:  # noqa: ARG
         # They are for alarms and the dashboard only; the next sweep tells.
         logger.exception("not measured")
     return {"found": found}
-
-
-def _refresh_signing_secret() -> None:
-    global _refreshed_at  # once for each warm function: asking every minute would tell nothing new
-    now = time.time()
-    if now < _refreshed_at + SECRET_REFRESH_SECONDS:
-        return
-    try:
-        changed = secrets.store(connections.replicate.signing_secret(), now)
-    except (UpstreamError, SigningSecretUnavailable, ClientError, BotoCoreError) as error:
-        # Predictions end by poll without it, so the sweep goes on.
-        logger.error("signing secret not refreshed", reason=str(error))
-        return
-    _refreshed_at = now
-    if changed:
-        logger.info("signing secret changed")

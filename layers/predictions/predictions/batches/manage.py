@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -314,6 +314,18 @@ class BatchControl:
         if batch is None or batch.owner != owner:
             raise Problem(404, f"There is no batch {batch_id[:64]!r}.")
         return batch
+
+    def page(self, owner: str, start: str | None, *, older: bool, size: int) -> tuple[Sequence[Batch], bool]:
+        """Return a page of an owner's batches, as `Batches.page` does."""
+        return self.batches.page(owner, start, older=older, size=size)
+
+    def manifest_uri(self, batch: Batch) -> str | None:
+        """Return the URI of a batch's manifest, or None if its requests came with the call."""
+        return batch.manifest_uri(self.batches.bucket_name)
+
+    def uri(self, key: str) -> str:
+        """Return the URI of an object of a batch."""
+        return f"s3://{self.batches.bucket_name}/{key}"
 
     def counts(self, batch: Batch, *, ask: bool = True) -> dict[str, int]:
         """Lines by their status: those that wait, run, and have ended in each way.

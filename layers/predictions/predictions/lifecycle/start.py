@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -40,10 +40,27 @@ REFUSAL_FIELD_CHARACTERS = 300
 """With these limits a refusal takes at most 180 KB of its item (6 bytes a character, where JSON escapes it); DynamoDB
 allows 400 KB. https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.html"""
 
+RESPONSE_SECONDS = 5
+"""What is left of the time of a function whose caller waits, for the response."""
+
 # A caller waits in looks at the table that become ever rarer: each is a consistent read.
 _WAIT_STEP_SECONDS = 0.1
 _WAIT_STEP_GROWTH = 1.3
 _WAIT_STEP_LIMIT_SECONDS = 1.0
+
+
+class Started(NamedTuple):
+    """A prediction that was started, or found started already.
+
+    Attributes:
+        prediction: The prediction as it was then.
+        rate_limit: The rate-limit headers of Replicate's response, if there was one.
+        waited: Whether its end was waited for.
+    """
+
+    prediction: Prediction
+    rate_limit: dict[str, str]
+    waited: bool
 
 
 class StartPrediction:
@@ -294,6 +311,48 @@ class StartPrediction:
                 raise Problem(503, detail, headers={"Retry-After": "2"}) from None
             # Accepted all the same: the sweep starts the execution within two minutes.
         return prediction
+
+    def start_and_wait(
+        self,
+        intent: Intent,
+        seconds: float | None,
+        remaining_seconds: Callable[[], float],
+        *,
+        attempt: Attempt | None = None,
+        limits: OwnerLimits | None = None,
+    ) -> "Started":
+        """Start a prediction, and wait for its end if its caller wants that.
+
+        Args:
+            intent: What is to be started.
+            seconds: How long the caller wants to wait at most, or None.
+            remaining_seconds: How long the function may still run; `RESPONSE_SECONDS` of it are left.
+            attempt: As for `start`.
+            limits: As for `start`.
+
+        Raises:
+            Problem: As for `start`.
+        """
+        rate_limit: dict[str, str] = {}
+        allowed = 0.0 if seconds is None else min(seconds, remaining_seconds() - RESPONSE_SECONDS)
+        until = remaining_seconds() - allowed
+        prediction = self.start(
+            intent,
+            attempt=attempt,
+            wait_seconds=allowed,
+            remaining_seconds=remaining_seconds,
+            limits=limits,
+            rate_limit=rate_limit,
+        )
+        if seconds is None or (prediction.repeated and not prediction.ended_visibly):
+            # Only the request that started it waits, in its place of its owner's limits: repetitions would hold
+            # functions outside of every limit. Its client is answered `starting`, and polls.
+            return Started(prediction, rate_limit, waited=False)
+        try:
+            self.wait_for_end(prediction.id, remaining_seconds() - until)
+        except (ClientError, BotoCoreError):
+            logger.exception("started, but not waited for")
+        return Started(prediction, rate_limit, waited=True)
 
     def wait_for_end(self, prediction_id: str, seconds: float) -> bool:
         """Waits until a prediction has visibly ended, at most that long.
