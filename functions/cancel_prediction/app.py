@@ -1,4 +1,4 @@
-"""Cancel and delete routes of the API: an open prediction is canceled, the data of one that has ended removed."""
+"""Cancel and delete routes of the API: cancel an open prediction, delete the data of a completed one."""
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, json_response, own_prediction, owner_with, resolver
@@ -16,7 +16,7 @@ presenter = Presenter.from_env()
 
 @app.post("/predictions/<prediction_id>/cancel")
 def cancel(prediction_id: str) -> Response[str]:
-    """`POST /predictions/{id}/cancel`: 200 with the prediction as it is then; one that has ended stays as it is."""
+    """`POST /predictions/{id}/cancel`: 200 with the prediction as it is then; a completed one stays unchanged."""
     owner = owner_with(app, "predict")
     whole = own_prediction(table, prediction_id, owner)
     canceling.cancel(whole.prediction)
@@ -33,7 +33,7 @@ def cancel_training(training_id: str) -> Response[str]:
 
 @app.delete("/predictions/<prediction_id>")
 def delete(prediction_id: str) -> Response[str]:
-    """`DELETE /predictions/{id}`: 200 with what is left of a prediction that has ended; 409 for an open one."""
+    """`DELETE /predictions/{id}`: 200 with the rest of a completed prediction; 409 for an open one."""
     owner = owner_with(app, "predict")
     deleting.delete_ended(own_prediction(table, prediction_id, owner).prediction)
     return json_response(200, presenter.show(own_prediction(table, prediction_id, owner)))

@@ -1,4 +1,4 @@
-"""A custom resource of CloudFormation: the recipes that come with the stack's deployment."""
+"""Custom resource of CloudFormation: the recipes that come with the stack's deployment."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def handler(event: dict[str, Any], context: Any) -> None:
     Args:
         event: `{"RequestType": "Create" | "Update" | "Delete", "ResponseURL", "StackId", "RequestId",
             "LogicalResourceId", "ResourceProperties": {"Files", …}, …}`.
-        context: Tells how long the function may still run.
+        context: Says how much time is left to the function.
 
     Raises:
         NotAnswered: The response did not arrive.

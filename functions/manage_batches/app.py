@@ -1,4 +1,4 @@
-"""Batch routes of the API: owners make, look at, list, cancel and retry batches."""
+"""Batch routes of the API: create, read, list, cancel and retry batches."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from predictions.views.prediction import Presenter
 
 PAGE_SIZE = 25
 
-# API Gateway ends a request after 29 s: what is left to be canceled then is the sweep's.
+# API Gateway ends a request after 29 s: the sweep cancels the lines that are left then.
 ANSWER_SECONDS = 9
 
 app = resolver()
@@ -28,7 +28,7 @@ presenter = Presenter.from_env()
 
 @app.post("/batches")
 def make() -> Response[str]:
-    """`POST /batches`: 201 with the batch, also when the same key made it before."""
+    """`POST /batches`: 201 with the batch, also if the same key created it before."""
     owner, headers = owner_with(app, "predict"), headers_of(app)
     attempt = Attempt.of(headers, app.current_event.request_context.request_time_epoch)
     batch = control.make(body_of(app), headers, owner, attempt=attempt, limits=_limits())
@@ -48,20 +48,20 @@ def list_() -> Response[str]:
 
 @app.get("/batches/<batch_id>")
 def get(batch_id: str) -> Response[str]:
-    """`GET /batches/{id}`: 404 also for another owner's."""
+    """`GET /batches/{id}`: 404 also for a batch of another owner."""
     return json_response(200, _show(control.own(batch_id, owner_with(app, "read"))))
 
 
 @app.post("/batches/<batch_id>/cancel")
 def cancel(batch_id: str) -> Response[str]:
-    """`POST /batches/{id}/cancel`: 200 with the batch as it is then; one that has ended stays as it is."""
+    """`POST /batches/{id}/cancel`: 200 with the batch as it is then; a completed one stays unchanged."""
     batch = control.own(batch_id, owner_with(app, "predict"))
     return json_response(200, _changed(control.halt(batch, canceling, _remaining_seconds)))
 
 
 @app.post("/batches/<batch_id>/retry")
 def retry(batch_id: str) -> Response[str]:
-    """`POST /batches/{id}/retry`: runs the lines anew that failed or were canceled; 409 before the end."""
+    """`POST /batches/{id}/retry`: run the failed and canceled lines again; 409 before completion."""
     batch = control.own(batch_id, owner_with(app, "predict"))
     attempt = Attempt.of(headers_of(app), app.current_event.request_context.request_time_epoch)
     repeated = attempt is not None and attempt.number > 0

@@ -1,4 +1,4 @@
-"""Recipe routes of the API: owners write down what is to be run at which event."""
+"""Recipe routes of the API: which prediction to run at which event."""
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, body_of, headers_of, json_response, owner_with, resolver
@@ -16,7 +16,7 @@ recipe_changes = RecipeChanges.from_env()
 
 @app.post("/recipes")
 def create() -> Response[str]:
-    """`POST /recipes`: 201; 409 where the name is taken."""
+    """`POST /recipes`: 201; 409 if the name is taken."""
     owner = owner_with(app, "manage")
     recipe, _ = recipe_changes.put(owner, body_of(app), headers_of(app).get("content-type"))
     return json_response(201, show_recipe(recipe), {"Location": recipe_url(recipe)})
@@ -35,7 +35,7 @@ def list_() -> Response[str]:
 
 @app.get("/recipes/<name>")
 def get(name: str) -> Response[str]:
-    """`GET /recipes/{name}`: 404 also for another owner's."""
+    """`GET /recipes/{name}`: 404 also for a recipe of another owner."""
     owner = owner_with(app, "manage")
     recipe = recipes.named(owner, name) if is_name(name) else None
     if recipe is None:
@@ -45,7 +45,7 @@ def get(name: str) -> Response[str]:
 
 @app.put("/recipes/<name>")
 def put(name: str) -> Response[str]:
-    """`PUT /recipes/{name}`: 201 for a new one, 200 for one that is replaced."""
+    """`PUT /recipes/{name}`: 201 for a new recipe, 200 for a replaced one."""
     owner = owner_with(app, "manage")
     recipe, new = recipe_changes.put(owner, body_of(app), headers_of(app).get("content-type"), name=name)
     return json_response(201 if new else 200, show_recipe(recipe), {"Location": recipe_url(recipe)})
@@ -53,7 +53,7 @@ def put(name: str) -> Response[str]:
 
 @app.delete("/recipes/<name>")
 def delete(name: str) -> Response[str]:
-    """`DELETE /recipes/{name}`: 204; it starts nothing from then on."""
+    """`DELETE /recipes/{name}`: 204; the recipe starts nothing from then on."""
     owner = owner_with(app, "manage")
     if not (is_name(name) and recipe_changes.delete(owner, name)):
         raise recipe_not_found(name)

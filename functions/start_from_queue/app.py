@@ -1,4 +1,4 @@
-"""The requests queue: each message starts a prediction, or is stored with the reason why it cannot."""
+"""Requests queue: each message starts a prediction, or is stored with the reason why it cannot."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ received_requests = ReceivedRequests.from_env()
 
 @handler_of
 def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
-    """Handle each message by itself.
+    """Handle each message on its own.
 
     Args:
         event: `{"Records": [{"messageId", "receiptHandle", "body", "attributes", "messageAttributes", …}]}` of SQS.
-        context: Tells how long the function may still run.
+        context: Says how much time is left to the function.
 
     Returns:
-        `{"batchItemFailures": […]}`: the messages that stay in the queue, because AWS did not do what they need.
+        `{"batchItemFailures": […]}`: the messages that stay in the queue, because a call of AWS failed.
     """
     consumer: RequestConsumer = RequestConsumer(requests, dead_requests)
     stay = received_requests.handle(event["Records"], consumer.take, consumer.give_up, remaining_seconds(context))

@@ -1,4 +1,4 @@
-"""Create routes of the API: checks a request, submits it once, and answers with the prediction."""
+"""Create routes of the API: check a request, submit it once, and respond with the prediction."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from predictions.observability import remaining_seconds
 from predictions.store.predictions import PredictionsTable, Whole
 from predictions.views.prediction import Presenter
 
-# API Gateway ends a request after 29 s; submitting and answering take the rest.
+# API Gateway ends a request after 29 s; the submission and the response take the rest.
 # https://docs.aws.amazon.com/apigateway/latest/developerguide/limits.html
 WAIT_LIMIT_SECONDS = 25
 

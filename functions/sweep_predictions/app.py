@@ -1,4 +1,4 @@
-"""Every minute: moves on what stands still, and keeps Replicate's signing secret fresh."""
+"""Every minute: recover stalled predictions, pipelines and batches; refresh Replicate's signing secret."""
 
 import time
 from typing import Any
@@ -13,10 +13,10 @@ from predictions.upstream.signing_secret import SigningSecrets
 from predictions.upstream.signing_secret_refresh import SigningSecretRefresh
 
 SWEEP_LIMIT = 1000
-"""The most items one sweep looks at; the next one, a minute later, goes on."""
+"""Items that one sweep checks at most; the next one, a minute later, continues."""
 
 LOOK_AGAIN_SECONDS = 90
-"""What a reading of Replicate's list may take, with all that follows from it."""
+"""Time for a reading of Replicate's list, with all that follows from it."""
 
 connections = Connections.from_env()
 sweeping = SweepPredictions.over(connections)
@@ -27,14 +27,14 @@ secret_refresh = SigningSecretRefresh(SigningSecrets.from_env())
 
 @handler_of
 def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:  # noqa: ARG001  # Lambda passes both
-    """Sweeps once.
+    """Sweep once.
 
     Args:
-        event: Of the schedule; not used.
-        context: Tells how long the function may still run.
+        event: The event of the schedule; not used.
+        context: Says how much time is left to the function.
 
     Returns:
-        `{"found": …}`, how many predictions, pipelines and batches stood still.
+        `{"found": …}`, the number of checked predictions, pipelines and batches.
     """
     secret_refresh.refresh(connections.replicate.signing_secret, time.time())
     left = remaining_seconds(context)
@@ -48,11 +48,11 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:  # noqa: ARG
         try:
             sweeping.look_again()
         except (ClientError, BotoCoreError):
-            # What is registered stays so: the next sweep reads the list.
+            # Registered predictions stay registered: the next sweep reads the list.
             logger.exception("the list was not read again")
     try:
         sweeping.measure()
     except (ClientError, BotoCoreError):
-        # They are for alarms and the dashboard only; the next sweep tells.
+        # These metrics are for alarms and the dashboard only; the next sweep emits them.
         logger.exception("not measured")
     return {"found": found}

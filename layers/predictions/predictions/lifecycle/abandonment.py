@@ -1,4 +1,4 @@
-"""Abandonment: the end of a prediction over which functions die each time."""
+"""Abandonment: the end of a prediction over which functions crash each time."""
 
 import time
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.status import Status
 from predictions.store.predictions import Prediction, PredictionsTable
 
-# The files of one that has ended are given up by the sweep this long after the end: Replicate has removed them by then,
-# and the copier would have taken the file host at its word an hour before.
+# The sweep gives up the files of a completed prediction this long after completion: Replicate has removed them by then,
+# and the copier stops retrying an hour earlier.
 _ABANDON_COPY_SECONDS = 3 * 3600
 
 
 class Abandonment:
-    """Ends predictions without asking Replicate.
+    """End predictions without asking Replicate.
 
     Args:
         table: The predictions.
@@ -33,19 +33,19 @@ class Abandonment:
 
     @staticmethod
     def due_at(prediction: Prediction) -> int:
-        """When a prediction over which functions die is ended by our own word."""
+        """Return when a prediction over which functions crash is ended without asking Replicate."""
         if prediction.awaits_copy:
             return (prediction.ended or 0) + _ABANDON_COPY_SECONDS
         return prediction.deadline + ABANDON_SECONDS
 
     def is_due(self, prediction: Prediction) -> bool:
-        """Return whether that moment has come."""
+        """Return whether that time has come."""
         return self._now() >= self.due_at(prediction)
 
     def end(self, prediction: Prediction) -> Prediction:
-        """End a prediction over which functions died, without asking Replicate or its file host anything.
+        """End a prediction over which functions crashed, without asking Replicate or its file host.
 
-        Orphans are struck off too: they were created with the same deadline, so Replicate has canceled them.
+        Its orphans are closed too: they were created with the same deadline, so Replicate has canceled them.
         """
         logger.error("functions died over it: ended without asking", stalled=prediction.stalled_looks)
         for upstream_id in sorted(prediction.orphans):

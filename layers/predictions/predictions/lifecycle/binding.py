@@ -1,4 +1,4 @@
-"""Bind: a prediction and the one that Replicate made of it."""
+"""Bind a prediction to the one that Replicate started for it."""
 
 import os
 import time
@@ -12,13 +12,13 @@ from predictions.upstream.prediction import UpstreamPrediction
 
 
 class Binding:
-    """Binds predictions.
+    """Bind predictions to upstream ones.
 
     Args:
-        transitions: Writes what Replicate said.
-        orphans: Cancels what was started twice.
-        canceling: Passes on a cancel that came before the id.
-        first_poll: When the first poll is due, after the execution began to wait, in seconds.
+        transitions: Merges what Replicate said.
+        orphans: Cancels second predictions of a request.
+        canceling: Passes on a cancel that came before the bind.
+        first_poll: Seconds from the beginning of an execution's wait to its first poll.
         now: The time, in seconds since 1970.
     """
 
@@ -39,7 +39,7 @@ class Binding:
 
     @classmethod
     def from_env(cls, transitions: Transitions, orphans: Orphans, canceling: CancelPrediction) -> "Binding":
-        """From `FIRST_POLL_SECONDS`."""
+        """Read `FIRST_POLL_SECONDS`."""
         return cls(transitions, orphans, canceling, first_poll=int(os.environ["FIRST_POLL_SECONDS"]))
 
     def bind(self, prediction: Prediction, told: UpstreamPrediction) -> Prediction:

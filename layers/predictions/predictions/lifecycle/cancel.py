@@ -12,16 +12,16 @@ from predictions.store.predictions import Prediction, PredictionsTable
 from predictions.upstream.client import NotFound, Replicate, Unavailable
 
 _CANCEL_SECONDS = 5
-"""What one cancel may take: none is begun with less time left."""
+"""Time for one cancel: none begins with less time left."""
 
 
 class CancelPrediction:
-    """Cancels predictions, here and at Replicate.
+    """Cancel predictions, here and at Replicate.
 
     Args:
         table: The predictions.
         replicate: Replicate.
-        transitions: Writes what follows.
+        transitions: Merges what Replicate said, and ends predictions.
         now: The time, in seconds since 1970.
     """
 
@@ -40,15 +40,15 @@ class CancelPrediction:
 
     @classmethod
     def from_env(cls) -> "CancelPrediction":
-        """From the environment of any function that cancels predictions."""
+        """Read the environment of a function that cancels predictions."""
         table = PredictionsTable.from_env()
         return cls(table, Replicate.from_env(), Transitions(table, Reservations(Limiter.from_env())))
 
     def cancel(self, prediction: Prediction) -> Prediction:
-        """Cancels a prediction for its owner.
+        """Cancel a prediction for its owner.
 
         Returns:
-            The prediction as it is then: still open where Replicate has yet to end it, unchanged where it had ended.
+            The prediction as it is then: still open if Replicate has yet to end it, unchanged if it was completed.
         """
         flagged = self._table.request_cancel(prediction.id, self._now()) or self._table.get(prediction.id) or prediction
         if flagged.terminal:
@@ -60,7 +60,7 @@ class CancelPrediction:
         return flagged
 
     def cancel_open(self, prediction_ids: Sequence[str], owner: str, remaining_seconds: Callable[[], float]) -> bool:
-        """Cancel those of an owner's predictions that have not ended; return False if the time was over before that."""
+        """Cancel the open ones of an owner's predictions; return False if the time was too short for all."""
         for result in self._table.results(prediction_ids, owner).values():
             if not result.prediction.terminal:
                 if remaining_seconds() < _CANCEL_SECONDS:
@@ -69,10 +69,10 @@ class CancelPrediction:
         return True
 
     def pass_on(self, prediction: Prediction) -> Prediction | None:
-        """Ask Replicate to cancel a prediction, and merge an end that it answers with.
+        """Ask Replicate to cancel a prediction, and merge a completion in its response.
 
-        Of the answer to a cancel, which holds the whole prediction, only the status is read: an end is read by a GET,
-        by the same rules as in a poll.
+        Of the response, which holds the whole prediction, only the status is read: a completion is read by a GET, by
+        the same rules as in a poll.
 
         Returns:
             The prediction as it is then, or None if Replicate did not answer: the flag or the deadline stays, and the

@@ -1,4 +1,4 @@
-"""Connections of one function: what the steps that create, poll and sweep share."""
+"""Connections of one function, shared by the steps that create, poll and sweep."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from predictions.upstream.client import Replicate
 
 @dataclass(frozen=True)
 class Connections:
-    """One table, one client of Replicate, one view of the limiter, and what writes by them.
+    """Hold one table, one client of Replicate, one view of the limiter, and the steps on top of them.
 
     A second client would load the certificates again, and a second limiter would read its item again.
     """
@@ -32,7 +32,7 @@ class Connections:
 
     @classmethod
     def from_env(cls) -> "Connections":
-        """From the environment of any function that follows predictions at Replicate."""
+        """Read the environment of a function that creates, polls or sweeps predictions."""
         table, replicate, limiter = PredictionsTable.from_env(), Replicate.from_env(), Limiter.from_env()
         reservations = Reservations(limiter)
         transitions = Transitions(table, reservations)

@@ -30,17 +30,17 @@ _UNAUTHORIZED_WAIT_SECONDS = 300
 
 
 class Creates:
-    """Creates predictions at Replicate for those who hold their claims.
+    """Create predictions at Replicate for the holders of their claims.
 
     Args:
         table: The predictions.
         replicate: Replicate.
-        limiter: Is told of Replicate's own limit.
-        reservations: Reserves the next start of what was not accepted.
-        transitions: Writes what follows.
-        binding: Binds what was accepted.
-        registry: Registers creates without a clear answer.
-        lookup: Learns whose a version is.
+        limiter: Holds creates back after a 429, and while the token is refused.
+        reservations: Reserves the next start of a create that was not accepted.
+        transitions: Ends predictions.
+        binding: Binds accepted predictions.
+        registry: Registers creates without a clear response.
+        lookup: Learns which model a version belongs to.
         now: The time, in seconds since 1970.
     """
 
@@ -88,15 +88,15 @@ class Creates:
         wait_until: float = 0,
         rate_limit: dict[str, str] | None = None,
     ) -> Prediction:
-        """The one POST, for the holder of the claim, and the bind.
+        """Send the one POST for the holder of the claim, and bind the response.
 
-        Where a caller waits, Replicate holds its answer (its sync mode). Meanwhile webhooks bind, merge and end the
-        item as ever, and a cancel flags it; what the answer tells is merged by the same rule, so that `processing`
-        with the whole output is no end.
+        If a caller waits, Replicate holds its response (its sync mode). Meanwhile webhooks bind, merge and end the
+        item as usual, and a cancel flags it; the response is merged by the same rule, so `processing` with the whole
+        output is not a completion.
 
         Raises:
             NotAccepted: The claim may be released.
-            OutcomeUnknown: It may not.
+            OutcomeUnknown: The claim must be kept.
         """
         body: dict[str, Any] = {"input": json.loads(input_json)}
         webhook = webhook_of(prediction.id)
@@ -110,7 +110,7 @@ class Creates:
             remaining_seconds = None  # the poll keeps a training's deadline
         wait_seconds = int(wait_until - self._now())
         if prediction.unknown_creates:
-            # What an earlier submission started may have told its webhook since: the last moment to see that.
+            # An earlier submission may have been bound by its webhook since: this is the last moment to see that.
             there = self._table.get(prediction.id) or prediction
             if there.upstream_id or there.terminal:
                 return there
@@ -131,10 +131,10 @@ class Creates:
         return bound
 
     def release(self, prediction: Prediction, error: NotAccepted) -> tuple[Prediction, int]:
-        """Releases a claim whose submission was certainly not accepted; a cancel of meanwhile ends the prediction.
+        """Release a claim whose create was certainly not accepted; a cancel meanwhile ends the prediction.
 
         Returns:
-            The prediction, and how many seconds it has to wait.
+            The prediction, and the seconds that it has to wait.
         """
         wait_seconds, waits = self._wait_seconds(prediction, error)
         logger.warning("not accepted, submitted again later", wait_seconds=wait_seconds)
@@ -151,28 +151,28 @@ class Creates:
         try:
             return self._registry.note(prediction, error)
         except (ClientError, BotoCoreError):
-            # The claim itself says until when its holder was at work.
+            # The claim itself says until when its holder may have acted.
             logger.exception("the unknown outcome was not recorded")
             return 1
 
     def count_refused_token(self, error: Unauthorized) -> None:
-        """Count that Replicate refuses the stack's token or credit, and pause submissions where that holds for all."""
+        """Count a refusal of the stack's token or credit; pause submissions if it concerns all of them."""
         logger.error("Replicate refuses the stack's token or credit", status=error.status)
         metrics.add_metric(name="UpstreamRefusals", unit=MetricUnit.Count, value=1)
-        if error.status in (401, 402):  # 403 may be of this one model
+        if error.status in (401, 402):  # 403 may concern this model only
             why = "token" if error.status == 401 else "credit"
             self._limiter.pause_automatically(f"Replicate refuses this stack's {why} ({error.status}).")
 
     def outage_seconds(self, prediction: Prediction) -> int:
-        """How long to wait while Replicate cannot be reached. The longer it lasts, the rarer: a quarter of it."""
+        """Return the wait while Replicate is unreachable, in seconds: a quarter of the time since the request."""
         waited = (int(self._now()) - prediction.created) // 4
         return min(_UNAUTHORIZED_WAIT_SECONDS, max(_NO_CONNECTION_WAIT_SECONDS, waited))
 
     def _wait_seconds(self, prediction: Prediction, error: NotAccepted) -> tuple[int, Waits]:
-        """How long to wait after a submission that was not accepted, and what for."""
+        """Return the wait after a create that was not accepted, in seconds, and the start that it waits for."""
         if isinstance(error, Throttled):
             metrics.add_metric(name="UpstreamThrottles", unit=MetricUnit.Count, value=1)
-            # Those that wait with it start one after another then, as do all others.
+            # Predictions that wait with it start one after another then, like all others.
             self._limiter.block(error.seconds)
             start = self._reservations.reserve(prediction)
             if isinstance(start, TooLate):
@@ -183,7 +183,7 @@ class Creates:
         return self.outage_seconds(prediction), Waits()
 
     def _window(self, prediction: Prediction) -> "SendWindow | None":
-        """When the holder of this claim may send its create."""
+        """Return the time window in which the holder of this claim may send its create."""
         from predictions.upstream.create_window import SendWindow  # loaded with the first create
 
         if prediction.claimed is None or prediction.submit_until is None:
@@ -192,9 +192,9 @@ class Creates:
 
 
 def _events(prediction: Prediction) -> list[str]:
-    """The webhook events to ask Replicate for: what the protocol needs, and what the caller wants to hear of.
+    """Return the webhook events to ask Replicate for: those of the protocol, and those of the caller.
 
-    Replicate's default for a caller who names none is outputs and the end.
+    Replicate's default for a caller who names none is `output` and `completed`.
     """
     wanted = {"start", "completed", *prediction.wanted_events}
     return [event for event in ("start", "output", "logs", "completed") if event in wanted]

@@ -1,4 +1,4 @@
-"""Delete: the owner's flag, then the data of a prediction that has ended."""
+"""Delete: the owner's flag, then the data of a completed prediction."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from predictions.store.predictions import Prediction, PredictionsTable
 
 
 class DeletePrediction:
-    """Deletes the data of predictions.
+    """Delete the data of predictions.
 
     Args:
         table: The predictions.
@@ -21,17 +21,17 @@ class DeletePrediction:
 
     @classmethod
     def from_env(cls) -> "DeletePrediction":
-        """From what the table reads."""
+        """Read what the table reads."""
         return cls(PredictionsTable.from_env())
 
     def delete_ended(self, prediction: Prediction) -> None:
-        """Removes input, output, files and logs of a prediction that has ended, for its owner.
+        """Delete input, output, files and logs of a completed prediction for its owner.
 
-        The flag comes first, so that nobody is shown any of it from then on. Died half-way, or asked again: the next
-        call, or the sweep, removes the rest.
+        The flag comes first and hides all of it from then on. After a crash, the next call or the sweep deletes the
+        rest.
 
         Raises:
-            Problem: 409, where it has not ended.
+            Problem: 409, if it is not completed.
         """
         now = self._now()
         there = self._table.request_delete(prediction.id, now) or self._table.get(prediction.id) or prediction

@@ -1,7 +1,7 @@
-"""What an entry of Replicate's list says of a claim: it is this prediction, another one, or nobody can tell.
+"""Evidence: whether an entry of Replicate's list is the prediction of a claim, another one, or undecided.
 
 Inputs are removed and redacted, webhooks may be hidden, models have aliases: only what is listed in
-`lifecycle.reconcile` excludes an entry. What a GET of an entry showed is remembered (`pk` = `listed#{id}`).
+`lifecycle.reconcile` excludes an entry. The response to a GET of an entry is stored (`pk` = `listed#{id}`).
 """
 
 import json
@@ -31,7 +31,7 @@ _REMEMBERED_SECONDS = 7200
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reading says of one claim."""
+    """Hold what a reading says of one claim."""
 
     matches: tuple[Listed, ...] = ()
     undecided: tuple[Listed, ...] = ()
@@ -40,7 +40,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Hidden:
-    """What is known of an entry whose webhook the list does not show; `known` is False where it could not be asked."""
+    """Hold what is known of an entry whose webhook the list does not show; `known` is False if it was not read."""
 
     known: bool
     webhook: str | None = None
@@ -49,7 +49,7 @@ class Hidden:
 
 
 class Evidence:
-    """Judges entries of the list.
+    """Judge entries of Replicate's list.
 
     Args:
         table: The predictions.
@@ -76,7 +76,7 @@ class Evidence:
 
     @classmethod
     def from_env(cls, table: PredictionsTable, reader: ListReader) -> "Evidence":
-        """From `TABLE_NAME`."""
+        """Read `TABLE_NAME`."""
         return cls(table, reader, os.environ["TABLE_NAME"], client("dynamodb"))
 
     def judge(
@@ -85,10 +85,10 @@ class Evidence:
         """Judge what a reading says of one claim.
 
         Args:
-            prediction: Holds the claim.
-            reading: What was read.
-            hidden: What is known of the entries whose webhook the list does not show.
-            digests: Digests of inputs, by id: those that were needed are added.
+            prediction: The prediction of the claim.
+            reading: The reading.
+            hidden: Knowledge of the entries whose webhook the list does not show.
+            digests: Digests of inputs by id, to which this adds those that it needs.
         """
         start = prediction.searched_from - MARGIN_SECONDS
         ours = webhook_of(prediction.id)
@@ -115,9 +115,9 @@ class Evidence:
         return Verdict(tuple(matches), tuple(undecided), tuple(candidates))
 
     def hidden(self, collection: Collection, reading: Reading, claims: Sequence[Prediction]) -> dict[str, Hidden]:
-        """What is known of the entries whose webhook the list does not show.
+        """Return what is known of the entries whose webhook the list does not show.
 
-        Each is asked for once: what Replicate's answer shows is remembered.
+        Each is read once: the response is stored.
         """
         entries = [
             entry
@@ -142,18 +142,18 @@ class Evidence:
             remembered = items.get((f"listed#{entry.id}", "listed"))
             if remembered is None:
                 if asked >= _ENTRIES_ASKED or self._now() >= until:
-                    continue  # the next reading goes on
+                    continue  # the next reading continues
                 asked += 1
                 remembered = self._ask(collection, entry)
             elif not remembered.get("webhook") and "bound_to" not in remembered and self._now() < until:
-                # It may have been bound since, as by the answer to its create.
+                # An entry may have been bound since, for example by the response to its create.
                 remembered |= {"bound_to": bound} if (bound := self._table.bound_to(entry.id)) else {}
             if remembered is not None:
                 found[entry.id] = _remembered(remembered, entry)
         return found
 
     def _ask(self, collection: Collection, entry: Listed) -> dict[str, Any] | None:
-        """Find out whose an entry is, and remember it; None where that cannot be told now."""
+        """Read which prediction an entry belongs to, and store that. Return None if that is unknown for now."""
         item: dict[str, Any] = {"pk": f"listed#{entry.id}", "sk": "listed",
                                 "expires_at": int(self._now()) + _REMEMBERED_SECONDS}  # fmt: skip
         bound_to = self._table.bound_to(entry.id)
@@ -176,7 +176,7 @@ class Evidence:
 
 
 def _other_version(prediction: Prediction, entry: Listed) -> bool:
-    """Whether an entry is excluded by its version: both are named by 64 digits, and differ."""
+    """Return whether the version excludes an entry: both versions have 64 digits, and differ."""
     sent, ran = prediction.version or "", entry.version or ""
     return sent != ran and all(re.fullmatch(r"[0-9a-f]{64}", version) for version in (sent, ran))
 
@@ -194,7 +194,7 @@ def _remembered(item: Mapping[str, Any], entry: Listed) -> Hidden:
 
 
 def told_by(entry: Listed) -> UpstreamPrediction:
-    """What binds a prediction to an entry. Its end, if it has ended, is told by a poll, with the output."""
+    """Return what binds a prediction to an entry. A poll reads the completion, with the output."""
     return UpstreamPrediction(
         id=entry.id, status="starting", model=entry.model, version=entry.version, deployment=entry.deployment
     )

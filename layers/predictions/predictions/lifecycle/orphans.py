@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
 STOP_SECONDS = 3600
-"""For how long nothing is submitted again once evidence has proved wrong."""
+"""Time without resubmission after wrong evidence."""
 
 _BREAKER = {"pk": "readings", "sk": "breaker"}
 
 
 class Breaker:
-    """Stops all resubmission of this stack.
+    """Stop all resubmission of this stack.
 
     Args:
         table_name: The table's name.
@@ -42,7 +42,7 @@ class Breaker:
 
     @classmethod
     def from_env(cls) -> "Breaker":
-        """From `TABLE_NAME`."""
+        """Read `TABLE_NAME`."""
         return cls(os.environ["TABLE_NAME"], client("dynamodb"))
 
     def stop(self, prediction: Prediction, upstream_id: str) -> None:
@@ -53,19 +53,19 @@ class Breaker:
         metrics.add_metric(name="ResubmissionStopped", unit=MetricUnit.Count, value=1)
 
     def stopped_seconds(self) -> int:
-        """How long nothing is to be submitted again; 0 where nothing stops it."""
+        """Return for how many seconds resubmission is stopped; 0 if it is not."""
         found = self._dynamodb.get_item(TableName=self._table_name, Key=serialize(_BREAKER), ConsistentRead=True)
         until = deserialize(found["Item"])["until"] if "Item" in found else 0
         return max(0, int(until - self._now()))
 
 
 class Orphans:
-    """Cancels orphans.
+    """Cancel orphans.
 
     Args:
         table: The predictions.
         replicate: Replicate.
-        breaker: Stops resubmission where evidence was wrong.
+        breaker: Stops resubmission after wrong evidence.
         table_name: The table's name.
         dynamodb: The client to use.
     """
@@ -86,11 +86,11 @@ class Orphans:
 
     @classmethod
     def from_env(cls, table: PredictionsTable, replicate: Replicate) -> "Orphans":
-        """From `TABLE_NAME`."""
+        """Read `TABLE_NAME`."""
         return cls(table, replicate, Breaker.from_env(), os.environ["TABLE_NAME"], client("dynamodb"))
 
     def cancel(self, prediction: Prediction) -> None:
-        """Cancel the orphans of a prediction; where that fails, the sweep does it again."""
+        """Cancel the orphans of a prediction; the sweep repeats a cancel that fails."""
         for upstream_id in sorted(prediction.orphans):
             if prediction.unknown_creates:
                 self._breaker.stop(prediction, upstream_id)
@@ -102,7 +102,7 @@ class Orphans:
                     metrics.add_metric(name="PaidTwice", unit=MetricUnit.Count, value=1)
             except NotFound:
                 if prediction.orphans_not_found + 1 < NOT_FOUND_LIMIT:
-                    # One 404 is not believed, as in a poll: an orphan that runs on is paid for.
+                    # As in a poll, one 404 is not believed: an orphan that runs on is paid for.
                     logger.warning("orphan not found", upstream_id=upstream_id, times=prediction.orphans_not_found + 1)
                     self._table.count_orphans_not_found(prediction)
                     continue
@@ -113,7 +113,7 @@ class Orphans:
             self._table.orphan_canceled(prediction, upstream_id)
 
     def _remember(self, upstream_id: str, prediction: Prediction) -> None:
-        """Record whose orphan an upstream prediction is, so that it is nobody's candidate."""
+        """Record whose orphan an upstream prediction is, so that it becomes no other prediction's candidate."""
         item = {"pk": f"upstream#{upstream_id}", "sk": "upstream", "id": prediction.id, "orphan": True,
                 "expires_at": prediction.expires_at}  # fmt: skip
         self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))

@@ -1,4 +1,4 @@
-"""Poll: what no webhook told is asked for, and the deadline is kept."""
+"""Poll: ask Replicate for what no webhook delivered, and enforce the deadline."""
 
 import time
 from collections.abc import Callable
@@ -21,17 +21,17 @@ from predictions.upstream.client import NotFound, Replicate, Unavailable
 
 
 class PollPrediction:
-    """Moves open predictions on without a webhook.
+    """Advance open predictions without a webhook.
 
     Args:
         table: The predictions.
         replicate: Replicate.
-        transitions: Writes what Replicate said.
-        canceling: Passes on the owner's cancel, and the deadline.
-        orphans: Cancels what was started twice.
-        claims: Looks for what has an unknown outcome.
-        submitting: Submits what nobody has claimed.
-        abandonment: Ends what functions die over.
+        transitions: Merges what Replicate said.
+        canceling: Passes on the owner's cancel, and enforces the deadline.
+        orphans: Cancels second predictions of a request.
+        claims: Resolves claims with an unknown outcome.
+        submitting: Submits unclaimed predictions.
+        abandonment: Ends predictions over which functions crash.
         now: The time, in seconds since 1970.
     """
 
@@ -60,7 +60,7 @@ class PollPrediction:
 
     @classmethod
     def from_env(cls) -> "PollPrediction":
-        """From the environment of poll_prediction."""
+        """Read the environment of poll_prediction."""
         connections = Connections.from_env()
         claims = UnknownClaims.from_env(connections)
         return cls(
@@ -75,10 +75,10 @@ class PollPrediction:
         )
 
     def poll(self, prediction_id: str) -> None:
-        """Moves an open prediction on without a webhook.
+        """Advance an open prediction without a webhook.
 
         Raises:
-            PredictionThrottled: It still has to be submitted, and not now.
+            PredictionThrottled: The prediction has to be submitted, and has to wait.
         """
         prediction = self._table.get(prediction_id)
         if prediction is None:
@@ -89,7 +89,7 @@ class PollPrediction:
             return
         metrics.add_metric(name="Polls", unit=MetricUnit.Count, value=1)
         measure_age(prediction, self._now())
-        # One look fewer than in the sweep: the poll is what the look that started this execution waits for.
+        # One check fewer than in the sweep: the check that started this execution waits for this poll.
         if prediction.stalled_looks >= STALLED_LOOKS - 1 and self._abandonment.is_due(prediction):
             self._abandonment.end(prediction)
             return
@@ -113,8 +113,8 @@ class PollPrediction:
         try:
             told = self._replicate.get(upstream_id, prediction.collection)
             if told.too_large and rank_of(told.status) < TERMINAL_RANK:
-                # It may go on for hours, and what it makes can be neither kept nor shown: it is not to be paid for.
-                # Where this is not heard, the next poll says it again.
+                # The prediction may run for hours, and its output can be neither stored nor shown: it should cost
+                # nothing more. If this cancel fails, the next poll repeats it.
                 canceled = self._replicate.cancel(upstream_id, prediction.collection)
                 logger.warning("canceled: its output is too large", upstream_id=upstream_id, status=canceled.status)
                 told = told.failed_for_its_size()
@@ -129,7 +129,7 @@ class PollPrediction:
             logger.warning("poll without answer", reason=str(error))
             not_found = prediction.not_found_count
         except (ClientError, BotoCoreError):
-            # A result that cannot be kept must not keep a prediction open for ever.
+            # A result that cannot be stored must not keep a prediction open for ever.
             if now < prediction.deadline + ABANDON_SECONDS:
                 raise
             logger.exception("the end cannot be kept")

@@ -1,4 +1,4 @@
-"""Readings of Replicate's list: who may read it, how often, and whether what was read can be believed.
+"""Readings of Replicate's list: a lease, a budget of calls, and a control group.
 
 The holder of the lease (`pk` = `readings`, `sk` = `lease`) reads the list once for all that is registered. The lease's
 item also holds the budget of list calls: at most 60 in any minute, however many predictions wait. A lease only saves
@@ -29,10 +29,10 @@ CALLS_AT_ONCE = 19
 """Together fewer than 60 list calls in any minute."""
 
 _CONTROLS = 20
-# Most open items of a busy stack wait for other things: pages of the index that are looked through for controls.
+# Pages of the index that are searched for controls: most open items of a busy stack wait for other things.
 _CONTROL_PAGES = 5
 _CONTROL_PAGE_ITEMS = 100
-# A prediction that is bound is due again so long after its first poll.
+# A bound prediction is due again this long after its first poll.
 _DUE_AFTER_POLL_SECONDS = 120
 # At the edge of what was read, the clocks decide whether an entry is shown.
 _CONTROL_MARGIN_SECONDS = 5
@@ -41,7 +41,7 @@ _LEASE = {"pk": "readings", "sk": "lease"}
 
 
 class Readings:
-    """Reads Replicate's list, as the holder of the lease.
+    """Read Replicate's list as the holder of the lease.
 
     Args:
         table: The predictions.
@@ -49,7 +49,7 @@ class Readings:
         table_name: The table's name.
         dynamodb: The client to use.
         grace: How late the list may be, in seconds.
-        first_poll: When the first poll of a bound prediction is due, in seconds.
+        first_poll: Seconds to the first poll of a bound prediction.
         now: The time, in seconds since 1970.
         sleep: Waits that many seconds.
     """
@@ -74,13 +74,13 @@ class Readings:
         self._first_poll = first_poll
         self._now = now
         self._sleep = sleep
-        # Of the lease that this function has.
+        # Of the lease that this function holds.
         self._budget = Budget(0, now, sleep)
         self._until = 0
 
     @classmethod
     def from_env(cls, table: PredictionsTable, reader: ListReader) -> "Readings":
-        """From `TABLE_NAME`, `SUBMIT_GRACE_SECONDS` and `FIRST_POLL_SECONDS`."""
+        """Read `TABLE_NAME`, `SUBMIT_GRACE_SECONDS` and `FIRST_POLL_SECONDS`."""
         return cls(
             table,
             reader,
@@ -91,14 +91,14 @@ class Readings:
         )
 
     def lease(self) -> dict[str, Any]:
-        """Return the item of the lease, empty where nobody has had it yet."""
+        """Return the item of the lease, empty before its first holder."""
         found = self._dynamodb.get_item(TableName=self._table_name, Key=serialize(_LEASE), ConsistentRead=True)
         return deserialize(found["Item"]) if "Item" in found else {}
 
     def acquire(self, lease: Mapping[str, Any], now: float) -> bool:
-        """Take the lease, unless somebody has it.
+        """Acquire the lease. Return False if another function holds it.
 
-        The budget is written as used up until the lease ends: if this function crashes, nobody asks more than it.
+        The budget is written as used up until the lease ends: a crash of this function never exceeds it.
         """
         if lease.get("until", 0) > now:
             return False
@@ -121,7 +121,7 @@ class Readings:
         return True
 
     def release(self, last: Mapping[str, Any]) -> None:
-        """Give the lease back, with what the readings have seen by collection."""
+        """Release the lease, with what the readings have seen by collection."""
         try:
             self._dynamodb.update_item(
                 TableName=self._table_name,
@@ -137,7 +137,7 @@ class Readings:
             logger.warning("the lease on reading the list was over before the reading")
 
     def read(self, collection: Collection, back_to: float) -> Reading:
-        """Read the list back to a moment, as the holder of the lease."""
+        """Read the list back to a point in time, as the holder of the lease."""
         over_at = self._now() + _READING_SECONDS
         reading = self._reader.read(collection, back_to, may_ask=lambda: self._budget.may_ask(over_at), over_at=over_at)
         if reading.why_not is None and (missing := self.missing_controls(collection, reading, back_to)):
@@ -145,9 +145,9 @@ class Readings:
         return reading
 
     def missing_controls(self, collection: Collection, reading: Reading, back_to: float) -> list[str]:
-        """The open, bound predictions of this stack, created in the same window, that a reading does not show.
+        """Return the open, bound predictions of the same time that a reading does not show.
 
-        Younger ones than the grace are left out: the list may be late by as much.
+        Those younger than the grace are left out: the list may be late by as much.
         """
         start = max(back_to, reading.reached)
         due_from = int(start) + self._first_poll + _DUE_AFTER_POLL_SECONDS
@@ -180,10 +180,10 @@ class Readings:
 
 
 class Budget:
-    """The list calls of the stack: `CALLS_AT_ONCE`, and `CALLS_PER_MINUTE` from then on (a GCRA).
+    """Limit the list calls of the stack: `CALLS_AT_ONCE`, then `CALLS_PER_MINUTE` (a GCRA).
 
     Args:
-        used_until: Until when the rate is used up, in seconds since 1970.
+        used_until: The time until which the rate is used up, in seconds since 1970.
     """
 
     interval = 60 / CALLS_PER_MINUTE
@@ -208,6 +208,6 @@ class Budget:
 
 
 def last_of(lease: Mapping[str, Any], collection: str) -> dict[str, Any]:
-    """Return what the last reading of a collection has seen, empty where there was none."""
+    """Return what the last reading of a collection has seen, empty before the first one."""
     last: dict[str, Any] = json.loads(lease.get("last_json", "{}")).get(collection, {})
     return last

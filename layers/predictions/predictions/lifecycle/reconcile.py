@@ -6,7 +6,7 @@ A create whose answer was lost may have started a prediction. Until that is know
     excluded    an entry is another prediction's: its webhook is another, it is bound to another item of ours or
                 recorded as an orphan, or it ran another 64-digit version. Nothing else excludes: inputs are removed
                 and redacted, models have aliases, a GET may be 404
-    undecided   an entry is neither: there is no evidence, and a person has to look
+    undecided   an entry is neither: evidence is impossible, and a person has to look
     absent      two complete readings show none of these, the second one begun a grace after the holder of the claim
                 sent its last byte: the claim is released, and the prediction submitted again
 
@@ -16,7 +16,7 @@ any minute, however many predictions wait. A lease only saves work: each write t
 conditional on the claim that was read.
 
 A prediction that was submitted again stays registered: the list is read once more 1 and 5 minutes after it was bound,
-and after it has ended. One that turns up all the same is an orphan. It is canceled, and stops all resubmission for an
+and after it has ended. A second one that turns up is an orphan: it is canceled, and stops all resubmission for an
 hour (`sk` = `breaker`), since evidence of this kind was wrong.
 """
 
@@ -39,9 +39,9 @@ from predictions.upstream.list_reader import MARGIN_SECONDS, Listed, ListReader,
 from predictions.upstream.prediction import UpstreamPrediction
 
 _LONGEST_WAIT_SECONDS = 300
-# A list that could not be read is asked again soon, so that an outage of Replicate's costs minutes after its end.
+# A list that could not be read is read again soon, so that an outage of Replicate costs minutes after its end.
 _FAILED_WAITS = (10, 120)
-# The second reading may follow the first one at once, where the grace is over.
+# The second reading may follow the first one at once, if the grace is over.
 _SECOND_READING_SECONDS = 5
 # Older evidence is not acted on without another reading.
 _EVIDENCE_SECONDS = 300
@@ -53,14 +53,14 @@ Bind = Callable[[Prediction, UpstreamPrediction], Prediction]
 
 
 class UnknownSubmissions:
-    """Finds out what became of creates without a clear answer.
+    """Look for the predictions of creates without a clear response in Replicate's list.
 
     Args:
         table: The predictions.
-        registry: What is to be looked for.
+        registry: Says what to look for.
         readings: Reads the list.
         evidence: Judges its entries.
-        grace: How long after the holder of a claim is done the second reading may begin, in seconds.
+        grace: Seconds after the end of a claim's holder before which the second reading may not begin.
         now: The time, in seconds since 1970.
     """
 
@@ -83,7 +83,7 @@ class UnknownSubmissions:
 
     @classmethod
     def from_env(cls, table: PredictionsTable, replicate: Replicate, registry: UnknownRegistry) -> "UnknownSubmissions":
-        """From `SUBMIT_GRACE_SECONDS` and what its parts read."""
+        """Read `SUBMIT_GRACE_SECONDS`, and what its parts read."""
         reader = ListReader(replicate)
         readings, evidence = Readings.from_env(table, reader), Evidence.from_env(table, reader)
         return cls(table, registry, readings, evidence, grace=int(os.environ["SUBMIT_GRACE_SECONDS"]))
@@ -91,14 +91,14 @@ class UnknownSubmissions:
     # -- looks ------------------------------------------------------------------------------------------------
 
     def look(self, prediction: Prediction, bind: Bind) -> int:
-        """Look for a claimed prediction in Replicate's list, if that is due and nobody else is reading.
+        """Look for a claimed prediction in Replicate's list, if that is due and no other function reads.
 
         Args:
-            prediction: A claimed and unbound one.
-            bind: Binds a prediction to what Replicate tells.
+            prediction: A claimed, unbound prediction.
+            bind: Binds a prediction to an upstream one.
 
         Returns:
-            In how many seconds to look again, where its item says nothing new.
+            The seconds to the next look, if its item says nothing new.
         """
         now = self._now()
         lease = self._readings.lease()
@@ -109,8 +109,8 @@ class UnknownSubmissions:
             return max(1, math.ceil(wait))
         if not self._readings.acquire(lease, now):
             if prediction.submit_over is None:
-                self._registry.register(prediction)  # after a crash: so that whoever reads looks for this one too
-            # Many that wait come one after the other.
+                self._registry.register(prediction)  # after a crash: so that every reader looks for this one too
+            # Waiting functions come one after the other.
             spread = 3 + min(60, int(last.get("claims", 0)) // 20)
             return 2 + int(prediction.id, 36) % spread
         self._read(prediction.collection, [prediction], bind)
@@ -121,7 +121,7 @@ class UnknownSubmissions:
         return max(1, math.ceil(wait))
 
     def has_evidence(self, prediction: Prediction) -> bool:
-        """Whether there is evidence that Replicate accepted nothing of this claim."""
+        """Return whether evidence shows that Replicate accepted nothing of this claim."""
         return (
             prediction.claimed is not None
             and prediction.evidence_at is not None
@@ -129,7 +129,7 @@ class UnknownSubmissions:
         )
 
     def _last_reading_of(self, prediction: Prediction, last: Mapping[str, Any]) -> tuple[float, bool]:
-        """When the list was last read for this claim, and whether that reading was none."""
+        """Return when the list was last read for this claim, and whether that reading failed."""
         done_at = prediction.holder_done_at or 0
         began = float(last.get("began", 0))
         registered = float(last.get("registered", began))
@@ -144,11 +144,11 @@ class UnknownSubmissions:
         return float(prediction.read_at or 0), prediction.read_failed
 
     def _next_look(self, prediction: Prediction, read_at: float, *, failed: bool) -> float:
-        """When the next look at a claim is due."""
+        """Return when the next look for a claim is due."""
         done_at = float(prediction.holder_done_at or 0)
         waits = self._registry.looks(prediction)
         if read_at < done_at:
-            # None yet. After a crash nobody knows what happened before the lease was over.
+            # No reading yet. After a crash, what happened before `submit_until` is unknown.
             return done_at + (waits[0] if prediction.submit_over else _SECOND_READING_SECONDS)
         elapsed = read_at - done_at
         if failed:
@@ -168,7 +168,7 @@ class UnknownSubmissions:
     ) -> Reading:
         """Read the list once, as the holder of the lease, and settle every registered claim."""
         lease = self._readings.lease()
-        # Of what is registered from now on, this reading may know nothing.
+        # This reading may miss claims that are registered from now on.
         registered_at = self._now()
         claims = self._registry.claims(collection)
         claims |= {prediction.id: prediction for prediction in own}
@@ -234,7 +234,7 @@ class UnknownSubmissions:
             values["evidence_at"] = 0
             metrics.add_metric(name="UndecidableSubmissions", unit=MetricUnit.Count, value=1)
         if not values and not own and not verdict.undecided:
-            return  # the lease's item tells that it was read
+            return  # the item of the lease records the reading
         saw: dict[str, Any] = {"at": began, "pages": reading.pages, "entries": len(reading.entries)}
         if verdict.undecided:
             saw["undecided"] = [entry.id for entry in verdict.undecided[:_NAMED]]
@@ -254,14 +254,14 @@ class UnknownSubmissions:
     # -- after a resubmission ---------------------------------------------------------------------------------
 
     def look_again(self, orphaned: Callable[[Prediction], None], bind: Bind) -> int:
-        """Read the list once more for predictions that were submitted again, where that is due.
+        """Read the list again for resubmitted predictions that are due.
 
         Args:
-            orphaned: Told of each prediction that turned out to have an orphan.
-            bind: Binds a prediction to what Replicate tells.
+            orphaned: Called with each prediction that has an orphan.
+            bind: Binds a prediction to an upstream one.
 
         Returns:
-            For how many it was due.
+            The number of due predictions.
         """
         registered = self._registry.watched()
         if not registered:
@@ -292,7 +292,7 @@ class UnknownSubmissions:
         return sum(len(items) for items in due.values())
 
     def find_orphans(self, prediction: Prediction, reading: Reading, orphaned: Callable[[Prediction], None]) -> None:
-        """Find what a reading shows of a prediction beside the one that it is bound to."""
+        """Record the further upstream predictions of a request that a reading shows."""
         ours = webhook_of(prediction.id)
         hidden = self._evidence.hidden(prediction.collection, reading, [prediction])
         for entry in reading.entries.values():
@@ -323,7 +323,7 @@ def _due_again(prediction: Prediction, read_at: int, now: float) -> bool:
 
 
 def _read_to_the_end(prediction: Prediction, read_at: int) -> bool:
-    """Whether the last reading was the last one that is needed."""
+    """Return whether no further reading is needed."""
     bound_at = prediction.bound_at or prediction.created
     last = max(bound_at + _AGAIN_AFTER_SECONDS[-1], (prediction.ended or 0) + 1)
     return prediction.ended_visibly and read_at >= last

@@ -1,4 +1,4 @@
-"""Starts and turns at the limiter, as predictions hold them."""
+"""Reservations: starts and turns that predictions hold at the rate limiter."""
 
 from predictions.admission.rate_limiter import AskAgain, Lane, Limiter, Reservation, Start
 from predictions.lifecycle.timing import START_MARGIN_SECONDS
@@ -6,10 +6,10 @@ from predictions.store.predictions import Prediction, Waits
 
 
 class Reservations:
-    """Reserves starts for predictions, and gives back those that are not used.
+    """Reserve starts for predictions, and give back unused ones.
 
     Args:
-        limiter: When a create may start.
+        limiter: The rate limiter.
     """
 
     def __init__(self, limiter: Limiter) -> None:
@@ -25,7 +25,7 @@ class Reservations:
         return self._limiter.reserve_for_queue(prediction.owner, latest=latest, turn_at=turn_at)
 
     def give_back(self, lane: Lane, owner: str, waits: Waits) -> None:
-        """Give back to the limiter what was reserved for a prediction that will not use it."""
+        """Give back a start or turn that a prediction will not use."""
         if waits.reserved_start is not None:
             self._limiter.give_back(lane, waits.reserved_start)
         if waits.turn_ms:
@@ -33,12 +33,12 @@ class Reservations:
 
 
 def lane_of(prediction: Prediction) -> Lane:
-    """Callers who wait for the answer to their create have a lane of their own."""
+    """Return the lane of a prediction: callers who wait for the response to their create have one of their own."""
     return "http" if prediction.source in ("http", "run_job") else "queue"
 
 
 def waits_of(start: Reservation) -> Waits:
-    """What a prediction waits for, after this answer of the limiter."""
+    """Return what a prediction waits for, after this response of the limiter."""
     if isinstance(start, Start):
         return Waits(reserved_start=start.number)
     return Waits(turn_ms=start.step_ms) if isinstance(start, AskAgain) else Waits()

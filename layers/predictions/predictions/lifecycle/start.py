@@ -32,7 +32,7 @@ from predictions.status import Status
 from predictions.store.predictions import AlreadyExists, Prediction, PredictionsTable, Waits
 from predictions.upstream.client import NotAccepted, OutcomeUnknown, Refused, Unauthorized
 
-# What a caller whose create is refused is told to wait, in seconds; it would start later than that otherwise.
+# Bounds of `Retry-After`, in seconds, in the refusal of a create that would start too late.
 _REFUSED_WAITS = (10, 300)
 
 REFUSAL_FIELDS_LIMIT = 50
@@ -41,21 +41,21 @@ REFUSAL_FIELD_CHARACTERS = 300
 allows 400 KB. https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.html"""
 
 RESPONSE_SECONDS = 5
-"""What is left of the time of a function whose caller waits, for the response."""
+"""Time that a function whose caller waits keeps for its response."""
 
-# A caller waits in looks at the table that become ever rarer: each is a consistent read.
+# A waiting caller's prediction is read ever less often: each read of the table is a consistent one.
 _WAIT_STEP_SECONDS = 0.1
 _WAIT_STEP_GROWTH = 1.3
 _WAIT_STEP_LIMIT_SECONDS = 1.0
 
 
 class Started(NamedTuple):
-    """A prediction that was started, or found started already.
+    """Hold a prediction that was started, or found already started.
 
     Attributes:
         prediction: The prediction as it was then.
         rate_limit: The rate-limit headers of Replicate's response, if there was one.
-        waited: Whether its end was waited for.
+        waited: Whether the function waited for its completion.
     """
 
     prediction: Prediction
@@ -64,15 +64,15 @@ class Started(NamedTuple):
 
 
 class StartPrediction:
-    """Starts predictions for callers who wait for the answer.
+    """Start predictions for callers who wait for the response.
 
     Args:
         table: The predictions.
-        limiter: When a create may start.
+        limiter: Decides when a create may start.
         reservations: Gives back starts that are not used.
-        usage: What owners use of their limits.
-        lookup: Which version to run, and by which schema to check its input.
-        creates: The POST.
+        usage: Counts what owners use of their limits.
+        lookup: Finds the version to run, and the schema to check its input by.
+        creates: Sends the POST.
         tracking: Starts the execution.
         transitions: Writes what follows.
         lifetimes: The operator's choices.
@@ -109,7 +109,7 @@ class StartPrediction:
 
     @classmethod
     def from_env(cls) -> "StartPrediction":
-        """From the environment of start_prediction and run_prediction."""
+        """Read the environment of start_prediction and run_prediction."""
         connections = Connections.from_env()
         lookup = ModelLookup.from_env(connections.table, connections.replicate)
         return cls(
@@ -134,33 +134,32 @@ class StartPrediction:
         limits: OwnerLimits | None = None,
         rate_limit: dict[str, str] | None = None,
     ) -> Prediction:
-        """Starts the prediction that a caller waits for the beginning of.
+        """Start a prediction while its caller waits for the response.
 
         Args:
-            intent: What is wanted.
-            attempt: Which attempt of its client's this is, where that repeats a POST whose answer it did not see,
-                without a key, and counts how often.
-            wait_seconds: How long the caller waits for the end: as long, at most, Replicate is asked to hold its
-                answer.
-            remaining_seconds: How long the function may still run, where that may be too short for a create.
-            limits: The owner's, where an authorizer has told them; None: they are looked up.
-            rate_limit: Takes what Replicate's answer to the create says of its limit, as headers; nothing where no
-                create was made, or none was answered.
+            intent: The request.
+            attempt: The client's attempt, if it has no key but counts how often it repeats a POST whose response it
+                did not see.
+            wait_seconds: How long the caller waits for completion; Replicate is asked to hold its response for at
+                most as long.
+            remaining_seconds: The time left to the function, if it may be too short for a create.
+            limits: The owner's limits as the authorizer passed them, or None to look them up.
+            rate_limit: Filled with the rate-limit headers of Replicate's response, if there was one.
 
         Returns:
-            The prediction: new, or `repeated`, the one that the same request started before.
+            The new prediction, or the one that the same request started before, with `repeated` set.
 
         Raises:
-            Problem: 404 or 422 (an input that is not the model's, Replicate's refusal, or another request with the same
-                key), 429 (one of the owner's limits is used up, or it could start only much later), 502 (Replicate
-                refuses the stack's token or credit), 503 (submissions are paused, or Replicate cannot be asked which
-                version to run).
+            Problem: 404 or 422 (invalid input, a refusal by Replicate, or another request with the same key), 429 (a
+                limit of the owner is reached, or the prediction could start only much later), 502 (Replicate refuses
+                the stack's token or credit), 503 (submissions are paused, or Replicate did not say which version to
+                run).
         """
         wait_until = self._now() + wait_seconds
-        # Without a key, the id of an HTTP request is random; any other is made of the event that it came with.
+        # Without a key, the id of an HTTP request is random; other ids are derived from the event of the request.
         comes_again = intent.keyed or intent.source != "http"
         existing = self._table.get(intent.id) if comes_again else None
-        # A key that outlives its prediction starts another one: what has expired may be there for days.
+        # A key that outlives its prediction starts another one: an expired item may stay in the table for days.
         if existing and not existing.expired(self._now()):
             return _existing(existing, intent)
         if intent.keyed:
@@ -171,7 +170,7 @@ class StartPrediction:
                 return _existing(existing, intent)
         if pause := self._limiter.pause_now():
             raise _paused(pause, self._now())
-        # A version's schema says what it runs on, not what it is trained on.
+        # A version's schema describes the input of a prediction, not of a training.
         version, schema = self._lookup.find(intent.reference, check=intent.object == "prediction")
         if invalid := self._lookup.violations_of(schema, intent.input_json):
             raise Problem(422, listed(invalid[:5]), title="Input validation failed", invalid_fields=invalid)
@@ -181,8 +180,8 @@ class StartPrediction:
         latest = min(deadline - START_MARGIN_SECONDS, now + self._limiter.max_start_delay_seconds)
         if late := self._limiter.too_late(intent.owner, latest):
             raise self._refused(intent, late, latest)
-        # All that can fail on our side comes before the claim: after it, a POST that was never made is as unknown
-        # as one whose answer was lost.
+        # All that can fail in this stack comes before the claim: afterwards, a POST that was never sent is as unknown
+        # as one whose response was lost.
         api_url()
         if attempt:
             noted_id = self._table.note_request(intent.id, intent.owner, intent.fingerprint, attempt)
@@ -201,8 +200,8 @@ class StartPrediction:
         submit_at = None if soon else math.ceil(start.at)
         waits = waits_of(start)
         if submit_at is None and remaining_seconds and remaining_seconds() < CLAIM_SECONDS:
-            # A crash between claim and POST makes a prediction unsubmittable: the execution has the time. Its start is
-            # of now, so nothing else is reserved for it.
+            # A crash between the claim and the POST makes the prediction unsubmittable, so the execution submits it:
+            # its function has the time. Its start is reserved for now, so no other one is reserved for it.
             submit_at = math.ceil(self._now())
             waits = Waits(reserved_start=round(self._now() * 1000) * 1000)
         try:
@@ -229,7 +228,7 @@ class StartPrediction:
         return self._submit_for_caller(prediction, intent.input_json, wait_until, rate_limit)
 
     def _refused(self, intent: Intent, late: TooLate, latest: float) -> Problem:
-        """The answer to a create that could start only after `latest`; nothing was written."""
+        """Return the refusal of a create that could start only after `latest`; nothing was written."""
         now = self._now()
         least, most = _REFUSED_WAITS
         retry_seconds = max(least, min(most, math.ceil(late.at - latest)))
@@ -269,7 +268,7 @@ class StartPrediction:
                 "upstream_status": error.status,
             }
             if prediction.keyed:
-                # Its caller can ask again by its key; the sweep submits it once the operator has mended the token.
+                # Its caller can repeat the request by its key; the sweep submits it once the token works again.
                 self._creates.release(prediction, error)
             else:
                 self._transitions.end(prediction, Status.FAILED, why, refusal=refusal)
@@ -279,13 +278,13 @@ class StartPrediction:
             submit = not prediction.terminal
         except OutcomeUnknown as error:
             self._creates.note_unknown(prediction, error)
-            submit = True  # its execution looks for it, and submits it again if it is not there
+            submit = True  # its execution looks for it, and submits it again if Replicate does not have it
         except (ClientError, BotoCoreError):
-            # Replicate has it: whatever failed on our side, the caller must not be told to try again. The claim keeps
-            # anybody from submitting it twice, and webhook or poll bind it.
+            # Replicate has accepted it: whatever failed in this stack, the response must not ask for a retry. The claim
+            # prevents a second submission, and the webhook or a poll binds it.
             logger.exception("submitted, but not bound")
         if prediction.terminal and not prediction.awaits_copy:
-            return prediction  # there is nothing left to follow
+            return prediction  # nothing is left to follow
         return self._track_for_caller(prediction, submit=submit)
 
     def _track_for_caller(self, prediction: Prediction, *, submit: bool) -> Prediction:
@@ -294,22 +293,22 @@ class StartPrediction:
         except (ClientError, BotoCoreError):
             logger.exception("not tracked yet")
             if submit and not prediction.keyed and not prediction.claimed:
-                # Nobody would submit it. Ended first, so that an execution that did start submits nothing.
+                # No function would submit it. First the end, so that an execution that did start submits nothing.
                 try:
                     prediction = self._transitions.end(
                         prediction, Status.FAILED, "The state machine could not be reached."
                     )
                 except (ClientError, BotoCoreError):
-                    # An execution may have started and submit it. If none has, the sweep ends it as failed.
+                    # An execution may have started, and submits it. If none has, the sweep ends it as failed.
                     logger.exception("neither tracked nor ended: accepted")
                     return prediction
                 if prediction.claimed or prediction.upstream_id:
-                    # That execution was faster: the prediction is paid for, and a caller who sees an error would
-                    # create another one.
+                    # That execution was faster: the prediction is paid for, and a caller who got an error would create
+                    # another one.
                     return prediction
                 detail = "The prediction was not started, since a part of the stack could not be reached: try again."
                 raise Problem(503, detail, headers={"Retry-After": "2"}) from None
-            # Accepted all the same: the sweep starts the execution within two minutes.
+            # The request is accepted: the sweep starts the execution within two minutes.
         return prediction
 
     def start_and_wait(
@@ -321,12 +320,12 @@ class StartPrediction:
         attempt: Attempt | None = None,
         limits: OwnerLimits | None = None,
     ) -> "Started":
-        """Start a prediction, and wait for its end if its caller wants that.
+        """Start a prediction, and wait for its completion if the caller asks for that.
 
         Args:
-            intent: What is to be started.
-            seconds: How long the caller wants to wait at most, or None.
-            remaining_seconds: How long the function may still run; `RESPONSE_SECONDS` of it are left.
+            intent: The request.
+            seconds: The longest wait that the caller asks for, or None.
+            remaining_seconds: The time left to the function; `RESPONSE_SECONDS` of it are not used.
             attempt: As for `start`.
             limits: As for `start`.
 
@@ -345,8 +344,8 @@ class StartPrediction:
             rate_limit=rate_limit,
         )
         if seconds is None or (prediction.repeated and not prediction.ended_visibly):
-            # Only the request that started it waits, in its place of its owner's limits: repetitions would hold
-            # functions outside of every limit. Its client is answered `starting`, and polls.
+            # Only the request that started it waits, in its slot of its owner's limits: repetitions would hold
+            # functions outside of every limit. Their response says `starting`, and the client polls.
             return Started(prediction, rate_limit, waited=False)
         try:
             self.wait_for_end(prediction.id, remaining_seconds() - until)
@@ -355,10 +354,10 @@ class StartPrediction:
         return Started(prediction, rate_limit, waited=True)
 
     def wait_for_end(self, prediction_id: str, seconds: float) -> bool:
-        """Waits until a prediction has visibly ended, at most that long.
+        """Wait until a prediction is visibly completed, but no longer than `seconds`.
 
         Returns:
-            Whether it has.
+            Whether it is.
         """
         until = self._now() + seconds
         step = _WAIT_STEP_SECONDS
@@ -374,10 +373,10 @@ class StartPrediction:
 
 
 def _existing(prediction: Prediction, intent: Intent) -> Prediction:
-    """The answer to a request that was made before.
+    """Return the prediction of a request that was made before.
 
     Raises:
-        Problem: 422, where it was another request; or the refusal that the first one got.
+        Problem: 422, if it was another request; or the refusal that the first request got.
     """
     if prediction.owner != intent.owner or prediction.fingerprint != intent.fingerprint:
         detail = "This key belongs to another request: use a new key for a new request, and the old one to repeat it."
@@ -394,7 +393,7 @@ def _paused(pause: Pause, now: float) -> Problem:
 
 
 def _refusal_of(error: Refused) -> dict[str, Any]:
-    """Return a refusal by Replicate as the caller is answered, now and when the request is repeated.
+    """Return a refusal by Replicate as responses show it, now and if the request is repeated.
 
     Bounded, because the table keeps it in the prediction's item: `REFUSAL_FIELDS_LIMIT` fields, each with
     `REFUSAL_FIELD_CHARACTERS` of its name and of its explanation.

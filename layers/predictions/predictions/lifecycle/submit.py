@@ -1,4 +1,4 @@
-"""Submit: claim and POST, for an intent that was only written down or whose POST was not accepted."""
+"""Submit: claim and POST, for an intent that was only written or whose POST was not accepted."""
 
 import math
 import time
@@ -24,25 +24,25 @@ from predictions.store.origins import is_canceled
 from predictions.store.predictions import Prediction, PredictionsTable
 from predictions.upstream.client import NotAccepted, OutcomeUnknown, Refused, Unauthorized
 
-# A prediction that could not start before its deadline asks again when half of the rest has passed, until that is less
+# A prediction that could not start before its deadline asks again after half of the remaining time, until that is less
 # than this.
 _LOOK_SECONDS = 10
-# How long an owner's other predictions are waited for: a quarter of the time that has passed, within these bounds.
+# Wait for an owner's other predictions: a quarter of the time since the request, within these bounds, in seconds.
 _OWN_LIMIT_WAITS = (10, 300)
 
 
 class SubmitPrediction:
-    """Submits predictions for their executions.
+    """Submit predictions for their executions.
 
     Args:
         table: The predictions.
-        limiter: When a create may start.
+        limiter: Decides when a create may start.
         reservations: Reserves starts, and gives them back.
-        usage: What owners use of their limits.
-        lookup: Which version to run, and by which schema to check its input.
-        creates: The POST.
-        claims: Looks for what has an unknown outcome.
-        breaker: Stops resubmission where evidence was wrong.
+        usage: Counts what owners use of their limits.
+        lookup: Finds the version to run, and the schema to check its input by.
+        creates: Sends the POST.
+        claims: Resolves claims with an unknown outcome.
+        breaker: Stops resubmission after wrong evidence.
         transitions: Writes what follows.
         now: The time, in seconds since 1970.
     """
@@ -74,7 +74,7 @@ class SubmitPrediction:
 
     @classmethod
     def from_env(cls) -> "SubmitPrediction":
-        """From the environment of submit_prediction."""
+        """Read the environment of submit_prediction."""
         connections = Connections.from_env()
         return cls.over(connections, UnknownClaims.from_env(connections))
 
@@ -95,16 +95,16 @@ class SubmitPrediction:
         )
 
     def submit(self, prediction_id: str) -> None:
-        """Submits a prediction that nobody has claimed, and looks for one whose submission has an unknown outcome.
+        """Submit an unclaimed prediction, or look for one whose submission has an unknown outcome.
 
         Raises:
-            PredictionThrottled: Not now; nothing was started by this call.
+            PredictionThrottled: The prediction has to wait; this call started nothing.
         """
         prediction = self._table.get(prediction_id)
         if prediction is None or prediction.terminal or prediction.upstream_id:
             return
         if prediction.claimed:
-            if prediction.submit_until:  # older code's are left to the polls
+            if prediction.submit_until:  # claims of older code are left to the polls
                 self._claims.look_for(prediction)
             return
         now = self._now()
@@ -117,32 +117,32 @@ class SubmitPrediction:
         if not self._table.line_wanted(prediction):
             self._transitions.end(prediction, Status.CANCELED, "It was not started: its batch has stopped.")
             return
-        # One that is woken before its turn takes a start that nobody else waits for.
+        # A prediction that wakes before its turn takes a start that no other one waits for.
         may_go = prediction.turn_ms and self._limiter.is_idle(lane_of(prediction))
         if prediction.submit_at and prediction.submit_at > now and not may_go:
             raise self._put_off_until(prediction, prediction.submit_at, prediction.turn_ms)
         if pause := self._limiter.pause_now():
             raise PredictionThrottled(self._within_lifetime(prediction, pause.remaining(now, PAUSE_STEP_SECONDS)))
         if prediction.unknown_creates and (stopped := self._breaker.stopped_seconds()):
-            # Evidence has proved wrong since its claim was released.
+            # Evidence has proved wrong since the claim was released.
             raise PredictionThrottled(self._within_lifetime(prediction, min(PAUSE_STEP_SECONDS, stopped)))
-        # What came over HTTP was checked before it was written down; a training's input is not of its version's schema.
+        # HTTP requests were checked before they were written; a version's schema does not describe trainings.
         check = prediction.source != "http" and prediction.object == "prediction"
-        # Before anything that may refuse it: what is refused costs executions too, and counts for its owner's day.
+        # Before anything that may refuse it: refused predictions cost executions too, and count for the owner's day.
         counted = self._take_place_in_queue(prediction)
         try:
             version, schema = self._lookup.find(_reference(prediction), check=check)
         except Problem as problem:
             if problem.status >= 500:
                 if counted:
-                    # A crash before this write counts it twice: too many of the day, never too few.
+                    # A crash before this write counts it twice: the day may show too many, never too few.
                     self._table.note_counted(prediction)
                 raise PredictionThrottled(
                     self._within_lifetime(prediction, self._creates.outage_seconds(prediction))
                 ) from None
             self._transitions.end(prediction, Status.FAILED, problem.detail)
             return
-        # As in `start`: what can fail on our side comes before the claim.
+        # As in `start`: all that can fail in this stack comes before the claim.
         input_json = self._table.input_json(prediction)
         if input_json is None:
             self._transitions.end(prediction, Status.FAILED, "Its input had expired before Replicate accepted it.")
@@ -158,18 +158,18 @@ class SubmitPrediction:
         self._submit_for_execution(claimed, input_json)
 
     def _take_turn(self, prediction: Prediction, *, counted: bool) -> None:
-        """Takes a start at the limiter, unless it has one.
+        """Reserve a start at the limiter, unless the prediction has one.
 
-        A place in the owner's limits is taken before: who has to wait for the one must not use up the other.
+        The slot in the owner's limits is acquired first: a prediction that waits for one must not use up the other.
 
         Args:
             prediction: The prediction.
-            counted: Whether it has a place that its item does not tell of yet.
+            counted: Whether it has a slot that its item does not record yet.
 
         Raises:
-            PredictionThrottled: It has to wait, this once.
+            PredictionThrottled: The prediction has to wait.
         """
-        # One that an earlier release reserved has no number: its lane may have begun anew, so it asks again.
+        # A start reserved by an earlier release has no number: its lane may have been reset, so it asks again.
         if (
             prediction.reserved_start is not None
             and prediction.submit_at
@@ -186,21 +186,21 @@ class SubmitPrediction:
             raise self._put_off_until(prediction, math.ceil(start.at), prediction.turn_ms)
         submit_at = math.ceil(now + self._look_seconds(prediction) if isinstance(start, TooLate) else start.at)
         waits = waits_of(start)
-        # Where it moved on meanwhile, the next look finds out.
+        # If the prediction has changed meanwhile, the next check sees that.
         if self._table.put_off(prediction, submit_at, counted=counted, waits=waits) is None:
             self._reservations.give_back(lane_of(prediction), prediction.owner, waits)
         raise self._put_off_until(prediction, submit_at, waits.turn_ms)
 
     def _put_off_until(self, prediction: Prediction, submit_at: int, turn_ms: int | None) -> PredictionThrottled:
-        """How long to wait for a start or a turn: until then, and for a turn that is far ahead until half of it."""
+        """Return the wait until a start or a turn; until half of the time for a turn that is far ahead."""
         seconds = int(submit_at - self._now()) + 1
         if turn_ms and seconds > self._limiter.max_start_delay_seconds:
-            # What is ahead of it may be canceled meanwhile, and the lane idle: those who wait look at different times.
+            # Requests ahead of it may be canceled, and the lane idle: waiting ones check at different times.
             seconds = math.ceil(seconds / 2)
         return PredictionThrottled(self._within_lifetime(prediction, seconds))
 
     def _look_seconds(self, prediction: Prediction) -> float:
-        """How long to wait with a prediction whose turn would come after its deadline."""
+        """Return the wait, in seconds, of a prediction whose turn would come after its deadline."""
         remaining = max(1.0, prediction.deadline - self._now())
         return remaining / 2 if remaining / 2 >= _LOOK_SECONDS else remaining
 
@@ -217,15 +217,15 @@ class SubmitPrediction:
         )
 
     def _take_place_in_queue(self, prediction: Prediction) -> bool:
-        """Takes a place in the owner's limits, unless it has one.
+        """Acquire a slot in the owner's limits, unless the prediction has one.
 
         Returns:
-            Whether it has a place that its item does not tell of yet.
+            Whether the prediction has a slot that its item does not record yet.
 
         Raises:
-            PredictionThrottled: There is none.
+            PredictionThrottled: No slot is free.
         """
-        # What `start` has put off has its place.
+        # A prediction that `start` deferred has its slot.
         if prediction.source in ("http", "run_job") or prediction.counted:
             return False
         limits = self._usage.known_limits(prediction.owner)
@@ -241,7 +241,7 @@ class SubmitPrediction:
         return True
 
     def _within_lifetime(self, prediction: Prediction, seconds: int) -> int:
-        """That long, but not longer than until just after the deadline, which ends it."""
+        """Return a wait of that many seconds, cut to just after the deadline, which ends the prediction."""
         return max(1, min(seconds, int(prediction.deadline - self._now()) + 1))
 
     def _submit_for_execution(self, prediction: Prediction, input_json: str) -> None:
@@ -260,7 +260,7 @@ class SubmitPrediction:
 
 
 def _unwanted(prediction: Prediction) -> bool:
-    """Whether what asked for a prediction was canceled after its request was read, and before it was written down."""
+    """Return whether the pipeline was canceled between the reading of the request and its write."""
     if "pipeline" not in prediction.origin:
         return False
     return is_canceled(str(prediction.origin["pipeline"]))

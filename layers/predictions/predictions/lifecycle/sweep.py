@@ -1,4 +1,4 @@
-"""Sweep: predictions that stand still are moved on."""
+"""Sweep: recover stalled predictions."""
 
 import contextlib
 import os
@@ -22,30 +22,30 @@ from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
 from predictions.store.predictions import Prediction, PredictionsTable
 
-# Backoff of the sweep's looks at a prediction over which functions die: from 3 minutes, doubled, up to an hour. Up to
-# 15 minutes if it is unbound: Replicate removes the input by which its list shows whose it is an hour after its end.
+# Exponential backoff of the checks of a prediction over which functions crash: from 3 minutes to an hour. To 15 minutes
+# if it is unbound: an hour after completion Replicate removes the input by which an entry of its list is recognized.
 _LOOK_AGAIN_SECONDS = 180
 _LOOK_AGAIN_MOST_SECONDS = 3600
 _LOOK_AGAIN_UNBOUND_SECONDS = 900
-# A sweep stops this long before its function ends, and looks again at what it cannot finish after as much.
+# A sweep stops this long before its function times out, and checks what it could not finish after as long.
 _STEP_SECONDS = 60
 _STUCK_SECONDS = 600
 
 
 class SweepPredictions:
-    """Moves on the predictions that nobody else does.
+    """Recover stalled predictions.
 
     Args:
         table: The predictions.
-        limiter: Knows whether submissions are paused.
+        limiter: Says whether submissions are paused.
         tracking: Starts executions.
-        transitions: Writes what follows.
+        transitions: Ends predictions.
         canceling: Passes on the owner's cancel.
-        orphans: Cancels what was started twice.
-        binding: Binds what a reading of the list shows.
-        unknown: Reads the list.
-        abandonment: Ends what functions die over.
-        first_poll: When the first poll is due, after the execution began to wait, in seconds.
+        orphans: Cancels second predictions of a request.
+        binding: Binds predictions that a reading of the list shows.
+        unknown: Reads Replicate's list.
+        abandonment: Ends predictions over which functions crash.
+        first_poll: Seconds from the beginning of an execution's wait to its first poll.
         now: The time, in seconds since 1970.
     """
 
@@ -98,16 +98,16 @@ class SweepPredictions:
         remaining_seconds: Callable[[], float],
         others: Mapping[str, Callable[[str], None]] | None = None,
     ) -> int:
-        """Moves on every prediction whose check is due; stops in time, since the next sweep goes on.
+        """Check every prediction whose check is due, as far as the time allows: the next sweep continues.
 
         Args:
-            limit: The most items of one sweep.
-            remaining_seconds: How long the function may still run.
-            others: What moves on items of other kinds, such as `pipeline`, by the id that follows in their key. It puts
-                the next check off before anything else.
+            limit: The largest number of items to check.
+            remaining_seconds: The time left to the function.
+            others: Functions that check items of other kinds, such as `pipeline`, by the id that follows in their key.
+                Each defers the next check before anything else.
 
         Returns:
-            How many it looked at.
+            The number of checked items.
         """
         looked_at = 0
         sweepers = {"prediction": self._sweep, **(others or {})}
@@ -118,9 +118,9 @@ class SweepPredictions:
             kind, _, each = pk.partition("#")
             try:
                 sweepers[kind](each)
-            except Exception:  # noqa: BLE001  # one that cannot be mended must not keep the sweep from the others
+            except Exception:  # noqa: BLE001  # an item that always fails must not hold up the others
                 logger.exception("swept without success", pk=pk)
-                # Nor stay before them in the queue, where its first write was the one that failed.
+                # Nor may it stay first in the queue, if its first write is the one that failed.
                 with contextlib.suppress(ClientError, BotoCoreError):
                     if stuck := self._table.get(each):
                         self._table.check_again_at(stuck, self._now() + _STUCK_SECONDS)
@@ -133,14 +133,14 @@ class SweepPredictions:
         if prediction is None or prediction.next_check_at is None or prediction.next_check_at > now:
             return
         logger.set_correlation_id(prediction_id)
-        # Before anything is asked of anybody: a function that is killed by its memory or its time raises nothing, and
-        # what stays due stays before all others.
+        # Before any other call: a function that runs out of memory or time raises nothing, and an item that stays due
+        # stays before all others.
         begun = self._table.begin_look(prediction, self._look_again_at(prediction, now))
         if begun is None:
             return
         prediction = begun
         if prediction.stalled_looks > 1:
-            # Where the function is killed, this is the last that its log says.
+            # If the function is killed, this is the last line of its log.
             logger.warning("looked at again: the look before died, or the execution", stalled=prediction.stalled_looks)
         if prediction.stalled_looks >= STALLED_LOOKS and self._abandonment.is_due(prediction):
             prediction = self._abandonment.end(prediction)
@@ -163,7 +163,7 @@ class SweepPredictions:
             return
         lost = not prediction.upstream_id and prediction.claimed is not None and prediction.submit_until is not None
         if lost and never_tracked and prediction.source == "http" and not prediction.keyed:
-            # Its function died before it answered: its caller saw an error, and may have asked again.
+            # Its function crashed before the response: the caller got an error, and may have repeated the request.
             prediction = self._table.note_unknown(prediction, {"unanswered": True}) or prediction
         logger.info("stands still", status=prediction.status, execution=execution, stalled=prediction.stalled_looks)
         measure_age(prediction, self._now())
@@ -175,8 +175,8 @@ class SweepPredictions:
         soon = now + self._first_poll + 120
         dead = execution not in ("RUNNING", None)
         if dead and self._resumes_later(prediction):
-            # A look that Replicate did not answer has not died: its cancel is sent again soon, by a look that may
-            # still put the execution off.
+            # A check that got no response from Replicate has not crashed: the cancel is repeated soon, by a check that
+            # may still defer the execution.
             again = soon if unheard else self._look_again_at(prediction, now)
             self._table.end_look(prediction, again, stalled=True, put_off=not unheard)
             return
@@ -186,12 +186,12 @@ class SweepPredictions:
         else:
             metrics.add_metric(name="ExecutionsReplaced", unit=MetricUnit.Count, value=1)
             self._tracking.track(prediction, submit=unclaimed or lost)
-        # The new execution notes a time of its own where it waits for a webhook; where it copies, this one holds.
+        # A new execution that waits for a webhook records a time of its own; for one that copies, this time holds.
         again = self._look_again_at(prediction, now) if dead and prediction.stalled_looks > 1 else 0
         self._table.end_look(prediction, max(again, soon), stalled=dead)
 
     def _look_again_at(self, prediction: Prediction, now: float) -> float:
-        """When to look next at a prediction if this look dies: exponential backoff, never past the last look of all."""
+        """Return when to check again if this check crashes: exponential backoff, up to the last check of all."""
         doubled: int = 2 ** min(prediction.stalled_looks, 10)
         most = _LOOK_AGAIN_UNBOUND_SECONDS if prediction.upstream_id is None else _LOOK_AGAIN_MOST_SECONDS
         backoff = min(most, _LOOK_AGAIN_SECONDS * doubled)
@@ -199,26 +199,26 @@ class SweepPredictions:
         return now + backoff if now >= last else min(now + backoff, last)
 
     def _resumes_later(self, prediction: Prediction) -> bool:
-        """Whether a dead execution is replaced by the next look only: the second in a row, and each one after it.
+        """Return whether a dead execution is replaced by the next check only: from the second in a row on.
 
-        The files of one that has ended do not wait: Replicate removes them.
+        The files of a completed prediction do not wait: Replicate removes them.
         """
         again = prediction.stalled_looks > 1 and prediction.resume_n != prediction.execution_n
         return again and not prediction.terminal
 
     def look_again(self) -> int:
-        """Read Replicate's list once more for what was submitted again, where that is due; returns for how many.
+        """Read Replicate's list again for resubmitted predictions that are due; return their number.
 
         Raises:
-            ClientError, BotoCoreError: AWS failed; the next sweep does it.
+            ClientError, BotoCoreError: AWS failed; the next sweep repeats it.
         """
         return self._unknown.look_again(self._orphans.cancel, self._binding.bind)
 
     def measure(self) -> None:
-        """Counts what is open, and notes whether submissions are paused, for the stack's metrics; none where none is.
+        """Emit the metrics of open items and of a pause of submissions; none if nothing is open or paused.
 
         Raises:
-            ClientError, BotoCoreError: AWS did not tell.
+            ClientError, BotoCoreError: AWS failed.
         """
         if open_ := self._table.count_open():
             metrics.add_metric(name="OpenItems", unit=MetricUnit.Count, value=open_)

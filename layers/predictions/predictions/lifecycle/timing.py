@@ -1,32 +1,32 @@
-"""Spans of time that several steps of the protocol keep to."""
+"""Time limits that several steps of the protocol share."""
 
 import os
 from dataclasses import dataclass
 
-# A bound one is given up by our own word only this long after its deadline, or after that many 404s in a row.
+# The stack itself ends a bound prediction only this long after its deadline, or after that many 404s in a row.
 ABANDON_SECONDS = 3600
 NOT_FOUND_LIMIT = 5
-# That many looks in a row died, or found the execution dead, before a prediction is ended without asking Replicate.
+# Checks in a row that crashed or found the execution dead, before a prediction is ended without asking Replicate.
 STALLED_LOOKS = 3
 
-# The most that is waited while submissions are paused: then somebody looks whether they still are.
+# Longest wait, in seconds, until a waiting prediction checks whether submissions are still paused.
 PAUSE_STEP_SECONDS = 300
-# A start that is as near as this is not waited for.
+# No wait for a start that is this near.
 SOON_SECONDS = 1
 # From the claim to the last byte of the POST: the write, the token, and a connection that takes its time.
 CLAIM_SECONDS = 10
-# No start is reserved later than this before the deadline: waits are rounded up to whole seconds.
+# The latest start is this long before the deadline: waits are rounded up to whole seconds.
 START_MARGIN_SECONDS = 5
 
 
 @dataclass(frozen=True)
 class Lifetimes:
-    """How long predictions may take and are kept, in seconds: an operator's choices.
+    """Hold how long predictions may take and are stored, in seconds, as the operator configured it.
 
     Attributes:
         prediction: The deadline of a prediction whose caller gives none.
         training: The deadline of a training.
-        retention: How long the table keeps a prediction, from its request on.
+        retention: How long the table stores a prediction, from its request on.
     """
 
     prediction: int
@@ -35,7 +35,7 @@ class Lifetimes:
 
     @classmethod
     def from_env(cls) -> "Lifetimes":
-        """From `DEFAULT_LIFETIME_SECONDS`, `TRAINING_LIFETIME_SECONDS` and `RETENTION_DAYS`."""
+        """Read `DEFAULT_LIFETIME_SECONDS`, `TRAINING_LIFETIME_SECONDS` and `RETENTION_DAYS`."""
         return cls(
             prediction=int(os.environ["DEFAULT_LIFETIME_SECONDS"]),
             training=int(os.environ["TRAINING_LIFETIME_SECONDS"]),

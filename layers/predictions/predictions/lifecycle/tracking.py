@@ -9,7 +9,7 @@ from predictions.store.predictions import Prediction, PredictionsTable
 
 
 class Tracking:
-    """Makes sure that an execution follows each open prediction.
+    """Keep an execution running for each open prediction.
 
     Args:
         table: The predictions.
@@ -26,7 +26,7 @@ class Tracking:
 
     @classmethod
     def from_env(cls, table: PredictionsTable) -> "Tracking":
-        """From `STATE_MACHINE_ARN`."""
+        """Read `STATE_MACHINE_ARN`."""
         return cls(table, Executions.from_env())
 
     def execution_arn(self, prediction_id: str, n: int) -> str:
@@ -38,17 +38,17 @@ class Tracking:
         return self._executions.status(prediction.id, prediction.execution_n)
 
     def track(self, prediction: Prediction, *, submit: bool) -> None:
-        """Makes sure that an execution of this prediction runs."""
+        """Start an execution for a prediction, unless one runs."""
         following: Prediction | None = prediction
         while following is not None and not self._executions.start(following.id, following.execution_n, submit=submit):
-            # That name is used up by one that has ended.
+            # The name belongs to an execution that has ended.
             n = following.execution_n + 1
             following = self._table.next_execution(following, self._executions.arn(following.id, n), self._now())
 
 
 def measure_age(prediction: Prediction, now: float) -> None:
     """Count how old an open prediction is, and how long its deadline has passed."""
-    # Polls and sweeps look at everything that stays open: the maximum is the age of the oldest.
+    # Polls and sweeps check everything that stays open: the maximum is the age of the oldest.
     metrics.add_metric(name="OpenSeconds", unit=MetricUnit.Seconds, value=max(0, now - prediction.created))
     if now > prediction.deadline:
         overdue = now - prediction.deadline

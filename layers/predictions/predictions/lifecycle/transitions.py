@@ -1,4 +1,4 @@
-"""Changes of a prediction that every step makes: what Replicate said is merged, and an end of our own is written."""
+"""Transitions that every step makes: merge what Replicate said, and end a prediction without it."""
 
 import time
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from predictions.upstream.prediction import UpstreamPrediction
 
 
 class Transitions:
-    """Changes predictions, counts what ended, and wakes the execution that waits for it.
+    """Change predictions, count completions, and wake the execution that waits.
 
     Args:
         table: The predictions.
-        reservations: Takes back what a prediction that ended had reserved.
+        reservations: Gives back the start of a prediction that ended unsubmitted.
         now: The time, in seconds since 1970.
     """
 
@@ -46,18 +46,18 @@ class Transitions:
     def end(
         self, prediction: Prediction, status: Status, error: str | None, *, refusal: dict[str, Any] | None = None
     ) -> Prediction:
-        """End a prediction by our own word; return it as it is then, which may be another end."""
+        """End a prediction; return it as it is then: another function may have ended it otherwise."""
         ended = self._table.end(prediction, status, error, self._now(), refusal=refusal)
         if ended is None:
             there = self._table.get(prediction.id) or prediction
             if there.terminal:
-                # By somebody else, who may have died before waking it; or by this very write, its answer lost.
+                # Another function may have crashed before it woke the execution, or this write's response was lost.
                 wake(there.task_token)
             return there
         logger.info("ended by the stack", status=status.value)
         count_ended(ended.visible, self._now() - ended.created)
         wake(ended.task_token)
-        # Last, since only this can be lost without harm: a start then stays unused.
+        # Last, since a crash before it does no harm: a start then stays unused.
         if not ended.claimed and not ended.upstream_id and (ended.submit_at or 0) > self._now():
             self._reservations.give_back(lane_of(ended), ended.owner, Waits(ended.reserved_start, ended.turn_ms))
         return ended

@@ -1,4 +1,4 @@
-"""Claims whose create has an unknown outcome: they are looked for, submitted again on evidence, or given up."""
+"""Claims whose create has an unknown outcome: looked for, submitted again on evidence, or given up."""
 
 import json
 import os
@@ -24,32 +24,32 @@ from predictions.upstream.client import NotFound, Replicate, Unavailable
 from predictions.upstream.prediction import UpstreamPrediction
 from predictions.validation import input_json_canonical
 
-# A prediction whose submission nobody can account for is given up this long after Replicate must have ended it.
+# A prediction whose submission stays unknown is given up this long after Replicate must have ended it.
 GIVE_UP_SECONDS = 300
 
-# Replicate's clock and ours may differ by this much.
+# Largest difference between Replicate's clock and that of the functions.
 _CLOCK_SKEW_SECONDS = 30
-# Claims without `submit_until` are of a release whose functions acted on a claim for this long at most.
+# Claims without `submit_until` are of an older release, whose functions acted on a claim for at most this long.
 _PREVIOUS_RELEASE_SECONDS = 60
 
 RESUBMIT_WAITS = (5, 20, 80, 300)
-"""How long a prediction waits for its next submission, by how often its outcome was unknown."""
+"""Waits before the next submission, in seconds, by the number of creates with an unknown outcome."""
 
 
 class UnknownClaims:
-    """Acts on what is known of claims whose holders do not know what became of their creates.
+    """Resolve claims whose holders got no clear response to their creates.
 
     Args:
         table: The predictions.
         replicate: Replicate.
-        unknown: Finds out what became of creates without a clear answer.
-        registry: Registers what is submitted again.
-        breaker: Stops resubmission where evidence was wrong.
-        binding: Binds what is found.
-        transitions: Writes what follows.
-        grace: How long after its claim a submission may still show up by itself, by webhook or in the list, in seconds.
-        resubmit: Whether a prediction is submitted again once there is evidence that Replicate accepted nothing.
-        max_unknown_creates: After how many creates of unknown outcome a prediction fails.
+        unknown: Looks for predictions in Replicate's list.
+        registry: Registers resubmitted predictions.
+        breaker: Stops resubmission after wrong evidence.
+        binding: Binds predictions that were found.
+        transitions: Ends predictions.
+        grace: Seconds after the claim in which a submission may still show up by its webhook or in the list.
+        resubmit: Whether to submit a prediction again on evidence that Replicate accepted nothing.
+        max_unknown_creates: Number of creates with an unknown outcome after which a prediction fails.
         now: The time, in seconds since 1970.
     """
 
@@ -82,7 +82,7 @@ class UnknownClaims:
 
     @classmethod
     def from_env(cls, connections: Connections) -> "UnknownClaims":
-        """From `SUBMIT_GRACE_SECONDS`, `UNKNOWN_SUBMISSION` and `MAX_UNKNOWN_CREATES`."""
+        """Read `SUBMIT_GRACE_SECONDS`, `UNKNOWN_SUBMISSION` and `MAX_UNKNOWN_CREATES`."""
         return cls(
             connections.table,
             connections.replicate,
@@ -97,13 +97,13 @@ class UnknownClaims:
         )
 
     def look_for(self, prediction: Prediction) -> None:
-        """Look for what a submission of unknown outcome started; act on evidence that it started nothing.
+        """Look for the prediction of a create with an unknown outcome; act on evidence that it has none.
 
         Raises:
-            PredictionThrottled: Neither is known yet, or it is submitted again later.
+            PredictionThrottled: The outcome is still unknown, or the prediction is submitted again later.
         """
         wait_seconds = 1
-        # Without either, it is left to its deadline, whatever the readings say.
+        # Otherwise the deadline decides, whatever the readings say.
         acts = self._resubmit or prediction.cancel_requested is not None
         if not (acts and self._unknown.has_evidence(prediction)):
             wait_seconds = self._unknown.look(prediction, self._binding.bind)
@@ -111,7 +111,7 @@ class UnknownClaims:
             if there is None or there.terminal or there.upstream_id:
                 return
             if there.written_by != prediction.written_by or there.claimed is None:
-                raise PredictionThrottled(1)  # somebody else has acted on the same evidence
+                raise PredictionThrottled(1)  # another function has acted on the same evidence
             prediction = there
         if acts and self._unknown.has_evidence(prediction):
             self._act_on_absence(prediction)
@@ -126,7 +126,7 @@ class UnknownClaims:
         """Release the claim of a prediction that Replicate has not accepted, or end it.
 
         Raises:
-            PredictionThrottled: It is submitted again later, or has ended: the next look finds out.
+            PredictionThrottled: The prediction is submitted again later, or has ended: the next look tells.
         """
         now = self._now()
         creates = prediction.unknown_creates + 1
@@ -138,7 +138,7 @@ class UnknownClaims:
         elif stopped := self._breaker.stopped_seconds():
             wait_seconds = min(PAUSE_STEP_SECONDS, stopped)
         else:
-            self._registry.watch(prediction)  # first: an orphan must be looked for whatever happens to this function
+            self._registry.watch(prediction)  # first: orphans must be looked for even if this function crashes
             wait_seconds = RESUBMIT_WAITS[min(creates, len(RESUBMIT_WAITS)) - 1]
             if self._table.release_absent(prediction, now, wait_seconds, creates):
                 logger.warning("Replicate accepted nothing: submitted again", wait_seconds=wait_seconds)
@@ -148,7 +148,7 @@ class UnknownClaims:
         raise PredictionThrottled(wait_seconds)
 
     def why_not_again(self, prediction: Prediction, creates: int) -> str | None:
-        """Why a prediction that was not accepted is not submitted again; None where it is."""
+        """Return why a prediction that was not accepted is not submitted again, or None if it is."""
         if self._now() >= prediction.deadline:
             return "Its deadline passed before Replicate accepted it."
         if prediction.object == "training":
@@ -163,7 +163,7 @@ class UnknownClaims:
         return None
 
     def reconcile(self, prediction: Prediction) -> None:
-        """Finds what a submission of unknown outcome started, if it started anything; of claims by older code."""
+        """Find the prediction of a create with an unknown outcome, for claims of older code."""
         now = self._now()
         if now < (prediction.claimed or 0) + self._grace:
             return
@@ -183,7 +183,7 @@ class UnknownClaims:
             self._give_up(prediction)
 
     def _candidates(self, prediction: Prediction) -> list[UpstreamPrediction]:
-        """The predictions of Replicate's that can be this one: same target, input and time, bound to no other."""
+        """Return the upstream predictions that can be this one: same target, input and time, not bound to another."""
         input_json = self._table.input_json(prediction)
         if input_json is None:
             return []

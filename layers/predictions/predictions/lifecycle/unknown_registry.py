@@ -1,4 +1,4 @@
-"""The register of creates with an unknown outcome, and of predictions that were submitted again.
+"""Registry of creates with an unknown outcome, and of resubmitted predictions.
 
 Readings of Replicate's list are shared: each looks for all that is registered (`pk` = `unknown`). Steps that only
 create write here, and need nothing of what reads the list (see `lifecycle.reconcile`).
@@ -20,7 +20,7 @@ from predictions.upstream.client import Collection, OutcomeUnknown
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
-# After the holder of a claim is done: an answered 5xx is mostly a create that was not accepted, and lists are fast.
+# Seconds after the end of a claim's holder: a 5xx is mostly a create that was not accepted, and lists are fast.
 _LOOKS_ANSWERED = (3, 10, 30)
 _LOOKS_UNANSWERED = (10, 30, 90)
 
@@ -28,13 +28,13 @@ _HISTORY = 8
 
 
 class UnknownRegistry:
-    """Keeps what is to be looked for in Replicate's list.
+    """Register what readings of Replicate's list look for.
 
     Args:
         table: The predictions.
         table_name: The table's name.
         dynamodb: The client to use.
-        grace: How long after the holder of a claim is done the second reading may begin, in seconds.
+        grace: Seconds after the end of a claim's holder before which the second reading may not begin.
         now: The time, in seconds since 1970.
     """
 
@@ -55,20 +55,20 @@ class UnknownRegistry:
 
     @classmethod
     def from_env(cls, table: PredictionsTable) -> "UnknownRegistry":
-        """From `TABLE_NAME` and `SUBMIT_GRACE_SECONDS`."""
+        """Read `TABLE_NAME` and `SUBMIT_GRACE_SECONDS`."""
         return cls(table, os.environ["TABLE_NAME"], client("dynamodb"), grace=int(os.environ["SUBMIT_GRACE_SECONDS"]))
 
     # -- claims -----------------------------------------------------------------------------------------------
 
     def note(self, prediction: Prediction, error: OutcomeUnknown) -> int:
-        """Record that the holder of a claim is done, without knowing what became of its create.
+        """Record that the holder of a claim is done, with an unknown outcome of its create.
 
         If the function crashes before this, `submit_until` in the item says when it was done at the latest.
 
         Returns:
-            In how many seconds to look for what the create has started.
+            The seconds to the first look.
         """
-        # First: whoever finds `submit_over` relies on readings that others make for it.
+        # First: a function that finds `submit_over` relies on readings by others for it.
         self.register(prediction)
         now = self._now()
         outcome = f"answered {error.status}" if error.status else "no answer"
@@ -92,7 +92,7 @@ class UnknownRegistry:
         return tuple(sorted({*looks, self._grace + 1}))
 
     def claims(self, collection: Collection) -> dict[str, Prediction]:
-        """The claims that are registered and still unknown; what else is registered is removed."""
+        """Return the registered claims that are still unknown; remove the others."""
         keys: dict[str, list[str]] = {}
         for item in self._query("claim#"):
             if item["collection"] == collection:
