@@ -1,4 +1,4 @@
-"""State AdvancePipeline: sends what is due of a pipeline, and ends it when nothing is left."""
+"""State AdvancePipeline: send the due steps of a pipeline, and end it when nothing is left."""
 
 from dataclasses import asdict
 from typing import Any
@@ -11,14 +11,14 @@ progress = Progress.from_env()
 
 @handler_of
 def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
-    """One turn.
+    """Advance a pipeline by one turn.
 
     Args:
         event: `{"id": …}`.
-        context: Tells how long the function may still run.
+        context: Says how much time is left to the function.
 
     Returns:
-        `{"done": …, "seen": …}`: whether the pipeline has ended, else the number of its events that this turn knew of.
+        `{"done": …, "seen": …}`: whether the pipeline has ended, or else the number of its events that this turn saw.
     """
     logger.set_correlation_id(event["id"])
     return asdict(progress.advance(event["id"], remaining_seconds(context)))

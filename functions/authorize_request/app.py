@@ -13,7 +13,7 @@ owners_limits = OwnersLimits.from_env()
 
 
 def handler(event: dict[str, str], context: object) -> dict[str, Any]:  # noqa: ARG001  # Lambda passes both
-    """Allows the whole stage to the token's owner; each route checks the scopes.
+    """Allow the whole stage to the token's owner; each route checks the scopes.
 
     Args:
         event: `{"type": "TOKEN", "authorizationToken": "Bearer …", "methodArn":

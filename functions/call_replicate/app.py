@@ -1,4 +1,4 @@
-"""Routes of the API that are passed on to Replicate: account, collections, deployments, hardware, models, search."""
+"""Routes of the API that are forwarded to Replicate: account, collections, deployments, hardware, models, search."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ forwarding = Forwarding.from_env()
 
 def _route(method: Method, template: str) -> Callable[..., Response[str]]:
     def pass_on(**names: str) -> Response[str]:
-        # Who changed what is nowhere else: to Replicate all callers are the stack.
+        # The only record of who changed what: to Replicate all callers are the stack.
         logger.append_keys(owner=owner_with(app, "read" if method == "GET" else "manage"))
         query = app.current_event.multi_value_query_string_parameters
         body = body_of(app) if method in ("POST", "PATCH") else b""

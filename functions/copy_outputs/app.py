@@ -1,4 +1,4 @@
-"""State CopyOutputs: the files of a prediction that has ended go to S3, then callers see the end."""
+"""State CopyOutputs: copy the files of a completed prediction to S3, then show its completion."""
 
 import time
 from typing import Any
@@ -14,18 +14,18 @@ table = PredictionsTable.from_env()
 
 @handler_of
 def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
-    """Copies what is not copied yet.
+    """Copy the files that are not copied yet.
 
     Args:
-        event: `{"id": …, "execution": "{id}-{n}"}`; or `{"id": …, "again": true}` of an operator, for what could not
-            be copied then.
-        context: Tells how long the function may still run.
+        event: `{"id": …, "execution": "{id}-{n}"}`; or `{"id": …, "again": true}` of an operator, for files that
+            failed then.
+        context: Says how much time is left to the function.
 
     Returns:
-        `{}`; for an operator what became of it: see `copy_again`.
+        `{}`, or for an operator the result of `copy_again`.
 
     Raises:
-        CopyInterrupted: Some files could not be had now; the machine tries again.
+        CopyInterrupted: Some files failed for now; the state machine retries.
     """
     logger.set_correlation_id(event["id"])
     left = remaining_seconds(context)

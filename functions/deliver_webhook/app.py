@@ -1,4 +1,4 @@
-"""The deliveries queue: each message is one try to send a caller a webhook."""
+"""Deliveries queue: each message is one attempt to send a caller a webhook."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ receivers = Receivers.from_env()
 
 @handler_of
 def handler(event: dict[str, Any], context: object) -> dict[str, Any]:  # noqa: ARG001  # Lambda passes both
-    """Makes one try for each message.
+    """Make one attempt for each message.
 
     Args:
         event: `{"Records": [{"messageId", "receiptHandle", "body": "{id, event, n, first_at}", …}]}`.
         context: Not used.
 
     Returns:
-        `{"batchItemFailures": […]}`: the messages that stay in the queue for another try.
+        `{"batchItemFailures": […]}`: the messages that stay in the queue for another attempt.
 
     Raises:
-        UnreadableDelivery: A message is none of ours; SQS moves it to the dead-letter queue in the end.
+        UnreadableDelivery: A message is not a delivery; SQS moves it to the DLQ in the end.
     """
     waiting = [
         record["messageId"]

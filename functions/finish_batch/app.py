@@ -1,4 +1,4 @@
-"""State FinishBatch: writes a batch's results, and ends it."""
+"""State FinishBatch: write a batch's results, and end it."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ table = PredictionsTable.from_env()
 
 @handler_of
 def handler(event: dict[str, Any], context: object) -> dict[str, Any]:  # noqa: ARG001  # Lambda passes both
-    """Ends an attempt once none of its lines runs any more. Twice, it writes the same.
+    """End an attempt once no line of it runs any more. A second run writes the same.
 
     Args:
         event: `{"id", "attempt", "exceeded", "lap"}`.
         context: Not used.
 
     Returns:
-        `{"id", "attempt", "exceeded", "open", "lap", "wait_seconds"}`: with open lines, to be asked again.
+        `{"id", "attempt", "exceeded", "open", "lap", "wait_seconds"}`: with open lines, to be invoked again.
     """
     logger.set_correlation_id(event["id"])
     told = finish(batches, table, event["id"], event["attempt"], event["lap"], exceeded=event["exceeded"])

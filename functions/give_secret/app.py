@@ -1,4 +1,4 @@
-"""The route by which an owner's receivers get the secret that the stack signs their webhooks with."""
+"""Secret route of the API: the secret by which the stack signs an owner's webhooks."""
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, json_response, owner_with, resolver

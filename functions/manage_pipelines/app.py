@@ -1,4 +1,4 @@
-"""Pipeline routes of the API: owners start, read, list and cancel pipelines."""
+"""Pipeline routes of the API: create, read, list and cancel pipelines."""
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.admission.quotas import OwnerLimits
@@ -15,7 +15,7 @@ pipelines = PipelineApi.from_env()
 
 @app.post("/pipelines")
 def create() -> Response[str]:
-    """`POST /pipelines`: 201 with the pipeline; 422 with everything that is wrong with its steps."""
+    """`POST /pipelines`: 201 with the pipeline; 422 with every error in its steps."""
     owner, headers = owner_with(app, "predict"), headers_of(app)
     context = app.current_event.request_context
     shown = pipelines.create_pipeline(
@@ -30,7 +30,7 @@ def create() -> Response[str]:
 
 @app.get("/pipelines/<pipeline_id>")
 def get(pipeline_id: str) -> Response[str]:
-    """`GET /pipelines/{id}`: 404 also for another owner's."""
+    """`GET /pipelines/{id}`: 404 also for a pipeline of another owner."""
     owner = owner_with(app, "read")
     return json_response(200, pipelines.show_pipeline(pipelines.own_pipeline(pipeline_id, owner)))
 
@@ -47,7 +47,7 @@ def list_() -> Response[str]:
 
 @app.post("/pipelines/<pipeline_id>/cancel")
 def cancel(pipeline_id: str) -> Response[str]:
-    """`POST /pipelines/{id}/cancel`: 200 with the pipeline as it is then; it ends when all that ran has ended."""
+    """`POST /pipelines/{id}/cancel`: 200 with the pipeline as it is then; it ends after its predictions."""
     owner = owner_with(app, "predict")
     return json_response(200, pipelines.cancel_pipeline(pipeline_id, owner))
 

@@ -1,14 +1,11 @@
-"""Recipe routes of the API: owners write down what is to be run at which event."""
-
-from typing import Any
+"""Recipe routes of the API: which prediction to run at which event."""
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, body_of, headers_of, json_response, owner_with, resolver
 from predictions.api.pagination import page_links, read_cursor
-from predictions.aws.clients import api_url
-from predictions.errors import Problem
 from predictions.recipes.manage import RecipeChanges, is_name
-from predictions.recipes.store import Recipe, RecipeItems
+from predictions.recipes.store import RecipeItems
+from predictions.recipes.view import recipe_not_found, recipe_url, show_recipe
 
 PAGE_SIZE = 50
 
@@ -19,10 +16,10 @@ recipe_changes = RecipeChanges.from_env()
 
 @app.post("/recipes")
 def create() -> Response[str]:
-    """`POST /recipes`: 201; 409 where the name is taken."""
+    """`POST /recipes`: 201; 409 if the name is taken."""
     owner = owner_with(app, "manage")
     recipe, _ = recipe_changes.put(owner, body_of(app), headers_of(app).get("content-type"))
-    return json_response(201, _show(recipe), {"Location": _url(recipe)})
+    return json_response(201, show_recipe(recipe), {"Location": recipe_url(recipe)})
 
 
 @app.get("/recipes")
@@ -33,55 +30,34 @@ def list_() -> Response[str]:
     page, more = recipes.page(owner, start, older=older, size=PAGE_SIZE)
     first, last = (page[0].listed_at, page[-1].listed_at) if page else (None, None)
     links = page_links("/recipes", start, older=older, first=first, beyond=last if more else None)
-    return json_response(200, {**links, "results": [_show(recipe) for recipe in (page if older else page[::-1])]})
+    return json_response(200, {**links, "results": [show_recipe(recipe) for recipe in (page if older else page[::-1])]})
 
 
 @app.get("/recipes/<name>")
 def get(name: str) -> Response[str]:
-    """`GET /recipes/{name}`: 404 also for another owner's."""
+    """`GET /recipes/{name}`: 404 also for a recipe of another owner."""
     owner = owner_with(app, "manage")
     recipe = recipes.named(owner, name) if is_name(name) else None
     if recipe is None:
-        raise _not_found(name)
-    return json_response(200, _show(recipe))
+        raise recipe_not_found(name)
+    return json_response(200, show_recipe(recipe))
 
 
 @app.put("/recipes/<name>")
 def put(name: str) -> Response[str]:
-    """`PUT /recipes/{name}`: 201 for a new one, 200 for one that is replaced."""
+    """`PUT /recipes/{name}`: 201 for a new recipe, 200 for a replaced one."""
     owner = owner_with(app, "manage")
     recipe, new = recipe_changes.put(owner, body_of(app), headers_of(app).get("content-type"), name=name)
-    return json_response(201 if new else 200, _show(recipe), {"Location": _url(recipe)})
+    return json_response(201 if new else 200, show_recipe(recipe), {"Location": recipe_url(recipe)})
 
 
 @app.delete("/recipes/<name>")
 def delete(name: str) -> Response[str]:
-    """`DELETE /recipes/{name}`: 204; it starts nothing from then on."""
+    """`DELETE /recipes/{name}`: 204; the recipe starts nothing from then on."""
     owner = owner_with(app, "manage")
     if not (is_name(name) and recipe_changes.delete(owner, name)):
-        raise _not_found(name)
+        raise recipe_not_found(name)
     return Response(status_code=204, body="")
-
-
-def _show(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "id": recipe.id,
-        "name": recipe.name,
-        **recipe.definition,
-        "state": recipe.state,
-        "deployed": recipe.deployed,
-        "created_at": recipe.created_at,
-        "updated_at": recipe.updated_at,
-        "urls": {"get": _url(recipe)},
-    }
-
-
-def _url(recipe: Recipe) -> str:
-    return f"{api_url()}/recipes/{recipe.name}"
-
-
-def _not_found(name: str) -> Problem:
-    return Problem(404, f"There is no recipe {name[:64]!r}.")
 
 
 handler = answer_with(app)

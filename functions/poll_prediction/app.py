@@ -1,27 +1,27 @@
-"""State PollPrediction: no webhook came in time, so Replicate is asked."""
+"""State PollPrediction: ask Replicate, since no webhook came in time."""
 
 from typing import Any
 
-from predictions.lifecycle.submissions import Submissions
+from predictions.lifecycle.poll import PollPrediction
 from predictions.observability import handler_of, logger
 
-submissions = Submissions.from_env()
+polling = PollPrediction.from_env()
 
 
 @handler_of
 def handler(event: dict[str, Any], context: object) -> dict[str, Any]:  # noqa: ARG001  # Lambda passes both
-    """Asks for a bound prediction, reconciles a claimed one, submits one that is neither; keeps the deadline.
+    """Poll a bound prediction, look for a claimed one, submit an unclaimed one; enforce the deadline.
 
     Args:
         event: `{"id": …}`.
         context: Not used.
 
     Returns:
-        `{}`: whether it has ended is in the table, and the next state's condition reads it there.
+        `{}`: the next state's condition reads the status in the table.
 
     Raises:
-        PredictionThrottled: It has to be submitted, and not now; the message is the number of seconds to wait.
+        PredictionThrottled: The prediction has to be submitted, and has to wait; the message is the number of seconds.
     """
     logger.set_correlation_id(event["id"])
-    submissions.poll(event["id"])
+    polling.poll(event["id"])
     return {}

@@ -1,4 +1,4 @@
-"""State PrepareBatch: finds the lines of a batch's manifest, and refuses those that cannot run."""
+"""State PrepareBatch: find the lines of a batch's manifest, and refuse those that cannot run."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ batches = Batches.from_env()
 
 @handler_of
 def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
-    """Writes down what an attempt runs. Twice, it writes the same.
+    """Write what an attempt runs. A second run writes the same.
 
     Args:
         event: `{"id", "attempt"}`.
-        context: Tells how long the function may still run.
+        context: Says how much time is left to the function.
 
     Returns:
         `{"id", "attempt", "lines", "key", "max_concurrency", "tolerated_failure_percentage"}` for the next states.

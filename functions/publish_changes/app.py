@@ -1,4 +1,4 @@
-"""The table's stream: what changes becomes webhooks to callers, events, and answers to state machines that wait."""
+"""Table stream: state changes become webhooks, events, and responses to waiting state machines."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ changes = Changes.from_env()
 
 @handler_of
 def handler(event: dict[str, Any], context: object) -> dict[str, Any]:
-    """Publishes what the records call for, or retries what could not be published before.
+    """Publish what the records call for, or retry what failed before.
 
     Args:
-        event: `{"Records": […]}` of the stream, of changes that somebody may want to be told: the event source filters.
+        event: `{"Records": […]}` of the stream, filtered by the event source for changes that a caller may want.
             Or messages of the queue of retries.
-        context: Tells how long the function may still run.
+        context: Says how much time is left to the function.
 
     Returns:
         `{"batchItemFailures": […]}`: the first record that failed, from which on the stream is read again; or the

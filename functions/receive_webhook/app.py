@@ -1,4 +1,4 @@
-"""Replicate's webhooks: public, so everything is checked, and this function holds no Replicate token."""
+"""Webhook route for Replicate: public, so all of it is checked, and the function holds no Replicate token."""
 
 import time
 
@@ -21,7 +21,7 @@ polls = OrphanPolls.from_env()
 
 @app.post("/webhooks/replicate/<prediction_id>")
 def webhook(prediction_id: str) -> Response[str]:
-    """`POST /webhooks/replicate/{id}`: 200 for whatever is genuine, 401 for whatever is not, 503 for our own faults."""
+    """`POST /webhooks/replicate/{id}`: 200 if genuine, 401 if not, 503 for faults of the stack."""
     now = time.time()
     body = body_of(app)
     try:
@@ -29,7 +29,7 @@ def webhook(prediction_id: str) -> Response[str]:
     except WebhookRefused as error:
         logger.warning("webhook refused", reason=str(error))
         metrics.add_metric(name="WebhooksRejected", unit=MetricUnit.Count, value=1)
-        # One answer for every reason: what is wrong with a forgery is not told to its maker.
+        # One response for every reason: a forger learns nothing from it.
         raise Problem(401, "This is not a webhook that Replicate signed for this stack.") from None
     except SigningSecretUnavailable as error:
         logger.error("no signing secret", reason=str(error))

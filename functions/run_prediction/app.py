@@ -1,4 +1,4 @@
-"""Runs a prediction for who invokes this function: a person, a service, a schedule."""
+"""Direct invocation: run a prediction for a person, a service or a schedule."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ run_jobs = RunJobs.from_env()
 
 @handler_of
 def handler(event: Any, context: Any) -> dict[str, Any]:
-    """Starts one prediction, however often this invocation is repeated, and waits for its end where that is asked for.
+    """Start one prediction, however often the invocation is repeated; wait for its completion if asked to.
 
     Args:
         event: `{"model", "prompt", "webhook_url"?}`, or `{"model", "input_data", "wait_for_completion"?,
             "poll_interval"?, "max_poll_attempts"?}`; each with `idempotency_key`?. Or `{"request_id", "job"}`: one of
-            these whose invocation failed, redriven under the id of that.
-        context: Lambda's.
+            these whose invocation failed, redriven under its id.
+        context: Says how much time is left to the function, and the id of the request.
 
     Returns:
         `{"success", "prediction_id", "status", "output", "urls", "logs", "error"}` for the first, `{"prediction_id",

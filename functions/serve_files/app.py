@@ -1,4 +1,4 @@
-"""Download routes: public, since models have no access token; the unguessable link is the proof."""
+"""Download routes: public, since models have no access token; an unguessable link is the proof."""
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, resolver
@@ -14,13 +14,13 @@ links = Links.from_env()
 
 @app.get("/files/<file_id>/download")
 def download(file_id: str) -> Response[str]:
-    """`GET /files/{id}/download?owner=&expiry=&signature=`: 302 to S3; one 404 for everything that is wrong."""
+    """`GET /files/{id}/download?owner=&expiry=&signature=`: 302 to S3; the same 404 for every error."""
     asked = {name: app.current_event.get_query_string_value(name, "") for name in ("owner", "expiry", "signature")}
     return _redirect(files.download_url(file_id, **asked) if is_id(file_id) and all(asked.values()) else None)
 
 
 @app.get("/objects/<bucket>/<name>")
-def open_object(bucket: str, name: str) -> Response[str]:  # noqa: ARG001  # the name is for whoever reads the URL
+def open_object(bucket: str, name: str) -> Response[str]:  # noqa: ARG001  # the name is for readers of the URL
     """`GET /objects/{bucket}/{name}?key=&expires=&signature=`, and `version_id`: as above."""
     query = app.current_event.get_query_string_value
     asked = {name: query(name, "") for name in ("key", "expires", "signature")}

@@ -1,10 +1,9 @@
-"""Create routes of the API: checks a request, submits it once, and answers with the prediction."""
+"""Create routes of the API: check a request, submit it once, and respond with the prediction."""
 
 import json
 import os
 
 from aws_lambda_powertools.event_handler import Response
-from botocore.exceptions import BotoCoreError, ClientError
 from predictions.admission.quotas import OwnerLimits
 from predictions.api.app import answer_with, body_of, headers_of, json_response, own_prediction, owner_with, resolver
 from predictions.intents.model import (
@@ -17,18 +16,18 @@ from predictions.intents.model import (
     training_reference,
     wait_seconds,
 )
-from predictions.lifecycle.submissions import Submissions
-from predictions.observability import logger, remaining_seconds
-from predictions.store.predictions import Prediction, Whole
+from predictions.lifecycle.start import StartPrediction
+from predictions.observability import remaining_seconds
+from predictions.store.predictions import PredictionsTable, Whole
 from predictions.views.prediction import Presenter
 
-# API Gateway ends a request after 29 s; submitting and answering take the rest.
+# API Gateway ends a request after 29 s; the submission and the response take the rest.
 # https://docs.aws.amazon.com/apigateway/latest/developerguide/limits.html
 WAIT_LIMIT_SECONDS = 25
-ANSWER_SECONDS = 5
 
 app = resolver()
-submissions = Submissions.from_env()
+table = PredictionsTable.from_env()
+starting = StartPrediction.from_env()
 presenter = Presenter.from_env()
 
 
@@ -61,8 +60,7 @@ def create_training_of(owner: str, name: str, version: str) -> Response[str]:
         reference=training_reference(owner, name, version),
         allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
     )
-    headers: dict[str, str] = {}
-    return _answer(intent, _start(intent, headers), headers)
+    return _answer(intent)
 
 
 def _create(reference: Reference | None) -> Response[str]:
@@ -76,45 +74,25 @@ def _create(reference: Reference | None) -> Response[str]:
         reference=reference,
         allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
     )
-    told: dict[str, str] = {}
-    if seconds is None:
-        return _answer(intent, _start(intent, told), told)
-    allowed = min(seconds, _remaining_seconds() - ANSWER_SECONDS)
-    until = _remaining_seconds() - allowed
-    prediction = _start(intent, told, allowed)
-    if prediction.repeated and not prediction.ended_visibly:
-        # Only the request that started it waits, in its place of its owner's limits: repetitions would hold functions
-        # outside of every limit. Its client is answered `starting`, and polls.
-        return _answer(intent, prediction, told)
-    try:
-        submissions.wait_for_end(prediction.id, _remaining_seconds() - until)
-    except (ClientError, BotoCoreError):
-        logger.exception("started, but not waited for")
-    return _answer(intent, prediction, {**told, "Preference-Applied": f"wait={seconds}"})
+    return _answer(intent, seconds)
 
 
-def _remaining_seconds() -> float:
-    return remaining_seconds(app.lambda_context)()
-
-
-def _start(intent: Intent, rate_limit: dict[str, str], wait_seconds: float = 0) -> Prediction:
+def _answer(intent: Intent, seconds: int | None = None) -> Response[str]:
     context = app.current_event.request_context
-    return submissions.start(
+    started = starting.start_and_wait(
         intent,
+        seconds,
+        remaining_seconds(app.lambda_context),
         attempt=Attempt.of(headers_of(app), context.request_time_epoch),
-        wait_seconds=wait_seconds,
-        remaining_seconds=_remaining_seconds,
         limits=OwnerLimits.of_context(context.authorizer.raw_event),
-        rate_limit=rate_limit,
     )
 
-
-def _answer(intent: Intent, prediction: Prediction, headers: dict[str, str]) -> Response[str]:
     def read() -> Whole:
-        return own_prediction(submissions.table, prediction.id, intent.owner, intent.object)
+        return own_prediction(table, started.prediction.id, intent.owner, intent.object)
 
-    shown = presenter.show_started(prediction, json.loads(intent.input_json), read)
-    return json_response(201, shown, {**headers, "Location": shown["urls"]["get"]})
+    shown = presenter.show_started(started.prediction, json.loads(intent.input_json), read)
+    applied = {"Preference-Applied": f"wait={seconds}"} if started.waited else {}
+    return json_response(201, shown, {**started.rate_limit, **applied, "Location": shown["urls"]["get"]})
 
 
 handler = answer_with(app)

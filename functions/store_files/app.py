@@ -1,4 +1,4 @@
-"""File routes of the API: owners upload, list and delete the files that they give to models."""
+"""File routes of the API: upload, list and delete the input files of models."""
 
 from dataclasses import asdict
 
@@ -48,7 +48,7 @@ def list_() -> Response[str]:
 
 @app.get("/files/<file_id>")
 def get(file_id: str) -> Response[str]:
-    """`GET /files/{id}`: 404 also for another owner's."""
+    """`GET /files/{id}`: 404 also for a file of another owner."""
     owner = owner_with(app, "read")
     file = files.find(owner, file_id) if is_id(file_id) else None
     if file is None:

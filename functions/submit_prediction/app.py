@@ -1,27 +1,27 @@
-"""State SubmitPrediction: submits a prediction that was only written down, or was not accepted before."""
+"""State SubmitPrediction: submit a prediction that was only written, or was not accepted before."""
 
 from typing import Any
 
-from predictions.lifecycle.submissions import Submissions
+from predictions.lifecycle.submit import SubmitPrediction
 from predictions.observability import handler_of, logger
 
-submissions = Submissions.from_env()
+submitting = SubmitPrediction.from_env()
 
 
 @handler_of
 def handler(event: dict[str, Any], context: object) -> dict[str, Any]:  # noqa: ARG001  # Lambda passes both
-    """Submits once; leaves alone what is claimed, bound or ended.
+    """Submit a prediction once; do nothing if it is claimed, bound or completed.
 
     Args:
         event: `{"id": …}`.
         context: Not used.
 
     Returns:
-        `{}`: the machine carries nothing but ids.
+        `{}`: the state machine carries only ids.
 
     Raises:
-        PredictionThrottled: Not now; the message is the number of seconds to wait.
+        PredictionThrottled: The prediction has to wait; the message is the number of seconds.
     """
     logger.set_correlation_id(event["id"])
-    submissions.submit(event["id"])
+    submitting.submit(event["id"])
     return {}

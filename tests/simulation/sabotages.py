@@ -22,9 +22,18 @@ from predictions.intake import redelivery
 from predictions.intake.queue import Requests
 from predictions.intake.redelivery import ReceivedRequests
 from predictions.intents import model as intents
-from predictions.lifecycle import submissions
-from predictions.lifecycle.reconcile import UnknownSubmissions, _told, target_of
-from predictions.lifecycle.submissions import Submissions
+from predictions.lifecycle import orphans, poll, sweep, transitions, unknown_claims
+from predictions.lifecycle.abandonment import Abandonment
+from predictions.lifecycle.binding import Binding
+from predictions.lifecycle.cancel import CancelPrediction
+from predictions.lifecycle.evidence import Evidence, told_by
+from predictions.lifecycle.orphans import Breaker, Orphans
+from predictions.lifecycle.poll import PollPrediction
+from predictions.lifecycle.readings import Readings
+from predictions.lifecycle.reconcile import UnknownSubmissions
+from predictions.lifecycle.sweep import SweepPredictions
+from predictions.lifecycle.targets import target_of
+from predictions.lifecycle.unknown_claims import UnknownClaims
 from predictions.notifications import webhook_queue
 from predictions.notifications.stream import Changes
 from predictions.notifications.stream_retries import Effect
@@ -179,9 +188,9 @@ def _merged_by_rank_alone(change: Any) -> Any:
 
 
 def _swept_without_orphans(_: Any) -> Any:
-    def cancel_orphans(self: Submissions, prediction: Any) -> None:
+    def cancel_orphans(self: Orphans, prediction: Any) -> None:
         for upstream_id in sorted(prediction.orphans):
-            self.table.orphan_canceled(prediction, upstream_id)
+            self._table.orphan_canceled(prediction, upstream_id)
 
     return cancel_orphans
 
@@ -218,7 +227,7 @@ def _first_reading_is_evidence(note: Any) -> Any:
 
 
 def _excluded_by_input(judge: Any) -> Any:
-    def judged(self: UnknownSubmissions, prediction: Any, reading: Any, *more: Any) -> Any:
+    def judged(self: Evidence, prediction: Any, reading: Any, *more: Any) -> Any:
         wanted = digest_of(self._table.input_json(prediction) or "")
         same = {id_: entry for id_, entry in reading.entries.items() if entry.input_digest == wanted}
         return judge(self, prediction, replace(reading, entries=same), *more)
@@ -227,23 +236,23 @@ def _excluded_by_input(judge: Any) -> Any:
 
 
 def _excluded_by_target(judge: Any) -> Any:
-    def judged(self: UnknownSubmissions, prediction: Any, reading: Any, *more: Any) -> Any:
+    def judged(self: Evidence, prediction: Any, reading: Any, *more: Any) -> Any:
         target = target_of(prediction)
-        same = {id_: entry for id_, entry in reading.entries.items() if target.ran(_told(entry))}
+        same = {id_: entry for id_, entry in reading.entries.items() if target.ran(told_by(entry))}
         return judge(self, prediction, replace(reading, entries=same), *more)
 
     return judged
 
 
 def _nothing_undecided(judge: Any) -> Any:
-    def judged(self: UnknownSubmissions, *given: Any) -> Any:
+    def judged(self: Evidence, *given: Any) -> Any:
         return replace(judge(self, *given), undecided=(), candidates=())
 
     return judged
 
 
 def _why_not_for_answered(why: Any) -> Any:
-    def why_not(self: Submissions, prediction: Any, creates: int) -> Any:
+    def why_not(self: UnknownClaims, prediction: Any, creates: int) -> Any:
         return why(self, replace(prediction, unanswered=False), creates)
 
     return why_not
@@ -376,27 +385,23 @@ SABOTAGES: dict[str, Sabotage] = {
     "unconditional writes": _method(PredictionsTable, "_change", _without_condition),
     "a terminal status may be written over": _method(PredictionsTable, "_change", _merged_by_rank_alone),
     "an end by our own word that looks at nothing": _method(PredictionsTable, "end", _ended_without_looking),
-    "no sweep": _method(Submissions, "sweep", _constant(0)),
-    "no poll": _method(Submissions, "poll", _constant(None)),
+    "no sweep": _method(SweepPredictions, "sweep", _constant(0)),
+    "no poll": _method(PollPrediction, "poll", _constant(None)),
     "no look for creates of unknown outcome": _method(ListReader, "read", _nothing_listed),
     "submitted again without evidence": _method(UnknownSubmissions, "has_evidence", _constant(True)),
     "one reading is evidence": _method(PredictionsTable, "note_unknown", _first_reading_is_evidence),
     "an incomplete reading is complete": _method(Reading, "covers", _constant(True)),
-    "no control group": _method(UnknownSubmissions, "_missing_controls", _constant([])),
-    "exclusion by input": _method(UnknownSubmissions, "_judge", _excluded_by_input),
-    "exclusion by target": _method(UnknownSubmissions, "_judge", _excluded_by_target),
-    "undecided entries are passed over": _method(UnknownSubmissions, "_judge", _nothing_undecided),
+    "no control group": _method(Readings, "missing_controls", _constant([])),
+    "exclusion by input": _method(Evidence, "judge", _excluded_by_input),
+    "exclusion by target": _method(Evidence, "judge", _excluded_by_target),
+    "undecided entries are passed over": _method(Evidence, "judge", _nothing_undecided),
     "the holder of a claim is not bounded": _method(SendWindow, "check", _constant(None)),
-    "no second reading after a resubmission": _method(UnknownSubmissions, "_find_orphans", _constant(None)),
-    "the breaker is off": _method(UnknownSubmissions, "stop", _constant(None)),
-    "a caller without an answer is submitted for again": _method(Submissions, "_why_not_again", _why_not_for_answered),
-    "the create's answer is not bound": _method(
-        Submissions, "_bind", lambda _: lambda self, prediction, told: prediction
-    ),
-    "no orphan is canceled": _method(Submissions, "_cancel_orphans", _swept_without_orphans),
-    "a cancel is not passed on": _method(
-        Submissions, "_cancel_upstream", lambda _: lambda self, prediction: prediction
-    ),
+    "no second reading after a resubmission": _method(UnknownSubmissions, "find_orphans", _constant(None)),
+    "the breaker is off": _method(Breaker, "stop", _constant(None)),
+    "a caller without an answer is submitted for again": _method(UnknownClaims, "why_not_again", _why_not_for_answered),
+    "the create's answer is not bound": _method(Binding, "bind", lambda _: lambda self, prediction, told: prediction),
+    "no orphan is canceled": _method(Orphans, "cancel", _swept_without_orphans),
+    "a cancel is not passed on": _method(CancelPrediction, "pass_on", lambda _: lambda self, prediction: prediction),
     "ExecutionAlreadyExists is taken for success": _method(Executions, "start", _started_whatever_is_there),
     "a file's size is not checked": _value(outputs_bucket, "_length", lambda _: None),
     "a file that broke off is given up": _method(OutputsBucket, "_copy", _file_given_up),
@@ -406,7 +411,8 @@ SABOTAGES: dict[str, Sabotage] = {
     "aborted is shown": _value(table, "visible", lambda word: "starting" if word == "queued" else str(word)),
     "the token is not sent again": _all(
         _method(PredictionsTable, "merge", _without_token_when_closed),
-        _value(submissions, "wake", lambda _: False),
+        _value(transitions, "wake", lambda _: False),
+        _value(sweep, "wake", lambda _: False),
     ),
     "the SDK's retry is another request": _all(
         _method(PredictionsTable, "recent", _constant(None)),
@@ -418,10 +424,10 @@ SABOTAGES: dict[str, Sabotage] = {
     "late writers are not waited for after a deletion": _value(table, "_LATE_WRITER_SECONDS", 0),
     "an intent is not looked after": _value(table, "_START_CHECK_SECONDS", 10**7),
     "executions are not counted up": _method(PredictionsTable, "next_execution", _constant(None)),
-    "a submission is given up before its deadline": _value(submissions, "_GIVE_UP_SECONDS", -(10**6)),
-    "one 404 is believed": _value(submissions, "_NOT_FOUND_LIMIT", 1),
+    "a submission is given up before its deadline": _value(unknown_claims, "GIVE_UP_SECONDS", -(10**6)),
+    "one 404 is believed": _all(_value(poll, "NOT_FOUND_LIMIT", 1), _value(orphans, "NOT_FOUND_LIMIT", 1)),
     "the sweep asks before it puts the next look off": _method(PredictionsTable, "begin_look", _looked_at_first),
-    "nothing is ended without asking": _method(Submissions, "_is_abandoned", _constant(False)),
+    "nothing is ended without asking": _method(Abandonment, "is_due", _constant(False)),
     "owners reserve starts far ahead": _value(rate_limiter, "NEAR_SECONDS", (10**6, 10**6)),
     "starts are reserved beyond the deadline": _method(Limiter, "_reserve", _without_deadline),
     "a start that was given back is used by many": _method(Limiter, "_plan_free", _used_again),

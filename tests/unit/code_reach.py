@@ -1,4 +1,4 @@
-"""What a function's code can reach, read from the source: variables, AWS calls, statuses of its problems, methods.
+"""What a function's code can reach, read from the source: variables, AWS calls, statuses, methods, texts.
 
 A call is followed into the method of its object's class where that is written down (`self`, an annotation, `Class(…)`,
 `Class.from_env()`), else into every method of that name in the modules that the handler imports. So a name that two
@@ -60,6 +60,7 @@ class Reach:
     actions: set[str] = field(default_factory=set)
     statuses: set[int] = field(default_factory=set)
     methods: set[str] = field(default_factory=set)
+    texts: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,8 @@ def _class_of(annotation: ast.expr | None) -> str:
 
 
 def _note(node: ast.AST, found: Reach) -> None:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        found.texts.add(node.value)  # also the parts of an f-string
     match node:
         case ast.Subscript(
             value=ast.Attribute(value=ast.Name(id="os"), attr="environ"), slice=ast.Constant(value=str() as name)

@@ -13,8 +13,6 @@ from predictions.aws import clients
 from predictions.aws.executions import Executions
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.lifecycle.model_lookup import ModelSchemas
-from predictions.lifecycle.reconcile import UnknownSubmissions
-from predictions.lifecycle.submissions import Submissions, Timing
 from predictions.observability import metrics
 from predictions.recipes.manage import RecipeChanges
 from predictions.recipes.rules import RecipeRules
@@ -23,6 +21,7 @@ from predictions.store.predictions import PredictionsTable
 from predictions.upstream.client import Replicate, Token
 
 from tests.unit.fakes import API_URL, Clock, Executed, ReplicateInMemory, Wakes
+from tests.unit.protocol import Submissions, Timing
 from tests.unit.template import table_properties
 
 ENVIRONMENT = {
@@ -188,7 +187,7 @@ def submissions(
     return make_submissions(table, replicate, executed, clock)
 
 
-TIMING = Timing(lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, poll=600, retention=30 * 86400)
+TIMING = Timing(lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, retention=30 * 86400)
 
 
 def make_submissions(
@@ -209,13 +208,10 @@ def make_submissions(
         "schemas": ModelSchemas(table, upstream, now=clock.now),
         "limiter": Limiter("predictions", dynamodb, now=clock.now),
         "usage": OwnersUsage("predictions", dynamodb, now=clock.now),
-        "unknown": UnknownSubmissions(
-            table, upstream, "predictions", dynamodb, grace=timing.grace, first_poll=timing.first_poll,
-            now=clock.now, sleep=clock.sleep,
-        ),
+        "between_readings": clock.sleep,
         "sleep": clock.sleep,
         **options,
-    }  # fmt: skip
+    }
     return Submissions(
         table,
         upstream,

@@ -17,7 +17,6 @@ from predictions.errors import Problem
 from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.ids import derived_id
 from predictions.intents.model import create_intent
-from predictions.lifecycle.submissions import Submissions
 from predictions.status import Status, visible
 from predictions.store.predictions import Prediction, PredictionsTable, Whole
 from predictions.upstream.prediction import UpstreamPrediction
@@ -25,6 +24,7 @@ from predictions.views.prediction import Presenter
 
 from tests.unit.apps import SAMPLE_SIGNING_SECRET, AwsCalls, Context, clock_module, load_app, sample
 from tests.unit.fakes import API_URL, VERSION, Clock, ReplicateInMemory, answer
+from tests.unit.protocol import Submissions
 
 Call = Callable[..., dict[str, Any]]
 BODY = {"version": VERSION, "input": {"prompt": "a red fox"}}
@@ -50,8 +50,7 @@ def call(submissions: Submissions, clock: Clock, monkeypatch: pytest.MonkeyPatch
         if function not in loaded:
             with pytest.MonkeyPatch.context() as template_only:
                 loaded[function] = load_app(function, template_only)
-            if hasattr(loaded[function], "submissions"):
-                monkeypatch.setattr(loaded[function], "submissions", submissions)
+            submissions.put_into(loaded[function], monkeypatch)
             if hasattr(loaded[function], "time"):
                 monkeypatch.setattr(loaded[function], "time", clock_module(clock.now))
         answer: dict[str, Any] = loaded[function].handler(event, Context())

@@ -22,12 +22,12 @@ from predictions.files.outputs_bucket import OutputsBucket
 from predictions.ids import random_id
 from predictions.intake.queue import Requests
 from predictions.intents.sources import Message
-from predictions.lifecycle.submissions import Submissions
 from predictions.recipes.store import Recipe, RecipeItems, State
 from predictions.status import Status
 from predictions.store.predictions import PredictionsTable
 
 from tests.unit.fakes import Clock, Executed, ReplicateInMemory, Wakes, meanwhile, refusing
+from tests.unit.protocol import Submissions
 from tests.unit.template import resources
 from tests.unit.test_changes import Bus
 from tests.unit.test_changes import make as make_changes
@@ -272,7 +272,9 @@ def test_batch_whose_execution_was_not_started_is_started_by_the_sweep(world: Wo
         accepted = world.make(LLAMA, key="k")
     assert (accepted.status, world.executions) == ("preparing", {})
     clock.advance(61)
-    world.submissions.sweep(10, plenty, {"batch": lambda id_: world.control.sweep_one(id_, world.submissions, plenty)})
+    world.submissions.sweep(
+        10, plenty, {"batch": lambda id_: world.control.sweep_one(id_, world.submissions.canceling, plenty)}
+    )
     batch = world.make(LLAMA, key="k")
     assert batch.id == accepted.id
     assert list(world.executions) == [f"{batch.id}-1-1"]
@@ -283,9 +285,9 @@ def test_execution_that_is_gone_is_started_again_under_another_name(world: World
     for n in (1, 2):
         world.stop_execution(f"{batch.id}-1-{n}")
         clock.advance(301)
-        world.control.sweep_one(batch.id, world.submissions, plenty)
+        world.control.sweep_one(batch.id, world.submissions.canceling, plenty)
     clock.advance(301)
-    world.control.sweep_one(batch.id, world.submissions, plenty)
+    world.control.sweep_one(batch.id, world.submissions.canceling, plenty)
     assert sorted(world.executions) == [f"{batch.id}-1-{n}" for n in (1, 2, 3)]
 
 
@@ -409,7 +411,7 @@ def test_manifest_over_which_one_execution_after_the_other_dies_fails_the_batch(
     for n in range(1, 7):
         world.stop_execution(f"{batch.id}-1-{n}")
         clock.advance(3601)  # looked at ever more rarely, at most an hour apart
-        world.control.sweep_one(batch.id, world.submissions, plenty)
+        world.control.sweep_one(batch.id, world.submissions.canceling, plenty)
     assert prepare(world.batches, batch.id, 1)["lines"] == 0
     world.finish(batch)
     assert (world.there(batch).status, "each try" in (world.there(batch).error or "")) == ("failed", True)
@@ -564,7 +566,9 @@ def test_more_failing_lines_than_tolerated_fail_the_batch_and_cancel_what_runs(
     with pytest.raises(NoLongerWanted):
         world.take(messages[2])
     clock.advance(61)
-    world.submissions.sweep(10, plenty, {"batch": lambda id_: world.control.sweep_one(id_, world.submissions, plenty)})
+    world.submissions.sweep(
+        10, plenty, {"batch": lambda id_: world.control.sweep_one(id_, world.submissions.canceling, plenty)}
+    )
     assert len(replicate.canceled) == 1
     assert world.finish(batch, exceeded=True)["open"] == 0
     assert world.there(batch).status == "failed"
@@ -600,7 +604,7 @@ def test_cancel_stops_new_lines_and_cancels_running_ones_upstream(world: World, 
         world.submissions.submit(id_)
     world.end(ids[0], replicate, output="done")
     for _ in range(2):
-        halted = world.control.halt(batch, world.submissions, plenty)
+        halted = world.control.halt(batch, world.submissions.canceling, plenty)
     assert (halted.stop, halted.stopped_before, halted.ended) == ("canceled", None, False)
     with pytest.raises(NoLongerWanted):
         world.take(messages[3])
@@ -609,7 +613,7 @@ def test_cancel_stops_new_lines_and_cancels_running_ones_upstream(world: World, 
     world.finish(batch)
     assert [line["status"] for line in world.results(batch)] == ["succeeded", "canceled", "canceled", "canceled"]
     assert world.there(batch).status == "canceled"
-    assert world.control.halt(world.there(batch), world.submissions, plenty).status == "canceled"
+    assert world.control.halt(world.there(batch), world.submissions.canceling, plenty).status == "canceled"
 
 
 def test_canceled_batch_does_not_wait_for_its_map(world: World, replicate: ReplicateInMemory, clock: Clock) -> None:
@@ -618,7 +622,7 @@ def test_canceled_batch_does_not_wait_for_its_map(world: World, replicate: Repli
     id_ = world.take(world.messages(batch)[0])
     world.submissions.submit(id_)
     for _ in range(2):
-        world.control.halt(batch, world.submissions, plenty)
+        world.control.halt(batch, world.submissions.canceling, plenty)
     assert sorted(world.executions) == [f"{batch.id}-1-1", f"{batch.id}-1-2"]
     assert prepare(world.batches, batch.id, 1)["lines"] == 0
     assert world.finish(batch)["open"] == 0
@@ -629,11 +633,11 @@ def test_canceled_batch_does_not_wait_for_its_map(world: World, replicate: Repli
 def test_map_of_a_canceled_batch_is_stopped_by_the_sweep_where_the_call_had_no_time(world: World, clock: Clock) -> None:
     batch = world.prepared(LLAMA)
     world.run(batch)
-    world.control.halt(batch, world.submissions, lambda: 0)
+    world.control.halt(batch, world.submissions.canceling, lambda: 0)
     assert list(world.executions) == [f"{batch.id}-1-1"]
     clock.advance(1)
     for _ in range(3):
-        world.control.sweep_one(batch.id, world.submissions, plenty)
+        world.control.sweep_one(batch.id, world.submissions.canceling, plenty)
         clock.advance(61)
     assert sorted(world.executions) == [f"{batch.id}-1-1", f"{batch.id}-1-2"]
 
@@ -656,7 +660,7 @@ def test_line_that_was_late_is_not_submitted_when_its_batch_is_run_anew(
 ) -> None:
     batch = world.prepared(LLAMA)
     late = world.run(batch, submit=False)[1]
-    world.control.halt(batch, world.submissions, lambda: 0)
+    world.control.halt(batch, world.submissions.canceling, lambda: 0)
     world.batches.end(batch, status="canceled", counts={"canceled": 1}, results_key="alice/batches/x/results-1.jsonl")
     world.batches.begin_again(world.there(batch))
     world.submissions.submit(late)
@@ -670,16 +674,18 @@ def test_cancel_that_runs_out_of_time_is_gone_on_with_by_the_sweep(
     batch = world.prepared(*[LLAMA] * 5)
     world.run(batch)
     seconds = iter([100.0] * 3 + [0.0] * 10)
-    halted = world.control.halt(batch, world.submissions, lambda: next(seconds))
+    halted = world.control.halt(batch, world.submissions.canceling, lambda: next(seconds))
     assert (halted.stopped_before, len(replicate.canceled)) == (2, 3)
     clock.advance(1)
-    world.submissions.sweep(10, plenty, {"batch": lambda id_: world.control.sweep_one(id_, world.submissions, plenty)})
+    world.submissions.sweep(
+        10, plenty, {"batch": lambda id_: world.control.sweep_one(id_, world.submissions.canceling, plenty)}
+    )
     assert (world.there(batch).stopped_before, len(set(replicate.canceled))) == (None, 5)
 
 
 def test_batch_that_is_canceled_while_it_is_prepared_starts_nothing(world: World) -> None:
     batch = world.make(LLAMA, LLAMA)
-    world.control.halt(batch, world.submissions, plenty)
+    world.control.halt(batch, world.submissions.canceling, plenty)
     prepare(world.batches, batch.id, 1)
     with pytest.raises(NoLongerWanted):
         world.take(world.messages(batch)[0])

@@ -12,7 +12,6 @@ import pytest
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled
 from predictions.intake.invocation import RunJobs
-from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import PredictionsTable
 from predictions.upstream.client import NotAccepted, OutcomeUnknown, Replicate, Target
 from predictions.upstream.create_window import CreateTooLateError, SendWindow, single_use_client
@@ -21,6 +20,7 @@ from tests.attacks.hosts import HostileHost, endless, head, hostile_host, silent
 from tests.unit.code_reach import reach
 from tests.unit.conftest import make_submissions
 from tests.unit.fakes import VERSION, Clock, Executed, ReplicateInMemory, Wakes
+from tests.unit.protocol import Submissions
 from tests.unit.template import ROOT, logical_name, resources
 from tests.unit.test_submissions import waiting, wanted
 
@@ -199,9 +199,9 @@ class _FreezingToken:
         """Nothing is cached here."""
 
 
-def _run(submissions: Submissions, _: PredictionsTable, __: Clock) -> None:
+def _run(submissions: Submissions, table: PredictionsTable, _: Clock) -> None:
     presenter: Any = None  # nothing is shown: the start fails
-    jobs = RunJobs(submissions, presenter, owner="alice", allow_loopback_webhooks=False)
+    jobs = RunJobs(submissions.starting, table, presenter, owner="alice", allow_loopback_webhooks=False)
     jobs.run({"model": VERSION, "prompt": "a fox"}, "c6af9ac6-7b61-11e6-9a41-93e8deadbeef", lambda: 900)
 
 

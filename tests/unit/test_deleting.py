@@ -11,7 +11,6 @@ from predictions.errors import Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.receive_webhook import receive
-from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable, Whole
 
 from tests.unit.fakes import (
@@ -27,6 +26,7 @@ from tests.unit.fakes import (
     refusing,
     served,
 )
+from tests.unit.protocol import Submissions
 from tests.unit.test_submissions import current, wanted
 from tests.unit.test_table import FILE
 

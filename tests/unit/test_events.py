@@ -20,7 +20,6 @@ from predictions.files.outputs_bucket import OutputsBucket
 from predictions.files.uploads import Files
 from predictions.intake.invocation import RunJobs
 from predictions.intake.refused import DeadRequests
-from predictions.lifecycle.submissions import Submissions
 from predictions.notifications.signing_secrets import OwnerSecrets
 from predictions.notifications.webhook_queue import Delivery
 from predictions.pipelines.advance import PipelineExecutions, Progress
@@ -48,6 +47,7 @@ from tests.unit.apps import (
 from tests.unit.conftest import make_recipe_changes
 from tests.unit.described import check_answer, operation_of
 from tests.unit.fakes import API_URL, PNG, Clock, Executed, ReplicateInMemory, Wakes, refusing
+from tests.unit.protocol import Submissions
 from tests.unit.template import resources
 from tests.unit.test_changes import Bus
 from tests.unit.test_deliveries import waiting
@@ -364,8 +364,8 @@ def run(
     def run(function: str, event: dict[str, Any], **others: Any) -> Any:
         with pytest.MonkeyPatch.context() as only_here:
             app = load_app(function, only_here)
+            submissions.put_into(app, only_here)
             for name, value in {
-                "submissions": submissions,
                 "table": table,
                 "outputs": outputs,
                 "forwarding": forwarding,
@@ -373,14 +373,14 @@ def run(
                 "pipelines": PipelineApi(
                     pipelines,
                     table,
-                    submissions,
+                    submissions.lookup,
                     pipeline_executions,
                     Presenter(outputs, 3600),
                     30 * 86400,
                     now=clock.now,
                 ),
                 "pipeline_executions": pipeline_executions,
-                "progress": Progress(steps, submissions, queue_url, clients.client("sqs"), now=clock.now),
+                "progress": Progress(steps, submissions.canceling, queue_url, clients.client("sqs"), now=clock.now),
                 "files": Files("predictions", "inputs", 86400, now=clock.now),
                 "time": clock_module(clock.now),
                 **others,
@@ -683,7 +683,12 @@ def test_a_sample_of_a_run_job_is_answered(
     case: str,
 ) -> None:
     jobs = RunJobs(
-        submissions, Presenter(outputs, 3600), owner="queue", allow_loopback_webhooks=False, sleep=clock.sleep
+        submissions.starting,
+        submissions.table,
+        Presenter(outputs, 3600),
+        owner="queue",
+        allow_loopback_webhooks=False,
+        sleep=clock.sleep,
     )
     answer = run(function, sample(function, case), run_jobs=jobs)
     error = RUN_JOBS[function, case]

@@ -17,7 +17,6 @@ from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.intents.model import LIFETIME_LIMIT_SECONDS, Intent
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.receive_webhook import receive
-from predictions.lifecycle.submissions import Submissions, Timing
 from predictions.observability import metrics
 from predictions.status import Status
 from predictions.store.predictions import Prediction, PredictionsTable
@@ -45,6 +44,7 @@ from tests.unit.fakes import (
     refusing,
     served,
 )
+from tests.unit.protocol import Submissions, Timing
 from tests.unit.test_submissions import current, hold_token, look, waiting, wanted
 from tests.unit.test_table import FILE, put, raw_items, told
 
@@ -623,7 +623,7 @@ def test_read_that_fails_after_the_create_is_still_a_201(
     submissions: Submissions, replicate: ReplicateInMemory, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     app = load_app("start_prediction", monkeypatch)
-    monkeypatch.setattr(app, "submissions", submissions)
+    submissions.put_into(app, monkeypatch)
     event = sample("start_prediction", "version")
     event["headers"] |= {"Prefer": "wait=5"}
     with refusing(operation, "ThrottlingException", lambda _: bool(replicate.creates), service="dynamodb"):
@@ -721,7 +721,7 @@ def test_several_candidates_are_no_reason_to_submit_again(
 def test_longest_prediction_submitted_twice_ends_before_the_shortest_retention(
     table: PredictionsTable, replicate: ReplicateInMemory, executed: Executed, clock: Clock
 ) -> None:
-    timing = Timing(lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, poll=600, retention=8 * 86400)
+    timing = Timing(lifetime=86400, training_lifetime=604800, grace=90, first_poll=60, retention=8 * 86400)
     submissions = make_submissions(table, replicate, executed, clock, resubmit=True, timing=timing)
     replicate.faults = [answer(500)]
     prediction = submissions.start(wanted(lifetime=str(LIFETIME_LIMIT_SECONDS)))
@@ -864,7 +864,7 @@ def test_sweep_goes_on_where_the_signing_secret_cannot_be_refreshed(
     executed.stop(f"{prediction.id}-1")
     clock.advance(181)
     app = load_app("sweep_predictions", monkeypatch)
-    monkeypatch.setattr(app, "submissions", submissions)
+    submissions.put_into(app, monkeypatch)
     with refusing(operation, "InternalServiceError", service="secretsmanager"):
         assert app.handler(sample("sweep_predictions", "schedule"), Context(300)) == {"found": 1}
     assert f"{prediction.id}-2" in executed.inputs

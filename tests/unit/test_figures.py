@@ -9,10 +9,10 @@ from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.receive_webhook import receive
-from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import PredictionsTable
 
 from tests.unit.fakes import PNG, VERSION, Clock, ReplicateInMemory, Wakes, attempt, served
+from tests.unit.protocol import Submissions
 from tests.unit.test_submissions import hold_token, wanted
 from tests.unit.test_table import FILE
 

@@ -26,13 +26,13 @@ from predictions.api.proxy import Call as ForwardedCall
 from predictions.aws import clients
 from predictions.errors import Problem
 from predictions.intents.model import create_intent
-from predictions.lifecycle.submissions import Submissions
 from predictions.observability import logger
 from predictions.store.predictions import KeptSchema, PredictionsTable
 from predictions.upstream.client import Token
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
 from tests.unit.fakes import API_URL, VERSION, Clock, ReplicateInMemory, refusing
+from tests.unit.protocol import Submissions
 
 URL = ReplicateInMemory.URL
 NAMES = {"owner": "acme", "name": "fox-1.5", "slug": "text-to-image", "id": VERSION}

@@ -3,6 +3,9 @@
 from typing import Any
 
 import pytest
+from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
+from hypothesis import given
+from hypothesis import strategies as st
 from predictions.aws import clients
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize
 
@@ -19,6 +22,33 @@ def test_item_comes_back_as_it_was_and_with_whole_numbers() -> None:
     item = {"pk": "a", "n": 3, "big": 10**15, "yes": True, "names": {"b", "c"}, "list": ["d", 1], "map": {"e": "f"}}
     assert deserialize(serialize(item)) == item
     assert type(deserialize(serialize(item))["n"]) is int
+
+
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.text() | st.integers(-(10**37), 10**37) | st.binary()
+    | st.sets(st.text()) | st.frozensets(st.integers(-(10**37), 10**37)),
+    lambda values: st.lists(values) | st.dictionaries(st.text(), values),
+    max_leaves=10,
+)  # fmt: skip
+
+
+@given(VALUES)
+def test_form_is_that_of_boto3(value: Any) -> None:
+    typed = serialize({"it": value})
+    assert typed == {"it": TypeSerializer().serialize(value)}
+    assert deserialize(typed) == {"it": TypeDeserializer().deserialize(typed["it"])} == {"it": value}
+
+
+@pytest.mark.parametrize("value", [1.5, {1, "a"}, object()])
+def test_value_without_a_form_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError):
+        serialize({"it": value})
+    with pytest.raises(TypeError):
+        TypeSerializer().serialize(value)
+
+
+def test_number_that_is_not_whole_is_read_as_a_whole_one() -> None:
+    assert deserialize({"it": {"N": "1.5"}, "large": {"N": "1E+3"}}) == {"it": 1, "large": 1000}
 
 
 def test_keys_that_are_not_there_are_left_out(cloud: None) -> None:

@@ -20,8 +20,6 @@ from predictions.aws import clients as aws
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionThrottled, Problem
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.lifecycle.reconcile import UnknownSubmissions
-from predictions.lifecycle.submissions import Submissions
 from predictions.observability import logger, metrics
 from predictions.store.predictions import PredictionsTable
 from predictions.upstream.client import Replicate, Token
@@ -31,6 +29,7 @@ from tests.simulation.account import AwsError, Clients, raise_client_error
 from tests.simulation.dynamodb import ConditionFailed, Table
 from tests.unit.conftest import TIMING
 from tests.unit.fakes import API_URL, Clock, ReplicateInMemory
+from tests.unit.protocol import Submissions
 from tests.unit.test_submissions import wanted
 
 pytestmark = pytest.mark.slow
@@ -91,9 +90,6 @@ class Stack:
                 TIMING,
                 limiter=Limiter("predictions", dynamodb, creates_per_minute=self.rate, now=self.clock.now),
                 usage=OwnersUsage("predictions", dynamodb, now=self.clock.now),
-                unknown=UnknownSubmissions(
-                    self.predictions, upstream, "predictions", dynamodb, grace=90, first_poll=60, now=self.clock.now
-                ),
                 now=self.clock.now,
             )
             for _ in range(4)
@@ -234,7 +230,7 @@ def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clients]:
     monkeypatch.setattr(aws, "_client", clients)
     monkeypatch.setattr(aws, "_api_url", None)
     monkeypatch.setattr(metrics, "add_metric", lambda **_: None)
-    monkeypatch.setattr("predictions.lifecycle.submissions.count_ended", lambda *_: None)
+    monkeypatch.setattr("predictions.lifecycle.transitions.count_ended", lambda *_: None)
     level = logger.log_level
     logger.setLevel("CRITICAL")
     yield clients

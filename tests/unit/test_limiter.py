@@ -12,12 +12,12 @@ from predictions.admission.quotas import OwnerLimits
 from predictions.admission.rate_limiter import BURST_SECONDS, QUIET_SECONDS, AskAgain, Limiter, Start, TooLate
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
-from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import PredictionsTable
 
 from tests.unit.apps import AwsCalls
 from tests.unit.conftest import make_submissions
 from tests.unit.fakes import Clock, Executed, ReplicateInMemory, answer, answers_lost, meanwhile, refusing
+from tests.unit.protocol import Submissions
 from tests.unit.test_submissions import current, waiting, wanted
 
 

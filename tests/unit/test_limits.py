@@ -11,11 +11,11 @@ from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersLimits
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.ids import random_id
-from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import PredictionsTable
 
 from tests.unit.apps import AwsCalls
 from tests.unit.fakes import Clock, ReplicateInMemory, answer, answers_lost
+from tests.unit.protocol import Submissions
 from tests.unit.test_limiter import queued
 from tests.unit.test_submissions import current, wanted
 

@@ -17,7 +17,6 @@ from predictions.ids import derived_id
 from predictions.intake.invocation import RunJobs
 from predictions.intents.sources import Message
 from predictions.lifecycle.archive_outputs import copy
-from predictions.lifecycle.submissions import Submissions
 from predictions.pipelines.advance import PipelineExecutions
 from predictions.pipelines.manage import PipelineApi
 from predictions.pipelines.store import PipelinesTable
@@ -29,6 +28,7 @@ from predictions.views.prediction import Presenter
 from tests.unit.apps import AwsCalls, Context, load_app, sample
 from tests.unit.conftest import make_submissions
 from tests.unit.fakes import PNG, Clock, Died, Executed, Fault, ReplicateInMemory, faulty, refusing, served
+from tests.unit.protocol import Submissions
 from tests.unit.test_batches import LLAMA, RETENTION
 from tests.unit.test_batches import World as BatchWorld
 from tests.unit.test_batches import world as batch_world  # noqa: F401  # a fixture
@@ -74,7 +74,7 @@ def post(
     pipelines = PipelinesTable("predictions", outputs, clients.client("dynamodb"))
     executions = PipelineExecutions(pipelines, Executions(executed.machine_arn, stepfunctions), now=clock.now)
     api = PipelineApi(
-        pipelines, table, submissions, executions, Presenter(outputs, 3600), RETENTION, now=clock.now
+        pipelines, table, submissions.lookup, executions, Presenter(outputs, 3600), RETENTION, now=clock.now
     )  # fmt: skip
     monkeypatch.setattr(apps["batches"], "control", control)
     monkeypatch.setattr(apps["pipelines"], "pipelines", api)
@@ -212,7 +212,7 @@ def test_change_of_a_batch_that_cannot_be_shown_is_answered_without_what_is_miss
         app = load_app("manage_batches", only_here)
     distribution = Distribution("d111.cloudfront.net", "K2JCJMDEHXQW5F", damaged_key, now=clock.now)
     monkeypatch.setattr(app, "control", batch_world.control)
-    monkeypatch.setattr(app, "submissions", batch_world.submissions)
+    batch_world.submissions.put_into(app, monkeypatch)
     monkeypatch.setattr(app, "presenter", Presenter(outputs, 3600, distribution))
     # A retry shows the results of the attempt before, a cancel how far the Map is.
     batch = failed_batch(batch_world, replicate) if route == "retry" else batch_world.prepared(LLAMA)
@@ -233,10 +233,10 @@ def test_cancel_of_a_batch_that_fails_half_way_is_answered_and_finished_by_the_s
     batch = batch_world.prepared(LLAMA, LLAMA)
     batch_world.run(batch)
     with refusing("StopExecution", "ThrottlingException"):
-        halted = batch_world.control.halt(batch, batch_world.submissions, lambda: 100.0)
+        halted = batch_world.control.halt(batch, batch_world.submissions.canceling, lambda: 100.0)
     assert halted.stop == "canceled"
     clock.advance(61)
-    batch_world.control.sweep_one(batch.id, batch_world.submissions, lambda: 100.0)
+    batch_world.control.sweep_one(batch.id, batch_world.submissions.canceling, lambda: 100.0)
     assert len(set(replicate.canceled)) == 2
     assert f"{batch.id}-1-2" in batch_world.executions
 
@@ -288,7 +288,7 @@ def test_start_whose_file_urls_cannot_be_signed_is_answered_201_starting(
     with pytest.MonkeyPatch.context() as only_here:
         app = load_app("start_prediction", only_here)
     distribution = Distribution("d111.cloudfront.net", "K2JCJMDEHXQW5F", key, now=clock.now)
-    monkeypatch.setattr(app, "submissions", submissions)
+    submissions.put_into(app, monkeypatch)
     monkeypatch.setattr(app, "presenter", Presenter(outputs, 3600, distribution))
     calls = AwsCalls()
     event = sample("start_prediction", "version")
@@ -314,7 +314,7 @@ def test_start_that_meets_a_fault_at_any_call_after_its_create_is_answered_201(
 ) -> None:
     with pytest.MonkeyPatch.context() as only_here:
         app = load_app("start_prediction", only_here)
-    monkeypatch.setattr(app, "submissions", submissions)
+    submissions.put_into(app, monkeypatch)
     event = sample("start_prediction", "version")
     for name in ("headers", "multiValueHeaders"):
         event[name] = {n: v for n, v in event[name].items() if n.lower() != "idempotency-key"}
@@ -346,7 +346,9 @@ def test_run_job_that_cannot_be_shown_is_answered_with_its_id_and_status(
             raise ArithmeticError(key)
 
     replicate.files[FILE] = served(PNG)
-    jobs = RunJobs(submissions, Broken(outputs, 3600), owner="queue", allow_loopback_webhooks=False)
+    jobs = RunJobs(
+        submissions.starting, submissions.table, Broken(outputs, 3600), owner="queue", allow_loopback_webhooks=False
+    )
     first = jobs.run(job | {"idempotency_key": "k"} | ({"wait_for_completion": False} if "input_data" in job else {}),
                      "r", lambda: 900)  # fmt: skip
     replicate.finish(next(iter(replicate.predictions)), output=[FILE])
@@ -549,7 +551,7 @@ def waiting_request(submissions: Submissions, monkeypatch: pytest.MonkeyPatch) -
     """The function that starts predictions, and a request that wants to wait 10 s for the end."""
     with pytest.MonkeyPatch.context() as only_here:
         app = load_app("start_prediction", only_here)
-    monkeypatch.setattr(app, "submissions", submissions)
+    submissions.put_into(app, monkeypatch)
     event = sample("start_prediction", "version")
     event["headers"]["Prefer"] = "wait=10"
     event["multiValueHeaders"]["Prefer"] = ["wait=10"]
@@ -595,7 +597,7 @@ def test_lost_answer_of_a_waiting_client_is_told_by_its_own_repetition(
 ) -> None:
     with pytest.MonkeyPatch.context() as only_here:
         app = load_app("start_prediction", only_here)
-    monkeypatch.setattr(app, "submissions", submissions)
+    submissions.put_into(app, monkeypatch)
     statuses = []
     for number in ("0", "1"):
         event = sample("start_prediction", "sdk_retry")

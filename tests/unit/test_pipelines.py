@@ -21,7 +21,6 @@ from predictions.intake.queue import Requests
 from predictions.intents.model import create_requested_intent
 from predictions.intents.sources import Message, RequestRefused
 from predictions.lifecycle.archive_outputs import copy
-from predictions.lifecycle.submissions import Submissions
 from predictions.pipelines.advance import RESEND_SECONDS, PipelineExecutions, Progress, Turn
 from predictions.pipelines.definition import ITEMS_LIMIT, PART_LIMIT_VALUES
 from predictions.pipelines.manage import LIFETIME_SECONDS, PipelineApi
@@ -40,6 +39,7 @@ from predictions.views.prediction import ANSWER_LIMIT_BYTES, Presenter
 
 from tests.unit.apps import AwsCalls
 from tests.unit.fakes import API_URL, PNG, Clock, Died, Executed, Fault, ReplicateInMemory, Wakes, faulty, served
+from tests.unit.protocol import Submissions
 from tests.unit.test_pipeline_definition import FLUX, INPUT, graphs, step
 
 FILE = "https://replicate.delivery/xezq/abc/out-0.png"
@@ -67,10 +67,12 @@ class World:
             self.table, Executions(executed.machine_arn, clients.client("stepfunctions")), now=clock.now
         )
         self.queue_url = clients.client("sqs").get_queue_url(QueueName="requests")["QueueUrl"]
-        self.progress = Progress(self.pipelines, submissions, self.queue_url, clients.client("sqs"), now=clock.now)
+        self.progress = Progress(
+            self.pipelines, submissions.canceling, self.queue_url, clients.client("sqs"), now=clock.now
+        )
         presenter = Presenter(outputs, 3600)
         self.api = PipelineApi(
-            self.table, table, submissions, self.executions, presenter, 30 * 86400, now=clock.now
+            self.table, table, submissions.lookup, self.executions, presenter, 30 * 86400, now=clock.now
         )  # fmt: skip
         self.requests = Requests(
             table,

@@ -190,7 +190,7 @@ LIMITS = {
     "one check of an input": ("layers/predictions/predictions/upstream/input_schema.py", "STEPS_LIMIT", 1, "{} steps"),
     "files of an output": ("layers/predictions/predictions/files/outputs_bucket.py", "FILES_LIMIT", 1, "{};"),
     "fields of a refusal by Replicate": (
-        "layers/predictions/predictions/lifecycle/submissions.py",
+        "layers/predictions/predictions/lifecycle/start.py",
         "REFUSAL_FIELDS_LIMIT",
         1,
         "the first {},",

@@ -11,7 +11,6 @@ from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intake.invocation import RunJobs
 from predictions.lifecycle.receive_webhook import receive
-from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import PredictionsTable
 from predictions.views.prediction import Presenter
 
@@ -26,6 +25,7 @@ from tests.unit.fakes import (
     answer,
     refusing,
 )
+from tests.unit.protocol import Submissions
 
 MODEL = "black-forest-labs/flux-schnell"
 PROMPT = {"model": MODEL, "prompt": "a fox"}
@@ -54,7 +54,8 @@ def run(submissions: Submissions, outputs: OutputsBucket, clock: Clock, looks: l
             looks.pop(0)()
 
     jobs = RunJobs(
-        submissions, Presenter(outputs, 3600), owner="queue", allow_loopback_webhooks=False, sleep=sleep
+        submissions.starting, submissions.table, Presenter(outputs, 3600),
+        owner="queue", allow_loopback_webhooks=False, sleep=sleep,
     )  # fmt: skip
 
     def run(event: Any, request_id: str = "request-1") -> dict[str, Any]:

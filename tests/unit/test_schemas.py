@@ -10,13 +10,15 @@ from botocore.exceptions import ClientError
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.intents.model import Intent, Reference, create_intent, model_reference
-from predictions.lifecycle.submissions import Submissions
+from predictions.lifecycle.model_lookup import ModelLookup
 from predictions.observability import metrics
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, KeptSchema, PredictionsTable
+from predictions.upstream.client import Replicate
 
 from tests.unit.apps import AwsCalls
 from tests.unit.conftest import make_submissions
 from tests.unit.fakes import VERSION, Clock, Executed, ReplicateInMemory, answer, fail, refusing
+from tests.unit.protocol import Submissions
 
 OTHER = "a" * 64
 NAMED = f"stability-ai/sdxl:{VERSION}"
@@ -125,9 +127,11 @@ def test_turned_off_nothing_is_checked_and_no_schema_is_asked_for(
 
 
 @pytest.mark.parametrize(("value", "checks"), [("true", True), ("false", False)])
-def test_parameter_turns_it_on_and_off(cloud: None, monkeypatch: pytest.MonkeyPatch, value: str, checks: bool) -> None:
+def test_parameter_turns_it_on_and_off(
+    table: PredictionsTable, monkeypatch: pytest.MonkeyPatch, value: str, checks: bool
+) -> None:
     monkeypatch.setenv("VALIDATE_INPUT", value)
-    assert (Submissions.from_env()._schemas is not None) == checks
+    assert (ModelLookup.from_env(table, Replicate.from_env())._schemas is not None) == checks
 
 
 def test_bare_version_of_an_unknown_model_is_left_to_replicate(
@@ -173,7 +177,7 @@ def test_model_of_a_version_is_noted_once(
 ) -> None:
     both = [make_submissions(table, replicate, executed, clock) for _ in range(2)]
     for each in both:
-        each._look_up(wanted(GOOD, VERSION).reference)  # before either has learned it
+        each.lookup.find(wanted(GOOD, VERSION).reference)  # before either has learned it
     both[0].start(wanted(GOOD, VERSION))
     clock.advance(1)
     both[1].start(wanted(GOOD, VERSION))

@@ -11,7 +11,6 @@ from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import Attempt, Intent, create_intent, model_reference
-from predictions.lifecycle.submissions import Submissions
 from predictions.observability import metrics
 from predictions.store.predictions import Prediction, PredictionsTable
 
@@ -28,6 +27,7 @@ from tests.unit.fakes import (
     fail,
     refusing,
 )
+from tests.unit.protocol import Submissions
 
 
 def wanted(
@@ -1086,7 +1086,7 @@ class TestMeasured:
         assert self.measured() == {}
         for key in ("a", "b"):
             waiting(table, clock, key=key)
-        submissions._limiter.pause_by_command("Moving.")  # the table's, as the command writes it
+        submissions.limiter.pause_by_command("Moving.")  # the table's, as the command writes it
         submissions.measure()
         assert self.measured() == {"OpenItems": [2], "Paused": [1]}
 

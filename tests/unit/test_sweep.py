@@ -9,7 +9,6 @@ import httpx
 import pytest
 from predictions.aws import clients
 from predictions.intents.model import create_intent
-from predictions.lifecycle.submissions import Submissions
 from predictions.observability import metrics
 from predictions.pipelines.advance import PipelineExecutions
 from predictions.pipelines.store import PipelinesTable
@@ -17,6 +16,7 @@ from predictions.store.predictions import Prediction, PredictionsTable
 from predictions.upstream.prediction import PARSED_LIMIT_BYTES, UpstreamPrediction
 
 from tests.unit.fakes import VERSION, Clock, Died, Executed, ReplicateInMemory, accept_then, answer
+from tests.unit.protocol import Submissions
 from tests.unit.test_batches import LLAMA, World, plenty
 from tests.unit.test_batches import world as batch_world  # noqa: F401  # a fixture
 
@@ -394,7 +394,7 @@ class TestBatches:
             world.stop_execution(f"{batch.id}-1-{there.execution_n}")
             until_due(clock, there.next_check_at)
             looks.append(clock.now())
-            world.control.sweep_one(batch.id, world.submissions, plenty)
+            world.control.sweep_one(batch.id, world.submissions.canceling, plenty)
             if len(looks) == 8:
                 clock.advance(batch.expires_at - 86400 - HOUR - clock.now())
         ended = world.there(batch)
@@ -423,7 +423,7 @@ class TestBatches:
             waits = []
             for _ in range(4):
                 with pytest.raises(Died):
-                    world.control.sweep_one(batch.id, world.submissions, plenty)
+                    world.control.sweep_one(batch.id, world.submissions.canceling, plenty)
                 waits.append((world.there(batch).next_check_at or 0) - int(clock.now()))
                 clock.advance(waits[-1])
         assert waits == [60, 120, 240, 480]

@@ -10,11 +10,11 @@ from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.receive_webhook import Receipt, receive
-from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import PredictionsTable
 
 from tests.unit.conftest import make_submissions
 from tests.unit.fakes import PNG, VERSION, Clock, Executed, ReplicateInMemory, Wakes, answer
+from tests.unit.protocol import Submissions
 from tests.unit.test_figures import Calls
 from tests.unit.test_submissions import current, wanted
 

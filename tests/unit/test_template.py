@@ -12,7 +12,7 @@ from predictions.batches.dropped import PREFIX
 from predictions.cli.dead_letters import QUEUES as LETTERS
 from predictions.ids import _OWNER, is_owner
 from predictions.intake.redelivery import FAILURES_LIMIT, NEEDED_SECONDS
-from predictions.lifecycle.submissions import _ABANDON_SECONDS
+from predictions.lifecycle.timing import ABANDON_SECONDS
 from predictions.notifications.stream import NEEDED_SECONDS as CHANGE_NEEDED_SECONDS
 from predictions.notifications.stream_retries import RETRY_SECONDS as CHANGE_RETRY_SECONDS
 from predictions.notifications.webhook_queue import LONGEST_WAIT_SECONDS, RETRY_SECONDS
@@ -525,6 +525,40 @@ def test_function_has_the_variables_that_its_code_reads_and_no_others(name: str)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function_may_do_what_its_code_does_and_nothing_else(name: str) -> None:
     assert actions(name) == reach(folder_name(name)).actions | source_actions(name)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_may_use_only_the_items_and_indexes_that_its_code_names(name: str) -> None:
+    texts = reach(folder_name(name)).texts
+    for statement in statements(name):
+        if not any(action.startswith("dynamodb:") for action in listed(statement["Action"])):
+            continue
+        for keys in statement.get("Condition", {}).get("ForAllValues:StringLike", {}).values():
+            assert {key.removesuffix("*") for key in listed(keys)} <= texts
+        arns = [each["Fn::Sub"] for each in listed(statement["Resource"]) if "Fn::Sub" in each]
+        assert {arn.rpartition("/index/")[2] for arn in arns if "/index/" in arn} <= texts
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_may_use_only_the_secrets_and_machines_that_its_variables_name(name: str) -> None:
+    given = list(variables(name).values())
+    machines = {_machine(value) for key, value in variables(name).items() if key.endswith("STATE_MACHINE_ARN")}
+    used: set[str] = set()
+    for statement in statements(name):
+        services = {action.partition(":")[0] for action in listed(statement["Action"])}
+        resources_ = listed(statement["Resource"])
+        if services == {"secretsmanager"}:
+            assert [each for each in resources_ if each not in given] == []
+        elif services == {"states"} and resources_ != ["*"]:
+            used |= {_machine(each) for each in resources_}
+    assert used == machines, "neither a machine that it does not know, nor the name of one that it may not touch"
+
+
+def _machine(arn: Any) -> str:
+    """`run-batch` of the ARN of this machine, or of its executions and Map runs."""
+    found = re.search(r"\$\{AWS::StackName\}-([a-z-]+)", arn["Fn::Sub"])
+    assert found, arn
+    return found[1]
 
 
 def test_functions_behind_the_api_end_before_it_gives_up() -> None:
@@ -1290,7 +1324,7 @@ def test_recipes_are_deployed_once_their_function_may_use_the_key_and_removed_wh
 def test_alarm_for_what_is_past_its_deadline_comes_after_the_last_poll_that_may_end_it() -> None:
     longest = load_template()["Parameters"]["PollSeconds"]["MaxValue"]
     alarm = load_template()["Resources"]["OverduePredictionsAlarm"]["Properties"]
-    assert alarm["Threshold"] > _ABANDON_SECONDS + longest
+    assert alarm["Threshold"] > ABANDON_SECONDS + longest
 
 
 def test_concurrency_is_reserved_for_webhooks_and_starts_only_where_it_is_asked_for() -> None:

@@ -183,7 +183,87 @@ ROUTE_MOVED = {
     Change("ReadPredictionsFunctionDescribePermissionv1", "added"),
 }
 # Variables that a function's step does not read.
-FEWER_VARIABLES: dict[str, tuple[str, ...]] = {}
+FEWER_VARIABLES: dict[str, tuple[str, ...]] = {
+    "AdvancePipelineFunction": (
+        "DEFAULT_LIFETIME_SECONDS",
+        "FIRST_POLL_SECONDS",
+        "MAX_UNKNOWN_CREATES",
+        "POLL_SECONDS",
+        "RETENTION_DAYS",
+        "STATE_MACHINE_ARN",
+        "SUBMIT_GRACE_SECONDS",
+        "TRAINING_LIFETIME_SECONDS",
+        "UNKNOWN_SUBMISSION",
+        "VALIDATE_INPUT",
+    ),
+    "CancelPredictionFunction": (
+        "DEFAULT_LIFETIME_SECONDS",
+        "FIRST_POLL_SECONDS",
+        "MAX_UNKNOWN_CREATES",
+        "POLL_SECONDS",
+        "RETENTION_DAYS",
+        "STATE_MACHINE_ARN",
+        "SUBMIT_GRACE_SECONDS",
+        "TRAINING_LIFETIME_SECONDS",
+        "UNKNOWN_SUBMISSION",
+        "VALIDATE_INPUT",
+    ),
+    "ManageBatchesFunction": (
+        "DEFAULT_LIFETIME_SECONDS",
+        "FIRST_POLL_SECONDS",
+        "MAX_UNKNOWN_CREATES",
+        "POLL_SECONDS",
+        "STATE_MACHINE_ARN",
+        "SUBMIT_GRACE_SECONDS",
+        "TRAINING_LIFETIME_SECONDS",
+        "UNKNOWN_SUBMISSION",
+        "VALIDATE_INPUT",
+    ),
+    "ManagePipelinesFunction": (
+        "CREATES_PER_MINUTE",
+        "DEFAULT_LIFETIME_SECONDS",
+        "FIRST_POLL_SECONDS",
+        "MAX_START_DELAY_SECONDS",
+        "MAX_UNKNOWN_CREATES",
+        "POLL_SECONDS",
+        "STATE_MACHINE_ARN",
+        "SUBMIT_GRACE_SECONDS",
+        "TRAINING_LIFETIME_SECONDS",
+        "UNKNOWN_SUBMISSION",
+    ),
+    "PollPredictionFunction": (
+        "DEFAULT_LIFETIME_SECONDS",
+        "POLL_SECONDS",
+        "RETENTION_DAYS",
+        "STATE_MACHINE_ARN",
+        "TRAINING_LIFETIME_SECONDS",
+    ),
+    "RunPredictionFunction": (
+        "MAX_UNKNOWN_CREATES",
+        "POLL_SECONDS",
+        "UNKNOWN_SUBMISSION",
+    ),
+    "StartPredictionFunction": (
+        "MAX_UNKNOWN_CREATES",
+        "POLL_SECONDS",
+        "UNKNOWN_SUBMISSION",
+    ),
+    "SubmitPredictionFunction": (
+        "DEFAULT_LIFETIME_SECONDS",
+        "POLL_SECONDS",
+        "RETENTION_DAYS",
+        "STATE_MACHINE_ARN",
+        "TRAINING_LIFETIME_SECONDS",
+    ),
+    "SweepPredictionsFunction": (
+        "DEFAULT_LIFETIME_SECONDS",
+        "MAX_UNKNOWN_CREATES",
+        "POLL_SECONDS",
+        "TRAINING_LIFETIME_SECONDS",
+        "UNKNOWN_SUBMISSION",
+        "VALIDATE_INPUT",
+    ),
+}
 # Roles that may do less: which statements, test_template.py holds against the code.
 NARROWER_ROLES: set[str] = set()
 

@@ -17,7 +17,6 @@ from predictions.intents.model import (
 )
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.receive_webhook import Receipt, receive
-from predictions.lifecycle.submissions import Submissions
 from predictions.store.predictions import Prediction, PredictionsTable
 
 from tests.unit.apps import Context, load_app, sample
@@ -34,6 +33,7 @@ from tests.unit.fakes import (
     answer,
     served,
 )
+from tests.unit.protocol import Submissions
 from tests.unit.test_submissions import current, look, wanted
 
 WEIGHTS = "https://replicate.delivery/pbxt/abc/trained_model.tar"
@@ -305,8 +305,7 @@ def call(submissions: Submissions, monkeypatch: pytest.MonkeyPatch) -> Call:
         if function not in loaded:
             with pytest.MonkeyPatch.context() as template_only:
                 loaded[function] = load_app(function, template_only)
-            if hasattr(loaded[function], "submissions"):
-                monkeypatch.setattr(loaded[function], "submissions", submissions)
+            submissions.put_into(loaded[function], monkeypatch)
         answered: dict[str, Any] = loaded[function].handler(event, Context())
         return {**answered, "body": json.loads(answered["body"])}
 

@@ -22,8 +22,6 @@ from predictions.aws import clients as aws
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionThrottled
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.lifecycle.reconcile import UnknownSubmissions
-from predictions.lifecycle.submissions import Submissions, Timing
 from predictions.observability import logger, metrics
 from predictions.store.predictions import PredictionsTable
 from predictions.upstream.client import Replicate, Token
@@ -32,12 +30,13 @@ from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error
 from tests.simulation.dynamodb import ConditionFailed, Table
 from tests.unit.fakes import API_URL, Clock, ReplicateInMemory
+from tests.unit.protocol import Submissions, Timing
 from tests.unit.test_submissions import wanted
 
 pytestmark = pytest.mark.slow
 
 ARN = "arn:aws:states:us-east-1:123456789012:stateMachine:track-prediction"
-TIMING = Timing(lifetime=86400, training_lifetime=604800, grace=45, first_poll=60, poll=600, retention=30 * 86400)
+TIMING = Timing(lifetime=86400, training_lifetime=604800, grace=45, first_poll=60, retention=30 * 86400)
 PAGE = 100
 PAGE_SECONDS = 0.5
 
@@ -114,10 +113,6 @@ class Stack:
                 self.predictions, upstream, Executions(ARN, aws.client("stepfunctions")), TIMING,
                 limiter=Limiter("predictions", dynamodb, creates_per_minute=6000, now=clock.now),
                 usage=OwnersUsage("predictions", dynamodb, now=clock.now),
-                unknown=UnknownSubmissions(
-                    self.predictions, upstream, "predictions", dynamodb, grace=45, first_poll=60,
-                    now=clock.now, sleep=clock.sleep,
-                ),
                 resubmit=True, now=clock.now, sleep=clock.sleep,
             )
             for _ in range(4)

@@ -11,8 +11,8 @@ from botocore.exceptions import EndpointConnectionError
 from predictions.admission.quotas import OwnerLimits, OwnersLimits
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled
-from predictions.lifecycle.reconcile import CALLS_AT_ONCE, CALLS_PER_MINUTE, STOP_SECONDS, _Budget
-from predictions.lifecycle.submissions import Submissions, Timing
+from predictions.lifecycle.orphans import STOP_SECONDS
+from predictions.lifecycle.readings import CALLS_AT_ONCE, CALLS_PER_MINUTE, Budget
 from predictions.observability import metrics
 from predictions.store.predictions import Prediction, PredictionsTable
 from predictions.upstream.prediction import UpstreamPrediction
@@ -29,10 +29,11 @@ from tests.unit.fakes import (
     answer,
     fail,
 )
+from tests.unit.protocol import Submissions, Timing
 from tests.unit.test_submissions import current, forget_expired, waiting, wanted
 
 GRACE = 45
-TIMING = Timing(lifetime=86400, training_lifetime=604800, grace=GRACE, first_poll=60, poll=600, retention=30 * 86400)
+TIMING = Timing(lifetime=86400, training_lifetime=604800, grace=GRACE, first_poll=60, retention=30 * 86400)
 LISTS = "/v1/predictions"
 
 
@@ -722,7 +723,7 @@ class TestShared:
         assert lists(replicate) > asked
 
     def test_fewer_than_sixty_calls_begin_in_any_minute(self, clock: Clock) -> None:
-        budget = _Budget(0, clock.now, clock.sleep)
+        budget = Budget(0, clock.now, clock.sleep)
         made = []
         for _ in range(300):
             assert budget.may_ask(clock.now() + 10)
@@ -731,7 +732,7 @@ class TestShared:
         assert CALLS_AT_ONCE + CALLS_PER_MINUTE < 60
 
     def test_call_whose_turn_comes_too_late_is_not_made(self, clock: Clock) -> None:
-        budget = _Budget(clock.now() + 100, clock.now, clock.sleep)
+        budget = Budget(clock.now() + 100, clock.now, clock.sleep)
         assert not budget.may_ask(clock.now() + 10)
 
 
@@ -898,9 +899,9 @@ class TestWrong:
         upstream(replicate, bound, clock)
         clock.advance(60)
         submissions.look_again()
-        assert submissions._unknown.stopped_seconds() == STOP_SECONDS  # the item, as the alarm's remedy names it
+        assert submissions.breaker.stopped_seconds() == STOP_SECONDS  # the item, as the alarm's remedy names it
         clock.advance(STOP_SECONDS)
-        assert submissions._unknown.stopped_seconds() == 0
+        assert submissions.breaker.stopped_seconds() == 0
 
 
 def test_history_names_submissions_and_readings_and_is_bounded(

@@ -67,7 +67,7 @@ HORIZON_SECONDS = 7 * 86400
 
 NEAR_SECONDS = (1, 5)
 """How far ahead an owner's last reserved start may be when it reserves the next one: two starts of the lane, within
-these bounds. Starts a second ahead are not waited for (see `submissions`), so a request whose turn has come mostly
+these bounds. Starts a second ahead are not waited for (see `lifecycle.timing`), so a request whose turn has come mostly
 starts at once; at a slow rate, requests that ask a little late would leave the lane idle with less than two."""
 
 MAX_START_DELAY_SECONDS = 3600

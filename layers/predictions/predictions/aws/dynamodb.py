@@ -1,14 +1,12 @@
 """Items of the table in the form that DynamoDB's client speaks, and the two reads that lists are made of.
 
-`api.access_tokens`, which runs before every cold call, and modules with an item of two values
-(`notifications.signing_secrets`, `api.proxy`) write that form themselves: importing the serializers imports boto3.
+The codec is not boto3's: importing that one imports boto3, a tenth of the cold start of most functions. A test holds it
+to boto3's.
 """
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
-
-from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -19,19 +17,67 @@ _BATCH_LIMIT = 100
 # Before and after every place of a list, each of which begins with a year.
 _FIRST_PLACE, _LAST_PLACE = "0", "9~"
 
-_serializer = TypeSerializer()
-_deserializer = TypeDeserializer()
-
 
 def serialize(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes, a key or an expression's values: `{"rank": 1}` as `{"rank": {"N": "1"}}`."""
-    return {name: _serializer.serialize(value) for name, value in values.items()}
+    """Return attributes, a key or an expression's values in DynamoDB's form: `{"rank": 1}` as `{"rank": {"N": "1"}}`.
+
+    Raises:
+        TypeError: A value has no such form, for example a float.
+    """
+    return {name: _typed(value) for name, value in values.items()}
 
 
 def deserialize(item: Mapping[str, Any]) -> dict[str, Any]:
-    """What `serialize` made, as it was; numbers are ints, since every number in this table is whole."""
-    values = {name: _deserializer.deserialize(value) for name, value in item.items()}
-    return {name: int(value) if hasattr(value, "to_integral") else value for name, value in values.items()}
+    """Return what `serialize` made as it was; numbers are ints, since every number in this table is whole."""
+    return {name: _untyped(value) for name, value in item.items()}
+
+
+def _typed(value: Any) -> dict[str, Any]:
+    match value:
+        case None:
+            return {"NULL": True}
+        case bool():  # before int, which it is too
+            return {"BOOL": value}
+        case str():
+            return {"S": value}
+        case int():
+            return {"N": str(value)}
+        case bytes():
+            return {"B": value}
+        case Mapping():
+            return {"M": serialize(value)}
+        case list() | tuple():
+            return {"L": [_typed(each) for each in value]}
+        case set() | frozenset() if all(type(each) is int for each in value):
+            return {"NS": [str(each) for each in value]}
+        case set() | frozenset() if all(isinstance(each, str) for each in value):
+            return {"SS": list(value)}
+    raise TypeError(f"DynamoDB has no form of {type(value).__name__}")
+
+
+def _untyped(typed: Mapping[str, Any]) -> Any:
+    ((kind, value),) = typed.items()
+    match kind:
+        case "N":
+            return _whole(value)
+        case "NULL":
+            return None
+        case "M":
+            return deserialize(value)
+        case "L":
+            return [_untyped(each) for each in value]
+        case "SS" | "BS":
+            return set(value)
+        case "NS":
+            return {_whole(each) for each in value}
+    return value  # S, BOOL, B
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # of a manual edit
+        return int(float(text))
 
 
 def timestamp(moment: float | datetime) -> str:

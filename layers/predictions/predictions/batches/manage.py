@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from predictions.validation import input_json_canonical, parse_json
 if TYPE_CHECKING:
     from mypy_boto3_stepfunctions import SFNClient
 
-    from predictions.lifecycle.submissions import Submissions
+    from predictions.lifecycle.cancel import CancelPrediction
 
 _CHUNK = 100
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
@@ -315,6 +315,18 @@ class BatchControl:
             raise Problem(404, f"There is no batch {batch_id[:64]!r}.")
         return batch
 
+    def page(self, owner: str, start: str | None, *, older: bool, size: int) -> tuple[Sequence[Batch], bool]:
+        """Return a page of an owner's batches, as `Batches.page` does."""
+        return self.batches.page(owner, start, older=older, size=size)
+
+    def manifest_uri(self, batch: Batch) -> str | None:
+        """Return the URI of a batch's manifest, or None if its requests came with the call."""
+        return batch.manifest_uri(self.batches.bucket_name)
+
+    def uri(self, key: str) -> str:
+        """Return the URI of an object of a batch."""
+        return f"s3://{self.batches.bucket_name}/{key}"
+
     def counts(self, batch: Batch, *, ask: bool = True) -> dict[str, int]:
         """Lines by their status: those that wait, run, and have ended in each way.
 
@@ -358,7 +370,7 @@ class BatchControl:
 
     # -- cancel, retry ------------------------------------------------------------------------------------------------
 
-    def halt(self, batch: Batch, submissions: "Submissions", remaining_seconds: Callable[[], float]) -> Batch:
+    def halt(self, batch: Batch, canceling: "CancelPrediction", remaining_seconds: Callable[[], float]) -> Batch:
         """Cancels a batch for its owner: no further line starts, and those that run are canceled at Replicate.
 
         What does not fit into the time, or fails after that is written, is done by the sweep within a minute. Twice
@@ -367,14 +379,14 @@ class BatchControl:
         stopped = self.batches.stop(batch, "canceled") or self.batches.find(batch.id) or batch
         try:
             if stopped.stop is not None and not stopped.ended:
-                self.cancel_lines(stopped, submissions, remaining_seconds)
+                self.cancel_lines(stopped, canceling, remaining_seconds)
                 self._run(self.batches.find(batch.id) or stopped)
             return self.batches.find(batch.id) or stopped
         except (ClientError, BotoCoreError):
             logger.exception("canceled, but not all of its lines yet", batch_id=batch.id)
             return stopped
 
-    def cancel_lines(self, batch: Batch, submissions: "Submissions", remaining_seconds: Callable[[], float]) -> None:
+    def cancel_lines(self, batch: Batch, canceling: "CancelPrediction", remaining_seconds: Callable[[], float]) -> None:
         """Cancels those lines of a stopped batch that run, from where it was left; notes how far it came."""
         if batch.stopped_before is None or batch.lines is None:
             return None
@@ -386,10 +398,10 @@ class BatchControl:
                 continue
             chunk.append(line["n"])
             if len(chunk) == _CHUNK:
-                if not self._cancel_chunk(batch, chunk, submissions, remaining_seconds):
+                if not self._cancel_chunk(batch, chunk, canceling, remaining_seconds):
                     return self.batches.stopped(batch, before)
                 before, chunk = before + len(chunk), []
-        done = self._cancel_chunk(batch, chunk, submissions, remaining_seconds)
+        done = self._cancel_chunk(batch, chunk, canceling, remaining_seconds)
         if done and batch.stop == "canceled":
             # Before it is noted: died in between, the next look does it again.
             self._stop_execution(batch)
@@ -407,15 +419,10 @@ class BatchControl:
             logger.info("no execution to stop", batch_id=batch.id)
 
     def _cancel_chunk(
-        self, batch: Batch, lines: list[int], submissions: "Submissions", remaining_seconds: Callable[[], float]
+        self, batch: Batch, lines: list[int], canceling: "CancelPrediction", remaining_seconds: Callable[[], float]
     ) -> bool:
         ids = [batch.prediction_id(n, batch.attempt) for n in lines]
-        for result in submissions.table.results(ids, batch.owner).values():
-            if not result.prediction.terminal:
-                if remaining_seconds() < 5:
-                    return False
-                submissions.cancel(result.prediction)
-        return True
+        return canceling.cancel_open(ids, batch.owner, remaining_seconds)
 
     def again(self, batch: Batch, *, limits: OwnerLimits | None = None, repeated: bool = False) -> Batch:
         """Runs the lines anew that failed or were canceled, in a batch that has ended.
@@ -454,7 +461,7 @@ class BatchControl:
 
     # -- sweep --------------------------------------------------------------------------------------------------------
 
-    def sweep_one(self, batch_id: str, submissions: "Submissions", remaining_seconds: Callable[[], float]) -> None:
+    def sweep_one(self, batch_id: str, canceling: "CancelPrediction", remaining_seconds: Callable[[], float]) -> None:
         """Moves on a batch whose check is due: cancels what is left to be, and restarts an execution that is gone."""
         batch = self.batches.find(batch_id)
         # The index may lag behind the item.
@@ -470,7 +477,7 @@ class BatchControl:
             self.batches.abandon(taken)
             return
         if taken.stop:
-            self.cancel_lines(taken, submissions, remaining_seconds)
+            self.cancel_lines(taken, canceling, remaining_seconds)
         self._run(taken)
 
     # -- inside -------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from predictions.cli.stack import (
     print_table,
     second,
 )
-from predictions.lifecycle.reconcile import undecided_ids
+from predictions.lifecycle.evidence import undecided_ids
 from predictions.store.predictions import Prediction, PredictionsTable
 
 app = group()

@@ -25,9 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from predictions.errors import Problem
 from predictions.intents.model import Intent, create_requested_intent
-from predictions.lifecycle.submissions import Submissions
+from predictions.lifecycle.start import StartPrediction
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.store.predictions import Prediction, Whole
+from predictions.store.predictions import Prediction, PredictionsTable, Whole
 from predictions.validation import parse_json
 from predictions.views.prediction import Presenter
 
@@ -131,7 +131,8 @@ class RunJobs:
     """Runs jobs.
 
     Args:
-        submissions: Starts predictions.
+        starting: Starts predictions.
+        table: The predictions.
         presenter: Shows them.
         owner: Whose they are.
         allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
@@ -140,14 +141,16 @@ class RunJobs:
 
     def __init__(
         self,
-        submissions: Submissions,
+        starting: StartPrediction,
+        table: PredictionsTable,
         presenter: Presenter,
         *,
         owner: str,
         allow_loopback_webhooks: bool,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._submissions = submissions
+        self._starting = starting
+        self._table = table
         self._presenter = presenter
         self._owner = owner
         self._allow_loopback_webhooks = allow_loopback_webhooks
@@ -157,7 +160,8 @@ class RunJobs:
     def from_env(cls) -> "RunJobs":
         """From the environment of run_prediction."""
         return cls(
-            Submissions.from_env(),
+            StartPrediction.from_env(),
+            PredictionsTable.from_env(),
             Presenter.from_env(),
             owner=os.environ["QUEUE_OWNER"],
             allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
@@ -212,7 +216,7 @@ class RunJobs:
     def _start(self, intent: Intent, remaining_seconds: Callable[[], float]) -> Prediction:
         for attempt in range(_ATTEMPTS):
             try:
-                return self._submissions.start(intent)
+                return self._starting.start(intent)
             except Problem as problem:
                 wait_seconds = int(problem.headers.get("Retry-After", _RETRY_LIMIT_SECONDS))
                 if (
@@ -232,7 +236,7 @@ class RunJobs:
                 return
             self._sleep(job.poll_interval)
             try:
-                seen = self._submissions.table.get(prediction_id)
+                seen = self._table.get(prediction_id)
             except (ClientError, BotoCoreError):
                 logger.exception("not seen this time")
                 continue
@@ -240,7 +244,7 @@ class RunJobs:
                 return
 
     def _read(self, prediction: Prediction) -> Whole:
-        whole = self._submissions.table.read(prediction.id)
+        whole = self._table.read(prediction.id)
         if whole is None:
             raise LookupError(prediction.id)
         return whole

@@ -1,4 +1,4 @@
-"""Copying a prediction's files into the outputs bucket, and making its end visible."""
+"""Archive outputs: copy a prediction's files into the outputs bucket, then show its completion."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from predictions.files.outputs_bucket import FILES_LIMIT, OutputsBucket, folder
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.store.predictions import PredictionsTable
 
-# Replicate removes files about an hour after the end; beyond this a host that still fails is taken at its word.
+# Replicate removes files about an hour after completion; later than this, a failing host is not retried.
 _GIVE_UP_SECONDS = 2 * 3600
 
 
@@ -21,21 +21,21 @@ def copy(
     remaining_seconds: Callable[[], float],
     now: Callable[[], float],
 ) -> None:
-    """Copies what Replicate will remove, then lets callers see the end.
+    """Copy what Replicate will remove, then show the completion to callers.
 
-    Twice: nothing is left to copy. Died half-way: stored files stay, the next attempt goes on. A file that cannot be
-    had for good is recorded with its reason, and raises an alarm through the metric `CopiesFailed`.
+    A second run has nothing left to copy. After a crash the stored files stay, and the next attempt continues. A file
+    that fails for good is recorded with its reason, and raises an alarm through the metric `CopiesFailed`.
 
     Args:
         table: The predictions.
-        outputs: Where the files go.
+        outputs: The bucket of the files.
         prediction_id: Our id.
-        execution_n: Which execution asks: the lease to copy belongs to one.
-        remaining_seconds: How long the function may still run.
+        execution_n: The number of the execution: the lease to copy belongs to one.
+        remaining_seconds: The time left to the function.
         now: The time.
 
     Raises:
-        CopyInterrupted: Some files could not be had now, or another execution copies.
+        CopyInterrupted: Some files failed for now, or another execution copies.
     """
     prediction = table.get(prediction_id)
     if prediction is None or not prediction.awaits_copy:
@@ -54,7 +54,7 @@ def copy(
     failed = [file for file in stored if file.error]
     for file in failed:
         logger.error("output could not be stored", path=file.path, reason=file.error)
-    # Before the end is written: whatever happens then, the alarm is not lost.
+    # Before the completion is written: a crash there does not lose the alarm.
     metrics.add_metric(name="CopiesFailed", unit=MetricUnit.Count, value=len(failed))
     ended = table.end_copy(prediction, stored, now())
     if ended is None:
@@ -71,10 +71,10 @@ def copy_again(
     *,
     remaining_seconds: Callable[[], float],
 ) -> dict[str, Any]:
-    """Copies the files that could not be copied when a prediction ended, for an operator who has mended why.
+    """Copy the files that failed when a prediction completed, for an operator who has removed the cause.
 
-    The end stays as it was told: only the places of the files that are there now are written. Twice, or two at once:
-    an object is written once, and recognised after that.
+    The completion stays as it was sent: only the places of the files that are stored now are written. A second run, or
+    one at the same time, writes each object once, and recognizes it afterwards.
 
     Returns:
         `{"refused": why}`, or `{"stored": [path, …], "failed": [{"path", "error"}, …]}`.

@@ -1,53 +1,58 @@
-"""The schemas of models' inputs: told by Replicate, kept in the table, remembered by each warm function.
+"""Lookup of models: the version to run, and the schema of its input, cached in the table and in each warm function.
 
-A schema that cannot be had never keeps a prediction from being started: whatever goes wrong in here, the answer is
-None, and Replicate checks the input itself. What has to be looked up, and at what cost:
+A missing schema never prevents a prediction: on any failure in here the schema is None, and Replicate checks the input
+itself. Lookups, and their cost:
 
-    owner/name                  nothing: the model's description, which is asked for anyway, has its schema
-    owner/name:version          a cold function reads the table once; the first one of all asks Replicate, and keeps it
-    deployments/owner/name      its release is asked for every few minutes, then as above
+    owner/name                  nothing: the model's description, which is read anyway, has its schema
+    owner/name:version          a cold function reads the table once; the first one asks Replicate, and stores it
+    deployments/owner/name      its release is read every few minutes, then as above
     version                     as `owner/name:version` once its model is known; until then nothing
 
-Replicate gives a version only by the name of its model. Whose a version is, is learned from its answer to the first
-create of it, and from a version that a caller reads by way of `api.proxy`, which keeps the schema at once.
+Replicate shows a version only by the name of its model. The model of a version is learned from the response to its
+first create, and from a version that a caller reads through `api.proxy`, which stores the schema at once.
 """
 
+import json
+import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.errors import PredictionsError
+from predictions.errors import PredictionsError, Problem
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.upstream.client import UpstreamError, is_model_name
+from predictions.upstream.client import NotFound, Unavailable, UpstreamError, is_model_name
 
 if TYPE_CHECKING:
+    from predictions.intents.model import Reference
     from predictions.store.predictions import PredictionsTable
     from predictions.upstream.client import Replicate
     from predictions.upstream.input_schema import InputSchema
     from predictions.upstream.prediction import UpstreamPrediction
 
-# A version never changes. The table forgets it all the same, like everything in it.
+# A version never changes. The table still expires it, like all of its items.
 KEEP_SECONDS = 30 * 86400
-# One that is of no use is asked for again after a day: its model is not mended, but this code may be.
+# An unusable schema is read again after a day: its version does not change, but this code may.
 _KEEP_UNUSABLE_SECONDS = 86400
 _REMEMBER_SECONDS = 3600
 _REMEMBER_RELEASE_SECONDS = 300
-# After a failure each prediction would wait for the next one.
+# Without a cache of failures, each prediction would wait for another one.
 _REMEMBER_FAILURE_SECONDS = 60
 _REMEMBERED_LIMIT = 64
+_MODEL_CACHE_SECONDS = 300
+_MODELS_CACHED = 64
 
-# What is kept of a schema that cannot be used.
+# Stored in place of a schema that cannot be used.
 _UNUSABLE = "null"
 
 
 class ModelSchemas:
-    """Finds the schema by which to check an input.
+    """Find the schema by which to check an input.
 
     Args:
-        table: Keeps schemas by version.
-        replicate: Tells them.
+        table: Stores schemas by version.
+        replicate: Replicate.
         now: The time, in seconds since 1970.
     """
 
@@ -59,15 +64,15 @@ class ModelSchemas:
         self._now = now
         self._schemas: dict[str, tuple[float, InputSchema | None]] = {}
         self._releases: dict[str, tuple[float, tuple[str, str] | None]] = {}
-        # Versions that nobody knows the model of, and until when that is believed.
+        # Versions of an unknown model, and the time until which that is believed.
         self._nameless: dict[str, float] = {}
 
     def of_model(self, name: str, openapi_schema: Any) -> "InputSchema | None":
-        """The schema in a model's description, where there is a usable one."""
+        """Return the schema in a model's description, or None if it has no usable one."""
         return usable_schema(openapi_schema, name)
 
     def of_version(self, name: str | None, version: str) -> "InputSchema | None":
-        """The schema of a version of the model `owner/name`, or of a model still to be found, where it can be had."""
+        """Return the schema of a version, or None. Without `name`, the version's model has to be known already."""
         remembered = self._schemas.get(version)
         if remembered and remembered[0] > self._now():
             return remembered[1]
@@ -86,9 +91,9 @@ class ModelSchemas:
         return schema
 
     def learn(self, version: str, told: "UpstreamPrediction") -> None:
-        """Notes whose version it is, from Replicate's answer to a create by its id alone.
+        """Record the model of a version, from Replicate's response to a create by its id alone.
 
-        Writes only where `of_version` has found nothing known of it: once for a version, not for each prediction.
+        Writes only if `of_version` knew nothing of it: once for a version, not for each prediction.
         """
         if version not in self._nameless or told.version != version or not is_model_name(told.model):
             return
@@ -100,7 +105,7 @@ class ModelSchemas:
             logger.warning("model of a version not noted", version=version, reason=_reason(error))
 
     def of_deployment(self, name: str) -> "InputSchema | None":
-        """The schema of the version that the deployment `owner/name` runs, where it can be had."""
+        """Return the schema of the version that the deployment `owner/name` runs, or None."""
         remembered = self._releases.get(name)
         if not remembered or remembered[0] <= self._now():
             seconds = _REMEMBER_RELEASE_SECONDS
@@ -123,7 +128,7 @@ class ModelSchemas:
 
             try:
                 return InputSchema.from_json(kept.text)
-            except UnusableSchema as error:  # kept by code with other limits
+            except UnusableSchema as error:  # stored by code with other limits
                 logger.warning("kept schema is of no use", version=version, reason=str(error))
         name = name or (kept.model if kept else None)
         if name is None:
@@ -138,16 +143,16 @@ class ModelSchemas:
 
 
 class _Nameless(PredictionsError):
-    """Nobody knows whose version it is."""
+    """The model of a version is unknown."""
 
 
 def to_keep(schema: "InputSchema | None") -> tuple[str, int]:
-    """What the table keeps of a version's schema, also of one that is of no use, and for how many seconds."""
+    """Return what the table stores of a version's schema, also of an unusable one, and for how many seconds."""
     return (schema.to_json(), KEEP_SECONDS) if schema else (_UNUSABLE, _KEEP_UNUSABLE_SECONDS)
 
 
 def usable_schema(openapi_schema: Any, of: str) -> "InputSchema | None":
-    """The schema of a model's input, from what its author made of it; None where that is of no use."""
+    """Return the schema of a model's input as its author wrote it, or None if it is unusable."""
     if openapi_schema is None:  # as Replicate shows it for some models
         return None
     from predictions.upstream.input_schema import InputSchema, UnusableSchema
@@ -161,7 +166,7 @@ def usable_schema(openapi_schema: Any, of: str) -> "InputSchema | None":
 
 
 def _remember(memory: dict[str, Any], key: str, value: Any) -> None:
-    """Remembers a value that a caller's choice of names led to: the oldest gives way."""
+    """Cache a value by a name that callers choose; the oldest value gives way."""
     memory.pop(key, None)
     while len(memory) >= _REMEMBERED_LIMIT:
         del memory[next(iter(memory))]
@@ -172,3 +177,105 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ClientError):
         return str(error.response["Error"]["Code"])
     return str(error) if isinstance(error, UpstreamError) else type(error).__name__
+
+
+class FoundModel(NamedTuple):
+    """Hold a model's version (None: Replicate runs it without one) and its input's schema, if any."""
+
+    version: str | None
+    schema: "InputSchema | None"
+
+
+class ModelLookup:
+    """Look up which version runs, and by which schema its input is checked.
+
+    Args:
+        replicate: Replicate.
+        schemas: Finds the schemas by which to check inputs, or None to check none.
+        now: The time, in seconds since 1970.
+    """
+
+    def __init__(
+        self, replicate: "Replicate", schemas: ModelSchemas | None, *, now: Callable[[], float] = time.time
+    ) -> None:
+        self._replicate = replicate
+        self._schemas = schemas
+        self._now = now
+        self._models: dict[str, tuple[float, FoundModel]] = {}
+
+    @classmethod
+    def from_env(cls, table: "PredictionsTable", replicate: "Replicate") -> "ModelLookup":
+        """Read `VALIDATE_INPUT`."""
+        return cls(replicate, ModelSchemas(table, replicate) if os.environ["VALIDATE_INPUT"] == "true" else None)
+
+    def violations(self, reference: "Reference", asked: Any) -> list[dict[str, str]]:
+        """Return the fields of an input that violate its model's schema, for a later start; nothing is written.
+
+        Raises:
+            Problem: 404 (model not found), 422 (it has no version), 503 (Replicate is unavailable).
+        """
+        return self.violations_of(self.find(reference).schema, json.dumps(asked))
+
+    def find(self, reference: "Reference", *, check: bool = True) -> "FoundModel":
+        """Return the version that runs a reference, and the schema of its input.
+
+        Args:
+            reference: The model, version or deployment.
+            check: Whether the schema is needed.
+
+        Raises:
+            Problem: 404 (model not found), 422 (it has no version), 503 (Replicate is unavailable).
+        """
+        name, version = reference.name or "", reference.version
+        if reference.kind == "model" and version is None:
+            return self._model(name)
+        if self._schemas is None or not check:
+            return FoundModel(version, None)
+        if reference.kind == "deployment":
+            return FoundModel(version, self._schemas.of_deployment(name))
+        return FoundModel(version, self._schemas.of_version(reference.name, version or ""))
+
+    def _model(self, name: str) -> "FoundModel":
+        cached = self._models.get(name)
+        if cached and cached[0] > self._now():
+            return cached[1]
+        try:
+            model = self._replicate.model(name)
+        except NotFound:
+            detail = f"There is no model {name}, or this stack's Replicate token may not use it."
+            raise Problem(404, detail, upstream_status=404) from None
+        except Unavailable as error:
+            detail = f"Replicate could not be asked for the version of {name}: {error}. Nothing was started: try again."
+            raise Problem(503, detail, headers={"Retry-After": "5"}, upstream_status=error.status) from None
+        version = None if model.is_official else model.latest_version
+        if version is None and not model.is_official:
+            raise Problem(422, f"The model {name} has no version that could be run.")
+        schema = self._schemas.of_model(name, model.openapi_schema) if self._schemas else None
+        self._models.pop(name, None)
+        while len(self._models) >= _MODELS_CACHED:
+            del self._models[next(iter(self._models))]  # the oldest: schemas are large
+        found = FoundModel(version, schema)
+        self._models[name] = (self._now() + _MODEL_CACHE_SECONDS, found)
+        return found
+
+    def violations_of(self, schema: "InputSchema | None", input_json: str) -> list[dict[str, str]]:
+        """Return the fields of an input that violate a schema, as far as it is checked; Replicate checks it again."""
+        if schema is None:
+            return []
+        from predictions.upstream.input_schema import NotChecked  # loaded with the first schema
+
+        try:
+            return schema.violations(json.loads(input_json))
+        except NotChecked as error:
+            logger.info("input not checked", reason=str(error))
+            return []
+
+    def learn(self, version: str, told: "UpstreamPrediction") -> None:
+        """Record the model of a version, if inputs are checked; see `ModelSchemas.learn`."""
+        if self._schemas:
+            self._schemas.learn(version, told)
+
+
+def listed(invalid: list[dict[str, str]]) -> str:
+    """Return violations as one text."""
+    return " ".join(f"{field['field']}: {field['detail']}" for field in invalid)

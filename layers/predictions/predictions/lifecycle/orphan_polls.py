@@ -1,4 +1,4 @@
-"""Polls that are asked for at once: an orphan runs, and only functions with Replicate's token can cancel it."""
+"""Immediate polls: a running orphan can be canceled only by functions that hold Replicate's token."""
 
 import json
 import os
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class OrphanPolls:
-    """Invokes `poll_prediction` without waiting for it.
+    """Invoke `poll_prediction` without waiting for it.
 
     Args:
         function_name: The function's name.
@@ -27,13 +27,13 @@ class OrphanPolls:
 
     @classmethod
     def from_env(cls) -> "OrphanPolls":
-        """From `POLL_PREDICTION_FUNCTION_NAME`."""
+        """Read `POLL_PREDICTION_FUNCTION_NAME`."""
         return cls(os.environ["POLL_PREDICTION_FUNCTION_NAME"], client("lambda"))
 
     def ask(self, prediction_id: str) -> None:
-        """Have a prediction polled, which cancels its orphans.
+        """Request a poll of a prediction, which cancels its orphans.
 
-        Where that fails, the sweep cancels them within a minute: the item says so already.
+        If that fails, the sweep cancels them within a minute: the item lists them already.
         """
         try:
             self._lambda.invoke(

@@ -1,4 +1,4 @@
-"""What a verified webhook of Replicate's does: merge what it tells, and wake the execution that waits for it."""
+"""Receive a verified webhook of Replicate: merge it, and wake the execution that waits for it."""
 
 from enum import StrEnum
 
@@ -11,7 +11,7 @@ from predictions.upstream.prediction import UnreadablePrediction, UpstreamPredic
 
 
 class Receipt(StrEnum):
-    """What became of a webhook; all of them are answered 200, since sending it again would change nothing."""
+    """Effects of a webhook. The response to each is 200: sending it again would change nothing."""
 
     MERGED = "merged"
     NOTHING_NEW = "nothing new"
@@ -22,17 +22,17 @@ class Receipt(StrEnum):
 def receive(
     table: PredictionsTable, prediction_id: str, body: bytes, now: float, polls: OrphanPolls | None = None
 ) -> Receipt:
-    """Takes in one webhook whose signature is verified.
+    """Receive one webhook whose signature is verified.
 
-    Twice, late or out of order: the table's merge rule refuses it, and the token of an ended prediction is sent
-    again, in case the first receiver died between its write and its message.
+    The table's merge rule ignores duplicate, late and reordered webhooks. The token of a completed prediction is sent
+    again, in case the first receiver crashed between its write and its message.
 
     Args:
         table: The predictions.
         prediction_id: Our id, from the webhook's path.
         body: The raw body.
         now: The time.
-        polls: Has an orphan canceled at once; None leaves it to the sweep.
+        polls: Has an orphan canceled at once, or None to leave it to the sweep.
     """
     logger.set_correlation_id(prediction_id)
     try:
@@ -55,7 +55,7 @@ def receive(
             if polls is not None:
                 polls.ask(prediction_id)
         elif told.status in (Status.SUCCEEDED, Status.FAILED):
-            # It ended before its cancel reached it.
+            # The orphan completed before its cancel.
             metrics.add_metric(name="PaidTwice", unit=MetricUnit.Count, value=1)
         return Receipt.ORPHAN
     if merge.change is Change.ENDED and not merge.prediction.awaits_copy:
@@ -67,7 +67,7 @@ def receive(
 
 
 def _is_for(table: PredictionsTable, prediction_id: str, told: UpstreamPrediction) -> bool:
-    """Whether a webhook can belong to a prediction that is not bound to it: the signature does not cover the path."""
+    """Return whether a webhook can be of this unbound prediction: the signature does not cover the path."""
     if told.webhook is not None and not told.webhook.endswith(f"/webhooks/replicate/{prediction_id}"):
         return False
     return table.bound_to(told.id) in (None, prediction_id)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from predictions.aws.clients import client
 from predictions.aws.executions import Executions
-from predictions.lifecycle.submissions import Submissions
+from predictions.lifecycle.cancel import CancelPrediction
 from predictions.observability import logger
 from predictions.pipelines.state import StepState, run_ids, states_of
 from predictions.pipelines.steps import CannotRun, Pipelines
@@ -53,7 +53,7 @@ class Progress:
 
     Args:
         pipelines: The pipelines.
-        submissions: Cancels predictions.
+        canceling: Cancels predictions.
         queue_url: The requests queue.
         sqs: The client to use.
         now: The time, in seconds since 1970.
@@ -62,14 +62,14 @@ class Progress:
     def __init__(
         self,
         pipelines: Pipelines,
-        submissions: Submissions,
+        canceling: CancelPrediction,
         queue_url: str,
         sqs: "SQSClient",
         *,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._pipelines = pipelines
-        self._submissions = submissions
+        self._canceling = canceling
         self._queue_url = queue_url
         self._sqs = sqs
         self._now = now
@@ -77,7 +77,7 @@ class Progress:
     @classmethod
     def from_env(cls) -> "Progress":
         """From `REQUESTS_QUEUE_URL` and what its parts read."""
-        return cls(Pipelines.from_env(), Submissions.from_env(), os.environ["REQUESTS_QUEUE_URL"], client("sqs"))
+        return cls(Pipelines.from_env(), CancelPrediction.from_env(), os.environ["REQUESTS_QUEUE_URL"], client("sqs"))
 
     def advance(self, pipeline_id: str, remaining_seconds: Callable[[], float]) -> Turn:
         """One turn.
@@ -150,7 +150,7 @@ class Progress:
                     continue
                 if remaining_seconds() < _CANCEL_SECONDS:
                     return False
-                self._submissions.cancel(prediction)
+                self._canceling.cancel(prediction)
         return True
 
     def _end(self, pipeline: Pipeline, states: dict[str, StepState]) -> None:

@@ -14,7 +14,7 @@ from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.ids import derived_id, is_id, random_id
 from predictions.intents.model import Attempt, idempotency_key
-from predictions.lifecycle.submissions import Submissions
+from predictions.lifecycle.model_lookup import ModelLookup
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.pipelines.advance import PipelineExecutions
 from predictions.pipelines.definition import create_definition, fingerprint
@@ -22,6 +22,7 @@ from predictions.pipelines.state import StepState, run_ids, states_of
 from predictions.pipelines.steps import wake_pipeline
 from predictions.pipelines.store import Pipeline, PipelineExists, PipelinesTable, StoredPipeline
 from predictions.store.predictions import Prediction, PredictionsTable, Whole
+from predictions.upstream.client import Replicate
 from predictions.validation import parse_json
 from predictions.views.prediction import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
 
@@ -36,7 +37,7 @@ class PipelineApi:
     Args:
         table: The pipelines.
         predictions: The predictions of their steps.
-        submissions: Knows the schemas of models' inputs.
+        lookup: Knows the schemas of models' inputs.
         executions: Runs pipelines.
         presenter: Shows outputs.
         retention_seconds: How long the table keeps a pipeline.
@@ -48,7 +49,7 @@ class PipelineApi:
         self,
         table: PipelinesTable,
         predictions: PredictionsTable,
-        submissions: Submissions,
+        lookup: ModelLookup,
         executions: PipelineExecutions,
         presenter: Presenter,
         retention_seconds: int,
@@ -60,7 +61,7 @@ class PipelineApi:
         self._usage = usage
         self._table = table
         self._predictions = predictions
-        self._submissions = submissions
+        self._lookup = lookup
         self._executions = executions
         self._presenter = presenter
         self._retention_seconds = retention_seconds
@@ -69,10 +70,11 @@ class PipelineApi:
     @classmethod
     def from_env(cls) -> "PipelineApi":
         """From the environment of manage_pipelines."""
+        predictions = PredictionsTable.from_env()
         return cls(
             PipelinesTable.from_env(),
-            PredictionsTable.from_env(),
-            Submissions.from_env(),
+            predictions,
+            ModelLookup.from_env(predictions, Replicate.from_env()),
             PipelineExecutions.from_env(),
             Presenter.from_env(),
             int(os.environ["RETENTION_DAYS"]) * 86400,
@@ -114,7 +116,7 @@ class PipelineApi:
         there = self._of_key(owner, key, print_) if key else self._sent_before(owner, print_, attempt)
         if there is not None:
             return self._show_again(there, value, print_)
-        definition = create_definition(value, self._submissions.violations)
+        definition = create_definition(value, self._lookup.violations)
         # The answer needs it: what cannot be answered is not started.
         api_url()
         now = self._now()

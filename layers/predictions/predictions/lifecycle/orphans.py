@@ -1,0 +1,119 @@
+"""Orphans: predictions at Replicate that a second create of the same request has started.
+
+Each is canceled. One that was created although a reading had shown that nothing was started stops all resubmission for
+an hour (`sk` = `breaker`), since evidence of this kind was wrong.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from predictions.aws.clients import client
+from predictions.aws.dynamodb import deserialize, serialize
+from predictions.lifecycle.timing import NOT_FOUND_LIMIT
+from predictions.observability import MetricUnit, logger, metrics
+from predictions.status import Status
+from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.upstream.client import NotFound, Replicate, Unavailable
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+STOP_SECONDS = 3600
+"""Time without resubmission after wrong evidence."""
+
+_BREAKER = {"pk": "readings", "sk": "breaker"}
+
+
+class Breaker:
+    """Stop all resubmission of this stack.
+
+    Args:
+        table_name: The table's name.
+        dynamodb: The client to use.
+        now: The time, in seconds since 1970.
+    """
+
+    def __init__(self, table_name: str, dynamodb: "DynamoDBClient", *, now: Callable[[], float] = time.time) -> None:
+        self._table_name = table_name
+        self._dynamodb = dynamodb
+        self._now = now
+
+    @classmethod
+    def from_env(cls) -> "Breaker":
+        """Read `TABLE_NAME`."""
+        return cls(os.environ["TABLE_NAME"], client("dynamodb"))
+
+    def stop(self, prediction: Prediction, upstream_id: str) -> None:
+        """Stop all resubmission of this stack for `STOP_SECONDS`: evidence has proved wrong."""
+        item = {**_BREAKER, "until": int(self._now()) + STOP_SECONDS, "id": prediction.id, "upstream_id": upstream_id}
+        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
+        logger.error("evidence of absence was wrong: nothing is submitted again for an hour", upstream_id=upstream_id)
+        metrics.add_metric(name="ResubmissionStopped", unit=MetricUnit.Count, value=1)
+
+    def stopped_seconds(self) -> int:
+        """Return for how many seconds resubmission is stopped; 0 if it is not."""
+        found = self._dynamodb.get_item(TableName=self._table_name, Key=serialize(_BREAKER), ConsistentRead=True)
+        until = deserialize(found["Item"])["until"] if "Item" in found else 0
+        return max(0, int(until - self._now()))
+
+
+class Orphans:
+    """Cancel orphans.
+
+    Args:
+        table: The predictions.
+        replicate: Replicate.
+        breaker: Stops resubmission after wrong evidence.
+        table_name: The table's name.
+        dynamodb: The client to use.
+    """
+
+    def __init__(
+        self,
+        table: PredictionsTable,
+        replicate: Replicate,
+        breaker: Breaker,
+        table_name: str,
+        dynamodb: "DynamoDBClient",
+    ) -> None:
+        self._table = table
+        self._replicate = replicate
+        self._breaker = breaker
+        self._table_name = table_name
+        self._dynamodb = dynamodb
+
+    @classmethod
+    def from_env(cls, table: PredictionsTable, replicate: Replicate) -> "Orphans":
+        """Read `TABLE_NAME`."""
+        return cls(table, replicate, Breaker.from_env(), os.environ["TABLE_NAME"], client("dynamodb"))
+
+    def cancel(self, prediction: Prediction) -> None:
+        """Cancel the orphans of a prediction; the sweep repeats a cancel that fails."""
+        for upstream_id in sorted(prediction.orphans):
+            if prediction.unknown_creates:
+                self._breaker.stop(prediction, upstream_id)
+            self._remember(upstream_id, prediction)
+            try:
+                told = self._replicate.cancel(upstream_id, prediction.collection)
+                if prediction.upstream_id and told.status in (Status.SUCCEEDED, Status.FAILED):
+                    logger.error("paid twice: an orphan had ended", upstream_id=upstream_id)
+                    metrics.add_metric(name="PaidTwice", unit=MetricUnit.Count, value=1)
+            except NotFound:
+                if prediction.orphans_not_found + 1 < NOT_FOUND_LIMIT:
+                    # As in a poll, one 404 is not believed: an orphan that runs on is paid for.
+                    logger.warning("orphan not found", upstream_id=upstream_id, times=prediction.orphans_not_found + 1)
+                    self._table.count_orphans_not_found(prediction)
+                    continue
+                logger.info("orphan is gone", upstream_id=upstream_id)
+            except Unavailable as error:
+                logger.warning("orphan not canceled yet", upstream_id=upstream_id, reason=str(error))
+                continue
+            self._table.orphan_canceled(prediction, upstream_id)
+
+    def _remember(self, upstream_id: str, prediction: Prediction) -> None:
+        """Record whose orphan an upstream prediction is, so that it becomes no other prediction's candidate."""
+        item = {"pk": f"upstream#{upstream_id}", "sk": "upstream", "id": prediction.id, "orphan": True,
+                "expires_at": prediction.expires_at}  # fmt: skip
+        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))

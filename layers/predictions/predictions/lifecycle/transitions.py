@@ -1,0 +1,63 @@
+"""Transitions that every step makes: merge what Replicate said, and end a prediction without it."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from predictions.aws.executions import wake
+from predictions.lifecycle.reservations import Reservations, lane_of
+from predictions.observability import MetricUnit, count_ended, logger, metrics
+from predictions.status import Status
+from predictions.store.predictions import Change, Prediction, PredictionsTable, Waits
+from predictions.upstream.prediction import UpstreamPrediction
+
+
+class Transitions:
+    """Change predictions, count completions, and wake the execution that waits.
+
+    Args:
+        table: The predictions.
+        reservations: Gives back the start of a prediction that ended unsubmitted.
+        now: The time, in seconds since 1970.
+    """
+
+    def __init__(
+        self, table: PredictionsTable, reservations: Reservations, *, now: Callable[[], float] = time.time
+    ) -> None:
+        self._table = table
+        self._reservations = reservations
+        self._now = now
+
+    def merge(
+        self, prediction: Prediction, told: UpstreamPrediction, *, next_check_at: int | None = None
+    ) -> Prediction:
+        """Merge what Replicate said of a prediction; return the prediction as it is then."""
+        merge = self._table.merge(prediction.id, told, self._now(), next_check_at=next_check_at)
+        merged = merge.prediction or prediction
+        if merge.change is Change.ORPHAN:
+            logger.warning("orphan: a second prediction of the same request", upstream_id=told.id)
+            metrics.add_metric(name="Orphans", unit=MetricUnit.Count, value=1)
+        if merge.change is Change.ENDED and not merged.awaits_copy:
+            count_ended(merged.visible, self._now() - merged.created)
+        if merge.change in (Change.ENDED, Change.CLOSED):
+            wake(merged.task_token)
+        return merged
+
+    def end(
+        self, prediction: Prediction, status: Status, error: str | None, *, refusal: dict[str, Any] | None = None
+    ) -> Prediction:
+        """End a prediction; return it as it is then: another function may have ended it otherwise."""
+        ended = self._table.end(prediction, status, error, self._now(), refusal=refusal)
+        if ended is None:
+            there = self._table.get(prediction.id) or prediction
+            if there.terminal:
+                # Another function may have crashed before it woke the execution, or this write's response was lost.
+                wake(there.task_token)
+            return there
+        logger.info("ended by the stack", status=status.value)
+        count_ended(ended.visible, self._now() - ended.created)
+        wake(ended.task_token)
+        # Last, since a crash before it does no harm: a start then stays unused.
+        if not ended.claimed and not ended.upstream_id and (ended.submit_at or 0) > self._now():
+            self._reservations.give_back(lane_of(ended), ended.owner, Waits(ended.reserved_start, ended.turn_ms))
+        return ended
