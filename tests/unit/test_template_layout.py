@@ -137,7 +137,7 @@ def test_function_stands_in_the_section_of_its_domain() -> None:
     assert placed == {f"{name}Function": section for section, names in FUNCTIONS.items() for name in names}
 
 
-@pytest.mark.parametrize("name", resources("AWS::CloudWatch::Alarm").keys() - OF_ALL)
+@pytest.mark.parametrize("name", sorted(resources("AWS::CloudWatch::Alarm").keys() - OF_ALL))
 def test_alarm_stands_in_the_section_of_its_function(name: str) -> None:
     seen = watched(properties("AWS::CloudWatch::Alarm")[name])
     assert seen
