@@ -112,7 +112,7 @@ def test_csv_without_a_header_that_names_its_columns_is_no_manifest(content: byt
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (b"only one", "1 fields, and the header 2"),
+        (b"only one", "1 fields, but the header has 2"),
         (b"a,b,c", "3 fields"),
         (b'"a"b,c', "not CSV"),
         (b"\xff,b", "not UTF-8"),

@@ -236,7 +236,7 @@ def test_batch_is_run_no_more_often_than_the_limit(batches: BatchWorld, replicat
         prepare(batches.batches, batch.id, attempt)
         ended = fail_lines(batches, batch, replicate)
     with pytest.raises(
-        Problem, match=f"has been run {ATTEMPTS_LIMIT} times, and the limit is {ATTEMPTS_LIMIT}"
+        Problem, match=rf"has reached the limit of {ATTEMPTS_LIMIT} attempts \(got {ATTEMPTS_LIMIT}\)"
     ) as problem:
         batches.control.again(ended)
     assert problem.value.status == 409
