@@ -69,7 +69,7 @@ SCHEDULED = '{"recipe_id": "r", "event": {"source": "aws.scheduler", "detail-typ
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "There is no sample"), ("{", "is not JSON")]
+    ("text", "message"), [(None, "^Sample .* not found"), ("{", "is not JSON")]
 )  # fmt: skip
 def test_sample_that_cannot_be_read_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "sample.json"
@@ -82,7 +82,7 @@ def test_sample_that_cannot_be_read_is_refused(tmp_path: Path, text: str | None,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "No local stack is running: run `make local`"),
+        (None, "No local stack is running. Run `make local`"),
         ("[]", "is not what `make local` writes"),
         ("{", "is not what `make local` writes"),
         ('{"api_url": "x"}', "is not what `make local` writes"),
@@ -97,7 +97,7 @@ def test_sample_that_cannot_be_read_is_refused(tmp_path: Path, text: str | None,
                 )
                 | {"endpoint_url": "http://127.0.0.1:9"}
             ),
-            "does not answer: run `make local`",
+            "does not respond. Run `make local`",
         ),
     ],
     ids=["nothing", "list", "cut off", "other keys", "gone"],
