@@ -35,7 +35,7 @@ def sent(cloud: LocalCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_sample_that_only_the_stack_sends_says_why(sent: Send) -> None:
     with pytest.raises(NotSendable, match="A state machine calls copy_outputs"):
         sent("copy_outputs/first_execution")
-    with pytest.raises(SendFailed, match="^Sample .* not found"):
+    with pytest.raises(SendFailed, match=r"^Sample .* not found"):
         sent("copy_outputs/nothing")
 
 
