@@ -116,7 +116,7 @@ models = {
         Model("series", "Several pictures, one after the other: a list of files that grows."),
         Model("album", "An object with files at several depths."),
         Model("blob", "A file of any size, name and type, or a data: URL."),
-        Model("sleeper", "Takes the time it is told to; sixteen at once.", slots=16),
+        Model("sleeper", "Runs for a given time; sixteen at once.", slots=16),
         Model("tuner", "Says sentences in the manner of the text that it was trained on: can be trained."),
         Model("crasher", "Fails: with an error, or by the end of its process."),
     )

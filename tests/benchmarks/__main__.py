@@ -240,11 +240,11 @@ def _show_costs(terminal: Terminal, found: list[Figures]) -> None:
             "Assumptions: warm functions that take as long as here, on a whole processor, with an emulator for AWS. If "
             "all of that were computing, then on the share of a processor that Lambda gives for their memory it would "
             f"cost ${_all_computing(found[0]):.4f} instead of ${costs[first]['Lambda time']:.4f} ({first}). A case "
-            "that is not timed has the Lambda time of its one run, where simultaneous webhooks may have started a second "
-            f"process. Files are stored for {prices.STORED_DAYS} days. A state transition is a state entered. API "
-            "requests are the create and the webhooks; each GET of a caller adds one, and its function. Standard SSM "
-            "parameters and sending task tokens are free. Not included: downloads ($0.09 per GB to the internet), cold "
-            "starts, the free tier, and the cost of the stack without predictions (three secrets, the sweep each "
+            "that is not timed has the Lambda time of its one run, where simultaneous webhooks may have started a "
+            f"second process. Files are stored for {prices.STORED_DAYS} days. A state transition is a state entered. "
+            "API requests are the create and the webhooks; each GET of a caller adds one, and its function. Standard "
+            "SSM parameters and sending task tokens are free. Not included: downloads ($0.09 per GB to the internet), "
+            "cold starts, the free tier, and the cost of the stack without predictions (three secrets, the sweep each "
             "minute, metrics, alarms)."
         )
     )

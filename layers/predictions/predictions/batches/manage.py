@@ -154,7 +154,7 @@ class BatchControl:
                 return there
         # The response needs it: a batch without a response is not started.
         api_url()
-        began = self._take_place(owner, batch_id, limits)
+        began = self._acquire_slot(owner, batch_id, limits)
         try:
             manifest = self._manifest(asked, batch_id, place)
         except Problem:
@@ -174,7 +174,7 @@ class BatchControl:
             tolerated_failure_percentage=asked.tolerated_failure_percentage,
         )
 
-    def _take_place(self, owner: str, batch_id: str, limits: OwnerLimits | None) -> int | None:
+    def _acquire_slot(self, owner: str, batch_id: str, limits: OwnerLimits | None) -> int | None:
         """Check the owner's daily limit, and acquire a slot among the open batches.
 
         Raises:
@@ -455,7 +455,7 @@ class BatchControl:
             # Its stored data expires with its item: its lines could not be read, nor its completion be reported.
             raise Problem(409, f"Batch {batch.id} is about to expire. Create a new batch of the failed lines.")
         api_url()
-        self._take_place(batch.owner, batch.id, limits)
+        self._acquire_slot(batch.owner, batch.id, limits)
         begun = self.batches.begin_again(batch) or self.batches.find(batch.id) or batch
         self._run_or_leave(begun)
         return begun

@@ -179,9 +179,9 @@ class Changes:
                 left = replace(retry, callers=untold, first_at=int(self._now()) if progress else retry.first_at)
             except Exception:  # noqa: BLE001  # whatever the error, no effect blocks another
                 logger.exception("effect failed again", effect=retry.effect)
-            waiting += [] if self._put_off(left) else [id_]
+            waiting += [] if self._defer(left) else [id_]
         for (id_, retry), _ in self._not_taken(news):
-            waiting += [] if self._put_off(retry) else [id_]
+            waiting += [] if self._defer(retry) else [id_]
         return waiting
 
     def _publish(
@@ -229,7 +229,7 @@ class Changes:
         self._retries.send(retry, retry.wait_seconds(self._now(), self._jitter()) or 0)
         metrics.add_metric(name="ChangesDelayed", unit=MetricUnit.Count, value=1)
 
-    def _put_off(self, retry: Retry) -> bool:
+    def _defer(self, retry: Retry) -> bool:
         """Queue a retry again, or give it up; return False if both failed."""
         metrics.add_metric(name="ChangesDelayed", unit=MetricUnit.Count, value=1)
         wait_seconds = retry.wait_seconds(self._now(), self._jitter())

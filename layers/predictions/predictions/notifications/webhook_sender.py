@@ -125,7 +125,7 @@ class Receivers:
         try:
             slot = self._slots.acquire(prediction.owner, _origin(prediction.webhook), self._now())
         except NoSlotFree:
-            return self._put_off(delivery, receipt_handle, _NotDelivered("no free slot: its receivers are slow"))
+            return self._defer(delivery, receipt_handle, _NotDelivered("no free slot: its receivers are slow"))
         try:
             return self._try(delivery, receipt_handle, prediction.webhook)
         finally:
@@ -140,11 +140,11 @@ class Receivers:
         try:
             status = self._post(url, whole.prediction.owner, delivery, shown)
         except _NotDelivered as failure:
-            return self._put_off(delivery, receipt_handle, failure)
+            return self._defer(delivery, receipt_handle, failure)
         logger.info("webhook delivered", webhook_id=delivery.webhook_id, answer=status)
         return True
 
-    def _put_off(self, delivery: Delivery, receipt_handle: str, failure: _NotDelivered) -> bool:
+    def _defer(self, delivery: Delivery, receipt_handle: str, failure: _NotDelivered) -> bool:
         wait_seconds = None if failure.final else delivery.wait_seconds(self._now(), self._jitter())
         logger.warning(
             "webhook not delivered", webhook_id=delivery.webhook_id, reason=failure.reason, wait_seconds=wait_seconds

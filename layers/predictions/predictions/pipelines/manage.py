@@ -126,7 +126,7 @@ class PipelineApi:
                 raise _of_another()
         elif attempt:
             pipeline_id = self._predictions.note_request(pipeline_id, owner, f"pipeline#{print_}", attempt)
-        self._take_place(owner, pipeline_id, limits)
+        self._acquire_slot(owner, pipeline_id, limits)
         try:
             pipeline = self._table.put_pipeline(
                 pipeline_id,
@@ -172,7 +172,7 @@ class PipelineApi:
         noted = self._predictions.recent_id(owner, f"pipeline#{print_}", attempt)
         return self._table.get_pipeline(noted) if noted else None
 
-    def _take_place(self, owner: str, pipeline_id: str, limits: OwnerLimits | None) -> None:
+    def _acquire_slot(self, owner: str, pipeline_id: str, limits: OwnerLimits | None) -> None:
         """Check the owner's daily limit, and acquire a slot among the open pipelines.
 
         Raises:

@@ -140,7 +140,7 @@ class RecipeChanges:
         if deployed and existing is not None and (existing.state, existing.definition) == ("active", definition):
             # Nothing to write, but its rule may depend on parameters of the stack that have changed.
             try:
-                self._mend(existing)
+                self._reconcile(existing)
             except RuleRefused as refused:
                 raise _invalid([{"field": existing.kind or "name", "detail": str(refused)}]) from None
             return existing, False
@@ -167,7 +167,7 @@ class RecipeChanges:
                 self._restore(existing, recipe)
                 raise _invalid([{"field": recipe.kind or "name", "detail": str(refused)}]) from None
         if not self._items.set_state(recipe, "active"):
-            self._mend(recipe)
+            self._reconcile(recipe)
             raise _changed_meanwhile(named)
         return replace(recipe, state="active"), existing is None
 
@@ -193,7 +193,7 @@ class RecipeChanges:
             raise _changed_meanwhile(recipe.name)
         self._rules.withdraw(recipe)
         if not self._items.erase(recipe):
-            self._mend(recipe)
+            self._reconcile(recipe)
             raise _changed_meanwhile(recipe.name)
 
     def _restore(self, existing: Recipe | None, recipe: Recipe) -> None:
@@ -206,7 +206,7 @@ class RecipeChanges:
             with contextlib.suppress(RuleRefused):
                 self._rules.put(existing)
 
-    def _mend(self, recipe: Recipe) -> None:
+    def _reconcile(self, recipe: Recipe) -> None:
         """Update the rule of a recipe to match its item, after concurrent calls."""
         current = self._items.find(recipe.id)
         if current is None or current.state == "deleting":

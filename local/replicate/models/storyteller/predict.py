@@ -14,7 +14,7 @@ openings = (
 )
 turns = (
     "Every evening it grew a little lighter,",
-    "The old cartographer wrote it down,",
+    "The old cartographer drew it at last,",
     "By morning the river knew,",
 )
 doubts = (
