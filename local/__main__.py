@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def run(terminal: Terminal, environment: Mapping[str, str]) -> None:
-    """Keep a local cloud running in the foreground and describe it in ``stack.json`` while it does.
+    """Keep a local cloud running in the foreground, with its ``stack.json``.
 
     Args:
         terminal: Where progress and addresses are shown.

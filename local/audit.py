@@ -198,7 +198,7 @@ def explained(page: str) -> list[Explained]:
 
 
 def judge(findings: Iterable[Finding], exceptions: Sequence[Explained]) -> list[str]:
-    """Return the errors: unexplained findings, and explanations (by name) without a finding."""
+    """Return the errors: unexplained findings, and explanations without a finding."""
     found = list(findings)
     unexplained = [
         f"{each.check} {each.resource}: {each.title}. Fix it, or explain it in docs/security.md"

@@ -97,7 +97,7 @@ class Stack:
 
     @contextlib.contextmanager
     def file(self, path: Path) -> Iterator[None]:
-        """Store this in a file while the context lasts, written atomically, readable by its owner only."""
+        """Store this in a private file, written atomically, while the context lasts."""
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(self), indent=2) + "\n"
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".stack-", delete=False) as unfinished:
@@ -254,7 +254,7 @@ class LocalCloud:
 
     @property
     def functions(self) -> dict[str, str]:
-        """Map the folder names of the stack's functions (``copy_outputs``) to physical names."""
+        """Map folder names of functions (``copy_outputs``) to physical names."""
         return {
             re.sub(r"(?<!^)(?=[A-Z])", "_", logical_id.removesuffix("Function")).lower(): physical_id
             for logical_id, physical_id in self.resources.items()
@@ -359,7 +359,7 @@ class LocalCloud:
         }
 
     def _start_sam(self, command: Sequence[str], folder: Path, log: Path) -> subprocess.Popen[bytes]:
-        """Start a SAM command on this cloud's AWS; it is stopped with this cloud at the latest."""
+        """Start a SAM command on this cloud's AWS, stopped with this cloud at the latest."""
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
@@ -440,7 +440,7 @@ class LocalCloud:
             raise LocalCloudError(f"The first sweep failed: {answer['Payload'].read().decode()[:2000]}")
 
     def _complete_preflight(self, cors: Mapping[str, Any]) -> None:
-        """Add headers to the OPTIONS responses: the emulator imports those methods without them."""
+        """Add headers to OPTIONS responses, which the emulator imports without them."""
         origin = self._parameters.get("CorsOrigin")
         if not origin:
             return
@@ -558,7 +558,7 @@ _TemplateLoader.add_multi_constructor("!", _unresolved)
 
 
 def aws_client(endpoint_url: str, service: str) -> Any:
-    """Make a client of an AWS service of the local cloud at an address, with all rights."""
+    """Create a client of an AWS service of a local cloud, with all permissions."""
     # More attempts would hide errors of the emulator.
     config = Config(retries={"total_max_attempts": 2}, proxies={}, s3={"addressing_style": "path"})
     session: Any = boto3.session.Session("test", "test", region_name=REGION)
@@ -570,7 +570,7 @@ def _log_group(function: str) -> str:
 
 
 def local_directory() -> Path:
-    """Return the directory of local clouds: ``LOCAL_DIR``, or ``.local`` in the checkout."""
+    """Return the directory of local clouds: ``LOCAL_DIR``, or ``.local`` here."""
     return Path(os.environ.get("LOCAL_DIR") or CHECKOUT / ".local").absolute()
 
 
@@ -580,7 +580,7 @@ def validate(template: Path = CHECKOUT / "template.yaml") -> int:
 
 
 def stack_parameters(text: str) -> dict[str, str]:
-    """Read ``STACK_PARAMETERS``: ``Key=Value`` separated by spaces, quoted as in a shell.
+    """Parse ``STACK_PARAMETERS``: ``Key=Value`` pairs, quoted as in a shell.
 
     Raises:
         LocalCloudError: The text is not of that form.
@@ -657,7 +657,7 @@ def _answers(url: str, process: subprocess.Popen[bytes], seconds: float) -> bool
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process and its group, and wait until all have ended (the emulator's workers linger)."""
+    """Stop a process group, and wait until all have ended (workers linger)."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(SECONDS_TO_STOP)

@@ -47,7 +47,7 @@ def origin() -> str:
 
 
 def repository_url(remote: str) -> str:
-    """Return the web address of a git remote, without credentials; empty if it has none."""
+    """Return the web address of a git remote, without credentials, or empty."""
     found = re.fullmatch(r"(?:https://(?:[^@/]+@)?|ssh://git@|git@)([\w.-]+)[:/](.+?)(?:\.git)?/?", remote)
     return f"https://{found[1]}/{found[2]}" if found else ""
 

@@ -16,7 +16,7 @@ SECONDS_TO_STOP = 3
 
 
 def stop_when_let_go() -> None:
-    """Wait for the end of standard input, then stop the whole group, by force if necessary."""
+    """Wait for the end of standard input, then stop the group, by force if needed."""
     while os.read(0, 4096):
         pass
     if os.getpgrp() == os.getpid():

@@ -109,7 +109,7 @@ def digest(checkout: Path) -> str:
 
 
 def entries(requirements: Path) -> dict[str, str]:
-    """Return the entries of a requirements file, with their hashes, by the name of the package."""
+    """Return the entries of a requirements file, with hashes, by package name."""
     found = re.finditer(r"^([\w.-]+)==.*(?:\n +--hash.*)+\n", requirements.read_text(), re.MULTILINE)
     return {entry[1]: entry[0] for entry in found}
 

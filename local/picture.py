@@ -129,7 +129,7 @@ def text(line: str, y: float) -> str:
 
 
 def smaller(image: bytes) -> tuple[str, int]:
-    """Return a picture as a JPEG of the drawing's width, in base64, and its height there."""
+    """Return a picture as a base64 JPEG of the drawing's width, and its height."""
     from PIL import Image
 
     with Image.open(io.BytesIO(image)) as opened:

@@ -154,7 +154,7 @@ def with_model(shipment: Shipment, model: str) -> tuple[Shipment, str | None]:
 
 
 def send(terminal: Terminal, sample: Path, *, model: str | None = None, file: Path | None = None) -> None:
-    """Send a sample to the running local cloud, and follow the predictions that it starts.
+    """Send a sample to the running local cloud, and follow its predictions.
 
     Args:
         terminal: The terminal for the output.
@@ -408,7 +408,7 @@ class _Sender:
         return self._named(told, "prediction_id") or None
 
     def _named(self, text: str, name: str) -> set[str]:
-        """Return the prediction in a response, if it is one: batches and others have ids too."""
+        """Return the id in a response if it is a prediction's: batches have ids too."""
         with contextlib.suppress(ValueError):
             answer = json.loads(text)
             if isinstance(answer, dict) and isinstance(answer.get(name), str) and self._table.get(answer[name]):
@@ -449,7 +449,7 @@ def _has_ended(prediction: Prediction) -> bool:
 
 
 def _content(key: str) -> bytes:
-    """Return content for a key's suffix: requests for a manifest, text for a text, else a picture."""
+    """Return content for a key's suffix: requests, text or a picture."""
     lines = [{"model": MODEL, "input": {"prompt": prompt}} for prompt in ("a harbour in fog", "a lighthouse at dusk")]
     match Path(key).suffix.lower():
         case ".jsonl":

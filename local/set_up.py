@@ -60,7 +60,7 @@ def main(checkout: Path = CHECKOUT) -> int:
 
 
 def up_to_date(checkout: Path) -> bool:
-    """Return whether the last set-up used these same files, in this place, and still exists."""
+    """Return whether the last set-up used these files, here, and still exists."""
     return stamp(checkout).get("inputs") == inputs(checkout) and usable(checkout)
 
 
@@ -123,7 +123,7 @@ def make_environments(checkout: Path) -> None:
 
 
 def environment_of(requirements: Path, folder: Path) -> Path:
-    """Create an environment with a requirements file's packages, checked by hash, if missing.
+    """Create an environment of a requirements file, checked by hash, if missing.
 
     For tools beside the first two environments: with the Python and the uv of the one that runs this.
 
@@ -222,7 +222,7 @@ def install_uv(checkout: Path) -> str:
 
 
 def pinned(requirements: str, name: str) -> tuple[str, str]:
-    """Return the version of a package in a requirements file, and its whole entry with the hashes.
+    """Return a package's version in a requirements file, and its whole entry.
 
     Raises:
         SetUpError: The file does not pin the package with a version and hashes.

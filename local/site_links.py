@@ -17,13 +17,13 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:  # noqa: ARG001  # names from mkdocs
-    """Return a page's text with its links into the code as addresses of the repository."""
+    """Return a page's text with its links into the code as repository URLs."""
     folder = (Path(config["docs_dir"]) / page.file.src_uri).parent
     return linked(markdown, folder, Path(config["docs_dir"]), config["repo_url"])
 
 
 def linked(markdown: str, folder: Path, docs: Path, repository: str) -> str:
-    """Return a text with the links that leave `docs` as addresses of a repository; code blocks stay as they are.
+    """Return a text with links that leave `docs` as repository URLs, except in code.
 
     Args:
         markdown: The text.

@@ -13,7 +13,10 @@ class Terminal:
     """Writes lines, with the seconds since its creation next to each step."""
 
     def __init__(self, stream: TextIO, *, colours: bool | None = None) -> None:
-        """Write to `stream`; by default a terminal gets colours unless NO_COLOR is set (https://no-color.org)."""
+        """Write to `stream`.
+
+        By default a terminal gets colours unless NO_COLOR is set (https://no-color.org).
+        """
         self._stream = stream
         self._began = time.monotonic()
         shown = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -276,7 +276,7 @@ class Gate:
 
 
 def _recorded(body: bytes) -> Any:
-    """Return the body, without the input if large: tests count creates by their webhook."""
+    """Return the body, without a large input: tests count creates by webhook."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -399,7 +399,7 @@ class Front:
     # Predictions
 
     async def create_by_version(self, request: Request) -> Response:
-        """`POST /v1/predictions`: `version` is `owner/name` (official), `owner/name:id` or `id`."""
+        """`POST /v1/predictions`: `owner/name` (official), `owner/name:id` or `id`."""
         body = await _parse(request, CreateByVersionRequest)
         path, _, version = body.version.rpartition(":") if ":" in body.version else ("", "", body.version)
         model = models_by_version.get(version)
@@ -428,7 +428,7 @@ class Front:
         return await self._create(request, body, model, version=model.version, deployment=path)
 
     async def create_training(self, request: Request) -> Response:
-        """`POST /v1/models/{owner}/{name}/versions/{version}/trainings`: into one of the models here."""
+        """`POST /v1/models/{owner}/{name}/versions/{version}/trainings`."""
         model = _model(request)
         if request.path_params["version"] != model.version or not model.trainable:
             raise not_found()
@@ -509,7 +509,7 @@ class Front:
         return JSONResponse(prediction.to_json(self._origin))
 
     async def cancel_prediction(self, request: Request) -> Response:
-        """`POST /v1/predictions/{id}/cancel`: the response may precede the change of the status."""
+        """`POST /v1/predictions/{id}/cancel`: may respond before the status changes."""
         prediction = self._find(request)
         self._raise_fault(request, FaultName.CANCEL_ERROR, prediction)
         await self._predictions.cancel(prediction)
@@ -590,7 +590,10 @@ class Front:
         return JSONResponse(self._account.update_model(path, await _parse(request, UpdateModel)))
 
     async def delete_model(self, request: Request) -> Response:
-        """`DELETE /v1/models/{owner}/{name}`: private ones without versions. The error's status is not documented."""
+        """`DELETE /v1/models/{owner}/{name}`: private ones without versions.
+
+        Replicate does not document the error's status.
+        """
         path = self._model_path(request)
         if self._account.models[path]["visibility"] != "private" or self._account.versions[path]:
             raise Problem(403, "Forbidden", "You can only delete private models that have no versions.")
@@ -622,7 +625,10 @@ class Front:
         return JSONResponse(version)
 
     async def delete_version(self, request: Request) -> Response:
-        """`DELETE /v1/models/{owner}/{name}/versions/{version}`: of private models; accepted with 202, done at once."""
+        """`DELETE /v1/models/{owner}/{name}/versions/{version}`: of private models.
+
+        Accepted with 202, done immediately.
+        """
         path = self._model_path(request)
         if request.path_params["version"] not in self._account.versions[path]:
             raise not_found()
@@ -681,7 +687,10 @@ class Front:
         return JSONResponse(self._account.update_deployment(path, body))
 
     async def delete_deployment(self, request: Request) -> Response:
-        """`DELETE /v1/deployments/{owner}/{name}`; Replicate first wants it to have been idle for 15 minutes."""
+        """`DELETE /v1/deployments/{owner}/{name}`.
+
+        Replicate requires that it has been idle for 15 minutes.
+        """
         del self._account.deployments[self._deployment_path(request)]
         return Response(status_code=204)
 
@@ -781,7 +790,7 @@ class Front:
         return Response(status_code=201, headers={"location": url})
 
     async def stream(self, request: Request) -> Response:
-        """`GET /stream/{key}`: server-sent events; continues behind the header `Last-Event-ID`."""
+        """`GET /stream/{key}`: server-sent events, from `Last-Event-ID` on."""
         prediction = self._predictions.find_stream(request.path_params["key"])
         if prediction is None or not prediction.model.streams:
             raise not_found()

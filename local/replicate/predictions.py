@@ -85,7 +85,7 @@ class Prediction:
         return self.status in TERMINAL
 
     def to_json(self, origin: str) -> JsonObject:
-        """Return the prediction as Replicate shows it, without keys that have no value yet."""
+        """Return the prediction as Replicate shows it, without keys without value."""
         urls = {
             "cancel": f"{origin}/v1/{self.collection}/{self.id}/cancel",
             "get": f"{origin}/v1/{self.collection}/{self.id}",
@@ -346,7 +346,7 @@ class Predictions:
     # Notifications
 
     def _emit(self, prediction: Prediction, event: str) -> None:
-        """Send a webhook for `event`, if requested and not too soon after the previous one."""
+        """Send a webhook for `event`, if requested and not too soon after the last."""
         now = time.monotonic()
         throttled = event in ("output", "logs") and now - prediction.emitted.get(event, 0) < THROTTLE_SECONDS
         if prediction.webhook and event in prediction.events and not throttled:

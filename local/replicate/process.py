@@ -153,7 +153,7 @@ class LocalReplicate:
         return self._control("GET", "record")
 
     def creates(self, webhook: str = "") -> list[JsonObject]:
-        """Return the recorded creates whose webhook URL contains `webhook`, with any response."""
+        """Return the recorded creates whose webhook URL contains `webhook`."""
         creates = (
             request
             for request in self.record()["requests"]

@@ -34,7 +34,7 @@ def new_signing_secret() -> str:
 
 
 def signature(secret: str, webhook_id: str, timestamp: int, body: bytes) -> str:
-    """Return the header `webhook-signature`: HMAC-SHA256 over `{id}.{timestamp}.{body}`."""
+    """Return `webhook-signature`: HMAC-SHA256 over `{id}.{timestamp}.{body}`."""
     key = base64.b64decode(secret.removeprefix("whsec_"))
     signed = f"{webhook_id}.{timestamp}.".encode() + body
     return f"v1,{base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()}"
@@ -158,7 +158,7 @@ class Webhooks:
         webhook.done()
 
     async def _attempt(self, webhook: Webhook, attempt: int) -> bool:
-        """Try once; return False for 4xx, 5xx or no response, True otherwise (a redirect too)."""
+        """Try once; return False for 4xx, 5xx or no response, True otherwise."""
         timestamp = int(time.time())
         secret = self._control.settings.signing_secret
         headers = {

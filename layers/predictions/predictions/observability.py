@@ -54,7 +54,7 @@ def handler_of(function: Handler) -> Handler:
 
 
 def remaining_seconds(context: Any) -> Callable[[], float]:
-    """Return a callable that gives the function's remaining time, from Lambda's context."""
+    """Return a callable with the function's remaining time, from Lambda's context."""
     return lambda: context.get_remaining_time_in_millis() / 1000
 
 

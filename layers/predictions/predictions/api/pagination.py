@@ -56,7 +56,7 @@ def page_links(
 
 
 def read_cursor(cursor: str) -> tuple[bool, str | None]:
-    """Return a cursor's direction (whether older) and position; None is the newest page.
+    """Return a cursor's direction (whether older) and position, None if newest.
 
     Raises:
         Problem: 422 if it is not a cursor of this API. A cursor does not name the owner, so a forged one shows nothing

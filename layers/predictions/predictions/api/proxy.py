@@ -209,7 +209,10 @@ class Forwarding:
 
     @classmethod
     def from_env(cls) -> "Forwarding":
-        """Read `REPLICATE_API_URL`, `REPLICATE_TOKEN_SECRET_ARN`, `TABLE_NAME`, `VALIDATE_INPUT`."""
+        """Build from the environment.
+
+        Reads `REPLICATE_API_URL`, `REPLICATE_TOKEN_SECRET_ARN`, `TABLE_NAME` and `VALIDATE_INPUT`.
+        """
         http = httpx.Client(
             timeout=_TIMEOUT, follow_redirects=False, trust_env=False, headers={"User-Agent": "replicate-serverless"}
         )
@@ -323,7 +326,7 @@ class Forwarding:
         return text, "application/json"
 
     def _turn_links(self, value: Any, own_url: str) -> None:
-        """Rewrite the links that Replicate's document defines, never text, input or output."""
+        """Rewrite the links of Replicate's document, never text, input or output."""
         waiting = [value]
         while waiting:
             part = waiting.pop()
@@ -392,14 +395,14 @@ class VersionCache:
             self._keep_schema(call.version_id, "/".join(call.path.split("/")[2:4]), value.get("openapi_schema"))
 
     def forget(self, call: Call) -> None:
-        """Replace a deleted version by an expired item, since no function may delete items.
+        """Replace a deleted version by an expired item: no function may delete items.
 
         A concurrent read may cache it again, for `VERSION_CACHE_SECONDS`.
         """
         self._put(call, "{}", int(self._now()))
 
     def _keep_schema(self, version: str, model: str, openapi_schema: Any) -> None:
-        """Cache a schema as `PredictionsTable.keep_schema` does; if too large, only its owner."""
+        """Cache a schema like `PredictionsTable.keep_schema`; if too large, its owner."""
         text, seconds = to_keep(usable_schema(openapi_schema, version))
         kept: dict[str, Any] = {"model": {"S": model}, "json": {"S": text}}
         options: dict[str, Any] = {}

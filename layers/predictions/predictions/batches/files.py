@@ -132,7 +132,7 @@ class ObjectWriter:
 
 @contextmanager
 def new_object(bucket: str, key: str) -> Iterator[ObjectWriter]:
-    """Write one object, which is replaced as a whole if the context exits without error."""
+    """Write one object, replaced as a whole if the context exits without error."""
     writer = ObjectWriter(bucket, key)
     try:
         yield writer

@@ -28,7 +28,7 @@ _CANCELED_AT_ONCE = 1000
 def finish(
     batches: Batches, table: PredictionsTable, batch_id: str, attempt: int, lap: int, *, exceeded: bool
 ) -> dict[str, Any]:
-    """Write the results of an attempt and complete it, once none of its lines is running.
+    """Write the results of an attempt and complete it, once no line is running.
 
     Args:
         batches: The batches.

@@ -323,7 +323,7 @@ class BatchControl:
         return batch
 
     def counts(self, batch: Batch, *, ask: bool = True) -> dict[str, int]:
-        """Return the number of lines by status: waiting, running, and each terminal status.
+        """Return the number of lines by status: waiting, running, terminal ones.
 
         While a batch runs they are Step Functions' own counts: nothing is written for them. Then `failed` also includes
         lines that were canceled individually.
@@ -403,7 +403,7 @@ class BatchControl:
         return self.batches.stopped(batch, None if done else before)
 
     def _stop_execution(self, batch: Batch) -> None:
-        """Stop the Map of a batch without further lines to start; the next execution finishes it.
+        """Stop the Map of a batch with no line to start; the next execution ends it.
 
         The Map would hand over each remaining line, one after the other, and wait for days for one whose message was
         lost.

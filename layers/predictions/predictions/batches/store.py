@@ -468,9 +468,9 @@ _LISTED = "batches#"
 
 
 def _listed_owner(owner: str) -> str:
-    """Return the key of the index `by_owner`: an owner's batches are a list of their own.
+    """Return the key of an owner's batches in the index `by_owner`.
 
-    No owner's name contains a `#`.
+    They are a list of their own: no owner's name contains a `#`.
     """
     return f"{_LISTED}{owner}"
 

@@ -223,7 +223,7 @@ def _of_item(prediction: Prediction) -> Iterator[_Moment]:
 
 
 def _of_submissions(prediction: Prediction) -> Iterator[_Moment]:
-    """List the submissions with an unknown outcome, and the list readings that searched for their predictions."""
+    """List submissions with an unknown outcome, and readings of Replicate's list."""
     for submission in json.loads(prediction.submissions_json or "[]"):
         yield _Moment(submission["at"], "table", f"submitted, outcome unknown: {submission['outcome']}")
     for reading in json.loads(prediction.readings_json or "[]"):

@@ -255,7 +255,7 @@ def _redriven(event: Any, request_id: str) -> tuple[Any, str]:
 
 
 def _kind(event: Any) -> type[PromptJob] | type[InputJob]:
-    """Return the shape by which a job is parsed and rejected; `InputJob` has extra fields."""
+    """Return the shape by which a job is parsed, by the fields of `InputJob`."""
     own = InputJob.model_fields.keys() - PromptJob.model_fields.keys()
     return InputJob if isinstance(event, dict) and own & event.keys() else PromptJob
 
@@ -293,7 +293,7 @@ def _invalid(kind: type[BaseModel], what: str, field: str, message: str) -> dict
 
 
 def _error(problem: Problem, job: PromptJob | InputJob | None) -> str:
-    """Return the text of a response's `error`, with Replicate's status if that is the cause.
+    """Return a response's `error`, with Replicate's status if that is the cause.
 
     Args:
         problem: Names fields as the job does if it could not be parsed, else as the request built from it does.

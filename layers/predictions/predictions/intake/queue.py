@@ -96,7 +96,7 @@ class Requests:
         )
 
     def take(self, message: Message) -> Prediction | None:
-        """Start the request in a message; a repeated or redriven message starts nothing again.
+        """Start the request in a message, only once if the message is repeated.
 
         Returns:
             The prediction, or None if its recipe, batch or pipeline is no longer active, or if it is a batch manifest.
@@ -123,7 +123,7 @@ class Requests:
         return self.start(intent, task_token)
 
     def give_up(self, message: Message, reason: str) -> None:
-        """Report a message that is given up to its pipeline, which would otherwise send it again.
+        """Report a given-up message to its pipeline, which would otherwise resend it.
 
         Args:
             message: The message, which is not tried again.
@@ -209,7 +209,7 @@ def _source_of(body: Mapping[str, Any]) -> Source | None:
 
 @cache
 def _source(named: str) -> Source:
-    """Return the parser for a kind of message, imported with the first message that needs it.
+    """Return the parser for a kind of message, imported with the first of its kind.
 
     The parser is cached, so that the secret of links is not read for each message.
     """

@@ -91,9 +91,10 @@ class DeadRequests:
         return cls(os.environ["REQUESTS_DEAD_LETTER_QUEUE_URL"], client("sqs"), OutputsBucket.from_env)
 
     def bury(self, message: "Message", reason: str) -> None:
-        """Send a rejected message to the DLQ, unchanged, with the reason. Twice: it is listed twice.
+        """Send a rejected message to the DLQ, unchanged, with the reason.
 
-        SQS counts attributes with the body. Near the limit, the reason is cut, or the body is stored in S3.
+        Sent twice, it is listed twice. SQS counts attributes with the body. Near the limit, the reason is cut, or the
+        body is stored in S3.
         """
         attributes = {
             "request_id": message.id,
@@ -152,7 +153,7 @@ class DeadRequests:
 
 
 def _undelivered(letter: Letter) -> DeadRequest:
-    """Rebuild the message of an event that EventBridge could not put into the requests queue.
+    """Rebuild the message of an event that EventBridge could not deliver.
 
     For a rule it keeps the event alone, and names the rule, whose name has the recipe's id; for a schedule the message.
     The rule of manifests is recognized by its events: only the place of a manifest is trusted.

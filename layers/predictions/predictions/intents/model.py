@@ -178,7 +178,7 @@ def create_requested_intent(
     depth: int = 0,
     output_prefix: str | None = None,
 ) -> Intent:
-    """Validate a request from a message, a batch's line or a recipe and return its intent.
+    """Validate a request of a message, line or recipe and return its intent.
 
     Args:
         value: A `RequestBody` as parsed JSON, from `parse_json` if it is untrusted.
@@ -315,7 +315,7 @@ def create_training(
 
 
 def training_reference(owner: str, name: str, version: str) -> Reference:
-    """Return the reference of the route `/models/{owner}/{name}/versions/{version}/trainings`.
+    """Return the reference of the route `/models/…/versions/{version}/trainings`.
 
     Raises:
         Problem: 404 if this is not a valid name of a version.
@@ -359,7 +359,7 @@ class Attempt:
 
 
 def wait_seconds(prefer: str | None, limit: int) -> int | None:
-    """Return the seconds that a `Prefer` header asks to wait, at most `limit`, or None.
+    """Return the wait of a `Prefer` header in seconds, at most `limit`, or None.
 
     Preferences other than `wait` are ignored, as RFC 7240 requires.
 

@@ -101,7 +101,7 @@ def event_of_prediction(prediction: Prediction, files: Sequence[StoredFile], buc
 
 
 def list_files(files: Sequence[StoredFile], bucket: str, limit_bytes: int) -> tuple[list[dict[str, Any]], bool]:
-    """Return stored files as events and callers see them, and whether some were left out."""
+    """Return stored files as events show them, and whether some were left out."""
     listed: list[dict[str, Any]] = []
     room = limit_bytes
     for file in files:
@@ -135,7 +135,7 @@ class EventBus:
         return cls(os.environ["EVENT_BUS_NAME"], client("events"))
 
     def put(self, events: Sequence[Event]) -> list[int]:
-        """Put events on the bus, in as few calls as possible; return the indexes of failed ones.
+        """Put events on the bus in few calls; return the indexes of failed ones.
 
         A failed call is the last one: the bus cannot be reached, or not at the moment.
 

@@ -106,7 +106,7 @@ class Changes:
     def publish(
         self, records: Sequence[Mapping[str, Any]], remaining_seconds: Callable[[], float] = lambda: math.inf
     ) -> str | None:
-        """Perform the effects of stream records, in order; events go to the bus together, at the end.
+        """Perform the effects of stream records, in order; events are put at the end.
 
         Args:
             records: As Lambda passes them.
@@ -144,7 +144,7 @@ class Changes:
     def retry(
         self, messages: Iterable[Mapping[str, Any]], remaining_seconds: Callable[[], float] = lambda: math.inf
     ) -> list[str]:
-        """Retry effects that failed before; one that fails again is queued again, or given up after a day.
+        """Retry failed effects; queue those that fail again, for at most a day.
 
         Args:
             messages: Of the queue of retries, as Lambda passes them.
@@ -279,7 +279,7 @@ class Changes:
     def _tell_callers(
         self, record: Mapping[str, Any], only: Sequence[str] | None, remaining_seconds: Callable[[], float]
     ) -> tuple[str, ...]:
-        """Notify the states that wait for a completion, at the record of either the completion or their arrival.
+        """Notify waiting states, at the record of the completion or of their arrival.
 
         A caller that cannot be notified does not block the others.
 

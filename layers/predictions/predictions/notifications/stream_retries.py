@@ -154,7 +154,7 @@ class RetryQueue:
         return cls(os.environ["CHANGES_RETRY_QUEUE_URL"], os.environ["CHANGES_DEAD_LETTER_QUEUE_URL"], client("sqs"))
 
     def send(self, retry: Retry, delay_seconds: int) -> None:
-        """Queue an effect. Queued twice, it is performed twice, which its targets deduplicate."""
+        """Queue an effect; targets deduplicate an effect that is performed twice."""
         self._sqs.send_message(QueueUrl=self._url, MessageBody=retry.message(), DelaySeconds=delay_seconds)
 
     def give_up(self, retry: Retry, reason: str) -> None:

@@ -180,7 +180,7 @@ class DeliveriesQueue:
         return cls(os.environ["DELIVERIES_QUEUE_URL"], client("sqs"))
 
     def send_for(self, record: Mapping[str, Any], told: set[str]) -> None:
-        """Queue the webhooks of a stream record. Twice: the same deliveries, which receivers deduplicate.
+        """Queue the webhooks of a stream record; receivers deduplicate repetitions.
 
         If one prediction has two at once, the later one is delayed by a second, so that they arrive in order.
 

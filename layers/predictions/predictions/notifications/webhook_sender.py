@@ -158,7 +158,7 @@ class Receivers:
         return True
 
     def _shown(self, whole: Whole, delivery: Delivery) -> dict[str, Any] | None:
-        """Return the prediction as this event shows it, or None if it has nothing (more) to show.
+        """Return the prediction as this event shows it, or None if outdated or empty.
 
         Replicate's receivers detect a completion by its status, so only `completed` may show one: a late delivery of
         another event shows the prediction as it ran.

@@ -140,7 +140,7 @@ class Progress:
             logger.info("step sent", step=name, requests=len(state.missing))
 
     def _cancel(self, states: dict[str, StepState], remaining_seconds: Callable[[], float]) -> bool:
-        """Cancel every open prediction once; the sweep retries it if Replicate did not respond.
+        """Cancel every open prediction once; the sweep retries unacknowledged ones.
 
         Returns:
             Whether all were canceled; the time may have been too short for the rest.

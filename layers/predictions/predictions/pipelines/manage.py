@@ -88,7 +88,7 @@ class PipelineApi:
         attempt: Attempt | None = None,
         limits: OwnerLimits | None = None,
     ) -> dict[str, Any]:
-        """Validate and store a pipeline, and start its execution; the same key, the same pipeline.
+        """Validate, store and start a pipeline; the same key gives the same one.
 
         After it is written, an error of AWS is not reported to the caller: the sweep starts the pipeline.
 
@@ -166,7 +166,7 @@ class PipelineApi:
         return there
 
     def _sent_before(self, owner: str, print_: str, attempt: Attempt | None) -> Pipeline | None:
-        """Return the pipeline that an earlier attempt of the same request created, or None."""
+        """Return the pipeline of an earlier attempt of the same request, or None."""
         if attempt is None or not attempt.number:
             return None
         noted = self._predictions.recent_id(owner, f"pipeline#{print_}", attempt)
@@ -214,7 +214,7 @@ class PipelineApi:
         return self.show_pipeline(StoredPipeline(pipeline, definition, {}), {})
 
     def cancel_pipeline(self, pipeline_id: str, owner: str) -> dict[str, Any]:
-        """Cancel a pipeline: no further step starts, and its execution cancels running ones.
+        """Cancel a pipeline: no further step starts, running ones are canceled.
 
         Raises:
             Problem: 404.
@@ -306,7 +306,7 @@ class PipelineApi:
         }
 
     def _output(self, state: StepState, ids: list[str], room: int) -> tuple[Any, int] | None:
-        """Return a step's output and its size in a response, or None if it exceeds the room."""
+        """Return a step's output and its size in a response, or None if too large."""
         results = self._predictions.unread_results(ids)
         if sum(result.length for result in results) > room:
             return None

@@ -45,7 +45,7 @@ class CannotRun(PredictionsError):
 
 
 def prediction_ended(prediction_id: str, origin: Mapping[str, str | int], status: str) -> None:
-    """Notify the pipeline of a completed prediction. Twice: the pipeline checks once more.
+    """Notify the pipeline of a completed prediction. Idempotent.
 
     Args:
         prediction_id: Our id.
@@ -167,7 +167,7 @@ class Pipelines:
             return None
 
     def give_up(self, body: Mapping[str, Any], reason: str) -> None:
-        """Record that a run's message was given up; its pipeline then fails with the reason.
+        """Record that a run's message was given up, so that its pipeline fails.
 
         Otherwise the pipeline would send the same message again every hour. The definition is not read, since it may be
         the reason why the function was killed. A message that names no run of a running pipeline is ignored.
@@ -182,7 +182,7 @@ class Pipelines:
             wake_pipeline(pipeline_id)
 
     def elements(self, stored: StoredPipeline, step: Step) -> list[Any]:
-        """Return the elements of a step's `for_each`, once its dependencies have succeeded.
+        """Return the elements of a `for_each`, once its dependencies have succeeded.
 
         Raises:
             CannotRun: The value is not a list, or too long; or the outputs that it reads are too large.
@@ -227,7 +227,7 @@ class Pipelines:
             raise CannotRun(f"Step `{step.name}`: {problem.detail}") from None
 
     def _context(self, stored: StoredPipeline, step: Step) -> dict[str, Any]:
-        """Return the values for a step's templates, reading outputs one by one within the limits.
+        """Return the values for a step's templates, reading outputs within the limits.
 
         Raises:
             CannotRun: The outputs are too large.

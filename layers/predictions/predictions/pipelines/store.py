@@ -296,7 +296,7 @@ class PipelinesTable:
         )
 
     def next_pipeline_execution(self, pipeline: Pipeline, now: float) -> Pipeline | None:
-        """Increment the execution number. Return None if another function did, or it completed."""
+        """Increment the execution number. Return None if done already, or completed."""
         return self._change(
             pipeline.id,
             "SET execution_n = :next, next_check_at = :check",
@@ -356,9 +356,9 @@ _PIPELINES_OF = "pipelines#"
 
 
 def _list_key(owner: str) -> str:
-    """Return the key of the index `by_owner`: an owner's pipelines are a list of their own.
+    """Return the key of an owner's pipelines in the index `by_owner`.
 
-    No owner's name contains a `#`.
+    They are a list of their own: no owner's name contains a `#`.
     """
     return f"{_PIPELINES_OF}{owner}"
 

@@ -117,7 +117,7 @@ class DeployedRecipes:
         self._items.note_deployed(wanted)
 
     def remove(self, stack_id: str, seconds_left: Callable[[], float]) -> None:
-        """Remove the rules of all recipes before the stack is deleted: they would outlive it.
+        """Remove the rules of all recipes, which would outlive the deleted stack.
 
         If only the deployment of recipes is removed from a stack that stays, as when the update that added it is rolled
         back, the recipes of deployments are deleted and nothing else.

@@ -172,7 +172,7 @@ class RecipeChanges:
         return replace(recipe, state="active"), existing is None
 
     def delete(self, owner: str, name: str, *, deployed: bool | None = None) -> bool:
-        """Delete a recipe and its rule; return whether it existed. Its predictions continue.
+        """Delete a recipe and its rule, not its predictions; return whether it existed.
 
         Args:
             owner: The owner of the recipe.
@@ -281,7 +281,7 @@ class RecipeChanges:
             return None
 
     def _check_input(self, asked: RecipeBody, reference: Reference) -> None:
-        """Validate the constant parts of the input by the model's own schema, if available.
+        """Validate the constant parts of the input by the model's schema, if available.
 
         Raises:
             Problem: 404 if the model does not exist; 422 if the input does not match its schema.

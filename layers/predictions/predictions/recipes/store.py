@@ -361,7 +361,7 @@ class Recipes:
         )
 
     def intent(self, body: Mapping[str, Any], message: Message) -> Intent | None:
-        """Return the intent of a message `{"recipe_id", "event"}`; see `intents.sources.Source`.
+        """Return the intent of `{"recipe_id", "event"}`; see `intents.sources.Source`.
 
         Returns:
             The intent, or None if the recipe or the object is gone, or the event no longer matches this recipe.

@@ -79,7 +79,7 @@ def static(random_: random.Random, size: tuple[int, int], swing: int) -> Image.I
 
 
 def ridge(random_: random.Random, width: int, roughness: float, points: int = 9) -> list[float]:
-    """Return heights from about -1 to 1, one for each column, by midpoint displacement."""
+    """Return heights of about -1 to 1 for each column, by midpoint displacement."""
     heights = [random_.uniform(-0.7, 0.7) for _ in range(points)]
     step = 0.55
     while len(heights) < width:
