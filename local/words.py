@@ -47,7 +47,6 @@ PENDING = (
     "layers/predictions/predictions/upstream/",
     "layers/predictions/predictions/validation.py",
     "layers/predictions/predictions/views/",
-    "statemachine/",
     "template.yaml",
 )
 # By pattern: the plain words instead. A space matches any white space, also in a wrapped comment.
