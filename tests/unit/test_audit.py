@@ -148,7 +148,7 @@ BAD = {**HTTPX, "vulns": [{"id": "PYSEC-1", "fix_versions": ["1.1"]}]}
 @pytest.mark.parametrize(
     ("output", "status", "verdict", "told"),
     [
-        (json.dumps({"dependencies": [HTTPX]}), 0, (False, False), "none known of 1 packages"),
+        (json.dumps({"dependencies": [HTTPX]}), 0, (False, False), "1 packages, no known vulnerability"),
         (json.dumps({"dependencies": [BAD]}), 1, (True, False), "httpx 1.0: PYSEC-1 (fixed in 1.1)"),
         ("", 1, (False, True), "NOT AUDITED"),
         ("[]", 0, (False, True), "NOT AUDITED"),

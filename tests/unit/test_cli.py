@@ -1159,7 +1159,7 @@ def test_submissions_and_readings_are_told_in_plain_words() -> None:
     )
     said = [each.what for each in _of_submissions(waits)]
     assert said == [
-        "submitted, without a clear answer: answered 502",
+        "submitted, outcome unknown: answered 502",
         "read Replicate's list: 1 pages, 2 predictions; undecidable: x, y and 10 more",
         "read Replicate's list: 0 pages, 0 predictions; this is no evidence, since a page was answered 500",
         "read Replicate's list: 2 pages, 150 predictions; none of them is this one",

@@ -647,7 +647,7 @@ def test_a_failure_of_replicate_is_told_as_such_and_not_tried_again(
     answer = call(method, "/models/acme/fox")
     detail = problem_of(answer, given)["detail"]
     assert detail.startswith(f"Replicate failed ({told}).")
-    assert ("look before you repeat" in detail) == (method == "DELETE")
+    assert ("Check before you repeat" in detail) == (method == "DELETE")
     assert "secret" not in detail
     assert answer["headers"].get("retry-after") == ("3" if given == 503 else None)
     assert len(upstream.asked) == 1

@@ -142,7 +142,7 @@ def test_place_of_a_batch_is_free_when_it_has_ended(
 
 def test_batch_whose_manifest_is_missing_uses_no_place(batches: BatchWorld) -> None:
     limits = OwnerLimits(open_batches=1)
-    with pytest.raises(Problem, match="no such object"):
+    with pytest.raises(Problem, match="Object not found"):
         make(batches, limits, manifest="s3://inputs/batches/alice/missing.jsonl")
     assert places("open_batches") == set()
     assert make(batches, limits, LLAMA)

@@ -149,9 +149,9 @@ def test_expression_that_refers_to_what_is_not_there_is_refused(expression: str,
 @pytest.mark.parametrize(
     ("for_each", "reason"),
     [
-        ("etching", "A list, or one placeholder"),
-        ("a {{ input.styles }}", "A list, or one placeholder"),
-        ("{{ input.styles }}{{ input.styles }}", "A list, or one placeholder"),
+        ("etching", "Must be a list, or exactly one placeholder"),
+        ("a {{ input.styles }}", "Must be a list, or exactly one placeholder"),
+        ("{{ input.styles }}{{ input.styles }}", "Must be a list, or exactly one placeholder"),
         ("{{ input.prompt }}", "Must give a list (got a string)."),
         ("{{ input.count }}", "Must give a list (got a number)."),
         ("{{ input.styles[5] }}", "finds nothing"),
@@ -298,17 +298,17 @@ class TestSize:
     @pytest.mark.parametrize(
         ("body", "field", "said"),
         [
-            ({"input": {"r": [0] * PART_LIMIT_VALUES}}, "input", f"the limit is {PART_LIMIT_VALUES}"),
-            ({"input": {"r": "x" * PART_LIMIT_BYTES}}, "input", f"the limit is {PART_LIMIT_BYTES}"),
-            ({"input": {"r": "é" * (PART_LIMIT_BYTES // 2)}}, "input", f"the limit is {PART_LIMIT_BYTES}"),
+            ({"input": {"r": [0] * PART_LIMIT_VALUES}}, "input", f"the limit of {PART_LIMIT_VALUES}"),
+            ({"input": {"r": "x" * PART_LIMIT_BYTES}}, "input", f"the limit of {PART_LIMIT_BYTES}"),
+            ({"input": {"r": "é" * (PART_LIMIT_BYTES // 2)}}, "input", f"the limit of {PART_LIMIT_BYTES}"),
             ({"steps": [step(input={"r": {"": {}} | {f"f{n}": 1 for n in range(PART_LIMIT_VALUES // 2)}})]},
-             "steps.0.input", f"the limit is {PART_LIMIT_VALUES}"),
+             "steps.0.input", f"the limit of {PART_LIMIT_VALUES}"),
             ({"steps": [step(), step("many", for_each=[{"r": [0] * PART_LIMIT_VALUES}])]},
-             "steps.1.input", f"the limit is {PART_LIMIT_VALUES}"),
+             "steps.1.input", f"the limit of {PART_LIMIT_VALUES}"),
             ({"steps": [step(f"s{n}", {"r": [0] * 70_000}) for n in range(3)]},
-             "steps", f"the limit is {BODY_LIMIT_VALUES}"),
+             "steps", f"the limit of {BODY_LIMIT_VALUES}"),
             ({"steps": [step(input={"r": "{{ input.prompt }}" * (BODY_LIMIT_PLACEHOLDERS + 1)})]},
-             "steps", f"the limit is {BODY_LIMIT_PLACEHOLDERS}"),
+             "steps", f"the limit of {BODY_LIMIT_PLACEHOLDERS}"),
         ],
     )  # fmt: skip
     def test_pipeline_that_is_too_large_to_fill_is_refused_by_its_field(

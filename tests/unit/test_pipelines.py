@@ -203,15 +203,15 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
-            ({"pipeline_id": "x"}, "pipeline_id: an id has"),
-            ({"pipeline_id": 7}, "pipeline_id: an id has"),
+            ({"pipeline_id": "x"}, "pipeline_id: must be 26"),
+            ({"pipeline_id": 7}, "pipeline_id: must be 26"),
             ({"pipeline_id": "a" * 26}, f"pipeline {'a' * 26} not found"),
             ({"step": "none"}, "step 'none' not found"),
-            ({"step": None}, "step: the name"),
+            ({"step": None}, "step: must be"),
             ({"index": 1}, "has no run 1"),
-            ({"index": -1}, "index: a whole number"),
-            ({"index": True}, "index: a whole number"),
-            ({"index": "0"}, "index: a whole number"),
+            ({"index": -1}, "index: must be a whole"),
+            ({"index": True}, "index: must be a whole"),
+            ({"index": "0"}, "index: must be a whole"),
             ({"owner": "bob"}, "owner: unknown field in a message of a pipeline"),
         ],
     )
@@ -373,7 +373,7 @@ class TestFanOut:
     @pytest.mark.parametrize(
         ("output", "reason"),
         [
-            ("one text", "finds a text"),
+            ("one text", "(got a string)"),
             (["x"] * (ITEMS_LIMIT + 1), f"the limit of {ITEMS_LIMIT} elements"),
             (None, "finds nothing"),
         ],
@@ -794,8 +794,8 @@ class TestMemory:
         assert world.turn(pipeline_id).done
         shown = world.shown(pipeline_id)
         assert shown["status"] == "failed"
-        assert f"The outputs of `each` have {GATHERED_LIMIT_BYTES + 1} bytes" in shown["error"]
-        assert f"exceed the limit of {GATHERED_LIMIT_BYTES} bytes" in shown["error"]
+        assert f"The outputs of `each` exceed the limit of {GATHERED_LIMIT_BYTES} bytes" in shown["error"]
+        assert f"(got {GATHERED_LIMIT_BYTES + 1})" in shown["error"]
 
     def test_outputs_with_too_many_values_are_not_parsed_and_fail_the_pipeline(
         self, world: World, monkeypatch: pytest.MonkeyPatch

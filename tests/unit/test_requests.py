@@ -66,7 +66,7 @@ class TestRefused:
         ("body", "reason"),
         [
             ("", "The body is not JSON"),
-            ("[]", "has to be a JSON object"),
+            ("[]", "must be a JSON object"),
             ('{"model": "a/b", "model": "c/d", "input": {}}', "twice"),
             ("[" * 200_000, "nested"),
             ({"input": {}}, "exactly one of"),

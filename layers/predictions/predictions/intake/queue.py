@@ -169,7 +169,7 @@ class Requests:
             if prediction.owner != intent.owner or (
                 prediction.fingerprint != intent.fingerprint and intent.source == "queue"
             ):
-                reason = "The idempotency key belongs to a different request. Use a new key for a new request."
+                reason = "The idempotency key belongs to another request. Use a new key for a new request."
                 raise RequestRefused(reason) from None
             # Only after it is known to be the same request. A new prediction has no callers yet, so nothing is counted.
             if task_token is not None and not self._table.takes_caller(prediction.id, task_token):

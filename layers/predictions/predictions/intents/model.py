@@ -334,7 +334,7 @@ def model_reference(kind: Literal["model", "deployment"], owner: str, name: str)
     """
     full_name = f"{owner}/{name}"
     if not _MODEL_NAME.fullmatch(full_name):
-        raise Problem(404, f"{kind.capitalize()} not found: owner and name must be letters, digits, '-', '_' and '.'.")
+        raise Problem(404, f"Not found: the {kind}'s owner and name must be letters, digits, '-', '_' and '.'.")
     return Reference(kind, full_name)
 
 

@@ -53,7 +53,7 @@ _CHECK_SECONDS = 5.0
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
 _INVALID_FIELDS_LIMIT = 50
-_UNKNOWN_FIELD = "The model does not have this field."
+_UNKNOWN_FIELD = "The model does not know this field."  # as `upstream.input_schema` reports it
 
 Violations = list[dict[str, str]]
 Check = Callable[[Reference, Mapping[str, Any]], Violations]
