@@ -1,4 +1,4 @@
-# Everything here does its own set-up: python3 (3.11 or newer), make and git are enough.
+# Every target does its own set-up: python3 (3.11 or newer), make and git are sufficient.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -7,10 +7,10 @@ export PYTHONUNBUFFERED := 1
 IN := .venv/bin/
 PYTHON := $(IN)python
 
-# Steps print headings, share caches and two cores, and a stack test measures time: never side by side, whatever -j says.
+# Never parallel, whatever -j says: steps print headings, share caches and two cores, and a stack test measures time.
 .NOTPARALLEL:
 
-# Tests with the mark "slow" are left to `make slow`, unless SLOW=1 asks for all of a kind.
+# Tests with the mark "slow" run in `make slow`, or with SLOW=1.
 QUICK = $(if $(SLOW),,-m "not slow")
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4
 # Three local clouds.
@@ -23,30 +23,31 @@ heading = @echo; echo "== $(1)"
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## Make the environments (.venv and .local/emulator); quick when nothing changed
+setup: ## Create the environments (.venv and .local/emulator); quick if nothing changed
 	@python3 local/set_up.py
 
-demo: setup ## Run predictions through a local cloud and tell what happens (LIVE=1: the real Replicate, costs money)
+demo: setup ## Run predictions on a local cloud and show each step (LIVE=1: the real Replicate, costs money)
 	@$(PYTHON) -m local demo $(if $(LIVE),--live)
 
 picture: setup ## Run the demonstration and draw docs/demo.svg, which the README shows
 	@$(PYTHON) -m local demo --picture docs/demo.svg
 
-local: setup ## Keep a local cloud running: .local/stack.json says where (LOCAL_DIR=… for a second one)
+local: setup ## Keep a local cloud running; its addresses are in .local/stack.json (LOCAL_DIR=… for a second one)
 	@exec $(PYTHON) -m local run
 
-send: setup ## Send EVENT=events/… to the stack of "make local", and follow what it starts (MODEL=…, FILE=…)
+send: setup ## Send EVENT=events/… to the stack of "make local", and follow its prediction (MODEL=…, FILE=…)
 	@$(PYTHON) -m local send "$(EVENT)" $(if $(MODEL),--model "$(MODEL)") $(if $(FILE),--file "$(FILE)")
 
-test: lint types validate unit attacks simulation stack ## Check everything but what "make slow" runs, in this order; what fails stops it
+test: lint types validate unit attacks simulation stack ## Run all checks and tests except those of "make slow"; the first failure stops it
 
-lint: setup ## Check the style, the layers, and that generated files are up to date (requirements, openapi.json)
+lint: setup ## Check style, layers, words, and that generated files are up to date (requirements, openapi.json)
 	$(call heading,lint)
 	@$(IN)ruff check .
 	@$(IN)ruff format --check .
 	@$(IN)lint-imports --no-logo --no-cache
 	@$(PYTHON) -m local.lock --check
 	@$(PYTHON) -m local.openapi --check
+	@$(PYTHON) -m local.words
 
 types: setup ## Check the types
 	$(call heading,types)
@@ -56,11 +57,11 @@ validate: setup ## Check template.yaml with SAM and cfn-lint
 	$(call heading,validate)
 	@$(PYTHON) -m local validate
 
-audit: setup ## Check the template with checkov, and the locked packages for known vulnerabilities (AUDIT=strict: or fail)
+audit: setup ## Check the template with checkov, and the locked packages for known vulnerabilities (AUDIT=strict: fail if unknown)
 	$(call heading,audit)
 	@$(PYTHON) -m local.audit
 
-docs: setup ## Build the site of docs/ into .local/site; a link that leads nowhere fails
+docs: setup ## Build the site of docs/ into .local/site; a broken link fails
 	$(call heading,docs)
 	@$(PYTHON) -m local.docs
 
@@ -68,11 +69,11 @@ unit: setup ## Run the unit tests
 	$(call heading,unit tests)
 	@$(PYTHON) -m pytest tests/unit $(QUICK) $(SIDE_BY_SIDE)
 
-attacks: setup ## Run the tables of attacks: hostile webhooks, addresses, files, JSON, schemas, owners
+attacks: setup ## Run the attack tests: hostile webhooks, addresses, files, JSON, schemas, owners
 	$(call heading,attacks)
 	@$(PYTHON) -m pytest tests/attacks $(QUICK) $(SIDE_BY_SIDE)
 
-simulation: setup ## Run 5,000 schedules of faults (SLOW=1: and sabotage the code to see them notice)
+simulation: setup ## Run 5,000 schedules of faults (SLOW=1: also with sabotaged code, which must fail)
 	$(call heading,simulation)
 	@$(PYTHON) -m pytest tests/simulation $(QUICK) $(SIDE_BY_SIDE)
 
@@ -83,12 +84,12 @@ stack: setup ## Run the stack tests, on three local clouds side by side
 	$(call heading,stack tests)
 	@$(PYTHON) -m pytest tests/stack $(QUICK) $(CLOUDS)
 
-slow: setup ## Run the tests that take minutes, which "make test" leaves out (SLOW=1 with one kind: all of that kind)
+slow: setup ## Run the slow tests, which "make test" leaves out (SLOW=1 with one kind: all of that kind)
 	$(call heading,slow tests)
 	@$(PYTHON) -m pytest tests/unit tests/attacks tests/simulation -m slow $(SIDE_BY_SIDE)
 	@$(PYTHON) -m pytest tests/stack -m slow $(CLOUDS)
 
-faults: setup ## Run PREDICTIONS=200 on a local cloud where everything goes wrong (SEED=n; or CALL="…" FAULT="killed after")
+faults: setup ## Run PREDICTIONS=200 on a local cloud with all kinds of faults (SEED=n; or CALL="…" FAULT="killed after")
 	@$(PYTHON) -m tests.stack.faults $(if $(PREDICTIONS),--predictions $(PREDICTIONS)) $(if $(SEED),--seed $(SEED)) \
 		$(if $(CALL),--call "$(CALL)") $(if $(FAULT),--fault "$(FAULT)")
 
@@ -98,18 +99,18 @@ reliability: setup ## Run all tests and write docs/reliability.md: each promise,
 conformance: setup ## Run the official clients' flows (needs node) and write docs/conformance.md
 	@$(PYTHON) -m tests.conformance
 
-bench: setup ## Measure import times, and the figures of a prediction and of a batch
+bench: setup ## Measure import times, and the steps and cost of a prediction and of a batch
 	@$(PYTHON) -m tests.benchmarks
 
 batch: setup ## Run a batch of LINES=1000 lines on the local cloud, with its progress, and measure it
 	@$(PYTHON) -m tests.benchmarks.batch $(if $(LINES),--lines $(LINES))
 
-lock: setup ## Bring requirements/ and the layer's up to date with pyproject.toml (UPGRADE=1: newest versions)
+lock: setup ## Update requirements/ and the layer's from pyproject.toml (UPGRADE=1: newest versions)
 	@$(PYTHON) -m local.lock $(if $(UPGRADE),--upgrade)
 
 openapi: setup ## Write openapi.json, which the layer ships, from openapi.yaml
 	@$(PYTHON) -m local.openapi
 
-clean: ## Remove everything that was made here
+clean: ## Remove everything that these commands created
 	rm -rf .venv .local .aws-sam .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,1 +1,1 @@
-"""What runs on a developer's machine: the local cloud, the demonstration, the stand-in for Replicate."""
+"""Tools for a developer's machine: the local cloud, the demonstration, the stand-in for Replicate."""

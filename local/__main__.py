@@ -21,13 +21,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="keep a local cloud running until SIGINT or SIGTERM")
-    demo = commands.add_parser("demo", help="run predictions through a local cloud and tell what happens")
+    demo = commands.add_parser("demo", help="run predictions on a local cloud and show each step")
     demo.add_argument("--live", action="store_true", help="run them on the real Replicate, which costs money")
-    demo.add_argument("--picture", type=Path, help="draw what was shown into this SVG file")
-    sending = commands.add_parser("send", help="send an event sample to the local cloud that runs")
+    demo.add_argument("--picture", type=Path, help="draw the output into this SVG file")
+    sending = commands.add_parser("send", help="send an event sample to the running local cloud")
     sending.add_argument("sample", type=Path, help="a file below events/")
-    sending.add_argument("--model", help="what the sample is to run, as owner/name")
-    sending.add_argument("--file", type=Path, help="the content of the object that a sample of S3 names")
+    sending.add_argument("--model", help="the model to run, as owner/name")
+    sending.add_argument("--file", type=Path, help="the content of the object in a sample of S3")
     commands.add_parser("validate", help="check template.yaml")
     arguments = parser.parse_args()
 
@@ -56,21 +56,21 @@ def main() -> int:
 
 
 def run(terminal: Terminal, environment: Mapping[str, str]) -> None:
-    """Keep a local cloud running in the foreground and describe it in ``stack.json`` while it does.
+    """Keep a local cloud running in the foreground, with its ``stack.json``.
 
     Args:
         terminal: Where progress and addresses are shown.
         environment: ``LOCAL_DIR``, ``REPLICATE_API_URL`` with ``REPLICATE_API_TOKEN``, ``STACK_PARAMETERS``.
 
     Raises:
-        LocalCloudError: It did not start, or those variables cannot be used.
+        LocalCloudError: The cloud did not start, or those variables are invalid.
     """
     upstream = upstream_from(environment)
     parameters = stack_parameters(environment.get("STACK_PARAMETERS", ""))
     path = local_directory() / "stack.json"
     stopped = threading.Event()
     with LocalCloud(parameters=parameters, upstream=upstream, say=terminal.step) as cloud:
-        # From here on a signal ends the waiting instead of raising where it happens to arrive.
+        # From here on a signal ends the wait instead of raising an exception at an arbitrary point.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())
         with cloud.stack.file(path):
@@ -98,7 +98,7 @@ def upstream_from(environment: Mapping[str, str]) -> Upstream | None:
     """Return the Replicate that the environment names, or None for the stand-in.
 
     Raises:
-        LocalCloudError: An address without a token.
+        LocalCloudError: The environment has an address without a token.
     """
     url = environment.get("REPLICATE_API_URL", "").rstrip("/")
     if not url:
@@ -110,10 +110,11 @@ def upstream_from(environment: Mapping[str, str]) -> Upstream | None:
 
 
 def interrupted_make() -> bool:
-    """Tell whether the make that started this got SIGINT for itself alone.
+    """Return whether the make that started this process received SIGINT alone.
 
-    A terminal sends Ctrl-C to every process of a job, and make counts on it: it only waits. Other programs may signal
-    just the one they started. While make handles the signal it blocks it, which Linux shows; elsewhere this is False.
+    A terminal sends Ctrl-C to every process of a job, and make relies on that: it only waits. Other programs may signal
+    only the process that they started. While make handles the signal it blocks it, which Linux shows; on other systems
+    this is False.
     """
     try:
         status = Path(f"/proc/{os.getppid()}/status").read_text()
@@ -124,7 +125,7 @@ def interrupted_make() -> bool:
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
-    # Raised where the signal arrives: every context on the way out stops what it started.
+    # Raised at the point where the signal arrives: every context on the way out stops its processes.
     raise SystemExit(128 + number)
 
 

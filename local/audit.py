@@ -1,14 +1,14 @@
-"""Check what is deployed and what is installed: ``python -m local.audit``, ``make audit``.
+"""Check the template and the installed packages: ``python -m local.audit``, ``make audit``.
 
-checkov looks at the template as CloudFormation gets it, after SAM's transform: it finds more there than in the file.
-What it finds has to be explained in the table "Exceptions" of docs/security.md, and what is explained there has to be
-found; so no exception outlives its reason.
+checkov reads the template as CloudFormation gets it, after SAM's transform: it finds more there than in the file. Each
+finding must be explained in the table "Exceptions" of docs/security.md, and each explanation must have a finding; so no
+exception outlives its reason.
 
-pip-audit asks the database https://osv.dev for known vulnerabilities of every locked version. Without a way there
-nothing is known, and that is said. With ``AUDIT=strict`` it is a failure.
+pip-audit queries the database https://osv.dev for known vulnerabilities of every locked version. If the database cannot
+be reached, nothing is known, and the output says so. With ``AUDIT=strict`` that is a failure.
 
 checkov and pip-audit have an environment of their own, ``.local/audit``, filled from requirements/audit.txt, checked by
-hash; where it cannot be made, nothing passes.
+hash; if it cannot be created, the audit fails.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DATABASE = "api.osv.dev"
 FAILED = 1
 NOT_AUDITED = 3
 
-# The policies of AWS's own that SAM attaches, by the names that the transform looks up.
+# The AWS managed policies that SAM attaches, by the names that the transform looks up.
 MANAGED = {
     name: f"arn:aws:iam::aws:policy/{path}"
     for name, path in (
@@ -52,7 +52,7 @@ MANAGED = {
         ("AWSXRayDaemonWriteAccess", "AWSXRayDaemonWriteAccess"),
     )
 }
-# Where packages would be after `sam build` and `sam package`; the checks do not look inside.
+# Placeholders for packages after `sam build` and `sam package`; the checks do not read them.
 PACKAGED = {
     "AWS::Serverless::Function": "CodeUri",
     "AWS::Serverless::LayerVersion": "ContentUri",
@@ -61,7 +61,7 @@ PACKAGED = {
 
 
 class AuditError(Exception):
-    """The audit cannot be made; the message says why."""
+    """The audit cannot run; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Explained:
-    """A row of the page: a check, the resources that may fail it (`*` for any part of a name), and why."""
+    """A row of the page: a check, the resources that may fail it (`*` for any part of a name), and the reason."""
 
     check: str
     resources: tuple[str, ...]
     why: str
 
     def covers(self, finding: Finding) -> bool:
-        """Tell whether this is about a finding."""
+        """Return whether this row explains a finding."""
         return self.check == finding.check and any(
             fnmatch.fnmatchcase(finding.resource, name) for name in self.resources
         )
@@ -99,7 +99,7 @@ def main() -> int:
     for complaint in complaints:
         print(complaint, file=sys.stderr)
     if not complaints:
-        print("template.yaml: nothing that docs/security.md does not explain")
+        print("template.yaml: docs/security.md explains every finding")
     vulnerable, unknown = dependencies(tools)
     if complaints or vulnerable:
         return FAILED
@@ -107,10 +107,10 @@ def main() -> int:
 
 
 def environment(folder: Path = ENVIRONMENT, requirements: Path = REQUIREMENTS) -> Path:
-    """Return the folder of the tools' programs, made when it is not there or is not of these requirements.
+    """Return the folder of the tools' programs, created or updated if necessary.
 
     Raises:
-        AuditError: It could not be made.
+        AuditError: The environment could not be created.
     """
     try:
         return environment_of(requirements, folder) / "bin"
@@ -122,9 +122,9 @@ def translated(template: Path) -> dict[str, Any]:
     """Return a SAM template as CloudFormation gets it.
 
     Raises:
-        AuditError: SAM refuses it.
+        AuditError: SAM rejects the template.
     """
-    # Only here: it takes a second to import.
+    # Imported only here: the import takes a second.
     logging.disable(logging.WARNING)
     from samtranslator.model.exceptions import InvalidDocumentException
     from samtranslator.translator.transform import transform
@@ -142,17 +142,17 @@ def translated(template: Path) -> dict[str, Any]:
     try:
         result: dict[str, Any] = transform(source, {}, Managed())
     except InvalidDocumentException as error:
-        raise AuditError(f"SAM refuses {template.name}: {error}") from error
+        raise AuditError(f"SAM rejects {template.name}: {error}") from error
     finally:
         logging.disable(logging.NOTSET)
     return result
 
 
 def scan(tools: Path, template: Mapping[str, Any]) -> list[Finding]:
-    """Return what checkov finds in a template of CloudFormation.
+    """Return checkov's findings in a CloudFormation template.
 
     Raises:
-        AuditError: It did not look at all of it.
+        AuditError: checkov did not check all of it.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "template.json"
@@ -169,9 +169,9 @@ def scan(tools: Path, template: Mapping[str, Any]) -> list[Finding]:
         failed = report["results"]["failed_checks"]
         wrong = report["summary"]["parsing_errors"]
     except (ValueError, KeyError, TypeError) as error:
-        raise AuditError(f"checkov gave no report: {done.stderr[-2000:] or done.stdout[-2000:]}") from error
+        raise AuditError(f"checkov wrote no report: {done.stderr[-2000:] or done.stdout[-2000:]}") from error
     if wrong or looked_at != len(template["Resources"]):
-        raise AuditError(f"checkov looked at {looked_at} of {len(template['Resources'])} resources")
+        raise AuditError(f"checkov checked only {looked_at} of {len(template['Resources'])} resources")
     return [Finding(each["check_id"], each["resource"].rpartition(".")[2], each["check_name"]) for each in failed]
 
 
@@ -179,7 +179,7 @@ def explained(page: str) -> list[Explained]:
     """Return the rows of the table of exceptions.
 
     Raises:
-        AuditError: The page has none, or a row without a reason.
+        AuditError: The page has no table, or a row without a reason.
     """
     section = re.search(r"^#+ Exceptions\n(.*?)(?=^#+ |\Z)", page, re.MULTILINE | re.DOTALL)
     rows = [
@@ -191,22 +191,22 @@ def explained(page: str) -> list[Explained]:
         raise AuditError(f"{PAGE.name} has no table of exceptions")
     for row in rows:
         if len(row) != 3 or not all(row):
-            raise AuditError(f"{PAGE.name}: this exception has not a check, resources and a reason: {row}")
+            raise AuditError(f"{PAGE.name}: this exception must have a check, resources and a reason: {row}")
     return [
         Explained(check.strip("`"), tuple(re.findall(r"`([^`]+)`", resources)), why) for check, resources, why in rows
     ]
 
 
 def judge(findings: Iterable[Finding], exceptions: Sequence[Explained]) -> list[str]:
-    """Return what is wrong: findings that nothing explains, and explanations (each name in them) of nothing."""
+    """Return the errors: unexplained findings, and explanations without a finding."""
     found = list(findings)
     unexplained = [
-        f"{each.check} {each.resource}: {each.title}. Mend it, or explain it in docs/security.md"
+        f"{each.check} {each.resource}: {each.title}. Fix it, or explain it in docs/security.md"
         for each in found
         if not any(exception.covers(each) for exception in exceptions)
     ]
     stale = [
-        f"{exception.check} {name}: docs/security.md explains what is not found any more; take it out"
+        f"{exception.check} {name}: docs/security.md explains a finding that no longer exists. Remove it"
         for exception in exceptions
         for name in exception.resources
         if not any(Explained(exception.check, (name,), "").covers(each) for each in found)
@@ -215,14 +215,14 @@ def judge(findings: Iterable[Finding], exceptions: Sequence[Explained]) -> list[
 
 
 def dependencies(tools: Path, files: Sequence[str] = LOCKED, database: str = DATABASE) -> tuple[bool, bool]:
-    """Ask for known vulnerabilities of all locked packages, and tell of them.
+    """Query known vulnerabilities of all locked packages, and print them.
 
     Returns:
-        Whether there are any, and whether nothing is known of some.
+        Whether any exist, and whether some packages could not be checked.
     """
     vulnerable = unknown = False
     if not _reachable(database):
-        print(f"NOT AUDITED: {', '.join(files)}: there is no way to {database} from here", file=sys.stderr)
+        print(f"NOT AUDITED: {', '.join(files)}: {database} cannot be reached", file=sys.stderr)
         return False, True
     for name in files:
         command = [str(tools / "pip-audit"), "--requirement", str(CHECKOUT / name), "--vulnerability-service", "osv"]
@@ -238,11 +238,13 @@ def dependencies(tools: Path, files: Sequence[str] = LOCKED, database: str = DAT
             continue
         told = [
             f"{each['name']} {each['version']}: {vulnerability['id']}"
-            f" (mended in {', '.join(vulnerability['fix_versions']) or 'no version yet'})"
+            f" (fixed in {', '.join(vulnerability['fix_versions']) or 'no version yet'})"
             for each in packages
             for vulnerability in each.get("vulns", [])
         ]
-        print("\n".join(f"{name}: {line}" for line in told) or f"{name}: none known of {len(packages)} packages")
+        print(
+            "\n".join(f"{name}: {line}" for line in told) or f"{name}: {len(packages)} packages, no known vulnerability"
+        )
         vulnerable = vulnerable or bool(told)
     return vulnerable, unknown
 
@@ -251,7 +253,7 @@ def _reachable(host: str) -> bool:
     try:
         socket.create_connection((host, 443), timeout=5).close()
     except OSError:
-        # A proxy may know the way.
+        # A proxy may reach the host.
         return bool(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"))
     return True
 

@@ -1,9 +1,9 @@
 """The local cloud: AWS, emulated on this machine, with the project's own template deployed to it.
 
 `LocalCloud` starts the MiniStack emulator (IAM enforced) and the Replicate stand-in, builds and deploys
-``template.yaml`` with the real ``sam build`` and ``sam deploy``, adds what the emulator does not take from a template,
-and stops every process again. It listens on loopback only, at free ports, in a directory of its own, so any number can
-run side by side; nothing of the user's AWS configuration is read or written.
+``template.yaml`` with the real ``sam build`` and ``sam deploy``, adds what the emulator does not support in a template,
+and stops every process again. All servers listen on loopback only, at free ports, in a directory of their own, so any
+number of local clouds can run side by side; the user's AWS configuration is neither read nor written.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ LEASH = CHECKOUT / "local" / "leash.py"
 EMULATOR = CHECKOUT / "local" / "emulator.py"
 REGION = "us-east-1"
 STACK_NAME = "replicate-serverless"
-SECONDS_TO_STOP = 1.0  # nothing is kept, so nothing is lost by force
-SECONDS_TO_BE_GONE = 10.0  # what was killed is a zombie until init has time for it
+SECONDS_TO_STOP = 1.0  # no state is kept, so killing loses nothing
+SECONDS_TO_BE_GONE = 10.0  # a killed process is a zombie until init reaps it
 
-# The emulator takes this key for the account's root user.
+# The emulator treats this key as the account's root user.
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 NO_USER_CONFIGURATION = {
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     "AWS_EC2_METADATA_DISABLED": "true",
 }
-# How this machine reaches the internet, for what does (pip during a build; the real Replicate).
+# The machine's proxy settings, for tools that use the internet (pip during a build; the real Replicate).
 NETWORK_VARIABLES = {
     "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
@@ -63,7 +63,7 @@ NETWORK_VARIABLES = {
 
 
 class LocalCloudError(Exception):
-    """The local cloud could not be started; the message says which part, why, and where its log is."""
+    """The local cloud could not start; the message names the part, the reason and its log."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Stack:
-    """What a caller needs to know of the deployed stack: the content of ``stack.json``."""
+    """Addresses and credentials of the deployed stack: the content of ``stack.json``."""
 
     api_url: str
     access_token: str
@@ -97,7 +97,7 @@ class Stack:
 
     @contextlib.contextmanager
     def file(self, path: Path) -> Iterator[None]:
-        """Keep this in a file while the context lasts: whole or not at all, and readable by its owner only."""
+        """Store this in a private file, written atomically, while the context lasts."""
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(self), indent=2) + "\n"
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".stack-", delete=False) as unfinished:
@@ -106,20 +106,20 @@ class Stack:
         try:
             yield
         finally:
-            # Another local cloud may have written its own there since.
+            # Another local cloud may have replaced the file since.
             with contextlib.suppress(FileNotFoundError):
                 if path.read_text() == text:
                     path.unlink()
 
 
 class LocalCloud:
-    """A context in which the stack is deployed and answers.
+    """A context in which the stack is deployed and reachable.
 
     Attributes:
-        stack: Where everything is.
+        stack: Addresses and credentials of the stack.
         endpoint_url: The emulator: all of AWS.
         replicate_url: The API the stack runs predictions on, ending in ``/v1``.
-        replicate: The stand-in behind it; not there with another upstream.
+        replicate: The stand-in behind it; not set with another upstream.
         outputs: The outputs of the stack, by name.
         resources: The physical ids of its resources, by logical id.
     """
@@ -145,7 +145,7 @@ class LocalCloud:
         Args:
             parameters: Template parameters that differ from those of a local deployment.
             upstream: The Replicate to use; without one a stand-in is started.
-            directory: Where it may keep its state and logs while it runs, by default what `local_directory` says.
+            directory: The directory for state and logs while it runs, by default `local_directory`.
             checkout: The folder with ``template.yaml``.
             say: Called with each line of progress.
         """
@@ -161,7 +161,7 @@ class LocalCloud:
         """Start, build, deploy.
 
         Raises:
-            LocalCloudError: Something did not start, build or deploy. Whatever was started is stopped again.
+            LocalCloudError: A part did not start, build or deploy. All started processes are stopped again.
         """
         began = time.monotonic()
         try:
@@ -188,14 +188,14 @@ class LocalCloud:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop every process that was started, and wait for its end."""
+        """Stop every started process, and wait until it has ended."""
         self.stop(keep_logs=error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)))
 
     def deploy_again(self) -> None:
-        """Build and deploy what has changed in the checkout.
+        """Build and deploy the changes in the checkout.
 
         Raises:
-            LocalCloudError: It does not build, or the deployment failed.
+            LocalCloudError: The build or the deployment failed.
         """
         self._build = _Build(self._checkout, self._runtime_parameters(), self._log("sam-build"))
         if building := self._build.start():
@@ -207,21 +207,21 @@ class LocalCloud:
         """Delete the stack with ``sam delete``, and wait until it is gone.
 
         Raises:
-            LocalCloudError: It failed.
+            LocalCloudError: The deletion failed.
         """
         log = self._log("sam-delete")
         cloudformation = self.client("cloudformation")
         stack_id = cloudformation.describe_stacks(StackName=STACK_NAME)["Stacks"][0]["StackId"]
         command = [_sam_program(), "delete", "--stack-name", STACK_NAME, "--no-prompts", *_sam_options()]
         deleting = self._start_sam(command, self.run_directory, log)
-        # Deleting the stack is its last step, and it looks for the end of that only every half a minute.
+        # Deleting the stack is the last step of `sam delete`, which checks its progress only every 30 seconds.
         while cloudformation.describe_stacks(StackName=stack_id)["Stacks"][0]["StackStatus"] != "DELETE_COMPLETE":
             if deleting.poll() is not None:
                 raise LocalCloudError(f"sam delete failed.\n{_tail(log)}")
             time.sleep(0.2)
 
     def stop(self, *, keep_logs: bool = False) -> None:
-        """Stop everything; the logs are removed unless they are wanted."""
+        """Stop everything, and remove the logs unless `keep_logs` is set."""
         logs = self._directory / "logs"
         with _undisturbed():
             try:
@@ -254,7 +254,7 @@ class LocalCloud:
 
     @property
     def functions(self) -> dict[str, str]:
-        """The stack's functions: folder name (``copy_outputs``) to physical name."""
+        """Map folder names of functions (``copy_outputs``) to physical names."""
         return {
             re.sub(r"(?<!^)(?=[A-Z])", "_", logical_id.removesuffix("Function")).lower(): physical_id
             for logical_id, physical_id in self.resources.items()
@@ -262,9 +262,10 @@ class LocalCloud:
         }
 
     def invocations(self) -> Counter[str]:
-        """Count how often each function (by its folder's name) ran since the deployment, from its log.
+        """Count the runs of each function (by its folder's name) since the deployment.
 
-        Not from CloudWatch's metrics: the emulator counts there only what came through the Invoke call.
+        The counts come from the log, not from CloudWatch's metrics: there the emulator counts only invocations through
+        the Invoke call.
         """
         pages = self.client("logs").get_paginator("filter_log_events")
         return Counter(
@@ -292,7 +293,7 @@ class LocalCloud:
 
     def _start_emulator(self) -> None:
         self._say("starting AWS on this machine (MiniStack)")
-        for _ in range(3):  # a free port may be taken before the emulator has it
+        for _ in range(3):  # a free port may be taken before the emulator binds it
             port = _free_port()
             log = self._log("emulator")
             with log.open("ab") as output:
@@ -303,7 +304,7 @@ class LocalCloud:
                     stdin=subprocess.PIPE,  # the leash
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    # A group of its own: Ctrl-C reaches this process only, and what it leaves behind can be found.
+                    # A group of its own: Ctrl-C reaches this process only, and leftover processes can be found.
                     start_new_session=True,
                 )
             self._cleanup.callback(_stop, process)
@@ -313,7 +314,7 @@ class LocalCloud:
         raise LocalCloudError(f"The AWS emulator did not start.\n{_tail(log)}")
 
     def _emulator_variables(self, port: int) -> dict[str, str]:
-        # Functions inherit all of this, so it is made from nothing: what a function reads comes from the template.
+        # Functions inherit this environment, so it starts empty: their variables come from the template.
         internet = _network() if self._upstream else {}
         return {
             **internet,
@@ -331,7 +332,7 @@ class LocalCloud:
             "PATH": os.defpath,
             "LANG": "C.UTF-8",
             "LOG_LEVEL": "INFO",
-            # Servers of its own that would listen on every address, and other people's containers.
+            # Servers that would listen on every address, and containers that are not ours.
             "SFTP_ENABLED": "0",
             "IOT_MTLS_ENABLED": "0",
             "DOCKER_HOST": f"unix://{self.run_directory}/no-docker",
@@ -350,7 +351,7 @@ class LocalCloud:
         self.replicate_url = self.replicate.url
 
     def _runtime_parameters(self) -> dict[str, str]:
-        """The parameters that decide what is built."""
+        """Return the parameters that affect the build."""
         architecture = {"aarch64": "arm64", "arm64": "arm64"}.get(platform.machine(), "x86_64")
         return {
             "PythonRuntime": self._parameters.get("PythonRuntime", f"python3.{sys.version_info.minor}"),
@@ -358,7 +359,7 @@ class LocalCloud:
         }
 
     def _start_sam(self, command: Sequence[str], folder: Path, log: Path) -> subprocess.Popen[bytes]:
-        """Start a SAM command on this cloud's AWS; it is stopped at the latest when this cloud is."""
+        """Start a SAM command on this cloud's AWS, stopped with this cloud at the latest."""
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
@@ -378,7 +379,7 @@ class LocalCloud:
             **self._runtime_parameters(),
             **self._parameters,
         }
-        # A file that nobody else can read, because a command line is visible to everybody on the machine.
+        # A private file, because command lines are visible to every user of the machine.
         overrides = self.run_directory / "parameters.yaml"
         overrides.touch(mode=0o600)
         overrides.write_text(json.dumps(parameters))  # JSON is YAML
@@ -399,7 +400,7 @@ class LocalCloud:
         self.resources = {r["LogicalResourceId"]: r.get("PhysicalResourceId", "") for r in resources}
 
     def _complete(self) -> None:
-        """Add what the emulator does not take from the template, and what the sweep would do within a minute."""
+        """Add what the emulator ignores in the template, and run the first sweep."""
         api_id = self.resources["Api"]
         self.api_url = f"{self.endpoint_url}/_aws/execute-api/{api_id}/v1"
         name = self.outputs["ApiUrlParameterName"]
@@ -420,14 +421,14 @@ class LocalCloud:
             )
         kinds = [kind.replace("~1", "/") for kind in api.get("BinaryMediaTypes", [])]
         if kinds:
-            # AWS takes /binaryMediaTypes/multipart~1form-data. The emulator does not know ~1, but takes the list as a
-            # value, which boto3 would refuse.
+            # AWS accepts /binaryMediaTypes/multipart~1form-data. The emulator does not support ~1, but accepts the list
+            # as a value, which boto3 would reject.
             operation = {"op": "replace", "path": "/binaryMediaTypes", "value": kinds}
             self._unchecked_client("apigateway").update_rest_api(restApiId=api_id, patchOperations=[operation])
         self._complete_preflight(api.get("Cors") or {})
         gateway.create_deployment(restApiId=api_id, stageName="v1")
 
-        # All functions share a log group, in which AWS names each stream for its function. Here nothing would tell.
+        # All functions share a log group, in which AWS names each stream after its function. The emulator does not.
         functions = self.client("lambda")
         for function in self.functions.values():
             self.client("logs").create_log_group(logGroupName=_log_group(function))
@@ -439,7 +440,7 @@ class LocalCloud:
             raise LocalCloudError(f"The first sweep failed: {answer['Payload'].read().decode()[:2000]}")
 
     def _complete_preflight(self, cors: Mapping[str, Any]) -> None:
-        """Give the answers to OPTIONS their headers: the emulator imports those methods without them."""
+        """Add headers to OPTIONS responses, which the emulator imports without them."""
         origin = self._parameters.get("CorsOrigin")
         if not origin:
             return
@@ -478,9 +479,9 @@ class LocalCloud:
 
 
 class _Build:
-    """The output of ``sam build``, kept under a name made from everything it depends on.
+    """The output of ``sam build``, cached under a digest of all its inputs.
 
-    Two local clouds share it; one that is not finished is never visible to the other.
+    Two local clouds share it; an unfinished build is never visible to the other.
     """
 
     def __init__(self, checkout: Path, parameters: Mapping[str, str], log: Path) -> None:
@@ -492,14 +493,14 @@ class _Build:
         self.template = self._directory / "build" / "template.yaml"
 
     def start(self) -> subprocess.Popen[bytes] | None:
-        """Start the build, unless its output is there already."""
+        """Start the build, unless its output exists already."""
         if self.template.exists():
             os.utime(self._directory)
             return None
         self._builds.mkdir(parents=True, exist_ok=True)
         for old in self._builds.iterdir():
             with contextlib.suppress(FileNotFoundError):
-                if old.stat().st_mtime < time.time() - 24 * 3600:  # nobody deploys from it any more
+                if old.stat().st_mtime < time.time() - 24 * 3600:  # no longer used
                     shutil.rmtree(old, ignore_errors=True)
         self._unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=self._builds))
         overrides = [f"ParameterKey={name},ParameterValue={value}" for name, value in self._parameters.items()]
@@ -515,11 +516,12 @@ class _Build:
             )  # fmt: skip
 
     def _layer_variables(self) -> dict[str, str]:
-        # See layers/predictions/Makefile: functions run on this machine, so the layer needs no other's modules.
+        # See layers/predictions/Makefile: functions run on this machine, so the layer needs modules for this platform
+        # only.
         return {"PYTHON_RUNTIME": self._parameters["PythonRuntime"], "LAYER_PLATFORMS": "host"}
 
     def finish(self, building: subprocess.Popen[bytes]) -> None:
-        """Wait for the end of the build and put its output in its place.
+        """Wait for the build to finish and move its output into place.
 
         Raises:
             LocalCloudError: The build failed.
@@ -529,7 +531,7 @@ class _Build:
             raise LocalCloudError(f"sam build failed.\n{_tail(self._log)}")
         try:
             self._unfinished.rename(self._directory)
-        except OSError:  # another local cloud has built the same in the meantime
+        except OSError:  # another local cloud has built the same concurrently
             shutil.rmtree(self._unfinished, ignore_errors=True)
 
     def _fingerprint(self) -> str:
@@ -545,7 +547,7 @@ class _Build:
 
 
 class _TemplateLoader(yaml.SafeLoader):
-    """Reads a template; what CloudFormation would resolve (`!Ref`, `!Sub`, …) becomes None."""
+    """Reads a template; intrinsic functions (`!Ref`, `!Sub`, …) become None."""
 
 
 def _unresolved(_loader: yaml.SafeLoader, _suffix: str, _node: yaml.Node) -> None:
@@ -556,8 +558,8 @@ _TemplateLoader.add_multi_constructor("!", _unresolved)
 
 
 def aws_client(endpoint_url: str, service: str) -> Any:
-    """Make a client of an AWS service of the local cloud at an address, with all rights."""
-    # More attempts would hide what the emulator refused.
+    """Create a client of an AWS service of a local cloud, with all permissions."""
+    # More attempts would hide errors of the emulator.
     config = Config(retries={"total_max_attempts": 2}, proxies={}, s3={"addressing_style": "path"})
     session: Any = boto3.session.Session("test", "test", region_name=REGION)
     return session.client(service, endpoint_url=endpoint_url, config=config)
@@ -568,7 +570,7 @@ def _log_group(function: str) -> str:
 
 
 def local_directory() -> Path:
-    """Return where local clouds keep what they write: ``LOCAL_DIR``, or ``.local`` in the checkout."""
+    """Return the directory of local clouds: ``LOCAL_DIR``, or ``.local`` here."""
     return Path(os.environ.get("LOCAL_DIR") or CHECKOUT / ".local").absolute()
 
 
@@ -578,10 +580,10 @@ def validate(template: Path = CHECKOUT / "template.yaml") -> int:
 
 
 def stack_parameters(text: str) -> dict[str, str]:
-    """Read ``STACK_PARAMETERS``: ``Key=Value`` separated by spaces, quoted as in a shell.
+    """Parse ``STACK_PARAMETERS``: ``Key=Value`` pairs, quoted as in a shell.
 
     Raises:
-        LocalCloudError: It is not of that form.
+        LocalCloudError: The text is not of that form.
     """
     try:
         pairs = [word.partition("=") for word in shlex.split(text)]
@@ -602,7 +604,7 @@ def _sam_program() -> str:
 
 
 def _sam_options() -> list[str]:
-    # A samconfig.toml that somebody made for the real AWS has no say here.
+    # A samconfig.toml for the real AWS must not apply here.
     return ["--config-file", str(_sam_directory() / "samconfig.toml"), "--region", REGION]
 
 
@@ -614,7 +616,7 @@ def _sam_directory() -> Path:
 
 
 def _sam_variables() -> dict[str, str]:
-    # SAM looks for a newer version once a week, and for consent to telemetry, in this file.
+    # SAM stores its weekly version check and the consent to telemetry in this file.
     metadata = {"telemetryEnabled": False, "lastVersionCheck": time.time()}
     (_sam_directory() / "metadata.json").write_text(json.dumps(metadata))
     return {
@@ -655,11 +657,11 @@ def _answers(url: str, process: subprocess.Popen[bytes], seconds: float) -> bool
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process and all of its group, and wait until nothing of it is left (the emulator's workers linger)."""
+    """Stop a process group, and wait until all have ended (workers linger)."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(SECONDS_TO_STOP)
-    # macOS answers EPERM for a group of zombies.
+    # macOS returns EPERM for a group of zombies.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         for number, seconds in ((signal.SIGTERM, SECONDS_TO_STOP), (signal.SIGKILL, SECONDS_TO_BE_GONE)):
             os.killpg(process.pid, number)
@@ -685,7 +687,7 @@ def _is_running(pid: int) -> bool:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let no impatient second Ctrl-C interrupt the stopping (possible in the main thread only)."""
+    """Ignore a second Ctrl-C while stopping (possible in the main thread only)."""
     signals = (signal.SIGINT, signal.SIGTERM)
     try:
         before = [signal.signal(number, signal.SIG_IGN) for number in signals]

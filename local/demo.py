@@ -1,8 +1,8 @@
-"""The demonstration: predictions on a local cloud, told as they happen, and checked.
+"""The demonstration: predictions on a local cloud, shown as they happen, and checked.
 
-First act, through the HTTP API: one paints a picture, one fails. Second act: the picture is dropped into a bucket, and
-a recipe redraws it. What is told is read where it was recorded: the prediction's item, its execution's
-history, the stand-in's record, the bucket. Whatever does not agree ends the demonstration with an error.
+First part, through the HTTP API: one prediction paints a picture, one fails. Second part: the picture is dropped into a
+bucket, and a recipe redraws it. Each line shows data from its source: the prediction's item, its execution's history,
+the stand-in's record, the bucket. Any inconsistency ends the demonstration with an error.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from local.terminal import Terminal
 
 REPLICATE_API_URL = "https://api.replicate.com/v1"
 SECONDS = 60.0
-SECONDS_LIVE = 600.0  # a model that nobody used for a while has to start first
-# Runs each minute for the whole stack, and answers this program: neither is part of a prediction.
+SECONDS_LIVE = 600.0  # a model that has been idle has to start first
+# Functions that run each minute for the whole stack or serve this program: not part of a prediction.
 NOT_COUNTED = {"sweep_predictions", "read_predictions", "manage_recipes"}
 _STREAM_SECONDS = 1.5  # the emulator reads the table's stream each second
-NOT_COUNTED_CALL = "/webhooks/default/secret"  # the sweep's, too
+NOT_COUNTED_CALL = "/webhooks/default/secret"  # also the sweep's
 SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp", "image/gif": ".gif"}
 
 
 class DemoFailed(Exception):
-    """Something was not as it must be; the message says what."""
+    """A check failed; the message names it."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One prediction to run, and how it must end."""
+    """One prediction to run, and its expected status."""
 
     title: str
     model: str
@@ -63,20 +63,20 @@ DROPPED = Task("A file that is dropped into a bucket", "local/etcher", {"image":
 
 
 def demonstrate(terminal: Terminal, environment: Mapping[str, str], *, live: bool = False) -> list[bytes]:
-    """Run the predictions on a fresh local cloud; the second act is left out on the real Replicate.
+    """Run the predictions on a fresh local cloud; return the output files, in order.
 
-    Replicate could not open a link to this machine.
+    The second part is left out on the real Replicate, which could not open a link to this machine.
 
     Args:
-        terminal: Where the story is told.
+        terminal: The terminal for the output.
         environment: For a live run, ``REPLICATE_API_TOKEN``.
-        live: Run them on the real Replicate. It bills them, a cent or less.
+        live: Run them on the real Replicate, which bills them, a cent or less.
 
     Returns:
-        The output files, in the order in which they were made.
+        The output files, in the order of their predictions.
 
     Raises:
-        DemoFailed: Something was not as it must be, or there is no token for a live run.
+        DemoFailed: A check failed, or a live run has no token.
         LocalCloudError: The local cloud did not start.
     """
     upstream = None
@@ -89,7 +89,7 @@ def demonstrate(terminal: Terminal, environment: Mapping[str, str], *, live: boo
                 "(https://replicate.com/account/api-tokens). Without LIVE=1 a stand-in on this machine is used."
             )
         upstream = Upstream(environment.get("REPLICATE_API_URL") or REPLICATE_API_URL, token)
-        # Replicate's webhooks do not reach this machine: it has to be asked.
+        # Replicate's webhooks do not reach this machine: it has to be polled.
         parameters = {"FirstPollSeconds": "5", "PollSeconds": "5"}
     terminal.title("replicate-serverless: predictions on a local cloud")
     with LocalCloud(parameters=parameters, upstream=upstream, say=terminal.step) as cloud:
@@ -106,7 +106,7 @@ def demonstrate(terminal: Terminal, environment: Mapping[str, str], *, live: boo
                 runs[-1].tell()
         terminal.write()
         terminal.step("stopping")
-    terminal.succeed("all of it was checked")
+    terminal.succeed("all lines were checked")
     return [file for run in runs for file in run.files]
 
 
@@ -124,10 +124,10 @@ class _Run:
     files: list[bytes] = field(default_factory=list)
 
     def tell(self) -> None:
-        """Run it, tell it, check it.
+        """Run the prediction, print its timeline and check it.
 
         Raises:
-            DemoFailed: It did not end as it must.
+            DemoFailed: The prediction did not complete as expected.
         """
         self.terminal.title(self.task.title)
         ran_before = self.cloud.invocations()
@@ -140,14 +140,14 @@ class _Run:
         prediction = self._get()
         _check(
             prediction["status"] == self.task.status,
-            f"it ended {prediction['status']} ({prediction['error']}), not {self.task.status}",
+            f"its status is {prediction['status']} ({prediction['error']}), not {self.task.status}",
         )
         if self.task.status == "succeeded":
             _check(prediction["output_files"], "it has no output files")
             for file in prediction["output_files"]:
                 self._check_file(prediction["output"], file)
         else:
-            _check(prediction["error"], "it failed without saying why")
+            _check(prediction["error"], "it failed without an error")
             self._event("error", prediction["error"])
         time.sleep(_STREAM_SECONDS)
         self._figures(prediction, seconds, self.cloud.invocations() - ran_before)
@@ -158,7 +158,7 @@ class _Run:
     def _request(self) -> None:
         path = f"/models/{self.task.model}/predictions"
         body: dict[str, Any] = {"input": self.task.input}
-        if self.task is FAILURE:  # a community model is run by its version
+        if self.task is FAILURE:  # a community model is addressed by its version
             path, body = "/predictions", {"version": self.task.model, **body}
         self._event("request", f"POST {path} {json.dumps(self.task.input)}")
         answer = self.api.post(path, json=body)
@@ -167,15 +167,15 @@ class _Run:
         self._event("accepted", f"as {self.id}, status {answer.json()['status']}")
 
     def _events(self) -> Iterator[tuple[str, str]]:
-        """Yield what happens to the prediction until nothing more will."""
+        """Yield the events of the prediction until its completion."""
         deadline = time.monotonic() + (SECONDS_LIVE if self.live else SECONDS)
         submitted = visible = ""
         seen = 0
         webhooks: set[str] = set()
         over = False
         while not over:
-            _check(time.monotonic() < deadline, f"{self.id} did not end in time")
-            # In this order: what is read first happened first.
+            _check(time.monotonic() < deadline, f"{self.id} did not complete in time")
+            # In this order: the first read shows the earlier event.
             over = self._execution_status() != "RUNNING"
             self.item = self._read_item()
             if not submitted and (submitted := self.item.get("upstream_id", "")):
@@ -183,9 +183,9 @@ class _Run:
             for webhook in self._webhooks(submitted):
                 if webhook["webhook_id"] not in webhooks:
                     webhooks.add(webhook["webhook_id"])
-                    # Anything but a good signature of Replicate's is answered 401.
-                    _check(webhook["answer"] == 200, f"the webhook {webhook['event']} was answered {webhook['answer']}")
-                    yield "webhook", f"{webhook['event']}: signature verified, answered 200"
+                    # The response to anything but a valid signature of Replicate is 401.
+                    _check(webhook["answer"] == 200, f"webhook {webhook['event']}: response {webhook['answer']}")
+                    yield "webhook", f"{webhook['event']}: signature verified, response 200"
             history = self._states()
             for state in history[seen:]:
                 yield "state", state
@@ -194,11 +194,11 @@ class _Run:
                 yield "status", visible
             if not over:
                 time.sleep(0.1)
-        _check(visible == self.task.status, f"its execution is over, but its status is {visible}")
-        _check(self.live or webhooks, "no webhook told its end")
+        _check(visible == self.task.status, f"its execution has completed, but its status is {visible}")
+        _check(self.live or webhooks, "no webhook reported its completion")
 
     def _check_file(self, output: Any, file: Mapping[str, Any]) -> None:
-        """Check that the file is the same in the record, behind its URL and in the bucket, and keep it."""
+        """Check that record, URL and bucket have the same file, and save it."""
         _check("error" not in file, f"an output was not copied: {file.get('error')}")
         self._event("copied", f"{file['bytes']:,} bytes of {file['content_type']}")
         for name in ("bucket", "key", "sha256"):
@@ -206,18 +206,18 @@ class _Run:
         url = output
         for part in file["path"].split("/")[1:]:
             url = url[int(part)] if isinstance(url, list) else url[part]
-        with httpx.Client(trust_env=False, timeout=60) as http:  # without our token: the URL is enough
+        with httpx.Client(trust_env=False, timeout=60) as http:  # without our token: the URL is sufficient
             downloaded = http.get(url).raise_for_status().content
         stored = self.cloud.client("s3").get_object(Bucket=file["bucket"], Key=file["key"])["Body"].read()
         for what, content in (("downloaded file", downloaded), ("object in the bucket", stored)):
             _check(len(content) == file["bytes"], f"the {what} has {len(content)} bytes")
-            _check(hashlib.sha256(content).hexdigest() == file["sha256"], f"the {what} has another sha256")
+            _check(hashlib.sha256(content).hexdigest() == file["sha256"], f"the {what} has a different sha256")
         name = f"{self.id}-{file['path'].strip('/').replace('/', '-') or '0'}"
         path = local_directory() / "demo" / f"{name}{SUFFIXES.get(file['content_type'], '')}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(downloaded)
         self.files.append(downloaded)
-        self._event("checked", "its URL and the bucket give the same bytes")
+        self._event("checked", "its URL and the bucket return the same bytes")
         self._event("saved", _shown(path))
 
     def _figures(self, prediction: Mapping[str, Any], seconds: float, ran: Counter[str]) -> None:
@@ -226,7 +226,7 @@ class _Run:
         model_seconds = prediction["metrics"].get("predict_time", 0.0)
         self.terminal.write()
         figure = self.terminal.figure
-        figure("time to the end", f"{seconds:.1f} s", f"the model ran {model_seconds:.1f} s of it")
+        figure("time to completion", f"{seconds:.1f} s", f"of which the model ran {model_seconds:.1f} s")
         figure("functions run", str(sum(functions.values())), _counted(functions))
         figure("states entered", str(sum(states.values())), _counted(states))
         figure("item writes", str(self._writes()), "changes of this prediction's items, from the table's stream")
@@ -234,11 +234,11 @@ class _Run:
             calls = self._upstream_calls()
             figure("upstream calls", str(sum(calls.values())), _counted(calls))
             created = sum(count for call, count in calls.items() if call.startswith("POST ") and "{id}" not in call)
-            _check(created == 1, f"it was started {created} times upstream")
+            _check(created == 1, f"it was created {created} times upstream")
 
     def _get(self) -> dict[str, Any]:
         answer = self.api.get(f"/predictions/{self.id}")
-        _check(answer.status_code == 200, f"GET answered {answer.status_code}: {answer.text[:500]}")
+        _check(answer.status_code == 200, f"GET: response {answer.status_code}: {answer.text[:500]}")
         return dict(answer.json())
 
     def _read_item(self) -> dict[str, Any]:
@@ -253,7 +253,7 @@ class _Run:
         states = self.cloud.client("stepfunctions")
         try:
             return str(states.describe_execution(executionArn=arn)["status"])
-        except states.exceptions.ExecutionDoesNotExist:  # it is started after the answer of Replicate
+        except states.exceptions.ExecutionDoesNotExist:  # started after Replicate's response
             return "RUNNING"
 
     def _states(self) -> list[str]:
@@ -295,7 +295,7 @@ class _Run:
 
 @dataclass
 class _DroppedRun(_Run):
-    """One prediction that a file starts."""
+    """One prediction that is started by a file."""
 
     content: bytes = b""
 
@@ -303,7 +303,7 @@ class _DroppedRun(_Run):
         recipe = {"name": "etchings", "model": self.task.model, "input": self.task.input, "s3": {"prefix": "photos/"}}
         self._event("recipe", f"POST /recipes {json.dumps(recipe)}")
         answer = self.api.post("/recipes", json=recipe)
-        _check(answer.status_code == 201, f"POST /recipes answered {answer.status_code}: {answer.text[:500]}")
+        _check(answer.status_code == 201, f"POST /recipes: response {answer.status_code}: {answer.text[:500]}")
         known = {prediction["id"] for prediction in self._list()}
         bucket, key = self.cloud.stack.inputs_bucket, "photos/lighthouse.png"
         self.cloud.client("s3").put_object(Bucket=bucket, Key=key, Body=self.content, ContentType="image/png")
@@ -319,12 +319,12 @@ class _DroppedRun(_Run):
         self._event("started", f"by the object's event, through the bus and the requests queue, as {self.id}")
         with httpx.Client(trust_env=False, timeout=60, follow_redirects=True) as http:  # as the model does, no token
             opened = http.get(started[0]["input"]["image"]).raise_for_status().content
-        _check(opened == self.content, "the link to the file gives other bytes")
-        self._event("link", "the model's link to the file gives the same bytes, without a token")
+        _check(opened == self.content, "the link to the file returns other bytes")
+        self._event("link", "the model's link to the file returns the same bytes, without a token")
 
     def _list(self) -> list[dict[str, Any]]:
         answer = self.api.get("/predictions")
-        _check(answer.status_code == 200, f"GET /predictions answered {answer.status_code}: {answer.text[:500]}")
+        _check(answer.status_code == 200, f"GET /predictions: response {answer.status_code}: {answer.text[:500]}")
         return list(answer.json()["results"])
 
 

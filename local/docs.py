@@ -1,6 +1,6 @@
 """Build the site of docs/ into .local/site: ``python -m local.docs``, ``make docs``.
 
-The build is strict: a link or an anchor that leads nowhere, or a page that the navigation lacks, fails it. mkdocs has
+The build is strict: a broken link or anchor, or a page that is missing from the navigation, fails it. mkdocs has
 an environment of its own, ``.local/docs``, filled from requirements/docs.txt, checked by hash.
 """
 
@@ -17,7 +17,7 @@ from local.set_up import environment_of
 CHECKOUT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = CHECKOUT / "requirements" / "docs.txt"
 ENVIRONMENT = CHECKOUT / ".local" / "docs"
-# With --quiet, warnings are neither shown nor counted, and a strict build passes in spite of them.
+# With --quiet, warnings are neither shown nor counted, and a strict build passes despite them.
 BUILD = ("build", "--strict")
 
 
@@ -47,7 +47,7 @@ def origin() -> str:
 
 
 def repository_url(remote: str) -> str:
-    """Return the web address of a git remote, without credentials; empty if it has none."""
+    """Return the web address of a git remote, without credentials, or empty."""
     found = re.fullmatch(r"(?:https://(?:[^@/]+@)?|ssh://git@|git@)([\w.-]+)[:/](.+?)(?:\.git)?/?", remote)
     return f"https://{found[1]}/{found[2]}" if found else ""
 

@@ -1,22 +1,22 @@
-"""Start the MiniStack emulator with what it lacks for this project; runs on the emulator's own Python.
+"""Start the MiniStack emulator with fixes for this project; runs on the emulator's own Python.
 
-It unpacks a function's layer again for each of its workers: half a second, and 25 MB to remove in the end. Here workers
-share it.
+The emulator unpacks a function's layer again for each of its workers: half a second, and 25 MB to remove in the end.
+Here workers share it.
 
 The emulator reports every error of a function as `Runtime.HandlerError`. AWS reports the class of the exception, and a
 state machine catches it by that name. The class is in the traceback that the emulator keeps for the function's log.
 
-It starts a process for each invocation that finds none free, so that a burst makes dozens, each slowed down by the
-others. Here each function starts one at a time, and an invocation takes the first one that is free.
+Each invocation without a free process starts a new one, so that a burst starts dozens, each slowed down by the others.
+Here each function starts one at a time, and an invocation takes the first one that is free.
 
-A function whose process dies it reports by words of its own; AWS by `Runtime.ExitError`, and so it is here.
+If a function's process dies, the emulator reports its own error; AWS reports `Runtime.ExitError`, and so does this.
 
-It checks permissions on EventBridge's rules and on schedules by other ARNs than AWS has for them.
-Of a Distributed Map it knows `MaxConcurrency` and `ToleratedFailurePercentage`, and not the fields that say where these
-are in the input; and it checks whether a function may describe any run of a Map, not this one.
-It refuses a template with an alarm of metric math: here such an alarm is there, and watches the first of its metrics.
+Permissions on EventBridge's rules and on schedules are checked with other ARNs than on AWS.
+Of a Distributed Map the emulator supports `MaxConcurrency` and `ToleratedFailurePercentage`, but not the fields with
+their paths in the input; and it checks whether a function may describe any run of a Map, not this one.
+A template with an alarm of metric math is rejected: here such an alarm exists, and watches the first of its metrics.
 
-It does not know `dynamodb:LeadingKeys`, with which policies say which items of the table a function may touch.
+`dynamodb:LeadingKeys`, with which policies limit the items of the table that a function may access, is not supported.
 """
 
 import functools
@@ -41,14 +41,14 @@ from ministack.services.cloudformation import provisioners
 # The last line of a traceback: `package.module.ClassName: message`.
 RAISED = re.compile(r"^(?:[\w.]+\.)?(\w+)(?::|$)", re.MULTILINE | re.ASCII)
 
-# What the emulator says of a function whose process has ended.
+# The emulator's error for a function whose process has ended.
 DIED = "Worker process died"
 
 SECONDS_TO_START = 10
 
 
 def named(execute: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Makes the emulator's runner of functions name the exception that a function raised, and tell how one died."""
+    """Report the class of a function's exception, or how its process died."""
 
     @functools.wraps(execute)
     def run(*args: Any, **options: Any) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def named(execute: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
 
 
 def known_to_start(spawn: Callable[..., None]) -> Callable[..., None]:
-    """Makes the emulator's worker know that its process is starting."""
+    """Mark a worker whose process is starting."""
 
     @functools.wraps(spawn)
     def run(worker: Any) -> None:
@@ -83,7 +83,7 @@ def known_to_start(spawn: Callable[..., None]) -> Callable[..., None]:
 
 
 def one_at_a_time(acquire: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the emulator wait for a worker of a function to be free as long as another one is starting."""
+    """Wait for a free worker of a function while another one is starting."""
 
     @functools.wraps(acquire)
     def run(name: str, config: dict[str, Any], code: bytes, qualifier: str = "$LATEST", **options: Any) -> Any:
@@ -103,7 +103,7 @@ def one_at_a_time(acquire: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_paths(run_map: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the emulator's Distributed Map take its numbers from the input."""
+    """Let a Distributed Map read its numbers from the input."""
 
     @functools.wraps(run_map)
     def run(state: dict[str, Any], raw_input: Any, effective: Any, *others: Any) -> Any:
@@ -118,7 +118,7 @@ def with_paths(run_map: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of_one_metric(record: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Makes the emulator take an alarm of metric math for one of the first metric that it reads."""
+    """Treat an alarm of metric math as one of the first metric that it reads."""
 
     @functools.wraps(record)
     def make(name: str, properties: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def of_one_metric(record: Callable[..., dict[str, Any]]) -> Callable[..., dict[s
 
 
 def with_map_runs(resource_of: Callable[..., str]) -> Callable[..., str]:
-    """Makes the emulator check permissions on the very run of a Map that is described."""
+    """Check permissions on the very run of a Map that is described."""
 
     @functools.wraps(resource_of)
     def arn(*args: Any, **options: Any) -> str:
@@ -146,13 +146,13 @@ def with_map_runs(resource_of: Callable[..., str]) -> Callable[..., str]:
     return arn
 
 
-# The leading keys that the request at hand is checked with.
+# The leading keys with which the current request is checked.
 CHECKED: ContextVar[list[str]] = ContextVar("CHECKED")
 CONDITION = re.compile(r"^\s*(#?\w+)\s*=\s*(:\w+)")
 
 
 def leading_keys(request: Any) -> list[str]:
-    """The partition keys that a request to DynamoDB names, of one table or index: strings, as all of this stack's."""
+    """Return the partition keys in a DynamoDB request (strings in this stack)."""
     found = [request[part].get("pk") for part in ("Key", "Item") if part in request]
     for table in request.get("RequestItems", {}).values():
         puts = [each["PutRequest"]["Item"] for each in table if "PutRequest" in each] if isinstance(table, list) else []
@@ -163,7 +163,7 @@ def leading_keys(request: Any) -> list[str]:
 
 
 def with_leading_keys(context_of: Callable[[bytes], dict[str, Any]]) -> Callable[[bytes], dict[str, Any]]:
-    """Makes the emulator tell policies the leading keys of a request.
+    """Add the leading keys of a request to the context of its policies.
 
     https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/specifying-conditions.html
     """
@@ -172,14 +172,14 @@ def with_leading_keys(context_of: Callable[[bytes], dict[str, Any]]) -> Callable
     def context(body: bytes) -> dict[str, Any]:
         keys = leading_keys(json.loads(body or b"{}"))
         CHECKED.set(keys)
-        # Without any it is absent, as AWS has it for a Scan or a DescribeTable.
+        # Without any key it is absent, as on AWS for a Scan or a DescribeTable.
         return context_of(body) | ({"dynamodb:LeadingKeys": keys} if keys or b"TransactItems" in body else {})
 
     return context
 
 
 class EachWithItsKeys(list[tuple[str, str]]):
-    """What a transaction's items are checked for, one after the other, each with its own leading keys."""
+    """The checks of a transaction's items, one after the other, each with its own leading keys."""
 
     keys: list[list[str]]
 
@@ -190,7 +190,7 @@ class EachWithItsKeys(list[tuple[str, str]]):
 
 
 def with_leading_keys_of_items(checks_of: Callable[..., list[tuple[str, str]]]) -> Callable[..., list[tuple[str, str]]]:
-    """Makes the emulator check each item of a transaction with its own leading keys."""
+    """Check each item of a transaction with its own leading keys."""
 
     @functools.wraps(checks_of)
     def checks(action: str, body: bytes, *others: Any) -> list[tuple[str, str]]:
@@ -208,7 +208,7 @@ class Archive(zipfile.ZipFile):
     unpacking = threading.Lock()
 
     def extractall(self, path: Any = None, members: Any = None, pwd: bytes | None = None) -> None:
-        """Unpack into `path`, or make it a link to where the same layer has been unpacked."""
+        """Unpack into `path`, or link it to the same layer if unpacked before."""
         archive, folder = Path(str(self.filename)), Path(path)
         if not archive.name.startswith("layer_"):
             return super().extractall(folder, members, pwd)
@@ -224,7 +224,7 @@ class Archive(zipfile.ZipFile):
 
 
 def addressed(find: Callable[..., str]) -> Callable[..., str]:
-    """Makes the emulator check permissions on rules and schedules by the ARNs that AWS checks them by.
+    """Check permissions on rules and schedules with the ARNs that AWS uses.
 
     https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazoneventbridge.html
     https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazoneventbridgescheduler.html

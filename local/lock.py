@@ -1,8 +1,8 @@
-"""Write down exactly what is installed: ``python -m local.lock [--upgrade | --check]``, ``make lock``.
+"""Write the lock files: ``python -m local.lock [--upgrade | --check]``, ``make lock``.
 
-Six files, each package with its version and hashes, for every platform and Python that the project runs on; where the
-packages come from is the business of the machine that installs them. The layer's file holds the project's own
-dependencies in the versions of ``dev.txt``, so that what is tested is what is deployed.
+Six files, each package with its version and hashes, for every platform and Python that the project runs on; the package
+index is configured on the machine that installs them. The layer's file holds the project's own dependencies in the
+versions of ``dev.txt``, so that the tested versions are the deployed ones.
 """
 
 import argparse
@@ -23,12 +23,12 @@ AUDIT = "requirements/audit.txt"
 DOCS = "requirements/docs.txt"
 LAYER = "layers/predictions/requirements.txt"
 HEADER = "# Made by `make lock` from pyproject.toml, whose requirements have this digest: {digest}\n"
-# The X-Ray SDK asks for botocore, which comes with the Lambda runtime and would be three quarters of the layer.
+# The X-Ray SDK requires botocore, which comes with the Lambda runtime and would be three quarters of the layer.
 IN_THE_RUNTIME = "botocore\n"
 
 
 def main() -> int:
-    """Make or check the files; return the exit status."""
+    """Write or check the files; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m local.lock", description=__doc__)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--upgrade", action="store_true", help="take the newest versions that pyproject.toml allows")
@@ -37,7 +37,7 @@ def main() -> int:
     if not arguments.check:
         try:
             lock(CHECKOUT, upgrade=arguments.upgrade)
-        except subprocess.CalledProcessError:  # uv said why
+        except subprocess.CalledProcessError:  # uv printed the reason
             return 1
     for complaint in (complaints := check(CHECKOUT)):
         print(complaint, file=sys.stderr)
@@ -45,10 +45,10 @@ def main() -> int:
 
 
 def lock(checkout: Path, *, upgrade: bool) -> None:
-    """Write the six files, keeping the versions that are in them unless they are to be upgraded.
+    """Write the six files, keeping their versions unless they are to be upgraded.
 
     Raises:
-        subprocess.CalledProcessError: uv found no versions that go together, and said why.
+        subprocess.CalledProcessError: uv found no compatible versions, and printed the reason.
     """
     header = HEADER.format(digest=digest(checkout))
     sources = {
@@ -66,16 +66,16 @@ def lock(checkout: Path, *, upgrade: bool) -> None:
         excluded.write(IN_THE_RUNTIME)
         excluded.flush()
         layer = compiled(checkout, "pyproject.toml", "--constraint", DEV, "--excludes", excluded.name)
-    # With the entries of dev.txt: what is on an index may have become more since they were made.
+    # The entries of dev.txt are used: an index may have added files since.
     locked = entries(checkout / DEV)
     packages = re.findall(r"^[\w.-]+", layer, re.MULTILINE)
     (checkout / LAYER).write_text(header + "".join(locked[package] for package in packages))
 
 
 def compiled(checkout: Path, *arguments: str) -> str:
-    """Return the packages that uv finds for some requirements."""
+    """Return the packages to which uv resolves some requirements."""
     options = ["--quiet", "--universal", "--python-version", "3.11", "--no-annotate", "--no-header"]
-    # Whose index it was is nobody else's business.
+    # The address of the index is private.
     options += ["--no-emit-index-url", "--no-emit-find-links"]
     command = [str(Path(sys.executable).parent / "uv"), "pip", "compile", *arguments, *options]
     return subprocess.run(
@@ -84,24 +84,24 @@ def compiled(checkout: Path, *arguments: str) -> str:
 
 
 def check(checkout: Path) -> list[str]:
-    """Return what is wrong with the files; they are as `lock` leaves them if that is nothing."""
+    """Return the errors in the files, none if they are as `lock` writes them."""
     header = HEADER.format(digest=digest(checkout))
     found = []
     for name in (DEV, EMULATOR, PYTHON2_CLIENT, AUDIT, DOCS, LAYER):
         text = (checkout / name).read_text()
         if not text.startswith(header):
-            found.append(f"{name} is not made from this pyproject.toml: run make lock")
+            found.append(f"{name} is not up to date with pyproject.toml. Run make lock")
         if "://" in text:
-            found.append(f"{name} names an address: run make lock")
+            found.append(f"{name} contains an address. Run make lock")
     locked = entries(checkout / DEV)
     for package, entry in entries(checkout / LAYER).items():
         if entry != locked.get(package):
-            found.append(f"{LAYER} has not the {package} of {DEV}: run make lock")
+            found.append(f"{LAYER} does not have the {package} of {DEV}. Run make lock")
     return found
 
 
 def digest(checkout: Path) -> str:
-    """Return a digest of all that pyproject.toml requires."""
+    """Return a digest of all requirements in pyproject.toml."""
     declared = tomllib.loads((checkout / "pyproject.toml").read_text())
     project = declared["project"]
     parts = [project["requires-python"], project["dependencies"], declared["dependency-groups"]]
@@ -109,7 +109,7 @@ def digest(checkout: Path) -> str:
 
 
 def entries(requirements: Path) -> dict[str, str]:
-    """Return the entries of a requirements file, with their hashes, by the name of the package."""
+    """Return the entries of a requirements file, with hashes, by package name."""
     found = re.finditer(r"^([\w.-]+)==.*(?:\n +--hash.*)+\n", requirements.read_text(), re.MULTILINE)
     return {entry[1]: entry[0] for entry in found}
 

@@ -25,7 +25,7 @@ def main() -> int:
     if not parser.parse_args().check:
         TARGET.write_text(as_json(SOURCE.read_text(encoding="utf-8")), encoding="ascii")
     elif not is_current():
-        print(f"{TARGET.name} is not made from this {SOURCE.name}: run make openapi", file=sys.stderr)
+        print(f"{TARGET.name} is not up to date with {SOURCE.name}. Run make openapi", file=sys.stderr)
         return 1
     return 0
 

@@ -1,7 +1,7 @@
-"""Draw what ``make demo`` showed as one SVG: ``make picture`` writes docs/demo.svg, which the README shows.
+"""Draw the output of ``make demo`` as an SVG: ``make picture`` writes docs/demo.svg, which the README shows.
 
-The lines are those that the terminal printed, with its colours; the two pictures are output files of the run, made
-smaller. An SVG in a page may load nothing from elsewhere, so the pictures are embedded as data URLs.
+The lines are those of the terminal, with its colours; the two pictures are output files of the run, scaled down. An SVG
+in a page may load nothing from elsewhere, so the pictures are embedded as data URLs.
 """
 
 from __future__ import annotations
@@ -43,30 +43,32 @@ STYLE = """
 
 
 class Recorder(io.StringIO):
-    """A stream that keeps what is written, with its colours, and shows it on another stream without them."""
+    """A stream that records text with its colours, and copies it to another stream without them."""
 
     def __init__(self, shown: TextIO) -> None:
         super().__init__()
         self._shown = shown
 
     def write(self, text: str) -> int:
-        """Keep a text and show it."""
+        """Record a text and copy it."""
         self._shown.write(PAINTED.sub(r"\2", text))
         self._shown.flush()
         return super().write(text)
 
     @property
     def parts(self) -> list[list[str]]:
-        """The lines that were written, as blocks that blank lines separate."""
+        """Return the recorded lines, as blocks separated by blank lines."""
         blocks = re.split(r"\n\n+", self.getvalue().strip("\n"))
         return [block.split("\n") for block in blocks]
 
 
 def draw_demo(parts: Sequence[Sequence[str]], files: Sequence[bytes]) -> str:
-    """Return an SVG of the two acts of the demonstration that make a picture, the first one with its figures.
+    """Return an SVG of the two parts of the demonstration that make a picture.
+
+    The first one is drawn with its figures.
 
     Args:
-        parts: What the terminal showed, as `Recorder.parts`.
+        parts: The terminal's output, as `Recorder.parts`.
         files: The output files of the demonstration, in its order.
     """
     titles = [PAINTED.sub(r"\2", part[0]) for part in parts]
@@ -79,12 +81,12 @@ def draw_demo(parts: Sequence[Sequence[str]], files: Sequence[bytes]) -> str:
 
 
 def draw(acts: Sequence[tuple[Sequence[str], bytes, str]], last: str, command: str) -> str:
-    """Return an SVG that shows acts of the demonstration, each beside the picture that it made.
+    """Return an SVG of parts of the demonstration, each next to its picture.
 
     Args:
-        acts: For each, its lines as the terminal coloured them, the file that it made, and a caption.
+        acts: For each, its lines as the terminal coloured them, its file, and a caption.
         last: The line below all of them.
-        command: What was typed, as the title of the window.
+        command: The typed command, as the title of the window.
     """
     drawn: list[str] = []
     y = TOP
@@ -101,7 +103,7 @@ def draw(acts: Sequence[tuple[Sequence[str], bytes, str]], last: str, command: s
     drawn.append(text(last, y))
     height = y + LINE_HEIGHT
     title = f"What {command} shows"
-    description = "The terminal's lines, and the pictures that the two predictions made."
+    description = "The terminal's lines, and the pictures from the two predictions."
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"'
         ' aria-labelledby="title what">\n'
@@ -127,7 +129,7 @@ def text(line: str, y: float) -> str:
 
 
 def smaller(image: bytes) -> tuple[str, int]:
-    """Return a picture as a JPEG of the drawing's width, in base64, and its height there."""
+    """Return a picture as a base64 JPEG of the drawing's width, and its height."""
     from PIL import Image
 
     with Image.open(io.BytesIO(image)) as opened:

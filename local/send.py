@@ -1,7 +1,7 @@
-"""``make send``: an event sample goes to the local stack as from its source, and what it starts is followed to its end.
+"""``make send``: send an event sample to the local stack as its source would, and follow the prediction it starts.
 
-How a sample is sent, its folder and its shape tell; `plan` is that rule. What can come from inside the stack only (a
-stream's records, a state machine's payloads, …) is not sent: it says why.
+The folder and the shape of a sample determine how it is sent; `plan` is that rule. Events from inside the stack (a
+stream's records, a state machine's payloads, …) are not sent: the command prints the reason.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ SECONDS = 60.0
 SECONDS_TO_START = 20.0  # through bus, queue and state machine
 SHOWN_CHARACTERS = 2000
 NOTHING_STARTED = (
-    "An object or an event starts something only by a recipe; what was refused is in the dead-letter queue, with the "
-    "reason."
+    "An object or an event needs a recipe to start something; rejected messages are in the dead-letter queue, with "
+    "the reason."
 )
 
 INVOKED = {"run_prediction", "sweep_predictions"}
 FROM_INSIDE = {
-    "authorize_request": "API Gateway asks this function about a caller's token: send a sample of a route.",
-    "deploy_recipes": "CloudFormation calls it with each deployment: put a file into recipes/, and run `make local`.",
-    "deliver_webhook": "Its messages name webhooks of the stack's own predictions: start one that has a webhook.",
-    "publish_changes": "Its records are those of the table's stream: start a prediction.",
+    "authorize_request": "API Gateway calls this function to check a caller's token. Send a sample of a route.",
+    "deploy_recipes": "CloudFormation calls it with each deployment. Put a file into recipes/, and run `make local`.",
+    "deliver_webhook": "Its messages name webhooks of the stack's own predictions. Start one that has a webhook.",
+    "publish_changes": "Its records are those of the table's stream. Start a prediction.",
 }
-# How the paths end whose POST starts predictions.
+# The last part of paths whose POST starts predictions.
 STARTING = {"predictions", "trainings", "batches", "pipelines"}
-# What belongs to the sample's own connection and token; the rest says what is asked for.
+# Headers of the sample's own connection and token; the others are part of the request.
 LEFT_OUT = {"accept-encoding", "authorization", "content-length", "host"}
 
 
 class SendFailed(Exception):
-    """The sample could not be sent; the message says why, and what to do."""
+    """The sample could not be sent; the message gives the reason and the remedy."""
 
 
 class NotSendable(SendFailed):
-    """The sample is of what only the stack itself sends."""
+    """The sample is of an event that only the stack itself sends."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A request to the API; `authorized` where the route asks for an access token."""
+    """A request to the API; `authorized` if the route needs an access token."""
 
     method: str
     path: str
@@ -104,14 +104,14 @@ Shipment = Call | Message | Object | BusEvent | Invocation
 
 
 def plan(folder: str, event: Any) -> list[Shipment]:
-    """Tell how a sample is sent.
+    """Return how a sample is sent.
 
     Args:
         folder: The function's, below ``events/``.
         event: The sample.
 
     Raises:
-        NotSendable: Only the stack itself sends such a thing.
+        NotSendable: Only the stack itself sends such an event.
     """
     if folder in FROM_INSIDE:
         raise NotSendable(FROM_INSIDE[folder])
@@ -124,14 +124,14 @@ def plan(folder: str, event: Any) -> list[Shipment]:
     records = event.get("Records") if isinstance(event, dict) else None
     if isinstance(records, list) and records:
         return [_record(record) for record in records]
-    raise NotSendable(f"A state machine calls {folder} with it, as a step of what it runs: start what it runs.")
+    raise NotSendable(f"A state machine calls {folder} as one of its steps. Start what the state machine runs.")
 
 
 def with_model(shipment: Shipment, model: str) -> tuple[Shipment, str | None]:
-    """Let a shipment that names what to run name another model.
+    """Replace the model that a shipment names.
 
     Returns:
-        The shipment, and what it named before; None where it names nothing, or that very model.
+        The shipment, and the model before; None if it names no model, or the same one.
     """
     match shipment:
         case Invocation(function="run_prediction", payload={"model": str(named)} as job):
@@ -154,23 +154,23 @@ def with_model(shipment: Shipment, model: str) -> tuple[Shipment, str | None]:
 
 
 def send(terminal: Terminal, sample: Path, *, model: str | None = None, file: Path | None = None) -> None:
-    """Send a sample to the local cloud that runs, and follow what it starts.
+    """Send a sample to the running local cloud, and follow its predictions.
 
     Args:
-        terminal: Where it is told.
+        terminal: The terminal for the output.
         sample: A file below ``events/``.
-        model: What it is to run, as ``owner/name``; without one, a model that the stand-in has not is replaced.
-        file: The content of the object that a sample of S3 names.
+        model: The model to run, as ``owner/name``; by default, a model that the stand-in lacks is replaced.
+        file: The content of the object in a sample of S3.
 
     Raises:
-        SendFailed: Nothing runs, or this cannot be sent.
+        SendFailed: No local stack is running, or this cannot be sent.
     """
     folder, event = read_sample(sample)
     shipments = plan(folder, event)
     stack = running_stack()
     sender = _Sender(stack, terminal, file)
     stand_in = urlsplit(stack.replicate_api_url).hostname == "127.0.0.1"
-    # What a sample is refused for must stay in it.
+    # The error in a sample that must be rejected has to stay.
     replaces = model is not None or (stand_in and not sample.name.startswith("refused"))
     try:
         before = set(sender.predictions())
@@ -187,18 +187,18 @@ def send(terminal: Terminal, sample: Path, *, model: str | None = None, file: Pa
         if starts:
             sender.follow(before, expected)
     except (ClientError, BotoCoreError, httpx.HTTPError) as error:
-        raise SendFailed(f"The local stack did not take it: {error}") from error
+        raise SendFailed(f"The local stack did not accept it: {error}") from error
 
 
 def read_sample(sample: Path) -> tuple[str, Any]:
     """Read a sample; return its function's folder and the event.
 
     Raises:
-        SendFailed: There is no such file, or it is no sample.
+        SendFailed: The file does not exist, or is not a sample.
     """
     if not sample.is_file():
         raise SendFailed(
-            f"There is no sample {str(sample)!r}: give one, as in EVENT=events/start_prediction/version.json."
+            f"Sample {str(sample)!r} not found. Name one, as in EVENT=events/start_prediction/version.json."
         )
     try:
         return sample.resolve().parent.name, json.loads(sample.read_text())
@@ -207,23 +207,23 @@ def read_sample(sample: Path) -> tuple[str, Any]:
 
 
 def running_stack() -> Stack:
-    """Find the local cloud that runs, by what it wrote.
+    """Find the running local cloud by its ``stack.json``.
 
     Raises:
-        SendFailed: None runs.
+        SendFailed: No local cloud is running.
     """
     path = local_directory() / "stack.json"
-    hint = "run `make local` and leave it running (with the same LOCAL_DIR, if any)"
+    hint = "Run `make local` and leave it running (with the same LOCAL_DIR, if any)"
     try:
         stack = Stack(**json.loads(path.read_text()))
     except FileNotFoundError:
-        raise SendFailed(f"No local stack is running: {hint}.") from None
+        raise SendFailed(f"No local stack is running. {hint}.") from None
     except (ValueError, TypeError) as error:
-        raise SendFailed(f"{path} is not what `make local` writes ({error}): {hint}.") from None
+        raise SendFailed(f"{path} was not written by `make local` ({error}). {hint}.") from None
     try:
         httpx.get(f"{stack.endpoint_url}/_ministack/health", timeout=5, trust_env=False).raise_for_status()
     except httpx.HTTPError:
-        raise SendFailed(f"The local stack in {path} does not answer: {hint}.") from None
+        raise SendFailed(f"The local stack in {path} does not respond. {hint}.") from None
     return stack
 
 
@@ -253,13 +253,13 @@ def _record(record: Mapping[str, Any]) -> Shipment:
         case {"eventSource": "aws:sqs", "body": str(body)}:
             with contextlib.suppress(ValueError, NotSendable):
                 asked = json.loads(body)
-                # What a recipe's rule puts into the queue begins as an event. A schedule puts it there itself.
+                # A message of a recipe's rule originates as an event; a schedule sends its message itself.
                 event = asked.get("event", asked.get("batch_manifest")) if isinstance(asked, dict) else None
                 if isinstance(event, dict):
                     return _event(event)
             return Message(body)
     raise NotSendable(
-        f"Its records are those of {record.get('eventSource', 'no known source')}, which nobody sends by hand."
+        f"Its records are those of {record.get('eventSource', 'no known source')}, which cannot be sent by hand."
     )
 
 
@@ -272,7 +272,7 @@ def _event(event: Mapping[str, Any]) -> Shipment:
         case {"source": str(source), "detail-type": str(detail_type)}:
             resources = tuple(str(each) for each in event.get("resources", ()))
             return BusEvent(source, detail_type, json.dumps(event.get("detail", {})), resources)
-    raise NotSendable("It is an event without a source, which no bus takes.")
+    raise NotSendable("The event has no source, so no bus accepts it.")
 
 
 def _body_with_model(text: str, model: str, field: str = "model") -> tuple[str, str | None]:
@@ -290,7 +290,7 @@ def _body_with_model(text: str, model: str, field: str = "model") -> tuple[str, 
 
 
 class _Sender:
-    """Sends to one stack, and sees what comes of it."""
+    """Sends to one stack, and follows the result."""
 
     def __init__(self, stack: Stack, terminal: Terminal, file: Path | None) -> None:
         self._stack = stack
@@ -303,10 +303,10 @@ class _Sender:
         )
 
     def send(self, shipment: Shipment) -> set[str] | None:
-        """Send it and tell what came back.
+        """Send a shipment and print the response.
 
         Returns:
-            The predictions that the answer names; None where nothing is to be expected.
+            The predictions in the response; None if no prediction is expected.
         """
         match shipment:
             case Call():
@@ -339,7 +339,7 @@ class _Sender:
         return set()
 
     def predictions(self) -> Iterator[str]:
-        """Every prediction in the table."""
+        """Yield the id of every prediction in the table."""
         pages = self._client("dynamodb").get_paginator("scan")
         for page in pages.paginate(TableName=self._stack.table_name, ProjectionExpression="pk, sk"):
             for item in page["Items"]:
@@ -348,7 +348,7 @@ class _Sender:
                     yield pk.removeprefix("prediction#")
 
     def follow(self, before: set[str], expected: set[str]) -> None:
-        """Tell what becomes of every prediction that is new, or expected, until all have ended."""
+        """Print the progress of every new or expected prediction until all have completed."""
         deadline = time.monotonic() + SECONDS
         start_until = time.monotonic() + SECONDS_TO_START
         seen: dict[str, Prediction] = {}
@@ -370,7 +370,7 @@ class _Sender:
                 self._event("nothing", f"was started within {SECONDS_TO_START:.0f} s. {NOTHING_STARTED}")
                 return
             time.sleep(0.3)
-        self._event("goes on", f"not ended within {SECONDS:.0f} s; GET /predictions/{{id}} shows its end")
+        self._event("continues", f"not completed within {SECONDS:.0f} s; GET /predictions/{{id}} shows its status")
 
     def _request(self, call: Call) -> set[str] | None:
         url = f"{self._stack.api_url}{call.path}"
@@ -408,7 +408,7 @@ class _Sender:
         return self._named(told, "prediction_id") or None
 
     def _named(self, text: str, name: str) -> set[str]:
-        """The prediction that an answer names, if it is one: batches and others have ids, too."""
+        """Return the id in a response if it is a prediction's: batches have ids too."""
         with contextlib.suppress(ValueError):
             answer = json.loads(text)
             if isinstance(answer, dict) and isinstance(answer.get(name), str) and self._table.get(answer[name]):
@@ -449,7 +449,7 @@ def _has_ended(prediction: Prediction) -> bool:
 
 
 def _content(key: str) -> bytes:
-    """Content that fits a key's suffix: requests for a manifest, text for a text, else a small picture."""
+    """Return content for a key's suffix: requests, text or a picture."""
     lines = [{"model": MODEL, "input": {"prompt": prompt}} for prompt in ("a harbour in fog", "a lighthouse at dusk")]
     match Path(key).suffix.lower():
         case ".jsonl":
@@ -464,7 +464,7 @@ def _content(key: str) -> bytes:
 
 
 def _picture() -> bytes:
-    """A picture with something to see in it."""
+    """Return a picture with visible content."""
     drawn = io.BytesIO()
     Image.radial_gradient("L").convert("RGB").save(drawn, "PNG")
     return drawn.getvalue()

@@ -1,12 +1,12 @@
-"""Make the two environments that everything else runs in: ``.venv`` and ``.local/emulator``.
+"""Create the two environments in which everything else runs: ``.venv`` and ``.local/emulator``.
 
-``make setup`` runs this file with whatever ``python3`` there is (3.11 or newer, standard library only). It looks for
-Python 3.13, the version that is deployed, and takes its own version where there is none: the local cloud then deploys
-its functions with that runtime. Both environments hold exactly what ``requirements/`` says, checked by hash. uv, which
-fills them, is one of those packages; pip installs it, and a python3 without pip is lent one.
+``make setup`` runs this file with the machine's ``python3`` (3.11 or newer, standard library only). The script looks
+for Python 3.13, the deployed version, and falls back to its own version: the local cloud then deploys its functions
+with that runtime. Both environments hold exactly the packages of ``requirements/``, by hash. uv, which fills them, is
+one of those packages; pip installs it, and a python3 without pip gets a temporary one.
 
-Nothing outside the checkout is changed, except the caches and the interpreters of uv and pip. A second run with nothing
-changed does nothing, and needs no network.
+Nothing outside the checkout is changed, except the caches and the interpreters of uv and pip. A second run without
+changes does nothing, and needs no network.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ OLDEST = (3, 11)
 WANTED = "3.13"
 CHECKOUT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = {".venv": "dev.txt", ".local/emulator": "emulator.txt"}
-# pip's own way to a machine without it: https://pip.pypa.io/en/stable/installation/#get-pip-py
+# pip's own bootstrap for a machine without it: https://pip.pypa.io/en/stable/installation/#get-pip-py
 GET_PIP = "https://bootstrap.pypa.io/get-pip.py"
-# What would send uv, pip or Python to another place than the one they are told.
+# Variables that would redirect uv, pip or Python to another place.
 MISLEADING = {
     "VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH", "UV_PYTHON", "UV_PROJECT_ENVIRONMENT", "UV_SYSTEM_PYTHON",
     "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV", "PIP_TARGET", "PIP_USER",
@@ -37,11 +37,11 @@ MISLEADING = {
 
 
 class SetUpError(Exception):
-    """The machine lacks something; the message says what, and what to do."""
+    """The machine lacks a requirement; the message names it and the remedy."""
 
 
 def main(checkout: Path = CHECKOUT) -> int:
-    """Bring both environments up to date.
+    """Update both environments.
 
     Returns:
         The exit status: 0 when both are ready.
@@ -60,18 +60,18 @@ def main(checkout: Path = CHECKOUT) -> int:
 
 
 def up_to_date(checkout: Path) -> bool:
-    """Tell whether the last set-up was made from these same files, in this place, and is still there."""
+    """Return whether the last set-up used these files, here, and still exists."""
     return stamp(checkout).get("inputs") == inputs(checkout) and usable(checkout)
 
 
 def usable(checkout: Path) -> bool:
-    """Tell whether both environments were finished here: one that was copied names another place in its programs."""
+    """Return whether both environments were completed here, not copied from elsewhere."""
     interpreters = (checkout / environment / "bin" / "python" for environment in ENVIRONMENTS)
     return stamp(checkout).get("checkout") == str(checkout) and all(python.exists() for python in interpreters)
 
 
 def stamp(checkout: Path) -> dict[str, str]:
-    """Return what the last finished set-up wrote down; empty if there was none."""
+    """Return the record of the last finished set-up; empty without one."""
     try:
         return dict(json.loads((checkout / ".venv" / "set-up.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -79,7 +79,7 @@ def stamp(checkout: Path) -> dict[str, str]:
 
 
 def finished(checkout: Path) -> None:
-    """Write down that the environments are complete, for `up_to_date`."""
+    """Record that the environments are complete, for `up_to_date`."""
     text = json.dumps({"checkout": str(checkout), "inputs": inputs(checkout)}) + "\n"
     (checkout / ".venv" / "set-up.json").write_text(text)
 
@@ -95,8 +95,8 @@ def make_environments(checkout: Path) -> None:
     """Install uv, choose a Python and fill both environments.
 
     Raises:
-        SetUpError: There is no way to install uv.
-        subprocess.CalledProcessError: uv or pip failed, and said why.
+        SetUpError: uv could not be installed.
+        subprocess.CalledProcessError: uv or pip failed, and printed the reason.
     """
     began = time.monotonic()
     if not usable(checkout):
@@ -112,10 +112,10 @@ def make_environments(checkout: Path) -> None:
             run([uv, "venv", "--quiet", "--no-project", "--clear", "--python", python, str(checkout / environment)])
         sync = [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", str(interpreter)]
         if environment != ".venv":
-            # 200,000 lines that every start would compile again where bytecode may not be written later.
+            # 200,000 lines that every start would compile again if bytecode cannot be written later.
             sync.append("--compile-bytecode")
         run([*sync, str(checkout / "requirements" / requirements)])
-    # The project itself, so that `predictions` is imported from where it is edited. uv has the build backend in it.
+    # The project itself, so that `predictions` is imported from the checkout. uv includes the build backend.
     editable = [uv, "pip", "install", "--quiet", "--offline", "--no-deps", "--editable", str(checkout)]
     run([*editable, "--python", str(checkout / ".venv" / "bin" / "python")])
     finished(checkout)
@@ -123,12 +123,12 @@ def make_environments(checkout: Path) -> None:
 
 
 def environment_of(requirements: Path, folder: Path) -> Path:
-    """Make an environment that holds a requirements file's packages, checked by hash, unless it is there.
+    """Create an environment of a requirements file, checked by hash, if missing.
 
-    For what can be had once the other two are there: with the Python and the uv of the one that runs this.
+    For tools beside the first two environments: with the Python and the uv of the one that runs this.
 
     Raises:
-        OSError, subprocess.CalledProcessError: uv is not there, or failed and said why.
+        OSError, subprocess.CalledProcessError: uv is missing, or failed and printed the reason.
     """
     wanted = hashlib.sha256(requirements.read_bytes() + sys.executable.encode()).hexdigest()
     finished = folder / "finished"
@@ -153,16 +153,16 @@ def environment_of(requirements: Path, folder: Path) -> Path:
 
 
 def choose_python(interpreters: Iterable[tuple[str, str]]) -> tuple[str, str]:
-    """Return the first of `interpreters` that works and is Python 3.13, or the one that runs this.
+    """Return the first of `interpreters` that works and is Python 3.13, or this one.
 
-    Being on the PATH is not enough: a pyenv shim is there for versions that are not active, and fails. So every
-    candidate is run before it is believed.
+    Being on the PATH is not sufficient: a pyenv shim exists for versions that are not active, and fails. So every
+    candidate is run before it is used.
 
     Args:
-        interpreters: Programs, each with where it was found; asked for one by one, because some are costly to find.
+        interpreters: Programs, each with its origin; read one by one, because some are costly to find.
 
     Returns:
-        The path of the interpreter, and where it was found.
+        The path of the interpreter, and its origin.
     """
     for candidate, why in interpreters:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -171,7 +171,7 @@ def choose_python(interpreters: Iterable[tuple[str, str]]) -> tuple[str, str]:
             major, minor, executable = found.split(" ", 2)
             if f"{major}.{minor}" == WANTED:
                 return executable, why
-    return this_python(), f"no {WANTED} here: functions are deployed with this one"
+    return this_python(), f"no {WANTED} found: functions are deployed with this one"
 
 
 def candidates(uv: str) -> Iterator[tuple[str, str]]:
@@ -184,9 +184,9 @@ def candidates(uv: str) -> Iterator[tuple[str, str]]:
                 yield f"{capture(pyenv, 'prefix', version)}/bin/python", "from pyenv"
     with contextlib.suppress(subprocess.CalledProcessError):
         yield capture(uv, "python", "find", "--no-project", "--no-python-downloads", WANTED), "found by uv"
-    say(f"no Python {WANTED} on this machine: asking uv for one")
+    say(f"no Python {WANTED} on this machine: fetching one with uv")
     with contextlib.suppress(subprocess.CalledProcessError):
-        # Not reachable everywhere: give up soon, there is another way.
+        # Not reachable everywhere: give up soon, the fallback is this Python.
         quick = {"UV_HTTP_RETRIES": "0", "UV_HTTP_CONNECT_TIMEOUT": "5"}
         capture(uv, "python", "install", "--no-bin", WANTED, **quick)
         yield capture(uv, "python", "find", "--no-project", "--managed-python", WANTED), "fetched by uv"
@@ -199,8 +199,8 @@ def install_uv(checkout: Path) -> str:
         The path of the executable.
 
     Raises:
-        SetUpError: The file does not name one, or there is no pip and none could be lent.
-        subprocess.CalledProcessError: pip failed, and said why.
+        SetUpError: The file does not pin uv, or pip is missing and could not be fetched.
+        subprocess.CalledProcessError: pip failed, and printed the reason.
     """
     version, requirement = pinned((checkout / "requirements" / "dev.txt").read_text(), "uv")
     target = checkout / ".local" / "uv" / version
@@ -215,36 +215,36 @@ def install_uv(checkout: Path) -> str:
             (scratch / "uv.txt").write_text(requirement)
             options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--require-hashes"]
             source = ["--requirement", str(scratch / "uv.txt"), "--target", str(scratch / "uv")]
-            # In a container everybody is root.
+            # In a container every user is root.
             run([*find_pip(this_python(), scratch), "install", *options, *source], PIP_ROOT_USER_ACTION="ignore")
             (scratch / "uv").replace(target)
     return str(executable)
 
 
 def pinned(requirements: str, name: str) -> tuple[str, str]:
-    """Return the version of a package in a requirements file, and its whole entry with the hashes.
+    """Return a package's version in a requirements file, and its whole entry.
 
     Raises:
-        SetUpError: It is not in the file with a version and hashes.
+        SetUpError: The file does not pin the package with a version and hashes.
     """
     entry = re.search(rf"^{name}==(\S+).*(?:\n +--hash.*)+", requirements, re.MULTILINE)
     if not entry:
-        raise SetUpError(f"requirements/dev.txt does not pin {name}: take the file from git, then run make lock")
+        raise SetUpError(f"requirements/dev.txt does not pin {name}. Restore the file from git, then run make lock")
     return entry[1], entry[0] + "\n"
 
 
 def find_pip(python: str, scratch: Path, get_pip: str = GET_PIP) -> list[str]:
     """Return the command that runs pip.
 
-    Debian's and Ubuntu's python3 comes without pip, and without what ``venv`` makes one from.
+    Debian's and Ubuntu's python3 comes without pip, and without the parts from which ``venv`` installs it.
 
     Args:
         python: The interpreter that needs it.
-        scratch: An empty directory, for a pip that is needed once.
+        scratch: An empty directory, for a temporary pip.
         get_pip: The address of pip's bootstrap script.
 
     Raises:
-        SetUpError: There is none, and none could be lent.
+        SetUpError: pip is missing and could not be fetched.
     """
     with contextlib.suppress(subprocess.CalledProcessError):
         capture(python, "-m", "pip", "--version")
@@ -263,7 +263,7 @@ def find_pip(python: str, scratch: Path, get_pip: str = GET_PIP) -> list[str]:
     except (OSError, subprocess.CalledProcessError) as error:
         raise SetUpError(
             f"python3 ({python}) has no pip, and none could be fetched ({error}).\n"
-            "Install it and try again: apt install python3-pip (or python3-venv), dnf install python3-pip, …"
+            "Install pip and retry: apt install python3-pip (or python3-venv), dnf install python3-pip, …"
         ) from error
     return [python, str(scratch / "lent" / "pip")]
 
@@ -275,7 +275,7 @@ def this_python() -> str:
 
 @contextlib.contextmanager
 def one_at_a_time(checkout: Path) -> Iterator[None]:
-    """Let a second set-up of the same checkout wait for the first."""
+    """Make a second set-up of the same checkout wait for the first."""
     import fcntl
 
     (checkout / ".local").mkdir(exist_ok=True)
@@ -285,12 +285,12 @@ def one_at_a_time(checkout: Path) -> Iterator[None]:
 
 
 def run(command: list[str], **variables: str) -> None:
-    """Run a command that shows what it has to say."""
+    """Run a command and show its output."""
     subprocess.run(command, env=clean_environment() | variables, stdin=subprocess.DEVNULL, check=True)
 
 
 def capture(*command: str, **variables: str) -> str:
-    """Return what a command prints, without saying why it fails."""
+    """Return the output of a command, without its errors."""
     done = subprocess.run(
         command, env=clean_environment() | variables, stdin=subprocess.DEVNULL, check=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -299,7 +299,7 @@ def capture(*command: str, **variables: str) -> str:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return the environment without what misleads."""
+    """Return the environment without the `MISLEADING` variables."""
     return {name: value for name, value in os.environ.items() if name not in MISLEADING}
 
 
@@ -309,7 +309,7 @@ def say(text: str) -> None:
 
 
 def refuse(text: str) -> int:
-    """Say why there is no environment; return the exit status."""
+    """Print why the set-up failed; return the exit status."""
     say(text)
     return 1
 

@@ -1,6 +1,6 @@
 """Hook of the docs site: turn links that leave docs/ into links into the repository.
 
-mkdocs runs this file in the environment of the site, so it imports nothing but the standard library. A link whose
+mkdocs runs this file in the environment of the site, so only the standard library is imported. A link whose
 target does not exist stays as it is, and mkdocs fails on it, since the build is strict.
 """
 
@@ -16,14 +16,14 @@ LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
-def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:  # noqa: ARG001  # mkdocs names them
-    """Return a page's text with its links into the code as addresses of the repository."""
+def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:  # noqa: ARG001  # names from mkdocs
+    """Return a page's text with its links into the code as repository URLs."""
     folder = (Path(config["docs_dir"]) / page.file.src_uri).parent
     return linked(markdown, folder, Path(config["docs_dir"]), config["repo_url"])
 
 
 def linked(markdown: str, folder: Path, docs: Path, repository: str) -> str:
-    """Return a text with the links that leave `docs` as addresses of a repository; code blocks stay as they are.
+    """Return a text with links that leave `docs` as repository URLs, except in code.
 
     Args:
         markdown: The text.

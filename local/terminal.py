@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: short lines, aligned, coloured only where a terminal shows colours."""
+"""Output for a person at the terminal: short, aligned lines, coloured only if the terminal shows colours."""
 
 import os
 import textwrap
@@ -10,10 +10,13 @@ WIDTH = 100
 
 
 class Terminal:
-    """Writes lines, and the seconds since it was made beside each step."""
+    """Writes lines, with the seconds since its creation next to each step."""
 
     def __init__(self, stream: TextIO, *, colours: bool | None = None) -> None:
-        """Write to `stream`; without `colours`, a terminal has them unless NO_COLOR is set (https://no-color.org)."""
+        """Write to `stream`.
+
+        By default a terminal gets colours unless NO_COLOR is set (https://no-color.org).
+        """
         self._stream = stream
         self._began = time.monotonic()
         shown = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -29,12 +32,12 @@ class Terminal:
         self.write(self._paint("1", text))
 
     def step(self, text: str) -> None:
-        """Tell what is done now, and when that is."""
+        """Write the current step and its time."""
         seconds = f"{time.monotonic() - self._began:6.1f} s"
         self.write(f"{self._paint('2', seconds)}  {text}")
 
     def event(self, name: str, text: str, seconds: float | None = None) -> None:
-        """Tell what happened, in one word, with its details and the second in which it did."""
+        """Write an event in one word, with its details and its second."""
         when = "" if seconds is None else f"{seconds:6.1f} s"
         lines = textwrap.wrap(text, WIDTH - NARROW - 12, break_on_hyphens=False) or [""]
         self.write(f"{self._paint('2', when.rjust(8))}  {self._paint('36', name.ljust(NARROW))}{lines[0]}")
@@ -42,22 +45,22 @@ class Terminal:
             self.write(" " * (NARROW + 10) + line)
 
     def detail(self, name: str, value: str) -> None:
-        """Write one property of the last event, whole, so that it can be copied."""
+        """Write one property of the last event, unwrapped, so that it can be copied."""
         self.write(" " * (NARROW + 10) + f"{name.ljust(8)}{value}")
 
     def figure(self, name: str, value: str, of_what: str) -> None:
-        """Write one measured figure and what it is made of."""
+        """Write one measured figure and its parts."""
         lines = textwrap.wrap(of_what, WIDTH - NARROW - 20, break_on_hyphens=False) or [""]
         self.write(f"  {name.ljust(NARROW + 4)}{self._paint('1', value.rjust(7))}   {lines[0]}")
         for line in lines[1:]:
             self.write(" " * (NARROW + 16) + line)
 
     def succeed(self, text: str) -> None:
-        """Say that all is well."""
+        """Write a success."""
         self.write(self._paint("32", f"✓ {text}"))
 
     def refuse(self, text: str) -> None:
-        """Say what went wrong."""
+        """Write a failure."""
         self.write(self._paint("31", f"✗ {text}"))
 
     def _paint(self, code: str, text: str) -> str:

@@ -75,31 +75,31 @@ PROMISES: Sequence[Promise] = (
         "Every accepted request ends in a terminal status",
         (
             Shown(
-                "No schedule of losses, delays, doubles, reorderings and crashes leaves one open",
+                "No schedule of losses, delays, duplicates, reorderings and crashes leaves a request open",
                 ["tests/simulation/test_simulation.py::test_schedule_of_faults_breaks_no_promise"],
             ),
             Shown(
-                "Nor in any named world: batches, pipelines, trainings, webhooks, task tokens, owners who cost others",
+                "No named world does: batches, pipelines, trainings, webhooks, task tokens, owners who burden others",
                 ["tests/simulation/test_simulation.py::test_each_world_is_reached_and_breaks_no_promise"],
             ),
             Shown(
-                "The schedules would notice: each sabotage of the code is found",
+                "The schedules detect each sabotage of the code",
                 ["tests/simulation/test_simulation.py::test_sabotaged_code_breaks_a_promise_in_some_schedule"],
             ),
             Shown(
-                "A fault at any call of AWS, before it or after it, in every situation of a prediction",
+                "A fault before or after any call of AWS, in every state of a prediction",
                 [
                     "tests/unit/test_faults.py::test_fault_at_any_call_to_aws_ends_with_at_most_one_create_bound_stored_and_told"
                 ],
             ),
             Shown(
-                "Deployed functions that are killed before and after each of their calls of AWS",
+                "Deployed functions that are killed before and after each of their calls to AWS",
                 [
                     "tests/stack/test_faults.py::test_each_call_of_each_function_is_survived_when_it_is_killed_before_and_after_it"
                 ],
             ),
             Shown(
-                "Predictions through every door while everything is wrong at once, deployed",
+                "Predictions through every entry point with all faults at once, deployed",
                 ["tests/stack/test_faults.py::test_every_promise_is_kept_while_everything_is_wrong"],
             ),
             Shown(
@@ -109,32 +109,32 @@ PROMISES: Sequence[Promise] = (
                 ],
             ),
             Shown(
-                "Many creates without a clear answer at once are decided within four minutes by few list calls",
+                "Many simultaneous creates with an unknown outcome are decided within four minutes by few list calls",
                 ["tests/unit/test_unknown_load.py"],
             ),
-            Shown("The audit of these two notices what is tampered with", ["tests/stack/test_faults.py::TestAudit"]),
+            Shown("The audit of these two detects tampering", ["tests/stack/test_faults.py::TestAudit"]),
             Shown(
-                "Predictions go on through a new deployment, and what the first release wrote is read",
+                "Predictions continue through a deployment, and data of the first release is readable",
                 ["tests/stack/test_upgrades.py"],
             ),
             Shown(
-                "Looks that die over an item hold up no other, become rarer, and end with it an hour past its deadline",
+                "Checks that crash on an item delay no other item, back off, and end with it an hour past its deadline",
                 ["tests/unit/test_sweep.py::TestDeadLooks"],
             ),
             Shown(
-                "Answers of 12 and 60 MB in functions that are killed at their own memory and time",
+                "Responses of 12 and 60 MB in functions that are killed at their own memory and time limits",
                 ["tests/attacks/test_answers.py"],
             ),
             Shown(
-                "Webhooks that never come are made up for by polls",
+                "Polls replace lost webhooks",
                 ["tests/stack/test_predictions.py::TestLostWebhooks"],
             ),
             Shown(
-                "A bus or Step Functions that refuse for hours lose nothing, and delay and repeat no webhook",
+                "A bus or Step Functions that fail for hours lose nothing, and delay or repeat no webhook",
                 ["tests/unit/test_changes.py::TestFailures"],
             ),
             Shown(
-                "Each kind of webhook that a caller wants is sent, in every order of Replicate's",
+                "Each requested kind of webhook is sent, in every order of Replicate's webhooks",
                 [
                     "tests/unit/test_deliveries.py::TestChanges::test_each_wanted_kind_is_told_in_every_order_of_replicates_webhooks"
                 ],
@@ -142,10 +142,10 @@ PROMISES: Sequence[Promise] = (
         ),
     ),
     Promise(
-        "One request pays for at most one prediction that runs to its end",
+        "One request pays for at most one prediction that runs to completion",
         (
             Shown(
-                "The same key, message, object, schedule or state twice, at once or later",
+                "The same key, message, object, schedule or state twice, concurrently or later",
                 [
                     "tests/stack/test_predictions.py::TestSameRequest",
                     "tests/stack/test_queue.py::TestQueue",
@@ -154,7 +154,7 @@ PROMISES: Sequence[Promise] = (
                 ],
             ),
             Shown(
-                "A create whose answer was lost is found again, and posted again only on evidence that it ran nothing",
+                "A create with a lost response is found again, and sent again only on evidence that it started nothing",
                 [
                     "tests/stack/test_predictions.py::TestSubmission",
                     "tests/stack/test_trainings.py",
@@ -162,16 +162,16 @@ PROMISES: Sequence[Promise] = (
                 ],
             ),
             Shown(
-                "Nothing is sent after the window of a claim, by any function that claims, frozen and thawed or not",
+                "No function that claims sends a request after the window of its claim, frozen and thawed or not",
                 ["tests/unit/test_create_window.py"],
             ),
             Shown(
-                "A reading of Replicate's list is evidence only where it is complete, whatever its entries hold",
+                "A reading of Replicate's list is evidence only if it is complete, whatever its entries contain",
                 ["tests/unit/test_list_readings.py", "tests/unit/test_entry_scanner.py"],
             ),
             Shown(
-                "The bound that remains: what Replicate accepts or lists after the second reading runs a second time"
-                " until it is noticed and canceled",
+                "The remaining limit: a create that Replicate accepts or lists after the second reading runs twice"
+                " until it is detected and canceled",
                 [
                     "tests/simulation/test_simulation.py::test_what_is_accepted_or_listed_after_the_second_reading_is_noticed_and_counted",
                     "tests/unit/test_unknown_submissions.py::TestWrong",
@@ -179,12 +179,10 @@ PROMISES: Sequence[Promise] = (
             ),
             Shown("A batch of 200 lines, canceled half-way and run again", ["tests/stack/test_batches.py"]),
             Shown(
-                "A fault at any call of a new batch or pipeline makes one of them; expired keys start new ones",
+                "A fault at any call of a new batch or pipeline creates exactly one; expired keys start new ones",
                 ["tests/unit/test_once.py"],
             ),
-            Shown(
-                "Starts at the same time, in any order of their calls", ["tests/unit/test_submissions.py::TestStart"]
-            ),
+            Shown("Concurrent starts, in any order of their calls", ["tests/unit/test_submissions.py::TestStart"]),
         ),
     ),
     Promise(
@@ -195,7 +193,7 @@ PROMISES: Sequence[Promise] = (
                 ["tests/attacks/test_webhooks.py::test_every_order_of_up_to_seven_events_ends_in_the_right_state"],
             ),
             Shown(
-                "The merge rule, for any words and ids",
+                "The merge rule, for any statuses and ids",
                 ["tests/unit/test_table.py::TestMerge", "tests/unit/test_table.py::TestPayloads"],
             ),
         ),
@@ -204,11 +202,11 @@ PROMISES: Sequence[Promise] = (
         "Every output file is in the bucket, byte for byte; a partial object is never visible",
         (
             Shown(
-                "Bombs, endless, slow, short, lying and mistyped answers: a reason, or exactly the bytes, in time",
+                "Bombs, endless, slow, short, false, mistyped responses: a reason, or exactly the bytes, in time",
                 ["tests/attacks/test_downloads.py"],
             ),
             Shown(
-                "Files that break off are copied again; files that are gone are named",
+                "Interrupted files are copied again; missing files are reported",
                 ["tests/stack/test_predictions.py::TestFiles"],
             ),
             Shown("The copier, its lease and its uploads", ["tests/unit/test_outputs.py", "tests/unit/test_copies.py"]),
@@ -220,24 +218,24 @@ PROMISES: Sequence[Promise] = (
             Shown("Generated calls of two owners and a stranger to every route", ["tests/attacks/test_tenancy.py"]),
             Shown("Webhooks of every malformed kind, and with any one bit changed", ["tests/attacks/test_webhooks.py"]),
             Shown(
-                "Private addresses in all notations, redirects, and names that change between check and dial",
+                "Private addresses in all notations, redirects, and names that change between check and connection",
                 ["tests/attacks/test_addresses.py"],
             ),
             Shown(
-                "No secret is in any log, item, object, event, message, history or answer that the stack tests leave",
+                "No secret is in any log, item, object, event, message, history or response of the stack tests",
                 ["tests/stack/test_secrecy.py"],
             ),
             Shown(
-                "Each function is refused what it must not do, by the deployed policies",
+                "The deployed policies deny each function all other actions",
                 ["tests/stack/test_permissions.py"],
             ),
             Shown(
-                "A receiver that hangs delays no other owner's webhook by half a minute",
+                "A receiver that hangs delays another owner's webhook by less than half a minute",
                 ["tests/unit/test_webhook_slots.py"],
             ),
-            Shown("Each policy is what the code calls, and no more", ["tests/unit/test_template.py"]),
+            Shown("Each policy allows the calls of the code, and no more", ["tests/unit/test_template.py"]),
             Shown(
-                "Without a token of the right scope nothing is answered",
+                "Without a token of the right scope every request is rejected",
                 [
                     "tests/stack/test_predictions.py::TestAccess",
                     "tests/unit/test_events.py::test_a_sample_needs_one_of_the_scopes_that_are_described_and_no_other",
@@ -246,7 +244,7 @@ PROMISES: Sequence[Promise] = (
         ),
     ),
     Promise(
-        "Bad input gets a clear answer before any money is spent; limits are never passed",
+        "Bad input gets a clear response before any money is spent; limits are never exceeded",
         (
             Shown(
                 "Hostile JSON at the API, the webhook, the queue, in manifests and from models",
@@ -259,20 +257,20 @@ PROMISES: Sequence[Promise] = (
                 "Hostile schemas: bounded steps, linear-time patterns, nothing fetched",
                 ["tests/attacks/test_schemas.py"],
             ),
-            Shown("Inputs that are not the model's never reach Replicate", ["tests/stack/test_inputs.py"]),
+            Shown("Inputs that violate the model's schema never reach Replicate", ["tests/stack/test_inputs.py"]),
             Shown(
-                "Parallel starts by all doors pass neither an owner's limits nor the rate",
+                "Parallel starts by all entry points exceed neither an owner's limits nor the rate",
                 ["tests/attacks/test_money.py"],
             ),
             Shown(
-                "At 120 % of the rate at least 95 % of it starts in each minute, and owners share it; none is wasted",
+                "At 120 % of the rate at least 95 % of it starts in each minute, and owners share it",
                 ["tests/unit/test_lanes.py"],
             ),
             Shown(
-                "Open batches and pipelines, attempts and refused lines count against their owner's limits",
+                "Open batches and pipelines, attempts and rejected lines count against their owner's limits",
                 ["tests/unit/test_owner_bounds.py"],
             ),
-            Shown("Every operation answers whatever comes as its document says", ["tests/stack/test_openapi.py"]),
+            Shown("Every operation responds to any request as its document says", ["tests/stack/test_openapi.py"]),
         ),
     ),
     Promise(
@@ -280,7 +278,7 @@ PROMISES: Sequence[Promise] = (
         (
             Shown("Items written, counted at the table", ["tests/unit/test_figures.py"]),
             Shown(
-                "States entered, by the definition",
+                "States entered, according to the definition",
                 ["tests/unit/test_state_machines.py::test_submitted_prediction_ends_by_webhook_in_three_states"],
             ),
             Shown(
@@ -290,12 +288,12 @@ PROMISES: Sequence[Promise] = (
         ),
     ),
     Promise(
-        "An operator sees what goes wrong and can mend it",
+        "An operator sees failures and can fix them",
         (
             Shown("The commands of the runbook, on the deployed stack", ["tests/stack/test_commands.py"]),
             Shown("Pauses, limits and waiting turns", ["tests/stack/test_limits.py"]),
             Shown(
-                "Dead letters are put back, and start nothing twice",
+                "Dead letters are redriven, and start nothing twice",
                 [
                     "tests/stack/test_queue.py",
                     "tests/stack/test_deliveries.py",
@@ -373,10 +371,10 @@ def _head(ran: Mapping[str, Ran], took: Mapping[str, float]) -> Iterable[str]:
     python = platform.python_version()
     tests = {suite: sum(each.tests for name, each in ran.items() if f"tests/{suite}/" in name) for suite in took}
     minutes = sum(took.values()) / 60
-    yield f"""# Reliability: each promise, and the tests that show it
+    yield f"""# Reliability: each promise and its tests
 
 Written by `make reliability` on {datetime.now(UTC):%Y-%m-%d}, with Python {python} on {os.cpu_count()} cores:
-{sum(tests.values()):,} tests in {minutes:.1f} minutes. `make test` and `make slow` run the same ones, after style,
+{sum(tests.values()):,} tests in {minutes:.1f} minutes. `make test` and `make slow` run the same tests, after style,
 types and template.
 Longer runs: `make sim` (its figures are in [simulation.md](simulation.md)), `make faults`, `make batch`.
 
@@ -388,19 +386,19 @@ Longer runs: `make sim` (its figures are in [simulation.md](simulation.md)), `ma
     yield f"""
 ```mermaid
 xychart-beta
-    title "Seconds from beginning to end"
+    title "Seconds from start to end"
     x-axis [{named}]
     y-axis "s"
     bar [{", ".join(f"{seconds:.0f}" for seconds in took.values())}]
 ```
 
-Seconds in the tables below are those of the tests alone, added up; several run side by side. A row's tests run again
-with `.venv/bin/python -m pytest` and what stands in its second column."""
+Seconds in the tables below are the sums of the tests alone; several run side by side. To run a row's tests, pass its
+second column to `.venv/bin/python -m pytest`."""
 
 
 def _promises(ran: Mapping[str, Ran]) -> Iterable[str]:
     for number, promise in enumerate(PROMISES, 1):
-        yield f"\n## {number}. {promise.text}\n\n| what holds | tests | figures | seconds |\n|---|---|---|---:|"
+        yield f"\n## {number}. {promise.text}\n\n| result | tests | figures | seconds |\n|---|---|---|---:|"
         for shown in promise.shown:
             total = of(shown, ran)
             figures = [f"{total.tests:,} {'test' if total.tests == 1 else 'tests'}"]

@@ -1,5 +1,5 @@
-"""The local Replicate: a front like Replicate's HTTP API before real Cog servers.
+"""The local Replicate: an HTTP server like Replicate's API in front of real Cog servers.
 
-For tests and the local cloud; nothing of it is deployed. Run it with `python -m local.replicate`, or from
-Python with `local.replicate.process.LocalReplicate`. What tests may do to it is in `local.replicate.faults`.
+For tests and the local cloud; never deployed. Run it with `python -m local.replicate`, or from Python with
+`local.replicate.process.LocalReplicate`. Tests inject faults with `local.replicate.faults`.
 """

@@ -1,6 +1,6 @@
-"""`python -m local.replicate`: runs the local Replicate until SIGINT, SIGTERM or the end of its parent.
+"""`python -m local.replicate`: run the local Replicate until SIGINT, SIGTERM or the end of its parent.
 
-Prints one line to stdout when it takes requests: `{"url": "http://127.0.0.1:PORT/v1"}`. Logs go to stderr.
+Prints one line to stdout when it accepts requests: `{"url": "http://127.0.0.1:PORT/v1"}`. Logs go to stderr.
 """
 
 import argparse
@@ -19,28 +19,28 @@ from local.replicate.webhooks import new_signing_secret
 
 
 class Server(uvicorn.Server):
-    """Says on stdout when it is ready, in a form that programs can read."""
+    """Reports on stdout when it is ready, in a machine-readable form."""
 
     def __init__(self, config: uvicorn.Config, url: str) -> None:
         super().__init__(config)
         self._url = url
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Starts, then prints the ready line."""
+        """Start, then print the ready line."""
         await super().startup(sockets)
         if not self.should_exit:
             print(json.dumps({"url": self._url}), flush=True)
 
 
 def main() -> int:
-    """Runs the server; returns the exit code."""
+    """Run the server; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m local.replicate", description=__doc__)
-    parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1; 0 (the default) takes a free one")
+    parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1; 0 (the default) picks a free one")
     parser.add_argument(
         "--state-dir",
         type=Path,
         required=True,
-        help="folder for files and logs; emptied of an earlier run's at start",
+        help="folder for files and logs; files of an earlier run are removed at start",
     )
     parser.add_argument("--token", default="r8_local", help="the one access token that is accepted (%(default)s)")
     parser.add_argument(
@@ -53,7 +53,7 @@ def main() -> int:
     # httpx logs whole URLs.
     for name in ("httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # With the protocol named, or asyncio does not switch Nagle's algorithm off: 40 ms for each answer.
+    # With the protocol named, or asyncio does not disable Nagle's algorithm: 40 ms for each response.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", arguments.port))
@@ -74,7 +74,7 @@ def main() -> int:
         access_log=False,
         server_header=False,
         timeout_keep_alive=65,
-        # Silent answers and streams do not hold up the end.
+        # Silent responses and streams do not delay the shutdown.
         timeout_graceful_shutdown=1,
     )
     with listener, contextlib.suppress(KeyboardInterrupt):

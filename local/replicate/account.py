@@ -1,7 +1,7 @@
-"""What the account of the local Replicate owns and may change: models without code, deployments, readmes.
+"""The account of the local Replicate: models without code, deployments and readmes, which it may change.
 
-All of it is in memory, and as at the start again after `reset`. Models that run are those of `local.replicate.catalog`;
-a model that is made here has no version, as at Replicate before the first push.
+All data is in memory, and reset to the initial state by `reset`. Models that can run are those of
+`local.replicate.catalog`; a model created here has no version, as at Replicate before the first push.
 """
 
 import copy
@@ -93,7 +93,7 @@ class Account:
 
     Attributes:
         models: Every model by `owner/name`, as Replicate's API shows it, but for `run_count`.
-        versions: The ids of each model's versions that are still there.
+        versions: The ids of each model's existing versions.
         readmes: By `owner/name`.
         deployments: By `owner/name`, as the API shows them.
     """
@@ -103,7 +103,7 @@ class Account:
         self.reset()
 
     def reset(self) -> None:
-        """Everything as at the start: the catalog's models and deployment, and one private model with a version."""
+        """Restore the initial state: the catalog, and one private model with a version."""
         self.models: dict[str, JsonObject] = {}
         self.versions: dict[str, dict[str, JsonObject]] = {}
         self.readmes: dict[str, str] = {}
@@ -121,17 +121,17 @@ class Account:
             self._release(path, model.path, asked, CREATED_AT)
 
     def model(self, path: str) -> JsonObject | None:
-        """One model."""
+        """Return a model, or None."""
         found = self.models.get(path)
         return found and {**found, "latest_version": next(reversed(self.versions[path].values()), None)}
 
     def examples(self, path: str) -> list[JsonObject]:
-        """The example predictions of a model."""
+        """Return the example predictions of a model."""
         example = self.models[path]["default_example"]
         return [example] if example else []
 
     def create_model(self, asked: CreateModel) -> JsonObject:
-        """Makes a model without a version."""
+        """Create a model without a version."""
         path = f"{asked.owner}/{asked.name}"
         described = asked.model_dump(include={*_DESCRIPTIONS, "cover_image_url"})
         self.models[path] = self._shown(path, "", visibility=asked.visibility) | described
@@ -139,7 +139,7 @@ class Account:
         return self.models[path]
 
     def update_model(self, path: str, asked: UpdateModel) -> JsonObject:
-        """Changes what is given."""
+        """Update the given fields."""
         given = asked.model_dump(exclude_unset=True)
         self.models[path] |= {name: given[name] for name in _DESCRIPTIONS if name in given}
         if "readme" in given:
@@ -147,32 +147,32 @@ class Account:
         return self.model(path) or {}
 
     def delete_model(self, path: str) -> None:
-        """Forgets a model."""
+        """Delete a model."""
         for kept in (self.models, self.versions, self.readmes):
             kept.pop(path, None)
 
     def create_deployment(self, asked: CreateDeployment) -> JsonObject:
-        """Makes a deployment of a model, with its first release."""
+        """Create a deployment of a model, with its first release."""
         return self._release(f"{OWNER}/{asked.name}", asked.model, asked.model_dump(), timestamp())
 
     def update_deployment(self, path: str, asked: UpdateDeployment) -> JsonObject:
-        """Makes another release, different in what is given."""
+        """Create another release with the given changes."""
         release = self.deployments[path]["current_release"]
         before = {"version": release["version"], **release["configuration"]}
         return self._release(path, release["model"], before | asked.model_dump(exclude_none=True), timestamp())
 
     def deployed(self, path: str) -> Model | None:
-        """What runs the predictions of a deployment."""
+        """Return the model that runs the predictions of a deployment, or None."""
         found = self.deployments.get(path)
         return models_by_version.get(found["current_release"]["version"]) if found else None
 
     def collection(self, slug: str) -> JsonObject:
-        """A collection, without its models."""
+        """Return a collection, without its models."""
         name, description, _ = COLLECTIONS[slug]
         return {"name": name, "slug": slug, "description": description}
 
     def search(self, query: str, limit: int) -> JsonObject:
-        """Public models and collections whose texts hold every word of the query."""
+        """Return public models and collections that match every word of the query."""
         words = query.lower().split()
 
         def fits(*texts: str) -> bool:

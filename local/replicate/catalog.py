@@ -1,4 +1,4 @@
-"""What the local Replicate offers: models, their one version each, and deployments."""
+"""The catalog of the local Replicate: models with one version each, and deployments."""
 
 import hashlib
 import json
@@ -25,8 +25,8 @@ class Model:
     """One model.
 
     Attributes:
-        official: Run by name, version `hidden`; a community model is run by version only.
-        slots: How many predictions it runs at a time; further ones wait in status `starting`.
+        official: Addressed by name, version `hidden`; a community model is addressed by version only.
+        slots: The number of predictions it runs concurrently; further ones wait in status `starting`.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Model:
 
     @cached_property
     def schema(self) -> JsonObject:
-        """The OpenAPI schema of the version; it has that of a training too, where there is one."""
+        """Return the OpenAPI schema of the version, with that of its training, if any."""
         schema = openapi_schema(FOLDER / self.name / "predict.py")
         if self.trainable:
             training = openapi_schema(FOLDER / self.name / "train.py", "train")["components"]["schemas"]
@@ -50,41 +50,41 @@ class Model:
 
     @property
     def trainable(self) -> bool:
-        """Whether its versions can be trained."""
+        """Return whether its versions can be trained."""
         return (FOLDER / self.name / "train.py").exists()
 
     @cached_property
     def version(self) -> str:
-        """64 hex digits, the same in every run until the model's code or schema changes."""
+        """Return 64 hex digits, the same until the model's code or schema changes."""
         source = b"".join(path.read_bytes() for path in sorted((FOLDER / self.name).glob("*.py")))
         return hashlib.sha256(source + json.dumps(self.schema, sort_keys=True).encode()).hexdigest()
 
     @property
     def grows(self) -> bool:
-        """Whether the output is a list that grows while the model runs."""
+        """Return whether the output is a list that grows while the model runs."""
         return "x-cog-array-type" in self.schema["components"]["schemas"]["Output"]
 
     @property
     def streams(self) -> bool:
-        """Whether the output is text that can be read as server-sent events."""
+        """Return whether the output is text that can be read as server-sent events."""
         return "x-cog-array-display" in self.schema["components"]["schemas"]["Output"]
 
     def invalid_fields(self, input_: JsonObject, *, training: bool = False) -> list[JsonObject]:
-        """What is wrong with an input: `{"type", "field", "description"}` for each fault."""
+        """Return the violations in an input, as `{"type", "field", "description"}`."""
         schemas, kind = self.schema["components"]["schemas"], "TrainingInput" if training else "Input"
         validator = Draft202012Validator({"$ref": f"#/components/schemas/{kind}", "components": {"schemas": schemas}})
         found = [_invalid_field(error) for error in validator.iter_errors(input_)]
         for name, described in schemas[kind]["properties"].items():
             value = input_.get(name)
             is_url = isinstance(value, str) and value.startswith(("https://", "http://", "data:"))
-            # Cog would open anything else as a path on this machine.
+            # Cog would open any other value as a path on this machine.
             if described.get("format") == "uri" and isinstance(value, str) and not is_url:
                 description = "Does not match format 'uri'"
                 found.append({"type": "format", "field": f"input.{name}", "description": description})
         return found
 
     def version_json(self) -> JsonObject:
-        """The version as `GET …/versions/{id}` gives it."""
+        """Return the version as `GET …/versions/{id}` does."""
         return {
             "id": self.version,
             "created_at": CREATED_AT,
@@ -93,10 +93,10 @@ class Model:
         }
 
     def write_to(self, folder: Path) -> None:
-        """Writes the model's code and `.cog/openapi_schema.json` where Cog's server is to run."""
+        """Write the model's code and `.cog/openapi_schema.json` for a Cog server."""
         shutil.copytree(FOLDER / self.name, folder, ignore=shutil.ignore_patterns("__pycache__"))
         schema = json.loads(json.dumps(self.schema))
-        # Cog sends server-sent events only for a model that is marked so; the front reads nothing else.
+        # Cog sends server-sent events only for a model with this mark; the front reads no other format.
         schema["paths"]["/predictions"]["post"]["x-cog-streaming"] = True
         (folder / ".cog").mkdir()
         (folder / ".cog" / "openapi_schema.json").write_text(json.dumps(schema))
@@ -116,7 +116,7 @@ models = {
         Model("series", "Several pictures, one after the other: a list of files that grows."),
         Model("album", "An object with files at several depths."),
         Model("blob", "A file of any size, name and type, or a data: URL."),
-        Model("sleeper", "Takes the time it is told to; sixteen at once.", slots=16),
+        Model("sleeper", "Runs for a given time; sixteen at once.", slots=16),
         Model("tuner", "Says sentences in the manner of the text that it was trained on: can be trained."),
         Model("crasher", "Fails: with an error, or by the end of its process."),
     )

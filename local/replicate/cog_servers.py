@@ -21,22 +21,22 @@ JsonObject = dict[str, Any]
 SETUP_SECONDS = 30
 # Replicate ends a run after 30 minutes.
 RUN_SECONDS = 30 * 60
-# What a model may see of the environment: enough to run and to fetch its inputs, no credentials.
+# The variables that a model may see: enough to run and to fetch its inputs, no credentials.
 PASSED_ON = ("HOME", "LANG", "LC_ALL", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
              "http_proxy", "https_proxy", "no_proxy")  # fmt: skip
 
 
 class CogFailed(Exception):
-    """The Cog server did not start, refused the prediction, or went away while it ran."""
+    """The Cog server did not start, rejected the prediction, or died while it ran."""
 
 
 class CogServer:
-    """One Cog server: a process that is started on demand and again after it has broken.
+    """One Cog server: a process that is started on demand, and again after a crash.
 
     Args:
         folder: Holds `predict.py` and `.cog/openapi_schema.json`; the server's working directory.
-        slots: How many predictions it runs at a time.
-        upload_url: Where it puts output files: `PUT {upload_url}/{name}` with the header `x-prediction-id`.
+        slots: The number of concurrent predictions.
+        upload_url: The URL for output files: `PUT {upload_url}/{name}` with the header `x-prediction-id`.
         temporary: Folder for its temporary files.
         trains: Whether it trains the model (`train` in `train.py`) instead of running it.
     """
@@ -55,16 +55,16 @@ class CogServer:
         self._client = httpx.AsyncClient(timeout=httpx.Timeout(30, read=RUN_SECONDS), trust_env=False)
 
     async def ready(self) -> None:
-        """Returns as soon as the server takes predictions.
+        """Wait until the server accepts predictions.
 
         Raises:
-            CogFailed: It did not start, twice; the message names its log file.
+            CogFailed: The server failed to start twice; the message names its log file.
         """
         async with self._starting:
-            # A busy machine may be too slow to answer: that is no reason to end what runs there.
+            # A busy machine may respond too slowly: running predictions must not be killed for that.
             if await self._health() in ("READY", "BUSY", "SILENT"):
                 return
-            for _ in range(2):  # a second time, because somebody may have taken the port in between
+            for _ in range(2):  # twice, because another process may have taken the port in between
                 await self._end_process()
                 await self._start_process()
                 for _ in range(SETUP_SECONDS * 20):
@@ -75,17 +75,17 @@ class CogServer:
                         break
                     await asyncio.sleep(0.05)
             await self._end_process()
-        raise CogFailed(f"The Cog server of {self._folder.name} did not start: see {self._folder}/cog.log")
+        raise CogFailed(f"The Cog server of {self._folder.name} did not start. See {self._folder}/cog.log")
 
     async def run(self, prediction_id: str, input_: JsonObject) -> AsyncIterator[tuple[str, JsonObject]]:
-        """Runs one prediction and yields Cog's events until it has ended.
+        """Run one prediction and yield Cog's events until its completion.
 
         Yields:
             `("start", …)`, `("log", {"source", "data"})`, `("output", {"chunk", "index"})`, and last
             `("completed", {"status", "output"?, "logs", "error"?, "metrics"})`.
 
         Raises:
-            CogFailed: The server refused it or went away.
+            CogFailed: The server rejected it or died.
         """
         try:
             async with contextlib.AsyncExitStack() as stack:
@@ -100,7 +100,7 @@ class CogServer:
                     )
                     if response.status_code != 409:
                         break
-                    # The slot of the run before is given back a moment after its last event.
+                    # The previous run's slot is released a moment after its last event.
                     await asyncio.sleep(0.02)
                 if response.status_code != 200:
                     body = (await response.aread()).decode(errors="replace")
@@ -118,13 +118,13 @@ class CogServer:
         raise CogFailed("The model's process went away before the prediction had ended")
 
     async def train(self, training_id: str, input_: JsonObject) -> JsonObject:
-        """Runs one training to its end: Cog tells nothing of it before.
+        """Run one training to completion, before which Cog reports no progress.
 
         Returns:
             `{"status", "output"?, "logs", "error"?, "metrics"}`.
 
         Raises:
-            CogFailed: The server refused it or went away.
+            CogFailed: The server rejected it or died.
         """
         try:
             for _ in range(200):
@@ -140,13 +140,13 @@ class CogServer:
         return ended
 
     async def cancel(self, prediction_id: str) -> None:
-        """Asks the server to cancel; its last event is then `completed` with status `canceled`."""
+        """Request cancellation; the last event is then `completed` with status `canceled`."""
         collection = "trainings" if self._trains else "predictions"
         with contextlib.suppress(httpx.HTTPError):
             await self._client.post(f"{self._url}/{collection}/{prediction_id}/cancel", timeout=5)
 
     async def stop(self) -> None:
-        """Ends the process and its worker."""
+        """Stop the process and its worker."""
         await self._end_process()
         await self._client.aclose()
 
@@ -185,7 +185,7 @@ class CogServer:
                 await asyncio.wait_for(process.wait(), 2)
 
     async def _health(self) -> str:
-        """Cog's own word (`STARTING`, `READY`, `BUSY`, `UNHEALTHY`, …), or `ENDED`, or `SILENT`."""
+        """Return Cog's health (`STARTING`, `READY`, `BUSY`, …), or `ENDED`, or `SILENT`."""
         if self._process is None or self._process.returncode is not None:
             return "ENDED"
         try:

@@ -1,4 +1,4 @@
-"""What tests may do to the local Replicate: faults, settings, and the record of what it was asked."""
+"""Control of the local Replicate by tests: faults, settings, and the record of its requests."""
 
 import base64
 import time
@@ -16,40 +16,40 @@ RECORDED = 20_000
 
 
 class FaultName(StrEnum):
-    """The faults, by what they are done to."""
+    """The faults, by their target."""
 
     CREATE_THROTTLED = "create_throttled"
-    """429, nothing made. `retry_after_seconds` (30) is in the text; by `header`, `body_field` also there."""
+    """429, nothing created. `retry_after_seconds` (30) is in the text; by `header`, `body_field` also there."""
     CREATE_REFUSED = "create_refused"
-    """`status` (500), nothing made."""
+    """`status` (500), nothing created."""
     CREATE_RESET = "create_reset"
-    """Nothing made; the connection is closed without an answer."""
+    """Nothing created; the connection is closed without a response."""
     CREATE_SILENCE = "create_silence"
-    """Nothing made; no answer for `seconds` (0: as long as the caller waits)."""
+    """Nothing created; no response for `seconds` (0: as long as the caller waits)."""
     CREATE_ACCEPTED_THEN_ERROR = "create_accepted_then_error"
-    """The prediction is made and runs; the answer is `status` (500)."""
+    """The prediction is created and runs; the response is `status` (500)."""
     CREATE_ACCEPTED_THEN_RESET = "create_accepted_then_reset"
-    """The prediction is made and runs; the connection is closed without an answer."""
+    """The prediction is created and runs; the connection is closed without a response."""
     CREATE_ACCEPTED_THEN_SILENCE = "create_accepted_then_silence"
-    """The prediction is made and runs; no answer for `seconds` (0: as long as the caller waits)."""
+    """The prediction is created and runs; no response for `seconds` (0: as long as the caller waits)."""
     CREATE_ANSWER_LATE = "create_answer_late"
-    """The answer comes after `seconds`; with `until_webhook` when the terminal webhook was delivered."""
+    """The response is sent after `seconds`; with `until_webhook` after the terminal webhook is delivered."""
     CREATE_DATA_URLS = "create_data_urls"
-    """A create that waits is answered `processing` with the full output, its files as `data:` URLs."""
+    """The response to a create that waits is `processing` with the full output, its files as `data:` URLs."""
     START_LATE = "start_late"
     """The prediction stays `starting` for `seconds` (a cold boot)."""
     GET_ERROR = "get_error"
-    """`GET /v1/predictions/{id}` answers `status` (500); 404 looks as if the prediction did not exist."""
+    """`GET /v1/predictions/{id}` responds with `status` (500); 404 looks as if the prediction did not exist."""
     LIST_ERROR = "list_error"
-    """`GET /v1/predictions` answers `status` (500)."""
+    """`GET /v1/predictions` responds with `status` (500)."""
     CANCEL_ERROR = "cancel_error"
-    """`POST /v1/predictions/{id}/cancel` answers `status` (500) and cancels nothing."""
+    """`POST /v1/predictions/{id}/cancel` responds with `status` (500) and cancels nothing."""
     OTHER_ERROR = "other_error"
-    """Anything under /v1 that is about no prediction or training answers `status` (500), and does nothing."""
+    """Routes under /v1 other than predictions and trainings respond with `status` (500), and do nothing."""
     OTHER_RESET = "other_reset"
-    """The same, but the connection is closed without an answer."""
+    """The same routes close the connection without a response."""
     OTHER_SILENCE = "other_silence"
-    """The same, but there is no answer for `seconds` (0: as long as the caller waits)."""
+    """The same routes send no response for `seconds` (0: as long as the caller waits)."""
     WEBHOOK_LOST = "webhook_lost"
     """Never sent, not even again."""
     WEBHOOK_LATE = "webhook_late"
@@ -57,9 +57,9 @@ class FaultName(StrEnum):
     WEBHOOK_DUPLICATED = "webhook_duplicated"
     """Sent twice, with the same `webhook-id`."""
     WEBHOOK_REORDERED = "webhook_reordered"
-    """Sent after the next webhook of the same prediction (or after 3 s, if there is none)."""
+    """Sent after the next webhook of the same prediction (or after 3 s without one)."""
     FILE_ERROR = "file_error"
-    """`GET /files/…` answers `status` (500)."""
+    """`GET /files/…` responds with `status` (500)."""
     FILE_TRUNCATED = "file_truncated"
     """The connection is closed after `share` (0.5) of the announced bytes."""
     FILE_SLOW = "file_slow"
@@ -69,7 +69,7 @@ class FaultName(StrEnum):
 
 
 class Fault(BaseModel):
-    """One fault: what, how often, to whom.
+    """One fault: its kind, its count and its target.
 
     Attributes:
         times: How often it happens; null: until `reset`.
@@ -104,12 +104,12 @@ def _signing_secret(value: str) -> str:
 
 
 class Settings(BaseModel):
-    """How the local Replicate behaves while nothing is wrong.
+    """The behaviour of the local Replicate without faults.
 
     Attributes:
         creates_per_minute: Token bucket of creates; holds that many at most. Also `others_per_minute`.
-        removal_seconds: How long after its end a prediction keeps input, output, files and logs.
-        webhook_retry_seconds: How long the terminal webhook is tried again.
+        removal_seconds: Seconds after completion for which a prediction keeps input, output, files and logs.
+        webhook_retry_seconds: Seconds for which the terminal webhook is retried.
         list_lag_seconds: How old a prediction must be before the list shows it.
         signing_secret: Key of the webhook signatures, `whsec_<base64>`.
     """
@@ -134,11 +134,11 @@ class Bucket:
         self._at = clock()
 
     def take(self) -> tuple[bool, int, int]:
-        """Takes one token if there is one.
+        """Take one token, if available.
 
         Returns:
-            Whether there was one, how many are left, and in how many seconds (at least 1) the next one, or
-            the full bucket if there are some left, is there.
+            Whether one was available, the remaining number, and the seconds (at least 1) until the next one, or, if
+            some remain, until the bucket is full.
         """
         now = self._clock()
         self._tokens = min(self.per_minute, self._tokens + (now - self._at) * self.per_minute / 60)
@@ -151,7 +151,7 @@ class Bucket:
 
 
 class Control:
-    """The faults that are switched on, the settings, and the record."""
+    """The active faults, the settings, and the record."""
 
     def __init__(self, settings: Settings) -> None:
         self._at_start = settings
@@ -162,30 +162,30 @@ class Control:
         self.apply(settings)
 
     def apply(self, settings: Settings) -> None:
-        """Takes over new settings; the buckets are full again."""
+        """Apply new settings; the buckets are full again."""
         self.settings = settings
         self.creates = Bucket(settings.creates_per_minute)
         self.others = Bucket(settings.others_per_minute)
 
     def reset(self) -> None:
-        """No faults, an empty record, the settings of the start."""
+        """Remove all faults, clear the record and restore the initial settings."""
         self._faults.clear()
         self.requests.clear()
         self.webhooks.clear()
         self.apply(self._at_start)
 
     def add(self, faults: Iterable[Fault]) -> None:
-        """Switches faults on, behind those that are on already."""
+        """Add faults after the active ones."""
         self._faults.extend(faults)
 
     def faults(self) -> list[JsonObject]:
-        """The faults that can still happen, with the `times` that are left."""
+        """Return the active faults, with their remaining `times`."""
         return [fault.model_dump(mode="json", exclude_defaults=True) | {"times": fault.times} for fault in self._faults]
 
     def take(
         self, name: FaultName, *, model: str = "", path: str = "", webhook: str | None = None, event: str = ""
     ) -> Fault | None:
-        """The first fault of this name that fits, counted as happened; None if there is none."""
+        """Return and count the first matching fault of this name, or None."""
         for fault in self._faults:
             if (
                 fault.fault == name
@@ -202,14 +202,14 @@ class Control:
         return None
 
     def record_request(self, entry: JsonObject) -> None:
-        """Appends a request; the caller fills in the answer later."""
+        """Append a request; the caller adds the response later."""
         self.requests.append(entry)
 
     def record_webhook(self, entry: JsonObject) -> None:
-        """Appends one attempt to send a webhook."""
+        """Append one attempt to send a webhook."""
         self.webhooks.append({"at": timestamp(), **entry})
 
 
 def timestamp(moment: datetime | None = None) -> str:
-    """RFC 3339 in UTC with microseconds and `Z`."""
+    """Format a time as RFC 3339 in UTC with microseconds and `Z`."""
     return (moment or datetime.now(UTC)).isoformat(timespec="microseconds").replace("+00:00", "Z")

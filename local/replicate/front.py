@@ -1,16 +1,16 @@
 """The HTTP front of the local Replicate.
 
-Under `/v1` it answers like https://replicate.com/docs/reference/http. Beside that:
+Under `/v1` it responds like https://replicate.com/docs/reference/http. Further routes:
 
     GET  /files/{key}/{name}     output files, without a token
     GET  /stream/{key}           output of a streaming model as server-sent events, without a token
     GET  /_control/record        {"requests": […], "webhooks": […], "predictions": […]}, oldest first
-    POST /_control/faults        one `Fault` of `local.replicate.faults` or a list; GET shows those left
+    POST /_control/faults        one `Fault` of `local.replicate.faults` or a list; GET shows the remaining ones
     POST /_control/settings      some of `Settings`; GET shows all
-    POST /_control/reset         forgets record and faults, takes back the settings, and what was changed of models
-                                 and deployments; predictions stay
+    POST /_control/reset         clears record and faults, restores the settings, models and deployments;
+                                 predictions stay
 
-Other than Replicate it also takes webhook URLs with http on the loopback interface.
+Unlike Replicate, it also accepts webhook URLs with http on the loopback interface.
 """
 
 import asyncio
@@ -74,7 +74,7 @@ Value = TypeVar("Value")
 
 
 class Problem(HTTPException):
-    """An answer `application/problem+json`."""
+    """A response `application/problem+json`."""
 
     def __init__(self, status: int, title: str, detail: str, **more: Any) -> None:
         super().__init__(status, detail)
@@ -82,12 +82,12 @@ class Problem(HTTPException):
 
 
 def not_found() -> Problem:
-    """Replicate's 404."""
+    """Return Replicate's 404."""
     return Problem(404, "Not found", "The requested resource could not be found.")
 
 
 def invalid(fields: list[JsonObject]) -> Problem:
-    """Replicate's 422: one line for each `{"type", "field", "description"}`."""
+    """Return Replicate's 422: one line for each `{"type", "field", "description"}`."""
     detail = "".join(f"- {field['field']}: {field['description']}\n" for field in fields)
     return Problem(422, "Input validation failed", detail, invalid_fields=fields)
 
@@ -101,7 +101,7 @@ def _webhook_url(value: str) -> str:
 
 
 class CreateRequest(BaseModel):
-    """The body of a create; Replicate refuses anything else in it."""
+    """The body of a create; Replicate rejects any other field."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -132,31 +132,31 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 class Connections(H11Protocol):
-    """HTTP connections that a fault can close: ASGI itself has no way to end one without an answer."""
+    """HTTP connections that a fault can close: ASGI itself cannot close one without a response."""
 
     open: dict[tuple[str, int], asyncio.Transport] = {}  # noqa: RUF012 - one for the process, on purpose
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Remembers the connection by the caller's address."""
+        """Store the connection by the caller's address."""
         super().connection_made(transport)
         self.open[transport.get_extra_info("peername")[:2]] = transport
         self.peer = transport.get_extra_info("peername")[:2]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forgets it."""
+        """Remove the connection."""
         self.open.pop(self.peer, None)
         super().connection_lost(exc)
 
 
 class Dropped(Response):
-    """No answer: the connection is closed after `seconds`."""
+    """No response: the connection is closed after `seconds`."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         super().__init__()
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - nothing is sent
-        """Waits for the caller to give up, at most `seconds`, and closes."""
+        """Wait at most `seconds` for the caller to give up, then close."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(_disconnected(receive), self._seconds)
             return
@@ -169,13 +169,13 @@ class Truncated(StreamingResponse):
     """A file whose connection is closed after some of the announced bytes."""
 
     async def stream_response(self, send: Send) -> None:
-        """Sends what there is, but not the end of the body."""
+        """Send the parts, but not the end of the body."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for part in self.body_iterator:
             await send({"type": "http.response.body", "body": part, "more_body": True})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends, closes and waits until it is closed."""
+        """Send, close and wait until it is closed."""
         await self.stream_response(send)
         if transport := Connections.open.get(tuple(scope["client"])):
             transport.close()
@@ -188,7 +188,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class Gate:
-    """What every request passes: the record, the token, the rate limit."""
+    """Middleware of every request: the record, the token, the rate limit."""
 
     def __init__(self, app: ASGIApp, control: Control, token: str) -> None:
         self._app = app
@@ -196,7 +196,7 @@ class Gate:
         self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Records the request and its answer; answers 401 and 429 itself."""
+        """Record the request and its response; respond with 401 and 429 itself."""
         if scope["type"] != "http" or scope["path"].startswith(("/_control/", "/_cog/")):
             await self._app(scope, receive, send)
             return
@@ -255,7 +255,7 @@ class Gate:
         try:
             await (refusal or self._app)(scope, receive_and_record, send_and_record)
         except Exception:
-            entry["status"] = 500  # Starlette's outermost layer answers it
+            entry["status"] = 500  # Starlette's outermost layer sends the response
             raise
 
     def _fault(self, path: str, entry: JsonObject) -> Response | None:
@@ -276,7 +276,7 @@ class Gate:
 
 
 def _recorded(body: bytes) -> Any:
-    """The body; of a large one all but the input, because tests count creates by their webhook."""
+    """Return the body, without a large input: tests count creates by webhook."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -288,7 +288,7 @@ def _recorded(body: bytes) -> Any:
 
 
 def throttled(seconds: int, *, header: bool = False, body_field: bool = False) -> JSONResponse:
-    """Replicate's 429; it documents neither `Retry-After` nor `retry_after`, so both are options."""
+    """Return Replicate's 429, with its two undocumented fields as options."""
     body: JsonObject = {"detail": f"Request was throttled. Your rate limit resets in ~{seconds}s."}
     if body_field:
         body["retry_after"] = seconds
@@ -297,7 +297,7 @@ def throttled(seconds: int, *, header: bool = False, body_field: bool = False) -
 
 
 def problem_response(problem: Problem) -> JSONResponse:
-    """The answer for a problem."""
+    """Return the response for a problem."""
     return JSONResponse(problem.body, problem.status_code, media_type="application/problem+json")
 
 
@@ -305,10 +305,10 @@ class Front:
     """The routes.
 
     Args:
-        origin: Where the front can be reached, without a slash at the end.
+        origin: The base URL of the front, without a slash at the end.
         state_dir: Folder for models, files and logs.
         token: The one access token that is accepted.
-        settings: What `POST /_control/reset` goes back to.
+        settings: The settings that `POST /_control/reset` restores.
     """
 
     def __init__(self, origin: str, state_dir: Path, token: str, settings: Settings) -> None:
@@ -319,7 +319,7 @@ class Front:
         self._token = token
 
     def app(self) -> Starlette:
-        """The ASGI application; its lifespan starts and ends all else."""
+        """Return the ASGI application; its lifespan starts and stops all else."""
 
         def route(path: str, endpoint: Callable[[Request], Awaitable[Response]], method: str = "GET") -> Route:
             return Route(path, endpoint, methods=[method])
@@ -368,7 +368,7 @@ class Front:
                 route("/_control/reset", self.reset, "POST"),
             ],
             middleware=[
-                # A page in a browser must not reach the control routes by a name that it makes point here.
+                # A page in a browser must not reach the control routes by a host name that resolves to this machine.
                 Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]),
                 Middleware(Gate, control=self._control, token=self._token),
             ],
@@ -399,7 +399,7 @@ class Front:
     # Predictions
 
     async def create_by_version(self, request: Request) -> Response:
-        """`POST /v1/predictions`: `version` is `owner/name` (official), `owner/name:id` or `id`."""
+        """`POST /v1/predictions`: `owner/name` (official), `owner/name:id` or `id`."""
         body = await _parse(request, CreateByVersionRequest)
         path, _, version = body.version.rpartition(":") if ":" in body.version else ("", "", body.version)
         model = models_by_version.get(version)
@@ -428,7 +428,7 @@ class Front:
         return await self._create(request, body, model, version=model.version, deployment=path)
 
     async def create_training(self, request: Request) -> Response:
-        """`POST /v1/models/{owner}/{name}/versions/{version}/trainings`: into one of the models here."""
+        """`POST /v1/models/{owner}/{name}/versions/{version}/trainings`."""
         model = _model(request)
         if request.path_params["version"] != model.version or not model.trainable:
             raise not_found()
@@ -448,7 +448,7 @@ class Front:
         deployment: str | None = None,
     ) -> Response:
         destination = body.destination if isinstance(body, TrainRequest) else None
-        # A training knows neither a wait nor a deadline.
+        # A training has neither a wait nor a deadline.
         wait_seconds = None if destination else _wait_seconds(request.headers.get("prefer"))
         lifetime_seconds = None if destination else _lifetime_seconds(request.headers.get("cancel-after"))
         if fields := model.invalid_fields(body.input, training=destination is not None):
@@ -509,7 +509,7 @@ class Front:
         return JSONResponse(prediction.to_json(self._origin))
 
     async def cancel_prediction(self, request: Request) -> Response:
-        """`POST /v1/predictions/{id}/cancel`: the answer may come before the status changes."""
+        """`POST /v1/predictions/{id}/cancel`: may respond before the status changes."""
         prediction = self._find(request)
         self._raise_fault(request, FaultName.CANCEL_ERROR, prediction)
         await self._predictions.cancel(prediction)
@@ -532,7 +532,7 @@ class Front:
             and (now - prediction.created_at).total_seconds() >= lag
             and (after is None or prediction.created_at >= after)
             and (before is None or prediction.created_at < before)
-            and "source" not in query  # nothing here was made on the web site
+            and "source" not in query  # no prediction here was created on the web site
         ]
         ids = [prediction.id for prediction in listed]
         return self._page(request, ids, [prediction.to_json(self._origin) for prediction in listed])
@@ -590,7 +590,10 @@ class Front:
         return JSONResponse(self._account.update_model(path, await _parse(request, UpdateModel)))
 
     async def delete_model(self, request: Request) -> Response:
-        """`DELETE /v1/models/{owner}/{name}`: private ones without versions. A refusal's status is not documented."""
+        """`DELETE /v1/models/{owner}/{name}`: private ones without versions.
+
+        Replicate does not document the error's status.
+        """
         path = self._model_path(request)
         if self._account.models[path]["visibility"] != "private" or self._account.versions[path]:
             raise Problem(403, "Forbidden", "You can only delete private models that have no versions.")
@@ -622,7 +625,10 @@ class Front:
         return JSONResponse(version)
 
     async def delete_version(self, request: Request) -> Response:
-        """`DELETE /v1/models/{owner}/{name}/versions/{version}`: of private models; accepted with 202, done at once."""
+        """`DELETE /v1/models/{owner}/{name}/versions/{version}`: of private models.
+
+        Accepted with 202, done immediately.
+        """
         path = self._model_path(request)
         if request.path_params["version"] not in self._account.versions[path]:
             raise not_found()
@@ -659,7 +665,7 @@ class Front:
         return self._page(request, list(found), list(found.values()))
 
     async def create_deployment(self, request: Request) -> Response:
-        """`POST /v1/deployments`: answered with 200."""
+        """`POST /v1/deployments`: responds with 200."""
         body = await _parse(request, CreateDeployment)
         if body.version not in self._account.versions.get(body.model, {}):
             raise invalid([{"type": "value", "field": "version", "description": "is not a version of the model"}])
@@ -672,7 +678,7 @@ class Front:
         return JSONResponse(self._account.deployments[self._deployment_path(request)])
 
     async def update_deployment(self, request: Request) -> Response:
-        """`PATCH /v1/deployments/{owner}/{name}`: makes another release."""
+        """`PATCH /v1/deployments/{owner}/{name}`: creates another release."""
         path = self._deployment_path(request)
         body = await _parse(request, UpdateDeployment)
         model = self._account.deployments[path]["current_release"]["model"]
@@ -681,7 +687,10 @@ class Front:
         return JSONResponse(self._account.update_deployment(path, body))
 
     async def delete_deployment(self, request: Request) -> Response:
-        """`DELETE /v1/deployments/{owner}/{name}`; Replicate first wants it to have been idle for 15 minutes."""
+        """`DELETE /v1/deployments/{owner}/{name}`.
+
+        Replicate requires that it has been idle for 15 minutes.
+        """
         del self._account.deployments[self._deployment_path(request)]
         return Response(status_code=204)
 
@@ -702,7 +711,7 @@ class Front:
         return {**(self._account.model(path) or {}), "run_count": runs}
 
     def _page(self, request: Request, keys: list[str], items: list[JsonObject]) -> Response:
-        """One page; the cursor names the item before it by its key, so that new items do not shift pages."""
+        """Return one page; its cursor is a key, so that new items do not shift pages."""
         start = 0
         if cursor := request.query_params.get("cursor"):
             try:
@@ -781,7 +790,7 @@ class Front:
         return Response(status_code=201, headers={"location": url})
 
     async def stream(self, request: Request) -> Response:
-        """`GET /stream/{key}`: server-sent events; continues behind the header `Last-Event-ID`."""
+        """`GET /stream/{key}`: server-sent events, from `Last-Event-ID` on."""
         prediction = self._predictions.find_stream(request.path_params["key"])
         if prediction is None or not prediction.model.streams:
             raise not_found()
@@ -834,7 +843,7 @@ class Front:
 
 
 async def _end_with_parent(parent: int) -> None:
-    """Ends this process when the one that started it has ended, so that nothing is left behind."""
+    """Stop this process when its parent has ended, so that no process is left."""
     while os.getppid() == parent:
         await asyncio.sleep(0.5)
     log.info("the process that started the local Replicate has ended: stopping")
@@ -842,7 +851,7 @@ async def _end_with_parent(parent: int) -> None:
 
 
 async def _parts(path: Path, end: int, bytes_per_second: int | None = None) -> AsyncIterator[bytes]:
-    """The first `end` bytes of a file, at a given speed."""
+    """Yield the first `end` bytes of a file, at a given speed."""
     step = max(1, bytes_per_second // 10) if bytes_per_second else 256 * 1024
     with path.open("rb") as file:
         while file.tell() < end:
@@ -890,7 +899,7 @@ def _model(request: Request) -> Model:
 
 
 def _wait_seconds(prefer: str | None) -> int | None:
-    """Seconds of `Prefer: wait[=1..60]`, None without it."""
+    """Return the seconds of `Prefer: wait[=1..60]`, or None."""
     if prefer is None:
         return None
     match = re.fullmatch(r"\s*wait(?:=([1-9]|[1-5][0-9]|60))?\s*", prefer)
@@ -900,7 +909,7 @@ def _wait_seconds(prefer: str | None) -> int | None:
 
 
 def _lifetime_seconds(cancel_after: str | None) -> int | None:
-    """Seconds of `Cancel-After: 30 | 30s | 5m | 1h30m45s`, None without it."""
+    """Return the seconds of `Cancel-After: 30 | 30s | 5m | 1h30m45s`, or None."""
     if cancel_after is None:
         return None
     match = re.fullmatch(r"(?:(\d{1,6})|(?=\d)(?:(\d{1,4})h)?(?:(\d{1,4})m)?(?:(\d{1,6})s)?)", cancel_after.strip())
@@ -945,4 +954,4 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:  # noq
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette logs the error
-    return problem_response(Problem(500, "Internal error", "The local Replicate broke: see its log."))
+    return problem_response(Problem(500, "Internal error", "Internal error of the local Replicate. See its log."))

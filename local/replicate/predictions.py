@@ -1,6 +1,6 @@
-"""The predictions of the local Replicate: their life from `starting` to the removal of their data.
+"""The predictions of the local Replicate: their life cycle from `starting` to the removal of their data.
 
-They are kept in memory; their files are in the state folder. Both start empty.
+They are stored in memory; their files are in the state folder. Both start empty.
 """
 
 import asyncio
@@ -31,20 +31,20 @@ JsonObject = dict[str, Any]
 
 EVENTS = ("start", "output", "logs", "completed")
 TERMINAL = ("succeeded", "failed", "canceled", "aborted")
-# Webhooks for output and logs come at most this often (https://replicate.com/docs/topics/webhooks/setup-webhook).
+# Webhooks for output and logs are sent at most this often (https://replicate.com/docs/topics/webhooks/setup-webhook).
 THROTTLE_SECONDS = 0.5
 HEARTBEAT_SECONDS = 15
 ID_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def new_id() -> str:
-    """26 random characters of `[a-z0-9]`."""
+    """Return 26 random characters of `[a-z0-9]`."""
     return "".join(secrets.choice(ID_LETTERS) for _ in range(26))
 
 
 @dataclass
 class Prediction:
-    """One prediction, or training where it has a `destination`, and what the front needs to know about it."""
+    """One prediction, or training if it has a `destination`, with the state that the front needs."""
 
     model: Model
     version: str
@@ -76,16 +76,16 @@ class Prediction:
 
     @property
     def collection(self) -> str:
-        """Under which path the API has it."""
+        """Return the path of its collection in the API."""
         return "trainings" if self.destination else "predictions"
 
     @property
     def terminal(self) -> bool:
-        """Whether the status is final."""
+        """Return whether the status is final."""
         return self.status in TERMINAL
 
     def to_json(self, origin: str) -> JsonObject:
-        """The prediction as Replicate shows it; keys that have no value yet are left out, as there."""
+        """Return the prediction as Replicate shows it, without keys without value."""
         urls = {
             "cancel": f"{origin}/v1/{self.collection}/{self.id}/cancel",
             "get": f"{origin}/v1/{self.collection}/{self.id}",
@@ -133,8 +133,8 @@ class Predictions:
     """Runs predictions on Cog servers and keeps them until the process ends.
 
     Args:
-        origin: Where the front can be reached, without a slash at the end.
-        state_dir: Folder for models, files and logs; what an earlier run left there is removed.
+        origin: The base URL of the front, without a slash at the end.
+        state_dir: Folder for models, files and logs; files of an earlier run are removed.
     """
 
     def __init__(self, origin: str, state_dir: Path, control: Control) -> None:
@@ -182,8 +182,8 @@ class Predictions:
         lifetime_seconds: int | None,
         destination: str | None = None,
     ) -> Prediction:
-        """Makes a prediction, or a training where there is a destination, and starts it; returns at once."""
-        # No filter means all events; an empty one is taken to mean the same.
+        """Create and start a prediction, or a training if it has a destination."""
+        # No filter means all events; an empty one is treated the same.
         prediction = Prediction(
             model, version, input_, webhook=webhook, events=frozenset(events or EVENTS), deployment=deployment,
             destination=destination,
@@ -196,24 +196,24 @@ class Predictions:
         return prediction
 
     def find(self, prediction_id: str) -> Prediction | None:
-        """The prediction, its data removed if that is due."""
+        """Return a prediction, or None, after removing its data if due."""
         prediction = self._by_id.get(prediction_id)
         if prediction is not None:
             self._remove_if_due(prediction)
         return prediction
 
     def find_stream(self, key: str) -> Prediction | None:
-        """The prediction whose `urls.stream` ends with `key`."""
+        """Return the prediction whose `urls.stream` ends with `key`, or None."""
         return next((found for found in self._by_id.values() if found.stream_key == key), None)
 
     def all(self) -> list[Prediction]:
-        """Every prediction, newest first."""
+        """Return every prediction, newest first."""
         for prediction in self._by_id.values():
             self._remove_if_due(prediction)
         return list(reversed(self._by_id.values()))
 
     async def cancel(self, prediction: Prediction) -> None:
-        """Ends a prediction that has not started, asks the model to stop one that runs."""
+        """Cancel a prediction; a running one is stopped by its model."""
         if prediction.status == "starting":
             self._stop_before_start(prediction, "canceled")
         elif not prediction.terminal:
@@ -221,14 +221,14 @@ class Predictions:
             await self._server(prediction).cancel(prediction.id)
 
     async def wait(self, prediction: Prediction, seconds: float) -> None:
-        """Returns when the prediction has ended, or after `seconds`."""
+        """Wait until the prediction has completed, at most `seconds`."""
         try:
             await asyncio.wait_for(prediction.ended.wait(), seconds)
         except TimeoutError:
             return
 
     async def close(self) -> None:
-        """Ends everything that was started here."""
+        """Stop all tasks and servers."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -237,7 +237,7 @@ class Predictions:
         )
 
     async def remove_when_due(self) -> None:
-        """Removes the data of predictions whose time has come, for ever."""
+        """Remove the data of due predictions, in an endless loop."""
         while True:
             await asyncio.sleep(1)
             self.all()
@@ -271,13 +271,13 @@ class Predictions:
         except CogFailed as error:
             self._end(prediction, "failed", error=str(error))
         except Exception:
-            log.exception("prediction %s broke the local Replicate", prediction.id)
-            self._end(prediction, "failed", error="Internal error of the local Replicate: see its log")
+            log.exception("internal error with prediction %s", prediction.id)
+            self._end(prediction, "failed", error="Internal error of the local Replicate. See its log.")
 
     async def _follow(self, prediction: Prediction, server: CogServer) -> None:
         async for event, data in server.run(prediction.id, prediction.input):
             if event == "start" and prediction.cancel_requested:
-                # Asked before Cog knew the prediction.
+                # Requested before Cog had the prediction.
                 await server.cancel(prediction.id)
             elif event == "log":
                 prediction.logs += data["data"]
@@ -306,7 +306,7 @@ class Predictions:
         training.logs = ended.get("logs", "")
         training.metrics = ended.get("metrics", {})
         if ended["status"] == "succeeded":
-            # A file in the output is given as a data: URL; its bytes are what the new version is made of.
+            # A file in the output is a data: URL; the new version is derived from its bytes.
             version = hashlib.sha256(json.dumps([training.version, ended["output"]]).encode()).hexdigest()
             output = self._with_urls(training, ended["output"], nested=True)
             training.output = {"version": f"{training.destination}:{version}", **output}
@@ -343,10 +343,10 @@ class Predictions:
             prediction.task.cancel()
         self._end(prediction, status)
 
-    # What others are told
+    # Notifications
 
     def _emit(self, prediction: Prediction, event: str) -> None:
-        """Sends a webhook for `event`, if one is wanted and it is not too soon after the one before."""
+        """Send a webhook for `event`, if requested and not too soon after the last."""
         now = time.monotonic()
         throttled = event in ("output", "logs") and now - prediction.emitted.get(event, 0) < THROTTLE_SECONDS
         if prediction.webhook and event in prediction.events and not throttled:
@@ -369,7 +369,7 @@ class Predictions:
             prediction.changed = asyncio.Event()
 
     async def stream_events(self, prediction: Prediction, last_event_id: str) -> AsyncIterator[str]:
-        """The output as server-sent events, from the start or from behind `last_event_id`, until `done`."""
+        """Yield the output as server-sent events, from `last_event_id` on, until `done`."""
         start, _, last = last_event_id.partition(":")
         created = int(prediction.created_at.timestamp() * 1000)
         sent = int(last) + 1 if start == str(created) and last.isdecimal() else 0
@@ -393,10 +393,10 @@ class Predictions:
     async def store(
         self, prediction_id: str, name: str, content_type: str, content: AsyncIterable[bytes]
     ) -> str | None:
-        """Stores an output file of a running prediction.
+        """Store an output file of a running prediction.
 
         Returns:
-            Its public URL, or None if there is no such prediction.
+            Its public URL, or None if the prediction does not exist.
         """
         prediction = self._by_id.get(prediction_id)
         if prediction is None or prediction.terminal:
@@ -408,12 +408,12 @@ class Predictions:
         return url
 
     def file(self, key: str, name: str) -> StoredFile | None:
-        """The file under `/files/{key}/{name}`, or None if there is none (any more)."""
+        """Return the file under `/files/{key}/{name}`, or None if not found."""
         stored = self._stored.get(key)
         return stored if stored is not None and stored.name == name else None
 
     def with_data_urls(self, value: Any) -> Any:
-        """`value` with our own file URLs replaced by `data:` URLs."""
+        """Return `value` with our own file URLs replaced by `data:` URLs."""
         if isinstance(value, str) and value.startswith(f"{self.origin}/files/"):
             stored = self._stored.get(value.split("/")[-2])
             if stored is not None:
@@ -434,10 +434,10 @@ class Predictions:
         return f"{self.origin}/files/{key}/{quote(name)}", path
 
     def _with_urls(self, prediction: Prediction, value: Any, *, nested: bool) -> Any:
-        """`value` with `data:` URLs below its top level stored as files.
+        """Return `value` with `data:` URLs below its top level stored as files.
 
-        Cog uploads a file that is the output or an item of it, but gives files inside an object as `data:`
-        URLs; Replicate gives URLs for both. A `data:` URL at the top is the model's own output.
+        Cog uploads a file that is the output or an item of it, but returns files inside an object as `data:`
+        URLs; Replicate returns URLs for both. A `data:` URL at the top is the model's own output.
         """
         if isinstance(value, dict):
             return {key: self._with_urls(prediction, item, nested=True) for key, item in value.items()}

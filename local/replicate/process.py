@@ -29,9 +29,9 @@ class LocalReplicate:
             httpx.post(f"{replicate.url}/predictions", headers=replicate.headers, json={…})
 
     Args:
-        state_dir: Folder for files and logs (`front.log`); a temporary one, removed at the end, without it.
+        state_dir: Folder for files and logs (`front.log`); by default a temporary one, removed at the end.
         token: The access token that it accepts; random without it.
-        port: 0 takes a free one.
+        port: 0 picks a free one.
         options: Further arguments, such as `--removal-seconds=5`.
 
     Attributes:
@@ -63,10 +63,10 @@ class LocalReplicate:
         self._client = httpx.Client(timeout=30, trust_env=False)
 
     def start(self) -> Self:
-        """Starts it and returns when it takes requests.
+        """Start the process and wait until it accepts requests.
 
         Raises:
-            RuntimeError: It ended or said nothing for 30 s; the message holds the end of its log.
+            RuntimeError: The process ended or was silent for 30 s; the message has the end of its log.
         """
         self.state_dir.mkdir(parents=True, exist_ok=True)
         log = self.state_dir / "front.log"
@@ -94,7 +94,7 @@ class LocalReplicate:
         return self
 
     def stop(self) -> None:
-        """Ends it and its Cog servers; may be called twice."""
+        """Stop the process and its Cog servers; may be called twice."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -111,49 +111,49 @@ class LocalReplicate:
             self._temporary = None
 
     def __enter__(self) -> Self:
-        """Starts it."""
+        """Start the process."""
         return self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends it."""
+        """Stop the process."""
         self.stop()
 
     @property
     def pid(self) -> int | None:
-        """Its process id while it runs."""
+        """Return the process id while it runs, else None."""
         return self._process.pid if self._process else None
 
     @property
     def headers(self) -> dict[str, str]:
-        """The `Authorization` header that it accepts."""
+        """Return the `Authorization` header that it accepts."""
         return {"Authorization": f"Bearer {self.token}"}
 
     @property
     def signing_secret(self) -> str:
-        """The key of its webhook signatures, `whsec_…`."""
+        """Return the key of its webhook signatures, `whsec_…`."""
         answer = self._client.get(f"{self.url}/webhooks/default/secret", headers=self.headers)
         return str(answer.raise_for_status().json()["key"])
 
     def fault(self, name: str, **options: Any) -> None:
-        """Switches a fault on: see `local.replicate.faults.FaultName` and `Fault`."""
+        """Activate a fault; see `local.replicate.faults.FaultName` and `Fault`."""
         self._control("POST", "faults", {"fault": name, **options})
 
     def settings(self, **options: Any) -> JsonObject:
-        """Changes settings and gives all of them: see `local.replicate.faults.Settings`."""
+        """Change settings and return all of them; see `local.replicate.faults.Settings`."""
         return self._control("POST", "settings", options)
 
     def reset(self) -> None:
-        """Forgets record and faults and takes back the settings; predictions stay."""
+        """Clear record and faults and restore the settings; predictions stay."""
         self._control("POST", "reset")
 
     def record(self) -> JsonObject:
-        """What it was asked and what it did: `requests`, `webhooks`, `predictions`, each oldest first."""
+        """Return its `requests`, `webhooks` and `predictions`, each oldest first."""
         return self._control("GET", "record")
 
     def creates(self, webhook: str = "") -> list[JsonObject]:
-        """The recorded creates whose webhook URL contains `webhook`, whatever they were answered."""
+        """Return the recorded creates whose webhook URL contains `webhook`."""
         creates = (
             request
             for request in self.record()["requests"]
@@ -168,10 +168,10 @@ class LocalReplicate:
         ]
 
     def wait_for_webhook(self, prediction_id: str, event: str = "completed", *, seconds: float = 20) -> JsonObject:
-        """The record of the first attempt to send a webhook, as soon as there is one.
+        """Return the record of the first attempt to send a webhook, as soon as it is made.
 
         Raises:
-            TimeoutError: There was none within `seconds`.
+            TimeoutError: No attempt was made within `seconds`.
         """
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -1,6 +1,6 @@
-"""Runs one Cog server in the current folder, and ends it with the process that started it.
+"""Run one Cog server in the current folder, and stop it with its parent process.
 
-Started by `local.replicate.cog_servers` as a script, so that a front that is killed leaves nothing behind.
+Started by `local.replicate.cog_servers` as a script, so that a killed front leaves no process behind.
 Arguments: port, upload URL, folder for temporary files, and `train` for a server that trains.
 """
 
@@ -14,7 +14,7 @@ import coglet
 
 
 def end_with(parent: int) -> None:
-    """Ends this process at most half a second after `parent` has ended; Cog's server then ends its worker."""
+    """Stop within half a second after `parent` has ended; Cog then stops its worker."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,7 +1,7 @@
 """The OpenAPI schema of a Cog model, from its Python source.
 
-`cog build` writes it into the image (`.cog/openapi_schema.json`) and needs Docker for that; without the file
-Cog's server checks no input and streams nothing. The shape is that of a version's `openapi_schema` at
+`cog build` writes it into the image (`.cog/openapi_schema.json`) and needs Docker for that. Without the file
+Cog's server validates no input and streams nothing. The shape is that of a version's `openapi_schema` at
 Replicate (https://replicate.com/docs/reference/openapi).
 """
 
@@ -37,13 +37,13 @@ _limits = {
 
 
 def openapi_schema(predictor: Path, function: str = "") -> JsonObject:
-    """The schema of the class `Predictor`, or of a function, in the file `predictor`.
+    """Return the schema of the class `Predictor`, or of a function, in a file.
 
     Returns:
         An OpenAPI 3.0 document with `components.schemas.Input`, `.Output` and one for each input with choices.
 
     Raises:
-        TypeError: An input or the output has a type that this module cannot describe; the message names it.
+        TypeError: An input or the output has a type that this module does not support; the message names it.
     """
     loaded = _load(predictor)
     run = getattr(loaded, function) if function else loaded.Predictor.run
@@ -129,4 +129,4 @@ def _type(hint: Any) -> JsonObject:
             "required": names,
             "properties": {name: _type(hints[name]) for name in names},
         }
-    raise TypeError(f"The schema of a model cannot describe the type {hint!r} yet: add it to _type in {__file__}.")
+    raise TypeError(f"The schema of a model does not support the type {hint!r}. Add it to _type in {__file__}.")

@@ -1,4 +1,4 @@
-"""Webhooks as Replicate sends them: signed, and only the last one of a prediction tried again.
+"""Webhooks as Replicate sends them: signed, and only the last one of a prediction is retried.
 
 https://replicate.com/docs/topics/webhooks and https://github.com/standard-webhooks/standard-webhooks.
 """
@@ -24,17 +24,17 @@ log = logging.getLogger(__name__)
 ATTEMPT_SECONDS = 10
 # Waits between attempts, as shares of `webhook_retry_seconds` (60 by default: 1, 2, 4, 8, 16 and 29 s).
 RETRY_SHARES = (1 / 60, 2 / 60, 4 / 60, 8 / 60, 16 / 60, 29 / 60)
-# How long a webhook that is to be overtaken is held when no other one follows.
+# How long a webhook to be overtaken is held if no other one follows.
 HOLD_SECONDS = 3
 
 
 def new_signing_secret() -> str:
-    """A random secret in the form `whsec_<base64 of 24 bytes>`."""
+    """Return a random secret in the form `whsec_<base64 of 24 bytes>`."""
     return f"whsec_{base64.b64encode(secrets.token_bytes(24)).decode()}"
 
 
 def signature(secret: str, webhook_id: str, timestamp: int, body: bytes) -> str:
-    """The value of the header `webhook-signature`: HMAC-SHA256 over `{id}.{timestamp}.{body}`."""
+    """Return `webhook-signature`: HMAC-SHA256 over `{id}.{timestamp}.{body}`."""
     key = base64.b64decode(secret.removeprefix("whsec_"))
     signed = f"{webhook_id}.{timestamp}.".encode() + body
     return f"v1,{base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()}"
@@ -42,7 +42,7 @@ def signature(secret: str, webhook_id: str, timestamp: int, body: bytes) -> str:
 
 @dataclass
 class Webhook:
-    """One webhook: its body was fixed when the event happened, its id is the same in every attempt."""
+    """One webhook: its body is that of the time of the event, its id the same in every attempt."""
 
     prediction_id: str
     model: str
@@ -79,15 +79,15 @@ class Webhooks:
         body: dict[str, Any],
         done: Callable[[], None] = lambda: None,
     ) -> None:
-        """Queues one webhook and returns at once.
+        """Queue one webhook and return immediately.
 
         Args:
             prediction_id: Webhooks of one prediction are sent in the order of these calls.
             model: `owner/name`, for faults that name a model.
-            event: `start`, `output`, `logs` or `completed`; only `completed` is tried again.
-            url: Where it goes.
+            event: `start`, `output`, `logs` or `completed`; only `completed` is retried.
+            url: The URL of the receiver.
             body: The prediction as it is now.
-            done: Called when the last attempt has been made, or the webhook was lost on purpose.
+            done: Called after the last attempt, or after the webhook was dropped by a fault.
         """
         webhook = Webhook(prediction_id, model, event, url, json.dumps(body).encode(), done)
         queue = self._queues.get(prediction_id)
@@ -97,7 +97,7 @@ class Webhooks:
         queue.put_nowait(webhook)
 
     async def close(self) -> None:
-        """Gives up what has not been sent."""
+        """Give up unsent webhooks."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -149,7 +149,7 @@ class Webhooks:
             await self._deliver(webhook)
 
     async def _deliver(self, webhook: Webhook) -> None:
-        """One attempt, and for the terminal webhook further ones for about a minute."""
+        """Try once, and retry the terminal webhook for about a minute."""
         waits = RETRY_SHARES if webhook.event == "completed" else ()
         for attempt in range(1, len(waits) + 2):
             if await self._attempt(webhook, attempt) or attempt > len(waits):
@@ -158,7 +158,7 @@ class Webhooks:
         webhook.done()
 
     async def _attempt(self, webhook: Webhook, attempt: int) -> bool:
-        """Whether it arrived: anything but 4xx, 5xx and no answer counts, a redirect too."""
+        """Try once; return False for 4xx, 5xx or no response, True otherwise."""
         timestamp = int(time.time())
         secret = self._control.settings.signing_secret
         headers = {

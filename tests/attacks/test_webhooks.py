@@ -499,7 +499,7 @@ def test_genuine_webhook_of_anything_else_than_a_prediction_changes_nothing(
     assert wrong == {}
     for path in ("", "x", prediction_id.upper(), f"{prediction_id}x", "%2e%2e", "tokens", "é", "\x00", "x" * 5000):
         answer = send(BODY, SIGNED, path)
-        assert answer in (UNKNOWN, (404, f"There is no route POST /webhooks/replicate/{path}.")), path
+        assert answer in (UNKNOWN, (404, f"Route POST /webhooks/replicate/{path} not found.")), path
     assert frozen(account.table) == before
 
 
@@ -537,8 +537,8 @@ def test_genuine_webhook_of_an_unknown_status_binds_and_ends_nothing(
 
 
 PACKED = base64.b64encode(BODY).decode()
-ALTERED = "The body was altered on its way: it is no UTF-8, and was taken for text."
-NO_BASE64 = "The body is not readable: it came as base64, and is none."
+ALTERED = "The body is not valid UTF-8. Send it as UTF-8."
+NO_BASE64 = "The body is not valid base64."
 LENGTH = {"Content-Type": "application/json", "Content-Length": str(len(BODY))}
 
 

@@ -1,7 +1,7 @@
-"""`make bench`: what a cold start imports, what a prediction takes and costs, and what a line of a batch takes.
+"""`make bench`: the import time of a cold start, the steps and cost of a prediction, and the steps of a batch's line.
 
-Nothing here asserts a time: the numbers are this machine's. It fails if something did not work, or if a prediction
-takes more steps than the project promises.
+No time is asserted: the numbers are this machine's. The command fails if a prediction fails, or takes more steps than
+the project promises.
 """
 
 import signal
@@ -41,23 +41,23 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     began = time.monotonic()
     try:
-        terminal.title("1. What a cold start imports")
+        terminal.title("1. Imports of a cold start")
         _show_imports(terminal, imports.measure(terminal.step))
-        terminal.title("2. What a prediction takes")
+        terminal.title("2. Steps of a prediction")
         found, sync = figures.measure(terminal.step)
         _show_figures(terminal, found)
         _show_sync(terminal, sync)
         kept = _show_promise(terminal, found)
-        terminal.title(f"3. What 1,000 predictions cost on AWS ({prices.REGION}, arm64), without Replicate's own price")
+        terminal.title(f"3. Cost of 1,000 predictions on AWS ({prices.REGION}, arm64), without Replicate's own price")
         _show_costs(terminal, found)
-        terminal.title("4. What a line of a batch takes")
+        terminal.title("4. Steps of a batch's line")
         batch.show(terminal, batch.measure(BATCH_LINES, terminal.step))
     except (BenchmarkFailed, LocalCloudError) as error:
         terminal.refuse(str(error))
         return 1
     terminal.write()
     if not kept:
-        terminal.refuse("a prediction takes more than is promised (see 2.)")
+        terminal.refuse("a prediction takes more steps than promised (see 2.)")
         return 1
     terminal.succeed(f"measured in {time.monotonic() - began:.0f} s")
     return 0
@@ -87,13 +87,13 @@ def _show_imports(terminal: Terminal, loaded: dict[str, Loaded]) -> None:
         note(
             "ms: CPU milliseconds from the start of Python until the handler can be called, the median of "
             f"{imports.ROUNDS} processes, with the layer's own packages and bytecode. On Lambda, Python and its "
-            "runtime interface have started before: there the import ms are what a function adds."
+            "runtime interface have started before: there a function adds only the import ms."
         )
     )
     terminal.write()
     terminal.write(bars({name: each.process_ms for name, each in loaded.items()}))
     terminal.write()
-    terminal.write("  Where the import ms go (a profile's shares)")
+    terminal.write("  Import ms by part (shares of a profile)")
     shown = [part for part in PARTS if any(each.parts[part] >= 1 for each in loaded.values())]
     terminal.write(
         table(
@@ -103,8 +103,8 @@ def _show_imports(terminal: Terminal, loaded: dict[str, Loaded]) -> None:
     )
     terminal.write(
         note(
-            "The standard library counts for whoever imports it first. pt-: Powertools; "
-            f"{OURS}: our modules, and making clients of AWS."
+            "The standard library counts for the first importer. pt-: Powertools; "
+            f"{OURS}: our modules, and creating clients of AWS."
         )
     )
 
@@ -117,16 +117,16 @@ def _show_figures(terminal: Terminal, found: list[Figures]) -> None:
     upstream = sorted({call for run in counted for call in run.upstream})
     rows = [
         ("POST to 201, ms *", *(_median(each, "created_ms") for each in found)),
-        ("POST to visible end, ms *", *(_median(each, "ended_ms") for each in found)),
-        ("  of it the model, ms *", *(_median(each, "model_ms") for each in found)),
+        ("POST to visible completion, ms *", *(_median(each, "ended_ms") for each in found)),
+        ("  of which the model, ms *", *(_median(each, "model_ms") for each in found)),
         ("functions run", *(str(sum(run.invocations.values())) for run in counted)),
         *((f"  {name}", *(_count(run.invocations[name]) for run in counted)) for name in functions),
         ("billed ms, warm *", *(_lambda_ms(each) for each in found)),
         ("states entered", *(str(len(run.states)) for run in counted)),
-        ("  of it for polls", *(_count(run.polls * STATES_PER_POLL) for run in counted)),
+        ("  of which for polls", *(_count(run.polls * STATES_PER_POLL) for run in counted)),
         ("item writes (stream)", *(str(run.writes) for run in counted)),
-        ("  of the limiter, besides", *(_count(run.limiter_writes) for run in counted)),
-        ("  asked for, refused included", *(str(run.asked_writes) for run in counted)),
+        ("  of the limiter, in addition", *(_count(run.limiter_writes) for run in counted)),
+        ("  requested, including rejected ones", *(str(run.asked_writes) for run in counted)),
         ("  bytes of the items", *(f"{run.written_bytes:,}" for run in counted)),
         ("  billed units, with indexes", *(str(_write_units(run)) for run in counted)),
         ("requests to AWS by functions", *(str(len(run.calls)) for run in counted)),
@@ -144,14 +144,14 @@ def _show_figures(terminal: Terminal, found: list[Figures]) -> None:
     terminal.write(table(("one prediction", *names), rows))
     terminal.write(
         note(
-            "*: median of the warm runs that were timed. The rest is counted in one run with a new access token, so "
-            "that the authorizer runs too (API Gateway keeps its answer for 60 s), and with every request of the "
-            f"functions to AWS recorded. Polls come after {figures.POLL_SECONDS} s here; by default after 60 s, then "
+            "*: median of the timed warm runs. The rest is counted in one run with a new access token, so that the "
+            "authorizer runs too (API Gateway caches its response for 60 s), and with every request of the functions "
+            f"to AWS recorded. Polls come after {figures.POLL_SECONDS} s here; by default after 60 s, then "
             "every 600 s. Each AwaitWebhook writes one item, without a function."
         )
     )
     terminal.write()
-    terminal.write("  POST to visible end, ms")
+    terminal.write("  POST to visible completion, ms")
     timed = [each for each in found if each.timed]
     terminal.write(bars({each.case.name: median(run.ended_ms for run in each.timed) for each in timed}))
     lambda_ms: dict[str, list[float]] = {}
@@ -170,9 +170,9 @@ def _show_sync(terminal: Terminal, sync: Sync) -> None:
         for name, times in (("Replicate's stand-in", sync.direct), ("the stack", sync.stack), ("added", added))
     ]
     terminal.write()
-    terminal.write(table(("Prefer: wait, POST to the end without files, ms", "median", "slowest"), rows))
+    terminal.write(table(("Prefer: wait, POST to completion without files, ms", "median", "slowest"), rows))
     terminal.write(
-        note(f"{len(added)} pairs on warm functions. At most {SYNC_MS} ms are wanted; machine and emulator are in it.")
+        note(f"{len(added)} pairs on warm functions. The goal is at most {SYNC_MS} ms, including machine and emulator.")
     )
 
 
@@ -193,10 +193,10 @@ def _show_promise(terminal: Terminal, found: list[Figures]) -> bool:
     terminal.write(
         note(
             f"A prediction that a webhook completes enters at most {STATES} states, runs at most {FUNCTIONS} "
-            f"functions, the authorizer not counted, and writes at most {WRITES} items. Each poll adds "
-            f"{STATES_PER_POLL} states, {FUNCTIONS_PER_POLL} function and {WRITES_PER_POLL} write. Here are the most "
-            "of all runs, without what their polls added, and without the one of the limiter that a create makes "
-            "within ten seconds of another."
+            f"functions, not counting the authorizer, and writes at most {WRITES} items. Each poll adds "
+            f"{STATES_PER_POLL} states, {FUNCTIONS_PER_POLL} function and {WRITES_PER_POLL} write. The table shows the "
+            "maximum of all runs, without the additions of polls, and without the limiter's write for a create within "
+            "ten seconds of another."
         )
     )
     rows.append(("at most", "", str(STATES), str(FUNCTIONS), str(WRITES), ""))
@@ -224,7 +224,7 @@ def _show_costs(terminal: Terminal, found: list[Figures]) -> None:
             )
             for price, of in prices.PRICES.items()
         ),
-        ("together, dollars", "", "", "", *(f"{sum(costs[name].values()):.4f}" for name in used)),
+        ("total, dollars", "", "", "", *(f"{sum(costs[name].values()):.4f}" for name in used)),
     ]
     terminal.write(table(("", "price", "per", "unit", *used), rows))
     first = found[0].case.name
@@ -237,14 +237,14 @@ def _show_costs(terminal: Terminal, found: list[Figures]) -> None:
     terminal.write(bars({name: sum(each.values()) for name, each in costs.items()}, "{:.4f}"))
     terminal.write(
         note(
-            "Assumed: warm functions that take as long as here, on a whole processor, with an emulator for AWS. If all "
-            "of that were computing, then on the share of a processor that Lambda gives for their memory it would cost "
-            f"${_all_computing(found[0]):.4f} instead of ${costs[first]['Lambda time']:.4f} ({first}). A case that is "
-            "not timed has the Lambda time of its one run, where webhooks at the same moment may have started a second "
-            f"process. Files are stored for {prices.STORED_DAYS} days. A state transition is a state entered. API "
-            "requests are the create and the webhooks; each GET of a caller adds one, and its function. Standard SSM "
-            "parameters and sending task tokens are free. Not in it: downloads ($0.09 per GB to the internet), cold "
-            "starts, the free tier, and what the stack costs without predictions (three secrets, the sweep each "
+            "Assumptions: warm functions that take as long as here, on a whole processor, with an emulator for AWS. If "
+            "all of that were computing, then on the share of a processor that Lambda gives for their memory it would "
+            f"cost ${_all_computing(found[0]):.4f} instead of ${costs[first]['Lambda time']:.4f} ({first}). A case "
+            "that is not timed has the Lambda time of its one run, where simultaneous webhooks may have started a "
+            f"second process. Files are stored for {prices.STORED_DAYS} days. A state transition is a state entered. "
+            "API requests are the create and the webhooks; each GET of a caller adds one, and its function. Standard "
+            "SSM parameters and sending task tokens are free. Not included: downloads ($0.09 per GB to the internet), "
+            "cold starts, the free tier, and the cost of the stack without predictions (three secrets, the sweep each "
             "minute, metrics, alarms)."
         )
     )

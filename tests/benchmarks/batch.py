@@ -92,21 +92,21 @@ def show(terminal: Terminal, found: BatchFigures) -> None:
     lines = found.lines
     others = {kind: n for kind, n in found.writes.items() if kind not in ("prediction", "batch", "tokens")}
     rows = [
-        ("lines a second", f"{lines / found.seconds:.1f}"),
-        ("a line: upstream calls", f"{found.calls / found.recorded_lines:.2f}"),
-        ("  of it creates", f"{found.creates / found.recorded_lines:.2f}"),
-        ("a line: states", f"{found.states + 1:.2f}"),
-        ("  of it the batch's Map", "1.00"),
-        ("a line: item writes", f"{found.writes['prediction'] / lines:.2f}"),
+        ("lines per second", f"{lines / found.seconds:.1f}"),
+        ("per line: upstream calls", f"{found.calls / found.recorded_lines:.2f}"),
+        ("  of which creates", f"{found.creates / found.recorded_lines:.2f}"),
+        ("per line: states", f"{found.states + 1:.2f}"),
+        ("  of which the batch's Map", "1.00"),
+        ("per line: item writes", f"{found.writes['prediction'] / lines:.2f}"),
         *((f"  besides, {kind}", f"{n / lines:.2f}") for kind, n in sorted(others.items())),
-        ("the batch: item writes in all", str(found.writes["batch"])),
+        ("the batch: item writes in total", str(found.writes["batch"])),
     ]
     terminal.write()
     terminal.write(table((f"a batch of {lines:,} lines in {found.seconds:.0f} s", ""), rows))
     terminal.write(
         note(
-            f"{CONCURRENCY} lines at once on warm functions, of a model that takes no time and gives no files, without "
-            "Replicate's limit of creates. How fast it goes is this machine's and the emulator's, not AWS's. Every "
+            f"{CONCURRENCY} lines at once on warm functions, of a model that takes no time and returns no files, "
+            "without Replicate's limit of creates. The speed is this machine's and the emulator's, not AWS's. Every "
             "line was created once upstream, and has its result at its place."
         )
     )
@@ -129,7 +129,7 @@ def _measure(cloud: LocalCloud, lines: int, say: Callable[[str], None]) -> Batch
             counts = batch["counts"]
             ended = counts["succeeded"] + counts["failed"]
             rate = ended / (time.monotonic() - began)
-            say(f"{ended} of {lines} lines have ended, {counts['running']} run, {rate:.1f} a second")
+            say(f"{ended} of {lines} lines completed, {counts['running']} running, {rate:.1f} per second")
 
         batch = _batch(cloud, api, lines, CONCURRENCY, progress)
     writes = _writes(cloud) - before

@@ -159,9 +159,9 @@ def measure(say: Callable[[str], None]) -> tuple[list[Figures], Sync]:
             if case.runs:
                 say(f"timing: {case.name}, {case.runs} times")
                 timed[case.name] = tuple(bench.run(case) for _ in range(case.runs))
-        say(f"timing: answers that were waited for, {SYNC_RUNS} times")
+        say(f"timing: responses with Prefer: wait, {SYNC_RUNS} times")
         sync = bench.sync()
-        say("counting: the same once more, with every request to AWS recorded")
+        say("counting: the same again, with every request to AWS recorded")
         functions = [name for name in cloud.functions if name != NOT_COUNTED]
         with recorded(cloud, functions) as bench.calls:
             with bench.new_token():

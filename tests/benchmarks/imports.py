@@ -161,7 +161,9 @@ def _shipped() -> Iterator[Path]:
             text=True,
         )
         if compiled.returncode:
-            raise BenchmarkFailed(f"the layer cannot be compiled:\n{compiled.stdout[-2000:]}{compiled.stderr[-1000:]}")
+            raise BenchmarkFailed(
+                f"the layer could not be compiled:\n{compiled.stdout[-2000:]}{compiled.stderr[-1000:]}"
+            )
         for name in _functions():  # SAM ships these without bytecode
             shutil.copytree(ROOT / "functions" / name, directory / name, ignore=without)
         for name, source in REFERENCES.items():

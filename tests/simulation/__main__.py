@@ -101,27 +101,27 @@ def report(
     worlds = "\n".join(_world(world, figures, worst) for world in WORLDS)
     return f"""# Simulation: the figures of `make sim`
 
-Made by `make sim`; how it works is in [tests/simulation](../tests/simulation/world.py). The real library, handlers and
-state machines ran {schedules:,} schedules of faults (seeds {first} to {first + schedules - 1}) in virtual time.
+Written by `make sim`; see [tests/simulation](../tests/simulation/world.py) for the method. The real library, handlers
+and state machines ran {schedules:,} schedules of faults (seeds {first} to {first + schedules - 1}) in virtual time.
 
-**{len(broken)} schedules broke a promise**: lost, started twice, a terminal status changed, a file missing or partial,
-somebody not told, one owner held up by another, or not over in time. They took {seconds:,.0f} s in {processes}
-processes: {schedules / seconds:.0f} a second.
+**{len(broken)} schedules broke a promise**: a prediction lost, started twice or late, a terminal status changed, a file
+missing or partial, a notification missing, or one owner delayed by another. They took {seconds:,.0f} s in {processes}
+processes: {schedules / seconds:.0f} per second.
 
-| in all of them | |
+| in all schedules | |
 |---|---|
 {rows}
 
 ## Worlds
 
-Every schedule has predictions and their callers. Some have more: each of these worlds by itself or with others. The
+Every schedule has predictions and their callers. Some add more: each of these worlds alone or with others. The
 delays are the longest of any schedule that has the world alone.
 
-| world | what it adds | figures | longest delays |
+| world | adds | figures | longest delays |
 |---|---|---|---|
 {worlds}
 
-{len(SABOTAGES)} sabotages of the code are each noticed within {SABOTAGE_SCHEDULES:,} of these schedules, says
+{len(SABOTAGES)} sabotages of the code are each detected within {SABOTAGE_SCHEDULES:,} of these schedules by
 `make slow`: see [their list](../tests/simulation/sabotages.py).
 """
 

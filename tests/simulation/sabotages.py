@@ -455,7 +455,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "an event that the bus refuses is forgotten": _method(
         Changes, "_not_taken", lambda put: lambda self, news: put(self, news) and []
     ),
-    "a webhook is tried once": _method(Receivers, "_put_off", _constant(True)),
+    "a webhook is tried once": _method(Receivers, "_defer", _constant(True)),
     "hanging receivers occupy all consumers": _all(
         _value(webhook_queue, "_owner_of", lambda _: ""),
         _method(WebhookSlots, "acquire", lambda _: lambda self, owner, origin, now: Slot(owner, origin, now)),

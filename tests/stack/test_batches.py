@@ -94,7 +94,7 @@ def test_rows_of_a_csv_become_requests_and_a_bad_one_is_refused_alone(
         (3, "refused", None),
         (4, "succeeded", "hare"),
     ]
-    assert results[1]["error"] == "It has 1 fields, and the header 2."
+    assert results[1]["error"] == "The row has 1 fields, but the header has 2."
     assert len(replicate.creates()) == 2
 
 
@@ -158,7 +158,7 @@ def test_manifest_that_is_dropped_and_told_of_twice_is_one_batch_of_its_recipe(
         return [each for each in told if "batches/alice/quiet/animals.jsonl" in each]
 
     refused = alice.wait(dead, 60, "the refusal of the other manifest")
-    assert "alice has no recipe quiet that takes manifests" in refused[0]
+    assert "alice has no recipe quiet that accepts manifests" in refused[0]
     # Both notifications of each have been dealt with, and started nothing more.
     alice.wait(lambda: len(batches_of(key)) == 1 and _empty(cloud), 60, "the queue to be empty")
     assert len(replicate.creates()) == 3

@@ -125,7 +125,7 @@ def test_a_broken_connection_is_tried_again_for_a_read_only(api: Api, replicate:
     replicate.fault("other_reset", path="/deployments")
     answer = api().post("/deployments", json=DEPLOYMENT)
     assert answer.status_code == 502
-    assert "not known" in answer.json()["detail"]
+    assert "is unknown" in answer.json()["detail"]
     assert asked(replicate)[2:] == [("POST", "/v1/deployments")]
 
 
@@ -133,7 +133,7 @@ def test_silence_of_replicate_ends_before_the_api_gives_up(api: Api, replicate: 
     replicate.fault("other_silence", path="/hardware")
     answer = api().get("/hardware")
     assert (answer.status_code, answer.json()["title"]) == (504, "Gateway Timeout")
-    assert "Replicate did not answer in time" in answer.json()["detail"]
+    assert "Replicate did not respond in time" in answer.json()["detail"]
     assert asked(replicate) == [("GET", "/v1/hardware")]
 
 

@@ -128,7 +128,7 @@ class TestQueue:
         listed = {each["id"]: each for each in json.loads(queue.command("list", "requests", "--json").stdout)}
         assert listed[poison]["reason"] == "The body is not JSON at line 1, column 35."
         (other,) = [each for each in listed.values() if each["id"] != poison]
-        assert other["reason"].startswith("owner: This field is not known.")
+        assert other["reason"].startswith("owner: Unknown field.")
         assert len(replicate.creates()) == 2
 
     def test_input_that_its_model_refuses_ends_failed_with_the_field(

@@ -35,7 +35,7 @@ def sent(cloud: LocalCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_sample_that_only_the_stack_sends_says_why(sent: Send) -> None:
     with pytest.raises(NotSendable, match="A state machine calls copy_outputs"):
         sent("copy_outputs/first_execution")
-    with pytest.raises(SendFailed, match="There is no sample"):
+    with pytest.raises(SendFailed, match=r"^Sample .* not found"):
         sent("copy_outputs/nothing")
 
 
@@ -87,5 +87,5 @@ def test_command_says_what_went_wrong_and_fails(tmp_path: Path) -> None:
         command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 1
-    assert "No local stack is running: run `make local`" in done.stdout
+    assert "No local stack is running. Run `make local`" in done.stdout
     assert done.stderr == ""

@@ -231,7 +231,7 @@ def test_a_revoked_token_is_unknown_at_once_and_others_stay(access_tokens: Acces
     assert access_tokens.revoke(created.id) == created
     assert access_tokens.find(token) is None
     assert access_tokens.find(kept) is not None
-    with pytest.raises(AccessTokenNotFound, match="revoked already"):
+    with pytest.raises(AccessTokenNotFound, match="already be revoked"):
         access_tokens.revoke(created.id)
 
 

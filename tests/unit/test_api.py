@@ -168,7 +168,7 @@ def test_a_body_whose_bytes_were_replaced_on_their_way_is_a_problem_before_anyth
     sent = json.dumps(BODY).encode().replace(b"red", b"\xff\xfe")
     calls = AwsCalls()
     refusal = start(call, sent.decode("utf-8", "replace"), headers={"Content-Length": str(len(sent))})
-    assert "no UTF-8" in problem_of(refusal, 400)["detail"]
+    assert "not valid UTF-8" in problem_of(refusal, 400)["detail"]
     assert calls.made == []
     assert replicate.asked == []
 

@@ -309,7 +309,7 @@ def test_bad_line_among_good_ones_is_refused_alone(world: World) -> None:
     assert [line["n"] for line in read_jsonl("outputs", lines_key(batch.id, 1))] == [1, 4]
     assert [(line["n"], line["error"]) for line in read_jsonl("outputs", refused_key(batch.id))] == [
         (2, "input: This field is required."),
-        (3, "The line has to be a JSON object."),
+        (3, "The line must be a JSON object."),
     ]
 
 
@@ -361,7 +361,7 @@ def test_row_in_which_a_recipe_finds_nothing_is_refused_alone(world: World) -> N
     ]  # fmt: skip
     reasons = [line["error"] for line in read_jsonl("outputs", refused_key(batch.id))]
     assert reasons[0].startswith("input.prompt: `{{ row.animal }}` finds nothing here")
-    assert reasons[1] == "The line has to be a JSON object."
+    assert reasons[1] == "The line must be a JSON object."
 
 
 def test_template_that_makes_half_a_surrogate_pair_is_refused_line_by_line(world: World) -> None:

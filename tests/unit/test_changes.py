@@ -351,7 +351,7 @@ class TestFailures:
         clock.advance(1)
         assert changes.retry(retries.take()) == []
         (letter,) = map(json.loads, given_up.bodies)
-        assert (letter["effect"], letter["reason"]) == ("event", "failed for a day: see the log of publish_changes")
+        assert (letter["effect"], letter["reason"]) == ("event", "failed for a day. See the log of publish_changes.")
         assert letter["record"]["dynamodb"]["Keys"] == damaged["dynamodb"]["Keys"]
         assert retries.bodies == []
 

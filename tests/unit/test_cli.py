@@ -141,7 +141,7 @@ def test_an_endpoint_where_nothing_listens_is_tried_and_said(
         ((*CREATE, "--scopes", ""), "scopes"),
         ((*CREATE, "--name", "a\tb"), "name"),
         (("tokens", "revoke", "--stack", "demo", "nothex"), "'nothex'"),
-        (("tokens", "revoke", "--stack", "demo", "abcdef123456"), "No token has the id abcdef123456"),
+        (("tokens", "revoke", "--stack", "demo", "abcdef123456"), "Token abcdef123456 not found"),
         (("pause", "--stack", "absent"), "no stack 'absent'"),
         (("pause", "--stack", "demo", "--reason", " "), "reason"),
         (("pause", "--stack", "demo", "--reason", "x" * 201), "reason"),
@@ -1159,12 +1159,12 @@ def test_submissions_and_readings_are_told_in_plain_words() -> None:
     )
     said = [each.what for each in _of_submissions(waits)]
     assert said == [
-        "submitted, without a clear answer: answered 502",
-        "read Replicate's list: 1 pages, 2 predictions; nothing tells whose these are: x, y and 10 more",
+        "submitted, outcome unknown: answered 502",
+        "read Replicate's list: 1 pages, 2 predictions; undecidable: x, y and 10 more",
         "read Replicate's list: 0 pages, 0 predictions; this is no evidence, since a page was answered 500",
         "read Replicate's list: 2 pages, 150 predictions; none of them is this one",
-        "evidence: two complete readings do not show it",
-        "bound, after 1 submissions that had started nothing",
+        "evidence of absence: two complete readings do not show it",
+        "bound, after 1 submissions that started nothing",
     ]
     undecided = prediction(claimed=1, readings_json=json.dumps(readings[:1]))
     assert "x, y" in str(waits_for(undecided, "RUNNING", now=100))

@@ -299,7 +299,7 @@ class TestQueues:
         assert [(each.delivery.id[0] if each.delivery else "", each.reason) for each in found] == [
             ("a", "answered 500"),
             ("b", "answered 404"),
-            ("a", "deliver_webhook failed each time: see its log"),
+            ("a", "deliver_webhook failed each time. See its log."),
             ("", "not a delivery"),
         ]
         for each in found:

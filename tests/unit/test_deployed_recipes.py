@@ -72,8 +72,8 @@ class TestRefused:
             ("a.json", b"{", "recipes/a.json: "),
             ("a.json", b'{"input": 1, "input": 2}', "recipes/a.json: "),
             ("a.json", b"\xff", "recipes/a.json: The body is not UTF-8"),
-            ("a.json", b"[]", "recipes/a.json: The body has to be a JSON object"),
-            ("a.json", b" " * (RECIPE_LIMIT_BYTES + 1), "recipes/a.json: The recipe has"),
+            ("a.json", b"[]", "recipes/a.json: The body must be a JSON object"),
+            ("a.json", b" " * (RECIPE_LIMIT_BYTES + 1), "recipes/a.json: The recipe exceeds the limit"),
             ("A b.json", json.dumps(RECIPE).encode(), "recipes/A b.json: name: "),
             ("a.json", json.dumps({**RECIPE, "name": "b"}).encode(), "recipes/a.json: name: "),
             ("a.json", json.dumps({**RECIPE, "owner": "Team A"}).encode(), "recipes/a.json: owner: "),
@@ -83,7 +83,7 @@ class TestRefused:
             (
                 "a.json",
                 json.dumps({**RECIPE, "model": "no/body"}).encode(),
-                "recipes/a.json: There is no model no/body",
+                "recipes/a.json: Model no/body not found",
             ),
         ],
         ids=[
@@ -119,7 +119,7 @@ class TestRefused:
         self, deployed: DeployedRecipes, changes: RecipeChanges, items: RecipeItems
     ) -> None:
         changes.put("queue", json.dumps(RECIPE).encode(), None, name="mine")
-        with pytest.raises(DeploymentRefused, match=r"recipes/mine\.json: queue has a recipe mine that was put by the"):
+        with pytest.raises(DeploymentRefused, match=r"recipes/mine\.json: queue has a recipe mine from the API"):
             deployed.apply(packed(mine={**RECIPE, "s3": {"prefix": "other/"}}), plenty)
         there = items.named("queue", "mine")
         assert there
@@ -139,7 +139,7 @@ class TestRefused:
 
     def test_more_files_than_fit_are_refused(self, deployed: DeployedRecipes) -> None:
         many = {f"r{number}.json": b"{}" for number in range(FILES_LIMIT + 1)}
-        with pytest.raises(DeploymentRefused, match="101 files, and 100 are taken"):
+        with pytest.raises(DeploymentRefused, match=r"the limit of 100 files \(got 101\)"):
             deployed.apply(many, plenty)
 
     def test_what_eventbridge_does_not_take_is_refused_and_gone_with_the_next_files(
@@ -156,7 +156,7 @@ class TestRefused:
 
     def test_with_too_little_time_left_nothing_is_begun(self, deployed: DeployedRecipes, items: RecipeItems) -> None:
         left = iter([300, 300, 300, NEEDED_SECONDS - 1])
-        with pytest.raises(DeploymentRefused, match=r"come to recipes/b\.json: deploy again"):
+        with pytest.raises(DeploymentRefused, match=r"Not enough time for recipes/b\.json\. Deploy again"):
             deployed.apply(packed(a=RECIPE, b=RECIPE), lambda: next(left))
         assert names(items) == ["a"]
         deployed.apply(packed(a=RECIPE, b=RECIPE), plenty)
@@ -319,7 +319,7 @@ class TestHandler:
     ) -> None:
         files.update(packed(a={**RECIPE, "colour": '"\n\x1b' * 9}, b=RECIPE))
         answer = ask(kind)
-        assert (answer["Status"], answer["Reason"]) == ("FAILED", "recipes/a.json: colour: This field is not known.")
+        assert (answer["Status"], answer["Reason"]) == ("FAILED", "recipes/a.json: colour: Unknown field.")
         assert names(items) == []
 
     def test_a_long_reason_is_cut_to_what_cloudformation_takes(self, ask: Ask, files: dict[str, bytes]) -> None:

@@ -55,22 +55,22 @@ def take(door: World, event: Any, **others: Any) -> list[Batch]:
 @pytest.mark.parametrize(
     ("event", "reason"),
     [
-        (None, "not S3's Object Created"),
-        ([], "not S3's Object Created"),
-        ({"detail": {"bucket": {"name": "inputs"}, "object": {}}}, "not S3's Object Created"),
-        (told("x" * 1025), "not S3's Object Created"),
+        (None, "must be S3's Object Created"),
+        ([], "must be S3's Object Created"),
+        ({"detail": {"bucket": {"name": "inputs"}, "object": {}}}, "must be S3's Object Created"),
+        (told("x" * 1025), "must be S3's Object Created"),
         (told(KEY, bucket="outputs"), "in the inputs bucket"),
         (told(KEY, bucket="source"), "in the inputs bucket"),
         (told("files/alice/fill/a.jsonl"), "below batches/"),
-        (told("batches/alice/fill/a.txt"), "not a .jsonl or .csv"),
-        (told("batches/alice/missing/a.jsonl"), "alice has no recipe missing that takes manifests"),
-        (told("batches/alice/plain/a.jsonl"), "alice has no recipe plain that takes manifests"),
-        (told("batches/alice/going/a.jsonl"), "alice has no recipe going that takes manifests"),
-        (told("batches/bob/fill/a.jsonl"), "bob has no recipe fill that takes manifests"),
+        (told("batches/alice/fill/a.txt"), "must be a .jsonl or .csv"),
+        (told("batches/alice/missing/a.jsonl"), "alice has no recipe missing that accepts manifests"),
+        (told("batches/alice/plain/a.jsonl"), "alice has no recipe plain that accepts manifests"),
+        (told("batches/alice/going/a.jsonl"), "alice has no recipe going that accepts manifests"),
+        (told("batches/bob/fill/a.jsonl"), "bob has no recipe fill that accepts manifests"),
         (told("batches//fill/a.jsonl"), "has no recipe fill"),
         (told("batches/alice#fill/name/a.jsonl"), "has no recipe name"),
         (told("batches/alice/fill/deep.jsonl"), "descends from 4 results"),
-        (told("batches/alice/fill/odd.jsonl"), "origin-depth: has to be a whole number"),
+        (told("batches/alice/fill/odd.jsonl"), "origin-depth: must be a whole number"),
     ],
     ids=lambda value: json.dumps(value)[-90:],
 )
@@ -91,7 +91,7 @@ def test_manifest_that_is_too_large_is_refused(door: World, monkeypatch: pytest.
     door.put_recipe("fill", **TAKES)
     put()
     monkeypatch.setattr("predictions.batches.dropped.MANIFEST_LIMIT_BYTES", len(ROWS) - 1)
-    with pytest.raises(RequestRefused, match=f"has {len(ROWS)} bytes"):
+    with pytest.raises(RequestRefused, match=rf"\(got {len(ROWS)}\)"):
         take(door, told())
 
 

@@ -279,16 +279,16 @@ TAKEN = {
 BURIED = {
     ("start_from_queue", "poison_among_good"): "The body is not JSON at line 1, column 11.",
     ("start_from_queue", "refused_not_json"): "The body is not JSON at line 1, column 1.",
-    ("start_from_queue", "refused_not_an_object"): "The message has to be a JSON object.",
-    ("start_from_queue", "refused_unknown_field"): "num_outputs: This field is not known.",
+    ("start_from_queue", "refused_not_an_object"): "The message must be a JSON object.",
+    ("start_from_queue", "refused_unknown_field"): "num_outputs: Unknown field.",
     ("start_from_queue", "refused_without_model"): "model: Give exactly one of",
-    ("start_from_queue", "refused_owner"): "owner: This field is not known.",
+    ("start_from_queue", "refused_owner"): "owner: Unknown field.",
     ("start_from_queue", "refused_private_webhook"): "webhook: ",
     ("start_from_queue", "refused_with_token"): "input: This field is required.",
     ("start_from_queue", "refused_task_token"): "task_token: ",
-    ("start_from_queue", "refused_step_of_no_pipeline"): "pipeline_id: there is no pipeline",
-    ("start_from_queue", "refused_unknown_batch"): "There is no such batch.",
-    ("start_from_queue", "refused_manifest_elsewhere"): "batch_manifest: not a .jsonl or .csv below batches/",
+    ("start_from_queue", "refused_step_of_no_pipeline"): "pipeline_id: pipeline ",
+    ("start_from_queue", "refused_unknown_batch"): "Batch not found.",
+    ("start_from_queue", "refused_manifest_elsewhere"): "batch_manifest: must be a .jsonl or .csv below batches/",
 }
 """Kept in the dead-letter queue, with this reason."""
 

@@ -647,7 +647,7 @@ def test_a_failure_of_replicate_is_told_as_such_and_not_tried_again(
     answer = call(method, "/models/acme/fox")
     detail = problem_of(answer, given)["detail"]
     assert detail.startswith(f"Replicate failed ({told}).")
-    assert ("look before you repeat" in detail) == (method == "DELETE")
+    assert ("Check before you repeat" in detail) == (method == "DELETE")
     assert "secret" not in detail
     assert answer["headers"].get("retry-after") == ("3" if given == 503 else None)
     assert len(upstream.asked) == 1
@@ -710,7 +710,7 @@ def test_a_change_whose_connection_breaks_is_never_tried_again(
     upstream.answer(breaking(error))
     detail = problem_of(call(method, path, body_for(method)), 502)["detail"]
     never_sent = error in (httpx.ConnectError, httpx.ConnectTimeout)
-    assert ("Nothing was changed" in detail, "not known" in detail) == (never_sent, not never_sent)
+    assert ("Nothing was changed" in detail, "is unknown" in detail) == (never_sent, not never_sent)
     assert len(upstream.asked) == 1
 
 

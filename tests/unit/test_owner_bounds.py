@@ -142,7 +142,7 @@ def test_place_of_a_batch_is_free_when_it_has_ended(
 
 def test_batch_whose_manifest_is_missing_uses_no_place(batches: BatchWorld) -> None:
     limits = OwnerLimits(open_batches=1)
-    with pytest.raises(Problem, match="no such object"):
+    with pytest.raises(Problem, match="Object not found"):
         make(batches, limits, manifest="s3://inputs/batches/alice/missing.jsonl")
     assert places("open_batches") == set()
     assert make(batches, limits, LLAMA)
@@ -236,7 +236,7 @@ def test_batch_is_run_no_more_often_than_the_limit(batches: BatchWorld, replicat
         prepare(batches.batches, batch.id, attempt)
         ended = fail_lines(batches, batch, replicate)
     with pytest.raises(
-        Problem, match=f"has been run {ATTEMPTS_LIMIT} times, and the limit is {ATTEMPTS_LIMIT}"
+        Problem, match=rf"has reached the limit of {ATTEMPTS_LIMIT} attempts \(got {ATTEMPTS_LIMIT}\)"
     ) as problem:
         batches.control.again(ended)
     assert problem.value.status == 409

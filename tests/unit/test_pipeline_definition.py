@@ -82,7 +82,7 @@ def test_body_of_another_shape_is_refused(body: dict[str, Any], fields: list[str
 
 
 def test_refusal_of_a_shape_names_the_step() -> None:
-    with pytest.raises(Problem, match="Step `image`: This field is not known"):
+    with pytest.raises(Problem, match="Step `image`: Unknown field"):
         create_definition({"steps": [step(webhook="https://example.com")]}, check)
 
 
@@ -120,9 +120,9 @@ def test_model_that_cannot_be_asked_for_now_is_no_fault_of_the_pipeline() -> Non
 @pytest.mark.parametrize(
     ("expression", "reason"),
     [
-        ("steps.painting.output", "There is no step `painting`."),
-        ("steps.caption.output", "A step cannot need its own output."),
-        ("steps.image.logs", "Of a step there is `output`, and no `logs`."),
+        ("steps.painting.output", "Step `painting` not found."),
+        ("steps.caption.output", "A step cannot depend on its own output."),
+        ("steps.image.logs", "A step has only `output`, not `logs`."),
         ("steps.image", "Name the step and its output"),
         ("steps.*.output", "Name the step and its output"),
         ("keys(steps)", "Name the step and its output"),
@@ -133,9 +133,9 @@ def test_model_that_cannot_be_asked_for_now_is_no_fault_of_the_pipeline() -> Non
         ("values(@)[0]", "Name the step and its output"),
         ("steps || `1`", "Name the step and its output"),
         ("input.promt", "The pipeline's input has no `promt`."),
-        ("inptu.prompt", "An expression begins with `input`, `steps`, not with `inptu`."),
-        ("item", "`item` is there with `for_each` only."),
-        ("index", "`index` is there with `for_each` only."),
+        ("inptu.prompt", "An expression must begin with `input`, `steps` (got `inptu`)."),
+        ("item", "`item` needs `for_each`."),
+        ("index", "`index` needs `for_each`."),
         ("a b", "is not JMESPath"),
     ],
 )
@@ -149,15 +149,15 @@ def test_expression_that_refers_to_what_is_not_there_is_refused(expression: str,
 @pytest.mark.parametrize(
     ("for_each", "reason"),
     [
-        ("etching", "A list, or one placeholder"),
-        ("a {{ input.styles }}", "A list, or one placeholder"),
-        ("{{ input.styles }}{{ input.styles }}", "A list, or one placeholder"),
-        ("{{ input.prompt }}", "It has to find a list, and finds a text."),
-        ("{{ input.count }}", "It has to find a list, and finds a number."),
+        ("etching", "Must be a list, or exactly one placeholder"),
+        ("a {{ input.styles }}", "Must be a list, or exactly one placeholder"),
+        ("{{ input.styles }}{{ input.styles }}", "Must be a list, or exactly one placeholder"),
+        ("{{ input.prompt }}", "Must give a list (got a string)."),
+        ("{{ input.count }}", "Must give a list (got a number)."),
         ("{{ input.styles[5] }}", "finds nothing"),
-        ("{{ item }}", "`item` is there with `for_each` only."),
-        ("{{ steps.none.output }}", "There is no step `none`."),
-        ([0] * (ITEMS_LIMIT + 1), f"It finds {ITEMS_LIMIT + 1} elements; {ITEMS_LIMIT} are taken."),
+        ("{{ item }}", "`item` needs `for_each`."),
+        ("{{ steps.none.output }}", "Step `none` not found."),
+        ([0] * (ITEMS_LIMIT + 1), f"Exceeds the limit of {ITEMS_LIMIT} elements (got {ITEMS_LIMIT + 1})."),
         (["{{ input.none }}"], "The pipeline's input has no `none`."),
     ],
 )
@@ -201,8 +201,8 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         step("d"),
     )
     assert found == {
-        "steps.0.input": "Step `a`: It needs itself: `a` needs `b` needs `a`.",
-        "steps.1.input": "Step `b`: It needs itself: `b` needs `a` needs `b`.",
+        "steps.0.input": "Step `a`: The step depends on itself: `a` needs `b` needs `a`.",
+        "steps.1.input": "Step `b`: The step depends on itself: `b` needs `a` needs `b`.",
         "steps.1.input.y": "Step `b`: The pipeline's input has no `none`.",
         "steps.2.model": "Step `c`: There is no model local/none.",
         "steps.3.input.prompt": "Step `d`: Has to be a string, not a number.",
@@ -279,7 +279,7 @@ def graphs(draw: st.DrawFn, *, cyclic: bool) -> list[dict[str, Any]]:
 @given(graphs(cyclic=True))
 @settings(max_examples=100, deadline=None)
 def test_cycle_is_always_refused(steps: list[dict[str, Any]]) -> None:
-    with pytest.raises(Problem, match="It needs itself"):
+    with pytest.raises(Problem, match="The step depends on itself"):
         create_definition({"steps": steps}, check)
 
 
@@ -298,17 +298,17 @@ class TestSize:
     @pytest.mark.parametrize(
         ("body", "field", "said"),
         [
-            ({"input": {"r": [0] * PART_LIMIT_VALUES}}, "input", f"the limit is {PART_LIMIT_VALUES}"),
-            ({"input": {"r": "x" * PART_LIMIT_BYTES}}, "input", f"the limit is {PART_LIMIT_BYTES}"),
-            ({"input": {"r": "é" * (PART_LIMIT_BYTES // 2)}}, "input", f"the limit is {PART_LIMIT_BYTES}"),
+            ({"input": {"r": [0] * PART_LIMIT_VALUES}}, "input", f"the limit of {PART_LIMIT_VALUES}"),
+            ({"input": {"r": "x" * PART_LIMIT_BYTES}}, "input", f"the limit of {PART_LIMIT_BYTES}"),
+            ({"input": {"r": "é" * (PART_LIMIT_BYTES // 2)}}, "input", f"the limit of {PART_LIMIT_BYTES}"),
             ({"steps": [step(input={"r": {"": {}} | {f"f{n}": 1 for n in range(PART_LIMIT_VALUES // 2)}})]},
-             "steps.0.input", f"the limit is {PART_LIMIT_VALUES}"),
+             "steps.0.input", f"the limit of {PART_LIMIT_VALUES}"),
             ({"steps": [step(), step("many", for_each=[{"r": [0] * PART_LIMIT_VALUES}])]},
-             "steps.1.input", f"the limit is {PART_LIMIT_VALUES}"),
+             "steps.1.input", f"the limit of {PART_LIMIT_VALUES}"),
             ({"steps": [step(f"s{n}", {"r": [0] * 70_000}) for n in range(3)]},
-             "steps", f"the limit is {BODY_LIMIT_VALUES}"),
+             "steps", f"the limit of {BODY_LIMIT_VALUES}"),
             ({"steps": [step(input={"r": "{{ input.prompt }}" * (BODY_LIMIT_PLACEHOLDERS + 1)})]},
-             "steps", f"the limit is {BODY_LIMIT_PLACEHOLDERS}"),
+             "steps", f"the limit of {BODY_LIMIT_PLACEHOLDERS}"),
         ],
     )  # fmt: skip
     def test_pipeline_that_is_too_large_to_fill_is_refused_by_its_field(

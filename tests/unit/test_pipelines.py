@@ -205,16 +205,16 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
-            ({"pipeline_id": "x"}, "pipeline_id: an id has"),
-            ({"pipeline_id": 7}, "pipeline_id: an id has"),
-            ({"pipeline_id": "a" * 26}, "there is no pipeline"),
-            ({"step": "none"}, "has no step 'none'"),
-            ({"step": None}, "step: the name"),
+            ({"pipeline_id": "x"}, "pipeline_id: must be 26"),
+            ({"pipeline_id": 7}, "pipeline_id: must be 26"),
+            ({"pipeline_id": "a" * 26}, f"pipeline {'a' * 26} not found"),
+            ({"step": "none"}, "step 'none' not found"),
+            ({"step": None}, "step: must be"),
             ({"index": 1}, "has no run 1"),
-            ({"index": -1}, "index: a whole number"),
-            ({"index": True}, "index: a whole number"),
-            ({"index": "0"}, "index: a whole number"),
-            ({"owner": "bob"}, "owner: a message of a pipeline has no such field"),
+            ({"index": -1}, "index: must be a whole"),
+            ({"index": True}, "index: must be a whole"),
+            ({"index": "0"}, "index: must be a whole"),
+            ({"owner": "bob"}, "owner: unknown field in a message of a pipeline"),
         ],
     )
     def test_message_that_names_no_run_is_refused(self, world: World, change: dict[str, Any], reason: str) -> None:
@@ -356,7 +356,7 @@ class TestFanOut:
         shown = world.shown(pipeline_id)
         assert [(each["status"], each["error"]) for each in shown["steps"]] == [
             ("failed", "1 of 2 did not succeed. 0: out of paint"),
-            ("skipped", "It needs `each`, which failed."),
+            ("skipped", "Needs `each`, which failed."),
         ]
         assert shown["status"] == "failed"
         assert "`each` failed (1 of 2 did not succeed. 0: out of paint)" in shown["error"]
@@ -375,8 +375,8 @@ class TestFanOut:
     @pytest.mark.parametrize(
         ("output", "reason"),
         [
-            ("one text", "finds a text"),
-            (["x"] * (ITEMS_LIMIT + 1), f"{ITEMS_LIMIT} are taken"),
+            ("one text", "(got a string)"),
+            (["x"] * (ITEMS_LIMIT + 1), f"the limit of {ITEMS_LIMIT} elements"),
             (None, "finds nothing"),
         ],
     )
@@ -408,9 +408,7 @@ class TestFailure:
         }  # fmt: skip
         shown = world.shown(pipeline_id)
         assert shown["status"] == "failed"
-        assert shown["error"].startswith(
-            "Steps: `image` failed (out of paint); `large` skipped (It needs `image`, which"
-        )
+        assert shown["error"].startswith("Steps: `image` failed (out of paint); `large` skipped (Needs `image`, which")
         assert shown["output"] == {"caption": None, "last": "fine too"}
 
     @pytest.mark.parametrize("output", [None, {"other": 1}])
@@ -529,7 +527,7 @@ class TestCancel:
         assert world.turn(pipeline_id).done
         shown = world.shown(pipeline_id)
         assert shown["status"] == "failed"
-        assert shown["error"].startswith("Its deadline passed.")
+        assert shown["error"].startswith("The deadline has passed.")
 
     def test_prediction_that_its_owner_cancels_ends_what_needs_it(self, world: World) -> None:
         pipeline_id = world.create(IMAGE, LARGE)
@@ -798,8 +796,8 @@ class TestMemory:
         assert world.turn(pipeline_id).done
         shown = world.shown(pipeline_id)
         assert shown["status"] == "failed"
-        assert f"The outputs of `each` have {GATHERED_LIMIT_BYTES + 1} bytes" in shown["error"]
-        assert f"{GATHERED_LIMIT_BYTES} are taken" in shown["error"]
+        assert f"The outputs of `each` exceed the limit of {GATHERED_LIMIT_BYTES} bytes" in shown["error"]
+        assert f"(got {GATHERED_LIMIT_BYTES + 1})" in shown["error"]
 
     def test_outputs_with_too_many_values_are_not_parsed_and_fail_the_pipeline(
         self, world: World, monkeypatch: pytest.MonkeyPatch
@@ -810,7 +808,7 @@ class TestMemory:
         world.turn(pipeline_id)
         assert world.deliver() == []
         assert world.turn(pipeline_id).done
-        assert "hold more than the 10000 values" in world.shown(pipeline_id)["error"]
+        assert "exceed the limit of 10000 values" in world.shown(pipeline_id)["error"]
 
     def test_list_that_is_counted_is_bounded_likewise(self, world: World) -> None:
         each = step("each", {"n": "{{ index }}"}, for_each=["a"])
@@ -822,7 +820,7 @@ class TestMemory:
         assert world.sent() == []
         shown = world.shown(pipeline_id)
         assert shown["status"] == "failed"
-        assert f"{GATHERED_LIMIT_BYTES} are taken" in shown["error"]
+        assert f"exceed the limit of {GATHERED_LIMIT_BYTES} bytes" in shown["error"]
 
     def test_outputs_that_are_left_out_of_an_answer_are_not_read(self, world: World) -> None:
         large = "x" * (PAYLOAD_LIMIT_BYTES + 1)

@@ -129,7 +129,7 @@ LIMITS = {
         1,
         "{} characters",
     ),
-    "answer that is passed on": (
+    "response that is passed on": (
         "layers/predictions/predictions/api/proxy.py",
         "ANSWER_LIMIT_BYTES",
         1,
@@ -175,7 +175,7 @@ LIMITS = {
         "5 s to {} days",
     ),
     "page of a list": ("functions/read_predictions/app.py", "PAGE_SIZE", 1, "{} predictions"),
-    "logs in an answer": (
+    "logs in a response": (
         "layers/predictions/predictions/views/prediction.py",
         "_LOGS_LIMIT_CHARACTERS",
         1024,

@@ -66,7 +66,7 @@ class TestRefused:
         ("body", "reason"),
         [
             ("", "The body is not JSON"),
-            ("[]", "has to be a JSON object"),
+            ("[]", "must be a JSON object"),
             ('{"model": "a/b", "model": "c/d", "input": {}}', "twice"),
             ("[" * 200_000, "nested"),
             ({"input": {}}, "exactly one of"),
@@ -101,7 +101,7 @@ class TestRefused:
             clients.client("dynamodb").batch_write_item(RequestItems={"predictions": puts})
         requests.take(message({**asked, "task_token": "the last one"}, id="message-2"))
         assert len(items("caller#")) == CALLERS_LIMIT
-        with pytest.raises(RequestRefused, match=f"1000 states wait for prediction {prediction.id} already"):
+        with pytest.raises(RequestRefused, match=f"1000 states already wait for prediction {prediction.id}"):
             requests.take(message({**asked, "task_token": "one too many"}, id="message-3"))
         assert len(items("caller#")) == CALLERS_LIMIT
         for token in ("token 0", "the last one"):  # SQS may deliver a message twice
@@ -514,7 +514,7 @@ class TestOwners:
         monkeypatch.setenv(
             variable, owner if variable == "QUEUE_OWNER" else f"AROAALICE0000=alice,AROABOB000000={owner}"
         )
-        with pytest.raises(ValueError, match=rf"{variable} names the owner '{owner}'"):
+        with pytest.raises(ValueError, match=rf"The owner '{owner}' in {variable} must be"):
             Requests.from_env()
 
 
@@ -547,7 +547,7 @@ class TestDeadRequests:
         for _ in range(2):
             sqs.receive_message(QueueUrl=url, VisibilityTimeout=0)
         (letter,) = look()
-        assert (letter.id, letter.reason) == (sent, "start_from_queue failed each time: see its log")
+        assert (letter.id, letter.reason) == (sent, "start_from_queue failed each time. See its log.")
         assert letter.sender != "AROAALICE0000"
 
     @pytest.mark.parametrize(
@@ -557,43 +557,43 @@ class TestDeadRequests:
                 '{"source": "shop", "id": "e-1"}',
                 {"RULE_ARN": f"arn:aws:events:us-east-1:123456789012:rule/bus/stack-recipe-{'a' * 26}"},
                 {"recipe_id": "a" * 26, "event": {"source": "shop", "id": "e-1"}},
-                "EventBridge could not send it, a redrive does (NO_PERMISSIONS: denied)",
+                "EventBridge could not deliver it; redrive it (NO_PERMISSIONS: denied)",
             ),
             (
                 json.dumps({"recipe_id": "b" * 26, "event": {}}),
                 {"SCHEDULE_ARN": "arn:aws:scheduler:us-east-1:123456789012:schedule/stack/x"},
                 {"recipe_id": "b" * 26, "event": {}},
-                "EventBridge could not send it, a redrive does (NO_PERMISSIONS: denied)",
+                "EventBridge could not deliver it; redrive it (NO_PERMISSIONS: denied)",
             ),
             (
                 '{"id": "e-1"}',
                 {"RULE_ARN": "arn:aws:events:us-east-1:123456789012:rule/another"},
                 {"id": "e-1"},
-                "EventBridge could not send it, and it is no event of a recipe's rule (NO_PERMISSIONS)",
+                "EventBridge could not deliver it, and no rule of a recipe matches (NO_PERMISSIONS)",
             ),
             (
                 MANIFEST_CREATED,
                 {"RULE_ARN": "arn:aws:events:us-east-1:123456789012:rule/stack-ManifestsRule-1ABC"},
                 {"batch_manifest": json.loads(MANIFEST_CREATED)},
-                "EventBridge could not send it, a redrive does (NO_PERMISSIONS: denied)",
+                "EventBridge could not deliver it; redrive it (NO_PERMISSIONS: denied)",
             ),
             (
                 MANIFEST_CREATED.replace("batches/", "in/"),
                 {"RULE_ARN": "arn:aws:events:us-east-1:123456789012:rule/another"},
                 json.loads(MANIFEST_CREATED.replace("batches/", "in/")),
-                "EventBridge could not send it, and it is no event of a recipe's rule (NO_PERMISSIONS)",
+                "EventBridge could not deliver it, and no rule of a recipe matches (NO_PERMISSIONS)",
             ),
             (
                 '{"source": "aws.s3", "detail-type": "Object Created", "detail": []}',
                 {"RULE_ARN": "arn:aws:events:us-east-1:123456789012:rule/another"},
                 {"source": "aws.s3", "detail-type": "Object Created", "detail": []},
-                "EventBridge could not send it, and it is no event of a recipe's rule (NO_PERMISSIONS)",
+                "EventBridge could not deliver it, and no rule of a recipe matches (NO_PERMISSIONS)",
             ),
             (
                 "[]",
                 {"RULE_ARN": f"arn:aws:events:us-east-1:123456789012:rule/stack-recipe-{'a' * 26}"},
                 [],
-                "EventBridge could not send it, and it is no event of a recipe's rule (NO_PERMISSIONS)",
+                "EventBridge could not deliver it, and no rule of a recipe matches (NO_PERMISSIONS)",
             ),
         ],
         ids=["rule", "schedule", "another rule", "manifest", "no manifest", "no object", "no event"],

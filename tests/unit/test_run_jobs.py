@@ -96,21 +96,21 @@ def ours() -> str:
 @pytest.mark.parametrize(
     ("event", "error"),
     [
-        (None, "The event has to be a JSON object"),
-        ([PROMPT], "The event has to be a JSON object"),
+        (None, "The event must be a JSON object"),
+        ([PROMPT], "The event must be a JSON object"),
         ({}, "model: This field is required. prompt: This field is required (or `input_data`)."),
         ({"model": MODEL}, "prompt: This field is required (or `input_data`)."),
         ({"prompt": "a fox"}, "model: This field is required."),
         (PROMPT | {"prompt": ""}, "prompt: String should have at least 1 character"),
         (PROMPT | {"prompt": 7}, "prompt: Input should be a valid string"),
         (PROMPT | {"prompt": "\ud800"}, "half of a surrogate pair"),
-        (PROMPT | {"model": "flux"}, "model: Not `owner/name`"),
-        (PROMPT | {"model": f"{MODEL}:latest"}, "model: Not `owner/name`"),
-        (PROMPT | {"webhook": "https://hooks.example.com"}, "webhook: This field is not known. Known are `model`,"),
+        (PROMPT | {"model": "flux"}, "model: Must be `owner/name`"),
+        (PROMPT | {"model": f"{MODEL}:latest"}, "model: Must be `owner/name`"),
+        (PROMPT | {"webhook": "https://hooks.example.com"}, "webhook: Unknown field. The known fields are `model`,"),
         (PROMPT | {"webhook_url": "http://hooks.example.com"}, "webhook_url: "),
         (PROMPT | {"webhook_url": "https://169.254.169.254/"}, "webhook_url: "),
-        (PROMPT | {"idempotency_key": "two words"}, "idempotency_key: 1 to 255 printable"),
-        (PROMPT | {"owner": "alice"}, "owner: This field is not known."),
+        (PROMPT | {"idempotency_key": "two words"}, "idempotency_key: Must be 1 to 255 printable"),
+        (PROMPT | {"owner": "alice"}, "owner: Unknown field."),
     ],
 )  # fmt: skip
 def test_prompt_that_is_wrong_is_refused_in_its_shape_before_anything_is_asked_or_written(
@@ -148,7 +148,7 @@ def nested(depth: int) -> Any:
         (INPUT | {"max_poll_attempts": 0}, "max_poll_attempts: Input should be greater than or equal to 1"),
         (INPUT | {"max_poll_attempts": 10_001}, "max_poll_attempts: Input should be less than or equal to 10000"),
         (INPUT | {"max_poll_attempts": 1.5}, "max_poll_attempts: Input should be a valid integer"),
-        (INPUT | {"webhook_url": "https://hooks.example.com"}, "webhook_url: This field is not known."),
+        (INPUT | {"webhook_url": "https://hooks.example.com"}, "webhook_url: Unknown field."),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )

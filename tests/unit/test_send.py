@@ -41,7 +41,7 @@ KINDS = {
     "sweep_predictions": Invocation,
 }
 NOT_SENT = {
-    "authorize_request": "API Gateway asks this function",
+    "authorize_request": "API Gateway calls this function",
     "deploy_recipes": "CloudFormation calls it",
     "deliver_webhook": "Its messages name webhooks",
     "publish_changes": "Its records are those of the table's stream",
@@ -69,7 +69,7 @@ SCHEDULED = '{"recipe_id": "r", "event": {"source": "aws.scheduler", "detail-typ
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "There is no sample"), ("{", "is not JSON")]
+    ("text", "message"), [(None, "^Sample .* not found"), ("{", "is not JSON")]
 )  # fmt: skip
 def test_sample_that_cannot_be_read_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "sample.json"
@@ -82,10 +82,10 @@ def test_sample_that_cannot_be_read_is_refused(tmp_path: Path, text: str | None,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "No local stack is running: run `make local`"),
-        ("[]", "is not what `make local` writes"),
-        ("{", "is not what `make local` writes"),
-        ('{"api_url": "x"}', "is not what `make local` writes"),
+        (None, "No local stack is running. Run `make local`"),
+        ("[]", "was not written by `make local`"),
+        ("{", "was not written by `make local`"),
+        ('{"api_url": "x"}', "was not written by `make local`"),
         (
             json.dumps(
                 dict.fromkeys(
@@ -97,7 +97,7 @@ def test_sample_that_cannot_be_read_is_refused(tmp_path: Path, text: str | None,
                 )
                 | {"endpoint_url": "http://127.0.0.1:9"}
             ),
-            "does not answer: run `make local`",
+            "does not respond. Run `make local`",
         ),
     ],
     ids=["nothing", "list", "cut off", "other keys", "gone"],
@@ -117,11 +117,11 @@ def test_without_a_running_stack_nothing_is_sent(
 @pytest.mark.parametrize(
     ("folder", "event", "message"),
     [
-        ("authorize_request", {"type": "TOKEN"}, "API Gateway asks this function"),
+        ("authorize_request", {"type": "TOKEN"}, "API Gateway calls this function"),
         ("publish_changes", {"Records": [{"eventSource": "aws:dynamodb"}]}, "Its records are those of the table"),
         ("deliver_webhook", sqs("{}"), "Its messages name webhooks"),
         ("other", {"source": "aws.ec2", "detail-type": "x"}, "Only AWS itself sends events of aws.ec2"),
-        ("other", {"detail-type": "x"}, "without a source"),
+        ("other", {"detail-type": "x"}, "has no source"),
         ("other", {"Records": [{"eventSource": "aws:kinesis"}]}, "Its records are those of aws:kinesis"),
         ("other", {"Records": []}, "A state machine calls other"),
         ("other", {"pipeline_id": "x"}, "A state machine calls other"),
@@ -141,7 +141,9 @@ def test_every_sample_is_sent_as_its_folder_says_or_says_why_not(path: Path) -> 
     folder, event = read_sample(path)
     stepped = f'"{logical_name(folder)}"' in MACHINES
     if stepped or folder in NOT_SENT:
-        with pytest.raises(NotSendable, match=NOT_SENT.get(folder, f"A state machine calls {folder} with it")):
+        with pytest.raises(
+            NotSendable, match=NOT_SENT.get(folder, f"A state machine calls {folder} as one of its steps")
+        ):
             plan(folder, event)
         return
     shipments = plan(folder, event)

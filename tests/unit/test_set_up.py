@@ -219,12 +219,12 @@ class TestLock:
     @pytest.mark.parametrize(
         ("name", "old", "new", "complaint"),
         [
-            ("pyproject.toml", '"httpx==', '"httpx>=', "not made from this pyproject.toml"),
-            (lock.EMULATOR, "# Made", "# made", f"{lock.EMULATOR} is not made from this pyproject.toml"),
-            (lock.PYTHON2_CLIENT, "# Made", "# made", f"{lock.PYTHON2_CLIENT} is not made from this pyproject.toml"),
-            (lock.LAYER, "httpx==", "httpx==9.", f"{lock.LAYER} has not the httpx"),
-            (lock.DEV, "\nhttpx==", "\nhttpx==9.", f"{lock.LAYER} has not the httpx"),
-            (lock.DEV, "\nanyio==", "\n--index-url https://index.example\nanyio==", f"{lock.DEV} names an address"),
+            ("pyproject.toml", '"httpx==', '"httpx>=', "not up to date with pyproject.toml"),
+            (lock.EMULATOR, "# Made", "# made", f"{lock.EMULATOR} is not up to date with pyproject.toml"),
+            (lock.PYTHON2_CLIENT, "# Made", "# made", f"{lock.PYTHON2_CLIENT} is not up to date with pyproject.toml"),
+            (lock.LAYER, "httpx==", "httpx==9.", f"{lock.LAYER} does not have the httpx"),
+            (lock.DEV, "\nhttpx==", "\nhttpx==9.", f"{lock.LAYER} does not have the httpx"),
+            (lock.DEV, "\nanyio==", "\n--index-url https://index.example\nanyio==", f"{lock.DEV} contains an address"),
         ],
     )
     def test_files_that_disagree_are_refused(

@@ -414,7 +414,7 @@ def test_only_the_route_of_trainings_makes_a_training(more: dict[str, Any]) -> N
     ]
     for door in doors:
         if more:
-            with pytest.raises(Problem, match="not known"):
+            with pytest.raises(Problem, match="Unknown field"):
                 door()
         else:
             intent = door()

@@ -1,6 +1,6 @@
-"""Runs predictions on Replicate so that none is lost and none is paid for twice.
+"""Run predictions on Replicate so that none is lost and none is paid for twice.
 
-A package imports only from those below it, and packages of one line do not know each other (`make lint` checks this):
+A package imports only from those below it, not from one on its own line (`make lint` checks this):
 
     api, intake, notifications
     batches
@@ -11,5 +11,5 @@ A package imports only from those below it, and packages of one line do not know
     aws, net, validation, templating
     ids, status, errors, observability
 
-Importing this package imports none of them: each function pays only for what it uses.
+Importing this package imports none of them: each function loads only what it uses.
 """

@@ -1,10 +1,10 @@
-"""Errors that cross a module's border.
+"""Errors that are raised across module boundaries.
 
     PredictionsError
-    ├── Problem                 an answer for the caller (RFC 7807), raised before anything was written or spent
+    ├── Problem                 an error response for the caller (RFC 7807), raised before anything is written or spent
     ├── PredictionThrottled     caught by name in `track_prediction`: submit again after that many seconds
     ├── CopyInterrupted         caught by name in `track_prediction`: copy again later
-    └── NoLongerWanted          a message for something that has stopped meanwhile: nothing is started, nothing is wrong
+    └── NoLongerWanted          the batch, pipeline or recipe of a message is no longer active: nothing is started
 
 Errors that one module raises for its direct caller are defined in that module, below `PredictionsError`.
 Step Functions sees the class's name, so these two names are part of the state machine's definition.
@@ -16,19 +16,19 @@ from typing import Any
 
 
 class PredictionsError(Exception):
-    """The root of everything this library raises on purpose."""
+    """Base class of all errors that this library raises on purpose."""
 
 
 class Problem(PredictionsError):
-    """An answer other than success, as an RFC 7807 problem.
+    """An error response, as an RFC 7807 problem.
 
     Args:
-        status: HTTP status of the answer.
-        detail: What was wrong, where, and what to do, for the person who reads it.
+        status: HTTP status of the response.
+        detail: The invalid value, the rule and the remedy, for the person who reads it.
         title: A short name of the kind of problem; by default the status's standard phrase.
-        invalid_fields: One `{"field": …, "detail": …}` for each field that was refused.
-        headers: Headers of the answer, such as `Retry-After`.
-        upstream_status: The HTTP status with which Replicate refused it, where that is why.
+        invalid_fields: One `{"field": …, "detail": …}` for each invalid field.
+        headers: Headers of the response, such as `Retry-After`.
+        upstream_status: The HTTP status of Replicate's response, if that is the cause.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Problem(PredictionsError):
         super().__init__(f"{status}: {detail}")
         self.status = status
         self.detail = detail
-        # Replicate may answer with a status that has no name.
+        # Replicate may respond with a status that has no name.
         self.title = title or (HTTPStatus(status).phrase if status in set(HTTPStatus) else "Request refused")
         self.invalid_fields = list(invalid_fields)
         self.headers = dict(headers or {})
         self.upstream_status = upstream_status
 
     def body(self) -> dict[str, Any]:
-        """The problem as the JSON of `application/problem+json`."""
+        """Return the problem as the JSON of `application/problem+json`."""
         body: dict[str, Any] = {"title": self.title, "detail": self.detail, "status": self.status}
         if self.invalid_fields:
             body["invalid_fields"] = self.invalid_fields
@@ -59,7 +59,7 @@ class Problem(PredictionsError):
 
 
 class PredictionThrottled(PredictionsError):
-    """Replicate did not take the prediction now and has not started it; it may be submitted again.
+    """Replicate rejected the prediction for now and did not start it; it may be submitted again.
 
     The message is the number of seconds to wait and nothing else: the state machine reads it as a number.
     """
@@ -70,8 +70,8 @@ class PredictionThrottled(PredictionsError):
 
 
 class CopyInterrupted(PredictionsError):
-    """Some outputs could not be copied now, but may be later; files that are stored stay stored."""
+    """Some outputs could not be copied yet; a retry may succeed, and stored files stay stored."""
 
 
 class NoLongerWanted(PredictionsError):
-    """What a message asks for is not wanted any more, as with a line of a batch that was canceled."""
+    """The request in a message is no longer active, for example a line of a canceled batch."""

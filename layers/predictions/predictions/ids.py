@@ -7,12 +7,12 @@ import secrets
 
 
 def random_id() -> str:
-    """A new prediction id."""
+    """Return a new random prediction id."""
     return _id_of(secrets.token_bytes(17))
 
 
 def derived_id(owner: str, key: str) -> str:
-    """The prediction id that belongs to an owner's idempotency key."""
+    """Return the prediction id derived from an owner's idempotency key."""
     return _id_of(hashlib.sha256(f"{owner}\0{key}".encode()).digest())
 
 
@@ -21,16 +21,16 @@ def _id_of(entropy: bytes) -> str:
 
 
 def is_id(text: str) -> bool:
-    """Whether a text can be a prediction's id."""
+    """Return whether a string is a valid prediction id."""
     return re.fullmatch(r"[a-z0-9]{26}", text, re.ASCII) is not None
 
 
-# `payloads` is what the outputs bucket keeps beside the owners' files.
+# The outputs bucket has the prefix `payloads` next to the owners' prefixes.
 _OWNER = re.compile(r"(?!payloads$)[a-z0-9][a-z0-9-]{0,31}")
 OWNER_RULE = "1 to 32 of a-z, 0-9 and '-', not '-' first, and not 'payloads'"
-"""What `is_owner` asks for, in words."""
+"""The rule of `is_owner`, for error messages."""
 
 
 def is_owner(text: str) -> bool:
-    """Whether a text can be an owner's name."""
+    """Return whether a string is a valid owner name."""
     return _OWNER.fullmatch(text) is not None

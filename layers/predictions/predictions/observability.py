@@ -27,9 +27,10 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
 def handler_of(function: Handler) -> Handler:
-    """Makes a function a Lambda handler: log context, metrics flushed at its end and, by parameter, traces.
+    """Wrap a function as a Lambda handler with log context and metrics.
 
-    The tracer is imported only when tracing is on: it costs as much to import as a boto3 client.
+    Metrics are flushed when the function returns. The environment variable TRACING turns on traces; the tracer is
+    imported only then, because it costs as much to import as a boto3 client.
     """
 
     @wraps(function)
@@ -37,7 +38,7 @@ def handler_of(function: Handler) -> Handler:
         try:
             return function(event, context)
         finally:
-            # Powertools' own decorator warns at every call that counts nothing, as most reads do.
+            # Powertools' own decorator warns at each invocation without metrics, as most reads are.
             if metrics.metric_set:
                 metrics.flush_metrics()
 
@@ -53,12 +54,12 @@ def handler_of(function: Handler) -> Handler:
 
 
 def remaining_seconds(context: Any) -> Callable[[], float]:
-    """Tells how long the function may still run, whenever it is asked, by the context that Lambda gives a handler."""
+    """Return a callable with the function's remaining time, from Lambda's context."""
     return lambda: context.get_remaining_time_in_millis() / 1000
 
 
 def count_ended(status: str, seconds: float) -> None:
-    """Counts a prediction that callers now see ended, by its status, and how long it took from its request."""
+    """Record a visible completion by status, and the seconds since the request."""
     with single_metric(name="PredictionsEnded", unit=MetricUnit.Count, value=1) as metric:
         metric.add_dimension("status", status)
     metrics.add_metric(name="SecondsToEnd", unit=MetricUnit.Seconds, value=seconds)

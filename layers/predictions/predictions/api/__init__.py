@@ -1,1 +1,1 @@
-"""The HTTP API: routing, access tokens, paging and the routes that pass requests on to Replicate."""
+"""The HTTP API: routing, access tokens, paging and the routes that are proxied to Replicate."""

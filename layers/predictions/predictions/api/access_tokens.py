@@ -1,8 +1,8 @@
-"""Access tokens: who may call the API, and for what.
+"""Access tokens of the API: their owners and scopes.
 
 A token is `rs_` and 256 random bits. Only its SHA-256 is stored (a random token needs no salt and no slow
-hash), at pk `tokens` and sk the hash, so that one consistent read decides. Its item has no `listed_at`, hence
-appears in no index of predictions.
+hash), at pk `tokens` and sk the hash, so that one consistent read is enough. Its item has no `listed_at`, so it is
+in no index of predictions.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ _ID = re.compile(r"[0-9a-f]{6,64}")
 
 
 class Scope(StrEnum):
-    """What a token allows: start and cancel predictions, read them, start trainings, manage recipes and models.
+    """Permissions of a token: start and cancel predictions, read them, start trainings, manage recipes and models.
 
-    A training adds a version to a model of the Replicate account, which others may run by its name; so `manage`, which
+    A training adds a version to a model of the Replicate account, which others may run by its name. So `manage`, which
     may change models in any way, includes `train`, and `predict` does not.
     """
 
@@ -44,22 +44,22 @@ class Scope(StrEnum):
 
 
 class AccessTokenInvalid(PredictionsError):
-    """The owner, scopes, name or id given for a token cannot be used; the message says which and why."""
+    """The owner, scopes, name or id given for a token is invalid; the message names it and the reason."""
 
 
 class AccessTokenNotFound(PredictionsError):
-    """No one token has this id: there is none, it is revoked already, or several begin with it."""
+    """No single token has this id: it does not exist, is already revoked, or is ambiguous."""
 
 
 @dataclass(frozen=True, slots=True)
 class AccessToken:
-    """What is known of a token; the token itself is not.
+    """The stored data of a token, without the token itself.
 
     Attributes:
-        id: The first 12 characters of the hash: names the token and opens nothing.
-        owner: Whose predictions it sees and starts.
+        id: The first 12 characters of the hash: identifies the token and grants nothing.
+        owner: The owner whose predictions it reads and starts.
         scopes: In the order of `Scope`.
-        name: A label for people, such as the machine it is used on.
+        name: A label for people, such as the machine that uses it.
         created_at: RFC 3339, UTC.
         token_hint: The token's last four characters, to recognize it by.
     """
@@ -73,9 +73,9 @@ class AccessToken:
 
 
 def parse_authorization(header: str | None) -> str | None:
-    """The credentials in an Authorization header of the scheme `Bearer` or `Token` (any case), else None.
+    """Return the credentials of a `Bearer` or `Token` header, or None if it has none.
 
-    Replicate's clients send either: https://replicate.com/docs/reference/http#authentication
+    The scheme may be in any case. Replicate's clients send either: https://replicate.com/docs/reference/http#authentication
     """
     match = _AUTHORIZATION.fullmatch(header) if isinstance(header, str) else None
     return match[1] if match else None
@@ -90,13 +90,13 @@ class AccessTokens:
 
     @classmethod
     def from_env(cls) -> "AccessTokens":
-        """Those in the table named by TABLE_NAME."""
+        """Use the table named by TABLE_NAME."""
         return cls(os.environ["TABLE_NAME"], client("dynamodb"))
 
     def create(self, owner: str, scopes: Iterable[str], name: str = "") -> tuple[str, AccessToken]:
-        """Makes a token that is valid at once.
+        """Create a token that is valid immediately.
 
-        A crash before the token is shown leaves one that nobody has; `list` shows it, to be revoked.
+        If the process crashes before the token is shown, nobody has it; `list` shows its entry, to be revoked.
 
         Args:
             owner: 1 to 32 of `a-z`, `0-9` and `-`, not beginning with `-`.
@@ -104,10 +104,10 @@ class AccessTokens:
             name: A label, at most 64 printable ASCII characters.
 
         Returns:
-            The token, which cannot be had again, and what is stored of it.
+            The token, which cannot be retrieved later, and its stored data.
 
         Raises:
-            AccessTokenInvalid: An argument cannot be used; nothing was written.
+            AccessTokenInvalid: An argument is invalid; nothing was written.
         """
         if not _OWNER.fullmatch(owner):
             raise AccessTokenInvalid(
@@ -133,7 +133,7 @@ class AccessTokens:
         self._dynamodb.put_item(
             TableName=self._table_name,
             Item=item,
-            # The second half lets botocore repeat the put when only its answer was lost.
+            # The second half lets botocore retry the put if only its response was lost.
             ConditionExpression="attribute_not_exists(pk) OR (#owner = :owner AND created_at = :created_at)",
             ExpressionAttributeNames={"#owner": "owner"},
             ExpressionAttributeValues={":owner": item["owner"], ":created_at": item["created_at"]},
@@ -141,10 +141,10 @@ class AccessTokens:
         return token, _access_token(item)
 
     def find(self, token: str) -> AccessToken | None:
-        """The token's owner and scopes, or None for anything that is not a valid token.
+        """Return the token's stored data, or None if the token is not valid.
 
-        What has not the form of a token costs no read. Reads are consistent: a revoked token is unknown at
-        once.
+        A string that is not shaped like a token costs no read. Reads are consistent: a revoked token is unknown
+        immediately.
         """
         if not _TOKEN.fullmatch(token):
             return None
@@ -157,34 +157,34 @@ class AccessTokens:
         return _access_token(item) if item else None
 
     def revoke(self, token_id: str) -> AccessToken:
-        """Deletes a token.
+        """Delete a token.
 
-        The API refuses it after 60 s at most, which is as long as it keeps an authorizer's answer.
+        The API rejects it after at most 60 s, the time for which it caches an authorizer's response.
 
         Args:
-            token_id: The id that `list` shows; or more or less of the hash, at least 6 characters of it.
+            token_id: The id that `list` shows, or any prefix of the hash of at least 6 characters.
 
         Returns:
-            What was deleted.
+            The deleted token's data.
 
         Raises:
-            AccessTokenInvalid: This cannot be an id.
-            AccessTokenNotFound: No token, or more than one, has it; nothing was deleted.
+            AccessTokenInvalid: This is not a valid id.
+            AccessTokenNotFound: No token or several tokens have this id; nothing was deleted.
         """
         if not _ID.fullmatch(token_id):
             raise AccessTokenInvalid(f"The id {token_id!r} must be 6 to 64 of 0-9 and a-f, as `tokens list` shows it.")
         items = self._query("pk = :pk AND begins_with(sk, :id)", {":id": {"S": token_id}})
         if len(items) != 1:
             raise AccessTokenNotFound(
-                f"No token has the id {token_id}; it may be revoked already."
+                f"Token {token_id} not found. It may already be revoked."
                 if not items
-                else f"{len(items)} tokens have an id that begins with {token_id}: give more of it."
+                else f"{len(items)} tokens have an id that begins with {token_id}. Give more characters of the id."
             )
         self._dynamodb.delete_item(TableName=self._table_name, Key={"pk": {"S": TOKENS_PK}, "sk": items[0]["sk"]})
         return _access_token(items[0])
 
     def list(self) -> Sequence[AccessToken]:
-        """All tokens, oldest first."""
+        """Return all tokens, oldest first."""
         return sorted(map(_access_token, self._query("pk = :pk")), key=lambda token: token.created_at)
 
     def _query(self, condition: str, values: Mapping[str, Any] | None = None) -> Sequence[Mapping[str, Any]]:

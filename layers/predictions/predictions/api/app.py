@@ -1,7 +1,7 @@
-"""The HTTP API's common part: routing, and errors as problems.
+"""Shared parts of the HTTP API: routing, and errors as problems.
 
-Each API function makes a resolver with `resolver()`, adds its routes and ends with `answer_with(app)`. Errors become
-RFC 7807 problems here, once.
+Each API function creates a resolver with `resolver()`, adds its routes and ends with `answer_with(app)`. Errors become
+RFC 7807 problems in this module only.
 """
 
 import base64
@@ -22,7 +22,7 @@ from predictions.ids import is_id
 from predictions.observability import handler_of, logger
 from predictions.store.predictions import PredictionsTable, Whole
 
-# What a page's script may read of an answer, besides its body.
+# Response headers that a script in a browser may read.
 _EXPOSED_HEADERS = [
     "Location", "Preference-Applied", "Retry-After", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"
 ]  # fmt: skip
@@ -30,16 +30,16 @@ _EXPOSED_HEADERS = [
 _JSON = "application/json"
 _PROBLEM = "application/problem+json"
 
-# Made from openapi.yaml by `make openapi`; read when it is asked for, so that no cold start pays for its 97 KB.
+# Made from openapi.yaml by `make openapi`; read on request, so that no cold start pays for its 97 KB.
 _DOCUMENT = Path(__file__).with_name("openapi.json")
 _DOCUMENT_URL = "https://api.example.com/v1"  # the server that openapi.yaml names
 
 
 def resolver() -> APIGatewayRestResolver:
-    """A Powertools resolver that answers every error with a problem."""
+    """Return a Powertools resolver that turns every error into a problem response."""
     origin = os.environ["CORS_ORIGIN"]
     cors = CORSConfig(allow_origin=origin, expose_headers=_EXPOSED_HEADERS, max_age=600) if origin else None
-    # Under a domain name of its own the API's base path is part of the event's path.
+    # With a custom domain name, the API's base path is part of the event's path.
     app = APIGatewayRestResolver(debug=False, cors=cors, strip_prefixes=["/v1"])
 
     def refuse(problem: Problem) -> Response[str]:
@@ -48,7 +48,7 @@ def resolver() -> APIGatewayRestResolver:
 
     def not_found(_: NotFoundError) -> Response[str]:
         event = app.current_event
-        return refuse(Problem(404, f"There is no route {event.http_method} {event.path[:200]}."))
+        return refuse(Problem(404, f"Route {event.http_method} {event.path[:200]} not found."))
 
     app.exception_handler(Problem)(refuse)
     app.not_found(not_found)
@@ -56,7 +56,10 @@ def resolver() -> APIGatewayRestResolver:
 
 
 def answer_with(app: APIGatewayRestResolver) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
-    """The Lambda handler of a resolver: whatever its routes do not expect is a 503 problem that says nothing of it."""
+    """Return the Lambda handler of a resolver.
+
+    An error that its routes do not expect becomes a 503 or 500 problem without details.
+    """
 
     def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
         try:
@@ -64,11 +67,11 @@ def answer_with(app: APIGatewayRestResolver) -> Callable[[dict[str, Any], Any], 
         except (ClientError, BotoCoreError):
             logger.exception("AWS failed")
             problem = Problem(
-                503, "The stack could not reach a part of itself: try again.", headers={"Retry-After": "2"}
+                503, "A backend service is temporarily unavailable. Retry the request.", headers={"Retry-After": "2"}
             )
-        except Exception:  # noqa: BLE001  # the last border before the caller: nothing of an unexpected error may reach it
+        except Exception:  # noqa: BLE001  # the caller must see no detail of an unexpected error
             logger.exception("unexpected error")
-            problem = Problem(500, "The stack made an error; its log has the details.")
+            problem = Problem(500, "Internal error. The stack's log has the details.")
         answer = _response(problem.status, problem.body(), _PROBLEM, problem.headers)
         origin = os.environ["CORS_ORIGIN"]
         allowed = {"Access-Control-Allow-Origin": origin} if origin else {}
@@ -83,15 +86,15 @@ def answer_with(app: APIGatewayRestResolver) -> Callable[[dict[str, Any], Any], 
 
 
 def json_response(status: int, body: Any, headers: Mapping[str, str] | None = None) -> Response[str]:
-    """A JSON answer."""
+    """Return a JSON response."""
     return _response(status, body, _JSON, headers)
 
 
 def openapi_response() -> Response[str]:
     """Respond with the API's OpenAPI document.
 
-    Its server is this stack's own URL.
-    The file's text is the response: to parse and serialize it again would only take time.
+    Its server is this stack's own URL. The response is the file's text: parsing and serializing it would only take
+    time.
     """
     text = _DOCUMENT.read_text(encoding="ascii").replace(json.dumps(_DOCUMENT_URL), json.dumps(api_url()), 1)
     return Response(status_code=200, content_type=_JSON, body=text)
@@ -105,7 +108,7 @@ def owner_with(app: APIGatewayRestResolver, *scopes: Literal["predict", "read", 
         scopes: The token needs one of these; `manage` includes `train`.
 
     Raises:
-        Problem: 403, where the token has none of the scopes.
+        Problem: 403 if the token has none of the scopes.
     """
     authorized: Mapping[str, Any] = app.current_event.request_context.authorizer.raw_event
     owner = authorized.get("owner")
@@ -114,20 +117,21 @@ def owner_with(app: APIGatewayRestResolver, *scopes: Literal["predict", "read", 
         given.add("train")
     if not owner or given.isdisjoint(scopes):
         wanted = " or ".join(f"`{scope}`" for scope in scopes)
-        raise Problem(403, f"This access token lacks the scope {wanted}: its owner has to make one that has it.")
+        raise Problem(403, f"This access token lacks the scope {wanted}. Use a token that has it.")
     return str(owner)
 
 
 def headers_of(app: APIGatewayRestResolver) -> dict[str, str]:
-    """The current request's headers, their names in lower case."""
+    """Return the current request's headers, with names in lower case."""
     headers: Mapping[str, str | None] = app.current_event.headers
     return {name.lower(): value for name, value in headers.items() if value is not None}
 
 
 def all_headers_of(app: APIGatewayRestResolver) -> dict[str, str]:
-    """As `headers_of`, but with all values of a header that was sent more than once, joined as RFC 9110 does.
+    """Return the current request's headers, repeated ones joined as in RFC 9110.
 
-    The last of them is what `headers_of` has; whoever must not choose among several uses this.
+    `headers_of` has only the last value of a repeated header. Use this function where a choice among several values
+    would be unsafe.
     """
     event = app.current_event.raw_event
     many: Mapping[str, list[str | None]] = event.get("multiValueHeaders") or {
@@ -140,39 +144,39 @@ def all_headers_of(app: APIGatewayRestResolver) -> dict[str, str]:
 
 
 def body_of(app: APIGatewayRestResolver) -> bytes:
-    """The current request's body, as sent.
+    """Return the current request's body, as sent.
 
     Raises:
-        Problem: 415, where it is said to be compressed or otherwise encoded; 400, where bytes that are no UTF-8 were
-            replaced on the way, or what API Gateway calls base64 is none.
+        Problem: 415 if the body is declared as compressed or otherwise encoded; 400 if invalid UTF-8 was replaced in
+            transit, or if the base64 from API Gateway is invalid.
     """
     event, headers = app.current_event, headers_of(app)
     coding = headers.get("content-encoding", "").strip().lower()
     if coding not in ("", "identity"):
-        # To unpack what a stranger packed has no bound; to read it as it is would take it for something else.
-        detail = f"The body is said to be encoded as {coding[:30]!a}: send it as it is, without Content-Encoding."
+        # Decompressing untrusted data is unbounded; reading it without decompressing would misinterpret it.
+        detail = f"The content encoding {coding[:30]!a} is not supported. Send the body without Content-Encoding."
         raise Problem(415, detail, headers={"Accept-Encoding": "identity"})
     if event.is_base64_encoded:
         try:
             return base64.b64decode(event.body or "", validate=True)
         except ValueError:
-            raise Problem(400, "The body is not readable: it came as base64, and is none.") from None
+            raise Problem(400, "The body is not valid base64.") from None
     body = (event.body or "").encode("utf-8", "surrogatepass")
     length, media_type = headers.get("content-length", ""), headers.get("content-type", "application/json")
-    # Other types are refused as such: nobody who sends one means text.
+    # Other media types are rejected as unsupported, whatever their bytes.
     is_read = re.match(r"\s*(application/([^;]*\+)?json|multipart/form-data)\s*(;|$)", media_type, re.IGNORECASE)
     if is_read and re.fullmatch(r"[0-9]{1,12}", length, re.ASCII) and int(length) != len(body):
-        raise Problem(400, "The body was altered on its way: it is no UTF-8, and was taken for text.")
+        raise Problem(400, "The body is not valid UTF-8. Send it as UTF-8.")
     return body
 
 
 def own_prediction(
     table: PredictionsTable, prediction_id: str, owner: str, kind: Literal["prediction", "training"] = "prediction"
 ) -> Whole:
-    """One of an owner's predictions, or trainings.
+    """Return one of an owner's predictions or trainings.
 
     Raises:
-        Problem: 404, where there is none, it is of the other kind, or another owner's: nobody learns which.
+        Problem: 404 if it does not exist, is of the other kind, or belongs to another owner; the response is the same.
     """
     whole = table.read(prediction_id) if is_id(prediction_id) else None
     if whole is None or whole.prediction.owner != owner or whole.prediction.object != kind:
@@ -181,8 +185,8 @@ def own_prediction(
 
 
 def no_prediction(prediction_id: str, kind: str = "prediction") -> Problem:
-    """The 404 for a prediction or training that is not there, or not the caller's."""
-    return Problem(404, f"There is no {kind} {prediction_id[:64]!r}.")
+    """Return the 404 for a prediction or training that the caller does not have."""
+    return Problem(404, f"{kind.capitalize()} {prediction_id[:64]!r} not found.")
 
 
 def _response(status: int, body: Any, content_type: str, headers: Mapping[str, str] | None) -> Response[str]:

@@ -1,6 +1,6 @@
-"""Pages of a list: cursors, opaque to callers and harmless when made up, and the moments that a list is between.
+"""Paging of lists: opaque cursors that are safe if forged, and time filters.
 
-A cursor says where a page starts and on which side.
+A cursor encodes where a page starts and its direction.
 """
 
 import base64
@@ -14,13 +14,13 @@ from predictions.errors import Problem
 
 
 def cursor_url(path: str, place: str | None, *, older: bool, filters: Mapping[str, str] | None = None) -> str | None:
-    """The URL of the page beside a place in a list; None where there is no such page.
+    """Return the URL of the page next to a position, or None if it does not exist.
 
     Args:
         path: The list's route, such as `/files`.
         place: `{created_at}#{id}`.
-        older: Whether the page lies on the older side of it.
-        filters: The list's other parameters, which its pages keep.
+        older: Whether the page holds the older entries.
+        filters: The list's other query parameters, repeated in the URL.
     """
     if place is None:
         return None
@@ -37,15 +37,15 @@ def page_links(
     beyond: str | None,
     filters: Mapping[str, str] | None = None,
 ) -> dict[str, str | None]:
-    """The URLs of a page's neighbours, as `previous` (newer) and `next` (older).
+    """Return the URLs of the `previous` (newer) and `next` (older) pages.
 
     Args:
         path: The list's route, such as `/files`.
-        start: The place beside which the page starts; None for the newest page.
-        older: Whether the page lies on the older side of it.
-        first: The place of the first of the page, from `start` on; None on an empty page.
-        beyond: The place of the last one, where there are further ones.
-        filters: The list's other parameters, which its pages keep.
+        start: The position next to which the page starts; None for the newest page.
+        older: Whether the page holds the entries older than `start`.
+        first: The position of the page's entry nearest to `start`; None if the page is empty.
+        beyond: The position of the page's last entry, if more entries follow.
+        filters: The list's other query parameters, repeated in the URLs.
     """
     before = first if start else None
     newer, further = (before, beyond) if older else (beyond, before)
@@ -56,10 +56,11 @@ def page_links(
 
 
 def read_cursor(cursor: str) -> tuple[bool, str | None]:
-    """Whether a page lies on the older side of its place, and the place; the newest page where there is no cursor.
+    """Return a cursor's direction (whether older) and position, None if newest.
 
     Raises:
-        Problem: 422, where it is none of ours. The owner is not in it, so a made-up one shows nothing of others.
+        Problem: 422 if it is not a cursor of this API. A cursor does not name the owner, so a forged one shows nothing
+            of other owners.
     """
     if not cursor:
         return True, None
@@ -69,20 +70,20 @@ def read_cursor(cursor: str) -> tuple[bool, str | None]:
         text = ""
     found = re.fullmatch(r"([no])(\d{4}-\d\d-\d\dT[\d:.]{8,15}Z#[a-z0-9]{26})", text, re.ASCII)
     if not found:
-        detail = "Not a cursor of this API: take it from `next` or `previous` as it is."
+        detail = "Not a valid cursor. Use the URLs in `next` and `previous` unchanged."
         raise Problem(422, detail, invalid_fields=[{"field": "cursor", "detail": detail}])
     return found[1] == "o", found[2]
 
 
 def read_moment(name: str, text: str) -> datetime:
-    """A moment in ISO 8601, in UTC; one without an offset is UTC's.
+    """Parse an ISO 8601 date-time and return it in UTC, the default offset.
 
     Args:
-        name: The parameter's.
+        name: The parameter's name.
         text: Its value.
 
     Raises:
-        Problem: 422, where it is none.
+        Problem: 422 if it is not a date-time.
     """
     upper = text.upper()
     form = r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d:?\d\d)?)?"
@@ -91,6 +92,6 @@ def read_moment(name: str, text: str) -> datetime:
             moment = datetime.fromisoformat(upper)
             return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
-        pass  # no such day, or before the first one
-    detail = "Has to be a date-time in ISO 8601, such as 2025-01-31T12:00:00Z; a `+` in a query is sent as %2B."
+        pass  # not a calendar date, or out of range
+    detail = "Must be an ISO 8601 date-time, such as 2025-01-31T12:00:00Z. Encode a `+` in a query as %2B."
     raise Problem(422, detail, invalid_fields=[{"field": name, "detail": detail}])

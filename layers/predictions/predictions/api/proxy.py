@@ -1,18 +1,18 @@
-"""Calls that are passed on to Replicate: all that neither starts nor shows a prediction, a training or a file.
+"""Proxy to Replicate for all routes that neither start nor show a prediction, a training or a file.
 
-What passes is written down here; all else stays. To Replicate go a path made of checked names, the query, and the body
-of a change: no header of the caller's, so neither its access token nor a hop-by-hop header. Back come the status, the
-body with its links turned to this stack, and `HEADERS`.
+Only what is listed here passes. To Replicate go a path made of checked names, the query, and the body of a change: no
+header of the caller's, so neither its access token nor a hop-by-hop header. Back come the status, the body with its
+links rewritten to this stack, and `HEADERS`.
 
     Replicate                    caller
-    2xx, 3xx within its API      the same; 502 where it is nothing that this route can answer
+    2xx, 3xx within its API      the same; 502 if this route cannot return it
     401, 402                     502: the stack's own token or credit, `UpstreamRefusals` counts it
     other 4xx                    the same, as a problem
     5xx                          502, or 503 for 503
-    no answer in time            504
+    no response in time          504
     no connection                502
 
-A GET is tried a second time when the connection breaks; nothing else is, since it may have been done.
+A GET is retried once if the connection breaks; no other method is, because the change may have been made.
 """
 
 import json
@@ -70,32 +70,35 @@ ROUTES: tuple[tuple[Method, str], ...] = (
     ("DELETE", "/models/{owner}/{name}/versions/{id}"),
     ("GET", "/search"),
 )
-"""What is passed on, as in Replicate's own document. `QUERY /models` is not: API Gateway knows no such method."""
+"""The routes of the proxy, as in Replicate's own document.
+
+`QUERY /models` is left out: API Gateway has no such method.
+"""
 
 HEADERS = ("retry-after", *RATE_LIMIT_HEADERS)
-"""Headers that come back as they are. No `etag`: it would name the body before its links were turned."""
+"""Response headers that are passed through. No `etag`: it identifies the body before its links are rewritten."""
 
 CHANGE_LIMIT_BYTES = 1024 * 1024
-"""The largest body of a change: a readme is the longest thing in one."""
+"""The largest body of a change; a readme is its longest field."""
 
 QUERY_LIMIT_CHARACTERS = 4096
 
 ANSWER_LIMIT_BYTES = 5_500_000
-"""Lambda answers with at most 6 MB, in which the body is a string.
+"""A Lambda response has at most 6 MB, in which the body is a string.
 https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html"""
 
 VERSION_CACHE_SECONDS = 3600
-"""A version never changes, but it can be deleted, and the stack's token can become another account's."""
+"""A version never changes, but it can be deleted, and the stack's token may be replaced by another account's."""
 
 VERSION_CACHE_LIMIT_BYTES = 200 * 1024
 """An item holds 400 KB: https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ServiceQuotas.html"""
 
-# API Gateway ends a request after 29 s. The longest way takes 26: two connections (3 s each), the head of an answer and
-# a part of its body (10 s each).
+# API Gateway ends a request after 29 s. The longest path takes 26: two connections (3 s each), the head of a response
+# and a part of its body (10 s each).
 _TIMEOUT = httpx.Timeout(10, connect=3)
 _DEADLINE_SECONDS = 16
 
-# Nothing in them can lead out of the API's path, or means anything to a URL: no '/', '%', '?', '#', nor '..' alone.
+# No name can leave the API's path or has a meaning in a URL: no '/', '%', '?', '#', nor '..' alone.
 _NAMES = {
     "owner": re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_])?"),
     "name": re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_])?"),
@@ -109,14 +112,14 @@ _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a route of `ROUTES`, checked.
+    """A validated call of a route of `ROUTES`.
 
     Attributes:
         path: Below the API's base URL.
-        query: Encoded anew, without the question mark; empty where there is none.
+        query: Encoded again, without the question mark; empty if the call has none.
         body: For POST and PATCH only.
-        version_id: The version that the path names.
-        is_readme: Whether the answer is text.
+        version_id: The version in the path.
+        is_readme: Whether the response is text.
     """
 
     method: Method
@@ -136,34 +139,34 @@ class Call:
         body: bytes,
         content_type: str | None,
     ) -> "Call":
-        """Checks what a stranger sent.
+        """Validate a call; all arguments but the route are untrusted.
 
         Args:
-            method: Of the route.
+            method: The route's method.
             template: The route's path, as in `ROUTES`.
             names: The path's parameters.
             query: The query, decoded.
-            body: As sent; left out where the method takes none.
-            content_type: The body's, as the caller says.
+            body: As sent; ignored if the method takes none.
+            content_type: The body's media type, as the caller declares it.
 
         Raises:
-            Problem: 404 (nothing can have that name), 400 (the query or body is not readable), 413, 414, 415 or 422.
+            Problem: 404 (the name is not valid), 400 (the query or body is not readable), 413, 414, 415 or 422.
         """
         for key, value in names.items():
             if not _NAMES[key].fullmatch(value):
-                raise Problem(404, f"Nothing on Replicate has such a name: the {key} in the path is not valid.")
+                raise Problem(404, f"Not found: the {key} in the path is not a valid name on Replicate.")
         try:
             encoded = urlencode({name: list(values) for name, values in query.items()}, doseq=True)
         except UnicodeEncodeError:
-            raise Problem(400, "The query is not UTF-8.") from None
+            raise Problem(400, "The query is not valid UTF-8.") from None
         if len(encoded) > QUERY_LIMIT_CHARACTERS:
-            raise Problem(414, f"The query is longer than {QUERY_LIMIT_CHARACTERS} characters.")
+            raise Problem(414, f"The query exceeds the limit of {QUERY_LIMIT_CHARACTERS} characters.")
         content = None
         if method in ("POST", "PATCH"):
             if len(body) > CHANGE_LIMIT_BYTES:
-                raise Problem(413, f"The body has {len(body)} bytes; {CHANGE_LIMIT_BYTES} are taken here.")
+                raise Problem(413, f"The body exceeds the limit of {CHANGE_LIMIT_BYTES} bytes (got {len(body)}).")
             if not isinstance(parse_json(body, content_type), dict):
-                raise Problem(422, "The body has to be a JSON object.")
+                raise Problem(422, "The body must be a JSON object.")
             content = body
         path = template.format(**names)
         return cls(method, path, encoded, content, names.get("id"), template.endswith("/readme"))
@@ -171,7 +174,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the caller gets: `text` is empty where Replicate sent no body."""
+    """The response to the caller; `text` is empty if Replicate sent no body."""
 
     status: int
     text: str
@@ -180,13 +183,13 @@ class Answer:
 
 
 class Forwarding:
-    """Passes calls on with the stack's token.
+    """Passes calls to Replicate with the stack's token.
 
     Args:
         url: The base URL of Replicate's API.
-        token: Gives the stack's token.
-        http: The client to use; it must not follow redirects, since the token goes with every request.
-        versions: Keeps model versions.
+        token: Returns the stack's token.
+        http: The client to use; it must not follow redirects, since the token is sent with every request.
+        versions: Caches model versions.
         clock: Seconds, for the deadline.
     """
 
@@ -206,7 +209,10 @@ class Forwarding:
 
     @classmethod
     def from_env(cls) -> "Forwarding":
-        """From `REPLICATE_API_URL`, `REPLICATE_TOKEN_SECRET_ARN`, `TABLE_NAME` and `VALIDATE_INPUT`."""
+        """Build from the environment.
+
+        Reads `REPLICATE_API_URL`, `REPLICATE_TOKEN_SECRET_ARN`, `TABLE_NAME` and `VALIDATE_INPUT`.
+        """
         http = httpx.Client(
             timeout=_TIMEOUT, follow_redirects=False, trust_env=False, headers={"User-Agent": "replicate-serverless"}
         )
@@ -215,19 +221,19 @@ class Forwarding:
         return cls(os.environ["REPLICATE_API_URL"], Token(os.environ["REPLICATE_TOKEN_SECRET_ARN"]), http, versions)
 
     def forward(self, call: Call) -> Answer:
-        """Passes one call on.
+        """Pass one call to Replicate and return its response.
 
         Raises:
-            Problem: Replicate's own 4xx; 502, 503 or 504 where Replicate, the way there or the stack's token failed.
+            Problem: Replicate's own 4xx; 502, 503 or 504 if Replicate, the connection or the stack's token failed.
         """
-        # Before anything is changed at Replicate: without it no answer can be given.
+        # Before anything is changed at Replicate: without this URL no response can be built.
         own_url = api_url()
         if call.version_id and call.method == "GET" and (text := self._versions.find(call)):
             return Answer(200, text, "application/json", {})
         try:
             answer = self._answer(call, self._send(call), own_url)
         finally:
-            if call.version_id and call.method == "DELETE":  # an answer that was lost may have been a yes
+            if call.version_id and call.method == "DELETE":  # it may have succeeded with its response lost
                 self._versions.forget(call)
         if call.version_id and call.method == "GET" and answer.status == 200:
             self._versions.keep(call, answer.text)
@@ -240,16 +246,16 @@ class Forwarding:
                 return self._exchange(call, deadline)
             except TokenUnreadable as error:
                 _count_refusal(None)
-                raise Problem(502, f"Nothing was asked: {error}. The stack's operator has to mend that.") from error
+                raise Problem(502, f"The request was not sent: {error}. Contact the operator of this stack.") from error
             except _BROKEN as error:
                 if call.method == "GET" and attempt == 1 and self._clock() < deadline:
                     continue
-                what = "could not be reached" if isinstance(error, _NOT_SENT) else "broke the connection off"
+                what = "could not be reached" if isinstance(error, _NOT_SENT) else "closed the connection"
                 raise Problem(502, _lost(call, error, what)) from error
             except httpx.TimeoutException as error:
-                raise Problem(504, _lost(call, error, "did not answer in time")) from error
+                raise Problem(504, _lost(call, error, "did not respond in time")) from error
             except httpx.HTTPError as error:
-                raise Problem(502, _lost(call, error, "gave no readable answer")) from error
+                raise Problem(502, _lost(call, error, "sent an unreadable response")) from error
         raise AssertionError("the second attempt either returns or raises")
 
     def _exchange(self, call: Call, deadline: float) -> httpx.Response:
@@ -259,68 +265,68 @@ class Forwarding:
         }
         if call.body is not None:
             headers["Content-Type"] = "application/json"
-        # As text: httpx would take `params` for a replacement of what is in the URL.
+        # As text: httpx would let `params` replace the query of the URL.
         url = f"{self._url}{call.path}" + (f"?{call.query}" if call.query else "")
-        with self._http.stream(call.method, url, content=call.body, headers=headers) as told:
+        with self._http.stream(call.method, url, content=call.body, headers=headers) as response:
             received = bytearray()
-            for chunk in told.iter_bytes():
+            for chunk in response.iter_bytes():
                 received += chunk
                 if len(received) > ANSWER_LIMIT_BYTES:
                     raise _too_large()
                 if self._clock() > deadline:
-                    raise httpx.ReadTimeout("the answer does not end")
-        # The body is decoded already; its length and encoding are no longer what these say.
-        kept = [(k, v) for k, v in told.headers.raw if k.lower() not in (b"content-length", b"content-encoding")]
-        return httpx.Response(told.status_code, headers=kept, content=bytes(received), request=told.request)
+                    raise httpx.ReadTimeout("the response does not end")
+        # The body is decoded already, so these two headers no longer describe it.
+        kept = [(k, v) for k, v in response.headers.raw if k.lower() not in (b"content-length", b"content-encoding")]
+        return httpx.Response(response.status_code, headers=kept, content=bytes(received), request=response.request)
 
-    def _answer(self, call: Call, told: httpx.Response, own_url: str) -> Answer:
-        status = told.status_code
-        headers = {name: told.headers[name] for name in HEADERS if name in told.headers}
+    def _answer(self, call: Call, response: httpx.Response, own_url: str) -> Answer:
+        status = response.status_code
+        headers = {name: response.headers[name] for name in HEADERS if name in response.headers}
         logger.info("forwarded", method=call.method, path=call.path, status=status)
         if 400 <= status < 500:
-            raise self._refusal(told, headers)
+            raise self._refusal(response, headers)
         if not 200 <= status < 400:
             detail = f"Replicate failed ({status}). " + _whether_done(call)
             raise Problem(503 if status == 503 else 502, detail, headers=headers if status == 503 else {})
-        if turned := self._turned(_location(told), own_url):
+        if turned := self._turned(_location(response), own_url):
             headers["location"] = turned
         elif status >= 300:
-            raise Problem(502, f"Replicate redirects ({status}) to a place outside its API; that is not followed.")
-        if not told.content or status >= 300:
+            raise Problem(502, f"Replicate redirects ({status}) to a URL outside its API, which is not followed.")
+        if not response.content or status >= 300:
             return Answer(status, "", "", headers)
-        text, content_type = self._body(call, told, own_url)
+        text, content_type = self._body(call, response, own_url)
         if len(json.dumps(text)) > ANSWER_LIMIT_BYTES:
             raise _too_large()
         return Answer(status, text, content_type, headers)
 
-    def _refusal(self, told: httpx.Response, headers: Mapping[str, str]) -> Problem:
-        refusal = not_accepted(told)
-        if told.status_code in (401, 402):
+    def _refusal(self, response: httpx.Response, headers: Mapping[str, str]) -> Problem:
+        refusal = not_accepted(response)
+        if response.status_code in (401, 402):
             self._token.forget()
-            _count_refusal(told.status_code)
-            why = f"Replicate refuses this stack's token or credit ({told.status_code})."
-            return Problem(502, f"{why} Its operator has to mend that.")
+            _count_refusal(response.status_code)
+            why = f"Replicate rejects this stack's token or credit ({response.status_code})."
+            return Problem(502, f"{why} Contact the operator of this stack.")
         if isinstance(refusal, Throttled):
             headers = {"retry-after": str(refusal.seconds), **headers}
-        return Problem(told.status_code, refusal.detail, invalid_fields=refusal.invalid_fields, headers=headers)
+        return Problem(response.status_code, refusal.detail, invalid_fields=refusal.invalid_fields, headers=headers)
 
-    def _body(self, call: Call, told: httpx.Response, own_url: str) -> tuple[str, str]:
-        media_type = told.headers.get("content-type", "").partition(";")[0].strip().lower()
+    def _body(self, call: Call, response: httpx.Response, own_url: str) -> tuple[str, str]:
+        media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if call.is_readme and media_type in ("text/plain", "text/markdown"):
-            return told.content.decode("utf-8", "replace"), f"{media_type}; charset=utf-8"
-        value = read_json(told.content) if media_type == "application/json" else None
+            return response.content.decode("utf-8", "replace"), f"{media_type}; charset=utf-8"
+        value = read_json(response.content) if media_type == "application/json" else None
         if not isinstance(value, dict | list):
-            raise Problem(502, f"Replicate's answer ({told.status_code}) is not of the kind that this route gives.")
+            raise Problem(502, f"Replicate's response ({response.status_code}) is not of this route's media type.")
         self._turn_links(value, own_url)
         try:
             text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
             text.encode()
         except (ValueError, RecursionError):
-            raise Problem(502, "Replicate's answer is nested too deep, or not Unicode.") from None
+            raise Problem(502, "Replicate's response is nested too deep, or not valid Unicode.") from None
         return text, "application/json"
 
     def _turn_links(self, value: Any, own_url: str) -> None:
-        """Turns the links that Replicate's document defines; no text, input or output that looks like one."""
+        """Rewrite the links of Replicate's document, never text, input or output."""
         waiting = [value]
         while waiting:
             part = waiting.pop()
@@ -328,29 +334,29 @@ class Forwarding:
                 waiting += part
             elif isinstance(part, dict):
                 if "results" in part:
-                    # A client sends its access token to whatever page is named.
+                    # A client sends its access token to any URL in these links.
                     part |= {k: self._turned(part[k], own_url) for k in ("next", "previous") if k in part}
                 if isinstance(urls := part.get("urls"), dict):
-                    # The other ones, such as `web`, lead to Replicate's own pages.
+                    # Other links, such as `web`, lead to Replicate's own pages.
                     part["urls"] = {k: self._turned(v, own_url) or v for k, v in urls.items()}
-                # Pages; a model's example; a collection's models; what a search found.
+                # Pages; a model's example; a collection's models; search results.
                 waiting += [part[k] for k in ("results", "default_example", "models", "model") if k in part]
 
     def _turned(self, link: Any, own_url: str) -> str | None:
-        """The same place behind this stack; None where it is outside Replicate's API."""
+        """Return the link's URL on this stack, or None if it is outside Replicate's API."""
         if not isinstance(link, str) or not link.startswith(f"{self._url}/"):
             return None
         return own_url + link.removeprefix(self._url)
 
 
 class VersionCache:
-    """Model versions as Replicate answered them, in the table. A cache that fails is none: the call goes on without it.
+    """Caches model versions, as Replicate returned them, in the table. If the cache fails, the call goes to Replicate.
 
     Args:
         table_name: The table's name.
         dynamodb: The client to use.
         now: Seconds since 1970.
-        keeps_schemas: Whether to keep the schemas of their inputs too, by which `lifecycle.model_lookup` checks a
+        keeps_schemas: Whether to cache the schemas of their inputs too, with which `lifecycle.model_lookup` checks a
             prediction that names nothing but the version's id.
     """
 
@@ -368,17 +374,17 @@ class VersionCache:
         self._keeps_schemas = keeps_schemas
 
     def find(self, call: Call) -> str | None:
-        """The answer to a call, where it is kept and not too old."""
+        """Return the cached response to a call, or None if it is missing or expired."""
         try:
             found = self._dynamodb.get_item(TableName=self._table_name, Key=self._key(call)).get("Item")
         except (ClientError, BotoCoreError):
-            logger.exception("the cache of versions cannot be read")
+            logger.exception("version cache not read")
             return None
-        # The table removes expired items up to days later.
+        # DynamoDB removes expired items up to days later.
         return found["json"]["S"] if found and int(found["expires_at"]["N"]) > self._now() else None
 
     def keep(self, call: Call, text: str) -> None:
-        """Keeps the answer to a call, if it is the version that was asked for and not too large."""
+        """Cache the response to a call if it is the requested version and not too large."""
         value = read_json(text.encode())
         if call.version_id is None or not isinstance(value, dict) or value.get("id") != call.version_id:
             return
@@ -389,19 +395,19 @@ class VersionCache:
             self._keep_schema(call.version_id, "/".join(call.path.split("/")[2:4]), value.get("openapi_schema"))
 
     def forget(self, call: Call) -> None:
-        """Forgets a version that was deleted: no function may delete items, so an expired one replaces it.
+        """Replace a deleted version by an expired item: no function may delete items.
 
-        A read at the same moment may keep it once more, for `VERSION_CACHE_SECONDS`.
+        A concurrent read may cache it again, for `VERSION_CACHE_SECONDS`.
         """
         self._put(call, "{}", int(self._now()))
 
     def _keep_schema(self, version: str, model: str, openapi_schema: Any) -> None:
-        """As `PredictionsTable.keep_schema`; of a schema that is too large for an item only whose it is."""
+        """Cache a schema like `PredictionsTable.keep_schema`; if too large, its owner."""
         text, seconds = to_keep(usable_schema(openapi_schema, version))
         kept: dict[str, Any] = {"model": {"S": model}, "json": {"S": text}}
         options: dict[str, Any] = {}
         if len(text.encode()) > PAYLOAD_LIMIT_BYTES:
-            # The next prediction asks for it, and keeps it in the bucket: this function has nothing to do there.
+            # The next prediction fetches it and stores it in the bucket, to which this function has no access.
             del kept["json"]
             options = {
                 "ConditionExpression": "attribute_not_exists(pk) OR expires_at <= :now",
@@ -418,32 +424,32 @@ class VersionCache:
         try:
             self._dynamodb.put_item(TableName=self._table_name, Item=item, **options)
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
-            return  # what is there knows more
+            return  # the stored item is more recent
         except (ClientError, BotoCoreError):
-            logger.exception("the cache of versions cannot be written")
+            logger.exception("version cache not written")
 
     def _key(self, call: Call) -> dict[str, Any]:
         return {"pk": {"S": f"forwarded#{call.path}"}, "sk": {"S": "answer"}}
 
 
-def _location(told: httpx.Response) -> str | None:
-    """Where an answer leads, which may be said relative to what was asked."""
-    location = told.headers.get("location")
+def _location(response: httpx.Response) -> str | None:
+    """Return the target of a redirect, resolved against the request's URL."""
+    location = response.headers.get("location")
     try:
-        return str(told.request.url.join(location)) if location else None
+        return str(response.request.url.join(location)) if location else None
     except (httpx.InvalidURL, ValueError):
         return None
 
 
 def _too_large() -> Problem:
-    limit = f"{ANSWER_LIMIT_BYTES} bytes that this stack can pass on"
-    return Problem(502, f"Replicate's answer is larger than the {limit}. Ask Replicate itself for it.")
+    limit = f"{ANSWER_LIMIT_BYTES} bytes that this stack can return"
+    return Problem(502, f"Replicate's response exceeds the limit of {limit}. Request it from Replicate directly.")
 
 
 def _whether_done(call: Call) -> str:
     if call.method == "GET":
-        return "Try again later."
-    return "Whether the change was made is not known: look before you repeat it."
+        return "Retry later."
+    return "The outcome of the change is unknown. Check before you repeat it."
 
 
 def _lost(call: Call, error: Exception, what: str) -> str:
@@ -452,5 +458,5 @@ def _lost(call: Call, error: Exception, what: str) -> str:
 
 
 def _count_refusal(status: int | None) -> None:
-    logger.error("Replicate refuses the stack's token or credit", status=status)
+    logger.error("Replicate rejects the stack's token or credit", status=status)
     metrics.add_metric(name="UpstreamRefusals", unit=MetricUnit.Count, value=1)

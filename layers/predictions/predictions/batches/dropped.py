@@ -1,11 +1,11 @@
-"""Manifests that are dropped: an object `batches/{owner}/{recipe}/….jsonl` or `….csv` in the inputs bucket is a batch.
+"""Dropped manifests: an object `batches/{owner}/{recipe}/….jsonl` or `….csv` in the inputs bucket becomes a batch.
 
-Whose it is, its place says: who may write there, the AWS account's policies decide. The recipe of that owner has to say
-that it takes manifests (`batches`), which only a token with the scope `manage` can write.
+The key names the owner; the AWS account's policies decide who may write there. The recipe of that owner must accept
+manifests (`batches`), a setting that needs a token with the scope `manage`.
 
-A message is believed nothing but where to look, since whoever may send to the queue could have written it. The batch is
-known by the object that is there, its key, ETag and time: it is started once, however often and by whomever it is told
-of, and what has taken its place is another one.
+Only the object's location is taken from a message, since any sender to the queue could have written it. The batch is
+identified by the stored object's key, ETag and time: the object is started once, however often and by whomever it is
+reported, and an object that replaces it is another batch.
 """
 
 import hashlib
@@ -26,16 +26,16 @@ from predictions.recipes.schema import BatchLimits
 from predictions.recipes.store import head_of, next_depth, object_of
 
 PREFIX = "batches/"
-"""Of the inputs bucket; the template's rule has it, too."""
+"""Key prefix in the inputs bucket; the template's rule has it too."""
 
 
 class DroppedManifests:
-    """Starts the batches of manifests that are dropped.
+    """Starts the batches of dropped manifests.
 
     Args:
         control: Starts batches.
-        inputs_bucket_name: Where manifests are dropped.
-        max_origin_depth: The most results of this stack that a request may descend from.
+        inputs_bucket_name: The bucket into which manifests are dropped.
+        max_origin_depth: The limit of results of this stack that a request may descend from.
     """
 
     def __init__(self, control: BatchControl, *, inputs_bucket_name: str, max_origin_depth: int) -> None:
@@ -45,7 +45,7 @@ class DroppedManifests:
 
     @classmethod
     def from_env(cls) -> "DroppedManifests":
-        """From the environment of start_from_queue."""
+        """Build from the environment of start_from_queue."""
         return cls(
             BatchControl.from_env(),
             inputs_bucket_name=os.environ["INPUTS_BUCKET_NAME"],
@@ -53,44 +53,45 @@ class DroppedManifests:
         )
 
     def take(self, event: Any) -> Batch | None:
-        """Starts the batch of a manifest; one that was started already is left as it is.
+        """Start the batch of a manifest; one that was started already is left as it is.
 
         Args:
             event: S3's `Object Created`.
 
         Returns:
-            The batch; None where there is none to start: the object is gone, or lies where only calls look for it.
+            The batch, or None if the object is gone, or its key is one that only API calls may name.
 
         Raises:
-            RequestRefused: It can start none.
+            RequestRefused: The object can never start a batch.
         """
         bucket, found = object_of(event if isinstance(event, dict) else {})
         key = found["key"]
         if bucket != self._inputs_bucket_name or not key.startswith(PREFIX) or not key.endswith((".jsonl", ".csv")):
-            raise RequestRefused(f"batch_manifest: not a .jsonl or .csv below {PREFIX} in the inputs bucket.")
+            raise RequestRefused(f"batch_manifest: must be a .jsonl or .csv below {PREFIX} in the inputs bucket.")
         owner, _, below = key.removeprefix(PREFIX).partition("/")
         recipe_name, inside, _ = below.partition("/")
         if not inside:
-            return _drop("it names no recipe")  # `POST /batches` may name it
+            return _drop("key has no recipe")  # `POST /batches` may name it
         head = head_of(bucket, found)
         if head is None:
-            # Its owner took it back, or another one took its place, of which another event tells.
-            return _drop("the manifest is gone")
+            # Its owner deleted it, or replaced it by another one, which has an event of its own.
+            return _drop("manifest not found")
         if head["ContentLength"] > MANIFEST_LIMIT_BYTES:
             raise RequestRefused(
-                f"The manifest has {head['ContentLength']} bytes, and {MANIFEST_LIMIT_BYTES} are taken: make several."
+                f"The manifest exceeds the limit of {MANIFEST_LIMIT_BYTES} bytes"
+                f" (got {head['ContentLength']}). Split it into several."
             )
         depth = next_depth(head.get("Metadata", {}).get(ORIGIN_DEPTH), f"the object's metadata {ORIGIN_DEPTH}")
         if depth > self._max_origin_depth:
             raise RequestRefused(
-                f"It descends from {depth} results of this stack, one after the other, and MaxOriginDepth allows "
-                f"{self._max_origin_depth}."
+                f"The manifest descends from {depth} results of this stack in a row, which exceeds MaxOriginDepth "
+                f"({self._max_origin_depth})."
             )
         return self._start(owner, recipe_name, key, head, depth)
 
     def _start(self, owner: str, recipe_name: str, key: str, head: Mapping[str, Any], depth: int) -> Batch:
         control = self._control
-        # No Idempotency-Key has these characters.
+        # An Idempotency-Key cannot contain these characters.
         identity = json.dumps(["dropped", key, head["ETag"], head["LastModified"].timestamp()])
         fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         keys = control.batches.idempotency_keys
@@ -101,7 +102,7 @@ class DroppedManifests:
         recipe = control.recipes.named(owner, recipe_name)
         if recipe is None or recipe.state == "deleting" or "batches" not in recipe.definition:
             raise RequestRefused(
-                f"{owner} has no recipe {recipe_name} that takes manifests: one that does says so with `batches`."
+                f"{owner} has no recipe {recipe_name} that accepts manifests. Create one with the field `batches`."
             )
         try:
             control.check_limits(owner, batch_id)

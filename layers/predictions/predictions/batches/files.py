@@ -1,16 +1,16 @@
-"""The objects of batches, read and written as streams: memory does not grow with a batch.
+"""The S3 objects of batches, read and written as streams: memory use does not grow with the batch.
 
-In the outputs bucket, JSONL each, with `n` the line of the manifest that a line of them is about, rising:
+In the outputs bucket, each in JSONL, sorted by `n`, the line number in the manifest:
 
-    payloads/batches/{id}/manifest.jsonl           requests that came with the call
-    payloads/batches/{id}/template.json            what makes requests of rows
-    payloads/batches/{id}/recipe.json              what makes them instead: the recipe as it was
-    payloads/batches/{id}/requests.jsonl           {"n", "request"} (and "output_prefix"), of the lines that can run
-    payloads/batches/{id}/refused.jsonl            {"n", "error"}, of those that cannot
-    payloads/batches/{id}/lines-{attempt}.jsonl    {"n", "offset", "length"} in requests.jsonl: what an attempt runs
-    {owner}/batches/{id}/results-{attempt}.jsonl   one for each line: what the owner is given
+    payloads/batches/{id}/manifest.jsonl           requests from the body of the call
+    payloads/batches/{id}/template.json            the template that turns rows into requests
+    payloads/batches/{id}/recipe.json              or the recipe that does, as it was
+    payloads/batches/{id}/requests.jsonl           {"n", "request"} (and "output_prefix"), of the valid lines
+    payloads/batches/{id}/refused.jsonl            {"n", "error"}, of the invalid lines
+    payloads/batches/{id}/lines-{attempt}.jsonl    {"n", "offset", "length"} in requests.jsonl: the lines of an attempt
+    {owner}/batches/{id}/results-{attempt}.jsonl   one for each line: the results for the owner
 
-All but the results are made from what their owner asked for, so that writing them twice writes the same.
+All objects but the results are derived from the owner's request, so that writing them twice writes the same.
 """
 
 import json
@@ -25,7 +25,7 @@ from predictions.aws.clients import client
 if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedMultipartUploadTypeDef, CompletedPartTypeDef
 
-# S3 takes 10,000 parts of at least 5 MiB: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
+# S3 accepts 10,000 parts of at least 5 MiB: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 PART_BYTES = 8 * 1024**2
 _PIECE_BYTES = 256 * 1024
 _JSONL = "application/x-ndjson"
@@ -33,45 +33,48 @@ _NOT_THERE = ("NoSuchKey", "AccessDenied", "404", "403")
 
 
 def manifest_key(batch_id: str) -> str:
-    """Requests that came with the call."""
+    """Return the key of the requests from the body of the call."""
     return f"payloads/batches/{batch_id}/manifest.jsonl"
 
 
 def template_key(batch_id: str) -> str:
-    """What makes requests of rows."""
+    """Return the key of the template that turns rows into requests."""
     return f"payloads/batches/{batch_id}/template.json"
 
 
 def recipe_key(batch_id: str) -> str:
-    """The recipe as it was when the batch was asked for."""
+    """Return the key of the recipe as it was when the batch was created."""
     return f"payloads/batches/{batch_id}/recipe.json"
 
 
 def requests_key(batch_id: str) -> str:
-    """The requests of the lines that can run."""
+    """Return the key of the requests of the valid lines."""
     return f"payloads/batches/{batch_id}/requests.jsonl"
 
 
 def refused_key(batch_id: str) -> str:
-    """The lines that cannot run."""
+    """Return the key of the invalid lines."""
     return f"payloads/batches/{batch_id}/refused.jsonl"
 
 
 def lines_key(batch_id: str, attempt: int) -> str:
-    """What an attempt runs."""
+    """Return the key of the lines that an attempt runs."""
     return f"payloads/batches/{batch_id}/lines-{attempt}.jsonl"
 
 
 def results_key(owner: str, batch_id: str, attempt: int) -> str:
-    """What the owner is given; of each attempt its own, so that nobody reads one that is being replaced."""
+    """Return the key of the results, a new one for each attempt.
+
+    So nobody reads an object that is being replaced.
+    """
     return f"{owner}/batches/{batch_id}/results-{attempt}.jsonl"
 
 
 class ObjectWriter:
-    """One object that is being written; see `new_object`.
+    """An object that is being written; see `new_object`.
 
     Attributes:
-        written: How many bytes so far.
+        written: The number of bytes written so far.
     """
 
     def __init__(self, bucket: str, key: str) -> None:
@@ -82,12 +85,12 @@ class ObjectWriter:
         self.written = 0
 
     def write_json(self, value: Any) -> int:
-        """Adds a line of JSON; its length in bytes, the line's end not counted."""
+        """Append a line of JSON; return its length in bytes without the line break."""
         text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         try:
             line = text.encode()
         except UnicodeEncodeError:
-            # A model's output may hold half a surrogate pair, which only an escape can tell.
+            # A model's output may contain half a surrogate pair, which only an escape can represent.
             line = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
         self._buffer += line + b"\n"
         self.written += len(line) + 1
@@ -96,7 +99,7 @@ class ObjectWriter:
         return len(line)
 
     def complete(self) -> None:
-        """Makes the object visible."""
+        """Make the object visible."""
         s3 = client("s3")
         if not self._upload_id:
             s3.put_object(Bucket=self._bucket, Key=self._key, Body=bytes(self._buffer), ContentType=_JSONL)
@@ -109,7 +112,7 @@ class ObjectWriter:
         )
 
     def drop(self) -> None:
-        """Gives up what was sent."""
+        """Discard the data that was sent."""
         if self._upload_id:
             s3 = client("s3")
             s3.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=self._upload_id)
@@ -129,7 +132,7 @@ class ObjectWriter:
 
 @contextmanager
 def new_object(bucket: str, key: str) -> Iterator[ObjectWriter]:
-    """Writes one object, which is there as a whole when the context ends well, and else as it was before."""
+    """Write one object, replaced as a whole if the context exits without error."""
     writer = ObjectWriter(bucket, key)
     try:
         yield writer
@@ -140,15 +143,15 @@ def new_object(bucket: str, key: str) -> Iterator[ObjectWriter]:
 
 
 def read_pieces(bucket: str, key: str, *, etag: str | None = None) -> Iterator[bytes]:
-    """An object's bytes, a piece at a time.
+    """Read an object's bytes, a piece at a time.
 
     Args:
         bucket: The bucket's name.
         key: The object's key.
-        etag: What the object has to be still.
+        etag: The ETag that the object must still have.
 
     Raises:
-        ClientError: It is not there, or `PreconditionFailed`: it is another one.
+        ClientError: The object does not exist, or `PreconditionFailed`: it was replaced.
     """
     s3 = client("s3")
     wanted: Any = {"IfMatch": etag} if etag else {}
@@ -157,9 +160,10 @@ def read_pieces(bucket: str, key: str, *, etag: str | None = None) -> Iterator[b
 
 
 def read_lines(pieces: Iterable[bytes], limit_bytes: int) -> Iterator[bytes | None]:
-    """The lines of a text in pieces, without their ends; None for one that is longer than `limit_bytes`.
+    """Yield the lines of a text in pieces, without line breaks; too long ones as None.
 
-    A line ends with LF, or CR LF; the last one need not. No more than one line is held at a time.
+    A line of more than `limit_bytes` is too long. A line ends with LF or CR LF; the last one need not. No more than one
+    line is held in memory.
     """
     rest, too_long = bytearray(), False
     for piece in pieces:
@@ -180,13 +184,13 @@ def read_lines(pieces: Iterable[bytes], limit_bytes: int) -> Iterator[bytes | No
 
 
 def read_jsonl(bucket: str, key: str) -> Iterator[dict[str, Any]]:
-    """The lines of one of our own objects."""
+    """Read the lines of an object that this stack wrote."""
     for line in read_lines(read_pieces(bucket, key), 2**30):
         yield json.loads(line or b"{}")
 
 
 def read_range(bucket: str, key: str, offset: int, length: int) -> bytes | None:
-    """Some bytes of an object; None where it or they are not there."""
+    """Read a range of an object, or return None if it or the object does not exist."""
     s3 = client("s3")
     try:
         answer = s3.get_object(Bucket=bucket, Key=key, Range=f"bytes={offset}-{offset + length - 1}")
@@ -198,12 +202,12 @@ def read_range(bucket: str, key: str, offset: int, length: int) -> bytes | None:
 
 
 def etag_of(bucket: str, key: str) -> tuple[str, int] | None:
-    """An object's ETag and its size in bytes; None where it is not there."""
+    """Return an object's ETag and its size in bytes, or None if it does not exist."""
     s3 = client("s3")
     try:
         head = s3.head_object(Bucket=bucket, Key=key)
     except ClientError as error:
-        # 403 is S3's answer for a missing object to those who may not list the bucket.
+        # S3 responds with 403 for a missing object to callers that may not list the bucket.
         if error.response["Error"]["Code"] not in _NOT_THERE:
             raise
         return None
@@ -211,11 +215,11 @@ def etag_of(bucket: str, key: str) -> tuple[str, int] | None:
 
 
 def put_text(bucket: str, key: str, text: str) -> None:
-    """Stores a text as an object."""
+    """Store a text as an object."""
     s3 = client("s3")
     s3.put_object(Bucket=bucket, Key=key, Body=text.encode(), ContentType="application/json")
 
 
 def get_text(bucket: str, key: str) -> str:
-    """An object's text."""
+    """Return an object's text."""
     return b"".join(read_pieces(bucket, key)).decode()

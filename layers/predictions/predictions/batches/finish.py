@@ -1,7 +1,7 @@
-"""State FinishBatch: writes down what became of each line of a batch, in the manifest's order, and ends it.
+"""State FinishBatch: write the result of each line of a batch, in the manifest's order, and complete the batch.
 
-The counts and the results come from the predictions themselves, whatever was told of them meanwhile. Reads and writes
-streams, so that memory does not grow with the batch; twice, it writes the same.
+Counts and results are read from the predictions themselves, not from their notifications. Data is streamed, so that
+memory use does not grow with the batch; running twice writes the same.
 """
 
 import json
@@ -21,25 +21,25 @@ OUTPUT_LIMIT_BYTES = 32 * 1024
 """The longest output in a line of the results; that of a longer one is at `GET /predictions/{id}`."""
 
 _LONGEST_WAIT_SECONDS = 300
-# So many lines that run are canceled in one lap; the others in the next.
+# The number of running lines that are canceled in one lap; the others follow in the next.
 _CANCELED_AT_ONCE = 1000
 
 
 def finish(
     batches: Batches, table: PredictionsTable, batch_id: str, attempt: int, lap: int, *, exceeded: bool
 ) -> dict[str, Any]:
-    """Writes the results of an attempt, and ends it, once none of its lines runs any more.
+    """Write the results of an attempt and complete it, once no line is running.
 
     Args:
         batches: The batches.
         table: The predictions.
-        batch_id: Which batch.
-        attempt: Which attempt.
-        lap: How often this was asked before: the more often, the longer is waited.
-        exceeded: Whether more lines failed than the batch tolerates: then those that run still are canceled.
+        batch_id: The id of the batch.
+        attempt: The number of the attempt.
+        lap: How often this was called before: the more often, the longer the wait.
+        exceeded: Whether more lines failed than the batch tolerates: then the running ones are canceled.
 
     Returns:
-        `{"open": …}`, how many lines run still, and in how many seconds to ask again.
+        `{"open": …}`, the number of lines still running, and the seconds until the next call.
     """
     batch = batches.find(batch_id)
     if batch is None or batch.attempt != attempt or batch.ended:
@@ -62,8 +62,8 @@ def finish(
     return {"open": 0, "lap": lap, "wait_seconds": 1}
 
 
-class _LinesOpen(Exception):  # no error: the results have to wait
-    """Some lines have not ended."""
+class _LinesOpen(Exception):  # not an error: the results must wait
+    """Some lines are still running."""
 
     def __init__(self, predictions: Sequence[Prediction], count: int) -> None:
         super().__init__(str(count))
@@ -72,10 +72,10 @@ class _LinesOpen(Exception):  # no error: the results have to wait
 
 
 def _results(batches: Batches, table: PredictionsTable, batch: Batch) -> Iterator[dict[str, Any]]:
-    """The results of all lines, in the manifest's order.
+    """Return the results of all lines, in the manifest's order.
 
     Raises:
-        _LinesOpen: Some have not ended.
+        _LinesOpen: Some are still running.
     """
     waiting: list[Prediction] = []
     open_count = 0
@@ -85,7 +85,7 @@ def _results(batches: Batches, table: PredictionsTable, batch: Batch) -> Iterato
         results = table.results(list(ids.values()), batch.owner)
         still = [result.prediction for result in results.values() if not result.prediction.ended_visibly]
         open_count += len(still)
-        # Enough of them for whoever cancels them; the others come with the next look.
+        # Enough of them to cancel at once; the others follow with the next lap.
         waiting = (waiting + still)[:_CANCELED_AT_ONCE]
         if open_count:
             continue  # only counted from here on
@@ -97,7 +97,7 @@ def _results(batches: Batches, table: PredictionsTable, batch: Batch) -> Iterato
 
 
 def _found(batches: Batches, batch: Batch) -> Iterator[dict[str, Any]]:
-    """All lines in their order: results that are known, and `{"n"}` of the lines that this attempt ran."""
+    """Yield all lines in order: known results, and `{"n"}` for lines of this attempt."""
     bucket = batches.bucket_name
     if batch.error:
         return
@@ -121,9 +121,9 @@ def _found(batches: Batches, batch: Batch) -> Iterator[dict[str, Any]]:
 def _result(batches: Batches, batch: Batch, n: int, result: Result | None) -> dict[str, Any]:
     if result is None:
         error = {
-            "canceled": "It was not started: the batch was canceled.",
-            "exceeded": "It was not started: more lines of the batch had failed than it tolerates.",
-        }.get(batch.stop or "", "It was not started: see the dead-letter queue of requests.")
+            "canceled": "Not started: the batch was canceled.",
+            "exceeded": "Not started: more lines of the batch had failed than it tolerates.",
+        }.get(batch.stop or "", "Not started: see the dead-letter queue of requests.")
         return {
             "n": n, "id": None, "status": "canceled" if batch.stop else "failed", "error": error, "seconds": None
         }  # fmt: skip
@@ -158,7 +158,10 @@ def _file(bucket: str, file: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cancel(table: PredictionsTable, predictions: Sequence[Prediction], now: float) -> None:
-    """Flags lines that run; the sweep, which may talk to Replicate, cancels them there within two minutes."""
+    """Flag running lines for cancellation.
+
+    The sweep, which may call Replicate, cancels them there within two minutes.
+    """
     for prediction in predictions:
         if not prediction.cancel_requested:
             table.request_cancel(prediction.id, now)

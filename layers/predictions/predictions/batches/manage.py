@@ -1,4 +1,4 @@
-"""What owners do with batches: make, look at, cancel and retry them; and what the sweep does for them."""
+"""Use cases of batches: create, read, cancel and retry them, and recover them in the sweep."""
 
 import hashlib
 import json
@@ -45,23 +45,23 @@ _CHUNK = 100
 _KEY_LIMIT_BYTES = 1024
 _START_CHECK_SECONDS = 60
 ATTEMPTS_LIMIT = 10
-"""How often the lines of a batch are run at most, the first time included."""
+"""The limit of attempts of a batch, including the first."""
 
 _COUNTED = ("waiting", "running", "succeeded", "failed", "canceled", "refused")
 
 
 class BatchControl:
-    """Makes batches, and moves them on.
+    """Creates batches and advances them.
 
     Args:
         batches: The batches.
-        recipes: What batches name by their recipe's name.
+        recipes: The recipes that batches name.
         state_machine_arn: `run_batch`.
-        inputs_bucket_name: Where manifests may be.
-        retention_seconds: How long a batch is kept.
+        inputs_bucket_name: The bucket from which manifests are read.
+        retention_seconds: How long a batch is stored.
         stepfunctions: The client to use.
-        usage: What owners use of their limits; None: limits are not applied.
-        recent: The requests that came without a key; None: repetitions of those are not found.
+        usage: The owners' usage; None: limits are not applied.
+        recent: Recent requests without a key; None: retries of those are not detected.
     """
 
     def __init__(
@@ -87,7 +87,10 @@ class BatchControl:
 
     @classmethod
     def from_env(cls) -> "BatchControl":
-        """From `BATCH_STATE_MACHINE_ARN`, `INPUTS_BUCKET_NAME`, `RETENTION_DAYS` and what `Batches.from_env` reads."""
+        """Build from the environment.
+
+        Reads `BATCH_STATE_MACHINE_ARN`, `INPUTS_BUCKET_NAME`, `RETENTION_DAYS` and the environment of `Batches`.
+        """
         return cls(
             Batches.from_env(),
             RecipeItems.from_env(),
@@ -99,7 +102,7 @@ class BatchControl:
             recent=RecentRequests.from_env(),
         )
 
-    # -- make ---------------------------------------------------------------------------------------------------------
+    # -- create -------------------------------------------------------------------------------------------------------
 
     def make(
         self,
@@ -110,20 +113,20 @@ class BatchControl:
         attempt: Attempt | None = None,
         limits: OwnerLimits | None = None,
     ) -> Batch:
-        """Makes a batch and starts it. With the same `Idempotency-Key` it is the one that was made before.
+        """Create a batch and start it, or return the one with the same `Idempotency-Key`.
 
-        Once it is written, no error of AWS is the caller's: the sweep starts what was not started.
+        After it is written, an error of AWS is not reported to the caller: the sweep starts the batch.
 
         Args:
             body: The raw body.
             headers: The request's headers, their names in lower case.
-            owner: Whose batch it is.
-            attempt: Which attempt of its client's this is, where that counts; a repetition without a key finds the
-                batch of the two minutes before.
-            limits: The owner's; None: there are none.
+            owner: The owner of the batch.
+            attempt: The number of the client's attempt, if it counts them; a retry without a key finds the batch of the
+                last two minutes.
+            limits: The owner's limits; None: no limits.
 
         Raises:
-            Problem: 400, 413, 415, 422, or 429, where one of the owner's limits is used up.
+            Problem: 400, 413, 415, 422, or 429 if one of the owner's limits is reached.
         """
         asked = read_body(parse_json(body, headers.get("content-type")))
         invalid: list[dict[str, str]] = []
@@ -138,20 +141,20 @@ class BatchControl:
             keys = self.batches.idempotency_keys
             batch_id, known = keys.take_key(owner, key, batch_id, fingerprint, self.expires)
             if known != fingerprint:
-                detail = "This key belongs to another batch: use a new key for a new one, and the old one to repeat it."
+                detail = "This key belongs to another batch. Use a new key for a new batch."
                 raise refusal([{"field": "Idempotency-Key", "detail": detail}])
             if there := self.batches.find(batch_id):
                 return there
-            # The batch may be written only now, long after its key.
+            # The batch may be written now, long after its key.
             keys.extend_key(owner, key, batch_id, self.expires)
         elif attempt and self._recent:
-            # No fingerprint of a prediction begins so.
+            # A prediction's fingerprint never begins with this.
             batch_id = self._recent.note(batch_id, owner, f"batch#{fingerprint}", attempt)
             if attempt.number and (there := self.batches.find(batch_id)):
                 return there
-        # The answer needs it: what cannot be answered is not started.
+        # The response needs it: a batch without a response is not started.
         api_url()
-        began = self._take_place(owner, batch_id, limits)
+        began = self._acquire_slot(owner, batch_id, limits)
         try:
             manifest = self._manifest(asked, batch_id, place)
         except Problem:
@@ -171,8 +174,8 @@ class BatchControl:
             tolerated_failure_percentage=asked.tolerated_failure_percentage,
         )
 
-    def _take_place(self, owner: str, batch_id: str, limits: OwnerLimits | None) -> int | None:
-        """Checks the owner's limit of the day, and takes a place among the open batches.
+    def _acquire_slot(self, owner: str, batch_id: str, limits: OwnerLimits | None) -> int | None:
+        """Check the owner's daily limit, and acquire a slot among the open batches.
 
         Raises:
             Problem: 429.
@@ -186,28 +189,28 @@ class BatchControl:
             raise refusal_of(reached) from None
 
     def check_limits(self, owner: str, batch_id: str) -> None:
-        """Takes the place of a batch that no caller waits for, by the limits that are set for its owner.
+        """Acquire a slot for a batch without a waiting caller, within its owner's limits.
 
-        The limit of the day is not looked at: the lines wait for the next day.
+        The daily limit is not checked: the lines wait for the next day.
 
         Raises:
-            LimitReached: There is none.
+            LimitReached: The owner has no free slot.
         """
         if self._usage and (limits := self._usage.known_limits(owner)):
             self._usage.take_open_place("batch", owner, batch_id, limits)
 
     @property
     def expires(self) -> int:
-        """When a batch that is made now goes, in Unix seconds."""
+        """Return when a batch created now expires, in Unix seconds."""
         return int(self.batches.now()) + self._retention_seconds
 
     def launch(self, batch_id: str, owner: str, recipe: Recipe | None, **asked: Any) -> Batch:
-        """Writes a batch down, with its recipe as it is now, and starts it.
+        """Store a batch, with its recipe as it is now, and start it.
 
         Args:
             batch_id: Its id.
-            owner: Whose it is.
-            recipe: What makes its requests.
+            owner: Its owner.
+            recipe: The recipe that builds its requests.
             asked: Further fields of `Batch`: `fingerprint`, `manifest`, `max_concurrency`, …
         """
         now = self.batches.now()
@@ -234,11 +237,13 @@ class BatchControl:
         return batch
 
     def _place(self, asked: BatchBody, owner: str, invalid: list[dict[str, str]]) -> str:
-        """The key of the manifest in the inputs bucket; empty where the requests came with the call."""
+        """Return the key of the manifest, or an empty one if the body has the requests."""
         if (asked.requests is None) == (asked.manifest is None):
             invalid.append({"field": "manifest", "detail": "Give either `requests` or `manifest`."})
         if asked.requests is not None and (not asked.requests or asked.format is not None):
-            detail = "At least one request." if not asked.requests else "`format` is that of a manifest: leave it out."
+            detail = (
+                "Must have at least one request." if not asked.requests else "Only for a manifest. Remove `format`."
+            )
             invalid.append({"field": "requests", "detail": detail})
         if asked.template is not None:
             try:
@@ -246,7 +251,7 @@ class BatchControl:
             except PlaceholderError as error:
                 invalid.append({"field": f"template.{error.field}"[:200], "detail": error.detail})
             if not isinstance(asked.template.get("input"), dict):
-                invalid.append({"field": "template.input", "detail": "This field is required, and an object."})
+                invalid.append({"field": "template.input", "detail": "This field is required and must be an object."})
         if asked.manifest is None:
             return ""
         if re.fullmatch(r"[a-z0-9]{26}", asked.manifest, re.ASCII):
@@ -256,20 +261,20 @@ class BatchControl:
             own = key.startswith((f"files/{owner}/", f"batches/{owner}/"))
             if not asked.manifest.startswith("s3://") or bucket != self._inputs_bucket_name or not own:
                 detail = (
-                    f"The id of a file of yours, or s3://{self._inputs_bucket_name}/batches/{owner}/…: no other place "
-                    "is read."
+                    f"Must be the id of one of your files, or s3://{self._inputs_bucket_name}/batches/{owner}/…; other "
+                    "locations are not read."
                 )
                 invalid.append({"field": "manifest", "detail": detail})
                 return ""
         if len(key.encode()) > _KEY_LIMIT_BYTES:
-            invalid.append({"field": "manifest", "detail": f"A key has at most {_KEY_LIMIT_BYTES} bytes."})
+            invalid.append({"field": "manifest", "detail": f"The key exceeds the limit of {_KEY_LIMIT_BYTES} bytes."})
         if _format(asked, key) == "csv" and asked.template is None and asked.recipe is None:
-            detail = "A CSV has rows: a template or a recipe has to make requests of them."
+            detail = "A CSV needs a template or a recipe that turns its rows into requests."
             invalid.append({"field": "template", "detail": detail})
         return key
 
     def _recipe(self, asked: BatchBody, owner: str, invalid: list[dict[str, str]]) -> Recipe | None:
-        """The owner's recipe that makes the requests."""
+        """Return the owner's recipe that builds the requests, or None."""
         if asked.recipe is None:
             return None
         if asked.template is not None:
@@ -277,7 +282,7 @@ class BatchControl:
             return None
         found = self.recipes.named(owner, asked.recipe)
         if found is None or found.state == "deleting":
-            invalid.append({"field": "recipe", "detail": "You have no recipe of that name."})
+            invalid.append({"field": "recipe", "detail": "Recipe not found."})
             return None
         return found
 
@@ -287,32 +292,34 @@ class BatchControl:
             with new_object(bucket, key) as writer:
                 for request in asked.requests:
                     writer.write_json(request)
-            # No ETag: of two calls with one key, each writes the object, and either may write the batch. Their requests
-            # are equal by the fingerprint, but not their ETags, which with KMS differ even for equal bytes.
+            # No ETag: if two calls have the same key, each writes the object, and either may write the batch. Their
+            # requests are equal by the fingerprint, but not their ETags, which with KMS differ even for equal bytes.
             return {"bucket": bucket, "key": key, "etag": "", "format": "jsonl"}
         bucket, format_ = self._inputs_bucket_name, _format(asked, key)
         found = etag_of(bucket, key)
         if found is None:
-            detail = "There is no such object."
+            detail = "Object not found."
             raise refusal([{"field": "manifest", "detail": detail}])
         etag, size = found
         if size > MANIFEST_LIMIT_BYTES:
-            detail = f"It has {size} bytes, and {MANIFEST_LIMIT_BYTES} are taken: make several batches."
+            detail = (
+                f"The manifest exceeds the limit of {MANIFEST_LIMIT_BYTES} bytes (got {size}). Create several batches."
+            )
             raise refusal([{"field": "manifest", "detail": detail}])
         return {"bucket": bucket, "key": key, "etag": etag, "format": format_}
 
-    # -- look ---------------------------------------------------------------------------------------------------------
+    # -- read ---------------------------------------------------------------------------------------------------------
 
     def own(self, batch_id: str, owner: str) -> Batch:
-        """One of an owner's batches.
+        """Return one of an owner's batches.
 
         Raises:
-            Problem: 404, where there is none, or it is another owner's: nobody learns which.
+            Problem: 404 if it does not exist or belongs to another owner; the response is the same.
         """
         known = re.fullmatch(r"[a-z0-9]{26}", batch_id, re.ASCII)
         batch = self.batches.find(batch_id) if known else None
         if batch is None or batch.owner != owner:
-            raise Problem(404, f"There is no batch {batch_id[:64]!r}.")
+            raise Problem(404, f"Batch {batch_id[:64]!r} not found.")
         return batch
 
     def page(self, owner: str, start: str | None, *, older: bool, size: int) -> tuple[Sequence[Batch], bool]:
@@ -328,14 +335,14 @@ class BatchControl:
         return f"s3://{self.batches.bucket_name}/{key}"
 
     def counts(self, batch: Batch, *, ask: bool = True) -> dict[str, int]:
-        """Lines by their status: those that wait, run, and have ended in each way.
+        """Return the number of lines by status: waiting, running, terminal ones.
 
-        While a batch runs they are Step Functions' own: nothing is written for them. Then `failed` holds what was
-        canceled one by one, too.
+        While a batch runs they are Step Functions' own counts: nothing is written for them. Then `failed` also includes
+        lines that were canceled individually.
 
         Args:
             batch: The batch.
-            ask: Whether to ask Step Functions; else lines whose fate the item does not tell are `waiting`.
+            ask: Whether to ask Step Functions; else lines whose status is not in the item are `waiting`.
         """
         counts = dict.fromkeys(_COUNTED, 0)
         if batch.counts is not None:
@@ -344,7 +351,7 @@ class BatchControl:
         lines = batch.lines or 0
         counts |= {"refused": refused, "waiting": lines}
         if batch.total is not None and batch.attempt > 1:
-            # What earlier attempts have done stays done.
+            # Results of earlier attempts stay.
             counts["succeeded"] = batch.total - refused - lines if batch.lines is not None else 0
         run = self._map_run(batch) if lines and ask else None
         if run is not None:
@@ -357,7 +364,7 @@ class BatchControl:
 
     def _map_run(self, batch: Batch) -> Any:
         stepfunctions = self._stepfunctions
-        # The execution that finishes a canceled batch has none: then that of the one before it tells.
+        # The execution that finishes a canceled batch has no map run: then the previous execution's is used.
         for n in (batch.execution_n, batch.execution_n - 1):
             try:
                 arn = self._execution_arn(replace(batch, execution_n=n))
@@ -371,10 +378,10 @@ class BatchControl:
     # -- cancel, retry ------------------------------------------------------------------------------------------------
 
     def halt(self, batch: Batch, canceling: "CancelPrediction", remaining_seconds: Callable[[], float]) -> Batch:
-        """Cancels a batch for its owner: no further line starts, and those that run are canceled at Replicate.
+        """Cancel a batch for its owner: no further line starts, running ones are canceled.
 
-        What does not fit into the time, or fails after that is written, is done by the sweep within a minute. Twice
-        changes nothing.
+        Lines that do not fit into the time, or fail after the cancellation is stored, are canceled at Replicate by the
+        sweep within a minute. Calling it twice changes nothing.
         """
         stopped = self.batches.stop(batch, "canceled") or self.batches.find(batch.id) or batch
         try:
@@ -383,11 +390,11 @@ class BatchControl:
                 self._run(self.batches.find(batch.id) or stopped)
             return self.batches.find(batch.id) or stopped
         except (ClientError, BotoCoreError):
-            logger.exception("canceled, but not all of its lines yet", batch_id=batch.id)
+            logger.exception("canceled, some lines left to the sweep", batch_id=batch.id)
             return stopped
 
     def cancel_lines(self, batch: Batch, canceling: "CancelPrediction", remaining_seconds: Callable[[], float]) -> None:
-        """Cancels those lines of a stopped batch that run, from where it was left; notes how far it came."""
+        """Cancel the running lines of a stopped batch, from the stored position on."""
         if batch.stopped_before is None or batch.lines is None:
             return None
         before = 0
@@ -403,14 +410,15 @@ class BatchControl:
                 before, chunk = before + len(chunk), []
         done = self._cancel_chunk(batch, chunk, canceling, remaining_seconds)
         if done and batch.stop == "canceled":
-            # Before it is noted: died in between, the next look does it again.
+            # Before the position is stored: if the function crashes here, the next check does it again.
             self._stop_execution(batch)
         return self.batches.stopped(batch, None if done else before)
 
     def _stop_execution(self, batch: Batch) -> None:
-        """Ends the Map of a batch none of whose lines is to start any more; the next execution only finishes it.
+        """Stop the Map of a batch with no line to start; the next execution ends it.
 
-        It would hand each line on that is left, one after the other, and wait for days for one whose message was lost.
+        The Map would hand over each remaining line, one after the other, and wait for days for one whose message was
+        lost.
         """
         stepfunctions = self._stepfunctions
         try:
@@ -425,36 +433,36 @@ class BatchControl:
         return canceling.cancel_open(ids, batch.owner, remaining_seconds)
 
     def again(self, batch: Batch, *, limits: OwnerLimits | None = None, repeated: bool = False) -> Batch:
-        """Runs the lines anew that failed or were canceled, in a batch that has ended.
+        """Run the failed and canceled lines of a completed batch again.
 
         Args:
             batch: The batch.
-            limits: The owner's; None: there are none.
-            repeated: Whether the client says that it repeats a call whose response it did not see: then a batch that
-                was begun again is the answer.
+            limits: The owner's limits; None: no limits.
+            repeated: Whether the client declares a retry of a call without a response: then a batch that was already
+                started again is the response.
 
         Raises:
-            Problem: 409, where it has not ended, could not be read, nothing failed, it expires too soon, or it was run
-                `ATTEMPTS_LIMIT` times; 429, where one of the owner's limits is used up.
+            Problem: 409 if it has not completed, could not be read, has no failed line, expires too soon, or was run
+                `ATTEMPTS_LIMIT` times; 429 if one of the owner's limits is reached.
         """
         if not batch.ended:
             if repeated and batch.attempt > 1:
                 return batch
-            raise Problem(409, f"Batch {batch.id} has not ended: wait for its end, or cancel it.")
+            raise Problem(409, f"Batch {batch.id} has not completed. Wait for its completion, or cancel it.")
         counts = batch.counts or {}
         if batch.error or not counts.get("failed", 0) + counts.get("canceled", 0):
-            raise Problem(409, f"Batch {batch.id} has no line that could be run anew.")
+            raise Problem(409, f"Batch {batch.id} has no line to run again.")
         if batch.attempt >= ATTEMPTS_LIMIT:
             detail = (
-                f"Batch {batch.id} has been run {batch.attempt} times, and the limit is {ATTEMPTS_LIMIT}. Create a new"
-                " batch of the lines that failed."
+                f"Batch {batch.id} has reached the limit of {ATTEMPTS_LIMIT} attempts (got {batch.attempt}). Create a"
+                " new batch of the failed lines."
             )
             raise Problem(409, detail)
         if batch.expires_at - self.batches.now() < LIFETIME_LIMIT_SECONDS:
-            # What it has written down goes with its item: its lines could not be read, nor its end be told.
-            raise Problem(409, f"Batch {batch.id} is about to expire: make a new one of the lines that failed.")
+            # Its stored data expires with its item: its lines could not be read, nor its completion be reported.
+            raise Problem(409, f"Batch {batch.id} is about to expire. Create a new batch of the failed lines.")
         api_url()
-        self._take_place(batch.owner, batch.id, limits)
+        self._acquire_slot(batch.owner, batch.id, limits)
         begun = self.batches.begin_again(batch) or self.batches.find(batch.id) or batch
         self._run_or_leave(begun)
         return begun
@@ -462,7 +470,7 @@ class BatchControl:
     # -- sweep --------------------------------------------------------------------------------------------------------
 
     def sweep_one(self, batch_id: str, canceling: "CancelPrediction", remaining_seconds: Callable[[], float]) -> None:
-        """Moves on a batch whose check is due: cancels what is left to be, and restarts an execution that is gone."""
+        """Recover a due batch: cancel remaining lines, restart an execution that is gone."""
         batch = self.batches.find(batch_id)
         # The index may lag behind the item.
         if batch is None or batch.next_check_at is None or batch.next_check_at > self.batches.now():
@@ -473,7 +481,9 @@ class BatchControl:
         logger.set_correlation_id(batch_id)
         over = taken.abandoned_at is not None and self.batches.now() >= taken.abandoned_at
         if over and not self._is_running(taken):
-            logger.error("functions died over it: ended without results", executions=taken.execution_n)
+            logger.error(
+                "batch abandoned after repeated crashes, completed without results", executions=taken.execution_n
+            )
             self.batches.abandon(taken)
             return
         if taken.stop:
@@ -483,18 +493,18 @@ class BatchControl:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _run_or_leave(self, batch: Batch) -> None:
-        """Starts the execution of a batch that is written down; on an error the sweep does, within two minutes."""
+        """Start a stored batch; on an error the sweep does, within two minutes."""
         try:
             self._run(batch)
         except (ClientError, BotoCoreError):
-            # Accepted all the same: a caller who is told of an error would make another one.
+            # Accepted nevertheless: a caller that gets an error would create another one.
             logger.exception("accepted, but not started yet", batch_id=batch.id)
 
     def _run(self, batch: Batch) -> None:
-        """Makes sure that an execution runs this attempt."""
+        """Ensure that an execution runs this attempt."""
         following: Batch | None = batch
         while following is not None and not following.ended and not self._start(following):
-            # That name is used up by one that has ended.
+            # The name belongs to an execution that has ended.
             following = self.batches.next_execution(following)
 
     def _start(self, batch: Batch) -> bool:

@@ -1,8 +1,8 @@
-"""Manifests: what a batch is to run, one request a line, as strangers write it.
+"""Manifests: the requests of a batch, one on each line, untrusted.
 
-Two forms: JSONL, a JSON value in each line, and CSV (RFC 4180) with a header. A line is a request as the requests
-queue takes it, or a row from which a template or a recipe makes one. Whatever is wrong with a line is that line's own
-affair: it is refused with its number and the reason, and the others go on.
+Two formats: JSONL, a JSON value in each line, and CSV (RFC 4180) with a header. A line is a request as the requests
+queue accepts it, or a row from which a template or a recipe builds one. An error in a line affects that line only: the
+line is rejected with its number and the reason, and the others go on.
 """
 
 import csv
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from predictions.recipes.store import Recipe
 
 LINE_LIMIT_BYTES = 1024 * 1024
-"""The longest line; a file belongs into a bucket, and its URL into the line."""
+"""The longest line; a file belongs in a bucket, and its URL in the line."""
 
 LINES_LIMIT = 100_000
-"""The most lines: what one function can look at twice in its time, with some to spare."""
+"""The limit of lines: a number that one function can read twice in its time, with a reserve."""
 
 MANIFEST_LIMIT_BYTES = 1024**3
 """The largest manifest."""
 
-# The steps of a line's allowance take half a second: prepare_batch has minutes, and only its batch waits for it.
+# A line's step budget takes half a second: prepare_batch has minutes, and only its own batch waits for it.
 _FILL_SECONDS = 20.0
 _REASON_LIMIT = 1000
 
@@ -37,11 +37,11 @@ Format = Literal["jsonl", "csv"]
 
 
 class ManifestUnreadable(PredictionsError):
-    """A manifest of which no line can be told; its text is the reason, for the person who wrote it."""
+    """The manifest has no readable lines; the error's text is the reason, for its author."""
 
 
 class LineRefused(PredictionsError):
-    """A line that cannot run; its text is the reason."""
+    """The line is invalid; the error's text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Line:
     """A line of a manifest.
 
     Attributes:
-        n: Its number, from 1: the line in the file, or that on which a row begins.
-        value: A request or a row; None where `error` is given.
-        error: Why it cannot be read.
+        n: Its number, from 1: the line in the file, for a row its first line.
+        value: A request or a row; None if `error` is given.
+        error: Why the line is unreadable.
     """
 
     n: int
@@ -60,7 +60,7 @@ class Line:
 
 
 def lines_of(pieces: Iterable[bytes], kind: Format) -> Iterator[Line]:
-    """The lines of a manifest, in their order; empty ones are passed over, and counted.
+    """Yield the lines of a manifest in order; empty ones are skipped but numbered.
 
     Raises:
         ManifestUnreadable: A CSV without a header that names its columns.
@@ -70,14 +70,14 @@ def lines_of(pieces: Iterable[bytes], kind: Format) -> Iterator[Line]:
 
 
 def request_of(value: Any, template: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The request that a line asks for.
+    """Return the request in a line.
 
     Args:
         value: The line's own value.
-        template: A request with placeholders over `row`; None where the line is the request.
+        template: A request with placeholders over `row`; None if the line is the request.
 
     Raises:
-        LineRefused: There is none.
+        LineRefused: The line gives no valid request.
     """
     row = _row(value)
     if template is None:
@@ -92,10 +92,10 @@ def request_of(value: Any, template: Mapping[str, Any] | None) -> dict[str, Any]
 
 
 def request_by(recipe: "Recipe", value: Any) -> tuple[dict[str, Any], str | None]:
-    """The request that a recipe makes of a line, and where its results go.
+    """Return the request that a recipe builds from a line, and its output prefix.
 
     Raises:
-        LineRefused: There is none.
+        LineRefused: The line gives no valid request.
     """
     from predictions.templating import Allowance, PlaceholderError, TooSlow
 
@@ -108,21 +108,21 @@ def request_by(recipe: "Recipe", value: Any) -> tuple[dict[str, Any], str | None
 
 def _row(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise LineRefused("The line has to be a JSON object.")
+        raise LineRefused("The line must be a JSON object.")
     return value
 
 
 def check_request(request: dict[str, Any], *, allow_loopback_webhooks: bool) -> None:
-    """Checks the form of a line's request, as the requests queue will.
+    """Validate a line's request as the requests queue will.
 
     Raises:
-        LineRefused: It would be refused there.
+        LineRefused: The queue would reject the request.
     """
     size = len(json.dumps(request, separators=(",", ":"), ensure_ascii=False).encode())
     if size > BODY_LIMIT_BYTES:
-        raise LineRefused(f"Its request has {size} bytes, and {BODY_LIMIT_BYTES} are taken.")
+        raise LineRefused(f"The request exceeds the limit of {BODY_LIMIT_BYTES} bytes (got {size}).")
     if "idempotency_key" in request:
-        raise LineRefused("idempotency_key: A line has a key of its own, by which a retry knows it: leave it out.")
+        raise LineRefused("idempotency_key: Not allowed in a line, which has a key of its own for retries. Remove it.")
     try:
         create_requested_intent(
             request, owner="", source="batch", source_key="", allow_loopback_webhooks=allow_loopback_webhooks
@@ -132,7 +132,7 @@ def check_request(request: dict[str, Any], *, allow_loopback_webhooks: bool) -> 
 
 
 def _without_mark(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """A text without the byte order mark that Windows puts first."""
+    """Remove the byte order mark that Windows tools put first."""
     start: bytes | None = b""
     for piece in pieces:
         if start is None:
@@ -158,7 +158,7 @@ def _json_lines(numbered: Iterator[tuple[int, bytes | None]]) -> Iterator[Line]:
 def _csv_lines(numbered: Iterator[tuple[int, bytes | None]]) -> Iterator[Line]:
     source = _CsvSource(numbered)
     rows = csv.reader(source, strict=True)
-    # The source counts a row's bytes, and says what is wrong.
+    # The source counts a row's bytes and reports errors.
     previous_limit = csv.field_size_limit(2 * LINE_LIMIT_BYTES)
     try:
         header: list[str] | None = None
@@ -169,7 +169,7 @@ def _csv_lines(numbered: Iterator[tuple[int, bytes | None]]) -> Iterator[Line]:
             except StopIteration:
                 break
             except csv.Error as error:
-                row, source.error = [""], source.error or f"It is not CSV: {error}."
+                row, source.error = [""], source.error or f"Not valid CSV: {error}."
             if header is None:
                 if not row:
                     continue
@@ -177,21 +177,21 @@ def _csv_lines(numbered: Iterator[tuple[int, bytes | None]]) -> Iterator[Line]:
             elif source.error:
                 yield Line(source.first, error=source.error)
             elif len(row) not in (0, len(header)):
-                yield Line(source.first, error=f"It has {len(row)} fields, and the header {len(header)}.")
+                yield Line(source.first, error=f"The row has {len(row)} fields, but the header has {len(header)}.")
             elif row:
                 yield Line(source.first, dict(zip(header, row, strict=True)))
         if header is None:
-            raise ManifestUnreadable("The manifest is empty: a CSV begins with a header that names its columns.")
+            raise ManifestUnreadable("The manifest is empty. A CSV must begin with a header that names its columns.")
     finally:
         csv.field_size_limit(previous_limit)
 
 
 class _CsvSource:
-    """Lines for the CSV reader, and what it cannot be told of them.
+    """Lines for the CSV reader, with the position and error that the reader cannot report.
 
     Attributes:
         first: The line on which the current row begins.
-        error: What is wrong with the current row.
+        error: The error in the current row.
     """
 
     def __init__(self, numbered: Iterator[tuple[int, bytes | None]]) -> None:
@@ -199,7 +199,7 @@ class _CsvSource:
         self.begin()
 
     def begin(self) -> None:
-        """A new row."""
+        """Begin a new row."""
         self.first, self.error, self._bytes = 0, "", 0
 
     def __iter__(self) -> "_CsvSource":
@@ -213,26 +213,26 @@ class _CsvSource:
             return "\n"
         self._bytes += len(line) + 1
         if self._bytes > LINE_LIMIT_BYTES + 1:
-            # With a quote not closed, all that follows would become part of this row. The reader forgets what it has of
-            # a row when its source fails, and begins anew with the next line.
-            raise csv.Error(f"the row has more than {LINE_LIMIT_BYTES} bytes; a quote may not be closed")
+            # With an unclosed quote, all following lines would become part of this row. The reader discards its partial
+            # row when its source fails, and starts again with the next line.
+            raise csv.Error(f"the row exceeds {LINE_LIMIT_BYTES} bytes, possibly because of an unclosed quote")
         try:
             return line.decode() + "\n"
         except UnicodeDecodeError:
-            self.error = self.error or "It is not UTF-8."
+            self.error = self.error or "Not valid UTF-8."
             return line.decode(errors="replace") + "\n"
 
 
 def _header(row: list[str], error: str) -> list[str]:
     names = [name.strip() for name in row]
     if error:
-        raise ManifestUnreadable(f"The header cannot be read. {error}")
+        raise ManifestUnreadable(f"The header is not readable. {error}")
     if len(set(names)) != len(names) or not all(re.fullmatch(r"[^\x00-\x1f\x7f]{1,256}", name) for name in names):
-        raise ManifestUnreadable("The header has to name each column, once, in at most 256 characters.")
+        raise ManifestUnreadable("The header must name each column once, in at most 256 characters.")
     return names
 
 
-_TOO_LONG = f"It has more than {LINE_LIMIT_BYTES} bytes: give large files as URLs."
+_TOO_LONG = f"The line exceeds the limit of {LINE_LIMIT_BYTES} bytes. Pass large files as URLs."
 
 
 def _of_a_line(detail: str) -> str:

@@ -1,6 +1,6 @@
-"""State PrepareBatch: finds the lines that an attempt of a batch runs, and writes them down.
+"""State PrepareBatch: find the lines that an attempt of a batch runs, and store them.
 
-Reads and writes streams, so that memory does not grow with the batch; twice, it writes the same.
+Data is streamed, so that memory use does not grow with the batch; running twice writes the same.
 """
 
 import json
@@ -32,25 +32,25 @@ from predictions.batches.manifest import (
 from predictions.batches.store import Batch, Batches
 from predictions.observability import logger
 
-# What of the function's time is left for writing the last of it down, when a manifest takes too long.
+# The function's time that is reserved for the last writes, if a manifest takes too long.
 _LEFT_SECONDS = 60
-# So many executions died over the same manifest: another one would, too.
+# After this many crashed executions for the same manifest, another one would crash too.
 _EXECUTIONS_LIMIT = 6
 
 
 def prepare(
     batches: Batches, batch_id: str, attempt: int, remaining_seconds: Callable[[], float] = lambda: 900.0
 ) -> dict[str, Any]:
-    """Finds the lines that an attempt runs, and writes them down.
+    """Find the lines that an attempt runs, and store them.
 
     Args:
         batches: The batches.
-        batch_id: Which batch.
-        attempt: Which attempt.
-        remaining_seconds: How long the function may still run.
+        batch_id: The id of the batch.
+        attempt: The number of the attempt.
+        remaining_seconds: Returns how long the function may still run.
 
     Returns:
-        What the state machine goes on with: `lines` (how many), `key` (where they are), `max_concurrency`,
+        The state machine's data: `lines` (their number), `key` (their object), `max_concurrency`,
         `tolerated_failure_percentage`.
     """
     batch = batches.find(batch_id)
@@ -68,7 +68,7 @@ def prepare(
             logger.warning("manifest unreadable")
             batches.unreadable(batch, str(unreadable))
         batch = batches.find(batch_id) or batch
-    # Of a batch that has stopped, no line would start.
+    # In a stopped batch no line would start.
     lines = 0 if batch.stop else batch.lines or 0
     return _plan(batch_id, attempt, lines, batch.max_concurrency, batch.tolerated_failure_percentage)
 
@@ -85,30 +85,34 @@ def _plan(batch_id: str, attempt: int, lines: int, concurrency: int, percentage:
 
 
 def _in_time(parts: Iterable[Any], remaining_seconds: Callable[[], float]) -> Iterator[Any]:
-    """These parts, while there is time.
+    """Yield these parts while time remains.
 
     Raises:
-        ManifestUnreadable: There is no more. Another execution would have no more, either.
+        ManifestUnreadable: The time is over. Another execution would have no more time.
     """
     for part in parts:
         if remaining_seconds() < _LEFT_SECONDS:
-            raise ManifestUnreadable("It takes too long to read the manifest, or to fill the template: make several.")
+            raise ManifestUnreadable(
+                "Reading the manifest or filling the template takes too long. Create several batches."
+            )
         yield part
 
 
 def _first_lines(batches: Batches, batch: Batch, remaining_seconds: Callable[[], float]) -> tuple[int, int]:
-    """Reads the manifest; how many lines can run, and how many cannot.
+    """Read the manifest; return the numbers of valid and invalid lines.
 
     Raises:
-        ManifestUnreadable: It is gone, another one by now, too long, or no manifest; or it takes too long to read.
+        ManifestUnreadable: The manifest is gone, replaced, too long, not a manifest, or too slow to read.
     """
     if batch.execution_n > _EXECUTIONS_LIMIT:
-        raise ManifestUnreadable("The manifest could not be read: each try ended before its end. Make several batches.")
+        raise ManifestUnreadable(
+            "The manifest could not be read: each try ran out of memory or time. Create several batches."
+        )
     bucket = batches.bucket_name
     request = _requests(bucket, batch)
     manifest = batch.manifest
     read = read_pieces(manifest["bucket"], manifest["key"], etag=manifest["etag"])
-    # Looked at twice: a piece may hold thousands of lines, and of empty ones nothing more is heard.
+    # Checked at two places: a piece may have thousands of lines, and empty ones are not yielded.
     pieces = _in_time(read, remaining_seconds)
     count = refused_count = 0
     try:
@@ -120,7 +124,9 @@ def _first_lines(batches: Batches, batch: Batch, remaining_seconds: Callable[[],
             found = lines_of(pieces, "csv" if manifest["format"] == "csv" else "jsonl")
             for line in _in_time(found, remaining_seconds):
                 if count + refused_count >= LINES_LIMIT:
-                    raise ManifestUnreadable(f"The manifest has more than {LINES_LIMIT} lines: make several batches.")
+                    raise ManifestUnreadable(
+                        f"The manifest exceeds the limit of {LINES_LIMIT} lines. Create several batches."
+                    )
                 try:
                     if line.error:
                         raise LineRefused(line.error)
@@ -138,14 +144,14 @@ def _first_lines(batches: Batches, batch: Batch, remaining_seconds: Callable[[],
     except ClientError as error:
         if error.response["Error"]["Code"] not in ("NoSuchKey", "AccessDenied", "PreconditionFailed", "412"):
             raise
-        raise ManifestUnreadable("The manifest is not there any more as it was when the batch was made.") from None
+        raise ManifestUnreadable("The manifest was changed or deleted after the batch was created.") from None
     return count, refused_count
 
 
 def _requests(bucket: str, batch: Batch) -> Callable[[Any], tuple[dict[str, Any], str | None]]:
-    """What makes a request of a line's value, and says where its results go."""
+    """Return the function that turns a line into a request and its output prefix."""
     if batch.recipe:
-        from predictions.recipes.store import Recipe  # only batches by a recipe pay for it
+        from predictions.recipes.store import Recipe  # only batches with a recipe need it
 
         recipe = Recipe(**json.loads(get_text(bucket, recipe_key(batch.id))))
         return lambda value: request_by(recipe, value)
@@ -154,7 +160,7 @@ def _requests(bucket: str, batch: Batch) -> Callable[[Any], tuple[dict[str, Any]
 
 
 def _lines_again(batches: Batches, batch: Batch) -> int:
-    """Finds the lines of the first attempt that have not succeeded in any; how many there are."""
+    """Find the lines that have not succeeded in any attempt; return their number."""
     bucket, count = batches.bucket_name, 0
     undone = {"failed", "canceled"}
     every = read_jsonl(bucket, lines_key(batch.id, 1))

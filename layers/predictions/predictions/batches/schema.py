@@ -19,13 +19,13 @@ class BatchBody(BatchLimits):
 
 
 def read_body(value: Any) -> BatchBody:
-    """Checks the fields by themselves.
+    """Validate each field independently.
 
     Raises:
         Problem: 422 (with `invalid_fields`).
     """
     if not isinstance(value, dict):
-        raise Problem(422, "The body has to be a JSON object with `requests` or `manifest`.")
+        raise Problem(422, "The body must be a JSON object with `requests` or `manifest`.")
     try:
         return BatchBody.model_validate(value)
     except ValidationError as error:
@@ -33,12 +33,12 @@ def read_body(value: Any) -> BatchBody:
         fields = []
         for each in error.errors(include_url=False, include_context=False):
             unknown = each["type"] == "extra_forbidden"
-            detail = f"This field is not known. Known are {known}." if unknown else each["msg"]
+            detail = f"Unknown field. The known fields are {known}." if unknown else each["msg"]
             fields.append({"field": str(each["loc"][0])[:200], "detail": detail})
         raise refusal(fields) from None
 
 
 def refusal(fields: list[dict[str, str]]) -> Problem:
-    """The answer that names every field that is wrong."""
+    """Return the response that names every invalid field."""
     detail = " ".join(f"{each['field']}: {each['detail']}" for each in fields[:5])
     return Problem(422, detail, title="Input validation failed", invalid_fields=fields[:50])

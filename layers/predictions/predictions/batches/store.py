@@ -1,16 +1,15 @@
-"""Batches: many requests from one manifest, and where each of them stands.
+"""Items of batches: many requests from one manifest, and their progress.
 
-A batch's item (`pk` = `batch#{id}`, `sk` = `status`) is small and holds no list: the lines are objects (see
-`batches.files`), and a line's prediction is known by an id that is made from the batch's id, the line's
-number and the attempt. So a line starts one prediction however often it is sent, and whoever wants to know of all of
-them goes through the lines.
+A batch's item (`pk` = `batch#{id}`, `sk` = `status`) is small and has no list: the lines are objects (see
+`batches.files`), and the id of a line's prediction is derived from the batch's id, the line's number and the attempt.
+So a line starts one prediction however often it is sent, and a reader of all of them iterates over the lines.
 
     preparing ─▶ running ─▶ succeeded | failed | canceled     ─ retry ─▶ preparing, attempt + 1
 
-`succeeded` is a batch that has gone through its lines, whatever became of each; `failed` one that could not be read, or
-had more failing lines than it tolerates. `stop` in the item says that no further line starts (`canceled`, `exceeded`).
-It is written before anybody looks for lines that run, and a line looks at it right before it is submitted, when it has
-been written down: so either of the two sees the other, and no line is left running.
+`succeeded` is a batch that has processed its lines, whatever their results; `failed` one that could not be read, or
+had more failing lines than it tolerates. `stop` in the item means that no further line starts (`canceled`, `exceeded`).
+The field is written before running lines are searched for, and a line checks it right before it is submitted, after it
+has been stored: so either of the two sees the other, and no line is left running.
 
 `sk` = `key` under `batch#{owner's key, hashed}` holds the id that belongs to an `Idempotency-Key` (see
 `store.idempotency_keys`). Batches' own ids are random, because messages name them without further proof.
@@ -41,15 +40,15 @@ if TYPE_CHECKING:
 ENDED = ("succeeded", "failed", "canceled")
 
 CHECK_SECONDS = 300
-"""How often the sweep looks whether the execution of a batch is there."""
+"""How often the sweep checks that the execution of a batch exists."""
 
 _START_CHECK_SECONDS = 60
-# Backoff of the looks at a batch over which functions die: doubled with each execution, up to an hour.
+# Backoff of the checks of a batch whose functions crash: doubled with each execution, up to an hour.
 _CHECK_MOST_SECONDS = 3600
-# A batch has no deadline: one that functions died over for so long is ended this long before its item expires.
+# A batch has no deadline: one whose functions keep crashing is failed this long before its item expires.
 _ABANDON_BEFORE_SECONDS = 86400
 _DEAD_EXECUTIONS = 3
-# What a line of requests.jsonl has around its request.
+# The bytes of a line of requests.jsonl around its request.
 _AROUND_BYTES = 1024
 
 
@@ -59,18 +58,18 @@ class Batch:
 
     Attributes:
         manifest: Bucket, key, ETag and format of the manifest.
-        templated: Whether a template makes its requests.
-        recipe: The name of the recipe that makes them.
-        attempt: From 1; each retry is a further one.
-        execution_n: Which execution of the attempt runs it.
-        lines: How many lines this attempt runs; None until they are known.
-        total: How many lines there are, refused ones included.
-        refused: How many of these cannot run.
-        counts: Lines by their status, once it has ended.
-        results_key: The results of the last attempt that ended.
+        templated: Whether a template builds its requests.
+        recipe: The name of the recipe that builds them.
+        attempt: From 1; each retry adds 1.
+        execution_n: The number of the current execution of the attempt.
+        lines: The number of lines in this attempt; None until it is known.
+        total: The number of all lines, including invalid ones.
+        refused: The number of invalid lines.
+        counts: Lines by their status, after completion.
+        results_key: The results of the last completed attempt.
         stop: Why no further line starts: `canceled` or `exceeded`.
-        stopped_before: How many of this attempt's lines were looked at, to cancel those that run; None once all were.
-        stalled_looks: How many looks in a row of the sweep died while they canceled lines.
+        stopped_before: The number of this attempt's lines checked for cancellation; None when all are.
+        stalled_looks: The number of consecutive checks of the sweep that crashed while canceling lines.
     """
 
     id: str
@@ -103,37 +102,37 @@ class Batch:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing of it runs any more."""
+        """Return whether the batch has completed."""
         return self.status in ENDED
 
     @property
     def is_canceling(self) -> bool:
-        """Whether lines of it that run are still to be canceled."""
+        """Return whether running lines are still to be canceled."""
         return self.stop is not None and self.stopped_before is not None and self.lines is not None
 
     @property
     def abandoned_at(self) -> int | None:
-        """When it is ended by our own word, where functions died over it again and again."""
+        """Return when the stack fails the batch because its functions keep crashing."""
         died = self.execution_n > _DEAD_EXECUTIONS or self.stalled_looks > _DEAD_EXECUTIONS
         return self.expires_at - _ABANDON_BEFORE_SECONDS if died else None
 
     @property
     def execution_name(self) -> str:
-        """Of the execution that runs it."""
+        """Return the name of the current execution."""
         return f"{self.id}-{self.attempt}-{self.execution_n}"
 
     def manifest_uri(self, outputs_bucket_name: str) -> str | None:
-        """`s3://…` of its manifest; None where its requests came with the call."""
+        """Return its manifest's `s3://…`, or None if the body had the requests."""
         bucket, key = self.manifest["bucket"], self.manifest["key"]
         return None if bucket == outputs_bucket_name else f"s3://{bucket}/{key}"
 
     def prediction_id(self, n: int, attempt: int) -> str:
-        """The id of a line's prediction, whether it exists or not."""
-        # As `create_requested_intent` makes it.
+        """Return the id of a line's prediction, whether it exists or not."""
+        # As `create_requested_intent` derives it.
         return derived_id(f"batch#{self.owner}", self.line_key(n, attempt))
 
     def line_key(self, n: int, attempt: int) -> str:
-        """What makes a line's request the same one when it comes again."""
+        """Return the key that identifies repetitions of a line's request."""
         return f"{self.id}-{n}-{attempt}"
 
 
@@ -162,43 +161,43 @@ class Batches:
 
     @classmethod
     def from_env(cls) -> "Batches":
-        """From `TABLE_NAME`, `OUTPUTS_BUCKET_NAME` and `ALLOW_LOOPBACK_WEBHOOKS`."""
+        """Build from `TABLE_NAME`, `OUTPUTS_BUCKET_NAME` and `ALLOW_LOOPBACK_WEBHOOKS`."""
         return cls(
             os.environ["TABLE_NAME"],
             os.environ["OUTPUTS_BUCKET_NAME"],
             allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
         )
 
-    # -- the requests queue's door --------------------------------------------------------------------------------
+    # -- entry point for the requests queue -----------------------------------------------------------------------
 
-    def intent(self, body: Mapping[str, Any], message: object) -> Intent:  # noqa: ARG002  # the door's interface
-        """The intent of a line: what it asks for was written down when its owner asked for the batch.
+    def intent(self, body: Mapping[str, Any], message: object) -> Intent:  # noqa: ARG002  # the interface of `Source`
+        """Return the intent of a line, which was stored when its owner created the batch.
 
         Args:
             body: `{"batch_id", "attempt", "n", "offset", "length"}`.
-            message: Where it came in.
+            message: The message that carried it.
 
         Raises:
-            NoLongerWanted: It is not to start any more.
-            Problem: 404, where there is no such batch or line; 422, where its request is not taken any more.
+            NoLongerWanted: The line is no longer active.
+            Problem: 404 if the batch or line does not exist; 422 if its request is no longer valid.
         """
         batch_id, *numbers = (body.get(name) for name in ("batch_id", "attempt", "n", "offset", "length"))
         if not isinstance(batch_id, str) or not all(type(number) is int and number >= 0 for number in numbers):
-            raise Problem(404, "A line of a batch has batch_id, attempt, n, offset and length.")
+            raise Problem(404, "A line of a batch must have batch_id, attempt, n, offset and length.")
         attempt, n, offset, length = (int(str(number)) for number in numbers)
         batch = self.find(batch_id)
         if batch is None:
-            raise Problem(404, "There is no such batch.")
+            raise Problem(404, "Batch not found.")
         self._check_open(batch, attempt)
         if not 0 < length <= BODY_LIMIT_BYTES + _AROUND_BYTES:
-            raise Problem(404, "The batch has no such line.")
+            raise Problem(404, "Line not found in the batch.")
         line = read_range(self.bucket_name, requests_key(batch.id), offset, length)
         try:
             found = json.loads(line or b"null")
         except ValueError:
             found = None
         if not isinstance(found, dict) or found.get("n") != n:
-            raise Problem(404, "The batch has no such line.")
+            raise Problem(404, "Line not found in the batch.")
         return create_requested_intent(
             found["request"],
             owner=batch.owner,
@@ -216,36 +215,36 @@ class Batches:
         if batch.stop is not None:
             raise NoLongerWanted("More lines of the batch had failed than it tolerates.")
         if batch.ended or batch.attempt != attempt:
-            raise NoLongerWanted("The batch has gone on without this line.")
+            raise NoLongerWanted("The batch has completed without this line.")
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def find(self, batch_id: str) -> Batch | None:
-        """A batch, read consistently."""
+        """Return a batch, read consistently, or None."""
         dynamodb = self._dynamodb
         found = dynamodb.get_item(TableName=self._table_name, Key=_key(batch_id), ConsistentRead=True).get("Item")
         return _batch(deserialize(found)) if found else None
 
     def page(self, owner: str, start: str | None, *, older: bool, size: int) -> tuple[Sequence[Batch], bool]:
-        """A page of an owner's batches; see `aws.dynamodb.list_page`."""
+        """Return a page of an owner's batches; see `aws.dynamodb.list_page`."""
         dynamodb = self._dynamodb
         key = _listed_owner(owner)
         pks, more = list_page(dynamodb, self._table_name, key, start, older=older, size=size)
         found = read_items(dynamodb, self._table_name, [(pk, "status") for pk in pks])
         return [_batch(found[pk, "status"]) for pk in pks if (pk, "status") in found], more
 
-    # -- what changes -------------------------------------------------------------------------------------------------
+    # -- changes ------------------------------------------------------------------------------------------------------
 
     @property
     def idempotency_keys(self) -> IdempotencyKeys:
-        """The idempotency keys of batches."""
+        """Return the idempotency keys of batches."""
         return IdempotencyKeys("batch", self._table_name, self._dynamodb, now=self.now)
 
     def write_down(self, batch: Batch) -> Batch:
-        """Writes a new batch down; one that is there already stays as it is, and is given.
+        """Store a new batch, or return the existing one unchanged.
 
         Raises:
-            ClientError, BotoCoreError: It is not there, as far as the table tells: nobody is about to run it.
+            ClientError, BotoCoreError: The batch is not stored, as far as the table shows: nothing will run it.
         """
         dynamodb = self._dynamodb
         values = {name: getattr(batch, name) for name in _FIELDS}
@@ -263,15 +262,15 @@ class Batches:
         except dynamodb.exceptions.ConditionalCheckFailedException:
             return self.find(batch.id) or batch
         except (ClientError, BotoCoreError):
-            # The write may have been made, and only its answer be lost: then the sweep runs the batch, and a caller who
-            # is told of an error would make another one.
+            # The write may have succeeded with its response lost: then the sweep runs the batch, and a caller that gets
+            # an error would create another one.
             if there := self.find(batch.id):
                 return there
             raise
         return batch
 
     def running(self, batch: Batch, *, lines: int, total: int, refused: int) -> None:
-        """Notes what an attempt runs."""
+        """Record the number of lines that an attempt runs."""
         self._change(
             batch,
             {"status": "running", "lines": lines, "total": total, "refused": refused},
@@ -280,7 +279,7 @@ class Batches:
         )
 
     def unreadable(self, batch: Batch, error: str) -> None:
-        """Notes why a batch has no lines."""
+        """Record why a batch has no lines."""
         self._change(
             batch,
             {"status": "running", "lines": 0, "total": 0, "refused": 0, "error": error},
@@ -289,10 +288,10 @@ class Batches:
         )
 
     def stop(self, batch: Batch, why: str) -> Batch | None:
-        """Says that no further line of it starts, and that those that run are to be canceled.
+        """Stop a batch: no further line starts, and running ones are to be canceled.
 
         Returns:
-            The batch as it is then; None where it had ended, or was stopped before.
+            The updated batch, or None if it had completed or been stopped before.
         """
         return self._change(
             batch,
@@ -301,20 +300,20 @@ class Batches:
         )
 
     def stopped(self, batch: Batch, before: int | None) -> None:
-        """Notes how far the cancelling of its lines has come; None: all of them were looked at."""
+        """Record the progress of canceling its lines; None: all of them were checked."""
         set_ = {} if before is None else {"stopped_before": before}
         condition = "attempt = :attempt AND attribute_exists(#open)"
         done = ["stopped_before"] if before is None else []
-        # Whoever writes this did not die.
+        # A function that writes this did not crash.
         self._change(batch, set_, remove=[*done, "stalled_looks"], condition=condition)
 
     def end(self, batch: Batch, *, status: str, counts: Mapping[str, int], results_key: str) -> Batch | None:
-        """Ends an attempt; None where that was done before."""
+        """Complete an attempt. Return None if that was done before."""
         return self._change(
             batch,
             {
                 "status": status,
-                # By this name the stream's reader is called for ends, and for ends only.
+                # The event filter of the stream's consumer matches this attribute, so completions only.
                 "visible": status,
                 "counts": dict(counts),
                 "results_key": results_key,
@@ -325,7 +324,7 @@ class Batches:
         )
 
     def begin_again(self, batch: Batch) -> Batch | None:
-        """Begins another attempt of a batch that has ended; None where somebody else did."""
+        """Begin another attempt of a completed batch. Return None if another call did."""
         try:
             return self._change(
                 batch,
@@ -340,17 +339,17 @@ class Batches:
                 condition="attempt = :attempt AND attribute_not_exists(#open)",
             )
         except (ClientError, BotoCoreError):
-            # As for a new batch: the write may have been made, and only its answer be lost.
+            # As for a new batch: the write may have succeeded with its response lost.
             there = self.find(batch.id)
             if there is None or there.attempt <= batch.attempt:
                 raise
             return there
 
     def take_check(self, batch: Batch) -> Batch | None:
-        """Takes a check that is due, so that nobody else does it; None where somebody did.
+        """Claim a check that is due. Return None if another function did.
 
-        The next check is put off by the same write, before anything is done: the further, the more executions or looks
-        have died over this batch.
+        The same write defers the next check, before anything is done: the longer, the more executions or checks of this
+        batch have crashed.
         """
         wait = _START_CHECK_SECONDS if batch.stop else CHECK_SECONDS
         died = batch.execution_n - 1 + batch.stalled_looks
@@ -363,10 +362,10 @@ class Batches:
         )
 
     def abandon(self, batch: Batch) -> Batch | None:
-        """End an attempt over which functions died, without results; None if it ended meanwhile."""
+        """Fail an attempt whose functions keep crashing. Return None if it has completed."""
         error = (
-            "This stack's functions ran out of memory or time each time that they worked on this batch, so it was "
-            "ended without results. Its predictions have their own ends: read them one by one."
+            "This stack's functions ran out of memory or time each time they processed this batch, so it has failed "
+            "without results. Its predictions complete independently: read them one by one."
         )
         return self._change(
             batch,
@@ -382,7 +381,7 @@ class Batches:
         )
 
     def next_execution(self, batch: Batch) -> Batch | None:
-        """Counts up the execution that runs it; None where somebody else did."""
+        """Increment the execution number. Return None if another function did."""
         return self._change(
             batch,
             {"execution_n": batch.execution_n + 1},
@@ -405,7 +404,7 @@ class Batches:
         remove: Sequence[str] = (),
         values: Mapping[str, Any] | None = None,
     ) -> Batch | None:
-        """One conditional update; the batch after it, or None where the condition did not hold."""
+        """Update conditionally; return the batch, or None if the condition failed."""
         clauses = ["SET " + ", ".join(f"#{name} = :set_{name}" for name in set_)] if set_ else []
         clauses += ["REMOVE " + ", ".join(f"#{name}" for name in remove)] if remove else []
         named = [*set_, *remove, *(name for name in ("status", "open", "stop") if f"#{name}" in condition)]
@@ -428,14 +427,14 @@ class Batches:
 
 
 def event_of(change: Mapping[str, Any], bucket_name: str) -> tuple[str, dict[str, Any]] | None:
-    """The event that a change of a batch calls for: `Batch Completed`, when an attempt has ended.
+    """Return the event of a change of a batch: `Batch Completed`, after an attempt.
 
     Args:
         change: Of the table's stream, with the images before and after.
         bucket_name: The outputs bucket.
 
     Returns:
-        Its type and its detail; None where it calls for none.
+        Its type and its detail, or None if the change has no event.
     """
     new, old = (deserialize(change.get(name) or {}) for name in ("NewImage", "OldImage"))
     if "visible" not in new or "visible" in old:
@@ -469,7 +468,10 @@ _LISTED = "batches#"
 
 
 def _listed_owner(owner: str) -> str:
-    """The key of the index `by_owner`: an owner's batches are a list of their own. No owner's name holds a `#`."""
+    """Return the key of an owner's batches in the index `by_owner`.
+
+    They are a list of their own: no owner's name contains a `#`.
+    """
     return f"{_LISTED}{owner}"
 
 

@@ -33,12 +33,12 @@ def pause(
     stack: Stack,
     reason: Annotated[
         str, typer.Option(help="A sentence that callers are shown, at most 200 characters.")
-    ] = "Its operator has paused it.",
+    ] = "The operator has paused it.",
 ) -> None:
     """Hold all new submissions until `resume`."""
     reason = reason.strip()
     if not 1 <= len(reason) <= 200 or not reason.isprintable():
-        raise NotDone("The reason must be 1 to 200 printable characters: callers are shown it.")
+        raise NotDone("The reason must be 1 to 200 printable characters: it is shown to callers.")
     _limiter(stack).pause_by_command(reason)
     print("Submissions are paused within a second or two, until `resume`.", file=sys.stderr)
 
@@ -52,7 +52,7 @@ def resume(stack: Stack) -> None:
 
 @command(app, "status", example="status --stack NAME")
 def show_status(stack: Stack, as_json: JsonObject = False) -> None:
-    """Show whether submissions are paused, and what waits."""
+    """Show whether submissions are paused, and what is waiting."""
     now = time.time()
     state = _limiter(stack).limiter_state()
     pause = state.pause(now)
@@ -114,7 +114,7 @@ def set_limits(
         typer.Option(help=f"Maximum number of open pipelines, 0 to {OPEN_MAX} (default: {OPEN_PIPELINES_DEFAULT})."),
     ] = None,
 ) -> None:
-    """Replace the limits of an owner with these."""
+    """Replace the limits of an owner."""
     given = OwnerLimits(in_flight, per_day, open_batches, open_pipelines)
     _owners_limits(stack).set_limits(_checked(owner), given)
     print(f"The limits of {owner} are {_limits_text(given)}, within a minute.", file=sys.stderr)

@@ -84,7 +84,7 @@ class _Dead:
         id: The id that commands show and accept.
         row: The other columns of the list.
         whole: The entry in the JSON list.
-        redrive: Tries it once more, or raises `_Left`.
+        redrive: Processes it again, or raises `_Left`.
         receipt_handle: Needed to delete it.
     """
 
@@ -126,7 +126,7 @@ def list_letters(stack: Stack, queue: _QueueName, as_json: JsonList = False) -> 
 
 @command(app, "redrive", example="dead-letters redrive webhooks --stack NAME")
 def redrive_letters(stack: Stack, queue: _QueueName, letter_id: _LetterId = None) -> None:
-    """Process dead letters once more.
+    """Process dead letters again.
 
     Each is processed as what it was: nothing is started or sent twice.
     """
@@ -135,7 +135,7 @@ def redrive_letters(stack: Stack, queue: _QueueName, letter_id: _LetterId = None
     for letter in _chosen(stack, queue, letter_id):
         try:
             letter.redrive()
-        except (_Left, NotDone) as reason:  # the others are redriven all the same
+        except (_Left, NotDone) as reason:  # the others are still redriven
             left.append(f"{letter.id}: {reason}")
             continue
         # In this order: after a crash in between it is redriven twice, which starts and sends nothing twice.
@@ -300,7 +300,7 @@ def _why(body: Mapping[str, Any]) -> str:
     """
     payload = body.get("responsePayload")
     error = payload.get("errorMessage") or payload.get("errorType") if isinstance(payload, dict) else None
-    return line(str(error or body.get("requestContext", {}).get("condition", "it could not be invoked")), 200)
+    return line(str(error or body.get("requestContext", {}).get("condition", "invocation failed")), 200)
 
 
 def _read_stream(stack: Stack, part: Mapping[str, Any], function: str) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def show(
     ] = False,
     as_json: JsonObject = False,
 ) -> None:
-    """Show what happened to a prediction and what it waits for.
+    """Show the timeline of a prediction and what it is waiting for.
 
     Prints its fields, its files and its timeline.
     """
@@ -223,9 +223,9 @@ def _of_item(prediction: Prediction) -> Iterator[_Moment]:
 
 
 def _of_submissions(prediction: Prediction) -> Iterator[_Moment]:
-    """The submissions without a clear answer, and the readings of the list that looked for what they started."""
+    """List submissions with an unknown outcome, and readings of Replicate's list."""
     for submission in json.loads(prediction.submissions_json or "[]"):
-        yield _Moment(submission["at"], "table", f"submitted, without a clear answer: {submission['outcome']}")
+        yield _Moment(submission["at"], "table", f"submitted, outcome unknown: {submission['outcome']}")
     for reading in json.loads(prediction.readings_json or "[]"):
         saw = f"read Replicate's list: {reading['pages']} pages, {reading['entries']} predictions"
         if "why_not" in reading:
@@ -233,15 +233,15 @@ def _of_submissions(prediction: Prediction) -> Iterator[_Moment]:
         elif "undecided" in reading:
             more = reading["number"] - len(reading["undecided"])
             named = ", ".join(reading["undecided"]) + (f" and {more} more" if more > 0 else "")
-            what = f"nothing tells whose these are: {named}"
+            what = f"undecidable: {named}"
         else:
             what = "none of them is this one"
         yield _Moment(reading["at"], "table", f"{saw}; {what}")
     if prediction.evidence_at:
-        yield _Moment(prediction.evidence_at, "table", "evidence: two complete readings do not show it")
+        yield _Moment(prediction.evidence_at, "table", "evidence of absence: two complete readings do not show it")
     if prediction.bound_at:
         times = prediction.unknown_creates
-        yield _Moment(prediction.bound_at, "table", f"bound, after {times} submissions that had started nothing")
+        yield _Moment(prediction.bound_at, "table", f"bound, after {times} submissions that started nothing")
 
 
 def _of_executions(stack: Stack, executions: Executions, prediction: Prediction) -> Iterator[_Moment]:

@@ -1,1 +1,1 @@
-"""Requests that do not come over HTTP: the requests queue and direct invocations."""
+"""Requests that do not arrive over HTTP: the requests queue and direct invocations."""

@@ -65,10 +65,10 @@ class RequestConsumer:
                 self._requests.give_up(message, given_up.reason)
                 self._store(message, given_up.reason, "RequestNotStarted")
             else:
-                # Nothing is wrong with the message: a redrive starts it, and then its state is told of the end.
+                # Nothing is wrong with the message: a redrive starts it, and its state then gets the completion.
                 self._store(message, given_up.reason, None)
         except Exception:
-            logger.exception("request not kept")
+            logger.exception("request not stored")
             raise
 
     def _store(self, message: Message, reason: str, error: str | None) -> None:

@@ -1,16 +1,17 @@
-"""Run jobs: predictions that are asked for by invoking `run_prediction`, not over HTTP.
+"""Direct invocations of `run_prediction`.
 
-A job comes in one of two shapes, and is answered in the same shape, whatever happens:
+A job has one of two shapes, and the response always has the same shape:
 
-    {model, prompt, webhook_url?}                                           at once
-    {model, input_data, wait_for_completion?, poll_interval?, …}            when it has ended, or the wait has
+    {model, prompt, webhook_url?}                                           responds immediately
+    {model, input_data, wait_for_completion?, poll_interval?, …}            responds on completion or timeout
 
-Underneath it is the same prediction as any other. Lambda repeats an event that nobody waits for, with the same request
-id: the job's id is made from it, so that the repetition finds the prediction. Whoever invokes twice by himself, as a
-schedule or an SDK may, gives an `idempotency_key`.
+Underneath, it is the same prediction as any other. Lambda retries an asynchronous event with the same request id: the
+job's id is derived from it, so that the retry finds the prediction. A caller that retries by itself, as a schedule or
+an SDK may, should pass an `idempotency_key`.
 
-An invocation that failed for good may have started its prediction all the same. `dead-letters redrive` invokes it again
-as `{"request_id", "job"}`, under the request id that it had. Who may invoke the function is trusted with that id.
+An invocation that failed permanently may still have started its prediction. `dead-letters redrive` invokes the function
+again with `{"request_id", "job"}`, under the original request id. Every principal that may invoke the function is
+trusted with that id.
 """
 
 import json
@@ -32,9 +33,9 @@ from predictions.validation import parse_json
 from predictions.views.prediction import Presenter
 
 WAIT_MARGIN_SECONDS = 20
-"""What of the function's time is left for the answer, when a wait is cut: reading it, with AWS's own retries."""
+"""The function's time that is reserved for the response when a wait is cut short: a read, with AWS's own retries."""
 
-# Nothing was started by a 503: it is tried again as often as this, after what `Retry-After` says, if that is soon.
+# A 503 started nothing: it is retried this often, after the time in `Retry-After`, if that is soon.
 _ATTEMPTS = 3
 _RETRY_LIMIT_SECONDS = 10
 _TOKEN_REFUSED = (401, 402, 403)
@@ -48,12 +49,12 @@ class _Job(BaseModel):
 
 
 class PromptJob(_Job):
-    """A job that is answered at once.
+    """A job whose response does not wait for completion.
 
     Attributes:
         model: `owner/name`, `owner/name:version` or a version id.
         prompt: The model's input `prompt`, its only one.
-        webhook_url: Where the end is told.
+        webhook_url: The URL for the completion webhook.
         idempotency_key: As the API's header `Idempotency-Key`.
     """
 
@@ -61,19 +62,19 @@ class PromptJob(_Job):
     webhook_url: str | None = None
 
     def request(self) -> dict[str, Any]:
-        """The same as a `RequestBody`."""
+        """Return the job as a `RequestBody`."""
         webhook = {"webhook": self.webhook_url, "webhook_events_filter": ["completed"]} if self.webhook_url else {}
         return {"model": self.model, "input": {"prompt": self.prompt}, **webhook}
 
     @staticmethod
     def field(name: str) -> str:
-        """What a field of the request is called in the job."""
+        """Return the job's name of a field of the request."""
         names = {"input.prompt": "prompt", "webhook": "webhook_url", "Idempotency-Key": "idempotency_key"}
         return names.get(name, name)
 
     @staticmethod
     def answer(shown: dict[str, Any] | None, error: str | None) -> dict[str, Any]:
-        """The answer: of a prediction, or, without one, of the error."""
+        """Return the response for a prediction or, without one, for the error."""
         shown = shown or {}
         return {
             "success": bool(shown),
@@ -87,14 +88,14 @@ class PromptJob(_Job):
 
 
 class InputJob(_Job):
-    """A job that is answered at its end, unless the wait ends first.
+    """A job whose response waits for completion, up to a limit.
 
     Attributes:
         model: `owner/name`, `owner/name:version` or a version id.
         input_data: The model's input.
         wait_for_completion: Whether to wait at all.
-        poll_interval: Seconds between two looks at the prediction.
-        max_poll_attempts: After how many looks the wait ends.
+        poll_interval: Seconds between two reads of the prediction.
+        max_poll_attempts: The number of reads after which the wait ends.
         idempotency_key: As the API's header `Idempotency-Key`.
     """
 
@@ -104,19 +105,19 @@ class InputJob(_Job):
     max_poll_attempts: int = Field(default=60, ge=1, le=10_000)
 
     def request(self) -> dict[str, Any]:
-        """The same as a `RequestBody`."""
+        """Return the job as a `RequestBody`."""
         return {"model": self.model, "input": self.input_data}
 
     @staticmethod
     def field(name: str) -> str:
-        """What a field of the request is called in the job."""
+        """Return the job's name of a field of the request."""
         if name.partition(".")[0] == "input":
             return f"input_data{name.removeprefix('input')}"
         return "idempotency_key" if name == "Idempotency-Key" else name
 
     @staticmethod
     def answer(shown: dict[str, Any] | None, error: str | None) -> dict[str, Any]:
-        """The answer: of a prediction, or, without one, of the error."""
+        """Return the response for a prediction or, without one, for the error."""
         shown = shown or {}
         names = ("status", "model", "input", "output", "created_at", "completed_at", "metrics")
         return {
@@ -128,13 +129,13 @@ class InputJob(_Job):
 
 
 class RunJobs:
-    """Runs jobs.
+    """Runs the jobs of direct invocations.
 
     Args:
         starting: Starts predictions.
         table: The predictions.
-        presenter: Shows them.
-        owner: Whose they are.
+        presenter: Builds the representation of a prediction.
+        owner: The owner of the predictions.
         allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
         sleep: Waits that many seconds.
     """
@@ -158,7 +159,7 @@ class RunJobs:
 
     @classmethod
     def from_env(cls) -> "RunJobs":
-        """From the environment of run_prediction."""
+        """Build from the environment of run_prediction."""
         return cls(
             StartPrediction.from_env(),
             PredictionsTable.from_env(),
@@ -168,18 +169,18 @@ class RunJobs:
         )
 
     def run(self, event: Any, request_id: str, remaining_seconds: Callable[[], float]) -> dict[str, Any]:
-        """Runs one job; the same one again is answered with the prediction that it started before.
+        """Run one job; the same job again returns the prediction that it started before.
 
         Args:
-            event: The job, of a stranger's making; or one that failed, with its request id.
-            request_id: The invocation's; the same when Lambda repeats it.
-            remaining_seconds: How long the function may still run.
+            event: The job, untrusted; or one that failed, with its request id.
+            request_id: The invocation's; the same when Lambda retries it.
+            remaining_seconds: Returns how long the function may still run.
 
         Returns:
-            The answer in the job's shape. A refusal is one, too.
+            The response in the job's shape, also for a rejected job.
 
         Raises:
-            ClientError, BotoCoreError: AWS failed before the prediction was started: a repetition starts it.
+            ClientError, BotoCoreError: AWS failed before the prediction was started: a retry starts it.
         """
         event, request_id = _redriven(event, request_id)
         kind, job = _kind(event), None
@@ -190,8 +191,8 @@ class RunJobs:
             prediction = self._start(intent, remaining_seconds)
         except Problem as problem:
             fields = [str(field["field"]) for field in problem.invalid_fields[:10]]
-            # Whoever does not wait for the answer has only this to find.
-            logger.warning("refused", status=problem.status, upstream_status=problem.upstream_status, fields=fields)
+            # An asynchronous caller sees no response and can only find this log line.
+            logger.warning("rejected", status=problem.status, upstream_status=problem.upstream_status, fields=fields)
             metrics.add_metric(name="RunJobsRefused", unit=MetricUnit.Count, value=1)
             return kind.answer(None, _error(problem, job))
         if isinstance(job, InputJob) and job.wait_for_completion and not _ended(prediction):
@@ -199,7 +200,7 @@ class RunJobs:
         shown = self._presenter.show_started(
             prediction, json.loads(intent.input_json), lambda: self._read(prediction), as_starting=False
         )
-        shown["model"] = shown["model"] or job.model  # until it is submitted, a version alone does not tell it
+        shown["model"] = shown["model"] or job.model  # until it is submitted, a version alone does not name its model
         return kind.answer(shown, shown["error"])
 
     def _intent(self, job: PromptJob | InputJob, request_id: str) -> Intent:
@@ -210,7 +211,7 @@ class RunJobs:
             source_key=request_id,
             allow_loopback_webhooks=self._allow_loopback_webhooks,
         )
-        # Nobody can ask again by a request id: what its caller is told has failed must not be started later.
+        # No caller can retry by a request id, so a prediction reported as failed must not be started later.
         return replace(intent, keyed=job.idempotency_key is not None)
 
     def _start(self, intent: Intent, remaining_seconds: Callable[[], float]) -> Prediction:
@@ -232,13 +233,13 @@ class RunJobs:
     def _wait(self, prediction_id: str, job: InputJob, remaining_seconds: Callable[[], float]) -> None:
         for _ in range(job.max_poll_attempts):
             if remaining_seconds() - job.poll_interval < WAIT_MARGIN_SECONDS:
-                logger.info("wait is cut")
+                logger.info("wait cut short")
                 return
             self._sleep(job.poll_interval)
             try:
                 seen = self._table.get(prediction_id)
             except (ClientError, BotoCoreError):
-                logger.exception("not seen this time")
+                logger.exception("prediction not read, retrying")
                 continue
             if seen is None or _ended(seen):
                 return
@@ -251,30 +252,30 @@ class RunJobs:
 
 
 def _redriven(event: Any, request_id: str) -> tuple[Any, str]:
-    """The job and the id of its first invocation, which this one may be."""
+    """Return the job and the request id of its first invocation."""
     if isinstance(event, dict) and event.keys() == {"request_id", "job"} and isinstance(event["request_id"], str):
         return event["job"], event["request_id"]
     return event, request_id
 
 
 def _kind(event: Any) -> type[PromptJob] | type[InputJob]:
-    """By which shape a job is read, and refused: the second one's has fields that the first has not."""
+    """Return the shape by which a job is parsed, by the fields of `InputJob`."""
     own = InputJob.model_fields.keys() - PromptJob.model_fields.keys()
     return InputJob if isinstance(event, dict) and own & event.keys() else PromptJob
 
 
 def _read(kind: type[PromptJob] | type[InputJob], event: Any) -> PromptJob | InputJob:
-    """The job in an event.
+    """Parse the job in an event.
 
     Raises:
-        Problem: 400, 413 or 422: it holds what JSON cannot carry on, is too large, or is not of that shape.
+        Problem: 400, 413 or 422: it is not representable in JSON, too large, or not of that shape.
     """
     try:
         value = parse_json(json.dumps(event).encode(), None)
     except RecursionError:
         raise Problem(400, "The event is nested too deep.") from None
     if not isinstance(value, dict):
-        raise Problem(422, "The event has to be a JSON object with `model` and either `prompt` or `input_data`.")
+        raise Problem(422, "The event must be a JSON object with `model` and either `prompt` or `input_data`.")
     if "prompt" in value and "input_data" in value:
         detail = "Give `prompt` or `input_data`, not both."
         raise Problem(422, detail, invalid_fields=[{"field": "input_data", "detail": detail}])
@@ -288,7 +289,7 @@ def _read(kind: type[PromptJob] | type[InputJob], event: Any) -> PromptJob | Inp
 
 def _invalid(kind: type[BaseModel], what: str, field: str, message: str) -> dict[str, str]:
     if what == "extra_forbidden":
-        message = f"This field is not known. Known are {', '.join(f'`{name}`' for name in kind.model_fields)}."
+        message = f"Unknown field. The known fields are {', '.join(f'`{name}`' for name in kind.model_fields)}."
     elif what == "missing":
         other = " (or `input_data`)" if field == "prompt" else ""
         message = f"This field is required{other}."
@@ -296,11 +297,11 @@ def _invalid(kind: type[BaseModel], what: str, field: str, message: str) -> dict
 
 
 def _error(problem: Problem, job: PromptJob | InputJob | None) -> str:
-    """The text of an answer's `error`; with Replicate's status, where that is why.
+    """Return a response's `error`, with Replicate's status if that is the cause.
 
     Args:
-        problem: Names fields as the job does where it could not be read, else as the request that was made of it does.
-        job: The job, if it could be read.
+        problem: Names fields as the job does if it could not be parsed, else as the request built from it does.
+        job: The job, if it could be parsed.
     """
     listed = [
         f"{job.field(field['field']) if job else field['field']}: {field['detail']}"
@@ -310,7 +311,7 @@ def _error(problem: Problem, job: PromptJob | InputJob | None) -> str:
     if problem.upstream_status is None:
         return detail
     told = f"Replicate API error: HTTP {problem.upstream_status}"
-    # Of a refused token nothing more can be told to who did not choose it.
+    # Details about a rejected token are of no use to a caller who did not choose the token.
     return told if problem.upstream_status in _TOKEN_REFUSED else f"{told}: {detail}"
 
 

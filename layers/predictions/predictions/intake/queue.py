@@ -1,16 +1,17 @@
-"""The requests queue's door: every event but an HTTP call becomes an intent here, and is tracked from then on.
+"""The requests queue: turns every event except an HTTP call into a tracked intent.
 
-A message's body is JSON, and one of these; which one it is, its keys tell:
+A message's body is JSON in one of these forms, distinguished by their keys:
 
-    {"recipe_id": …, "event": {…}}                             an event that a recipe's rule or schedule put here
-    {"batch_manifest": {…}}                                    a manifest dropped into the inputs bucket, as S3 tells
+    {"recipe_id": …, "event": {…}}                             an event that a recipe's rule or schedule sent
+    {"batch_manifest": {…}}                                    S3's event of a manifest dropped into the inputs bucket
     {"batch_id": …, "n": …, "task_token": …, …}                a line of a batch
     {"pipeline_id": …, "step": …, "index": …}                  a step of a pipeline
     {"input": {…}, "model" | "version" | "deployment": …, …}   a request of its own: a `RequestBody`, and `task_token`
 
-None of them says whose request it is. A recipe, a batch and a pipeline are known by ids that nobody can guess, and
-what they start, and for whom, was written down when an owner asked for them. Of a manifest its place says it, which is
-looked at anew. What has no such id belongs to the owner that the queue's configuration gives its sender.
+No form names the owner of the request. A recipe, a batch and a pipeline are identified by ids that cannot be guessed;
+the predictions that they start, and the owner, were stored when an owner created them. The owner of a manifest is
+given by its key in the bucket, which is checked again. A message without such an id belongs to the owner that the
+queue's configuration assigns to its sender.
 """
 
 import json
@@ -38,14 +39,14 @@ _TASK_TOKEN_LIMIT = 2048
 
 
 class Requests:
-    """Turns messages into tracked intents.
+    """Turns messages of the requests queue into tracked intents.
 
     Args:
         table: The predictions.
         executions: The state machine.
         lifetime_seconds: The deadline of a request that names none.
-        retention_seconds: How long the table keeps a prediction.
-        queue_owner: Whose requests are those of a sender that `sender_owners` does not know.
+        retention_seconds: How long the table stores a prediction.
+        queue_owner: The owner of requests from a sender that is not in `sender_owners`.
         sender_owners: Owners by the principal (`SenderId`) that sends for them.
         allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
         now: The time, in seconds since 1970.
@@ -74,16 +75,16 @@ class Requests:
 
     @classmethod
     def from_env(cls) -> "Requests":
-        """From the environment of start_from_queue.
+        """Build from the environment of start_from_queue.
 
         Raises:
-            ValueError: QUEUE_OWNER or QUEUE_SENDERS names an owner that cannot be one; the template refuses it, too.
+            ValueError: QUEUE_OWNER or QUEUE_SENDERS has an invalid owner; the template rejects it too.
         """
         senders = [pair.partition("=") for pair in os.environ["QUEUE_SENDERS"].split(",") if pair]
         named = [("QUEUE_OWNER", os.environ["QUEUE_OWNER"]), *(("QUEUE_SENDERS", owner) for *_, owner in senders)]
         for variable, owner in named:
             if not is_owner(owner):
-                raise ValueError(f"{variable} names the owner {owner!r}; an owner has {OWNER_RULE}.")
+                raise ValueError(f"The owner {owner!r} in {variable} must be {OWNER_RULE}.")
         return cls(
             PredictionsTable.from_env(),
             Executions.from_env(),
@@ -95,23 +96,23 @@ class Requests:
         )
 
     def take(self, message: Message) -> Prediction | None:
-        """Starts what a message asks for. Twice, or redriven: the same prediction, and nothing is started again.
+        """Start the request in a message, only once if the message is repeated.
 
         Returns:
-            The prediction; None where what the message names is no longer wanted, or is a batch.
+            The prediction, or None if its recipe, batch or pipeline is no longer active, or if it is a batch manifest.
 
         Raises:
-            RequestRefused: It never can be started; nothing was written.
-            NoLongerWanted: It is not to be started any more; nothing was written.
+            RequestRefused: The message can never start anything; nothing was written.
+            NoLongerWanted: The request is no longer active; nothing was written.
         """
         try:
             body = parse_json(message.body.encode("utf-8", "surrogatepass"), None)
             if not isinstance(body, dict):
-                raise RequestRefused("The message has to be a JSON object.")
+                raise RequestRefused("The message must be a JSON object.")
             task_token = _task_token(body)
             if "batch_manifest" in body:
                 if task_token is not None:
-                    raise RequestRefused("task_token: nobody can wait for a manifest that is dropped.")
+                    raise RequestRefused("task_token: not supported for a dropped manifest.")
                 _dropped_manifests().take(body["batch_manifest"])
                 return None
             intent = self._intent(body, message)
@@ -122,11 +123,11 @@ class Requests:
         return self.start(intent, task_token)
 
     def give_up(self, message: Message, reason: str) -> None:
-        """Tell what a message belongs to that it will not start, where that would send it again: a pipeline.
+        """Report a given-up message to its pipeline, which would otherwise resend it.
 
         Args:
-            message: One that is not tried any more.
-            reason: Why.
+            message: The message, which is not tried again.
+            reason: Why it is given up.
         """
         try:
             body = json.loads(message.body)
@@ -136,21 +137,21 @@ class Requests:
             _pipelines().give_up(body, reason)
 
     def start(self, intent: Intent, task_token: str | None = None) -> Prediction:
-        """Writes an intent down and has it tracked; one that is there already is left as it is.
+        """Store an intent and start its execution; an intent that exists is left as it is.
 
         Args:
-            intent: What is wanted.
-            task_token: Of a state that waits for its end.
+            intent: The request.
+            task_token: The token of a state that waits for its completion.
 
         Raises:
-            RequestRefused: Its idempotency key belongs to another request, or too many states wait for it already.
+            RequestRefused: Its idempotency key belongs to another request, or too many states already wait for it.
         """
         now = self._now()
         logger.set_correlation_id(intent.id)
         try:
-            # First: a message that comes again writes nothing, and so brings back no input that its owner has deleted.
+            # Checked first: a repeated message writes nothing, and so restores no input that its owner has deleted.
             there = self._table.get(intent.id)
-            # A key that outlives its prediction starts another one: what has expired may be there for days.
+            # A key that outlives its prediction starts a new one; DynamoDB may remove an expired item days later.
             if there and not there.expired(now):
                 raise AlreadyExists(there)
             prediction = self._table.put_intent(
@@ -168,27 +169,27 @@ class Requests:
             if prediction.owner != intent.owner or (
                 prediction.fingerprint != intent.fingerprint and intent.source == "queue"
             ):
-                reason = "Its idempotency key belongs to another request: use a new key for a new request."
+                reason = "The idempotency key belongs to another request. Use a new key for a new request."
                 raise RequestRefused(reason) from None
-            # Not before it is known to be the same request. A new prediction has no callers yet, so nothing is counted.
+            # Only after it is known to be the same request. A new prediction has no callers yet, so nothing is counted.
             if task_token is not None and not self._table.takes_caller(prediction.id, task_token):
                 raise RequestRefused(
-                    f"task_token: {CALLERS_LIMIT} states wait for prediction {prediction.id} already, which is the "
+                    f"task_token: {CALLERS_LIMIT} states already wait for prediction {prediction.id}, which is the "
                     "limit. Send a request with an idempotency key of its own, or poll the prediction."
                 ) from None
         if task_token is not None:
-            # Not before it is known to be the same request. It may have ended: publish_changes sees both, this and the
-            # end, and tells the state with the later one.
+            # Only after it is known to be the same request. If the prediction has completed, publish_changes sees both
+            # records, this one and the completion, and notifies the state at the later one.
             self._table.add_caller(prediction.id, task_token, int(now) + self._retention_seconds)
         if prediction.execution_n == 1 and not prediction.terminal:
-            # Whoever wrote it down may have died right after. A name that is used up is the sweep's to deal with.
+            # The function that stored it may have crashed right after. The sweep handles a taken execution name.
             self._executions.start(prediction.id, 1, submit=True)
         return prediction
 
     def _intent(self, body: dict[str, Any], message: Message) -> Intent | None:
         if source := _source_of(body):
             return source.intent(body, message)
-        # Of a role that is assumed, SQS gives the session's name too: `AROA…:name`.
+        # For an assumed role, SQS adds the session's name: `AROA…:name`.
         owners: Mapping[str, str] = self._sender_owners
         owner = owners.get(message.sender.partition(":")[0], self._queue_owner)
         return create_requested_intent(
@@ -201,14 +202,17 @@ class Requests:
 
 
 def _source_of(body: Mapping[str, Any]) -> Source | None:
-    """What the message names, if anything."""
+    """Return the parser for the recipe, batch or pipeline in a message, if any."""
     named = next((name for name in ("recipe_id", "pipeline_id", "batch_id") if name in body), None)
     return _source(named) if named else None
 
 
 @cache
 def _source(named: str) -> Source:
-    """Imported with the first message that needs it, and kept: the secret of links is not read for each message."""
+    """Return the parser for a kind of message, imported with the first of its kind.
+
+    The parser is cached, so that the secret of links is not read for each message.
+    """
     match named:
         case "recipe_id":
             from predictions.recipes.store import Recipes
@@ -236,7 +240,7 @@ def _dropped_manifests() -> "DroppedManifests":
 
 
 def task_token_of(text: str) -> str | None:
-    """The task token in a message that was refused, whatever else is wrong with it; None where there is none."""
+    """Return the task token in a rejected message, however invalid it is, or None."""
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):
@@ -246,14 +250,14 @@ def task_token_of(text: str) -> str | None:
 
 
 def _task_token(body: dict[str, Any]) -> str | None:
-    """Takes the task token of another state machine out of a message.
+    """Remove and return the task token in a message, or None.
 
     Raises:
-        RequestRefused: It cannot be one.
+        RequestRefused: The value is not a valid token.
     """
     token = body.pop("task_token", None)
     if token is None:
         return None
     if not isinstance(token, str) or not 1 <= len(token) <= _TASK_TOKEN_LIMIT:
-        raise RequestRefused("task_token: the token of a state that waits, of 1 to 2048 characters.")
+        raise RequestRefused("task_token: must be the token of a waiting state, of 1 to 2048 characters.")
     return token

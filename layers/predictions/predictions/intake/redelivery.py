@@ -1,18 +1,18 @@
-"""Received messages of the requests queue: in which order they are handled, and how often each was tried.
+"""Redelivery of messages of the requests queue: processing order, and the number of tries.
 
-Lambda hands over several messages at once. When it kills the function over one of them, by memory or by time, all of
-them return to the queue. No message may pay for another one, so
+Lambda hands over several messages at once. If it kills the function during one of them, by memory or by time, all of
+them return to the queue. No message may suffer for another one, so
 
 - a message is deleted as soon as it is done: a kill afterwards does not bring it back;
-- messages that are received for the first time are handled first, in the order of their ids, and those that come again
-  after them, at every second receive in the opposite order. What comes back from a kill is the message it happened
-  over and those behind it: next time that message is the last of them;
-- SQS counts receives, also of messages that nobody looked at. So its own limit is high, and a message is given up by
-  what is counted here: tries that were begun and never finished. The first try of a message is not counted, which
+- messages that are received for the first time are processed first, in the order of their ids, and redelivered ones
+  after them, at every second receive in the opposite order. After a kill, the message that caused it and those behind
+  it return: next time that message is the last of them;
+- SQS counts receives, also of messages that were not processed. So its own limit is high, and a message is given up by
+  the counts kept here: tries that were begun and never finished. The first try of a message is not counted, which
   saves a write for each message that needs only one;
 - a message for which no time is left is untouched: nothing is counted, and it returns soon.
 
-    pk = message#{id}, sk = tries      `begun` and `failed` (begun, and ended by an error), for messages that come again
+    pk = message#{id}, sk = tries      `begun` and `failed` (begun, and ended by an error), for redelivered messages
 """
 
 import os
@@ -33,27 +33,27 @@ if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
 
 NEEDED_SECONDS = 10
-"""What one message may take when AWS is slow: with less time left it stays in the queue, untouched."""
+"""The time that one message may need when AWS is slow: with less time left it stays in the queue, untouched."""
 
 KILLS_LIMIT = 3
-"""How many tries of a message may be cut off, besides its first one, before it is given up."""
+"""The number of killed tries, besides the first one, after which a message is given up."""
 
 FAILURES_LIMIT = 20
-"""How many tries of a message may fail by an error, such as AWS's: an hour, at the queue's visibility timeout."""
+"""The number of tries that may fail by an error, such as AWS's: an hour, at the queue's visibility timeout."""
 
 RETURN_SECONDS = 30
-"""When a message returns that nobody looked at."""
+"""Seconds until an untouched message returns."""
 
-_COUNTED_SECONDS = 15 * 86400  # longer than the queue keeps a message
+_COUNTED_SECONDS = 15 * 86400  # longer than the queue's retention
 
 
 @dataclass(frozen=True)
 class Tries:
-    """How often a message was tried, its first receive left out.
+    """Counts of a message's tries, without its first receive.
 
     Attributes:
         begun: Tries that were begun.
-        failed: Those of them that ended by an error; the rest were cut off.
+        failed: Tries that ended by an error; the rest were killed.
     """
 
     begun: int = 0
@@ -61,17 +61,17 @@ class Tries:
 
     @property
     def killed(self) -> int:
-        """Tries that were cut off: the function was stopped over the message, or ran out of time for it."""
+        """Return the tries that were killed, or for which time ran out."""
         return self.begun - self.failed
 
 
 @dataclass(frozen=True)
 class GivenUp:
-    """Why a message is not tried again.
+    """The reason why a message is not retried.
 
     Attributes:
-        reason: For the person who finds it among the dead letters.
-        killed: Whether its tries were cut off, rather than refused by AWS.
+        reason: For the person who finds it in the dead-letter queue.
+        killed: Whether its tries were killed, rather than failed by an error of AWS.
     """
 
     reason: str
@@ -79,10 +79,10 @@ class GivenUp:
 
 
 class ReceivedRequests:
-    """Handles received messages one by one.
+    """Processes received messages one by one.
 
     Args:
-        table_name: Where tries are counted.
+        table_name: The table that counts tries.
         dynamodb: The client to use.
         queue_url: The requests queue.
         sqs: The client to use.
@@ -106,7 +106,7 @@ class ReceivedRequests:
 
     @classmethod
     def from_env(cls) -> "ReceivedRequests":
-        """From `TABLE_NAME` and `REQUESTS_QUEUE_URL`."""
+        """Build from `TABLE_NAME` and `REQUESTS_QUEUE_URL`."""
         return cls(os.environ["TABLE_NAME"], client("dynamodb"), os.environ["REQUESTS_QUEUE_URL"], client("sqs"))
 
     def handle(
@@ -116,12 +116,12 @@ class ReceivedRequests:
         give_up: Callable[[Mapping[str, Any], GivenUp], None],
         remaining_seconds: Callable[[], float],
     ) -> list[str]:
-        """Handle each message by itself.
+        """Process each message independently and return the ids of those to retry.
 
         Args:
-            records: Of an SQS event. One without a receipt handle was redriven by an invocation.
-            take: Handles one; an error leaves it in the queue.
-            give_up: Keeps one that was tried too often; likewise.
+            records: The records of an SQS event. One without a receipt handle was redriven by an invocation.
+            take: Processes a message; an error leaves it in the queue.
+            give_up: Sends a message that was tried too often to the DLQ; an error leaves it in the queue.
             remaining_seconds: How long the function may still run.
 
         Returns:
@@ -131,7 +131,7 @@ class ReceivedRequests:
         new = [record for record in records if _receives(record) <= 1]
         again = [record for record in records if _receives(record) > 1]
         waiting = [(record, Tries()) for record in _in_turn(new)]
-        # Counts are read after the new messages are done: if they cannot be read, only the others wait.
+        # Counts are read after the new messages are done: if they cannot be read, only redelivered messages wait.
         while waiting or again:
             if not waiting:
                 waiting, again = self._counted(again, stay), []
@@ -154,13 +154,13 @@ class ReceivedRequests:
         take: Callable[[Mapping[str, Any]], None],
         give_up: Callable[[Mapping[str, Any], GivenUp], None],
     ) -> bool:
-        """Whether a message is done; else it stays in the queue."""
+        """Process a message; return whether it is done, or False if it stays in the queue."""
         counted = _receives(record) > 1
         try:
             before = self._begin(record) if counted else Tries()
         except (ClientError, BotoCoreError):
-            logger.exception("try not counted, so not begun")
-            # It may have been counted, its answer lost: without this, that would count as cut off.
+            logger.exception("try not counted, message left in the queue")
+            # The write may have succeeded with its response lost: without this, the try would count as killed.
             self._count_failed(record)
             return False
         try:
@@ -169,15 +169,15 @@ class ReceivedRequests:
             else:
                 take(record)
         except TooSlow:
-            return False  # counts as cut off
-        except Exception:  # noqa: BLE001  # `take` and `give_up` have logged it; the next message is none of its business
+            return False  # counts as killed
+        except Exception:  # noqa: BLE001  # `take` and `give_up` have logged it; the next message is independent
             if counted:
                 self._count_failed(record)
             return False
         return True
 
     def _counted(self, records: Sequence[Mapping[str, Any]], stay: list[str]) -> list[tuple[Mapping[str, Any], Tries]]:
-        """Messages that come again, with their tries, those that were cut off least often first."""
+        """Return redelivered messages with their tries, the least often killed first."""
         try:
             keys = [(f"message#{record['messageId']}", "tries") for record in records]
             found = read_items(self._dynamodb, self._table_name, keys)
@@ -191,7 +191,7 @@ class ReceivedRequests:
         return [(record, by_id[record["messageId"]]) for record in in_turn]
 
     def _begin(self, record: Mapping[str, Any]) -> Tries:
-        """Count a try before it begins; the tries before it."""
+        """Count a try before it begins and return the previous tries."""
         after = self._add(record, "begun")
         return Tries(after.begun - 1, after.failed)
 
@@ -213,12 +213,15 @@ class ReceivedRequests:
         return _tries(deserialize(answer["Attributes"]))
 
     def _delete(self, record: Mapping[str, Any]) -> None:
-        """Delete a message that is done, before another one begins. Lambda does it too, if the function lives."""
+        """Delete a completed message before the next one begins.
+
+        Lambda deletes it too, if the function returns.
+        """
         if handle := record.get("receiptHandle"):
             try:
                 self._sqs.delete_message(QueueUrl=self._queue_url, ReceiptHandle=handle)
             except (ClientError, BotoCoreError):
-                logger.exception("message not deleted at once")
+                logger.exception("message not deleted yet")
 
     def _return_soon(self, records: Iterable[Mapping[str, Any]]) -> None:
         for record in records:
@@ -228,27 +231,27 @@ class ReceivedRequests:
                         QueueUrl=self._queue_url, ReceiptHandle=handle, VisibilityTimeout=RETURN_SECONDS
                     )
                 except (ClientError, BotoCoreError):
-                    # It returns after the visibility timeout.
+                    # The messages return after the visibility timeout.
                     logger.exception("untouched message not returned soon")
                     return
 
 
 def _given_up(before: Tries) -> GivenUp | None:
-    """Why a message is not tried once more; None where it is."""
+    """Return why a message is not retried, or None if it is."""
     if before.killed >= KILLS_LIMIT:
         reason = (
-            f"start_from_queue did not finish it in {before.killed + 1} tries: it ran out of memory or time over it."
-            " See its log; make what the message names smaller."
+            f"start_from_queue did not finish it in {before.killed + 1} tries: it ran out of memory or time."
+            " See its log; reduce the size of the input or files that the message names."
         )
         return GivenUp(reason, killed=True)
     if before.failed >= FAILURES_LIMIT:
-        reason = f"start_from_queue failed in each of {before.failed + 1} tries: see its log, then redrive it."
+        reason = f"start_from_queue failed in each of {before.failed + 1} tries. See its log, then redrive the message."
         return GivenUp(reason, killed=False)
     return None
 
 
 def _in_turn(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Messages in the order of their ids, and in the opposite order at their second, fourth, … receive."""
+    """Sort messages by id, in reverse at their second, fourth, … receive."""
     ordered = sorted(records, key=lambda record: str(record["messageId"]))
     return [record for record in ordered if _receives(record) % 2] + [
         record for record in reversed(ordered) if not _receives(record) % 2

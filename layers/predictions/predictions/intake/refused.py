@@ -1,8 +1,8 @@
-"""Messages of the requests queue that started nothing: kept with the reason, and given to start_from_queue once more.
+"""Dead-letter queue of the requests queue: rejected messages with their reason, and how they are redriven.
 
-A message is put back by invoking the function with it, not by sending it again: sent again, it would have the id, time
-and sender of whoever puts it back, and be another request, of another owner. Who may invoke the function is trusted
-with those three; who may only send to the requests queue cannot choose them.
+A message is redriven by invoking the function with it, not by sending it again: sent again, it would have the id, time
+and sender of the operator, and be another request, of another owner. Every principal that may invoke the function is
+trusted with those three; one that may only send to the requests queue cannot choose them.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from predictions.intents.sources import Message
 
 MESSAGE_LIMIT_BYTES = 1024 * 1024
-"""What SQS takes of a message: its body, and the names, types and values of its attributes, together.
+"""SQS's limit of a message: its body, and the names, types and values of its attributes, together.
 https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/quotas-messages.html"""
 
 _REASON_LIMIT_CHARACTERS = 2000
-# Of a reason that is cut to fit, so many bytes have to be left: with less, the body goes to S3.
+# A reason that is cut to fit keeps at least this many bytes: with less, the body goes to S3.
 _REASON_LEAST_BYTES = 200
 _BODY_KEY = re.compile(r"payloads/requests/[0-9a-f]{64}\.json", re.ASCII)
 _SECONDS = re.compile("[0-9]{1,12}")
-_NO_REASON = "start_from_queue failed each time: see its log"
+_NO_REASON = "start_from_queue failed each time. See its log."
 _RECIPE_OF_RULE = re.compile(r"-recipe-([a-z0-9]{26})\Z", re.ASCII)
 
 
@@ -42,9 +42,9 @@ class DeadRequest:
     """A message that started nothing.
 
     Attributes:
-        id: What it is known by for good.
-        sender: The principal that sent it first.
-        sent_at: When that was, in Unix seconds.
+        id: Its permanent id.
+        sender: The principal that first sent it.
+        sent_at: When it was first sent, in Unix seconds.
         reason: Why it was given up.
         body: Its text, as it was sent.
         receipt_handle: Deletes it.
@@ -58,7 +58,7 @@ class DeadRequest:
     receipt_handle: str = field(repr=False)
 
     def event(self) -> dict[str, Any]:
-        """The event of start_from_queue that tries it once more, as the message that it was."""
+        """Return the event of start_from_queue that redrives it as the original message."""
         return {
             "Records": [
                 {
@@ -78,7 +78,7 @@ class DeadRequests:
     Args:
         url: The queue.
         sqs: The client to use.
-        outputs: Gives the bucket that holds the bodies which leave no room for a reason; asked only for those.
+        outputs: Returns the bucket that stores bodies which leave no room for a reason; called only for those.
     """
 
     def __init__(self, url: str, sqs: "SQSClient", outputs: Callable[[], OutputsBucket]) -> None:
@@ -87,13 +87,14 @@ class DeadRequests:
 
     @classmethod
     def from_env(cls) -> "DeadRequests":
-        """The queue of `REQUESTS_DEAD_LETTER_QUEUE_URL`, and what the bucket reads."""
+        """Build from `REQUESTS_DEAD_LETTER_QUEUE_URL` and the environment of the bucket."""
         return cls(os.environ["REQUESTS_DEAD_LETTER_QUEUE_URL"], client("sqs"), OutputsBucket.from_env)
 
     def bury(self, message: "Message", reason: str) -> None:
-        """Keeps a message that is refused, as it is, with the reason. Twice: it is listed twice.
+        """Send a rejected message to the DLQ, unchanged, with the reason.
 
-        SQS counts attributes with the body. Of a body near its limit the reason is cut, or the body is an object.
+        Sent twice, it is listed twice. SQS counts attributes with the body. Near the limit, the reason is cut, or the
+        body is stored in S3.
         """
         attributes = {
             "request_id": message.id,
@@ -111,18 +112,18 @@ class DeadRequests:
                 text = body.encode(errors="surrogatepass")
                 attributes["body_key"] = f"payloads/requests/{hashlib.sha256(text).hexdigest()}.json"
                 self._outputs().put_payload(attributes["body_key"], body)
-                body = "The message is an object of the outputs bucket: see the attribute body_key."
+                body = "The message is stored in the outputs bucket. See the attribute body_key."
         self._queue.bury(body, attributes)
 
     def look(self, hidden_seconds: int) -> Iterator[DeadRequest]:
-        """All that are there. Each is hidden from another look for a while, so that none is met twice."""
+        """Receive all messages, each hidden for a while so that it is returned once."""
         for letter in self._queue.look(hidden_seconds):
             known: Mapping[str, str] = letter.attributes
             if not letter.moved and "ERROR_CODE" in known:
                 yield _undelivered(letter)
                 continue
-            # Where SQS moved it, its sender wrote the attributes. They may say which request of the same owner it
-            # repeats, and when that was; not who sent it.
+            # If SQS moved it, its sender wrote the attributes. They may say which request of the same owner it repeats,
+            # and when that was; not who sent it.
             ours = not letter.moved and "request_id" in known
             said_at = known.get("sent_at", "")
             yield DeadRequest(
@@ -135,7 +136,7 @@ class DeadRequests:
             )
 
     def _body(self, letter: Letter) -> str:
-        """The body of a message that `bury` kept."""
+        """Return the original body of a message that `send` stored."""
         key = letter.attributes.get("body_key", "")
         if not _BODY_KEY.fullmatch(key):
             return letter.body
@@ -144,25 +145,24 @@ class DeadRequests:
         except ClientError as error:
             if error.response["Error"]["Code"] not in ("NoSuchKey", "AccessDenied"):
                 raise
-            return letter.body  # it has expired, and cannot be redriven any more
+            return letter.body  # the object has expired, so the message can no longer be redriven
 
     def forget(self, request: DeadRequest) -> None:
-        """Deletes one."""
+        """Delete a message."""
         self._queue.forget(request.receipt_handle)
 
 
 def _undelivered(letter: Letter) -> DeadRequest:
-    """What EventBridge could not put into the requests queue, as the message that it would have put there.
+    """Rebuild the message of an event that EventBridge could not deliver.
 
-    Of a rule it keeps the event alone, and names the rule, whose name has the recipe's id; of a schedule the message.
-    The rule of manifests is known by its events: a manifest is believed nothing but where it is.
-    Who could put such a letter here can send messages that name recipes as well.
-
+    For a rule it keeps the event alone, and names the rule, whose name has the recipe's id; for a schedule the message.
+    The rule of manifests is recognized by its events: only the place of a manifest is trusted.
+    A principal that could put such a dead letter here can also send messages that name recipes.
     https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-rule-dlq.html
     https://docs.aws.amazon.com/scheduler/latest/UserGuide/configuring-schedule-dlq.html
     """
     known = letter.attributes
-    reason = f"EventBridge could not send it, a redrive does ({known['ERROR_CODE']}: {known.get('ERROR_MESSAGE', '')})"
+    reason = f"EventBridge could not deliver it; redrive it ({known['ERROR_CODE']}: {known.get('ERROR_MESSAGE', '')})"
     body = letter.body
     if "RULE_ARN" in known:
         recipe = _RECIPE_OF_RULE.search(known["RULE_ARN"])
@@ -173,14 +173,17 @@ def _undelivered(letter: Letter) -> DeadRequest:
         if recipe is None and _names_a_manifest(event):
             body = f'{{"batch_manifest": {body}}}'
         elif recipe is None or not isinstance(event, dict):
-            reason = f"EventBridge could not send it, and it is no event of a recipe's rule ({known['ERROR_CODE']})"
+            reason = f"EventBridge could not deliver it, and no rule of a recipe matches ({known['ERROR_CODE']})"
         elif "recipe_id" not in event:
             body = f'{{"recipe_id": "{recipe[1]}", "event": {body}}}'
     return DeadRequest(letter.id, letter.sender, letter.sent_at, reason, body, letter.receipt_handle)
 
 
 def _names_a_manifest(event: Any) -> bool:
-    """Whether an event is one of the template's ManifestsRule: S3 has created an object below `batches/`."""
+    """Return whether an event matches the template's ManifestsRule.
+
+    The rule matches objects that S3 has created below `batches/`.
+    """
     if not isinstance(event, dict) or (event.get("source"), event.get("detail-type")) != ("aws.s3", "Object Created"):
         return False
     try:
@@ -190,14 +193,14 @@ def _names_a_manifest(event: Any) -> bool:
 
 
 def _size(body: str, attributes: Mapping[str, str]) -> int:
-    """What SQS counts of a message whose attributes are texts."""
+    """Return the size that SQS counts for a message with string attributes."""
     return len(body.encode(errors="surrogatepass")) + sum(
         len(name) + len("String") + len(value.encode()) for name, value in attributes.items()
     )
 
 
 def _attribute(text: str) -> str:
-    """What SQS takes as an attribute: not empty, and no character that XML has not."""
+    """Return a valid SQS attribute: not empty, only characters that XML allows."""
     # https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_SendMessage.html
     kept = "".join(each if each >= " " or each in "\t\n\r" else "?" for each in text[:_REASON_LIMIT_CHARACTERS])
     return kept.replace("\ufffe", "?").replace("\uffff", "?") or "?"

@@ -1,1 +1,1 @@
-"""Requests for predictions, checked before anything is written or spent."""
+"""Requests for predictions, validated before anything is written or spent."""

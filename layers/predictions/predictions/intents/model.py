@@ -1,8 +1,8 @@
-"""What a caller asks for, checked before anything is written or spent.
+"""Intents: requests for predictions, validated before anything is written or spent.
 
 `create_intent` turns a request of `POST /predictions` (or of a model's or deployment's route) into an `Intent`, or
-refuses it with a `Problem` that names every field that is wrong. An intent's `id` is where exactly-once starts: the
-same owner and `Idempotency-Key` always give the same id.
+raises a `Problem` that names every invalid field. An intent's `id` is the basis of exactly-once starts: the same
+owner and `Idempotency-Key` always give the same id.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ LIFETIME_LIMIT_SECONDS = 3 * 24 * 3600
 WebhookEvent = Literal["start", "output", "logs", "completed"]
 
 Source = Literal["http", "queue", "recipe", "batch", "pipeline", "run_job"]
-"""How a request came: by the API, as a message of its own, from an event by a recipe, as a batch's line, as a
-pipeline's step, or by a direct call of `run_prediction`."""
+"""The entry point of a request: the API, a queue message of its own, a recipe's event, a batch's line, a
+pipeline's step, or a direct invocation of `run_prediction`."""
 
 _INVALID_FIELDS_LIMIT = 50
 
@@ -35,13 +35,13 @@ _REFERENCE = re.compile(
 )
 _MODEL_NAME = re.compile(rf"{_NAME}/{_NAME}", re.ASCII)
 _DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,8})s?)?", re.ASCII)
-_DURATION_DETAIL = "A duration from 5 seconds to 3 days, such as `30`, `30s`, `5m` or `1h30m45s`."
+_DURATION_DETAIL = "Must be a duration from 5 seconds to 3 days, such as `30`, `30s`, `5m` or `1h30m45s`."
 _PREFER_WAIT = re.compile(r"wait(?:\s*=\s*\"?(?P<seconds>[^\";,\s]*)\"?)?\s*(?:;.*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a caller names to run, not yet looked up.
+    """The model, version or deployment that a caller wants to run, not yet looked up.
 
     Attributes:
         kind: `model` may still turn out to need a version (community models do); `deployment`, `version`; `training`
@@ -57,25 +57,25 @@ class Reference:
 
 @dataclass(frozen=True)
 class Intent:
-    """One prediction or training that somebody wants, whole and checked.
+    """A complete, validated request for one prediction or training.
 
     Attributes:
         id: 26 characters `[a-z0-9]`.
-        owner: Whose prediction it is.
+        owner: The owner of the prediction.
         keyed: Whether the id is derived from the caller's idempotency key.
-        fingerprint: Tells two different requests apart.
-        reference: What is to run it.
+        fingerprint: A digest that differs between different requests.
+        reference: The model, version or deployment to run.
         input_json: The model's input, as JSON text.
         lifetime_seconds: The caller's deadline, or None for the stack's.
-        webhook: Where the caller wants events, or None.
-        webhook_events_filter: Which events, or None for Replicate's default.
-        stream: The deprecated field, passed on where given.
-        source: How it came; see `Source`.
+        webhook: The URL for the caller's webhooks, or None.
+        webhook_events_filter: The webhook events to send, or None for Replicate's default.
+        stream: The deprecated field, passed to Replicate if given.
+        source: The entry point; see `Source`.
         object: `prediction` or `training`.
-        destination: The model, `owner/name`, that a training makes a version of.
-        origin: What started it, by ids and names: `recipe`; `batch` and `line`; `pipeline`, `step` and `index`.
-        depth: How many results of this stack it descends from: 0 for one that no result of ours has started.
-        output_prefix: Where in its owner's part of the outputs bucket its files go; None for the usual place.
+        destination: The model, `owner/name`, to which a training adds a version.
+        origin: The ids and names of its origin: `recipe`; `batch` and `line`; `pipeline`, `step` and `index`.
+        depth: The number of results of this stack it descends from: 0 if no result of ours started it.
+        output_prefix: The prefix for its files in its owner's part of the outputs bucket; None for the usual one.
     """
 
     id: str
@@ -97,7 +97,7 @@ class Intent:
 
 
 class PredictionBody(BaseModel):
-    """The fields of `POST /predictions`; Replicate refuses any other, so nothing may be guessed from one."""
+    """The fields of `POST /predictions`; Replicate rejects any other, so unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -111,7 +111,7 @@ class PredictionBody(BaseModel):
 
 
 class RequestBody(PredictionBody):
-    """The fields of a request without a route: those of `POST /predictions`, and what route and header say there."""
+    """The fields of `POST /predictions`, plus those that the API takes from route and headers."""
 
     model: str | None = Field(default=None, max_length=256)
     deployment: str | None = Field(default=None, max_length=256)
@@ -140,13 +140,13 @@ def create_intent(
     reference: Reference | None,
     allow_loopback_webhooks: bool,
 ) -> Intent:
-    """Checks one create request.
+    """Validate a create request and return its intent.
 
     Args:
         body: The raw body.
         headers: The request's headers, their names in lower case.
-        owner: Whose request it is.
-        reference: What the route names; None where the body's `version` has to.
+        owner: The owner of the request.
+        reference: The reference in the route; None if the body's `version` names it.
         allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
 
     Raises:
@@ -155,7 +155,7 @@ def create_intent(
     asked = _read(PredictionBody, body, headers)
     invalid: list[dict[str, str]] = []
     if reference is not None and asked.version is not None:
-        invalid.append({"field": "version", "detail": "The route names what to run: leave `version` out."})
+        invalid.append({"field": "version", "detail": "Remove `version`: the route already names the model."})
     if reference is None:
         reference = _reference(asked.version, invalid)
     lifetime_seconds = _lifetime_seconds(headers.get("cancel-after"), "Cancel-After", invalid)
@@ -178,18 +178,18 @@ def create_requested_intent(
     depth: int = 0,
     output_prefix: str | None = None,
 ) -> Intent:
-    """Checks one request that came by another way than the API: as a message, a batch's line, or from a recipe.
+    """Validate a request of a message, line or recipe and return its intent.
 
     Args:
-        value: A `RequestBody` as parsed JSON, from `parse_json` where a stranger wrote it.
-        owner: Whose request it is; never from `value`.
-        source: How it came.
-        source_key: What makes it the same request when it comes again, unique for `source` and `owner`. An
-            `idempotency_key` in the request takes its place, and is the same as that header of the API.
+        value: A `RequestBody` as parsed JSON, from `parse_json` if it is untrusted.
+        owner: The owner of the request; never from `value`.
+        source: The entry point.
+        source_key: Identifies repetitions of the same request, unique for `source` and `owner`. An
+            `idempotency_key` in the request replaces it, and is equivalent to that header of the API.
         allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
-        origin: What started it.
-        depth: How many results of this stack it descends from.
-        output_prefix: Where its files go.
+        origin: The ids and names of its origin.
+        depth: The number of results of this stack it descends from.
+        output_prefix: The prefix for its files.
 
     Raises:
         Problem: 422 (with `invalid_fields`).
@@ -198,7 +198,7 @@ def create_requested_intent(
     invalid: list[dict[str, str]] = []
     reference = _named_reference(asked, invalid)
     key = _idempotency_key(asked.idempotency_key, "idempotency_key", invalid)
-    # No owner's name holds a `#`.
+    # No owner's name contains a `#`.
     prediction_id = derived_id(owner, key) if key else derived_id(f"{source}#{owner}", source_key)
     return _intent(
         asked, reference, invalid, prediction_id, owner=owner, keyed=True, source=source, origin=origin or {},
@@ -243,13 +243,13 @@ def _intent(
 
 
 def idempotency_key(headers: Mapping[str, str]) -> str | None:
-    """The caller's key; None without the header.
+    """Return the caller's idempotency key, or None without the header.
 
     Args:
         headers: The request's headers, their names in lower case.
 
     Raises:
-        Problem: 422, where it is none.
+        Problem: 422 if it is not a valid key.
     """
     invalid: list[dict[str, str]] = []
     key = _idempotency_key(headers.get("idempotency-key"), "Idempotency-Key", invalid)
@@ -266,12 +266,12 @@ def create_training(
     reference: Reference,
     allow_loopback_webhooks: bool,
 ) -> Intent:
-    """Checks one request for a training.
+    """Validate a request for a training and return its intent.
 
     Args:
         body: The raw body.
         headers: The request's headers, their names in lower case.
-        owner: Whose request it is.
+        owner: The owner of the request.
         reference: The version that is trained; see `training_reference`.
         allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
 
@@ -281,13 +281,13 @@ def create_training(
     asked = _read(TrainingBody, body, headers)
     invalid: list[dict[str, str]] = []
     if not _MODEL_NAME.fullmatch(asked.destination):
-        detail = "An existing model of yours that the training makes a version of, as `owner/name`."
+        detail = "Must be an existing model of yours, as `owner/name`. The training adds a version to it."
         invalid.append({"field": "destination", "detail": detail})
     if asked.webhook is not None:
         _check_webhook(asked.webhook, "webhook", allow_loopback_webhooks, invalid)
     if "cancel-after" in headers:
-        # Left out without a word, a training would run on, and be paid for, where its caller relies on the end.
-        detail = "Replicate has no deadline for trainings: leave this header out, and cancel the training."
+        # If the header were ignored, a training would run on, and be paid for, past its caller's deadline.
+        detail = "Not supported for trainings. Remove this header and cancel the training instead."
         invalid.append({"field": "Cancel-After", "detail": detail})
     key = _idempotency_key(headers.get("idempotency-key"), "Idempotency-Key", invalid)
     if invalid:
@@ -298,7 +298,7 @@ def create_training(
         asked.webhook, sorted(set(events)) if events is not None else None,
     ]  # fmt: skip
     return Intent(
-        # The same key may start a prediction too: that is another request to another route.
+        # The same key may also be used for a prediction, which is a different request to a different route.
         id=derived_id(f"trainings#{owner}", key) if key else random_id(),
         owner=owner,
         keyed=key is not None,
@@ -315,37 +315,37 @@ def create_training(
 
 
 def training_reference(owner: str, name: str, version: str) -> Reference:
-    """The reference in the route `/models/{owner}/{name}/versions/{version}/trainings`.
+    """Return the reference of the route `/models/…/versions/{version}/trainings`.
 
     Raises:
-        Problem: 404, where no version can have such a name.
+        Problem: 404 if this is not a valid name of a version.
     """
     model = model_reference("model", owner, name)
     if not re.fullmatch(r"[0-9a-f]{64}", version, re.ASCII):
-        raise Problem(404, f"There is no version of {model.name} with that id: ids are 64 hexadecimal digits.")
+        raise Problem(404, f"Version of {model.name} not found: a version id must be 64 hexadecimal digits.")
     return Reference("training", model.name, version)
 
 
 def model_reference(kind: Literal["model", "deployment"], owner: str, name: str) -> Reference:
-    """The reference in a route such as `/models/{owner}/{name}/predictions`.
+    """Return the reference of a route such as `/models/{owner}/{name}/predictions`.
 
     Raises:
-        Problem: 404, where no model or deployment can have such a name.
+        Problem: 404 if this is not a valid name of a model or deployment.
     """
     full_name = f"{owner}/{name}"
     if not _MODEL_NAME.fullmatch(full_name):
-        raise Problem(404, f"There is no {kind} with that name: owner and name are letters, digits, '-', '_' and '.'.")
+        raise Problem(404, f"Not found: the {kind}'s owner and name must be letters, digits, '-', '_' and '.'.")
     return Reference(kind, full_name)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One of the attempts of a client that repeats a request whose answer it did not see, and counts.
+    """One attempt of a client that retries a request without a response, and numbers its attempts.
 
     Attributes:
-        number: How often it was sent before.
-        asked_at: When it reached the API, in milliseconds: one clock for all attempts, and before anything that can
-            hold up the function.
+        number: The number of attempts before it.
+        asked_at: When it reached the API, in milliseconds: one clock for all attempts, read before anything that can
+            delay the function.
     """
 
     number: int
@@ -353,18 +353,18 @@ class Attempt:
 
     @classmethod
     def of(cls, headers: Mapping[str, str], asked_at: int) -> "Attempt | None":
-        """The attempt that `x-stainless-retry-count` tells, as clients made by Stainless send it; None without."""
+        """Return the attempt in Stainless's `x-stainless-retry-count` header, or None."""
         number = headers.get("x-stainless-retry-count", "")
         return cls(int(number), asked_at) if number.isdecimal() and len(number) < 4 else None
 
 
 def wait_seconds(prefer: str | None, limit: int) -> int | None:
-    """How long a `Prefer` header asks to wait, at most `limit`; None where it does not.
+    """Return the wait of a `Prefer` header in seconds, at most `limit`, or None.
 
-    Preferences other than `wait` are ignored, as RFC 7240 wants.
+    Preferences other than `wait` are ignored, as RFC 7240 requires.
 
     Raises:
-        Problem: 422, where the number is not one from 1 to 60.
+        Problem: 422 if the number is not from 1 to 60.
     """
     for preference in (prefer or "").split(","):
         if not (asked := _PREFER_WAIT.fullmatch(preference.strip())):
@@ -373,7 +373,8 @@ def wait_seconds(prefer: str | None, limit: int) -> int | None:
         if seconds is None:
             return limit
         if not re.fullmatch(r"[1-9]|[1-5][0-9]|60", seconds, re.ASCII):
-            raise _invalid([{"field": "Prefer", "detail": "`wait` takes whole seconds from 1 to 60, as in `wait=10`."}])
+            detail = "`wait` must be a whole number of seconds from 1 to 60, as in `wait=10`."
+            raise _invalid([{"field": "Prefer", "detail": detail}])
         return min(limit, int(seconds))
     return None
 
@@ -385,7 +386,7 @@ def _read(kind: type[_AnyBody], body: bytes, headers: Mapping[str, str]) -> _Any
 
 def _validated(kind: type[_AnyBody], value: Any) -> _AnyBody:
     if not isinstance(value, dict):
-        raise Problem(422, "The body has to be a JSON object with the key `input`.")
+        raise Problem(422, "The body must be a JSON object with the key `input`.")
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -394,12 +395,12 @@ def _validated(kind: type[_AnyBody], value: Any) -> _AnyBody:
 
 
 def _field_problem(error: Any, kind: type[BaseModel]) -> dict[str, str]:
-    # Beside a list's index, what follows the field's name is the name of a type.
+    # Except for a list's index, the parts after the field's name are names of types.
     parts = [part for i, part in enumerate(error["loc"]) if i == 0 or isinstance(part, int)]
     field = ".".join(str(part) for part in parts)[:200] or "body"
     if error["type"] == "extra_forbidden":
         known = ", ".join(f"`{name}`" for name in kind.model_fields if name != "webhook_completed")
-        return {"field": field, "detail": f"This field is not known. Known are {known}."}
+        return {"field": field, "detail": f"Unknown field. The known fields are {known}."}
     if error["type"] == "missing":
         return {"field": field, "detail": "This field is required."}
     if field == "lifetime":
@@ -409,23 +410,23 @@ def _field_problem(error: Any, kind: type[BaseModel]) -> dict[str, str]:
 
 def _invalid(fields: list[dict[str, str]]) -> Problem:
     detail = " ".join(f"{f['field']}: {f['detail']}" for f in fields[:5])
-    # A body may hold any number of unknown fields, an answer may not.
+    # A body may have any number of unknown fields; the response is bounded.
     return Problem(422, detail, title="Input validation failed", invalid_fields=fields[:_INVALID_FIELDS_LIMIT])
 
 
 def _named_reference(asked: RequestBody, invalid: list[dict[str, str]]) -> Reference | None:
-    """What a request without a route names, by the one of `version`, `model` and `deployment` that it gives."""
+    """Return the reference in the one given of `version`, `model` and `deployment`."""
     named = [name for name in ("version", "model", "deployment") if getattr(asked, name) is not None]
     if len(named) != 1:
         found = " and ".join(f"`{name}`" for name in named) or "none of them"
-        detail = f"Give exactly one of `version`, `model` and `deployment`: here is {found}."
+        detail = f"Give exactly one of `version`, `model` and `deployment` (got {found})."
         invalid.append({"field": named[-1] if named else "model", "detail": detail})
         return None
     if asked.deployment is None:
-        # `model` may name a version as well: `owner/name:version` is what people copy.
+        # `model` may name a version as well: people copy `owner/name:version`.
         return _reference(asked.version if asked.model is None else asked.model, invalid, named[0])
     if not _MODEL_NAME.fullmatch(asked.deployment):
-        invalid.append({"field": "deployment", "detail": "Not a deployment's name, `owner/name`."})
+        invalid.append({"field": "deployment", "detail": "Must be a deployment's name, `owner/name`."})
         return None
     return Reference("deployment", asked.deployment)
 
@@ -441,7 +442,7 @@ def _reference(version: str | None, invalid: list[dict[str, str]], field: str = 
     if not found:
         invalid.append({
             "field": field,
-            "detail": "Not `owner/name`, `owner/name:version` or a version's 64 hexadecimal digits.",
+            "detail": "Must be `owner/name`, `owner/name:version` or a version's 64 hexadecimal digits.",
         })  # fmt: skip
         return None
     if version_id := found["version"] or found["bare_version"]:
@@ -450,7 +451,7 @@ def _reference(version: str | None, invalid: list[dict[str, str]], field: str = 
 
 
 def _check_webhook(url: str, field: str, allow_loopback: bool, invalid: list[dict[str, str]]) -> None:
-    from predictions.net.addresses import AddressRefused, check_webhook_url  # only requests with a webhook pay for it
+    from predictions.net.addresses import AddressRefused, check_webhook_url  # only requests with a webhook need it
 
     try:
         check_webhook_url(url, allow_loopback=allow_loopback)
@@ -475,8 +476,9 @@ def _lifetime_seconds(text: str | None, field: str, invalid: list[dict[str, str]
 
 
 def _idempotency_key(header: str | None, field: str, invalid: list[dict[str, str]]) -> str | None:
-    """The key in an `Idempotency-Key` header, quoted (as the IETF draft has it) or bare (as many clients send it).
+    """Return the key in an `Idempotency-Key` header, quoted or bare.
 
+    The IETF draft has it quoted, many clients send it bare:
     https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/
     """
     if header is None:
@@ -487,7 +489,7 @@ def _idempotency_key(header: str | None, field: str, invalid: list[dict[str, str
     if not re.fullmatch(r"[\x21\x23-\x7e]{1,255}", key, re.ASCII):
         invalid.append({
             "field": field,
-            "detail": "1 to 255 printable ASCII characters without spaces or quotes, such as a UUID.",
+            "detail": "Must be 1 to 255 printable ASCII characters without spaces or quotes, such as a UUID.",
         })  # fmt: skip
         return None
     return key

@@ -1,4 +1,4 @@
-"""Sources of intents: messages of the requests queue, and what turns them into intents."""
+"""Messages of the requests queue, and the interface of the parsers that turn them into intents."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from predictions.intents.model import Intent
 
 
 class RequestRefused(PredictionsError):
-    """A message that can start nothing, now or later; its text is the reason, for the person who finds it."""
+    """The message can never start anything; the error's text is the reason, for an operator."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Message:
     """A message of the requests queue.
 
     Attributes:
-        id: What it is known by for good: its own id, or the first one's where it was redriven.
-        sender: The principal that sent it, as SQS says (`SenderId`).
-        body: Its text.
-        sent_at: When it was sent first, in Unix seconds: what depends on the time has to come out the same again.
+        id: Its permanent id: its own, or that of the original message if it was redriven.
+        sender: The principal that sent it, as reported by SQS (`SenderId`).
+        body: The message's text.
+        sent_at: When it was first sent, in Unix seconds, so that time-dependent results are the same on a retry.
     """
 
     id: str
@@ -30,14 +30,14 @@ class Message:
 
 
 class Source(Protocol):
-    """What turns a message that names something stored into an intent: recipes, batches, pipelines."""
+    """Turns a message that refers to a recipe, batch or pipeline into an intent."""
 
     def intent(self, body: Mapping[str, Any], message: Message) -> Intent | None:
-        """The intent; None where it is no longer wanted, and nothing has to be said of that.
+        """Return the intent, or None if it is no longer active and this needs no report.
 
-        Twice, it gives an intent with the same id.
+        Called again for the same message, it returns an intent with the same id.
 
         Raises:
-            RequestRefused: It never can.
+            RequestRefused: The message can never start anything.
             Problem: 422, with the fields.
         """

@@ -1,1 +1,1 @@
-"""What follows a state change: webhooks to callers, events, and the stream that starts them."""
+"""Effects of a state change: webhooks to callers, events, and the stream consumer that triggers them."""

@@ -1,6 +1,7 @@
-"""Events on the stack's bus: what a change of a prediction is told as, and the bus.
+"""Events on the stack's bus, which report changes of predictions.
 
-The schema is documented in docs/events.md. It has ids, names, times and places in S3; no input, no output, no secret.
+The schema is documented in docs/events.md. Events have ids, names, times and places in S3; no input, no output, no
+secret.
 """
 
 import json
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 SOURCE = "replicate-serverless"
 
 VERSION = "1"
-"""Of the schema: it changes when a field goes or means something else, not when one is added."""
+"""The schema's version: incremented when a field is removed or changes its meaning, not when one is added."""
 
 FILES_LIMIT_BYTES = 128 * 1024
-"""What the files of an event may take: more are left out, and the event says so."""
+"""The limit of an event's list of files: further files are left out, and the event reports that."""
 
 _WORDS = {
     Status.STARTING.value: "Started",
@@ -41,7 +42,7 @@ _WORDS = {
 # https://docs.aws.amazon.com/eventbridge/latest/APIReference/API_PutEvents.html: 10 entries, and 256 KB with all.
 _ENTRIES_LIMIT = 10
 _ENTRIES_LIMIT_BYTES = 240 * 1024
-# What the bus cannot read, such as metrics nested too deep, is the same at each try, and must not hold up the stream.
+# An event that the bus cannot parse, as with metrics nested too deep, always fails and must not block the stream.
 # https://docs.aws.amazon.com/eventbridge/latest/APIReference/API_PutEventsResultEntry.html
 _MALFORMED = "MalformedDetail"
 
@@ -51,7 +52,7 @@ class Event:
     """One event.
 
     Attributes:
-        detail_type: What happened, such as `Prediction Succeeded`.
+        detail_type: The kind of change, such as `Prediction Succeeded`.
         detail: The schema's fields.
         at: When it happened, in Unix seconds.
     """
@@ -62,13 +63,13 @@ class Event:
 
 
 def event_of_prediction(prediction: Prediction, files: Sequence[StoredFile], bucket: str, at: float) -> Event:
-    """The event of a prediction that callers now see as it is. The same change twice has the same `event_id`.
+    """Build the event of a visible change. The same change gives the same `event_id`.
 
     Args:
-        prediction: After the change.
+        prediction: The prediction after the change.
         files: Its stored files.
-        bucket: Where they are.
-        at: When it changed.
+        bucket: The bucket that holds them.
+        at: The time of the change.
     """
     word = _WORDS[prediction.visible]
     thing = prediction.object.capitalize()
@@ -100,7 +101,7 @@ def event_of_prediction(prediction: Prediction, files: Sequence[StoredFile], buc
 
 
 def list_files(files: Sequence[StoredFile], bucket: str, limit_bytes: int) -> tuple[list[dict[str, Any]], bool]:
-    """Stored files as events and callers are told of them, as many as fit, and whether some were left out."""
+    """Return stored files as events show them, and whether some were left out."""
     listed: list[dict[str, Any]] = []
     room = limit_bytes
     for file in files:
@@ -130,17 +131,17 @@ class EventBus:
 
     @classmethod
     def from_env(cls) -> "EventBus":
-        """The bus of `EVENT_BUS_NAME`."""
+        """Use the bus of `EVENT_BUS_NAME`."""
         return cls(os.environ["EVENT_BUS_NAME"], client("events"))
 
     def put(self, events: Sequence[Event]) -> list[int]:
-        """Puts events on the bus, in as few calls as it takes.
+        """Put events on the bus in few calls; return the indexes of failed ones.
 
-        A call that fails is the last one: the bus is not reached, or not now.
+        A failed call is the last one: the bus cannot be reached, or not at the moment.
 
         Returns:
-            The indexes of those that the bus did not take, in their order; of a call that failed, some may be on the
-            bus. What the bus would never take is not among them.
+            The indexes of the events to retry, in order. After a failed call, some of its events may be on the bus.
+            Events that the bus would never accept are not among them.
         """
         entries = [self._entry(event) for event in events]
         refused: list[int] = []
@@ -155,13 +156,13 @@ class EventBus:
             try:
                 answer = self._events.put_events(Entries=entries[first:last])
             except (ClientError, BotoCoreError):
-                logger.exception("events not put")
+                logger.exception("events not put on the bus")
                 return [*refused, *range(first, len(entries))]
             for number, each in enumerate(answer["Entries"], first):
                 if each.get("ErrorCode") == _MALFORMED:
-                    logger.error("event never taken", event_id=events[number].detail.get("event_id"))
+                    logger.error("event rejected permanently", event_id=events[number].detail.get("event_id"))
                 elif "ErrorCode" in each:
-                    logger.warning("event not taken", reason=each["ErrorCode"])
+                    logger.warning("event rejected", reason=each["ErrorCode"])
                     refused.append(number)
             first = last
         return refused

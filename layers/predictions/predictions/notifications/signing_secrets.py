@@ -1,8 +1,8 @@
-"""The secret with which each owner's webhooks are signed.
+"""The secret that signs each owner's webhooks.
 
-It is HMAC-SHA256(master, owner, version): nothing is stored for an owner who never rotated, one owner's secret tells
-nothing of another's, and with a new version the one before signs too for 24 hours. The master is in Secrets Manager;
-the version is an item at pk `owner#{owner}`, sk `webhook_secret`.
+A secret is HMAC-SHA256(master, owner, version): nothing is stored for an owner who never rotated, one owner's secret
+reveals nothing of another's, and after a rotation the previous version also signs for 24 hours. The master is in
+Secrets Manager; the version is an item at pk `owner#{owner}`, sk `webhook_secret`.
 """
 
 import base64
@@ -29,16 +29,16 @@ _FIRST_VERSION = 1
 
 
 class MasterSecretUnusable(PredictionsError):
-    """The stack's own fault: the secret that all owners' secrets are made from is too short to be one."""
+    """The master secret, from which all owners' secrets are derived, is too short. A fault of the stack."""
 
 
 class RotatedRecently(PredictionsError):
-    """The owner's secret before this one still signs: another rotation would end that early."""
+    """The owner's previous secret still signs; another rotation would end that early."""
 
 
 @dataclass(frozen=True)
 class SecretVersion:
-    """Which version of an owner's secret is the current one, and since when (Unix seconds; None: from the start)."""
+    """The current version of an owner's secret, and since when (Unix seconds; None: never rotated)."""
 
     version: int
     rotated_at: int | None
@@ -53,11 +53,11 @@ class SecretVersions:
 
     @classmethod
     def from_env(cls) -> "SecretVersions":
-        """Those in the table named by `TABLE_NAME`."""
+        """Use the table named by `TABLE_NAME`."""
         return cls(os.environ["TABLE_NAME"], client("dynamodb"))
 
     def version_of(self, owner: str) -> SecretVersion:
-        """The current version, read consistently."""
+        """Return the current version, read consistently."""
         item = self._dynamodb.get_item(
             TableName=self._table_name,
             Key={"pk": {"S": f"owner#{owner}"}, "sk": {"S": "webhook_secret"}},
@@ -68,14 +68,14 @@ class SecretVersions:
         return SecretVersion(int(item["secret_version"]["N"]), int(item["rotated_at"]["N"]))
 
     def rotate(self, owner: str, now: float, *, force: bool = False) -> SecretVersion:
-        """Makes the next version the current one; the one before signs too for 24 h.
+        """Make the next version the current one; the previous one also signs for 24 h.
 
-        Two at once, or one whose answer was lost and that botocore sends again, raise the version by one.
+        Two concurrent rotations, or one that botocore retries after a lost response, raise the version by one.
 
         Args:
-            owner: Whose.
+            owner: The owner of the secret.
             now: The time.
-            force: Also within 24 h of the last rotation: the version before that one stops signing at once.
+            force: Also rotate within 24 h of the last rotation: the version before that one stops signing immediately.
 
         Raises:
             RotatedRecently: The last rotation is less than 24 h ago, and `force` is not given.
@@ -84,8 +84,8 @@ class SecretVersions:
         if before.rotated_at is not None and now < before.rotated_at + OVERLAP_SECONDS and not force:
             until = datetime.fromtimestamp(before.rotated_at + OVERLAP_SECONDS, UTC).isoformat(timespec="seconds")
             raise RotatedRecently(
-                f"The webhook secret of {owner} was rotated less than 24 hours ago, and the one before signs until"
-                f" {until}. Wait for that, or end it now with --force."
+                f"The webhook secret of {owner} was rotated less than 24 hours ago, and the previous one signs until"
+                f" {until}. Retry after that time, or end it now with --force."
             )
         after = SecretVersion(before.version + 1, int(now))
         try:
@@ -101,19 +101,19 @@ class SecretVersions:
                 ExpressionAttributeValues={":before": {"N": str(before.version)}},
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
-            # Somebody else did it just now, or this very write did and its answer was lost.
+            # A concurrent rotation succeeded, or this write did and its response was lost.
             return self.version_of(owner)
         return after
 
 
 class OwnerSecrets:
-    """The owners' secrets.
+    """Derives the owners' secrets.
 
     Args:
         versions: The version of each.
-        master_arn: The secret in Secrets Manager that all are made from.
+        master_arn: The secret in Secrets Manager from which all are derived.
         secretsmanager: The client to read it with.
-        clock: Seconds that only go forward, for how long the master is kept in memory.
+        clock: Monotonic seconds, for the time that the master is cached.
     """
 
     def __init__(
@@ -132,23 +132,23 @@ class OwnerSecrets:
 
     @classmethod
     def from_env(cls) -> "OwnerSecrets":
-        """From `WEBHOOK_MASTER_SECRET_ARN` and what `SecretVersions.from_env` reads."""
+        """Build from `WEBHOOK_MASTER_SECRET_ARN` and the environment of `SecretVersions`."""
         return cls(SecretVersions.from_env(), os.environ["WEBHOOK_MASTER_SECRET_ARN"], client("secretsmanager"))
 
     def current_secret(self, owner: str) -> str:
-        """The secret that an owner's receivers verify webhooks with: `whsec_…`.
+        """Return the secret with which an owner's receivers verify webhooks: `whsec_…`.
 
         Raises:
-            MasterSecretUnusable: Our own fault.
+            MasterSecretUnusable: A fault of the stack.
             botocore.exceptions.ClientError: The table or the master cannot be read.
         """
         return self._secret(owner, self._versions.version_of(owner).version)
 
     def valid_secrets(self, owner: str, now: float) -> list[str]:
-        """The secrets to sign with now: the current one, and for 24 h after a rotation the one before it.
+        """Return the secrets that sign now: the current, and for 24 h the previous one.
 
         Raises:
-            MasterSecretUnusable: Our own fault.
+            MasterSecretUnusable: A fault of the stack.
             botocore.exceptions.ClientError: The table or the master cannot be read.
         """
         current = self._versions.version_of(owner)
@@ -158,7 +158,7 @@ class OwnerSecrets:
         return [self._secret(owner, version) for version in versions]
 
     def _secret(self, owner: str, version: int) -> str:
-        # An owner's name has no line end, so no two owners and versions give one text.
+        # An owner's name has no line break, so no two pairs of owner and version give the same text.
         mac = hmac.new(self._key(), f"webhook secret\n{version}\n{owner}".encode(), hashlib.sha256)
         return f"whsec_{base64.b64encode(mac.digest()).decode()}"
 

@@ -1,14 +1,15 @@
-"""What a change of the table calls for, as its stream tells it: the one place that knows all of it.
+"""DynamoDB stream consumer: fans out state changes to webhooks, events, task tokens and pipelines.
 
 - Webhooks to callers, as deliveries in a queue: `notifications.webhook_queue`.
 - Events on the stack's bus: `notifications.event_bus`.
-- The end, for state machines of others that wait for it: `aws.task_tokens`.
-- What pipelines do at the end of what they started: `_ended`. A batch's lines have callers: its state machine.
+- Completion notifications for other state machines that wait for it: `aws.task_tokens`.
+- Progress of pipelines at the completion of their steps: `_ended`. A batch's lines have callers: its state machine.
 
-Stream records come at least once, and in the order of an item's changes. Each of these is the same for a record that
-comes twice, or can be told to be: deliveries and events have ids, a task token works once, and a hook has to look.
+Stream records arrive at least once, and in the order of an item's changes. Each effect is idempotent for a record that
+arrives twice, or its receiver can deduplicate: deliveries and events have ids, a task token works once, and a pipeline
+checks its state.
 
-Each of the four is done without regard to the others: one that fails is sent to a queue of its own and retried from
+Each of the four effects is independent of the others: one that fails is sent to a queue of its own and retried from
 there (`notifications.stream_retries`), and the stream goes on. Only while that queue cannot be reached either is the
 stream read again, from that record on.
 """
@@ -34,20 +35,20 @@ from predictions.status import Status
 from predictions.store.predictions import PayloadTooLong, Prediction, PredictionsTable, read_image
 
 OUTPUT_LIMIT_BYTES = 32 * 1024
-"""What the output may take in what a state machine is told: it carries 256 KiB in all, and has data of its own."""
+"""The limit of the output in a task result: an execution carries 256 KiB in all, and has data of its own."""
 
 PARSED_LIMIT_CHARACTERS = 1024 * 1024
-"""Of output and logs together, what is parsed to find an output that may be short. Up to 65 times its size in memory
-(`{}` in a list) is within the function's; above it the output counts as too long without being read."""
+"""The size of output and logs together up to which they are parsed to look for a short output. Up to 65 times its size
+in memory (`{}` in a list) is within the function's; above it the output counts as too long without being parsed."""
 
 NEEDED_SECONDS = 20.0
-"""What has to be left of the function's time to begin something more: a call to AWS that is repeated until it is given
-up, and the last calls of a run."""
+"""The remaining time that is needed to begin another effect: a call to AWS with all its retries, and the last calls of
+a run."""
 
 _FILES_LIMIT_BYTES = 16 * 1024
-# However much of both has to be escaped, a cause of 32 KiB holds them whole: cut off, it were no JSON.
+# A cause of 32 KiB holds both whole however much is escaped: a cut one would not be valid JSON.
 _CAUSE_ERROR_CHARACTERS = 2000
-# Step Functions refuse one token or another; what refuses so many in a row is no matter of tokens.
+# Step Functions rejects single tokens; so many failures in a row are not the tokens' fault.
 _FAILURES_IN_A_ROW = 3
 
 _ENDED = frozenset({Status.SUCCEEDED.value, Status.FAILED.value, Status.CANCELED.value})
@@ -56,17 +57,17 @@ T = TypeVar("T")
 
 
 class Changes:
-    """Does what changes call for.
+    """Performs the effects of changes.
 
     Args:
         table: The predictions.
         outputs: The bucket with their files.
         deliveries: The queue of webhooks to callers.
         bus: The stack's event bus.
-        retries: Where an effect goes that failed.
-        processing_events: Whether `Prediction Processing` is told too.
+        retries: The queue for effects that failed.
+        processing_events: Whether `Prediction Processing` is sent too.
         now: The time.
-        jitter: Gives random numbers from 0 to 1.
+        jitter: Returns random numbers from 0 to 1.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Changes:
 
     @classmethod
     def from_env(cls) -> "Changes":
-        """From the environment of publish_changes."""
+        """Build from the environment of publish_changes."""
         return cls(
             PredictionsTable.from_env(),
             OutputsBucket.from_env(),
@@ -105,15 +106,15 @@ class Changes:
     def publish(
         self, records: Sequence[Mapping[str, Any]], remaining_seconds: Callable[[], float] = lambda: math.inf
     ) -> str | None:
-        """Does what records of the stream call for, in their order; events go to the bus together, at the end.
+        """Perform the effects of stream records, in order; events are put at the end.
 
         Args:
             records: As Lambda passes them.
-            remaining_seconds: How long the function may still run.
+            remaining_seconds: Returns how long the function may still run.
 
         Returns:
-            The sequence number of the first record from which on all are to be read again: an effect failed and could
-            not be sent to its queue, or no time was left. None where all are done with.
+            The sequence number of the first record from which on all must be read again, because an effect failed and
+            could not be sent to its queue, or no time was left; or None if all are done.
         """
         told: set[str] = set()
         news: list[tuple[Mapping[str, Any], Event]] = []
@@ -127,7 +128,7 @@ class Changes:
             try:
                 if event := self._publish(record, told, remaining_seconds):
                     news.append((record, event))
-            except Exception:  # noqa: BLE001  # the stream comes again with whatever could not be queued
+            except Exception:  # noqa: BLE001  # Lambda reads the stream again from the record that could not be queued
                 failed = number
                 logger.exception("change not published", sequence_number=number)
                 break
@@ -135,7 +136,7 @@ class Changes:
             try:
                 self._retry_later(Effect.EVENT, record)
             except Exception:  # noqa: BLE001  # as above
-                # Its record comes before the one that failed, if any did.
+                # Its record comes before the one that failed, if any.
                 logger.exception("event not put", event_id=event.detail.get("event_id"))
                 return str(record["dynamodb"]["SequenceNumber"])
         return failed
@@ -143,14 +144,14 @@ class Changes:
     def retry(
         self, messages: Iterable[Mapping[str, Any]], remaining_seconds: Callable[[], float] = lambda: math.inf
     ) -> list[str]:
-        """Does effects once more that failed before; one that fails again is queued again, or given up after a day.
+        """Retry failed effects; queue those that fail again, for at most a day.
 
         Args:
             messages: Of the queue of retries, as Lambda passes them.
-            remaining_seconds: How long the function may still run.
+            remaining_seconds: Returns how long the function may still run.
 
         Returns:
-            The ids of the messages that SQS has to keep.
+            The ids of the messages that must stay in the queue.
         """
         waiting: list[str] = []
         news: list[tuple[tuple[str, Retry], Event]] = []
@@ -159,7 +160,7 @@ class Changes:
             try:
                 left = retry = Retry.read(message["body"])
             except UnreadableRetry:
-                logger.exception("not a retry", message_id=id_)
+                logger.exception("message is not a retry", message_id=id_)
                 waiting.append(id_)  # SQS moves it to the dead-letter queue in the end
                 continue
             if remaining_seconds() < NEEDED_SECONDS:
@@ -173,20 +174,20 @@ class Changes:
                 untold = self._do(retry.effect, retry.record, set(), retry.callers, remaining_seconds)
                 if not untold:
                     continue
-                # Where some were told, the backoff begins again: so it does once for each caller at most.
+                # After some callers were notified the backoff restarts: at most once for each caller.
                 progress = retry.callers is not None and len(untold) < len(retry.callers)
                 left = replace(retry, callers=untold, first_at=int(self._now()) if progress else retry.first_at)
-            except Exception:  # noqa: BLE001  # whatever it is, no effect holds up another
+            except Exception:  # noqa: BLE001  # whatever the error, no effect blocks another
                 logger.exception("effect failed again", effect=retry.effect)
-            waiting += [] if self._put_off(left) else [id_]
+            waiting += [] if self._defer(left) else [id_]
         for (id_, retry), _ in self._not_taken(news):
-            waiting += [] if self._put_off(retry) else [id_]
+            waiting += [] if self._defer(retry) else [id_]
         return waiting
 
     def _publish(
         self, record: Mapping[str, Any], told: set[str], remaining_seconds: Callable[[], float]
     ) -> Event | None:
-        """Has every effect of a record, but for its event, which is returned.
+        """Perform every effect of a record except its event, which is returned.
 
         Raises:
             Exception: An effect failed, and its retry could not be queued.
@@ -199,7 +200,7 @@ class Changes:
                 untold = self._do(effect, record, told, None, remaining_seconds)
                 if not untold:
                     continue
-            except Exception:  # noqa: BLE001  # whatever it is, no effect holds up another
+            except Exception:  # noqa: BLE001  # whatever the error, no effect blocks another
                 number = record["dynamodb"]["SequenceNumber"]
                 logger.exception("effect failed", effect=effect, sequence_number=number)
             self._retry_later(effect, record, untold)
@@ -213,7 +214,7 @@ class Changes:
         callers: Sequence[str] | None,
         remaining_seconds: Callable[[], float],
     ) -> tuple[str, ...]:
-        """Any effect but the event; returns the callers that are still to be told."""
+        """Perform any effect but the event; return the callers still to be notified."""
         match effect:
             case Effect.WEBHOOKS:
                 self._deliveries.send_for(record, told)
@@ -228,13 +229,13 @@ class Changes:
         self._retries.send(retry, retry.wait_seconds(self._now(), self._jitter()) or 0)
         metrics.add_metric(name="ChangesDelayed", unit=MetricUnit.Count, value=1)
 
-    def _put_off(self, retry: Retry) -> bool:
-        """Queues a retry once more, or gives it up; False where neither could be done."""
+    def _defer(self, retry: Retry) -> bool:
+        """Queue a retry again, or give it up; return False if both failed."""
         metrics.add_metric(name="ChangesDelayed", unit=MetricUnit.Count, value=1)
         wait_seconds = retry.wait_seconds(self._now(), self._jitter())
         try:
             if wait_seconds is None:
-                self._retries.give_up(retry, "failed for a day: see the log of publish_changes")
+                self._retries.give_up(retry, "failed for a day. See the log of publish_changes.")
             else:
                 self._retries.send(retry, wait_seconds)
         except (ClientError, BotoCoreError):
@@ -243,11 +244,11 @@ class Changes:
         return True
 
     def _not_taken(self, news: Sequence[tuple[T, Event]]) -> list[tuple[T, Event]]:
-        """Puts events on the bus; those that it did not take."""
+        """Put events on the bus and return those that failed."""
         return [news[n] for n in self._bus.put([event for _, event in news])]
 
     def _event(self, record: Mapping[str, Any]) -> Event | None:
-        """The event that a record calls for."""
+        """Return the event of a record, or None."""
         change = record["dynamodb"]
         kind, sk = _kind(change), str(change["Keys"]["sk"]["S"])
         at = float(change["ApproximateCreationDateTime"])
@@ -257,18 +258,18 @@ class Changes:
 
             told = event_of(record)
         elif kind == "batch" and sk == "status":
-            from predictions.batches.store import event_of as event_of_batch  # a stack without batches never needs it
+            from predictions.batches.store import event_of as event_of_batch  # not needed in a stack without batches
 
             told = event_of_batch(change, self._outputs.name)
         elif (after := _newly_visible(change)) is not None:
             if after.visible == Status.PROCESSING and (not self._processing_events or after.terminal):
-                # With files an end is first seen as `processing`: that is no news of a model that runs.
+                # With files, a completion is first visible as `processing`: the model did not just start.
                 return None
             return event_of_prediction(after, self._table.stored_files(after), self._outputs.name, at)
         return Event(*told, at=at) if told else None
 
     def _wake_pipeline(self, record: Mapping[str, Any]) -> None:
-        """The visible end of a step: its pipeline looks at it."""
+        """Advance the pipeline of a step that visibly completed."""
         ended = _newly_visible(record["dynamodb"])
         if ended is not None and ended.visible in _ENDED and "pipeline" in ended.origin:
             from predictions.pipelines.steps import prediction_ended  # with the first step of a pipeline
@@ -278,17 +279,17 @@ class Changes:
     def _tell_callers(
         self, record: Mapping[str, Any], only: Sequence[str] | None, remaining_seconds: Callable[[], float]
     ) -> tuple[str, ...]:
-        """Tells the states that wait for an end, at the record of the end or of their own coming.
+        """Notify waiting states, at the record of the completion or of their arrival.
 
-        One that cannot be told keeps no other from it.
+        A caller that cannot be notified does not block the others.
 
         Args:
             record: As Lambda passes it.
-            only: The `sk` of those to be told; None for all.
-            remaining_seconds: How long the function may still run.
+            only: The `sk` of those to be notified; None for all.
+            remaining_seconds: Returns how long the function may still run.
 
         Returns:
-            The `sk` of those that are still to be told, those first that were not tried.
+            The `sk` of those still to be notified, those first that were not tried.
         """
         change = record["dynamodb"]
         id_, sk = str(change["Keys"]["pk"]["S"]).partition("#")[2], str(change["Keys"]["sk"]["S"])
@@ -304,8 +305,8 @@ class Changes:
             waiting = [(key, known[key]) for key in wanted if key in known]
         if not waiting:
             return ()
-        # As it is now, read after the callers: it may have been deleted since, and then nobody is told its output.
-        # Before the end there is nothing to tell; the record of the end finds this caller, since it is there already.
+        # The current state, read after the callers: it may have been deleted since, and then its output is not sent.
+        # Nothing is sent before the completion, whose record finds this caller, since it is stored already.
         prediction = self._table.get(id_)
         if prediction is None or prediction.visible not in _ENDED:
             return ()
@@ -318,7 +319,7 @@ class Changes:
             try:
                 tell(token)
             except (ClientError, BotoCoreError):
-                logger.exception("caller not told", caller=key)
+                logger.exception("caller not notified", caller=key)
                 failed.append(key)
                 in_a_row += 1
             else:
@@ -326,7 +327,7 @@ class Changes:
         return tuple(failed)
 
     def _teller(self, prediction: Prediction) -> Callable[[str], None]:
-        """What tells the end of a prediction to the state with a token; the result is put together once."""
+        """Return the function that notifies a token; the task result is built once."""
         stored = self._table.stored_files(prediction)
         files, truncated = list_files(stored, self._outputs.name, _FILES_LIMIT_BYTES)
         result: dict[str, Any] = {
@@ -344,14 +345,14 @@ class Changes:
         return lambda token: tell_success(token, result)
 
     def _output(self, prediction: Prediction, files: Iterable[StoredFile]) -> dict[str, Any]:
-        """The output where it is short enough; its files are named by their places in the bucket."""
+        """Return the output if it is short enough, with its files' places in the bucket."""
         if prediction.deleted:
             return {"output": None}
         try:
             found = self._table.result_output(prediction, PARSED_LIMIT_CHARACTERS)
         except PayloadTooLong:
             return {"output_truncated": True}
-        # A file that nobody copied is missing: its URL is not ours.
+        # A file that was not copied is left out: its URL is not ours.
         output = self._outputs.place_files(
             found, {file.path: f"s3://{self._outputs.name}/{file.key}" for file in files if file.key}
         )
@@ -365,9 +366,9 @@ def _kind(change: Mapping[str, Any]) -> str:
 
 
 def _newly_visible(change: Mapping[str, Any]) -> Prediction | None:
-    """The prediction after a change, where callers see another status than before; else None."""
+    """Return the prediction after a change of its visible status, or None."""
     if _kind(change) != "prediction" or change["Keys"]["sk"]["S"] != "status":
         return None
     after, before = change["NewImage"], change.get("OldImage") or {}
-    # Every effect of a record asks, and most records are no news: those are not deserialized.
+    # Every effect of a record calls this, and most records change nothing visible: those are not deserialized.
     return read_image(after) if after["visible"] != before.get("visible") else None

@@ -1,13 +1,13 @@
-"""Effects of a change that could not be published: a queue of their own, so that the table's stream goes on.
+"""Retries of a change's failed effects: a queue of their own, so that the table's stream goes on.
 
-`notifications.stream` gives each change of the table its effects one by one. An effect that fails (the bus refuses an
-event, Step Functions throttle, an exception that nobody expected) is sent to this queue with what it takes to do it
-again: the record of the stream, without the secrets in it. It is retried with exponential backoff for a day, then kept
-in the dead-letter queue of changes. So trouble with the bus delays no webhook and repeats none, and no record holds up
-the others of its shard.
+`notifications.stream` performs the effects of each change of the table one by one. An effect that fails (the bus
+rejects an event, Step Functions throttles, an unexpected exception) is sent to this queue with the data to repeat it:
+the record of the stream, without the secrets in it. The effect is retried with exponential backoff for a day, then
+kept in the dead-letter queue of changes. So trouble with the bus delays no webhook and repeats none, and no record
+blocks the others of its shard.
 
-Each retry is a message of its own, sent with a delay, and the message before is deleted. So SQS counts as receives only
-those that the function died over, and moves such a message to the dead-letter queue after five.
+Each retry is a message of its own, sent with a delay, and the previous message is deleted. So SQS counts as receives
+only those during which the function crashed, and moves such a message to the dead-letter queue after five.
 """
 
 import json
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
 
 RETRY_SECONDS = 24 * 3600
-"""How long an effect is retried: as long as the stream would have kept the record."""
+"""How long an effect is retried: the retention of the stream."""
 
 _FIRST_WAIT_SECONDS = 5
-# The longest delay of a message, and short enough that little is late once AWS is well again:
+# The longest delay of a message, short enough that little is late once AWS has recovered:
 # https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/quotas-messages.html
 _LONGEST_WAIT_SECONDS = 900
 
-# What effects look at of an item as it was before: whether it is news.
+# The attributes of the old image that effects compare to detect a change.
 _COMPARED = frozenset({"pk", "sk", "rank", "status", "visible", "output_digest", "logs_digest"})
-# No effect needs them: the execution's own task token, a caller's, the payload. Of a webhook it matters only that there
-# is one, since its URL is read again when it is called.
+# No effect needs them: the execution's own task token, a caller's, the payload. Of a webhook only its presence
+# matters, since its URL is read again when it is called.
 _LEFT_OUT = frozenset({"task_token", "json"})
 _HIDDEN = {"webhook": {"S": "https://hidden.invalid/"}}
 
 
 class Effect(StrEnum):
-    """What a change has for an effect: each is done, fails and is retried without regard to the others."""
+    """The effects of a change: each is performed, fails and is retried independently."""
 
     WEBHOOKS = "webhooks"
     CALLERS = "callers"
@@ -50,7 +50,7 @@ class Effect(StrEnum):
 
 
 class UnreadableRetry(PredictionsError):
-    """A message that is no retry of ours."""
+    """The message is not a retry of this stack."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class Retry:
     """An effect that failed.
 
     Attributes:
-        effect: Which one.
-        record: The record of the stream, as far as the effect needs it.
-        first_at: When it failed first, in Unix seconds: the backoff is computed from there.
-        callers: Of `CALLERS`: the `sk` of those that are still to be told; None for all.
+        effect: The effect.
+        record: The record of the stream, with the parts that the effect needs.
+        first_at: When it first failed, in Unix seconds: the backoff is computed from there.
+        callers: For `CALLERS`: the `sk` of those still to be notified; None for all.
     """
 
     effect: Effect
@@ -73,7 +73,7 @@ class Retry:
     def of(
         cls, effect: Effect, record: Mapping[str, Any], now: float, callers: tuple[str, ...] | None = None
     ) -> "Retry":
-        """The first retry of an effect of a record."""
+        """Build the first retry of an effect of a record."""
         change = record["dynamodb"]
         kept: dict[str, Any] = {
             "SequenceNumber": str(change["SequenceNumber"]),
@@ -87,14 +87,16 @@ class Retry:
         return cls(effect, {"eventName": record.get("eventName", "MODIFY"), "dynamodb": kept}, int(now), callers)
 
     def wait_seconds(self, now: float, jitter: float) -> int | None:
-        """How long to wait before the next try: twice the time that has passed, 5 s to 15 min, give or take a fifth.
+        """Return the delay before the next try, or None to give up.
+
+        The delay is twice the time that has passed, from 5 s to 15 min, with a jitter of a fifth.
 
         Args:
             now: The time, in Unix seconds.
             jitter: Random, from 0 to 1.
 
         Returns:
-            The seconds, or None where it is to be given up.
+            The seconds, or None if the effect is given up.
         """
         passed = now - self.first_at
         if passed >= RETRY_SECONDS:
@@ -103,7 +105,7 @@ class Retry:
         return min(round(wait), _LONGEST_WAIT_SECONDS)
 
     def message(self) -> str:
-        """The message's body."""
+        """Return the message's body."""
         body: dict[str, Any] = {"effect": self.effect.value, "first_at": self.first_at, "record": self.record}
         if self.callers is not None:
             body["callers"] = list(self.callers)
@@ -111,10 +113,10 @@ class Retry:
 
     @classmethod
     def read(cls, body: str) -> "Retry":
-        """Reads a message's body.
+        """Parse a message's body.
 
         Raises:
-            UnreadableRetry: It is none of ours.
+            UnreadableRetry: The message is not a retry of this stack.
         """
         try:
             message = json.loads(body)
@@ -137,7 +139,7 @@ class RetryQueue:
 
     Args:
         url: The queue.
-        dead_letters_url: Where an effect goes that is given up.
+        dead_letters_url: The queue for effects that are given up.
         sqs: The client to use.
     """
 
@@ -148,20 +150,20 @@ class RetryQueue:
 
     @classmethod
     def from_env(cls) -> "RetryQueue":
-        """From `CHANGES_RETRY_QUEUE_URL` and `CHANGES_DEAD_LETTER_QUEUE_URL`."""
+        """Build from `CHANGES_RETRY_QUEUE_URL` and `CHANGES_DEAD_LETTER_QUEUE_URL`."""
         return cls(os.environ["CHANGES_RETRY_QUEUE_URL"], os.environ["CHANGES_DEAD_LETTER_QUEUE_URL"], client("sqs"))
 
     def send(self, retry: Retry, delay_seconds: int) -> None:
-        """Queues an effect. Twice: it is done twice, which receivers, rules and states can tell."""
+        """Queue an effect; targets deduplicate an effect that is performed twice."""
         self._sqs.send_message(QueueUrl=self._url, MessageBody=retry.message(), DelaySeconds=delay_seconds)
 
     def give_up(self, retry: Retry, reason: str) -> None:
-        """Keeps an effect in the dead-letter queue, with the reason."""
+        """Send an effect to the DLQ, with the reason."""
         self._dead_letters.bury(json.dumps({**json.loads(retry.message()), "reason": reason}, separators=(",", ":")))
 
 
 def read_dead_letter(body: str, now: float) -> Retry | None:
-    """An effect that was given up, to be retried for another day; None where a dead letter is none."""
+    """Return a given-up effect, to retry for another day, or None if it is not one."""
     try:
         return replace(Retry.read(body), first_at=int(now))
     except UnreadableRetry:

@@ -1,7 +1,7 @@
-"""Webhooks to callers, as messages: which ones a change of the table calls for, and the queue that holds them.
+"""Queue of webhooks to callers: which webhooks a change of the table requires, and their messages.
 
-A delivery is one webhook of one prediction. Its message holds ids and times only: what the receiver is sent is read
-from the table when it is sent, by `notifications.webhook_sender`.
+A delivery is one webhook of one prediction. Its message has ids and times only: the body for the receiver is read from
+the table when it is sent, by `notifications.webhook_sender`.
 """
 
 import json
@@ -25,11 +25,11 @@ RETRY_SECONDS = 24 * 3600
 """How long `completed` is tried."""
 
 RUNNING_RETRY_SECONDS = 60
-"""How long the others are tried: later, `completed` tells more than they would."""
+"""How long the others are tried: later, `completed` carries more than they would."""
 
 FIRST_WAIT_SECONDS = 5
 LONGEST_WAIT_SECONDS = 4 * 3600
-"""Well below the 12 h for which SQS hides a message at most:
+"""Well below 12 h, the longest time that SQS hides a message:
 https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/quotas-messages.html"""
 
 _ORDER_SECONDS = 1
@@ -38,18 +38,18 @@ _ID = re.compile(r"[a-z0-9]{26}")
 
 
 class UnreadableDelivery(PredictionsError):
-    """A message that is no delivery of ours."""
+    """The message is not a delivery of this stack."""
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """One webhook that is to be sent.
+    """One webhook to be sent.
 
     Attributes:
         id: The prediction's id.
         event: One of `EVENTS`.
-        n: Tells two deliveries of one event apart; the same for a stream record that comes twice.
-        first_at: When it was due first, in Unix seconds: retries are counted from there.
+        n: Distinguishes deliveries of one event; the same for a stream record that arrives twice.
+        first_at: When it was first due, in Unix seconds: retries are counted from there.
     """
 
     id: str
@@ -59,14 +59,14 @@ class Delivery:
 
     @property
     def webhook_id(self) -> str:
-        """The header `webhook-id`: the same for each try and each repetition, so that receivers can tell."""
+        """Return the `webhook-id`, the same for each retry, so that receivers deduplicate."""
         return f"{self.id}-{self.event}-{self.n}"
 
     def wait_seconds(self, now: float, jitter: float) -> int | None:
-        """How long to wait before the next try; None where there is none.
+        """Return the delay before the next try, or None if it was the last.
 
-        The wait is twice the time that has passed, from 5 s up to 4 h, give or take a fifth: about 16 tries in 24 h.
-        It depends on nothing but the time of the first try, so a crash or a message that comes twice cannot upset it.
+        The delay is twice the time that has passed, from 5 s up to 4 h, with a jitter of a fifth: about 16 tries
+        in 24 h. Only the time of the first try determines it, so a crash or a duplicate message does not change it.
 
         Args:
             now: The time, in Unix seconds.
@@ -80,15 +80,15 @@ class Delivery:
         return max(1, round(min(wait, until - now)))
 
     def message(self) -> str:
-        """The message's body."""
+        """Return the message's body."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
     def read(cls, body: str) -> "Delivery":
-        """Reads a message's body; what else is in it is passed over.
+        """Parse a message's body, ignoring unknown fields.
 
         Raises:
-            UnreadableDelivery: It is none of ours.
+            UnreadableDelivery: The message is not a delivery of this stack.
         """
         try:
             message = json.loads(body)
@@ -101,14 +101,14 @@ class Delivery:
 
 
 def deliveries_of(record: Mapping[str, Any]) -> Iterator[Delivery]:
-    """The webhooks that one record of the table's stream calls for, in their order.
+    """Return the webhooks that one record of the table's stream requires, in order.
 
-    `start` is sent when callers first see `processing`, or an end of what had run; `completed` when they first see
-    the end; `output` and `logs` when they grow, and `output` once more with its files when these are stored. A record
-    that changes nothing of that gives none, and the same record twice gives the same ones.
+    `start` is sent when callers first see `processing`, or the completion of a run; `completed` when they first see
+    the completion; `output` and `logs` when they grow, and `output` again with its files when these are stored. A
+    record that changes nothing of that yields nothing, and the same record twice yields the same webhooks.
 
-    Replicate may report the end before any output or logs, or nothing but the end. `completed` then delivers both; for
-    a caller that does not want `completed`, the end itself gives the `output` and `logs` that it wants.
+    Replicate may report the completion before any output or logs, or alone. `completed` then delivers both; for a
+    caller without `completed`, the completion itself triggers the `output` and `logs` that it asked for.
 
     Args:
         record: As Lambda passes it, with the images before and after.
@@ -125,7 +125,7 @@ def deliveries_of(record: Mapping[str, Any]) -> Iterator[Delivery]:
                 yield Delivery(prediction_id, event, n, due_at)
         case "progress":
             for event in _text(new, "notify").split(","):
-                # An output that is no longer there, or whose files are still upstream's, is no news.
+                # A deleted output, or one whose files are still upstream, is not reported.
                 told = _value(new, f"{event}_digest")
                 if told and told != _value(old, f"{event}_digest"):
                     yield Delivery(prediction_id, event, int(_value(new, "length")), due_at)
@@ -139,7 +139,7 @@ def _of_status(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[tuple
     before, after = _text(old, "visible"), _text(new, "visible")
     ended = after in _ENDED and before not in _ENDED
     began = before == Status.STARTING and (after == Status.PROCESSING or (ended and bool(_text(new, "started_at"))))
-    # Replicate was done before, so this is the end of the copying: only now there are URLs to show.
+    # Replicate had finished before, so the files are now stored: only now are URLs available.
     copied = ended and before == Status.PROCESSING and _value(old, "rank") == _value(new, "rank")
     last = ended and "completed" not in wanted
     for event, happened, n in (
@@ -150,7 +150,7 @@ def _of_status(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[tuple
 
 
 def _owner_of(image: Mapping[str, Any]) -> str:
-    """Whose prediction an item belongs to; empty where an earlier release wrote it."""
+    """Return the owner of an item; empty if an earlier release wrote it."""
     return (_text(image, "notify_owner") or _text(image, "owner")).removeprefix("trainings#")
 
 
@@ -159,7 +159,7 @@ def _text(image: Mapping[str, Any], name: str) -> str:
 
 
 def _value(image: Mapping[str, Any], name: str) -> str:
-    """A text or number of an image, as text; empty where there is none."""
+    """Return a string or number of an image, as a string; empty if missing."""
     value = image.get(name) or {}
     return str(value.get("S") or value.get("N") or "")
 
@@ -167,7 +167,7 @@ def _value(image: Mapping[str, Any], name: str) -> str:
 class DeliveriesQueue:
     """The queue of deliveries.
 
-    A message that is not delivered stays in the queue, hidden until its next try: what crashes in between loses none.
+    A message that is not delivered stays in the queue, hidden until its next try, so that a crash loses none.
     """
 
     def __init__(self, url: str, sqs: "SQSClient") -> None:
@@ -176,17 +176,17 @@ class DeliveriesQueue:
 
     @classmethod
     def from_env(cls) -> "DeliveriesQueue":
-        """The queue of `DELIVERIES_QUEUE_URL`."""
+        """Use the queue of `DELIVERIES_QUEUE_URL`."""
         return cls(os.environ["DELIVERIES_QUEUE_URL"], client("sqs"))
 
     def send_for(self, record: Mapping[str, Any], told: set[str]) -> None:
-        """Queues what a record of the stream calls for. Twice: the same deliveries again, which receivers can tell.
+        """Queue the webhooks of a stream record; receivers deduplicate repetitions.
 
-        Where two of one prediction come at once, the later one waits a second, so that they arrive in their order.
+        If one prediction has two at once, the later one is delayed by a second, so that they arrive in order.
 
         Args:
             record: As Lambda passes it.
-            told: Predictions for which this reading of the stream has queued something; what is queued is added.
+            told: Predictions for which this reading of the stream has queued something; queued ones are added.
         """
         for delivery in deliveries_of(record):
             delay_seconds = _ORDER_SECONDS if delivery.id in told else 0
@@ -194,13 +194,13 @@ class DeliveriesQueue:
             told.add(delivery.id)
 
     def send(self, delivery: Delivery, delay_seconds: int = 0, *, owner: str = "") -> None:
-        """Queues one delivery.
+        """Queue one delivery.
 
         Args:
             delivery: The delivery.
-            delay_seconds: For how long nobody sees it.
-            owner: Whose it is, where that is known. Of an owner whose deliveries occupy more than their share of the
-                consumers, SQS hands out others' first (fair queues):
+            delay_seconds: How long the message stays hidden.
+            owner: Its owner, if known. If an owner's deliveries occupy more than their share of the consumers, SQS
+                prefers messages of other owners (fair queues):
                 https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-fair-queues.html
         """
         # A message without a group counts as an owner of its own.
@@ -208,7 +208,7 @@ class DeliveriesQueue:
         self._sqs.send_message(QueueUrl=self._url, MessageBody=delivery.message(), DelaySeconds=delay_seconds, **group)
 
     def postpone(self, receipt_handle: str, seconds: int) -> None:
-        """Hides a received message until its next try."""
+        """Hide a received message until its next try."""
         self._sqs.change_message_visibility(QueueUrl=self._url, ReceiptHandle=receipt_handle, VisibilityTimeout=seconds)
 
 
@@ -217,9 +217,9 @@ class DeadLetter:
     """A delivery that was given up.
 
     Attributes:
-        body: The message as it is.
-        delivery: What it was to deliver; None where the message is none of ours.
-        reason: Why it was given up, where that is known.
+        body: The message's body, unchanged.
+        delivery: The delivery in it; None if the message is not a delivery of this stack.
+        reason: Why it was given up, if known.
         receipt_handle: Deletes it.
     """
 
@@ -230,34 +230,34 @@ class DeadLetter:
 
 
 class DeadLetters:
-    """The deliveries that were given up; kept for 14 days."""
+    """The dead-letter queue of deliveries, kept for 14 days."""
 
     def __init__(self, url: str, sqs: "SQSClient") -> None:
         self._queue = DeadLetterQueue(url, sqs)
 
     @classmethod
     def from_env(cls) -> "DeadLetters":
-        """The queue of `DELIVERIES_DEAD_LETTER_QUEUE_URL`."""
+        """Use the queue of `DELIVERIES_DEAD_LETTER_QUEUE_URL`."""
         return cls(os.environ["DELIVERIES_DEAD_LETTER_QUEUE_URL"], client("sqs"))
 
     def bury(self, delivery: Delivery, reason: str) -> None:
-        """Keeps a delivery that is given up, with the reason. Twice: it is listed twice, and sent as one webhook."""
+        """Send a given-up delivery to the DLQ, with the reason."""
         self._queue.bury(json.dumps({**asdict(delivery), "reason": reason}, separators=(",", ":")))
 
     def look(self, hidden_seconds: int) -> Iterator[DeadLetter]:
-        """All that are there. Each is hidden from another look for a while, so that none is met twice."""
+        """Receive all dead letters, each hidden for a while so that it is returned once."""
         for letter in self._queue.look(hidden_seconds):
             yield _dead_letter(letter.body, letter.receipt_handle)
 
     def forget(self, letter: DeadLetter) -> None:
-        """Deletes one."""
+        """Delete a dead letter."""
         self._queue.forget(letter.receipt_handle)
 
 
 def _dead_letter(body: str, receipt_handle: str) -> DeadLetter:
     try:
-        # SQS moved it here, without a reason, after the function that delivers had died over it each time.
-        reason = json.loads(body).get("reason", "deliver_webhook failed each time: see its log")
+        # SQS moved it here, without a reason, after deliver_webhook crashed at each try.
+        reason = json.loads(body).get("reason", "deliver_webhook failed each time. See its log.")
         return DeadLetter(body, Delivery.read(body), str(reason), receipt_handle)
     except (AttributeError, ValueError, UnreadableDelivery):
         return DeadLetter(body, None, "not a delivery", receipt_handle)

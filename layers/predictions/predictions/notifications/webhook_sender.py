@@ -1,4 +1,4 @@
-"""Sends callers their webhooks: signed, to public addresses only, and again until they arrive."""
+"""Webhook sender: signed, to public addresses only, retried until delivered."""
 
 import json
 import os
@@ -21,10 +21,10 @@ from predictions.store.predictions import PredictionsTable, Whole
 from predictions.views.prediction import Presenter
 
 TOTAL_SECONDS = 10.0
-"""The most one try takes, whatever the receiver does."""
+"""The time limit of one try, whatever the receiver does."""
 
 ANSWER_LIMIT_BYTES = 1024
-"""No more of an answer is read: the status says all."""
+"""The limit of a response that is read: only its status matters."""
 
 _CONNECT_SECONDS = 5.0
 _GONE = 410
@@ -32,11 +32,11 @@ _LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class _NotDelivered(Exception):
-    """The receiver did not take the webhook.
+    """The receiver did not accept the webhook.
 
     Attributes:
-        reason: Why, without anything that the receiver sent.
-        final: Whether trying again is of no use.
+        reason: The reason, without any data from the receiver.
+        final: Whether a retry cannot succeed.
     """
 
     def __init__(self, reason: str, *, final: bool = False) -> None:
@@ -46,20 +46,20 @@ class _NotDelivered(Exception):
 
 
 class Receivers:
-    """Those who asked for webhooks.
+    """Delivers webhooks to their receivers.
 
     Args:
         table: The predictions.
-        presenter: Shows one as the API does.
-        secrets: What each owner's webhooks are signed with.
-        queue: Where a delivery waits for its next try.
-        dead_letters: Where one goes that is given up.
-        slots: How many tries there may be of one owner at once.
+        presenter: Builds the API's representation of a prediction.
+        secrets: The secrets that sign each owner's webhooks.
+        queue: The queue in which a delivery waits for its next try.
+        dead_letters: The queue for deliveries that are given up.
+        slots: Limits the concurrent tries of one owner.
         allow_loopback: Whether a receiver may be on this machine (the local cloud's setting).
-        open_client: Makes a guarded HTTP client; see `guarded_client`.
+        open_client: Opens a guarded HTTP client; see `guarded_client`.
         now: The time.
-        jitter: Gives random numbers from 0 to 1.
-        total_seconds: The most one try takes.
+        jitter: Returns random numbers from 0 to 1.
+        total_seconds: The time limit of one try.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Receivers:
 
     @classmethod
     def from_env(cls) -> "Receivers":
-        """From `ALLOW_LOOPBACK_WEBHOOKS` and what the parts' own `from_env` read."""
+        """Build from `ALLOW_LOOPBACK_WEBHOOKS` and the environment of its parts."""
         return cls(
             PredictionsTable.from_env(),
             Presenter.from_env(),
@@ -103,29 +103,29 @@ class Receivers:
         )
 
     def deliver(self, delivery: Delivery, receipt_handle: str) -> bool:
-        """Makes one try.
+        """Try to deliver a webhook once; return whether its message is done.
 
-        Twice at once, or again after a crash: the receiver is sent the same `webhook-id` again. 2xx is success, 410
-        ends the delivery; everything else, redirects too, is tried again later, or given up when its time is over. So
-        is a delivery for which no slot is free (see `notifications.webhook_slots`), at the same times and untried.
+        Concurrently, or again after a crash, the receiver gets the same `webhook-id` again. 2xx is success, 410
+        ends the delivery; everything else, redirects too, is retried later, or given up when its time is over. A
+        delivery without a free slot (see `notifications.webhook_slots`) is deferred in the same way, without a try.
 
         Args:
-            delivery: What to deliver.
-            receipt_handle: Of its message, which hides until the next try.
+            delivery: The webhook to deliver.
+            receipt_handle: Of its message, which stays hidden until the next try.
 
         Returns:
-            Whether the message is done with; else it must stay in the queue.
+            Whether the message is done; else it must stay in the queue.
         """
         logger.set_correlation_id(delivery.id)
         prediction = self._table.get(delivery.id)
         if prediction is None or not prediction.webhook:
-            logger.warning("nothing to deliver: the prediction is gone", webhook_event=delivery.event)
+            logger.warning("nothing to deliver: prediction not found", webhook_event=delivery.event)
             return True
-        # Before the payloads are read: a delivery that finds no slot has to cost little.
+        # Before the payloads are read: a delivery without a slot must cost little.
         try:
             slot = self._slots.acquire(prediction.owner, _origin(prediction.webhook), self._now())
         except NoSlotFree:
-            return self._put_off(delivery, receipt_handle, _NotDelivered("no slot was free: its receivers are slow"))
+            return self._defer(delivery, receipt_handle, _NotDelivered("no free slot: its receivers are slow"))
         try:
             return self._try(delivery, receipt_handle, prediction.webhook)
         finally:
@@ -135,16 +135,16 @@ class Receivers:
         whole = self._table.read(delivery.id)
         shown = self._shown(whole, delivery) if whole is not None else None
         if whole is None or shown is None:
-            logger.info("not delivered: out of date", webhook_event=delivery.event)
+            logger.info("not delivered: outdated", webhook_event=delivery.event)
             return True
         try:
             status = self._post(url, whole.prediction.owner, delivery, shown)
         except _NotDelivered as failure:
-            return self._put_off(delivery, receipt_handle, failure)
+            return self._defer(delivery, receipt_handle, failure)
         logger.info("webhook delivered", webhook_id=delivery.webhook_id, answer=status)
         return True
 
-    def _put_off(self, delivery: Delivery, receipt_handle: str, failure: _NotDelivered) -> bool:
+    def _defer(self, delivery: Delivery, receipt_handle: str, failure: _NotDelivered) -> bool:
         wait_seconds = None if failure.final else delivery.wait_seconds(self._now(), self._jitter())
         logger.warning(
             "webhook not delivered", webhook_id=delivery.webhook_id, reason=failure.reason, wait_seconds=wait_seconds
@@ -158,10 +158,10 @@ class Receivers:
         return True
 
     def _shown(self, whole: Whole, delivery: Delivery) -> dict[str, Any] | None:
-        """The prediction as the event tells it; None where it has nothing to tell (any more).
+        """Return the prediction as this event shows it, or None if outdated or empty.
 
-        Replicate's receivers know the end by its status, so only `completed` may show one: what comes late of the
-        others shows the prediction as it ran.
+        Replicate's receivers detect a completion by its status, so only `completed` may show one: a late delivery of
+        another event shows the prediction as it ran.
         """
         prediction = whole.prediction
         ended = prediction.terminal and not prediction.awaits_copy
@@ -173,15 +173,15 @@ class Receivers:
         shown |= {"status": Status.PROCESSING.value, "completed_at": None, "error": None, "metrics": {}}
         if delivery.event == "start":
             return shown | {"output": None, "logs": "", "output_files": []}
-        # The end is queued without knowing whether there is an output, or logs.
+        # A completion is queued without knowing whether it has an output or logs.
         nothing = shown["output"] is None if delivery.event == "output" else not shown["logs"]
         return None if nothing else shown
 
     def _post(self, url: str, owner: str, delivery: Delivery, shown: dict[str, Any]) -> int:
-        """Sends it; gives the status, 2xx or 410.
+        """Send the webhook and return the response's status, 2xx or 410.
 
         Raises:
-            _NotDelivered: The receiver did not take it.
+            _NotDelivered: The receiver did not accept it.
         """
         body = json.dumps(shown, separators=(",", ":"), allow_nan=False).encode()
         now = self._now()
@@ -205,10 +205,10 @@ class Receivers:
             raise _NotDelivered(type(error).__name__) from error
         if 200 <= status < 300 or status == _GONE:
             return status
-        raise _NotDelivered(f"answered {status}")
+        raise _NotDelivered(f"responded with {status}")
 
     def _client(self, url: str) -> httpx.Client:
-        # One for each try: a connection that was kept might end just then, and so might the time of another try.
+        # A client for each try: a pooled connection might close at that moment, or use up another try's time.
         target = httpx.URL(url)
         local = self._allow_loopback and target.host in _LOOPBACK
         until = time.monotonic() + self._total_seconds
@@ -220,7 +220,7 @@ class Receivers:
 
 
 def _origin(url: str) -> str:
-    """The receiver that a URL leads to; a URL that none can be read from is refused when it is called."""
+    """Return a URL's origin; a URL without one is rejected when it is called."""
     try:
         target = httpx.URL(url)
     except httpx.InvalidURL:
@@ -229,7 +229,7 @@ def _origin(url: str) -> str:
 
 
 def _read_a_little(answer: httpx.Response) -> None:
-    """Reads a small answer, as receivers expect; of a larger one the rest, and what breaks in it, is of no interest."""
+    """Read a small response, as receivers expect, and ignore the rest and its errors."""
     length = 0
     with suppress(httpx.HTTPError):
         for piece in answer.iter_raw():

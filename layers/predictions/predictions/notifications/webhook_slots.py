@@ -1,18 +1,18 @@
-"""How many webhooks of one owner are tried at once, once its receivers are slow.
+"""Limit on an owner's concurrent webhook tries, once its receivers are slow.
 
 All owners share the consumers of the deliveries queue, and a receiver that hangs occupies one for the 10 seconds of
 each try. So an origin whose receiver was slow is marked for two minutes, and while a mark lasts, a try to that origin
-needs one of `SLOTS` slots of its owner. Where three origins of an owner are marked, all of its tries do: a name costs
-nothing, and a new one could hang each time. SQS fair queues do the same in the service where they notice it; this holds
-without them.
+needs one of `SLOTS` slots of its owner. If three origins of an owner are marked, all of its tries need one: a new host
+name costs nothing and could hang each time. SQS fair queues do the same in the service if they detect it; this limit
+works without them.
 
 A healthy owner costs a read for each try and no write: only a slow try writes its mark, and only tries under a mark
-take and release a slot, which is a lease: the function that dies with it loses it after `LEASE_SECONDS`.
+acquire and release a slot. A slot is a lease: a function that crashes with it loses it after `LEASE_SECONDS`.
 
 The marks and leases of an owner are one item, at pk `owner#{owner}`, sk `webhook_slots`:
 
     slow_{origin}   until when an origin counts as slow, in Unix milliseconds
-    slot_{n}        until when a slot is taken, likewise
+    slot_{n}        until when a slot is leased, likewise
 """
 
 import hashlib
@@ -35,18 +35,18 @@ SLOTS = 5
 """Of the 20 consumers of the queue (`MaximumConcurrency`)."""
 
 SLOW_SECONDS = 2.0
-"""A try that takes this long, whatever its outcome, is a slow one."""
+"""The duration from which a try counts as slow, whatever its outcome."""
 
 MARK_SECONDS = 120
 LEASE_SECONDS = 30
-"""The timeout of the function that tries."""
+"""The timeout of the function that delivers."""
 
 _MARKED_ORIGINS = 3
 _EXPIRES_SECONDS = 24 * 3600
 
 
 class NoSlotFree(PredictionsError):
-    """As many tries of this owner as may be are under way."""
+    """All slots of this owner are in use."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Slot:
     """The permission for one try.
 
     Attributes:
-        owner: Whose webhook it is.
+        owner: The owner of the webhook.
         origin: Of the receiver, as it is marked.
-        began: When it was given, in Unix seconds.
-        name: The attribute of the slot that it holds; None where the origin is not marked.
+        began: When it was acquired, in Unix seconds.
+        name: The attribute of the slot that it holds; None if the origin is not marked.
         until: The lease of that slot, in Unix milliseconds.
     """
 
@@ -74,7 +74,7 @@ class WebhookSlots:
     Args:
         table_name: The table.
         dynamodb: The client to use.
-        choose: Picks one of several free slots, so that tries that look at the same time differ.
+        choose: Picks one of several free slots, so that concurrent tries pick different ones.
     """
 
     def __init__(
@@ -89,19 +89,19 @@ class WebhookSlots:
 
     @classmethod
     def from_env(cls) -> "WebhookSlots":
-        """Those in the table named by `TABLE_NAME`."""
+        """Use the table named by `TABLE_NAME`."""
         return cls(os.environ["TABLE_NAME"], client("dynamodb"))
 
     def acquire(self, owner: str, origin: str, now: float) -> Slot:
-        """Get permission for a try, which has to be given back with `release`.
+        """Acquire the permission for a try. Return it with `release`.
 
         Args:
-            owner: Whose webhook it is.
+            owner: The owner of the webhook.
             origin: `scheme://host:port` of the receiver.
             now: The time.
 
         Raises:
-            NoSlotFree: The origin is slow, and all slots of its owner are taken.
+            NoSlotFree: The origin is slow, and all slots of its owner are in use.
             botocore.exceptions.ClientError: The table cannot be read.
         """
         slot = Slot(owner, hashlib.sha256(origin.encode()).hexdigest()[:16], now)
@@ -127,9 +127,9 @@ class WebhookSlots:
         return Slot(owner, slot.origin, now, name, until)
 
     def release(self, slot: Slot, now: float) -> None:
-        """Give back a slot, and mark the origin where the try was slow.
+        """Release a slot, and mark the origin if the try was slow.
 
-        Never fails, since the try is over: a slot that could not be given back is free again when its lease ends.
+        Never fails, since the try is over: a slot that could not be released is free again when its lease expires.
         """
         slow = now - slot.began >= SLOW_SECONDS
         try:
@@ -142,7 +142,7 @@ class WebhookSlots:
 
     def _mark(self, slot: Slot, now: float) -> None:
         mark = f"slow_{slot.origin}"
-        # Marks that have ended go, so that the item stays small however many origins there were.
+        # Expired marks are removed, so that the item stays small however many origins it had.
         ended = [
             name
             for name, until in self._times_of(slot.owner).items()
@@ -171,13 +171,13 @@ class WebhookSlots:
                 TableName=self._table_name,
                 Key=_key(slot.owner),
                 UpdateExpression="REMOVE #slot",
-                # Whose lease has ended may find another one's there.
+                # After the lease has expired, the slot may belong to another try.
                 ConditionExpression="#slot = :until",
                 ExpressionAttributeNames={"#slot": str(slot.name)},
                 ExpressionAttributeValues={":until": {"N": str(slot.until)}},
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
-            logger.info("the lease of a slot had ended")
+            logger.info("lease of slot had expired")
 
 
 def _key(owner: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Moves a pipeline on: sends what is due, cancels what is to be canceled, and ends it when nothing is left.
+"""Advance a pipeline: send due steps, cancel predictions if requested, and complete it when no step is left.
 
-Each turn looks at all that there is and does what follows from it. It may come twice, late, or die after any line: the
-next turn finds the same, or more, and messages that are sent twice start nothing twice.
+Each turn reads the whole state and acts on it. A turn may be repeated, late, or crash after any line: the next turn
+finds the same state, or more, and messages that are sent twice start nothing twice.
 """
 
 import json
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
 
 RESEND_SECONDS = 3600
-"""When a request that has started nothing is sent again: it may have gone to the dead-letter queue."""
+"""Seconds until a request that has started nothing is sent again: it may be in the dead-letter queue."""
 
 _CANCEL_SECONDS = 15
 _STUCK_SECONDS = 120
-# Backoff of the sweep's looks at a pipeline over which executions die: from `_STUCK_SECONDS`, doubled, up to an hour.
+# Backoff of the sweep's checks of a pipeline whose executions die: from `_STUCK_SECONDS`, doubled, up to an hour.
 _STUCK_MOST_SECONDS = 3600
-# After that many dead executions it is ended by the sweep, this long after its deadline, which the execution keeps.
+# After this many dead executions the sweep fails it, this long after its deadline, which the execution enforces.
 _DEAD_EXECUTIONS = 2
 _ABANDON_SECONDS = 3600
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn found.
+    """The result of a turn.
 
     Attributes:
-        done: Whether the pipeline has ended.
-        seen: The number of its events before the turn looked; -1 where another turn has to follow at once.
+        done: Whether the pipeline has completed.
+        seen: The number of its events before the turn read it; -1 if another turn must follow immediately.
     """
 
     done: bool
@@ -49,7 +49,7 @@ class Turn:
 
 
 class Progress:
-    """Runs pipelines, a turn at a time.
+    """Advances pipelines, one turn at a time.
 
     Args:
         pipelines: The pipelines.
@@ -76,18 +76,18 @@ class Progress:
 
     @classmethod
     def from_env(cls) -> "Progress":
-        """From `REQUESTS_QUEUE_URL` and what its parts read."""
+        """Build from `REQUESTS_QUEUE_URL` and the environment of its parts."""
         return cls(Pipelines.from_env(), CancelPrediction.from_env(), os.environ["REQUESTS_QUEUE_URL"], client("sqs"))
 
     def advance(self, pipeline_id: str, remaining_seconds: Callable[[], float]) -> Turn:
-        """One turn.
+        """Run one turn.
 
         Args:
-            pipeline_id: Which pipeline.
+            pipeline_id: The id of the pipeline.
             remaining_seconds: How long the function may still run.
         """
         table = self._pipelines.table
-        # Read before the predictions: what ends afterwards raises the number, and the execution does not wait.
+        # Read before the predictions: a later completion raises the number, and the execution does not wait.
         stored = table.read_pipeline(pipeline_id)
         if stored is None or stored.pipeline.ended:
             return Turn(done=True, seen=-1)
@@ -107,7 +107,7 @@ class Progress:
         return Turn(done=True, seen=-1)
 
     def _counted(self, stored: StoredPipeline) -> tuple[StoredPipeline, dict[str, StepState]]:
-        """The pipeline and its states, after every `for_each` that can be has been counted."""
+        """Return the pipeline and its states, after counting every ready `for_each`."""
         predictions = self._pipelines.predictions
         there = predictions.get_many(each for ids in run_ids(stored).values() for each in ids)
         while True:
@@ -123,7 +123,7 @@ class Progress:
                 self._pipelines.table.note_error(stored.pipeline, uncounted.name, -1, str(error))
                 noted = Notes(errors={-1: str(error)})
             stored = replace(stored, notes={**stored.notes, uncounted.name: noted})
-            # The first of two who count may have been another, whose messages have started something already.
+            # A concurrent turn may have counted first, and its messages may have started predictions already.
             there |= predictions.get_many(run_ids(stored)[uncounted.name])
 
     def _send(self, stored: StoredPipeline, states: dict[str, StepState]) -> None:
@@ -134,15 +134,16 @@ class Progress:
             for index in state.missing:
                 message = {"pipeline_id": stored.pipeline.id, "step": name, "index": index}
                 self._sqs.send_message(QueueUrl=self._queue_url, MessageBody=json.dumps(message))
-            # Afterwards: died in between, the next turn sends them all again, which starts nothing twice.
+            # Recorded afterwards: if the function crashes here, the next turn sends them again, which starts nothing
+            # twice.
             self._pipelines.table.note_sent(stored.pipeline, name, self._now())
-            logger.info("a step is due", step=name, requests=len(state.missing))
+            logger.info("step sent", step=name, requests=len(state.missing))
 
     def _cancel(self, states: dict[str, StepState], remaining_seconds: Callable[[], float]) -> bool:
-        """Cancels every prediction that is open, once; the sweep repeats it where Replicate did not answer.
+        """Cancel every open prediction once; the sweep retries unacknowledged ones.
 
         Returns:
-            Whether that was all of them; there may have been no time for the rest.
+            Whether all were canceled; the time may have been too short for the rest.
         """
         for state in states.values():
             for prediction in state.predictions.values():
@@ -161,19 +162,19 @@ class Progress:
             late = (pipeline.cancel_requested or 0) >= pipeline.deadline
             status = "canceled" if pipeline.cancel_requested and not late else "failed"
             reasons = [f"`{name}` {s.status}{f' ({s.error})' if s.error else ''}" for name, s in unsuccessful.items()]
-            passed = "Its deadline passed. " if late else ""
+            passed = "The deadline has passed. " if late else ""
             error = f"{passed}Steps: {'; '.join(reasons)}"
         counts = Counter[str](state.status for state in states.values())
         if self._pipelines.table.end_pipeline(pipeline, status, error, counts, self._now()):
-            logger.info("pipeline ended", status=status, steps=dict(counts))
+            logger.info("pipeline completed", status=status, steps=dict(counts))
 
 
 class PipelineExecutions:
-    """Sees to it that an execution runs for every pipeline that has not ended.
+    """Keeps an execution running for every open pipeline.
 
     Args:
         table: The pipelines.
-        executions: Those of `run_pipeline`.
+        executions: The executions of `run_pipeline`.
         now: The time, in seconds since 1970.
     """
 
@@ -184,38 +185,38 @@ class PipelineExecutions:
 
     @classmethod
     def from_env(cls) -> "PipelineExecutions":
-        """From `PIPELINE_STATE_MACHINE_ARN` and what the table reads."""
+        """Build from `PIPELINE_STATE_MACHINE_ARN` and the environment of the table."""
         executions = Executions(os.environ["PIPELINE_STATE_MACHINE_ARN"], client("stepfunctions"))
         return cls(PipelinesTable.from_env(), executions)
 
     def run(self, pipeline: Pipeline) -> None:
-        """Starts the execution of a pipeline, unless it runs; twice, nothing is started again."""
+        """Start the execution of a pipeline, unless it is running."""
         following: Pipeline | None = pipeline
         while following is not None and not self._executions.start(following.id, following.execution_n, submit=None):
-            # That name is used up by one that has ended.
+            # The name belongs to an execution that has ended.
             following = self._table.next_pipeline_execution(following, self._now())
 
     def restart(self, pipeline_id: str) -> None:
-        """What the sweep does for a pipeline that nobody has looked at for too long."""
+        """Recover a stalled pipeline, called by the sweep."""
         pipeline = self._table.get_pipeline(pipeline_id)
         # The index may lag behind the item.
         if pipeline is None or pipeline.next_check_at is None or pipeline.next_check_at > self._now():
             return
-        logger.info("stands still", pipeline_id=pipeline_id)
-        # First: one that cannot be started must not stand before the others in the next sweep.
+        logger.info("stalled", pipeline_id=pipeline_id)
+        # First: a pipeline that cannot be started must not block the others in the next sweep.
         died = pipeline.execution_n - 1
         check_at = self._now() + min(_STUCK_MOST_SECONDS, _STUCK_SECONDS * 2 ** min(died, 10))
         self._table.check_pipeline_at(pipeline, check_at)
         over = died >= _DEAD_EXECUTIONS and self._now() >= pipeline.deadline + _ABANDON_SECONDS
         if over and self._executions.status(pipeline.id, pipeline.execution_n) != "RUNNING":
-            logger.error("functions died over it: ended by the sweep", pipeline_id=pipeline_id, executions=died + 1)
+            logger.error("pipeline abandoned after repeated crashes", pipeline_id=pipeline_id, executions=died + 1)
             why = (
-                "Its deadline passed, and this stack's functions ran out of memory or time each time that they worked "
-                "on it. Its predictions have their own ends: read them one by one."
+                "The deadline has passed, and this stack's functions ran out of memory or time each time they ran "
+                "for this pipeline. Its predictions complete independently: read them one by one."
             )
             self._table.end_pipeline(pipeline, "failed", why, {}, self._now())
             return
         self.run(pipeline)
         if died:
-            # The next execution has noted a time of its own: it is not to die any sooner than this.
+            # The next execution has set a check of its own, which must not be earlier than this.
             self._table.check_pipeline_at(pipeline, check_at)

@@ -1,13 +1,13 @@
-"""What a pipeline consists of, checked as far as it can be before anything of it is started.
+"""The definition of a pipeline, validated as far as possible before any part of it is started.
 
-A step's input may hold placeholders (see `templating`), over
+A step's input may contain placeholders (see `templating`), over
 
     input               the pipeline's own input
-    steps.NAME.output   what another step gave: that step has to succeed first
-    item, index         in a step with `for_each`: the element that this run is for, and its place from 0
+    steps.NAME.output   another step's output: that step must succeed first
+    item, index         in a step with `for_each`: the element of this run, and its index from 0
 
-So steps and what they need make a graph, which has to be without cycles. Which steps an expression needs is read from
-its syntax tree, never guessed from its text: an expression that could reach steps that it does not name is refused.
+So the steps and their dependencies form a graph, which must be acyclic. An expression's dependencies are read from its
+syntax tree, never guessed from its text: an expression that could reach steps that it does not name is rejected.
 """
 
 import hashlib
@@ -26,46 +26,46 @@ from predictions.templating import Allowance, PlaceholderError, TooSlow, express
 from predictions.validation import input_json_canonical
 
 STEPS_LIMIT = 50
-"""The most steps of a pipeline."""
+"""The limit of steps of a pipeline."""
 
 ITEMS_LIMIT = 100
-"""The most elements of a `for_each`."""
+"""The limit of elements of a `for_each`."""
 
 FAN_OUTS_LIMIT = 5
-"""The most steps with a `for_each`: with the limits above 545 predictions, each of which wakes the execution once. Its
-history holds 25,000 events: https://docs.aws.amazon.com/step-functions/latest/dg/service-quotas.html"""
+"""The limit of steps with a `for_each`: with the limits above 545 predictions, each of which wakes the execution once.
+Its history has at most 25,000 events: https://docs.aws.amazon.com/step-functions/latest/dg/service-quotas.html"""
 
 PART_LIMIT_BYTES = 2 * 1024 * 1024
-"""The most bytes of a pipeline's input, and of what a step asks for: each message of a step fills templates with it."""
+"""The limit in bytes of a pipeline's input, and of a step: each message of a step fills templates with them."""
 
 PART_LIMIT_VALUES = 150_000
-"""The most values in each of these: three quarters of the steps that filling may take."""
+"""The limit of values in each of these: three quarters of the step budget of filling."""
 
 BODY_LIMIT_VALUES = 200_000
-"""The most values in a pipeline: the whole of it is read for each message."""
+"""The limit of values in a pipeline: the whole of it is read for each message."""
 
 BODY_LIMIT_PLACEHOLDERS = 2000
-"""The most placeholders in a pipeline."""
+"""The limit of placeholders in a pipeline."""
 
-# What filling may take when a pipeline is checked: beyond it, templates are first filled when their step runs.
+# The step budget of filling during validation: beyond it, templates are first filled when their step runs.
 _CHECK_STEPS = 1_000_000
 _CHECK_SECONDS = 5.0
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
 _INVALID_FIELDS_LIMIT = 50
-_UNKNOWN_FIELD = "The model does not know this field."
+_UNKNOWN_FIELD = "The model does not know this field."  # as `upstream.input_schema` reports it
 
 Violations = list[dict[str, str]]
 Check = Callable[[Reference, Mapping[str, Any]], Violations]
-"""What is wrong with an input by its model's own schema, as `[{"field": "input.prompt", "detail": …}]`.
+"""Returns an input's violations of its model's schema, as `[{"field": "input.prompt", "detail": …}]`.
 
 Raises:
-    Problem: 404 or 422, where there is nothing to run; 503, where that cannot be known now.
+    Problem: 404 or 422 if the model is not found; 503 if that cannot be determined now.
 """
 
 
 class StepBody(BaseModel):
-    """A step as it is asked for."""
+    """A step in a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -89,13 +89,13 @@ class PipelineBody(BaseModel):
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a pipeline, checked.
+    """A validated step of a pipeline.
 
     Attributes:
         name: `[a-z][a-z0-9_]{0,31}`.
-        request: `model`, `version` or `deployment`, and perhaps `lifetime`, as in a `RequestBody`.
+        request: `model`, `version` or `deployment`, and optionally `lifetime`, as in a `RequestBody`.
         input: The template of the model's input.
-        for_each: The template of the list over whose elements the step runs; None where it runs once.
+        for_each: The template of the list over whose elements the step runs; None if it runs once.
         needs: The steps whose outputs it refers to.
     """
 
@@ -108,11 +108,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Definition:
-    """A pipeline, checked.
+    """A validated pipeline.
 
     Attributes:
         input: The pipeline's own input.
-        steps: In the order in which they were given.
+        steps: In the order of the request.
     """
 
     input: Mapping[str, Any]
@@ -120,7 +120,7 @@ class Definition:
 
     @property
     def in_order(self) -> list[Step]:
-        """The steps, each after those that it needs."""
+        """Return the steps, each after its dependencies."""
         done: dict[str, Step] = {}
         while len(done) < len(self.steps):
             ready = [step for step in self.steps if step.name not in done and done.keys() >= set(step.needs)]
@@ -130,12 +130,12 @@ class Definition:
 
     @property
     def last(self) -> list[Step]:
-        """The steps that no other one needs: their outputs are the pipeline's."""
+        """Return the steps on which no other depends: their outputs are the pipeline's."""
         needed = {name for step in self.steps for name in step.needs}
         return [step for step in self.steps if step.name not in needed]
 
     def before(self, step: Step) -> list[Step]:
-        """The steps that have to succeed before a step can run: what it needs, what that needs, and so on."""
+        """Return the transitive dependencies of a step, which must succeed before it."""
         found: list[Step] = []
         for each in reversed(self.in_order):
             if each.name in step.needs or any(each.name in other.needs for other in found):
@@ -143,16 +143,16 @@ class Definition:
         return found
 
     def step(self, name: str) -> Step | None:
-        """The step of that name."""
+        """Return the step of that name, or None."""
         return next((step for step in self.steps if step.name == name), None)
 
     def to_json(self) -> str:
-        """This as JSON text."""
+        """Return the definition as JSON text."""
         return json.dumps(asdict(self), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Definition":
-        """The inverse of `to_json`."""
+        """Parse the text of `to_json`."""
         value = json.loads(text)
         steps = tuple(Step(**{**step, "needs": tuple(step["needs"])}) for step in value["steps"])
         return cls(value["input"], steps)
@@ -160,10 +160,10 @@ class Definition:
 
 @dataclass(frozen=True)
 class _Use:
-    """What an expression refers to: `("input", "prompt")`, `("steps", "image", "output")`, `("item",)`.
+    """A reference in an expression: `("input", "prompt")`, `("steps", "image", "output")`, `("item",)`.
 
     Attributes:
-        optional: Whether it stands left of a `||`, which gives a default.
+        optional: Whether it is left of a `||`, which gives a default.
     """
 
     path: tuple[str, ...]
@@ -171,29 +171,29 @@ class _Use:
 
 
 class _Unclear(Exception):
-    """An expression does not say by name what it refers to."""
+    """An expression does not name its reference."""
 
 
 def fingerprint(value: Any) -> str:
-    """Tells two different bodies apart, whatever the order of their keys."""
+    """Return a digest of a body that does not depend on the order of its keys."""
     return hashlib.sha256(input_json_canonical(value).encode()).hexdigest()
 
 
 def create_definition(value: Any, check: Check) -> Definition:
-    """Checks the body of `POST /pipelines`.
+    """Validate the body of `POST /pipelines` and return its definition.
 
     Args:
         value: The body as parsed JSON.
-        check: Finds what is wrong with an input.
+        check: Returns an input's violations of its model's schema.
 
     Raises:
-        Problem: 422, with everything that is wrong in `invalid_fields`, each by its place and its step's name; 503,
-            where a model cannot be asked for now.
+        Problem: 422, with every violation in `invalid_fields`, each by its place and its step's name; 503 if a
+            model cannot be looked up now.
     """
     asked = _validated(value)
     invalid: Violations = list(_too_large(asked))
     if invalid:
-        # Nothing is filled before that is known.
+        # No template is filled before this is checked.
         raise _refused(invalid)
     filling = _Filling()
     steps = [_step(asked, number, invalid, filling) for number in range(len(asked.steps))]
@@ -202,14 +202,14 @@ def create_definition(value: Any, check: Check) -> Definition:
     for number, step in enumerate(steps):
         invalid += [_of_step(number, step.name, found) for found in _by_schema(step, asked.input, check, filling)]
     if invalid:
-        # The first reason of each place: others follow from it.
+        # The first reason of each place: the others follow from it.
         raise _refused(list({each["field"]: each for each in reversed(invalid)}.values())[::-1])
     return Definition(asked.input, tuple(steps))
 
 
 def _validated(value: Any) -> PipelineBody:
     if not isinstance(value, dict):
-        raise Problem(422, "The body has to be a JSON object with the key `steps`.")
+        raise Problem(422, "The body must be a JSON object with the key `steps`.")
     try:
         return PipelineBody.model_validate(value)
     except ValidationError as error:
@@ -222,10 +222,10 @@ def _shape(error: Any, value: Mapping[str, Any]) -> dict[str, str]:
     field = ".".join(str(part) for part in parts)[:200] or "body"
     of: type[BaseModel] = StepBody if len(parts) == 3 else PipelineBody
     details = {
-        "extra_forbidden": f"This field is not known. Known are {', '.join(f'`{n}`' for n in of.model_fields)}.",
+        "extra_forbidden": f"Unknown field. The known fields are {', '.join(f'`{n}`' for n in of.model_fields)}.",
         "missing": "This field is required.",
-        "too_long": f"A pipeline has at most {STEPS_LIMIT} steps.",
-        "too_short": "A pipeline has at least one step.",
+        "too_long": f"Exceeds the limit of {STEPS_LIMIT} steps.",
+        "too_short": "Must have at least one step.",
     }
     detail = details.get(error["type"], error["msg"])
     if len(parts) == 3 and isinstance(step := value["steps"][parts[1]], dict) and isinstance(step.get("name"), str):
@@ -234,20 +234,20 @@ def _shape(error: Any, value: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _Filling:
-    """Fills templates from the pipeline's input while it is checked, as far as there are steps for it."""
+    """Fills templates from the pipeline's input during validation, within a step budget."""
 
     def __init__(self) -> None:
         self._steps = 0
 
     def fill(self, template: Any, pipeline_input: Mapping[str, Any]) -> Any:
-        """A filled template.
+        """Return a filled template.
 
         Raises:
-            PlaceholderError: It cannot be filled.
-            TooSlow: It is not filled now: there was no time, or too much was filled before.
+            PlaceholderError: The template cannot be filled.
+            TooSlow: The template is not filled now: the time or the step budget is used up.
         """
         if self._steps > _CHECK_STEPS:
-            raise TooSlow("The templates that were filled before took too many steps.")
+            raise TooSlow("Filling the previous templates took too many steps.")
         allowance = Allowance(seconds=_CHECK_SECONDS)
         try:
             return fill(template, {"input": pipeline_input}, allowance)
@@ -256,7 +256,7 @@ class _Filling:
 
 
 def _too_large(asked: PipelineBody) -> Iterator[dict[str, str]]:
-    """One refusal for each part that is larger than what a message may be filled from."""
+    """Yield a violation for each part that exceeds a limit of filling."""
     parts: list[tuple[str, Any]] = [("input", asked.input)]
     parts += [(f"steps.{number}.input", [step.input, step.for_each]) for number, step in enumerate(asked.steps)]
     total = 0
@@ -265,24 +265,24 @@ def _too_large(asked: PipelineBody) -> Iterator[dict[str, str]]:
         size, values = len(text.encode()), _count_values(part)
         total += values
         if size > PART_LIMIT_BYTES:
-            detail = f"It has {size} bytes, with `for_each`; the limit is {PART_LIMIT_BYTES}. Pass files as https URLs."
+            detail = f"Exceeds the limit of {PART_LIMIT_BYTES} bytes (got {size}, with `for_each`). Pass files as URLs."
             yield {"field": field, "detail": detail if field != "input" else detail.replace(", with `for_each`", "")}
         elif values > PART_LIMIT_VALUES:
             detail = (
-                f"It has {values} values; the limit is {PART_LIMIT_VALUES}. Pass long lists as files, by their URLs."
+                f"Exceeds the limit of {PART_LIMIT_VALUES} values (got {values}). Pass long lists as URLs of files."
             )
             yield {"field": field, "detail": detail}
     if total > BODY_LIMIT_VALUES:
-        detail = f"The pipeline has {total} values in all; the limit is {BODY_LIMIT_VALUES}. Make several pipelines."
+        detail = f"Exceeds the limit of {BODY_LIMIT_VALUES} values in all (got {total}). Create several pipelines."
         yield {"field": "steps", "detail": detail}
     placeholders = sum(json.dumps(part).count("{{") for _, part in parts)
     if placeholders > BODY_LIMIT_PLACEHOLDERS:
-        detail = f"The pipeline has {placeholders} placeholders; the limit is {BODY_LIMIT_PLACEHOLDERS}."
+        detail = f"Exceeds the limit of {BODY_LIMIT_PLACEHOLDERS} placeholders (got {placeholders})."
         yield {"field": "steps", "detail": detail}
 
 
 def _count_values(value: Any) -> int:
-    """How many values JSON has: objects, lists, and what is in them, names included."""
+    """Count the values in JSON: objects, lists, their elements and their names."""
     count, waiting = 0, [value]
     while waiting:
         part = waiting.pop()
@@ -296,11 +296,11 @@ def _count_values(value: Any) -> int:
 
 
 def _step(asked: PipelineBody, number: int, invalid: Violations, filling: _Filling) -> Step:
-    """One step by itself; what it needs may still be a cycle."""
+    """Validate one step; its dependencies may still have a cycle."""
     body = asked.steps[number]
     found: Violations = []
     if not _NAME.fullmatch(body.name):
-        detail = "A name is 1 to 32 small letters, digits and `_`, and begins with a letter."
+        detail = "Must be 1 to 32 lower-case letters, digits and `_`, beginning with a letter."
         found.append({"field": "name", "detail": detail})
     elif any(other.name == body.name for other in asked.steps[:number]):
         found.append({"field": "name", "detail": "Another step has this name."})
@@ -325,7 +325,7 @@ def _step(asked: PipelineBody, number: int, invalid: Violations, filling: _Filli
 
 
 def _uses(name: str, template: Any) -> Iterator[tuple[str, list[_Use], str | None]]:
-    """The place of each expression in a template, what it refers to, and what is wrong with it."""
+    """Yield the place, the references and the error of each expression in a template."""
     parts = template.items() if isinstance(template, dict) else [("", template)]
     for key, part in parts:
         field = f"{name}.{key}" if key else name
@@ -344,21 +344,21 @@ def _uses(name: str, template: Any) -> Iterator[tuple[str, list[_Use], str | Non
                 yield place, uses, None
 
 
-# The path of what is below anything that has a name: whatever is found there, it needs nothing more.
+# The path of values below a named one: they add no dependency.
 _BELOW = ("*",)
 
 
 def _walk(node: Any, at: tuple[str, ...], uses: list[_Use], *, optional: bool) -> tuple[str, ...]:
-    """What a node finds, as a path from the context; adds to `uses` what it refers to.
+    """Return a node's result as a path from the context; add its references to `uses`.
 
     Args:
         node: Of JMESPath's syntax tree.
-        at: The path of what it looks into.
-        uses: What the expression refers to.
-        optional: Whether there is a default for what it finds.
+        at: The path of the value that it is applied to.
+        uses: The expression's references.
+        optional: Whether its result has a default.
 
     Raises:
-        _Unclear: It reaches steps that it does not name.
+        _Unclear: The expression reaches steps that it does not name.
     """
     kind, children = node["type"], node["children"]
     match kind:
@@ -416,23 +416,23 @@ def _as_value(path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _wrong(use: _Use, asked: PipelineBody, step: StepBody, *, within_for_each: bool) -> str | None:
-    """Why a step cannot refer to something; None where it can."""
+    """Return why a reference is invalid in a step, or None if it is valid."""
     root, *rest = use.path
     if root == "steps":
         name, what = rest
         if name == step.name:
-            return "A step cannot need its own output."
+            return "A step cannot depend on its own output."
         if all(other.name != name for other in asked.steps):
-            return f"There is no step `{name[:32]}`."
-        return None if what == "output" else f"Of a step there is `output`, and no `{what[:32]}`."
+            return f"Step `{name[:32]}` not found."
+        return None if what == "output" else f"A step has only `output`, not `{what[:32]}`."
     if root == "input":
         if not rest or rest[0] in asked.input or use.optional:
             return None
         return f"The pipeline's input has no `{rest[0][:32]}`."
     if root in ("item", "index"):
-        return None if step.for_each is not None and not within_for_each else f"`{root}` is there with `for_each` only."
+        return None if step.for_each is not None and not within_for_each else f"`{root}` needs `for_each`."
     known = "`input`, `steps`" + (", `item` or `index`" if step.for_each is not None else "")
-    return f"An expression begins with {known}, not with `{root[:32]}`."
+    return f"An expression must begin with {known} (got `{root[:32]}`)."
 
 
 def _for_each(step: StepBody, pipeline_input: Mapping[str, Any], filling: _Filling) -> Violations:
@@ -442,9 +442,9 @@ def _for_each(step: StepBody, pipeline_input: Mapping[str, Any], filling: _Filli
         try:
             whole = len(list(expressions(step.for_each))) == 1
         except PlaceholderError:
-            return []  # it is named already
+            return []  # already reported
         if not whole or not (step.for_each.startswith("{{") and step.for_each.endswith("}}")):
-            return [{"field": "for_each", "detail": "A list, or one placeholder that finds a list, and nothing else."}]
+            return [{"field": "for_each", "detail": "Must be a list, or exactly one placeholder that gives a list."}]
     if not _needs_nothing(step.for_each):
         return []
     try:
@@ -452,51 +452,51 @@ def _for_each(step: StepBody, pipeline_input: Mapping[str, Any], filling: _Filli
     except PlaceholderError as error:
         return [{"field": "for_each", "detail": error.detail}]
     except TooSlow:
-        pass  # it is found out when the step runs
+        pass  # checked when the step runs
     return []
 
 
 def elements(found: Any) -> list[Any]:
-    """What a `for_each` found, which has to be a list.
+    """Return the elements of a `for_each`, which must be a list.
 
     Raises:
-        PlaceholderError: It is none, or too long.
+        PlaceholderError: The value is not a list, or too long.
     """
     if not isinstance(found, list):
-        raise PlaceholderError("for_each", f"It has to find a list, and finds {_kind(found)}.")
+        raise PlaceholderError("for_each", f"Must give a list (got {_kind(found)}).")
     if len(found) > ITEMS_LIMIT:
-        raise PlaceholderError("for_each", f"It finds {len(found)} elements; {ITEMS_LIMIT} are taken.")
+        raise PlaceholderError("for_each", f"Exceeds the limit of {ITEMS_LIMIT} elements (got {len(found)}).")
     return found
 
 
 def _kind(value: Any) -> str:
-    kinds = {str: "a text", bool: "true or false", dict: "an object", type(None): "nothing"}
+    kinds = {str: "a string", bool: "a boolean", dict: "an object", type(None): "nothing"}
     return kinds.get(type(value), "a number")
 
 
 def _needs_nothing(template: Any) -> bool:
-    """Whether a template can be filled from the pipeline's input alone."""
+    """Return whether a template can be filled from the pipeline's input alone."""
     return all(not unclear and all(use.path[0] == "input" for use in uses) for _, uses, unclear in _uses("", template))
 
 
 def _fan_outs(asked: PipelineBody) -> Iterator[dict[str, str]]:
     fanned = [number for number, step in enumerate(asked.steps) if step.for_each is not None]
     for number in fanned[FAN_OUTS_LIMIT:]:
-        detail = f"At most {FAN_OUTS_LIMIT} steps of a pipeline have `for_each`."
+        detail = f"Exceeds the limit of {FAN_OUTS_LIMIT} steps with `for_each` in a pipeline."
         yield _of_step(number, asked.steps[number].name, {"field": "for_each", "detail": detail})
 
 
 def _cycles(steps: Sequence[Step]) -> Iterator[dict[str, str]]:
-    """One refusal for each step that needs itself by way of others."""
+    """Yield a violation for each step in a cycle."""
     needs = {step.name: step.needs for step in steps}
     for number, step in enumerate(steps):
         if way := _way(step.name, needs):
-            detail = f"It needs itself: {' needs '.join(f'`{name}`' for name in way)}."
+            detail = f"The step depends on itself: {' needs '.join(f'`{name}`' for name in way)}."
             yield _of_step(number, step.name, {"field": "input", "detail": detail})
 
 
 def _way(start: str, needs: Mapping[str, Sequence[str]]) -> list[str] | None:
-    """The shortest way from a step back to itself."""
+    """Return the shortest path from a step back to itself, or None."""
     ways = [[start, name] for name in needs[start]]
     seen: set[str] = set()
     while ways:
@@ -510,11 +510,14 @@ def _way(start: str, needs: Mapping[str, Sequence[str]]) -> list[str] | None:
 
 
 def _by_schema(step: Step, pipeline_input: Mapping[str, Any], check: Check, filling: _Filling) -> Violations:
-    """What is wrong with a step's input for certain: what depends on other steps is known when those have ended."""
+    """Return the certain schema violations of a step's input.
+
+    Values from other steps are checked after those have completed.
+    """
     try:
         reference = _reference(step.request)
     except Problem:
-        return []  # it is named already
+        return []  # already reported
     known: dict[str, Any] = {}
     open_fields: list[str] = []
     found: Violations = []
@@ -550,7 +553,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _reference(request: Mapping[str, Any]) -> Reference:
-    """What a step runs.
+    """Return the model, version or deployment that a step runs.
 
     Raises:
         Problem: 422.

@@ -1,4 +1,4 @@
-"""The routes below `/pipelines`: what they write, and pipelines as callers see them."""
+"""Use cases of the routes below `/pipelines`, and the representation of pipelines."""
 
 import json
 import os
@@ -27,21 +27,21 @@ from predictions.validation import parse_json
 from predictions.views.prediction import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
 
 LIFETIME_SECONDS = 7 * 86400
-"""How long a pipeline may take: less than the shortest retention, 15 days, so that its first outputs are there to its
-end."""
+"""The longest time of a pipeline: less than the shortest retention, 15 days, so that its first outputs are stored until
+its completion."""
 
 
 class PipelineApi:
-    """What the routes below `/pipelines` do.
+    """Implements the routes below `/pipelines`.
 
     Args:
         table: The pipelines.
         predictions: The predictions of their steps.
-        lookup: Knows the schemas of models' inputs.
+        lookup: Looks up the schemas of models' inputs.
         executions: Runs pipelines.
-        presenter: Shows outputs.
-        retention_seconds: How long the table keeps a pipeline.
-        usage: What owners use of their limits; None: limits are not applied.
+        presenter: Builds the representation of outputs.
+        retention_seconds: How long the table stores a pipeline.
+        usage: The owners' usage; None: limits are not applied.
         now: The time, in seconds since 1970.
     """
 
@@ -69,7 +69,7 @@ class PipelineApi:
 
     @classmethod
     def from_env(cls) -> "PipelineApi":
-        """From the environment of manage_pipelines."""
+        """Build from the environment of manage_pipelines."""
         predictions = PredictionsTable.from_env()
         return cls(
             PipelinesTable.from_env(),
@@ -90,25 +90,25 @@ class PipelineApi:
         attempt: Attempt | None = None,
         limits: OwnerLimits | None = None,
     ) -> dict[str, Any]:
-        """Checks a pipeline, writes it down, and starts its execution; the same key, the same pipeline.
+        """Validate, store and start a pipeline; the same key gives the same one.
 
-        Once it is written, no error of AWS is the caller's: the sweep starts what was not started.
+        After it is written, an error of AWS is not reported to the caller: the sweep starts the pipeline.
 
         Args:
-            owner: Whose pipeline it is.
+            owner: The owner of the pipeline.
             body: The raw body.
             headers: The request's headers, their names in lower case.
-            attempt: Which attempt of its client's this is, where that counts; a repetition without a key finds the
-                pipeline of the two minutes before.
-            limits: The owner's; None: there are none.
+            attempt: The number of the client's attempt, if it counts them; a retry without a key finds the pipeline of
+                the last two minutes.
+            limits: The owner's limits; None: no limits.
 
         Returns:
             The pipeline.
 
         Raises:
-            Problem: 400, 413, 415; 422, with everything that is wrong in `invalid_fields`, or where the key belongs to
-                another pipeline; 429, where one of the owner's limits is used up; 503, where a model cannot be asked
-                for now. Nothing was started.
+            Problem: 400, 413, 415; 422, with every violation in `invalid_fields`, or if the key belongs to another
+                pipeline; 429 if one of the owner's limits is reached; 503 if a model cannot be looked up now. Nothing
+                was started.
         """
         value = parse_json(body, headers.get("content-type"))
         key = idempotency_key(headers)
@@ -117,7 +117,7 @@ class PipelineApi:
         if there is not None:
             return self._show_again(there, value, print_)
         definition = create_definition(value, self._lookup.violations)
-        # The answer needs it: what cannot be answered is not started.
+        # The response needs it: a pipeline without a response is not started.
         api_url()
         now = self._now()
         expires = int(now) + self._retention_seconds
@@ -128,7 +128,7 @@ class PipelineApi:
                 raise _of_another()
         elif attempt:
             pipeline_id = self._predictions.note_request(pipeline_id, owner, f"pipeline#{print_}", attempt)
-        self._take_place(owner, pipeline_id, limits)
+        self._acquire_slot(owner, pipeline_id, limits)
         try:
             pipeline = self._table.put_pipeline(
                 pipeline_id,
@@ -142,40 +142,40 @@ class PipelineApi:
             )
         except PipelineExists as error:
             return self._show_again(error.pipeline, value, print_)
-        logger.info("pipeline written down", pipeline_id=pipeline_id, steps=len(definition.steps))
+        logger.info("pipeline stored", pipeline_id=pipeline_id, steps=len(definition.steps))
         self._run_or_leave(pipeline)
-        # Nothing of it can have begun: it is shown from what is in hand.
+        # No step can have started: the response is built without another read.
         return self.show_pipeline(StoredPipeline(pipeline, definition, {}), {})
 
     def _of_key(self, owner: str, key: str, print_: str) -> Pipeline | None:
-        """The pipeline that a key names.
+        """Return the pipeline of an idempotency key, or None.
 
         Raises:
-            Problem: 422, where the key came with another request.
+            Problem: 422 if the key was used for another request.
         """
         holder = self._keys.key_holder(owner, key)
         if holder is None:
-            # Of a release in which a pipeline's id was made of its key.
+            # From a release that derived a pipeline's id from its key.
             old = self._table.get_pipeline(derived_id(f"pipelines#{owner}", key))
             return old if old and old.expires_at > self._now() else None
         if holder.fingerprint != print_:
             raise _of_another()
         there = self._table.get_pipeline(holder.id)
         if there is None:
-            # Its first request failed half-way: the pipeline is written only now, and its key has to last as long.
+            # Its first request failed midway: the pipeline is stored only now, and its key must last as long.
             expires = int(self._now()) + self._retention_seconds
             self._keys.extend_key(owner, key, holder.id, expires)
         return there
 
     def _sent_before(self, owner: str, print_: str, attempt: Attempt | None) -> Pipeline | None:
-        """The pipeline that an earlier attempt of the same request created."""
+        """Return the pipeline of an earlier attempt of the same request, or None."""
         if attempt is None or not attempt.number:
             return None
         noted = self._predictions.recent_id(owner, f"pipeline#{print_}", attempt)
         return self._table.get_pipeline(noted) if noted else None
 
-    def _take_place(self, owner: str, pipeline_id: str, limits: OwnerLimits | None) -> None:
-        """Checks the owner's limit of the day, and takes a place among the open pipelines.
+    def _acquire_slot(self, owner: str, pipeline_id: str, limits: OwnerLimits | None) -> None:
+        """Check the owner's daily limit, and acquire a slot among the open pipelines.
 
         Raises:
             Problem: 429.
@@ -189,34 +189,34 @@ class PipelineApi:
             raise refusal_of(reached) from None
 
     def _run_or_leave(self, pipeline: Pipeline) -> None:
-        """Starts the execution of a pipeline that is written down; on an error the sweep does, within two minutes."""
+        """Start a stored pipeline; on an error the sweep does, within two minutes."""
         try:
             self._executions.run(pipeline)
         except (ClientError, BotoCoreError):
-            # Accepted all the same: a caller who is told of an error would create another one.
+            # Accepted nevertheless: a caller that gets an error would create another one.
             logger.exception("accepted, but not started yet", pipeline_id=pipeline.id)
 
     def _show_again(self, pipeline: Pipeline, value: Any, print_: str) -> dict[str, Any]:
-        """The answer to a repetition of a request, whatever fails while the pipeline is read and shown.
+        """Return the response to a repeated request, even if reading the pipeline fails.
 
         Raises:
-            Problem: 422, where it was another request.
+            Problem: 422 if it was another request.
         """
         if pipeline.fingerprint != print_:
             raise _of_another()
         if not pipeline.ended:
-            # A crash right after it was written leaves it without an execution.
+            # If the function crashed right after storing it, it has no execution.
             self._run_or_leave(pipeline)
         try:
             return self.show_pipeline(self.own_pipeline(pipeline.id, pipeline.owner))
-        except Exception:  # noqa: BLE001  # whatever it is, the caller must not take it for "nothing was started"
+        except Exception:  # noqa: BLE001  # on any error, the caller must not conclude that nothing was started
             logger.exception("started, but not shown", pipeline_id=pipeline.id)
             metrics.add_metric(name="AnswersWithoutOutput", unit=MetricUnit.Count, value=1)
-        definition = create_definition(value, lambda *_: [])  # it was checked when it was written
+        definition = create_definition(value, lambda *_: [])  # validated when it was stored
         return self.show_pipeline(StoredPipeline(pipeline, definition, {}), {})
 
     def cancel_pipeline(self, pipeline_id: str, owner: str) -> dict[str, Any]:
-        """Cancels a pipeline: from now on nothing of it starts, and its execution cancels what runs.
+        """Cancel a pipeline: no further step starts, running ones are canceled.
 
         Raises:
             Problem: 404.
@@ -224,29 +224,29 @@ class PipelineApi:
         pipeline = self.own_pipeline(pipeline_id, owner).pipeline
         if self._table.request_pipeline_cancel(pipeline, self._now()):
             logger.info("pipeline canceled", pipeline_id=pipeline_id)
-        # Also where it is flagged already: whoever did so may have died before this.
+        # Also if it is flagged already: the function that did so may have crashed before this.
         wake_pipeline(pipeline_id)
         return self.show_pipeline(self.own_pipeline(pipeline_id, owner))
 
     def own_pipeline(self, pipeline_id: str, owner: str) -> StoredPipeline:
-        """One of an owner's pipelines.
+        """Return one of an owner's pipelines.
 
         Raises:
-            Problem: 404, where there is none, or it is another owner's: nobody learns which.
+            Problem: 404 if it does not exist or belongs to another owner; the response is the same.
         """
         stored = self._table.read_pipeline(pipeline_id) if is_id(pipeline_id) else None
         if stored is None or stored.pipeline.owner != owner:
-            raise Problem(404, f"There is no pipeline {pipeline_id[:64]!r}.")
+            raise Problem(404, f"Pipeline {pipeline_id[:64]!r} not found.")
         return stored
 
     def list_pipelines(
         self, owner: str, start: str | None, *, older: bool, size: int
     ) -> tuple[list[dict[str, Any]], str | None, str | None]:
-        """A page of an owner's pipelines, without their steps.
+        """Return a page of an owner's pipelines, without their steps.
 
         Returns:
-            The pipelines from the start of the page on, away from it; the place of the first one; the place of the
-            last one, where there are further ones.
+            The pipelines from the start of the page on, away from it; the position of the first one; the position of
+            the last one, if more follow.
         """
         page, more = self._table.list_pipelines(owner, start, older=older, size=size)
         places = [pipeline.listed_at for pipeline in page]
@@ -257,15 +257,15 @@ class PipelineApi:
     def show_pipeline(
         self, stored: StoredPipeline, predictions: Mapping[str, Prediction] | None = None
     ) -> dict[str, Any]:
-        """A pipeline with its steps.
+        """Return a pipeline with its steps.
 
-        Outputs that would make the answer too large for Lambda are left out, the later steps' first, and
-        `outputs_left_out` names their steps: each prediction has its own. Those whose noted length, logs included, is
-        more than there is room for are not even read.
+        Outputs that would make the response too large for Lambda are left out, the later steps' first, and
+        `outputs_left_out` names their steps: each prediction has its own output. Outputs whose recorded length, logs
+        included, exceeds the remaining room are not even read.
 
         Args:
             stored: The pipeline.
-            predictions: Its predictions that there are, by id; None: they are read.
+            predictions: Its existing predictions, by id; None: they are read.
         """
         ids = run_ids(stored)
         there = predictions
@@ -279,7 +279,7 @@ class PipelineApi:
             state = states[step.name]
             if state.status != "succeeded":
                 continue
-            # The output of a step that no other one needs is shown twice.
+            # The output of a step on which no other depends is shown twice.
             times = 2 if step in stored.definition.last else 1
             shown = self._output(state, ids[step.name], room // times)
             if shown is None:
@@ -308,7 +308,7 @@ class PipelineApi:
         }
 
     def _output(self, state: StepState, ids: list[str], room: int) -> tuple[Any, int] | None:
-        """The output of a step and its size in an answer; None where that is more than there is room for."""
+        """Return a step's output and its size in a response, or None if too large."""
         results = self._predictions.unread_results(ids)
         if sum(result.length for result in results) > room:
             return None
@@ -324,7 +324,7 @@ class PipelineApi:
 
 
 def _of_another() -> Problem:
-    detail = "This key belongs to another pipeline: use a new key for a new one, and the old one to repeat it."
+    detail = "This key belongs to another pipeline. Use a new key for a new pipeline."
     return Problem(422, detail, invalid_fields=[{"field": "Idempotency-Key", "detail": detail}])
 
 

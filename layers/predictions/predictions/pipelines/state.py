@@ -1,6 +1,6 @@
-"""How far a pipeline is: the state of each step, as its predictions tell.
+"""Progress of a pipeline: the state of each step, derived from its predictions.
 
-Nothing in here reads or writes anything: the same facts give the same states, whoever looks and how often.
+No function in this module reads or writes anything: the same facts always give the same states.
 """
 
 from collections.abc import Mapping
@@ -21,15 +21,15 @@ _REASONS_SHOWN = 3
 
 @dataclass(frozen=True)
 class StepState:
-    """How far a step is.
+    """The progress of a step.
 
     Attributes:
-        step: Which.
-        status: `waiting` for others, `starting`, `processing`, or how it ended; `skipped` for one that needs what
-            did not succeed.
-        predictions: Its predictions that there are, by index.
-        missing: The indexes that have to be started.
-        uncounted: Whether it has to be found out over how many elements it runs.
+        step: The step.
+        status: `waiting` for others, `starting`, `processing`, or its terminal status; `skipped` for a step with a
+            dependency that did not succeed.
+        predictions: Its existing predictions, by index.
+        missing: The indexes to be started.
+        uncounted: Whether its number of elements is still to be determined.
         error: Why it did not succeed.
     """
 
@@ -42,12 +42,12 @@ class StepState:
 
     @property
     def over(self) -> bool:
-        """Whether nothing of it changes any more."""
+        """Return whether the step has completed."""
         return self.status in _OVER
 
     @property
     def seconds(self) -> int | None:
-        """How long it took, from its first request to its last end; None while it is not over, or never began."""
+        """Return the seconds from its first request to its last completion, or None."""
         ends = [prediction.ended for prediction in self.predictions.values() if prediction.ended]
         if not self.over or not ends:
             return None
@@ -55,17 +55,17 @@ class StepState:
 
 
 def run_id(owner: str, pipeline_id: str, step: str, index: int) -> str:
-    """The prediction's id of one run of a step: as `create_requested_intent` derives it from `run_key`."""
+    """Return the prediction's id of a run, as `create_requested_intent` derives it."""
     return derived_id(f"pipeline#{owner}", run_key(pipeline_id, step, index))
 
 
 def run_key(pipeline_id: str, step: str, index: int) -> str:
-    """What makes a run of a step the same request when it comes again."""
+    """Return the key that identifies repetitions of a run's request."""
     return f"{pipeline_id}/{step}/{index}"
 
 
 def run_ids(stored: StoredPipeline) -> dict[str, list[str]]:
-    """The ids of the predictions that each step can have by now."""
+    """Return the ids of the predictions that each step can have by now."""
     pipeline, found = stored.pipeline, {}
     for step in stored.definition.steps:
         count = _count(step, stored.notes.get(step.name, Notes())) or 0
@@ -74,11 +74,11 @@ def run_ids(stored: StoredPipeline) -> dict[str, list[str]]:
 
 
 def states_of(stored: StoredPipeline, predictions: Mapping[str, Prediction]) -> dict[str, StepState]:
-    """Every step's state by its name, each after those that it needs.
+    """Return every step's state by its name, each after its dependencies.
 
     Args:
         stored: The pipeline.
-        predictions: Its predictions that there are, by id.
+        predictions: Its existing predictions, by id.
     """
     ids = run_ids(stored)
     states: dict[str, StepState] = {}
@@ -90,7 +90,7 @@ def states_of(stored: StoredPipeline, predictions: Mapping[str, Prediction]) -> 
 
 
 def _count(step: Step, notes: Notes) -> int | None:
-    """How often a step runs; None where that is not known yet."""
+    """Return the number of runs of a step, or None if it is not known yet."""
     return 1 if step.for_each is None else notes.count
 
 
@@ -105,7 +105,7 @@ def _state(
         return StepState(step, "canceled", there)
     if lost:
         why = ", ".join(f"`{state.step.name}`, which {_ended_how(state.status)}" for state in lost)
-        return StepState(step, "skipped", there, error=f"It needs {why}.")
+        return StepState(step, "skipped", there, error=f"Needs {why}.")
     if not all(state.over for state in needed):
         return StepState(step, "waiting", there)
     count = _count(step, notes)
@@ -117,7 +117,7 @@ def _state(
         begun = any(prediction.visible != Status.STARTING for prediction in there.values())
         return StepState(step, "processing" if begun else "starting", there, missing)
     reasons = {index: notes.errors[index] for index in notes.errors}
-    reasons |= {i: p.error or f"It was {p.visible}." for i, p in there.items() if p.visible != Status.SUCCEEDED}
+    reasons |= {i: p.error or f"Prediction {p.visible}." for i, p in there.items() if p.visible != Status.SUCCEEDED}
     if not reasons and not absent:
         return StepState(step, "succeeded", there)
     failed = notes.errors or any(prediction.visible == Status.FAILED for prediction in there.values())

@@ -1,9 +1,8 @@
-"""Pipelines at the requests queue's door and in the table's stream: steps become intents, and ends wake the execution.
+"""Pipelines in the requests queue and the table's stream: steps become intents, completions wake the execution.
 
-A message of the queue says which run of which step is due, and nothing else. What it asks for was written down with
-the pipeline; the outputs that its input refers to are read when it comes, their files as links of this stack that work
-until the pipeline's deadline. So the message may come twice, late or too early: the same message gives the same
-intent, or none.
+A message of the queue names the due run of a step, and nothing else. Its request was stored with the pipeline; the
+outputs to which its input refers are read when it arrives, with their files as links of this stack that work until the
+pipeline's deadline. So the message may be repeated, late or early: the same message gives the same intent, or none.
 """
 
 import json
@@ -29,38 +28,40 @@ from predictions.templating import Allowance, PlaceholderError, fill
 from predictions.validation import BODY_LIMIT_BYTES
 
 GATHERED_LIMIT_BYTES = 16 * 1024 * 1024
-"""The most bytes of outputs, with their logs, that a step refers to; summed before any of them is read."""
+"""The limit in bytes of the outputs, with logs, that a step refers to; summed before any of them is read."""
 
 GATHERED_LIMIT_VALUES = 1_000_000
-"""The most values in these outputs. A parsed value takes up to 70 bytes of memory: with the limit above, about 200 MB
+"""The limit of values in these outputs. A parsed value takes up to 70 bytes: with the limit above, about 200 MB
 in all, of the 1,024 MB of start_from_queue and the 512 MB of advance_pipeline."""
 
-# advance_pipeline has 120 seconds, and only its pipeline waits for it.
+# advance_pipeline has 120 seconds, and only its own pipeline waits for it.
 _COUNT_SECONDS = 20.0
 
 _ID = re.compile(r"[a-z0-9]{26}", re.ASCII)
 
 
 class CannotRun(PredictionsError):
-    """A run of a step can never be started; its text is the reason, for the person who wrote the pipeline."""
+    """A run of a step can never start; the error's text is the reason, for the pipeline's author."""
 
 
 def prediction_ended(prediction_id: str, origin: Mapping[str, str | int], status: str) -> None:
-    """Tells the pipeline whose step a prediction was that it has ended. Twice: the pipeline looks once more.
+    """Notify the pipeline of a completed prediction. Idempotent.
 
     Args:
         prediction_id: Our id.
-        origin: What started it, with the pipeline's id as `pipeline`.
-        status: How it ended.
+        origin: Its origin, with the pipeline's id as `pipeline`.
+        status: Its terminal status.
     """
-    logger.info("a step's prediction ended", prediction_id=prediction_id, pipeline_id=origin["pipeline"], status=status)
+    logger.info(
+        "step's prediction completed", prediction_id=prediction_id, pipeline_id=origin["pipeline"], status=status
+    )
     wake_pipeline(str(origin["pipeline"]))
 
 
 def wake_pipeline(pipeline_id: str) -> None:
-    """Has a running pipeline's execution look at it.
+    """Wake the execution of a running pipeline.
 
-    The number is raised first: an execution that has looked already, and is about to wait, sees that and looks again.
+    The number is raised first: an execution that has read it already, and is about to wait, sees that and reads again.
     """
     dynamodb = client("dynamodb")
     try:
@@ -74,12 +75,12 @@ def wake_pipeline(pipeline_id: str) -> None:
             ReturnValues="ALL_NEW",
         )
     except dynamodb.exceptions.ConditionalCheckFailedException:
-        return  # it has ended, or expired
+        return  # completed or expired
     wake(deserialize(answer["Attributes"]).get("task_token"))
 
 
 def event_of(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """The event that a record of the table's stream calls for: a pipeline has ended.
+    """Return the event of a stream record if a pipeline has completed, or None.
 
     Args:
         record: Of an item whose `pk` begins with `pipeline#`.
@@ -93,7 +94,7 @@ def event_of(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
         return None
     detail = {
         "version": "1",
-        # An event may come twice: by this it is known.
+        # An event may arrive twice: receivers deduplicate by this id.
         "event_id": f"{new['id']}-completed",
         "id": new["id"],
         "owner": new["owner"].removeprefix("pipelines#"),
@@ -108,13 +109,13 @@ def event_of(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
 
 
 class Pipelines:
-    """Turns steps that are due into intents.
+    """Turns due steps into intents.
 
     Args:
         pipelines: The pipelines.
         predictions: The predictions of their steps.
-        outputs: Knows which strings in an output are files.
-        links: Makes URLs of those files.
+        outputs: Knows the strings in an output that are files.
+        links: Builds URLs of those files.
     """
 
     def __init__(
@@ -127,49 +128,49 @@ class Pipelines:
 
     @classmethod
     def from_env(cls) -> "Pipelines":
-        """From what the tables, the bucket and the links read."""
+        """Build from the environment of the tables, the bucket and the links."""
         return cls(PipelinesTable.from_env(), PredictionsTable.from_env(), OutputsBucket.from_env(), Links.from_env())
 
     def intent(self, body: Mapping[str, Any], message: Message) -> Intent | None:  # noqa: ARG002  # of every source
-        """The intent of one run of a step; see `intake.queue.Source`.
+        """Return the intent of one run of a step; see `intents.sources.Source`.
 
-        A run whose input cannot be filled is noted as failed, which wakes the pipeline.
+        A run whose input cannot be filled is recorded as failed, which wakes the pipeline.
 
         Raises:
-            RequestRefused: There is no such pipeline, step or run.
+            RequestRefused: The pipeline, step or run does not exist.
             TooSlow: The machine stalled while its input was filled.
         """
         pipeline_id, name, index = _named(body)
         stored = self.table.read_pipeline(pipeline_id)
         if stored is None:
-            raise RequestRefused(f"pipeline_id: there is no pipeline {pipeline_id}, or it has expired.")
+            raise RequestRefused(f"pipeline_id: pipeline {pipeline_id} not found, or expired.")
         step = stored.definition.step(name)
         if step is None:
-            raise RequestRefused(f"step: pipeline {pipeline_id} has no step {name[:32]!r}.")
+            raise RequestRefused(f"step: step {name[:32]!r} not found in pipeline {pipeline_id}.")
         pipeline = stored.pipeline
         if pipeline.ended or pipeline.cancel_requested:
             return None
         ids = run_ids(stored)
-        # A step's state rests on those of all before it.
+        # A step's state depends on those of all its dependencies.
         before = [each for other in stored.definition.before(step) for each in ids[other.name]]
         states = states_of(stored, self.predictions.get_many(before))
         if not all(states[needed].status == "succeeded" for needed in step.needs):
-            return None  # it came too early: the pipeline sends another one in time
+            return None  # too early: the pipeline sends another message in time
         if index >= len(ids[name]):
             raise RequestRefused(f"index: step {name!r} of pipeline {pipeline_id} has no run {index}.")
         try:
             return self._intent(stored, step, index)
         except CannotRun as error:
-            logger.info("a step's input cannot be filled", pipeline_id=pipeline_id, step=name, index=index)
+            logger.info("input of a step not filled", pipeline_id=pipeline_id, step=name, index=index)
             self.table.note_error(pipeline, name, index, str(error))
             wake_pipeline(pipeline_id)
             return None
 
     def give_up(self, body: Mapping[str, Any], reason: str) -> None:
-        """Note that a run cannot be started because its message was given up; its pipeline then fails with the reason.
+        """Record that a run's message was given up, so that its pipeline fails.
 
-        Otherwise the pipeline would send the same message again every hour. The definition is not read: it may be what
-        the function was killed over. A message that names no run of a running pipeline is passed over.
+        Otherwise the pipeline would send the same message again every hour. The definition is not read, since it may be
+        the reason why the function was killed. A message that names no run of a running pipeline is ignored.
         """
         try:
             pipeline_id, name, index = _named(body)
@@ -181,10 +182,10 @@ class Pipelines:
             wake_pipeline(pipeline_id)
 
     def elements(self, stored: StoredPipeline, step: Step) -> list[Any]:
-        """What a step's `for_each` finds, once all that it needs has succeeded.
+        """Return the elements of a `for_each`, once its dependencies have succeeded.
 
         Raises:
-            CannotRun: No list, or one that is too long; or what it looks into is too large.
+            CannotRun: The value is not a list, or too long; or the outputs that it reads are too large.
         """
         context = self._context(stored, step)
         try:
@@ -194,7 +195,7 @@ class Pipelines:
             raise CannotRun(f"Step `{step.name}`: {error.field}: {error.detail}") from None
 
     def _intent(self, stored: StoredPipeline, step: Step, index: int) -> Intent:
-        """One run's intent: the same whenever it is asked for.
+        """Return one run's intent: the same at each call.
 
         Raises:
             CannotRun: Its input cannot be filled.
@@ -205,13 +206,13 @@ class Pipelines:
             if step.for_each is not None:
                 found = elements(fill({"for_each": step.for_each}, context, allowance)["for_each"])
                 if index >= len(found):
-                    raise PlaceholderError("for_each", f"It finds {len(found)} elements now, and found more before.")
+                    raise PlaceholderError("for_each", f"Gives {len(found)} elements now, but gave more before.")
                 context |= {"item": found[index], "index": index}
             filled = fill({"input": dict(step.input)}, context, allowance)
         except PlaceholderError as error:
             raise CannotRun(f"Step `{step.name}`: {error.field}: {error.detail}") from None
         if len(json.dumps(filled)) > BODY_LIMIT_BYTES:
-            raise CannotRun(f"Step `{step.name}`: input: It has more than {BODY_LIMIT_BYTES} bytes when it is filled.")
+            raise CannotRun(f"Step `{step.name}`: input: Exceeds the limit of {BODY_LIMIT_BYTES} bytes when filled.")
         try:
             return create_requested_intent(
                 {**step.request, **filled},
@@ -226,7 +227,7 @@ class Pipelines:
             raise CannotRun(f"Step `{step.name}`: {problem.detail}") from None
 
     def _context(self, stored: StoredPipeline, step: Step) -> dict[str, Any]:
-        """What a step's templates are filled from. Outputs are read one after the other, within the limits above.
+        """Return the values for a step's templates, reading outputs within the limits.
 
         Raises:
             CannotRun: The outputs are too large.
@@ -235,7 +236,7 @@ class Pipelines:
         found = {name: self.predictions.unread_results(ids[name]) for name in step.needs}
         size = sum(result.length for results in found.values() for result in results)
         if size > GATHERED_LIMIT_BYTES:
-            raise _too_large(step, f"have {size} bytes with their logs; {GATHERED_LIMIT_BYTES} are taken")
+            raise _too_large(step, f"exceed the limit of {GATHERED_LIMIT_BYTES} bytes with their logs (got {size})")
         steps: dict[str, Any] = {}
         values = 0
         for name, results in found.items():
@@ -244,7 +245,7 @@ class Pipelines:
                 text = self.predictions.result_text(result)
                 values += _values_in(text)
                 if values > GATHERED_LIMIT_VALUES:
-                    raise _too_large(step, f"hold more than the {GATHERED_LIMIT_VALUES} values that are taken")
+                    raise _too_large(step, f"exceed the limit of {GATHERED_LIMIT_VALUES} values")
                 output = json.loads(text)["output"] if text else None
                 outputs.append(self._output(output, result, stored.pipeline.deadline))
             needed = stored.definition.step(name)
@@ -252,7 +253,7 @@ class Pipelines:
         return {"input": stored.definition.input, "steps": steps}
 
     def _output(self, output: Any, result: UnreadResult, expires: int) -> Any:
-        """An output whose files are links; null for one that was not stored."""
+        """Return an output with its files as links; null for one that was not stored."""
         links = {f.path: self._links.url("outputs", f.key, expires=expires) for f in result.files if f.key}
         return self._outputs.place_files(output, links)
 
@@ -260,28 +261,28 @@ class Pipelines:
 def _too_large(step: Step, what: str) -> CannotRun:
     names = ", ".join(f"`{name}`" for name in step.needs)
     return CannotRun(
-        f"Step `{step.name}`: The outputs of {names} {what}. Refer to fewer of them, or to steps that give files."
+        f"Step `{step.name}`: The outputs of {names} {what}. Refer to fewer steps, or to steps that return files."
     )
 
 
 def _values_in(text: str | None) -> int:
-    """At least as many values as a JSON text holds, without parsing it."""
+    """Return an upper bound of the values in a JSON text, without parsing it."""
     return 1 + sum(map(text.count, ",:[{")) if text else 1
 
 
 def _named(body: Mapping[str, Any]) -> tuple[str, str, int]:
-    """Which run a message names.
+    """Return the run that a message names.
 
     Raises:
-        RequestRefused: None.
+        RequestRefused: The message names no run.
     """
     pipeline_id, name, index = body.get("pipeline_id"), body.get("step"), body.get("index")
     if unknown := body.keys() - {"pipeline_id", "step", "index"}:
-        raise RequestRefused(f"{min(unknown)[:100]}: a message of a pipeline has no such field.")
+        raise RequestRefused(f"{min(unknown)[:100]}: unknown field in a message of a pipeline.")
     if not isinstance(pipeline_id, str) or not _ID.fullmatch(pipeline_id):
-        raise RequestRefused("pipeline_id: an id has 26 characters [a-z0-9].")
+        raise RequestRefused("pipeline_id: must be 26 characters [a-z0-9].")
     if not isinstance(name, str):
-        raise RequestRefused("step: the name of a step is a text.")
+        raise RequestRefused("step: must be a string.")
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-        raise RequestRefused("index: a whole number from 0.")
+        raise RequestRefused("index: must be a whole number, at least 0.")
     return pipeline_id, name, index

@@ -1,17 +1,17 @@
-"""Pipelines in the table: who asked for what, and the conditions under which that changes.
+"""Items of pipelines, and the conditions under which they change.
 
     pk = pipeline#{id}
-        sk = status                     the pipeline: small, since each end of a prediction writes it
+        sk = status                     the pipeline: small, since each completion of a prediction writes it
         sk = definition#{fingerprint}   its definition, written before the status; an object above 100 KiB
-        sk = step#{name}                how many elements a `for_each` found, and when its requests were sent
+        sk = step#{name}                the number of elements of a `for_each`, and when its requests were sent
         sk = error#{name}#{index}       why a run of a step cannot be started: its input cannot be filled
     pk = pipeline#{owner and key, hashed}
-        sk = key                        which pipeline an idempotency key names (see `store.idempotency_keys`)
+        sk = key                        the pipeline of an idempotency key (see `store.idempotency_keys`)
 
-Ids are random, so that nothing of a pipeline that has expired is ever taken for another one's of the same key.
-Nothing is said of a step that its predictions say: their ids come from the pipeline's id, the step's name and the
-index. `events` counts what may change what there is to do: the execution waits only as long as it is the number that
-it saw before it looked.
+Ids are random, so that no data of an expired pipeline is ever taken for that of another one with the same key. The
+state of a step is derived from its predictions and not stored: their ids come from the pipeline's id, the step's name
+and the index. `events` counts changes that may require action: the execution waits only as long as it is the number
+that it read before it checked.
 """
 
 import os
@@ -41,7 +41,7 @@ Status = Literal["running", "succeeded", "failed", "canceled"]
 
 
 class PipelineExists(PredictionsError):
-    """A pipeline's id is taken; `pipeline` is what has it."""
+    """The pipeline's id exists already, as `pipeline`."""
 
     def __init__(self, pipeline: "Pipeline") -> None:
         super().__init__(f"pipeline {pipeline.id} exists")
@@ -53,9 +53,9 @@ class Pipeline:
     """A pipeline's status item. Times are whole seconds since 1970, except where they are text (RFC 3339).
 
     Attributes:
-        deadline: When it is canceled at the latest; until then links to its intermediate files work.
-        cancel_requested: When it was canceled, by its owner or for its deadline.
-        events: How often something of it has ended.
+        deadline: When it is canceled automatically; until then links to its intermediate files work.
+        cancel_requested: When it was canceled, by its owner or at its deadline.
+        events: The number of completions in it.
     """
 
     id: str
@@ -78,22 +78,22 @@ class Pipeline:
 
     @property
     def listed_at(self) -> str:
-        """Its place in its owner's list."""
+        """Return its position in its owner's list."""
         return f"{self.created_at}#{self.id}"
 
     @property
     def ended(self) -> bool:
-        """Whether it is over: nothing of it changes any more."""
+        """Return whether the pipeline has completed."""
         return self.status != "running"
 
 
 @dataclass(frozen=True)
 class Notes:
-    """What is noted of a step.
+    """The stored records of a step.
 
     Attributes:
-        count: How many elements its `for_each` found.
-        sent_at: When its requests were sent last.
+        count: The number of elements of its `for_each`.
+        sent_at: When its requests were last sent.
         errors: Why runs of it cannot be started, by index; -1 for all of them.
     """
 
@@ -104,7 +104,7 @@ class Notes:
 
 @dataclass(frozen=True)
 class StoredPipeline:
-    """A pipeline with its definition, and what is noted of its steps by their names."""
+    """A pipeline with its definition, and the records of its steps by name."""
 
     pipeline: Pipeline
     definition: Definition
@@ -116,7 +116,7 @@ class PipelinesTable:
 
     Args:
         name: The table's name.
-        outputs: The bucket that takes large definitions.
+        outputs: The bucket that stores large definitions.
         dynamodb: The client to use.
     """
 
@@ -127,11 +127,11 @@ class PipelinesTable:
 
     @classmethod
     def from_env(cls) -> "PipelinesTable":
-        """From `TABLE_NAME` and what `OutputsBucket.from_env` reads."""
+        """Build from `TABLE_NAME` and the environment of `OutputsBucket`."""
         return cls(os.environ["TABLE_NAME"], OutputsBucket.from_env(), client("dynamodb"))
 
     def idempotency_keys(self, now: Callable[[], float]) -> IdempotencyKeys:
-        """The idempotency keys of pipelines.
+        """Return the idempotency keys of pipelines.
 
         Args:
             now: The time, in seconds since 1970.
@@ -142,11 +142,11 @@ class PipelinesTable:
         self, pipeline_id: str, definition: Definition, *, owner: str, fingerprint: str, deadline: int, expires: int,
         depth: int, now: float,
     ) -> Pipeline:  # fmt: skip
-        """Writes a pipeline down. Twice: the second is told of the first. Crash right after: the sweep starts it.
+        """Store a pipeline. If the function crashes right after, the sweep starts it.
 
         Raises:
-            PipelineExists: The id is taken.
-            ClientError, BotoCoreError: It is not there, as far as the table tells: nobody is about to run it.
+            PipelineExists: The id exists already.
+            ClientError, BotoCoreError: The pipeline is not stored, as far as the table shows: nothing will run it.
         """
         created_at = timestamp(now)
         self._put_definition(pipeline_id, fingerprint, definition.to_json(), expires)
@@ -178,26 +178,26 @@ class PipelinesTable:
         except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
             left: Any = error.response
             there = _pipeline(deserialize(left["Item"]))
-            # botocore repeats a write whose answer it did not see: then what is there is this very one.
+            # botocore retries a write whose response was lost: then the stored item is this very one.
             if there.written_by != item["written_by"]:
                 raise PipelineExists(there) from None
         except (ClientError, BotoCoreError):
-            # The write may have been made, and only its answer be lost: then the sweep runs the pipeline, and a caller
-            # who is told of an error would create another one.
+            # The write may have succeeded with its response lost: then the sweep runs the pipeline, and a caller that
+            # gets an error would create another one.
             if written := self.get_pipeline(pipeline_id):
                 return written
             raise
         return _pipeline(item)
 
     def get_pipeline(self, pipeline_id: str) -> Pipeline | None:
-        """One status item, read consistently."""
+        """Return a status item, read consistently, or None."""
         found = self._dynamodb.get_item(
             TableName=self._name, Key=serialize(_key(pipeline_id)), ConsistentRead=True
         ).get("Item")
         return _pipeline(deserialize(found)) if found else None
 
     def read_pipeline(self, pipeline_id: str) -> StoredPipeline | None:
-        """A pipeline with all that is noted of it, read consistently; None where there is none (any more)."""
+        """Return a pipeline with all its items, read consistently, or None if not found."""
         items: dict[str, dict[str, Any]] = {}
         for page in self._dynamodb.get_paginator("query").paginate(
             TableName=self._name,
@@ -216,34 +216,34 @@ class PipelinesTable:
         return StoredPipeline(pipeline, Definition.from_json(text), _notes(items.values()))
 
     def list_pipelines(self, owner: str, start: str | None, *, older: bool, size: int) -> tuple[list[Pipeline], bool]:
-        """A page of an owner's pipelines.
+        """Return a page of an owner's pipelines.
 
         Args:
-            owner: Whose.
-            start: The place (`Pipeline.listed_at`) beside which the page starts, or None for the newest.
-            older: Whether the page lies on the older side of `start`.
-            size: The most pipelines of a page.
+            owner: The owner.
+            start: The position (`Pipeline.listed_at`) next to which the page starts, or None for the newest.
+            older: Whether the page holds the entries older than `start`.
+            size: The limit of pipelines of a page.
 
         Returns:
-            The pipelines from the start of the page on, away from it, and whether there are further ones beyond.
+            The pipelines from the start of the page on, away from it, and whether more follow.
         """
         key = _list_key(owner)
         pks, more = list_page(self._dynamodb, self._name, key, start, older=older, size=size)
         found = read_items(self._dynamodb, self._name, [(pk, "status") for pk in pks])
         return [_pipeline(found[pk, "status"]) for pk in pks if (pk, "status") in found], more
 
-    # -- what is noted of steps -------------------------------------------------------------------------------
+    # -- records of steps --------------------------------------------------------------------------------------
 
     def note_count(self, pipeline: Pipeline, step: str, count: int) -> None:
-        """Notes how many elements a `for_each` found; the first number stays."""
+        """Record the number of elements of a `for_each`; the first number stays."""
         self._note(pipeline, f"step#{step}", "#value = if_not_exists(#value, :value)", "count", count)
 
     def note_sent(self, pipeline: Pipeline, step: str, now: float) -> None:
-        """Notes that a step's requests have been sent."""
+        """Record that a step's requests have been sent."""
         self._note(pipeline, f"step#{step}", "#value = :value", "sent_at", int(now))
 
     def note_error(self, pipeline: Pipeline, step: str, index: int, reason: str) -> None:
-        """Notes why a run of a step (-1: any) cannot be started; the first reason stays."""
+        """Record why a run of a step (-1: any) cannot start; the first reason stays."""
         reason = reason[:_REASON_LIMIT_CHARACTERS]
         self._note(pipeline, f"error#{step}#{index}", "#value = if_not_exists(#value, :value)", "reason", reason)
 
@@ -256,13 +256,13 @@ class PipelinesTable:
             ExpressionAttributeValues=serialize({":value": value, ":expires": pipeline.expires_at}),
         )
 
-    # -- what happens to a pipeline ---------------------------------------------------------------------------
+    # -- changes of a pipeline --------------------------------------------------------------------------------
 
     def request_pipeline_cancel(self, pipeline: Pipeline, now: float) -> Pipeline | None:
-        """Flags a running pipeline as canceled: from this write on nothing of it is started.
+        """Flag a running pipeline as canceled: after this write no step of it starts.
 
         Returns:
-            The pipeline as it is then; None where it has ended, or is canceled already.
+            The updated pipeline, or None if it has completed or is canceled already.
         """
         return self._change(
             pipeline.id,
@@ -274,13 +274,13 @@ class PipelinesTable:
     def end_pipeline(
         self, pipeline: Pipeline, status: Status, error: str | None, counts: Mapping[str, int], now: float
     ) -> Pipeline | None:
-        """Ends a running pipeline; None where it has ended.
+        """Complete a running pipeline. Return None if it has completed already.
 
         Args:
-            pipeline: Which.
-            status: How.
+            pipeline: The pipeline.
+            status: Its terminal status.
             error: Why it did not succeed.
-            counts: How many steps ended how, for who hears of it.
+            counts: The number of steps by status, for the event.
             now: The time.
         """
         values = {":status": status, ":at": timestamp(now), ":counts": dict(counts), ":running": "running"}
@@ -288,7 +288,7 @@ class PipelinesTable:
             values[":error"] = error[:_ERROR_LIMIT_CHARACTERS]
         return self._change(
             pipeline.id,
-            # `visible` is what the stream's filter asks for.
+            # The stream's event filter matches `visible`.
             "SET #status = :status, visible = :status, completed_at = :at, counts = :counts"
             f"{', #error = :error' if error else ''} REMOVE #open, next_check_at, task_token",
             "#status = :running",
@@ -296,7 +296,7 @@ class PipelinesTable:
         )
 
     def next_pipeline_execution(self, pipeline: Pipeline, now: float) -> Pipeline | None:
-        """Counts up the execution that runs a pipeline; None where another did so first, or it has ended."""
+        """Increment the execution number. Return None if done already, or completed."""
         return self._change(
             pipeline.id,
             "SET execution_n = :next, next_check_at = :check",
@@ -310,7 +310,7 @@ class PipelinesTable:
         )
 
     def check_pipeline_at(self, pipeline: Pipeline, moment: float) -> None:
-        """Sets when the sweep should look at a running pipeline next."""
+        """Set the time of the sweep's next check of a running pipeline."""
         self._change(
             pipeline.id,
             "SET next_check_at = :check",
@@ -356,7 +356,10 @@ _PIPELINES_OF = "pipelines#"
 
 
 def _list_key(owner: str) -> str:
-    """The key of the index `by_owner`: an owner's pipelines are a list of their own. No owner's name holds a `#`."""
+    """Return the key of an owner's pipelines in the index `by_owner`.
+
+    They are a list of their own: no owner's name contains a `#`.
+    """
     return f"{_PIPELINES_OF}{owner}"
 
 

@@ -1,8 +1,8 @@
-"""Recipes that come with a deployment: files `recipes/<name>.json`, packed into a layer of their own.
+"""Recipes that are deployed with the stack: files `recipes/<name>.json`, packed into a layer of their own.
 
-A file holds what `PUT /recipes/<name>` takes, and may name its `owner`. All files are checked before anything is
-written, so a bad one leaves everything as it was. Which recipes are a deployment's is written down before they are put
-and after those without a file are gone: whatever dies in between, the next deployment finds all of them.
+A file has the body of `PUT /recipes/<name>`, and optionally its `owner`. All files are validated before anything is
+written, so an invalid one changes nothing. The list of deployed recipes is written before they are put and after those
+without a file are deleted: after a crash in between, the next deployment finds all of them.
 """
 
 import json
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     from mypy_boto3_cloudformation import CloudFormationClient
 
 FILES_LIMIT = 100
-"""How many files are taken: each takes about a second, and all have to fit into one run of the function."""
+"""The limit of files: each takes about a second, and all must fit into one run of the function."""
 
 NEEDED_SECONDS = 60
-"""What one file may take when AWS and Replicate are slow: with less time left, it is not begun."""
+"""The time that one file may need when AWS and Replicate are slow: with less time left, it is not begun."""
 
 _PACKAGE = "recipe_files"
 
 
 class DeploymentRefused(PredictionsError):
-    """The files cannot be deployed; its text names each file, its field and the reason."""
+    """The files cannot be deployed; the error's text names each file, its field and the reason."""
 
 
 class DeployedRecipes:
-    """Brings the stack's recipes in line with the files of a deployment.
+    """Updates the stack's recipes to match the files of a deployment.
 
     Args:
         items: The recipes.
         changes: Puts and deletes them.
-        rules: What starts them.
-        default_owner: Whose recipe it is where the file does not say.
+        rules: Manages their rules and schedules.
+        default_owner: The owner of a recipe whose file names none.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class DeployedRecipes:
 
     @classmethod
     def from_env(cls) -> "DeployedRecipes":
-        """From the environment of deploy_recipes."""
+        """Build from the environment of deploy_recipes."""
         return cls(
             RecipeItems.from_env(),
             RecipeChanges.from_env(),
@@ -69,18 +69,20 @@ class DeployedRecipes:
         )
 
     def apply(self, found: Mapping[str, bytes], seconds_left: Callable[[], float]) -> None:
-        """Puts what the files say, and deletes what earlier files said. What the API has put stays. Twice: the same.
+        """Put the recipes of the files, and delete those of earlier files.
+
+        Recipes from the API stay. Running twice does the same.
 
         Args:
-            found: What is in each file, by its name, such as `etch.json`.
-            seconds_left: How long it may still take.
+            found: The content of each file, by its name, such as `etch.json`.
+            seconds_left: Returns how long it may still take.
 
         Raises:
-            DeploymentRefused: A file is no recipe, in which case nothing was changed; EventBridge does not take one;
+            DeploymentRefused: A file is not a valid recipe, in which case nothing was changed; EventBridge rejects one;
                 or the time is too short.
         """
         if len(found) > FILES_LIMIT:
-            raise DeploymentRefused(f"recipes/ has {len(found)} files, and {FILES_LIMIT} are taken.")
+            raise DeploymentRefused(f"recipes/ exceeds the limit of {FILES_LIMIT} files (got {len(found)}).")
         wanted: dict[tuple[str, str], tuple[str, bytes]] = {}
         refused = []
         for file, content in sorted(found.items()):
@@ -109,18 +111,20 @@ class DeployedRecipes:
             try:
                 self._changes.delete(owner, name, deployed=True)
             except Problem as problem:
-                raise DeploymentRefused(f"recipes/{name}.json is gone, its recipe not: {problem.detail}") from None
+                raise DeploymentRefused(
+                    f"recipes/{name}.json was removed, but not its recipe: {problem.detail}"
+                ) from None
         self._items.note_deployed(wanted)
 
     def remove(self, stack_id: str, seconds_left: Callable[[], float]) -> None:
-        """Before the stack goes, removes what starts its recipes, of all of them: rules would outlive it.
+        """Remove the rules of all recipes, which would outlive the deleted stack.
 
-        Where only the deployment of recipes is taken out of a stack that stays, as when the update is rolled back that
-        had brought it, deletes the recipes of deployments and nothing else.
+        If only the deployment of recipes is removed from a stack that stays, as when the update that added it is rolled
+        back, the recipes of deployments are deleted and nothing else.
 
         Args:
             stack_id: The stack's ARN.
-            seconds_left: How long it may still take.
+            seconds_left: Returns how long it may still take.
         """
         (stack,) = self._cloudformation.describe_stacks(StackName=stack_id)["Stacks"]
         if stack["StackStatus"].startswith(("DELETE_", "ROLLBACK_")):
@@ -133,27 +137,27 @@ class DeployedRecipes:
         return client("cloudformation")
 
     def _read(self, content: bytes) -> tuple[str, bytes]:
-        """The owner that a file names, and the rest of it.
+        """Return the owner that a file names, and the rest of it.
 
         Raises:
-            Problem: It is no JSON, too large, or names nobody.
+            Problem: The file is not JSON, too large, or has an invalid owner.
         """
         if len(content) > RECIPE_LIMIT_BYTES:
-            raise Problem(413, f"The recipe has {len(content)} bytes; {RECIPE_LIMIT_BYTES} are taken.")
+            raise Problem(413, f"The recipe exceeds the limit of {RECIPE_LIMIT_BYTES} bytes (got {len(content)}).")
         value = parse_json(content, None)
         if not isinstance(value, dict) or "owner" not in value:
             return self._default_owner, content
         owner = value.pop("owner")
         if not isinstance(owner, str) or not is_owner(owner):
-            raise Problem(422, "owner: 1 to 32 of `a` to `z`, digits and `-`, not beginning with `-`.")
+            raise Problem(422, "owner: must be 1 to 32 of `a` to `z`, digits and `-`, not beginning with `-`.")
         return owner, json.dumps(value).encode()
 
 
 def recipe_files() -> dict[str, bytes]:
-    """What was packed of `recipes/`, by name."""
+    """Return the packed files of `recipes/`, by name."""
     return {each.name: each.read_bytes() for each in files(_PACKAGE).iterdir() if each.name.endswith(".json")}
 
 
 def _check_time(file: str, seconds_left: Callable[[], float]) -> None:
     if seconds_left() < NEEDED_SECONDS:
-        raise DeploymentRefused(f"The time was too short to come to recipes/{file}: deploy again.")
+        raise DeploymentRefused(f"Not enough time for recipes/{file}. Deploy again.")

@@ -1,8 +1,8 @@
-"""Writing recipes: what an owner asks for is checked, written down, and given the rule or schedule that starts it.
+"""Use cases of recipes: validate, store, and create the rule or schedule that starts each.
 
-The order is the item first, `pending`, then the rule, then `active`. So whatever fires has an item, and what died
-half-way is mended by asking for it again. Deleting goes the other way: `deleting` in the item, at which the door starts
-nothing any more, then the rule, then the item.
+The order is the item first, `pending`, then the rule, then `active`. So each rule that fires has an item, and a write
+that crashed midway is completed by repeating the request. Deletion is the reverse: `deleting` in the item, in which
+state intake starts nothing more, then the rule, then the item.
 """
 
 import contextlib
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from predictions.upstream.input_schema import InputSchema
 
 RECIPE_LIMIT_BYTES = 64 * 1024
-"""The largest recipe, as JSON: an item holds 400 KB, and a page of a list has to hold many."""
+"""The largest recipe, as JSON: an item holds 400 KB, and a page of a list must hold many."""
 
 PATTERN_LIMIT_CHARACTERS = 2048
-"""The largest event pattern that EventBridge takes.
+"""The largest event pattern that EventBridge accepts.
 https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-quota.html"""
 
 # https://docs.aws.amazon.com/scheduler/latest/UserGuide/schedule-types.html
@@ -56,11 +56,11 @@ class RecipeChanges:
 
     Args:
         items: The recipes.
-        rules: What starts them.
-        replicate: Tells models' schemas.
-        schemas: Finds them by version; None: inputs are not checked.
-        source_bucket_name: The team's own bucket; empty where there is none.
-        outputs_bucket_name: Which no recipe may name.
+        rules: Manages their rules and schedules.
+        replicate: Fetches models' schemas.
+        schemas: Looks up schemas by version; None: inputs are not validated.
+        source_bucket_name: The team's own bucket; empty if the stack has none.
+        outputs_bucket_name: The outputs bucket, which no recipe may name.
         allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
         now: The time, in seconds since 1970.
     """
@@ -88,7 +88,7 @@ class RecipeChanges:
 
     @classmethod
     def from_env(cls) -> "RecipeChanges":
-        """From the environment of manage_recipes and deploy_recipes."""
+        """Build from the environment of manage_recipes and deploy_recipes."""
         replicate = Replicate.from_env()
         schemas = ModelSchemas(PredictionsTable.from_env(), replicate)
         return cls(
@@ -102,10 +102,10 @@ class RecipeChanges:
         )
 
     def check(self, owner: str, body: bytes, name: str) -> None:
-        """Checks a recipe that a deployment is to put, and writes nothing.
+        """Validate a recipe of a deployment, and write nothing.
 
         Raises:
-            Problem: As `put` would, but for what EventBridge refuses.
+            Problem: As for `put`, except errors of EventBridge.
         """
         self._read(body, None, name)
         _check_whose(self._items.named(owner, name), name, deployed=True)
@@ -113,23 +113,23 @@ class RecipeChanges:
     def put(
         self, owner: str, body: bytes, content_type: str | None, *, name: str | None = None, deployed: bool = False
     ) -> tuple[Recipe, bool]:
-        """Creates a recipe, or replaces the one of that name.
+        """Create a recipe, or replace the one of that name.
 
-        Twice: the same recipe. A crash after any line: the next call finishes it.
+        Twice: the same recipe. If the function crashes after any line, the next call completes it.
 
         Args:
-            owner: Whose it is to be.
+            owner: The owner of the recipe.
             body: A `RecipeBody` as JSON.
             content_type: Of the body.
-            name: That the route names; without one the body has to, and no recipe may have it yet.
-            deployed: Whether it comes with a deployment. Those and the others do not replace each other.
+            name: The name in the route; without one the body must have it, and no recipe may have it yet.
+            deployed: Whether it is part of a deployment. Deployed recipes and others do not replace each other.
 
         Returns:
             The recipe, and whether it is new.
 
         Raises:
-            Problem: 400, 413, 415 (see `parse_json`), 404 (the model), 409 (there already, a deployment's, or changed
-                by another call at the same time) or 422 (with `invalid_fields`).
+            Problem: 400, 413, 415 (see `parse_json`), 404 (the model), 409 (exists already, is a deployment's, or was
+                changed concurrently) or 422 (with `invalid_fields`).
         """
         named, definition = self._read(body, content_type, name)
         existing = self._items.named(owner, named)
@@ -138,14 +138,14 @@ class RecipeChanges:
             existing = None
         _check_whose(existing, named, deployed=deployed)
         if deployed and existing is not None and (existing.state, existing.definition) == ("active", definition):
-            # Nothing to write. Its rule may depend on parameters of the stack, which have changed.
+            # Nothing to write, but its rule may depend on parameters of the stack that have changed.
             try:
-                self._mend(existing)
+                self._reconcile(existing)
             except RuleRefused as refused:
                 raise _invalid([{"field": existing.kind or "name", "detail": str(refused)}]) from None
             return existing, False
         if existing is not None and name is None and existing.state == "active":
-            raise Problem(409, f"There is a recipe {named} already: replace it with PUT /recipes/{named}.")
+            raise Problem(409, f"Recipe {named} exists already. Replace it with PUT /recipes/{named}.")
         now = timestamp(self._now())
         recipe = Recipe(
             id=existing.id if existing else self._items.claim_name(owner, named, random_id()),
@@ -167,20 +167,20 @@ class RecipeChanges:
                 self._restore(existing, recipe)
                 raise _invalid([{"field": recipe.kind or "name", "detail": str(refused)}]) from None
         if not self._items.set_state(recipe, "active"):
-            self._mend(recipe)
+            self._reconcile(recipe)
             raise _changed_meanwhile(named)
         return replace(recipe, state="active"), existing is None
 
     def delete(self, owner: str, name: str, *, deployed: bool | None = None) -> bool:
-        """Deletes a recipe and what starts it; whether there was one. What it has started goes on.
+        """Delete a recipe and its rule, not its predictions; return whether it existed.
 
         Args:
-            owner: Whose it is.
+            owner: The owner of the recipe.
             name: Its name.
-            deployed: Only one that came with a deployment, or only another; None: whichever there is.
+            deployed: Only one that is part of a deployment, or only another; None: either.
 
         Raises:
-            Problem: 409, where another call changed it at the same time.
+            Problem: 409 if another call changed it concurrently.
         """
         recipe = self._items.named(owner, name)
         if recipe is None or deployed not in (None, recipe.deployed):
@@ -193,21 +193,21 @@ class RecipeChanges:
             raise _changed_meanwhile(recipe.name)
         self._rules.withdraw(recipe)
         if not self._items.erase(recipe):
-            self._mend(recipe)
+            self._reconcile(recipe)
             raise _changed_meanwhile(recipe.name)
 
     def _restore(self, existing: Recipe | None, recipe: Recipe) -> None:
-        """Takes back what EventBridge did not take."""
+        """Restore the previous recipe after EventBridge rejected the new one."""
         if existing is None:
             self._rules.withdraw(recipe)
             self._items.erase(recipe)
         elif self._items.put(existing, replaces=recipe):
-            # Most often it is still there as it was.
+            # Usually the previous rule is still in place.
             with contextlib.suppress(RuleRefused):
                 self._rules.put(existing)
 
-    def _mend(self, recipe: Recipe) -> None:
-        """Two calls at once: brings what starts a recipe in line with the item, whoever wrote that last."""
+    def _reconcile(self, recipe: Recipe) -> None:
+        """Update the rule of a recipe to match its item, after concurrent calls."""
         current = self._items.find(recipe.id)
         if current is None or current.state == "deleting":
             self._rules.withdraw(recipe)
@@ -217,16 +217,16 @@ class RecipeChanges:
     # -- checks -----------------------------------------------------------------------------------------------
 
     def _read(self, body: bytes, content_type: str | None, name: str | None) -> tuple[str, dict[str, Any]]:
-        """The name and the definition in a body.
+        """Return the name and the definition in a body.
 
         Raises:
             Problem: See `put`.
         """
         if len(body) > RECIPE_LIMIT_BYTES:
-            raise Problem(413, f"The recipe has {len(body)} bytes; {RECIPE_LIMIT_BYTES} are taken.")
+            raise Problem(413, f"The recipe exceeds the limit of {RECIPE_LIMIT_BYTES} bytes (got {len(body)}).")
         value = parse_json(body, content_type)
         if not isinstance(value, dict):
-            raise Problem(422, "The body has to be a JSON object with the key `input`.")
+            raise Problem(422, "The body must be a JSON object with the key `input`.")
         try:
             asked = RecipeBody.model_validate(value)
         except ValidationError as error:
@@ -234,7 +234,7 @@ class RecipeChanges:
             raise _invalid([_field_problem(each) for each in found]) from None
         named = asked.name or name or ""
         if not re.fullmatch(NAME, named, re.ASCII) or named != (name or named):
-            detail = "1 to 63 of `a` to `z`, digits and `-`; the same in the body as in the route."
+            detail = "Must be 1 to 63 of `a` to `z`, digits and `-`; the same in the body as in the route."
             raise _invalid([{"field": "name", "detail": detail}])
         definition = {field: part for field, part in value.items() if part is not None and field != "name"}
         for field in ("s3", "schedule"):
@@ -252,11 +252,13 @@ class RecipeChanges:
             return []
         if self._source_bucket_name and self._source_bucket_name != self._outputs_bucket_name:
             return []
-        detail = "This stack has no source bucket: its parameter SourceBucketName names none, or the outputs bucket."
+        detail = (
+            "This stack has no source bucket: its parameter SourceBucketName is empty, or names the outputs bucket."
+        )
         return [{"field": "s3.bucket", "detail": detail}]
 
     def _check_request(self, asked: RecipeBody, invalid: list[dict[str, str]]) -> Reference | None:
-        """Checks what is a request's own, as far as it is written out; what it is to run."""
+        """Validate the fields of the request without placeholders; return its reference."""
         value: dict[str, Any] = {
             "input": {},
             "model": asked.model,
@@ -279,10 +281,10 @@ class RecipeChanges:
             return None
 
     def _check_input(self, asked: RecipeBody, reference: Reference) -> None:
-        """Checks the parts of the input that are written out by the model's own schema, where that can be had.
+        """Validate the constant parts of the input by the model's schema, if available.
 
         Raises:
-            Problem: 404, where there is no such model; 422, where the input is not the model's.
+            Problem: 404 if the model does not exist; 422 if the input does not match its schema.
         """
         schema = self._schema(reference)
         if schema is None:
@@ -294,9 +296,9 @@ class RecipeChanges:
         try:
             found = schema.violations(value)
         except NotChecked as error:
-            logger.info("recipe not checked", reason=str(error))
+            logger.info("recipe not validated", reason=str(error))
             return
-        # What a placeholder will be is not known yet, nor what it makes of the values around it.
+        # The value of a placeholder is not known yet, nor its effect on the values around it.
         invalid = [
             each
             for each in found
@@ -315,52 +317,52 @@ class RecipeChanges:
         try:
             return self._schemas.of_model(reference.name, self._replicate.model(reference.name).openapi_schema)
         except NotFound:
-            detail = f"There is no model {reference.name}, or this stack's Replicate token may not use it."
+            detail = f"Model {reference.name} not found, or not accessible with this stack's Replicate token."
             raise Problem(404, detail) from None
         except UpstreamError as error:
-            logger.warning("no schema to check the recipe by", reason=str(error))
+            logger.warning("recipe not validated: no schema", reason=str(error))
             return None
 
 
 def is_name(text: str) -> bool:
-    """Whether a text can be a recipe's name."""
+    """Return whether a string is a valid recipe name."""
     return re.fullmatch(NAME, text, re.ASCII) is not None
 
 
 def _check_whose(existing: Recipe | None, name: str, *, deployed: bool) -> None:
-    """Refuses that a recipe of a deployment takes the place of another one, or the other way round."""
+    """Reject replacing a deployed recipe by another, or the reverse."""
     if existing is None or existing.deployed == deployed or existing.state == "deleting":
         return
     if deployed:
-        detail = f"{existing.owner} has a recipe {name} that was put by the API: delete it, or rename the file."
+        detail = f"{existing.owner} has a recipe {name} from the API. Delete it, or rename the file."
         raise Problem(409, detail)
-    raise Problem(409, f"The recipe {name} comes with the stack: change the file recipes/{name}.json, and deploy.")
+    raise Problem(409, f"Recipe {name} is deployed with the stack. Change the file recipes/{name}.json and deploy.")
 
 
 def _check_source(asked: RecipeBody) -> list[dict[str, str]]:
-    """What is wrong with what is to start a recipe."""
+    """Return the violations in the source of a recipe."""
     invalid: list[dict[str, str]] = []
     given = [name for name in ("s3", "pattern", "schedule") if getattr(asked, name) is not None]
     if len(given) > 1:
-        detail = f"A recipe has one source at most: here are {' and '.join(f'`{name}`' for name in given)}."
+        detail = f"A recipe must have at most one source (got {' and '.join(f'`{name}`' for name in given)})."
         invalid.append({"field": given[-1], "detail": detail})
     if asked.bus is not None and asked.pattern is None:
-        invalid.append({"field": "bus", "detail": "Only a `pattern` has one."})
+        invalid.append({"field": "bus", "detail": "Only allowed with `pattern`."})
     if asked.s3 is not None:
         prefix, least, most = asked.s3.prefix, asked.s3.min_bytes, asked.s3.max_bytes
         apart = any(prefix.startswith(kept) or kept.startswith(prefix) for kept in KEPT_APART)
         if asked.s3.bucket == "inputs" and apart:
-            detail = "A prefix such as `photos/`; it may not reach into `files/` or `batches/`, which are kept apart."
+            detail = "Must be a prefix such as `photos/`, outside of `files/` and `batches/`, which are reserved."
             invalid.append({"field": "s3.prefix", "detail": detail})
         if least is not None and most is not None and least > most:
-            invalid.append({"field": "s3.max_bytes", "detail": "Has to be at least `min_bytes`."})
+            invalid.append({"field": "s3.max_bytes", "detail": "Must be at least `min_bytes`."})
     if asked.pattern is not None:
         size = len(json.dumps(asked.pattern, separators=(",", ":")))
         if not asked.pattern or size > PATTERN_LIMIT_CHARACTERS:
-            detail = f"An event pattern of at most {PATTERN_LIMIT_CHARACTERS} characters, not an empty one."
+            detail = f"Must be an event pattern of 1 to {PATTERN_LIMIT_CHARACTERS} characters."
             invalid.append({"field": "pattern", "detail": detail})
     if asked.schedule is not None and not _SCHEDULE.fullmatch(asked.schedule.expression):
-        detail = "`rate(5 minutes)`, `cron(0 9 ? * MON-FRI *)` (six fields) or `at(2026-12-24T18:00:00)`."
+        detail = "Must be `rate(5 minutes)`, `cron(0 9 ? * MON-FRI *)` (six fields) or `at(2026-12-24T18:00:00)`."
         invalid.append({"field": "schedule.expression", "detail": detail})
     return invalid
 
@@ -373,21 +375,21 @@ def _check_placeholders(asked: RecipeBody) -> list[dict[str, str]]:
         except PlaceholderError as error:
             invalid.append({"field": error.field, "detail": error.detail})
     if holds_placeholders(asked.defaults):
-        invalid.append({"field": "defaults", "detail": "No placeholders are filled here."})
+        invalid.append({"field": "defaults", "detail": "Must not have placeholders."})
     return invalid
 
 
 def _field_problem(error: Mapping[str, Any]) -> dict[str, str]:
     field = ".".join(str(part) for part in error["loc"])[:200] or "body"
     if error["type"] == "extra_forbidden":
-        return {"field": field, "detail": "This field is not known."}
+        return {"field": field, "detail": "Unknown field."}
     if error["type"] == "missing":
         return {"field": field, "detail": "This field is required."}
     return {"field": field, "detail": error["msg"]}
 
 
 def _changed_meanwhile(name: str) -> Problem:
-    detail = f"Another call changed the recipe {name} at the same time: look at it, and try again."
+    detail = f"Another call changed recipe {name} concurrently. Check it, then retry."
     return Problem(409, detail, headers={"Retry-After": "1"})
 
 

@@ -1,8 +1,8 @@
-"""What starts recipes: rules of EventBridge for objects and events, schedules of EventBridge Scheduler.
+"""Rules of EventBridge and schedules of EventBridge Scheduler that start recipes.
 
-Each has the requests queue as its target, and a message that names the recipe and holds the event. All matching is
-EventBridge's. A recipe has one of them at most, always of the same name, `{name_prefix}{recipe id}`, so that putting it
-twice is putting it once, and functions and queue can be limited to these.
+Each has the requests queue as its target, and a message that names the recipe and has the event. All matching is
+done by EventBridge. A recipe has at most one of them, always of the same name, `{name_prefix}{recipe id}`, so that
+putting it twice has no further effect, and functions and queue can be limited to these.
 """
 
 import json
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _TARGET = "requests-queue"
 _NAME_LIMIT_CHARACTERS = 64
-# What EventBridge Scheduler puts in: https://docs.aws.amazon.com/scheduler/latest/UserGuide/managing-schedule-context-attributes.html
+# Placeholders that EventBridge Scheduler fills: https://docs.aws.amazon.com/scheduler/latest/UserGuide/managing-schedule-context-attributes.html
 _SCHEDULED_EVENT = {
     "id": "<aws.scheduler.execution-id>",
     "source": "aws.scheduler",
@@ -40,20 +40,20 @@ _REFUSALS = {
 
 
 class RuleRefused(PredictionsError):
-    """EventBridge does not take a recipe's pattern or schedule, or takes no more; its text is EventBridge's reason."""
+    """EventBridge rejects a pattern or schedule, or its limit is reached; the error's text is EventBridge's reason."""
 
 
 class RecipeRules:
     """The rules and schedules of this stack's recipes.
 
     Args:
-        name_prefix: Of all their names.
+        name_prefix: The prefix of all their names.
         bus_name: The stack's bus.
         schedule_group: The stack's group of schedules.
-        scheduler_role_arn: The role by which schedules send.
+        scheduler_role_arn: The role with which schedules send.
         queue_arn: The requests queue.
-        dead_letter_queue_arn: Where goes what could not be sent there.
-        buckets: Names of the buckets by how recipes call them, `inputs` and `source`.
+        dead_letter_queue_arn: The queue for messages that could not be sent there.
+        buckets: Names of the buckets by their names in recipes, `inputs` and `source`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RecipeRules:
 
     @classmethod
     def from_env(cls) -> "RecipeRules":
-        """From the environment of manage_recipes and deploy_recipes."""
+        """Build from the environment of manage_recipes and deploy_recipes."""
         return cls(
             name_prefix=os.environ["RECIPE_NAME_PREFIX"],
             bus_name=os.environ["EVENT_BUS_NAME"],
@@ -89,17 +89,17 @@ class RecipeRules:
         )
 
     def put(self, recipe: Recipe) -> None:
-        """Makes what starts a recipe, or brings it up to date; then removes what started it before.
+        """Create or update the rule or schedule of a recipe; then remove the previous one.
 
-        Twice does no harm. A crash in between leaves both for a while: what the old one sends is dropped at the door.
+        Idempotent. If the function crashes in between, both exist for a while: intake drops messages of the old one.
 
         Raises:
-            RuleRefused: EventBridge refuses it; what was there before is still there.
+            RuleRefused: EventBridge rejects it; the previous one stays.
         """
         name = self._name(recipe)
         if len(name) > _NAME_LIMIT_CHARACTERS and recipe.kind:
             limit = _NAME_LIMIT_CHARACTERS - len(name) + len(self._name_prefix) - len("-recipe-")
-            raise RuleRefused(f"The stack's name is too long for rules: at most {limit} characters.")
+            raise RuleRefused(f"The stack's name is too long for rules: it must have at most {limit} characters.")
         bus = self._bus(recipe)
         try:
             if bus is not None:
@@ -113,13 +113,13 @@ class RecipeRules:
         self._remove_others(name, keep_bus=bus, keep_schedule=recipe.kind == "schedule")
 
     def withdraw(self, recipe: Recipe) -> None:
-        """Removes whatever starts a recipe. Twice does no harm."""
+        """Remove the rule or schedule of a recipe. Idempotent."""
         self._remove_others(self._name(recipe), keep_bus=None, keep_schedule=False)
 
     def withdraw_all(self) -> None:
-        """Removes the rules of all recipes, because the stack is deleted. Its schedules go with their group.
+        """Remove the rules of all recipes before the stack is deleted.
 
-        What cannot be removed is logged, and does not keep the others.
+        Its schedules are deleted with their group. An error with one rule is logged and does not stop the others.
         """
         for bus in self._buses.values():
             try:
@@ -134,7 +134,7 @@ class RecipeRules:
                 logger.exception("rules not listed", bus=bus)
                 continue
             for name in found:
-                # A stack `a-recipe-b` has rules whose names begin like those of a stack `a`.
+                # A stack `a-recipe-b` has rules with the same name prefix as a stack `a`.
                 if not is_id(name.removeprefix(self._name_prefix)):
                     continue
                 try:
@@ -143,7 +143,7 @@ class RecipeRules:
                     logger.exception("rule not removed", rule=name, bus=bus)
 
     def pattern(self, recipe: Recipe) -> dict[str, Any]:
-        """The event pattern of a recipe for objects or events."""
+        """Return the event pattern of a recipe for objects or events."""
         if recipe.kind == "pattern":
             pattern: dict[str, Any] = recipe.definition["pattern"]
             return pattern
@@ -165,12 +165,12 @@ class RecipeRules:
 
     def _bus(self, recipe: Recipe) -> str | None:
         if recipe.kind == "s3":
-            return self._buses["default"]  # where S3's events come, and no other
+            return self._buses["default"]  # the only bus that receives S3's events
         return self._buses[recipe.definition.get("bus", "default")] if recipe.kind == "pattern" else None
 
     def _put_rule(self, name: str, bus: str, recipe: Recipe) -> None:
         pattern = json.dumps(self.pattern(recipe), separators=(",", ":"))
-        # Without its target it fires at nothing.
+        # Without its target it has no effect.
         self._events.put_rule(Name=name, EventBusName=bus, EventPattern=pattern, State="ENABLED")
         answer = self._events.put_targets(
             Rule=name,
@@ -188,7 +188,9 @@ class RecipeRules:
             ],
         )
         if answer["FailedEntryCount"]:
-            raise RuleRefused(f"The rule takes no target: {answer['FailedEntries'][0].get('ErrorMessage', '')}")
+            raise RuleRefused(
+                f"EventBridge rejected the rule's target: {answer['FailedEntries'][0].get('ErrorMessage', '')}"
+            )
 
     def _put_schedule(self, name: str, recipe: Recipe) -> None:
         schedule = recipe.definition["schedule"]
@@ -212,7 +214,7 @@ class RecipeRules:
             try:
                 self._scheduler.create_schedule(**described)
             except self._scheduler.exceptions.ConflictException:
-                # Made by another call just now, or by this very one, whose answer botocore missed.
+                # Created by a concurrent call, or by this very one, whose response was lost.
                 self._scheduler.update_schedule(**described)
 
     def _remove_others(self, name: str, *, keep_bus: str | None, keep_schedule: bool) -> None:
@@ -242,7 +244,7 @@ class RecipeRules:
 
 
 def _escaped(text: str) -> str:
-    """A text that a wildcard pattern takes for itself.
+    """Return a text with the special characters of wildcard patterns escaped.
 
     https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-create-pattern-operators.html#eb-filtering-wildcard-matching-escape
     """

@@ -1,4 +1,4 @@
-"""What callers send to write a recipe, as the routes check it and the API's description shows it."""
+"""The body of a recipe, as the routes validate it and the OpenAPI document describes it."""
 
 from typing import Any, Literal
 
@@ -7,9 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from predictions.intents.model import WebhookEvent
 
 NAME = r"[a-z0-9][a-z0-9-]{0,62}"
-"""What a recipe's name matches as a whole."""
+"""The pattern of a whole recipe name."""
 
-# EventBridge compares numbers up to this.
+# The largest number that EventBridge compares.
 # https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-create-pattern-operators.html#filtering-numeric-matching
 _BYTES_LIMIT = 5_000_000_000
 
@@ -36,11 +36,11 @@ class ScheduleBody(BaseModel):
 
 
 MAX_CONCURRENCY = 1000
-"""The most lines of a batch that run at once."""
+"""The limit of lines of a batch that run concurrently."""
 
 
 class BatchLimits(BaseModel):
-    """How a batch runs."""
+    """The limits of a batch's execution."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -1,22 +1,22 @@
-"""Recipes: named templates of requests, filled from events.
+"""Items of recipes, which are named templates of requests, and the intents that they build from events.
 
-A recipe is an item, `pk` = `recipe#{id}`, `sk` = `recipe`, with its definition as JSON text, the way its owner wrote it
-and `recipes.manage` checked it. Its id is 26 random characters: the messages that its rule or schedule puts
-into the requests queue name it, and who knows it may start the recipe for its owner. `pk` = `recipe#{owner}#{name}`,
-`sk` = `name` holds the id that a name has, so that an owner has one recipe of a name. `pk` = `recipe#deployed` lists
-those that came with a deployment (see `recipes.deployment`).
+A recipe is an item, `pk` = `recipe#{id}`, `sk` = `recipe`, with its definition as JSON text, as its owner wrote it and
+`recipes.manage` validated it. Its id is 26 random characters: the messages that its rule or schedule puts into the
+requests queue name it, and a principal that knows it may start the recipe for its owner. `pk` =
+`recipe#{owner}#{name}`, `sk` = `name` holds the id of a name, so that an owner has one recipe of a name. `pk` =
+`recipe#deployed` lists those that are deployed with the stack (see `recipes.deployment`).
 
-An expression in a template sees:
+An expression in a template can use:
 
-    event       the whole event, where there is one
+    event       the whole event, if the recipe was started by one
     object      of S3's `Object Created`: `bucket`, `key`, `name` (the key's end), `size`, `etag`, `version_id`,
                 `sequencer`, `content_type`, `metadata`, and `url`, a link that a model can open
     schedule    of a schedule: `time`, when it was due
     recipe      `id` and `name`
-    row         of a batch by the recipe's name: a line of its manifest; then there is no `event`
+    row         of a batch that names the recipe: a line of its manifest, without an `event`
     defaults    the recipe's own
 
-A field of `input` whose placeholder finds nothing takes the value of that name in `defaults`.
+A field of `input` whose placeholder gives nothing gets the value of that name in `defaults`.
 """
 
 import json
@@ -48,12 +48,12 @@ EVENT_SOURCE = "replicate-serverless"
 """The source of this stack's own events."""
 
 KEPT_APART = ("files/", "batches/")
-"""Prefixes of the inputs bucket that are no recipe's: owners' uploads, and manifests."""
+"""Prefixes of the inputs bucket that recipes may not use: owners' uploads, and manifests."""
 
 Kind = Literal["s3", "pattern", "schedule"]
 State = Literal["pending", "active", "deleting"]
 
-# Longer than a prediction may live, with the days that its message may wait.
+# Longer than a prediction's lifetime plus the days that its message may wait.
 _LINK_SECONDS = 7 * 86400
 _LINK_LEFT_SECONDS = 3 * 86400
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?Z", re.ASCII)
@@ -67,15 +67,15 @@ class Recipe:
 
     Attributes:
         id: 26 characters `[a-z0-9]`.
-        owner: Whose it is, and whose predictions are those that it starts.
-        name: Unique among its owner's.
-        definition: What its owner wrote, without the name.
-        state: `active` when its rule or schedule is there; `pending` when it may not be; `deleting` when nothing may
-            be started by it any more.
-        revision: Another one with each change.
+        owner: The owner of the recipe, and of the predictions that it starts.
+        name: Unique among its owner's recipes.
+        definition: The definition as its owner wrote it, without the name.
+        state: `active` if its rule or schedule exists; `pending` if it may not; `deleting` if it may no longer start
+            anything.
+        revision: Changes with each update.
         created_at: RFC 3339, UTC.
         updated_at: RFC 3339, UTC.
-        deployed: Whether it came from a file with the stack's deployment.
+        deployed: Whether it comes from a file of the stack's deployment.
     """
 
     id: str
@@ -90,24 +90,24 @@ class Recipe:
 
     @property
     def kind(self) -> Kind | None:
-        """What starts it; None for one that is only named by others."""
+        """Return the kind of its source, or None if only batches name it."""
         kinds: tuple[Kind, ...] = ("s3", "pattern", "schedule")
         return next((kind for kind in kinds if kind in self.definition), None)
 
     @property
     def listed_at(self) -> str:
-        """Its place in its owner's list."""
+        """Return its position in its owner's list."""
         return f"{self.created_at}#{self.id}"
 
     def request(self, context: Mapping[str, Any], allowance: Allowance | None = None) -> dict[str, Any]:
-        """The request that it makes of a context: a `RequestBody`, yet to be checked.
+        """Build the request for a context: a `RequestBody`, not yet validated.
 
         Args:
-            context: As the module says; `recipe` and `defaults` are added.
-            allowance: What filling may use, shared with `output_prefix`; by default one of its own.
+            context: See the module's docstring; `recipe` and `defaults` are added.
+            allowance: The budget of filling, shared with `output_prefix`; by default a new one.
 
         Raises:
-            PlaceholderError: A placeholder finds nothing and has no default, or cannot be filled.
+            PlaceholderError: A placeholder gives nothing and has no default, or cannot be filled.
             TooSlow: The time of the allowance is used up.
         """
         filler = self._filler(context, allowance)
@@ -120,20 +120,22 @@ class Recipe:
                     raise
         made = {name: self.definition[name] for name in _REQUEST_FIELDS if name in self.definition}
         if "webhook" in self.definition:
-            # Values are names and fields of strangers: encoded, none of them adds a parameter or ends the URL.
+            # Values are untrusted names and fields: encoded, none of them adds a parameter or ends the URL.
             made["webhook"] = filler.fill(self.definition["webhook"], "webhook", encode=_url_encoded)
         return {**made, "input": values}
 
     def output_prefix(self, context: Mapping[str, Any], allowance: Allowance | None = None) -> str | None:
-        """Where in its owner's part of the outputs bucket results go; None for the usual place.
+        """Return the prefix for results in the owner's part of the bucket, or None.
+
+        Without a prefix, files go to the usual place.
 
         Args:
             context: As for `request`.
-            allowance: Likewise.
+            allowance: As for `request`.
 
         Raises:
             TooSlow: The time of the allowance is used up.
-            PlaceholderError: A placeholder finds nothing or cannot be filled.
+            PlaceholderError: A placeholder gives nothing or cannot be filled.
         """
         usual = "{{ object.key }}" if self.kind == "s3" and "object" in context else ""
         template = self.definition.get("output_prefix", usual)
@@ -159,66 +161,72 @@ class RecipeItems:
 
     @classmethod
     def from_env(cls) -> "RecipeItems":
-        """Those in the table named by `TABLE_NAME`."""
+        """Use the table named by `TABLE_NAME`."""
         return cls(os.environ["TABLE_NAME"], client("dynamodb"))
 
     def find(self, recipe_id: str) -> Recipe | None:
-        """A recipe by its id, read consistently."""
+        """Return a recipe by its id, read consistently, or None."""
         found = self._dynamodb.get_item(
             TableName=self._table_name, Key=_key(recipe_id), ConsistentRead=True
         ).get("Item")  # fmt: skip
         return _recipe_of(deserialize(found)) if found else None
 
     def named(self, owner: str, name: str) -> Recipe | None:
-        """An owner's recipe of that name, read consistently."""
+        """Return an owner's recipe of that name, read consistently, or None."""
         recipe_id = self.id_of(owner, name)
         return self.find(recipe_id) if recipe_id else None
 
     def id_of(self, owner: str, name: str) -> str | None:
-        """The id that a name has; there may be no recipe with it, of which only the name was written yet."""
+        """Return the id of a recipe name, or None.
+
+        The recipe may not exist: the name is written first.
+        """
         found = self._dynamodb.get_item(
             TableName=self._table_name, Key=_name_key(owner, name), ConsistentRead=True
         ).get("Item")  # fmt: skip
         return str(deserialize(found)["id"]) if found else None
 
     def deployed(self) -> set[tuple[str, str]]:
-        """Owners and names of the recipes that a deployment has made, or was about to make."""
+        """Return owner and name of the recipes that a deployment created, or was about to."""
         found = self._dynamodb.get_item(
             TableName=self._table_name, Key=_DEPLOYED_KEY, ConsistentRead=True
         ).get("Item")  # fmt: skip
         return {(owner, name) for owner, name in deserialize(found)["recipes"]} if found else set()
 
     def note_deployed(self, recipes: Iterable[tuple[str, str]]) -> None:
-        """Writes down which recipes are a deployment's, by owner and name. Twice does no harm."""
+        """Store the list of deployed recipes, by owner and name. Idempotent."""
         noted = {**deserialize(_DEPLOYED_KEY), "recipes": [list(each) for each in sorted(recipes)]}
         self._dynamodb.put_item(TableName=self._table_name, Item=serialize(noted))
 
     def page(self, owner: str, start: str | None, *, older: bool, size: int) -> tuple[list[Recipe], bool]:
-        """A page of an owner's recipes, from its start on, away from it; and whether there are further ones beyond."""
+        """Return a page of an owner's recipes, and whether more follow.
+
+        The recipes are ordered from the start of the page on, away from it.
+        """
         key = _listed_owner(owner)
         pks, more = list_page(self._dynamodb, self._table_name, key, start, older=older, size=size)
         found = read_items(self._dynamodb, self._table_name, [(pk, "recipe") for pk in pks])
         return [_recipe_of(found[pk, "recipe"]) for pk in pks if (pk, "recipe") in found], more
 
     def claim_name(self, owner: str, name: str, new_id: str) -> str:
-        """Gives a name an id, where it has none; the id that it has."""
+        """Give a name an id if it has none; return its id."""
         values = serialize({"pk": f"recipe#{owner}#{name}", "sk": "name", "id": new_id})
         try:
             self._dynamodb.put_item(
                 TableName=self._table_name, Item=values, ConditionExpression="attribute_not_exists(pk)"
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
-            # Somebody else's, or this very write, whose answer botocore missed.
+            # Claimed by a concurrent call, or by this very write, whose response was lost.
             return self.id_of(owner, name) or new_id
         return new_id
 
     def put(self, recipe: Recipe, *, replaces: Recipe | None) -> bool:
-        """Writes a recipe; whether what is there was what it replaces (None: nothing)."""
+        """Store a recipe if the stored one is `replaces` (None: no item); return whether."""
         item = {
             "pk": f"recipe#{recipe.id}",
             "sk": "recipe",
             "id": recipe.id,
-            # Another owner than that of predictions, so that their lists stay apart.
+            # Not the owner of predictions, so that their lists stay separate.
             "owner": _listed_owner(recipe.owner),
             "listed_at": recipe.listed_at,
             "name": recipe.name,
@@ -236,7 +244,7 @@ class RecipeItems:
             self._dynamodb.put_item(
                 TableName=self._table_name,
                 Item=serialize(item),
-                # The second half: this very write, whose answer botocore missed.
+                # The second half matches this very write, whose response was lost.
                 ConditionExpression=f"{condition} OR #revision = :revision",
                 ExpressionAttributeNames={"#revision": "revision"},
                 ExpressionAttributeValues=serialize(values),
@@ -246,7 +254,7 @@ class RecipeItems:
         return True
 
     def set_state(self, recipe: Recipe, state: State) -> bool:
-        """Changes the state of a recipe that nobody has changed meanwhile; whether that was so."""
+        """Set the state of a recipe unless it was changed concurrently; return whether."""
         try:
             self._dynamodb.update_item(
                 TableName=self._table_name,
@@ -261,7 +269,7 @@ class RecipeItems:
         return True
 
     def erase(self, recipe: Recipe) -> bool:
-        """Removes a recipe that nobody has changed meanwhile, then its name; whether it is gone."""
+        """Remove a recipe and its name unless it was changed; return whether it is gone."""
         try:
             self._dynamodb.delete_item(
                 TableName=self._table_name,
@@ -272,7 +280,7 @@ class RecipeItems:
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
             return False
-        # A crash before this leaves a name with an id of its own, which the next recipe of that name takes over.
+        # If the function crashes here, the name keeps its id, which the next recipe of that name takes over.
         try:
             self._dynamodb.delete_item(
                 TableName=self._table_name,
@@ -281,18 +289,18 @@ class RecipeItems:
                 ExpressionAttributeValues=serialize({":id": recipe.id}),
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
-            logger.info("its name is another recipe's already", recipe_id=recipe.id)
+            logger.info("recipe name already taken by another recipe", recipe_id=recipe.id)
         return True
 
 
 @dataclass(frozen=True)
 class _Occurrence:
-    """Something that happened, as a recipe sees it.
+    """An event, as a recipe sees it.
 
     Attributes:
-        context: What its expressions look into.
-        key: The same for the same occurrence, however often it is told of.
-        depth: How many results of this stack it descends from.
+        context: The values for its expressions.
+        key: The same for the same event, however often it is reported.
+        depth: The number of results of this stack it descends from.
     """
 
     context: dict[str, Any]
@@ -301,7 +309,7 @@ class _Occurrence:
 
 
 class _NotWanted(Exception):
-    """A message that starts nothing, and that nobody has to look at."""
+    """The message starts nothing and needs no attention."""
 
 
 class Recipes:
@@ -309,11 +317,11 @@ class Recipes:
 
     Args:
         items: The recipes.
-        links: Makes links to objects.
+        links: Builds links to objects.
         inputs_bucket_name: The stack's inputs bucket.
-        source_bucket_name: The team's own bucket; empty where there is none.
-        outputs_bucket_name: Whose objects are never handed to a model by a recipe.
-        max_origin_depth: The most results of this stack that a request may descend from.
+        source_bucket_name: The team's own bucket; empty if the stack has none.
+        outputs_bucket_name: The outputs bucket, whose objects a recipe never passes to a model.
+        max_origin_depth: The limit of results of this stack that a request may descend from.
         allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
         now: The time, in seconds since 1970.
     """
@@ -341,7 +349,7 @@ class Recipes:
 
     @classmethod
     def from_env(cls) -> "Recipes":
-        """From the environment of start_from_queue."""
+        """Build from the environment of start_from_queue."""
         return cls(
             RecipeItems.from_env(),
             Links.from_env(),
@@ -353,24 +361,24 @@ class Recipes:
         )
 
     def intent(self, body: Mapping[str, Any], message: Message) -> Intent | None:
-        """The intent of a message `{"recipe_id", "event"}`; see `intake.queue.Source`.
+        """Return the intent of `{"recipe_id", "event"}`; see `intents.sources.Source`.
 
         Returns:
-            The intent; None where the recipe or the object is gone, or the event is no longer this recipe's.
+            The intent, or None if the recipe or the object is gone, or the event no longer matches this recipe.
 
         Raises:
-            RequestRefused: The event cannot be read or descends from too many results, or a placeholder finds nothing.
-            Problem: 422, where what was filled in is no request.
+            RequestRefused: The event cannot be read or descends from too many results, or a placeholder gives nothing.
+            Problem: 422 if the filled template is not a valid request.
         """
         recipe_id, event = body["recipe_id"], body.get("event")
         if not isinstance(recipe_id, str) or not is_id(recipe_id):
-            raise RequestRefused("recipe_id: not the id of a recipe.")
+            raise RequestRefused("recipe_id: must be the id of a recipe.")
         if not isinstance(event, dict):
-            raise RequestRefused("event: has to be an object.")
+            raise RequestRefused("event: must be an object.")
         recipe = self._items.find(recipe_id)
         try:
             if recipe is None or recipe.state == "deleting":
-                raise _NotWanted("the recipe is gone")
+                raise _NotWanted("recipe not found")
             occurrence = self._occurrence(recipe, event, message)
         except _NotWanted as reason:
             logger.info("event dropped", reason=str(reason), recipe_id=recipe_id)
@@ -378,8 +386,8 @@ class Recipes:
             return None
         if occurrence.depth > self._max_origin_depth:
             raise RequestRefused(
-                f"It descends from {occurrence.depth} results of this stack, one after the other, and MaxOriginDepth "
-                f"allows {self._max_origin_depth}: recipe {recipe.name} probably starts itself."
+                f"The event descends from {occurrence.depth} results of this stack in a row, which exceeds "
+                f"MaxOriginDepth ({self._max_origin_depth}). Recipe {recipe.name} probably starts itself."
             )
         try:
             allowance = Allowance()
@@ -403,25 +411,25 @@ class Recipes:
             due = event.get("time")
             if isinstance(due, str) and _TIME.fullmatch(due):
                 return _Occurrence({"event": event, "schedule": {"time": due}}, f"schedule {due}", 0)
-            # Where nobody put the time in (the local cloud's scheduler does not): the message stands for it.
+            # If the event has no time (the local cloud's scheduler adds none), the message's time is used.
             sent = datetime.fromtimestamp(message.sent_at, UTC).isoformat().replace("+00:00", "Z")
             return _Occurrence({"event": event, "schedule": {"time": sent}}, f"message {message.id}", 0)
         if event.get("source") == "aws.s3" and event.get("detail-type") == "Object Created":
             return self._object_created(recipe, event, message)
         if recipe.kind != "pattern":
-            raise _NotWanted("the event is not one of this recipe")
+            raise _NotWanted("event does not match the recipe")
         event_id, detail = event.get("id"), event.get("detail")
         if not isinstance(event_id, str) or not 1 <= len(event_id) <= 256:
-            raise RequestRefused("event.id: has to be 1 to 256 characters.")
+            raise RequestRefused("event.id: must be 1 to 256 characters.")
         detail = detail if isinstance(detail, dict) else {}
         if event.get("source") != EVENT_SOURCE:
-            # An application that tells of our results in events of its own can hand the depth on.
+            # An application that reports our results in events of its own can pass the depth on.
             depth = next_depth(detail.get(ORIGIN_DEPTH), f"event.detail.{ORIGIN_DEPTH}")
         elif detail.get("owner") != recipe.owner:
-            raise _NotWanted("the event is another owner's")
+            raise _NotWanted("event belongs to another owner")
         else:
             depth = next_depth(detail.get("depth", 0), "event.detail.depth")
-            # The stream may tell of one change twice, and EventBridge gives each its own id.
+            # The stream may report one change twice, and EventBridge gives each event its own id.
             told = detail.get("event_id")
             event_id = told if isinstance(told, str) and 1 <= len(told) <= 256 else event_id
         return _Occurrence({"event": event}, f"event {event_id}", depth)
@@ -429,15 +437,15 @@ class Recipes:
     def _object_created(self, recipe: Recipe, event: dict[str, Any], message: Message) -> _Occurrence:
         bucket, found = object_of(event)
         if bucket == self._outputs_bucket_name:
-            raise RequestRefused("event: objects of the outputs bucket start nothing.")
+            raise RequestRefused("event: objects of the outputs bucket never start a recipe.")
         if recipe.kind == "s3" and not self._is_of(recipe, bucket, found["key"]):
-            raise _NotWanted("the event is not one of this recipe")
+            raise _NotWanted("event does not match the recipe")
         depth = 0
         if self._is_readable(bucket, found["key"]):
             head = head_of(bucket, found)
             if head is None:
-                # Its owner took it back, or another one took its place, of which another event tells.
-                raise _NotWanted("the object is gone")
+                # Its owner deleted it, or replaced it by another one, which has an event of its own.
+                raise _NotWanted("object not found")
             expires = message.sent_at + _LINK_SECONDS
             while expires < self._now() + _LINK_LEFT_SECONDS:  # one that was redriven after days
                 expires += _LINK_SECONDS
@@ -449,24 +457,24 @@ class Recipes:
         return _Occurrence({"event": event, "object": found}, key, depth)
 
     def _is_of(self, recipe: Recipe, bucket: str, key: str) -> bool:
-        """Whether an object is below a recipe's prefix, which its owner may have changed since the event."""
+        """Return whether an object is below a recipe's prefix, which may have changed."""
         asked: Mapping[str, Any] = recipe.definition["s3"]
         named = self._source_bucket_name if asked.get("bucket") == "source" else self._inputs_bucket_name
         return bucket == named and key.startswith(asked["prefix"]) and key.endswith(asked.get("suffix", ""))
 
     def _is_readable(self, bucket: str, key: str) -> bool:
-        """Whether an object may be handed to a model: not what owners have uploaded for themselves."""
+        """Return whether an object may be passed to a model: not an owner's own upload."""
         if bucket == self._inputs_bucket_name:
             return not key.startswith(KEPT_APART)
         return bool(bucket) and bucket == self._source_bucket_name
 
 
 def head_of(bucket: str, found: Mapping[str, Any]) -> Any | None:
-    """What S3 says of this very object; None where it is gone, or another one has its key.
+    """Return S3's description of this very object, or None if it is gone or replaced.
 
     Args:
-        bucket: Where it is.
-        found: Of `object_of`.
+        bucket: The object's bucket.
+        found: From `object_of`.
     """
     s3 = client("s3")
     at: dict[str, Any] = {"Bucket": bucket, "Key": found["key"]}
@@ -475,7 +483,7 @@ def head_of(bucket: str, found: Mapping[str, Any]) -> Any | None:
     try:
         head = s3.head_object(**at)
     except ClientError as error:
-        # 403 is S3's answer for a missing object to those who may not list the bucket; 405 for a delete marker.
+        # S3 responds with 403 for a missing object to callers that may not list the bucket; 405 for a delete marker.
         if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (403, 404, 405):
             raise
         return None
@@ -483,22 +491,22 @@ def head_of(bucket: str, found: Mapping[str, Any]) -> Any | None:
 
 
 def object_of(event: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The bucket and the object that an event `Object Created` tells of.
+    """Return the bucket and the object of an event `Object Created`.
 
     https://docs.aws.amazon.com/AmazonS3/latest/userguide/ev-events.html
 
     Raises:
-        RequestRefused: It tells of none.
+        RequestRefused: The event names no object.
     """
     try:
         bucket, found = event["detail"]["bucket"]["name"], event["detail"]["object"]
         key, size = found["key"], found.get("size")
         others = {name: found.get(name) for name in ("etag", "version-id", "sequencer")}
     except (KeyError, TypeError, AttributeError):
-        raise RequestRefused("event: not S3's Object Created.") from None
+        raise RequestRefused("event: must be S3's Object Created.") from None
     texts = [bucket, key, *(value for value in others.values() if value is not None)]
     if not all(isinstance(text, str) and 1 <= len(text) <= 1024 for text in texts) or not isinstance(size, int | None):
-        raise RequestRefused("event: not S3's Object Created.")
+        raise RequestRefused("event: must be S3's Object Created.")
     return bucket, {
         "bucket": bucket,
         "key": key,
@@ -511,15 +519,15 @@ def object_of(event: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def next_depth(told: Any, where: str) -> int:
-    """One more than the depth that something carries; 0 where it carries none.
+    """Return one more than the given depth, or 0 without one.
 
     Raises:
-        RequestRefused: What it carries is no depth: it cannot be told how often it went round.
+        RequestRefused: The value is not a depth, so the number of rounds is unknown.
     """
     if told is None:
         return 0
     if isinstance(told, bool) or not re.fullmatch(r"[0-9]{1,6}", str(told), re.ASCII):
-        raise RequestRefused(f"{where}: has to be a whole number.")
+        raise RequestRefused(f"{where}: must be a whole number.")
     return int(told) + 1
 
 
@@ -538,7 +546,7 @@ def _recipe_of(item: Mapping[str, Any]) -> Recipe:
 
 
 def _url_encoded(text: str) -> str:
-    """A value as a part of a URL, whichever part that is."""
+    """Encode a value for any part of a URL."""
     return quote(text, safe="")
 
 

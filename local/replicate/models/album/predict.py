@@ -1,4 +1,4 @@
-"""`local/album`: an object with files at several depths, beside plain values and URLs that are no files."""
+"""`local/album`: an object with files at several depths, next to plain values and URLs that are not files."""
 
 from tempfile import mkdtemp
 from typing import Any
@@ -25,7 +25,7 @@ class Predictor(BaseRunner):
         title: str = Input(description="Written on each picture.", default="Album"),
         pages: int = Input(description="Number of pages.", default=2, ge=0, le=20),
     ) -> Output:
-        """Makes one."""
+        """Make an album."""
         folder = Path(mkdtemp())
 
         def picture(name: str, text: str) -> Path:

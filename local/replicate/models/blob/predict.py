@@ -21,7 +21,7 @@ class Predictor(BaseRunner):
         seed: int = Input(description="Same seed and size: same bytes.", default=0),
         as_data_url: bool = Input(description="Answer with a data: URL, not with a file.", default=False),
     ) -> Any:
-        """Writes one."""
+        """Write a file."""
         file = Path(mkdtemp()) / Path(name).name
         random_ = random.Random(seed)  # noqa: S311 - bytes to copy, not a secret
         left = size_bytes

@@ -1,4 +1,4 @@
-"""`local/crasher`: fails, in the way it is told to."""
+"""`local/crasher`: fails, in a chosen way."""
 
 import os
 import time
@@ -7,7 +7,7 @@ from cog import BaseRunner, Input
 
 
 def pause(seconds: float) -> None:
-    """Sleeps in short steps: Cog cannot interrupt a sleep to cancel."""
+    """Sleep in short steps: Cog cannot interrupt a sleep to cancel."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(0.1, left))

@@ -1,4 +1,4 @@
-"""`local/etcher`: redraws a picture that it is given by URL."""
+"""`local/etcher`: redraws a picture from a URL."""
 
 from tempfile import mkdtemp
 
@@ -22,7 +22,7 @@ class Predictor(BaseRunner):
             choices=["etching", "duotone", "posterize", "mosaic"],
         ),
     ) -> Path:
-        """Redraws one."""
+        """Redraw a picture."""
         with Image.open(image) as opened:
             picture = ImageOps.exif_transpose(opened).convert("RGB")
         picture.thumbnail((1536, 1536))

@@ -61,25 +61,25 @@ water_words = ("sea", "lake", "ocean", "water", "river", "reflection", "coast", 
 
 
 def blend(one: Colour, other: Colour, share: float) -> Colour:
-    """The colour that is `share` (0 to 1) of the way from `one` to `other`."""
+    """Return the colour that is `share` (0 to 1) of the way from `one` to `other`."""
     return tuple(round(a + (b - a) * share) for a, b in zip(one, other, strict=True))  # type: ignore[return-value]
 
 
 def gradient(size: tuple[int, int], colours: list[Colour]) -> Image.Image:
-    """A vertical gradient through `colours`."""
+    """Return a vertical gradient through `colours`."""
     column = Image.new("RGB", (1, len(colours)))
     column.putdata(colours)
     return column.resize(size, Image.Resampling.BICUBIC)
 
 
 def static(random_: random.Random, size: tuple[int, int], swing: int) -> Image.Image:
-    """Grey noise around 128, at most `swing` away from it (`Image.effect_noise` cannot be seeded)."""
+    """Return seeded grey noise of 128 ± `swing` (`Image.effect_noise` has no seed)."""
     noise = Image.frombytes("L", size, random_.randbytes(size[0] * size[1]))
     return noise.point([128 + round((level - 127.5) / 127.5 * swing) for level in range(256)])
 
 
 def ridge(random_: random.Random, width: int, roughness: float, points: int = 9) -> list[float]:
-    """Heights between about -1 and 1, one for each column, by midpoint displacement."""
+    """Return heights of about -1 to 1 for each column, by midpoint displacement."""
     heights = [random_.uniform(-0.7, 0.7) for _ in range(points)]
     step = 0.55
     while len(heights) < width:
@@ -90,7 +90,7 @@ def ridge(random_: random.Random, width: int, roughness: float, points: int = 9)
 
 
 def paint(prompt: str, seed: int, size: tuple[int, int]) -> tuple[Image.Image, str]:
-    """The picture and the name of its palette."""
+    """Return the picture and the name of its palette."""
     digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
     random_ = random.Random(digest)  # noqa: S311 - a picture, not a secret
     text = prompt.lower()
@@ -204,7 +204,7 @@ class Predictor(BaseRunner):
         ),
         output_format: str = Input(description="File format.", default="png", choices=["png", "jpg", "webp"]),
     ) -> Path:
-        """Paints one."""
+        """Paint a landscape."""
         size = sizes[aspect_ratio]
         print(f"Painting {size[0]} x {size[1]} pixels with seed {seed}")
         picture, palette = paint(prompt, seed, size)

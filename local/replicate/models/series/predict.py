@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def pause(seconds: float) -> None:
-    """Sleeps in short steps: Cog cannot interrupt a sleep to cancel."""
+    """Sleep in short steps: Cog cannot interrupt a sleep to cancel."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(0.1, left))
@@ -25,7 +25,7 @@ class Predictor(BaseRunner):
         hue: float = Input(description="Colour to start from, 0 to 1.", default=0.6, ge=0, le=1),
         delay_seconds: float = Input(description="Pause before each picture, in seconds.", default=0.0, ge=0, le=60),
     ) -> Iterator[Path]:
-        """Yields one picture after the other."""
+        """Yield one picture after the other."""
         folder = Path(mkdtemp())
         for number in range(count):
             pause(delay_seconds)

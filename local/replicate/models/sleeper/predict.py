@@ -1,4 +1,4 @@
-"""`local/sleeper`: takes the time it is told to, several at once, and can be canceled meanwhile."""
+"""`local/sleeper`: runs for a given time, several at once, and can be canceled meanwhile."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ class Predictor(BaseRunner):
         seconds: float = Input(description="How long to run, in seconds.", default=1.0, ge=0, le=3600),
         text: str = Input(description="Given back as the output.", default="slept well"),
     ) -> str:
-        """Sleeps and gives `text` back."""
+        """Sleep and return `text`."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             print(f"{left:.1f} s left")

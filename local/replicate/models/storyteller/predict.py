@@ -14,7 +14,7 @@ openings = (
 )
 turns = (
     "Every evening it grew a little lighter,",
-    "The old cartographer wrote it down,",
+    "The old cartographer drew it at last,",
     "By morning the river knew,",
 )
 doubts = (
@@ -30,7 +30,7 @@ endings = (
 
 
 def words(prompt: str, count: int) -> Iterator[str]:
-    """Exactly `count` words of a story that depends on nothing but the prompt."""
+    """Yield exactly `count` words of a story that depends on nothing but the prompt."""
     random_ = random.Random(hashlib.sha256(prompt.encode()).digest())  # noqa: S311 - a story, not a secret
     story = f"{random_.choice(openings)} {prompt.strip()}."
     while len(story.split()) < count:
@@ -39,7 +39,7 @@ def words(prompt: str, count: int) -> Iterator[str]:
 
 
 def pause(seconds: float) -> None:
-    """Sleeps in short steps: Cog cannot interrupt a sleep to cancel."""
+    """Sleep in short steps: Cog cannot interrupt a sleep to cancel."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(0.1, left))
@@ -55,7 +55,7 @@ class Predictor(BaseRunner):
         max_tokens: int = Input(description="Number of words.", default=24, ge=1, le=2000),
         delay_seconds: float = Input(description="Pause before each word, in seconds.", default=0.01, ge=0, le=10),
     ) -> ConcatenateIterator[str]:
-        """Tells one, a word at a time."""
+        """Tell a story, a word at a time."""
         print(f"Telling {max_tokens} words")
         for number, word in enumerate(words(prompt, max_tokens)):
             pause(delay_seconds)

@@ -15,7 +15,7 @@ class Predictor(BaseRunner):
         words: int = Input(description="How many words to say.", default=12, ge=1, le=1000),
         seed: int = Input(description="Same weights and seed: same sentence.", default=0),
     ) -> str:
-        """Says one."""
+        """Say a sentence."""
         following = json.loads(weights.read_text())
         random_ = random.Random(seed)  # noqa: S311 - a sentence, not a secret
         said = [random_.choice(sorted(following))]

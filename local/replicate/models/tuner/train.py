@@ -1,4 +1,4 @@
-"""Trains `local/tuner`: which word follows which, in a text."""
+"""Training of `local/tuner`: counts the pairs of words in a text."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ from cog import BaseModel, Input, Path
 
 
 class TrainingOutput(BaseModel):
-    """What a training gives."""
+    """The output of a training."""
 
     weights: Path
 
@@ -20,7 +20,7 @@ def train(
     epochs: int = Input(description="How often the text is read.", default=3, ge=1, le=1000),
     seconds: float = Input(description="How long to take at least, in seconds.", default=0.0, ge=0, le=3600),
 ) -> TrainingOutput:
-    """Counts the pairs of words."""
+    """Count the pairs of words."""
     words = train_data.read_text(errors="replace").split()
     if len(words) < 2:
         raise ValueError("The training data holds fewer than two words")
