@@ -19,7 +19,7 @@ from predictions.intents.model import (
 )
 from predictions.lifecycle.submissions import Submissions
 from predictions.observability import logger, remaining_seconds
-from predictions.store.predictions import Prediction, Whole
+from predictions.store.records import Prediction, PredictionDetail
 from predictions.views.prediction import Presenter
 
 # API Gateway ends a request after 29 s; submitting and answering take the rest.
@@ -110,7 +110,7 @@ def _start(intent: Intent, rate_limit: dict[str, str], wait_seconds: float = 0) 
 
 
 def _answer(intent: Intent, prediction: Prediction, headers: dict[str, str]) -> Response[str]:
-    def read() -> Whole:
+    def read() -> PredictionDetail:
         return own_prediction(submissions.table, prediction.id, intent.owner, intent.object)
 
     shown = presenter.show_started(prediction, json.loads(intent.input_json), read)

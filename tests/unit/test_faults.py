@@ -20,7 +20,8 @@ from predictions.lifecycle.receive_webhook import receive
 from predictions.lifecycle.submissions import Submissions, Timing
 from predictions.observability import metrics
 from predictions.status import Status
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
 from tests.unit.conftest import make_submissions

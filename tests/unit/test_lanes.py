@@ -17,6 +17,7 @@ import pytest
 from predictions.admission.quotas import OwnersUsage
 from predictions.admission.rate_limiter import BURST_SECONDS, Limiter
 from predictions.aws import clients as aws
+from predictions.aws.dynamodb import Table as AwsTable
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionThrottled, Problem
 from predictions.files.outputs_bucket import OutputsBucket
@@ -24,6 +25,7 @@ from predictions.lifecycle.reconcile import UnknownSubmissions
 from predictions.lifecycle.submissions import Submissions
 from predictions.observability import logger, metrics
 from predictions.store.predictions import PredictionsTable
+from predictions.store.recent_requests import RecentRequests
 from predictions.upstream.client import Replicate, Token
 
 from tests.reliability import Recorded
@@ -90,6 +92,7 @@ class Stack:
                 Executions(ARN, aws.client("stepfunctions")),
                 TIMING,
                 limiter=Limiter("predictions", dynamodb, creates_per_minute=self.rate, now=self.clock.now),
+                recent=RecentRequests(AwsTable("predictions", dynamodb)),
                 usage=OwnersUsage("predictions", dynamodb, now=self.clock.now),
                 unknown=UnknownSubmissions(
                     self.predictions, upstream, "predictions", dynamodb, grace=90, first_poll=60, now=self.clock.now

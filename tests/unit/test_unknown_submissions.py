@@ -12,7 +12,8 @@ from predictions.errors import PredictionThrottled
 from predictions.lifecycle.reconcile import CALLS_AT_ONCE, CALLS_PER_MINUTE, STOP_SECONDS, _Budget
 from predictions.lifecycle.submissions import Submissions, Timing
 from predictions.observability import metrics
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 from predictions.upstream.prediction import UpstreamPrediction
 
 from tests.unit.conftest import make_submissions

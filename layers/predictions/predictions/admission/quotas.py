@@ -24,6 +24,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from predictions.aws.clients import client
+from predictions.aws.dynamodb import Table
 from predictions.errors import PredictionsError, Problem
 
 if TYPE_CHECKING:
@@ -399,13 +400,13 @@ class OwnersUsage:
         Returns:
             How many are left, as far as is known: somebody else may be giving some back, or taking some.
         """
-        from predictions.aws.dynamodb import read_items  # the authorizer, which needs the limits only, goes without
-
         found = self._dynamodb.get_item(
             TableName=self._table_name, Key=_usage_key(owner, places.sk), ConsistentRead=True
         )
         taken: Mapping[str, Any] = found.get("Item", {}).get("ids", {}).get("M", {})
-        statuses = read_items(self._dynamodb, self._table_name, [(f"{places.prefix}{id_}", "status") for id_ in taken])
+        statuses = Table(self._table_name, self._dynamodb).read_items(
+            [(f"{places.prefix}{id_}", "status") for id_ in taken]
+        )
         long_ago = self._now() * 1000 - _MISSING_MS
         gone: dict[str, int] = {}
         for id_, place in taken.items():

@@ -28,10 +28,12 @@ import httpx
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import api_url, client
+from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Key, Table
 from predictions.errors import Problem
 from predictions.lifecycle.model_lookup import KEEP_SECONDS, to_keep, usable_schema
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, schema_key
+from predictions.store.keys import response_key, schema_key
+from predictions.store.payloads import PAYLOAD_LIMIT_BYTES
 from predictions.upstream.client import (
     RATE_LIMIT_HEADERS,
     SCHEMA_LIMIT_BYTES,
@@ -362,20 +364,19 @@ class VersionCache:
         *,
         keeps_schemas: bool = False,
     ) -> None:
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+        self._table = Table(table_name, dynamodb)
         self._now = now
         self._keeps_schemas = keeps_schemas
 
     def find(self, call: Call) -> str | None:
         """The answer to a call, where it is kept and not too old."""
         try:
-            found = self._dynamodb.get_item(TableName=self._table_name, Key=self._key(call)).get("Item")
+            found = self._table.get_item(response_key(call.path), consistent=False)
         except (ClientError, BotoCoreError):
             logger.exception("the cache of versions cannot be read")
             return None
         # The table removes expired items up to days later.
-        return found["json"]["S"] if found and int(found["expires_at"]["N"]) > self._now() else None
+        return str(found["json"]) if found and found["expires_at"] > self._now() else None
 
     def keep(self, call: Call, text: str) -> None:
         """Keeps the answer to a call, if it is the version that was asked for and not too large."""
@@ -384,7 +385,7 @@ class VersionCache:
             return
         size = len(text.encode())
         if size <= VERSION_CACHE_LIMIT_BYTES:
-            self._put(call, text, int(self._now()) + VERSION_CACHE_SECONDS)
+            self._write(response_key(call.path), {"json": text}, VERSION_CACHE_SECONDS)
         if self._keeps_schemas and size <= SCHEMA_LIMIT_BYTES:
             self._keep_schema(call.version_id, "/".join(call.path.split("/")[2:4]), value.get("openapi_schema"))
 
@@ -393,37 +394,25 @@ class VersionCache:
 
         A read at the same moment may keep it once more, for `VERSION_CACHE_SECONDS`.
         """
-        self._put(call, "{}", int(self._now()))
+        self._write(response_key(call.path), {"json": "{}"}, 0)
 
     def _keep_schema(self, version: str, model: str, openapi_schema: Any) -> None:
-        """As `PredictionsTable.keep_schema`; of a schema that is too large for an item only whose it is."""
+        """As `StoredSchemas.put_schema`; of a schema that is too large for an item only whose it is."""
         text, seconds = to_keep(usable_schema(openapi_schema, version))
-        kept: dict[str, Any] = {"model": {"S": model}, "json": {"S": text}}
-        options: dict[str, Any] = {}
         if len(text.encode()) > PAYLOAD_LIMIT_BYTES:
             # The next prediction asks for it, and keeps it in the bucket: this function has nothing to do there.
-            del kept["json"]
-            options = {
-                "ConditionExpression": "attribute_not_exists(pk) OR expires_at <= :now",
-                "ExpressionAttributeValues": {":now": {"N": str(int(self._now()))}},
-            }
-            seconds = KEEP_SECONDS
-        key = {name: {"S": value} for name, value in schema_key(version).items()}
-        self._write({**key, **kept, "expires_at": {"N": str(int(self._now()) + seconds)}}, **options)
+            unknown = NEW | Condition("expires_at <= :now", now=int(self._now()))
+            self._write(schema_key(version), {"model": model}, KEEP_SECONDS, unknown)
+        else:
+            self._write(schema_key(version), {"model": model, "json": text}, seconds)
 
-    def _put(self, call: Call, text: str, expires_at: int) -> None:
-        self._write({**self._key(call), "json": {"S": text}, "expires_at": {"N": str(expires_at)}})
-
-    def _write(self, item: dict[str, Any], **options: Any) -> None:
+    def _write(self, key: Key, item: Mapping[str, Any], seconds: int, condition: Condition | None = None) -> None:
         try:
-            self._dynamodb.put_item(TableName=self._table_name, Item=item, **options)
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            self._table.put_item(key, {**item, "expires_at": int(self._now()) + seconds}, condition)
+        except ConditionFailed:
             return  # what is there knows more
         except (ClientError, BotoCoreError):
             logger.exception("the cache of versions cannot be written")
-
-    def _key(self, call: Call) -> dict[str, Any]:
-        return {"pk": {"S": f"forwarded#{call.path}"}, "sk": {"S": "answer"}}
 
 
 def _location(told: httpx.Response) -> str | None:

@@ -28,7 +28,8 @@ from predictions.cli.stack import (
     second,
 )
 from predictions.lifecycle.reconcile import undecided_ids
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 
 app = group()
 

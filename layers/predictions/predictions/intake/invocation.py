@@ -27,7 +27,7 @@ from predictions.errors import Problem
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.lifecycle.submissions import Submissions
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.store.predictions import Prediction, Whole
+from predictions.store.records import Prediction, PredictionDetail
 from predictions.validation import parse_json
 from predictions.views.prediction import Presenter
 
@@ -239,7 +239,7 @@ class RunJobs:
             if seen is None or _ended(seen):
                 return
 
-    def _read(self, prediction: Prediction) -> Whole:
+    def _read(self, prediction: Prediction) -> PredictionDetail:
         whole = self._submissions.table.read(prediction.id)
         if whole is None:
             raise LookupError(prediction.id)

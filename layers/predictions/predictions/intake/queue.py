@@ -26,7 +26,9 @@ from predictions.ids import OWNER_RULE, is_owner
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.intents.sources import Message, RequestRefused, Source
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.store.predictions import CALLERS_LIMIT, AlreadyExists, Prediction, PredictionsTable
+from predictions.store.callers import CALLERS_LIMIT, WaitingCallers
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import AlreadyExists, Prediction
 from predictions.validation import parse_json
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Requests:
 
     Args:
         table: The predictions.
+        callers: The states that wait for their ends.
         executions: The state machine.
         lifetime_seconds: The deadline of a request that names none.
         retention_seconds: How long the table keeps a prediction.
@@ -54,6 +57,7 @@ class Requests:
     def __init__(
         self,
         table: PredictionsTable,
+        callers: WaitingCallers,
         executions: Executions,
         *,
         lifetime_seconds: int,
@@ -64,6 +68,7 @@ class Requests:
         now: Callable[[], float] = time.time,
     ) -> None:
         self._table = table
+        self._callers = callers
         self._executions = executions
         self._lifetime_seconds = lifetime_seconds
         self._retention_seconds = retention_seconds
@@ -86,6 +91,7 @@ class Requests:
                 raise ValueError(f"{variable} names the owner {owner!r}; an owner has {OWNER_RULE}.")
         return cls(
             PredictionsTable.from_env(),
+            WaitingCallers.from_env(),
             Executions.from_env(),
             lifetime_seconds=int(os.environ["DEFAULT_LIFETIME_SECONDS"]),
             retention_seconds=int(os.environ["RETENTION_DAYS"]) * 86400,
@@ -171,7 +177,7 @@ class Requests:
                 reason = "Its idempotency key belongs to another request: use a new key for a new request."
                 raise RequestRefused(reason) from None
             # Not before it is known to be the same request. A new prediction has no callers yet, so nothing is counted.
-            if task_token is not None and not self._table.takes_caller(prediction.id, task_token):
+            if task_token is not None and not self._callers.takes_caller(prediction.id, task_token):
                 raise RequestRefused(
                     f"task_token: {CALLERS_LIMIT} states wait for prediction {prediction.id} already, which is the "
                     "limit. Send a request with an idempotency key of its own, or poll the prediction."
@@ -179,7 +185,7 @@ class Requests:
         if task_token is not None:
             # Not before it is known to be the same request. It may have ended: publish_changes sees both, this and the
             # end, and tells the state with the later one.
-            self._table.add_caller(prediction.id, task_token, int(now) + self._retention_seconds)
+            self._callers.add_caller(prediction.id, task_token, int(now) + self._retention_seconds)
         if prediction.execution_n == 1 and not prediction.terminal:
             # Whoever wrote it down may have died right after. A name that is used up is the sweep's to deal with.
             self._executions.start(prediction.id, 1, submit=True)

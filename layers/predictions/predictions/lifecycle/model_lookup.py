@@ -23,7 +23,7 @@ from predictions.observability import MetricUnit, logger, metrics
 from predictions.upstream.client import UpstreamError, is_model_name
 
 if TYPE_CHECKING:
-    from predictions.store.predictions import PredictionsTable
+    from predictions.store.schemas import StoredSchemas
     from predictions.upstream.client import Replicate
     from predictions.upstream.input_schema import InputSchema
     from predictions.upstream.prediction import UpstreamPrediction
@@ -46,15 +46,15 @@ class ModelSchemas:
     """Finds the schema by which to check an input.
 
     Args:
-        table: Keeps schemas by version.
+        stored: The schemas by version.
         replicate: Tells them.
         now: The time, in seconds since 1970.
     """
 
     def __init__(
-        self, table: "PredictionsTable", replicate: "Replicate", *, now: Callable[[], float] = time.time
+        self, stored: "StoredSchemas", replicate: "Replicate", *, now: Callable[[], float] = time.time
     ) -> None:
-        self._table = table
+        self._stored = stored
         self._replicate = replicate
         self._now = now
         self._schemas: dict[str, tuple[float, InputSchema | None]] = {}
@@ -95,7 +95,7 @@ class ModelSchemas:
         del self._nameless[version]
         now = self._now()
         try:
-            self._table.note_model(version, told.model, int(now) + KEEP_SECONDS, now)
+            self._stored.put_model(version, told.model, int(now) + KEEP_SECONDS, now)
         except (ClientError, BotoCoreError) as error:
             logger.warning("model of a version not noted", version=version, reason=_reason(error))
 
@@ -115,7 +115,7 @@ class ModelSchemas:
         return self.of_version(*remembered[1]) if remembered[1] else None
 
     def _find(self, name: str | None, version: str) -> "InputSchema | None":
-        kept = self._table.kept_schema(version, self._now())
+        kept = self._stored.get_schema(version, self._now())
         if kept and kept.text == _UNUSABLE:
             return None
         if kept and kept.text is not None:
@@ -131,7 +131,7 @@ class ModelSchemas:
         schema = usable_schema(self._replicate.version_schema(name, version), version)
         text, seconds = to_keep(schema)
         try:
-            self._table.keep_schema(version, text, int(self._now()) + seconds, name)
+            self._stored.put_schema(version, text, int(self._now()) + seconds, name)
         except (ClientError, BotoCoreError) as error:
             logger.warning("schema not kept", version=version, reason=_reason(error))
         return schema

@@ -30,9 +30,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from predictions.aws.clients import api_url, client
-from predictions.aws.dynamodb import deserialize, read_items, serialize
+from predictions.aws.dynamodb import Table, deserialize, serialize
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.store.predictions import Change, Prediction, PredictionsTable
+from predictions.store.keys import BREAKER, READING_LEASE, listed_key, unknown_key, upstream_key
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Change, Prediction
 from predictions.upstream.client import Collection, OutcomeUnknown, Replicate, Target, Unavailable
 from predictions.upstream.list_reader import MARGIN_SECONDS, Listed, ListReader, Reading, digest_of
 from predictions.upstream.prediction import UpstreamPrediction
@@ -80,8 +82,8 @@ _REMEMBERED_SECONDS = 7200
 _HISTORY = 8
 _NAMED = 10
 
-_LEASE = {"pk": "readings", "sk": "lease"}
-_BREAKER = {"pk": "readings", "sk": "breaker"}
+_LEASE = READING_LEASE._asdict()
+_BREAKER = BREAKER._asdict()
 
 Bind = Callable[[Prediction, UpstreamPrediction], Prediction]
 
@@ -208,7 +210,7 @@ class UnknownSubmissions:
         self._put(f"claim#{prediction.claimed:010d}#{prediction.id}", prediction)
 
     def _put(self, sk: str, prediction: Prediction) -> None:
-        item = {"pk": "unknown", "sk": sk, "id": prediction.id, "collection": prediction.collection,
+        item = {**unknown_key(sk)._asdict(), "id": prediction.id, "collection": prediction.collection,
                 "expires_at": max(prediction.deadline, int(self._now())) + 86400}  # fmt: skip
         self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
 
@@ -397,7 +399,7 @@ class UnknownSubmissions:
         return self._table.get_many(ids)
 
     def _remove(self, sk: str) -> None:
-        self._dynamodb.delete_item(TableName=self._table_name, Key=serialize({"pk": "unknown", "sk": sk}))
+        self._dynamodb.delete_item(TableName=self._table_name, Key=serialize(unknown_key(sk)._asdict()))
 
     def _missing_controls(self, collection: Collection, reading: Reading, back_to: float) -> list[str]:
         """The open, bound predictions of this stack, created in the same window, that a reading does not show.
@@ -503,18 +505,16 @@ class UnknownSubmissions:
         if not entries:
             return {}
         found: dict[str, _Hidden] = {}
-        keys = [
-            key for entry in entries for key in ((f"listed#{entry.id}", "listed"), (f"upstream#{entry.id}", "upstream"))
-        ]
-        items = read_items(self._dynamodb, self._table_name, keys)
+        keys = [key for entry in entries for key in (listed_key(entry.id), upstream_key(entry.id))]
+        items = Table(self._table_name, self._dynamodb).read_items(keys)
         ids = {p.id for p in claims}
         asked, until = 0, self._now() + _ENTRIES_SECONDS
         for entry in entries:
-            reserved = items.get((f"upstream#{entry.id}", "upstream"))
+            reserved = items.get(upstream_key(entry.id))
             if reserved is not None and (reserved["id"] not in ids or reserved.get("orphan")):
                 found[entry.id] = _Hidden(known=True, excluded=True)
                 continue
-            remembered = items.get((f"listed#{entry.id}", "listed"))
+            remembered = items.get(listed_key(entry.id))
             if remembered is None:
                 if asked >= _ENTRIES_ASKED or self._now() >= until:
                     continue  # the next reading goes on
@@ -529,7 +529,7 @@ class UnknownSubmissions:
 
     def _ask(self, collection: Collection, entry: Listed) -> dict[str, Any] | None:
         """Find out whose an entry is, and remember it; None where that cannot be told now."""
-        item: dict[str, Any] = {"pk": f"listed#{entry.id}", "sk": "listed",
+        item: dict[str, Any] = {**listed_key(entry.id)._asdict(),
                                 "expires_at": int(self._now()) + _REMEMBERED_SECONDS}  # fmt: skip
         bound_to = self._table.bound_to(entry.id)
         if bound_to is not None:
@@ -651,7 +651,7 @@ class UnknownSubmissions:
 
     def remember_orphan(self, upstream_id: str, prediction: Prediction) -> None:
         """Record whose orphan an upstream prediction is, so that it is nobody's candidate."""
-        item = {"pk": f"upstream#{upstream_id}", "sk": "upstream", "id": prediction.id, "orphan": True,
+        item = {**upstream_key(upstream_id)._asdict(), "id": prediction.id, "orphan": True,
                 "expires_at": prediction.expires_at}  # fmt: skip
         self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
 

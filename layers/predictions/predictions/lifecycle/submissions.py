@@ -40,8 +40,11 @@ from predictions.lifecycle.model_lookup import ModelSchemas
 from predictions.lifecycle.reconcile import RESUBMIT_WAITS, UnknownSubmissions, target_of, undecided_ids, webhook_of
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.status import TERMINAL_RANK, Status, rank_of
-from predictions.store.origins import is_canceled
-from predictions.store.predictions import AlreadyExists, Change, Prediction, PredictionsTable, Waits
+from predictions.store.origins import is_active
+from predictions.store.predictions import PredictionsTable
+from predictions.store.recent_requests import RecentRequests
+from predictions.store.records import AlreadyExists, Change, Prediction, Waits
+from predictions.store.schemas import StoredSchemas
 from predictions.upstream.client import (
     NotAccepted,
     NotFound,
@@ -165,6 +168,7 @@ class Submissions:
         executions: The state machine.
         timing: The operator's choices.
         limiter: When a create may start.
+        recent: Recent requests without a key.
         usage: What owners use of their limits.
         unknown: Finds out what became of creates without a clear answer.
         schemas: Finds the schemas by which inputs are checked; None: they are not.
@@ -182,6 +186,7 @@ class Submissions:
         timing: Timing,
         *,
         limiter: Limiter,
+        recent: RecentRequests,
         usage: OwnersUsage,
         unknown: UnknownSubmissions,
         schemas: ModelSchemas | None = None,
@@ -195,6 +200,7 @@ class Submissions:
         self._executions = executions
         self._timing = timing
         self._limiter = limiter
+        self._recent = recent
         self._usage = usage
         self._unknown = unknown
         self._schemas = schemas
@@ -215,9 +221,12 @@ class Submissions:
             Executions.from_env(),
             Timing.from_env(),
             limiter=Limiter.from_env(),
+            recent=RecentRequests.from_env(),
             usage=OwnersUsage.from_env(),
             unknown=UnknownSubmissions.from_env(table, replicate),
-            schemas=ModelSchemas(table, replicate) if os.environ["VALIDATE_INPUT"] == "true" else None,
+            schemas=ModelSchemas(StoredSchemas.from_env(), replicate)
+            if os.environ["VALIDATE_INPUT"] == "true"
+            else None,
             resubmit=os.environ["UNKNOWN_SUBMISSION"] == "resubmit",
             max_unknown_creates=int(os.environ["MAX_UNKNOWN_CREATES"]),
         )
@@ -266,7 +275,8 @@ class Submissions:
         if intent.keyed:
             attempt = None
         if attempt and attempt.number:
-            existing = self.table.recent(intent.owner, intent.fingerprint, attempt)
+            recorded_id = self._recent.find(intent.owner, intent.fingerprint, attempt)
+            existing = self.table.get(recorded_id) if recorded_id else None
             if existing is not None:
                 return _existing(existing, intent)
         if pause := self._limiter.pause_now():
@@ -285,7 +295,7 @@ class Submissions:
         # as one whose answer was lost.
         api_url()
         if attempt:
-            noted_id = self.table.note_request(intent.id, intent.owner, intent.fingerprint, attempt)
+            noted_id = self._recent.note(intent.id, intent.owner, intent.fingerprint, attempt)
             intent = replace(intent, id=noted_id)
         if limits is None:
             limits = self._usage.known_limits(intent.owner)
@@ -458,7 +468,7 @@ class Submissions:
         if now >= prediction.deadline:
             self._end(prediction, Status.FAILED, self._why_not_started(prediction))
             return
-        if not self.table.line_wanted(prediction):
+        if "batch" in prediction.origin and not is_active(prediction.origin):
             self._end(prediction, Status.CANCELED, "It was not started: its batch has stopped.")
             return
         # One that is woken before its turn takes a start that nobody else waits for.
@@ -529,7 +539,7 @@ class Submissions:
         submit_at = math.ceil(now + self._look_seconds(prediction) if isinstance(start, TooLate) else start.at)
         waits = _waits(start)
         # Where it moved on meanwhile, the next look finds out.
-        if self.table.put_off(prediction, submit_at, counted=counted, waits=waits) is None:
+        if self.table.defer(prediction, submit_at, counted=counted, waits=waits) is None:
             self._return(_lane(prediction), prediction.owner, waits)
         raise self._put_off_until(prediction, submit_at, waits.turn_ms)
 
@@ -1071,7 +1081,7 @@ class Submissions:
             # A look that Replicate did not answer has not died: its cancel is sent again soon, by a look that may
             # still put the execution off.
             again = soon if unheard else self._look_again_at(prediction, now)
-            self.table.end_look(prediction, again, stalled=True, put_off=not unheard)
+            self.table.end_look(prediction, again, stalled=True, deferred=not unheard)
             return
         if execution == "RUNNING":
             if prediction.terminal:
@@ -1331,7 +1341,7 @@ def _unwanted(prediction: Prediction) -> bool:
     """Whether what asked for a prediction was canceled after its request was read, and before it was written down."""
     if "pipeline" not in prediction.origin:
         return False
-    return is_canceled(str(prediction.origin["pipeline"]))
+    return not is_active(prediction.origin)
 
 
 def _not_ended(prediction: Prediction) -> str:

@@ -17,7 +17,8 @@ from predictions.notifications.webhook_queue import FIRST_WAIT_SECONDS, DeadLett
 from predictions.notifications.webhook_slots import NoSlotFree, WebhookSlots
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
-from predictions.store.predictions import PredictionsTable, Whole
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import PredictionDetail
 from predictions.views.prediction import Presenter
 
 TOTAL_SECONDS = 10.0
@@ -157,7 +158,7 @@ class Receivers:
             self._dead_letters.bury(delivery, failure.reason)
         return True
 
-    def _shown(self, whole: Whole, delivery: Delivery) -> dict[str, Any] | None:
+    def _shown(self, whole: PredictionDetail, delivery: Delivery) -> dict[str, Any] | None:
         """The prediction as the event tells it; None where it has nothing to tell (any more).
 
         Replicate's receivers know the end by its status, so only `completed` may show one: what comes late of the

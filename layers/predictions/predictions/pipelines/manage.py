@@ -21,7 +21,9 @@ from predictions.pipelines.definition import create_definition, fingerprint
 from predictions.pipelines.state import StepState, run_ids, states_of
 from predictions.pipelines.steps import wake_pipeline
 from predictions.pipelines.store import Pipeline, PipelineExists, PipelinesTable, StoredPipeline
-from predictions.store.predictions import Prediction, PredictionsTable, Whole
+from predictions.store.predictions import PredictionsTable
+from predictions.store.recent_requests import RecentRequests
+from predictions.store.records import Prediction, PredictionDetail
 from predictions.validation import parse_json
 from predictions.views.prediction import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
 
@@ -36,6 +38,7 @@ class PipelineApi:
     Args:
         table: The pipelines.
         predictions: The predictions of their steps.
+        recent: Recent requests without a key.
         submissions: Knows the schemas of models' inputs.
         executions: Runs pipelines.
         presenter: Shows outputs.
@@ -48,6 +51,7 @@ class PipelineApi:
         self,
         table: PipelinesTable,
         predictions: PredictionsTable,
+        recent: RecentRequests,
         submissions: Submissions,
         executions: PipelineExecutions,
         presenter: Presenter,
@@ -60,6 +64,7 @@ class PipelineApi:
         self._usage = usage
         self._table = table
         self._predictions = predictions
+        self._recent = recent
         self._submissions = submissions
         self._executions = executions
         self._presenter = presenter
@@ -72,6 +77,7 @@ class PipelineApi:
         return cls(
             PipelinesTable.from_env(),
             PredictionsTable.from_env(),
+            RecentRequests.from_env(),
             Submissions.from_env(),
             PipelineExecutions.from_env(),
             Presenter.from_env(),
@@ -125,7 +131,7 @@ class PipelineApi:
             if known != print_:
                 raise _of_another()
         elif attempt:
-            pipeline_id = self._predictions.note_request(pipeline_id, owner, f"pipeline#{print_}", attempt)
+            pipeline_id = self._recent.note(pipeline_id, owner, f"pipeline#{print_}", attempt)
         self._take_place(owner, pipeline_id, limits)
         try:
             pipeline = self._table.put_pipeline(
@@ -169,7 +175,7 @@ class PipelineApi:
         """The pipeline that an earlier attempt of the same request created."""
         if attempt is None or not attempt.number:
             return None
-        noted = self._predictions.recent_id(owner, f"pipeline#{print_}", attempt)
+        noted = self._recent.find(owner, f"pipeline#{print_}", attempt)
         return self._table.get_pipeline(noted) if noted else None
 
     def _take_place(self, owner: str, pipeline_id: str, limits: OwnerLimits | None) -> None:
@@ -314,7 +320,7 @@ class PipelineApi:
         for result in results:
             text = self._predictions.result_text(result)
             said = json.loads(text) if text else {"output": None, "logs": None}
-            whole = Whole(result.prediction, {}, said["output"], said["logs"], result.files)
+            whole = PredictionDetail(result.prediction, {}, said["output"], said["logs"], result.files)
             outputs.append(self._presenter.show(whole)["output"])
         output = outputs[0] if state.step.for_each is None else outputs
         size = answer_bytes(output)
