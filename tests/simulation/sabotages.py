@@ -13,7 +13,7 @@ from unittest import mock
 from predictions import status as statuses
 from predictions.admission import rate_limiter
 from predictions.admission.rate_limiter import Limiter
-from predictions.aws.dynamodb import PRESENT, Condition
+from predictions.aws.dynamodb import PRESENT, Condition, Sum
 from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
 from predictions.files import outputs_bucket
@@ -322,9 +322,8 @@ def _used_again(_: Any) -> Any:
 
     def plan_free(self: Limiter, lane: str, number: int) -> Any:
         plan = rate_limiter._Plan("free", 0, number)
-        plan.conditions.append("attribute_exists(pk)")
-        plan.sets.append(f"{lane}_at = {lane}_at + :nothing")
-        plan.values[":nothing"] = 0
+        plan.conditions.append(PRESENT)
+        plan.set[f"{lane}_at"] = Sum(f"{lane}_at", 0)
         return plan
 
     return plan_free
