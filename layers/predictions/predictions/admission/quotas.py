@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Key, Table
 from predictions.errors import PredictionsError, Problem
+from predictions.times import rfc3339
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -270,7 +271,7 @@ class OwnersUsage:
         limit = limits.in_flight
         added = limit is not None and self._add(_IN_FLIGHT, owner, prediction_id, limit, began)
         now = self._now()  # the day that is full must be the one whose end is told
-        day = datetime.fromtimestamp(now, UTC).date().isoformat()
+        day = rfc3339(now)[:10]
         n = 0
         if limits.per_day is not None and not (n := self._count_in_day(owner, limits.per_day, day, now)):
             if added:
@@ -424,13 +425,13 @@ def _day_is_full(owner: str, limit: int, now: float) -> LimitReached:
     midnight = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
     return LimitReached(
         f"The owner {owner} may start {limit} predictions a day, and has: the next ones from"
-        f" {midnight.isoformat().replace('+00:00', 'Z')} on.",
+        f" {rfc3339(midnight.timestamp())} on.",
         int(midnight.timestamp() - now) + 1,
     )
 
 
 def _day_sk(now: float) -> str:
-    return f"day#{datetime.fromtimestamp(now, UTC).date().isoformat()}"
+    return f"day#{rfc3339(now)[:10]}"
 
 
 def _limits_key(owner: str) -> Key:

@@ -645,6 +645,7 @@ class Limiter:
         return found, removable
 
 
+@dataclass
 class _Plan:
     """One conditional update, as it comes together.
 
@@ -654,15 +655,14 @@ class _Plan:
         number: Of the start that was given back.
     """
 
-    def __init__(self, kind: Literal["start", "free", "turn"], step: int, number: int = 0) -> None:
-        self.kind = kind
-        self.step = step
-        self.number = number
-        self.conditions: list[Condition] = []
-        self.set: dict[str, Any] = {}
-        self.remove: list[str] = []
-        self.add: dict[str, Any] = {}
-        self.delete: dict[str, Any] = {}
+    kind: Literal["start", "free", "turn"]
+    step: int
+    number: int = 0
+    conditions: list[Condition] = field(default_factory=list)
+    set: dict[str, Any] = field(default_factory=dict)
+    remove: list[str] = field(default_factory=list)
+    add: dict[str, Any] = field(default_factory=dict)
+    delete: dict[str, Any] = field(default_factory=dict)
 
     def require(self, text: str, **values: Any) -> None:
         """Add a condition."""

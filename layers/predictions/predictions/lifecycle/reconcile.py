@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from predictions.aws.clients import api_url, client
-from predictions.aws.dynamodb import Table, deserialize, serialize
+from predictions.aws.dynamodb import Condition, ConditionFailed, Table, deserialize, serialize
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.keys import BREAKER, READING_LEASE, listed_key, unknown_key, upstream_key
 from predictions.store.predictions import PredictionsTable
@@ -82,8 +82,6 @@ _REMEMBERED_SECONDS = 7200
 _HISTORY = 8
 _NAMED = 10
 
-_LEASE = READING_LEASE._asdict()
-_BREAKER = BREAKER._asdict()
 
 Bind = Callable[[Prediction, UpstreamPrediction], Prediction]
 
@@ -161,6 +159,7 @@ class UnknownSubmissions:
         self._table = table
         self._table_name = table_name
         self._dynamodb = dynamodb
+        self._items = Table(table_name, dynamodb)
         self._grace = grace
         self._first_poll = first_poll
         self._now = now
@@ -210,9 +209,9 @@ class UnknownSubmissions:
         self._put(f"claim#{prediction.claimed:010d}#{prediction.id}", prediction)
 
     def _put(self, sk: str, prediction: Prediction) -> None:
-        item = {**unknown_key(sk)._asdict(), "id": prediction.id, "collection": prediction.collection,
-                "expires_at": max(prediction.deadline, int(self._now())) + 86400}  # fmt: skip
-        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
+        expires = max(prediction.deadline, int(self._now())) + 86400
+        item = {"id": prediction.id, "collection": prediction.collection, "expires_at": expires}
+        self._items.put_item(unknown_key(sk), item)
 
     # -- looks ------------------------------------------------------------------------------------------------
 
@@ -294,8 +293,7 @@ class UnknownSubmissions:
     # -- readings ---------------------------------------------------------------------------------------------
 
     def _lease(self) -> dict[str, Any]:
-        found = self._dynamodb.get_item(TableName=self._table_name, Key=serialize(_LEASE), ConsistentRead=True)
-        return deserialize(found["Item"]) if "Item" in found else {}
+        return self._items.get_item(READING_LEASE) or {}
 
     def _acquire(self, lease: Mapping[str, Any], now: float) -> bool:
         """Take the lease, unless somebody has it.
@@ -307,34 +305,25 @@ class UnknownSubmissions:
         self._budget = _Budget(float(lease.get("used_ms", 0)) / 1000, self._now, self._sleep)
         until = int(now) + _LEASE_SECONDS
         try:
-            self._dynamodb.update_item(
-                TableName=self._table_name,
-                Key=serialize(_LEASE),
-                UpdateExpression="SET #until = :until, used_ms = :used",
-                ConditionExpression="attribute_not_exists(#until) OR #until <= :now",
-                ExpressionAttributeNames={"#until": "until"},
-                ExpressionAttributeValues=serialize(
-                    {":until": until, ":used": int((until + _Budget.burst_seconds) * 1000), ":now": int(now)}
-                ),
+            self._items.update_item(
+                READING_LEASE,
+                set={"until": until, "used_ms": int((until + _Budget.burst_seconds) * 1000)},
+                condition=Condition("attribute_not_exists(until) OR until <= :now", now=int(now)),
             )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+        except ConditionFailed:
             return False
         self._until = until
         return True
 
     def _give_back(self, last: Mapping[str, Any]) -> None:
         try:
-            self._dynamodb.update_item(
-                TableName=self._table_name,
-                Key=serialize(_LEASE),
-                UpdateExpression="SET used_ms = :used, last_json = :last REMOVE #until",
-                ConditionExpression="#until = :until",
-                ExpressionAttributeNames={"#until": "until"},
-                ExpressionAttributeValues=serialize(
-                    {":used": int(self._budget.used_until * 1000), ":last": json.dumps(last), ":until": self._until}
-                ),
+            self._items.update_item(
+                READING_LEASE,
+                set={"used_ms": int(self._budget.used_until * 1000), "last_json": json.dumps(last)},
+                remove=["until"],
+                condition=Condition("until = :until", until=self._until),
             )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+        except ConditionFailed:
             logger.warning("the lease on reading the list was over before the reading")
 
     def _read(
@@ -386,20 +375,14 @@ class UnknownSubmissions:
         return claims
 
     def _query(self, begin: str) -> list[dict[str, Any]]:
-        found = []
-        for page in self._dynamodb.get_paginator("query").paginate(
-            TableName=self._table_name,
-            KeyConditionExpression="pk = :pk AND begins_with(sk, :begin)",
-            ExpressionAttributeValues=serialize({":pk": "unknown", ":begin": begin}),
-        ):
-            found += [deserialize(item) for item in page["Items"]]
-        return found
+        entries = Condition("pk = :pk AND begins_with(sk, :begin)", pk=unknown_key("").pk, begin=begin)
+        return list(self._items.query(entries, consistent=False))
 
     def _get_many(self, ids: Iterable[str]) -> dict[str, Prediction]:
         return self._table.get_many(ids)
 
     def _remove(self, sk: str) -> None:
-        self._dynamodb.delete_item(TableName=self._table_name, Key=serialize(unknown_key(sk)._asdict()))
+        self._items.delete_item(unknown_key(sk))
 
     def _missing_controls(self, collection: Collection, reading: Reading, back_to: float) -> list[str]:
         """The open, bound predictions of this stack, created in the same window, that a reading does not show.
@@ -506,7 +489,7 @@ class UnknownSubmissions:
             return {}
         found: dict[str, _Hidden] = {}
         keys = [key for entry in entries for key in (listed_key(entry.id), upstream_key(entry.id))]
-        items = Table(self._table_name, self._dynamodb).read_items(keys)
+        items = self._items.read_items(keys)
         ids = {p.id for p in claims}
         asked, until = 0, self._now() + _ENTRIES_SECONDS
         for entry in entries:
@@ -529,8 +512,7 @@ class UnknownSubmissions:
 
     def _ask(self, collection: Collection, entry: Listed) -> dict[str, Any] | None:
         """Find out whose an entry is, and remember it; None where that cannot be told now."""
-        item: dict[str, Any] = {**listed_key(entry.id)._asdict(),
-                                "expires_at": int(self._now()) + _REMEMBERED_SECONDS}  # fmt: skip
+        item: dict[str, Any] = {"expires_at": int(self._now()) + _REMEMBERED_SECONDS}
         bound_to = self._table.bound_to(entry.id)
         if bound_to is not None:
             item["bound_to"] = bound_to
@@ -546,7 +528,7 @@ class UnknownSubmissions:
             details = {"model": shown.model, "version": shown.version, "deployment": shown.deployment,
                        "input_digest": shown.input_digest}  # fmt: skip
             item |= {name: value for name, value in details.items() if value is not None}
-        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
+        self._items.put_item(listed_key(entry.id), item)
         return item
 
     def _note_reading(
@@ -645,28 +627,26 @@ class UnknownSubmissions:
         if _read_to_the_end(prediction, began):
             self._remove(item["sk"])
             return
-        self._dynamodb.put_item(TableName=self._table_name, Item=serialize({**item, "read_at": began}))
+        self._items.put_item(unknown_key(item["sk"]), {**item, "read_at": began})
 
     # -- orphans and the breaker ------------------------------------------------------------------------------
 
     def remember_orphan(self, upstream_id: str, prediction: Prediction) -> None:
         """Record whose orphan an upstream prediction is, so that it is nobody's candidate."""
-        item = {**upstream_key(upstream_id)._asdict(), "id": prediction.id, "orphan": True,
-                "expires_at": prediction.expires_at}  # fmt: skip
-        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
+        item = {"id": prediction.id, "orphan": True, "expires_at": prediction.expires_at}
+        self._items.put_item(upstream_key(upstream_id), item)
 
     def stop(self, prediction: Prediction, upstream_id: str) -> None:
         """Stop all resubmission of this stack for `STOP_SECONDS`: evidence has proved wrong."""
-        item = {**_BREAKER, "until": int(self._now()) + STOP_SECONDS, "id": prediction.id, "upstream_id": upstream_id}
-        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
+        item = {"until": int(self._now()) + STOP_SECONDS, "id": prediction.id, "upstream_id": upstream_id}
+        self._items.put_item(BREAKER, item)
         logger.error("evidence of absence was wrong: nothing is submitted again for an hour", upstream_id=upstream_id)
         metrics.add_metric(name="ResubmissionStopped", unit=MetricUnit.Count, value=1)
 
     def stopped_seconds(self) -> int:
         """How long nothing is to be submitted again; 0 where nothing stops it."""
-        found = self._dynamodb.get_item(TableName=self._table_name, Key=serialize(_BREAKER), ConsistentRead=True)
-        until = deserialize(found["Item"])["until"] if "Item" in found else 0
-        return max(0, int(until - self._now()))
+        stopped = self._items.get_item(BREAKER) or {}
+        return max(0, int(stopped.get("until", 0) - self._now()))
 
 
 class _Budget:

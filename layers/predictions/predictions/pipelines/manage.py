@@ -4,7 +4,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -24,6 +23,7 @@ from predictions.pipelines.store import Pipeline, PipelineExists, PipelinesTable
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
 from predictions.store.records import Prediction, PredictionDetail
+from predictions.times import rfc3339
 from predictions.validation import parse_json
 from predictions.views.prediction import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
 
@@ -340,11 +340,7 @@ def _shown(pipeline: Pipeline) -> dict[str, Any]:
         "error": pipeline.error,
         "created_at": pipeline.created_at,
         "completed_at": pipeline.completed_at,
-        "cancel_requested_at": _rfc3339(pipeline.cancel_requested) if pipeline.cancel_requested else None,
-        "deadline": _rfc3339(pipeline.deadline),
+        "cancel_requested_at": rfc3339(pipeline.cancel_requested) if pipeline.cancel_requested else None,
+        "deadline": rfc3339(pipeline.deadline),
         "urls": {"get": url, "cancel": f"{url}/cancel"},
     }
-
-
-def _rfc3339(moment: int) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import client
-from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, IfNotExists, Item, Table
+from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, IfNotExists, Table
 from predictions.errors import PredictionsError
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.pipelines.definition import Definition
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.keys import list_of, owner_of, pipeline_key
-from predictions.store.payloads import PAYLOAD_LIMIT_BYTES
+from predictions.store.payloads import store_text
 from predictions.times import timestamp
 
 if TYPE_CHECKING:
@@ -295,13 +295,9 @@ class PipelinesTable:
             return None
 
     def _put_definition(self, pipeline_id: str, fingerprint: str, text: str, expires: int) -> None:
-        item: Item = {"expires_at": expires}
-        if len(text.encode()) > PAYLOAD_LIMIT_BYTES:
-            item["s3_key"] = f"payloads/pipelines/{pipeline_id}/{fingerprint}.json"
-            self._outputs.put_payload(item["s3_key"], text)
-        else:
-            item["json"] = text
-        self._table.put_item(pipeline_key(pipeline_id, f"definition#{fingerprint}"), item)
+        stored = store_text(self._outputs, text, f"payloads/pipelines/{pipeline_id}/{fingerprint}.json")
+        key = pipeline_key(pipeline_id, f"definition#{fingerprint}")
+        self._table.put_item(key, {"expires_at": expires, **stored})
 
 
 def _pipeline(item: Mapping[str, Any]) -> Pipeline:

@@ -25,7 +25,6 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
@@ -41,6 +40,7 @@ from predictions.intents.sources import Message, RequestRefused
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.keys import DEPLOYED_RECIPES, list_of, owner_of, recipe_key, recipe_name_key
 from predictions.templating import Allowance, Filler, NothingFound, PlaceholderError
+from predictions.times import rfc3339
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -366,7 +366,7 @@ class Recipes:
             if isinstance(due, str) and _TIME.fullmatch(due):
                 return _Occurrence({"event": event, "schedule": {"time": due}}, f"schedule {due}", 0)
             # Where nobody put the time in (the local cloud's scheduler does not): the message stands for it.
-            sent = datetime.fromtimestamp(message.sent_at, UTC).isoformat().replace("+00:00", "Z")
+            sent = rfc3339(message.sent_at)
             return _Occurrence({"event": event, "schedule": {"time": sent}}, f"message {message.id}", 0)
         if event.get("source") == "aws.s3" and event.get("detail-type") == "Object Created":
             return self._object_created(recipe, event, message)

@@ -172,6 +172,14 @@ class Payloads:
             return None
 
 
+def store_text(outputs: OutputsBucket, text: str, object_key: str) -> Item:
+    """Store a text that is too large for an item in the bucket; return the attributes that hold it or its key."""
+    if len(text.encode()) <= PAYLOAD_LIMIT_BYTES:
+        return {"json": text}
+    outputs.put_payload(object_key, text)
+    return {"s3_key": object_key}
+
+
 def _object_key(prediction_id: str, body: bytes) -> str | None:
     """Name the object that holds a payload, or return None if it fits into an item.
 

@@ -3,10 +3,10 @@
 import contextlib
 import hashlib
 
-from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Item, Table
+from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Table
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.store.keys import schema_key
-from predictions.store.payloads import PAYLOAD_LIMIT_BYTES, Payloads
+from predictions.store.payloads import Payloads, store_text
 from predictions.store.records import StoredSchema
 
 
@@ -39,14 +39,9 @@ class StoredSchemas:
 
     def put_schema(self, version: str, text: str, expires: int, model: str) -> None:
         """Store the schema of a version's input; the last writer wins, since a version never changes."""
-        item: Item = {"expires_at": expires, "model": model}
-        body = text.encode()
-        if len(body) > PAYLOAD_LIMIT_BYTES:
-            item["s3_key"] = f"payloads/schemas/{version}/{hashlib.sha256(body).hexdigest()}.json"
-            self._outputs.put_payload(item["s3_key"], text)
-        else:
-            item["json"] = text
-        self._table.put_item(schema_key(version), item)
+        object_key = f"payloads/schemas/{version}/{hashlib.sha256(text.encode()).hexdigest()}.json"
+        stored = store_text(self._outputs, text, object_key)
+        self._table.put_item(schema_key(version), {"expires_at": expires, "model": model, **stored})
 
     def put_model(self, version: str, model: str, expires: int, now: float) -> None:
         """Store the model of a version, unless something is stored of the version already."""

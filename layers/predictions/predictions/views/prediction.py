@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
 from predictions.aws.clients import api_url
@@ -12,6 +11,7 @@ from predictions.files.outputs_bucket import FILES_LIMIT, OutputsBucket, StoredF
 from predictions.files.signed_urls import Distribution
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.records import Page, Prediction, PredictionDetail
+from predictions.times import rfc3339
 
 # Lambda answers with at most 6 MB, in which the body is a string: JSON within JSON.
 # https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
@@ -90,7 +90,7 @@ class Presenter:
             "metrics": json.loads(prediction.metrics_json) if prediction.metrics_json and ended else {},
             "data_removed": prediction.data_removed,
             "source": "api",
-            "deadline": _rfc3339(prediction.deadline),
+            "deadline": rfc3339(prediction.deadline),
             "urls": urls,
             "output_files": [self._file(file) for file in whole.files],
         }
@@ -203,7 +203,3 @@ def _error(prediction: Prediction, files: Any) -> str | None:
     lost, known = len(said) - len(beyond), len(files) - len(beyond)
     counted = f"{lost} of {known} output files could not be stored. " if lost else ""
     return counted + "; ".join([*said[:lost][:10], *beyond]) or None
-
-
-def _rfc3339(moment: int) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")
