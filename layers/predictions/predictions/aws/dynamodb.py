@@ -257,16 +257,10 @@ class Table:
             self._dynamodb.put_item(TableName=self._name, Item=serialize({**key._asdict(), **item}), **request)
 
     def update_item(
-        self,
-        key: Key,
-        *,
-        set: Mapping[str, Any] | None = None,  # noqa: A002  # the expression's own word
-        remove: Iterable[str] = (),
-        add: Mapping[str, Any] | None = None,
-        delete: Mapping[str, Any] | None = None,
-        condition: Condition | None = None,
-        returns: Literal["ALL_NEW", "UPDATED_OLD"] = "ALL_NEW",
-    ) -> Item:
+        self, key: Key, *, set: Mapping[str, Any] | None = None, remove: Iterable[str] = (),  # noqa: A002  # its own word
+        add: Mapping[str, Any] | None = None, delete: Mapping[str, Any] | None = None,
+        condition: Condition | None = None, returns: Literal["ALL_NEW", "UPDATED_OLD"] = "ALL_NEW",
+    ) -> Item:  # fmt: skip
         """Change attributes of an item, which is made if it is not there.
 
         Args:
@@ -358,14 +352,9 @@ class Table:
         yield from self._dynamodb.get_paginator("query").paginate(**request)
 
     def list_page(
-        self,
-        owner: str,
-        start: str | None,
-        *,
-        older: bool,
-        size: int,
+        self, owner: str, start: str | None, *, older: bool, size: int,
         between: tuple[str | None, str | None] = (None, None),
-    ) -> tuple[list[str], bool]:
+    ) -> tuple[list[str], bool]:  # fmt: skip
         """Read a page of a list of the index `by_owner`.
 
         Args:

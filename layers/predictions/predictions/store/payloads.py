@@ -41,16 +41,9 @@ class Payloads:
         self._outputs = outputs
 
     def put_text(
-        self,
-        prediction_id: str,
-        sk: str,
-        text: str,
-        expires: int,
-        *,
-        condition: Condition | None = None,
-        grows: bool = False,
-        notice: Mapping[str, str] | None = None,
-    ) -> None:
+        self, prediction_id: str, sk: str, text: str, expires: int, *, condition: Condition | None = None,
+        grows: bool = False, notice: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         """Store a payload, unless the condition says that the one that is there stays.
 
         Args:

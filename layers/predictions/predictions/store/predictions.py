@@ -632,11 +632,8 @@ class PredictionsTable(PredictionReads):
 def _lease(now: float, wait_seconds: int) -> dict[str, int]:
     """Return the attributes of a claim: since when, until when its holder may act, and when the sweep looks."""
     submit_until = int(now) + wait_seconds + SUBMIT_SECONDS
-    return {
-        "claimed": int(now),
-        "submit_until": submit_until,
-        "next_check_at": submit_until + _AFTER_SUBMIT_SECONDS,
-    }
+    next_check_at = submit_until + _AFTER_SUBMIT_SECONDS
+    return {"claimed": int(now), "submit_until": submit_until, "next_check_at": next_check_at}
 
 
 def _check_after(moment: int) -> dict[str, int]:
