@@ -21,7 +21,8 @@ import httpx
 from botocore.exceptions import BotoCoreError, ClientError
 from PIL import Image
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 
 from local.cloud import STACK_NAME, Stack, aws_client, local_directory
 from local.terminal import Terminal

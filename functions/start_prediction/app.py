@@ -18,7 +18,8 @@ from predictions.intents.model import (
 )
 from predictions.lifecycle.start import StartPrediction
 from predictions.observability import remaining_seconds
-from predictions.store.predictions import PredictionsTable, Whole
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import PredictionDetail
 from predictions.views.prediction import Presenter
 
 # API Gateway ends a request after 29 s; the submission and the response take the rest.
@@ -87,7 +88,7 @@ def _answer(intent: Intent, seconds: int | None = None) -> Response[str]:
         limits=OwnerLimits.of_context(context.authorizer.raw_event),
     )
 
-    def read() -> Whole:
+    def read() -> PredictionDetail:
         return own_prediction(table, started.prediction.id, intent.owner, intent.object)
 
     shown = presenter.show_started(started.prediction, json.loads(intent.input_json), read)

@@ -16,7 +16,8 @@ import pytest
 from predictions.intents.model import create_intent
 from predictions.net.signatures import sign
 from predictions.notifications.webhook_queue import Delivery
-from predictions.store.predictions import Prediction
+from predictions.store.callers import WaitingCallers
+from predictions.store.records import Prediction
 from predictions.upstream.bounded_json import weigh
 from predictions.upstream.prediction import PARSED_LIMIT_BYTES, UpstreamPrediction
 
@@ -177,7 +178,7 @@ def test_output_at_the_bound_is_kept_by_the_poll_and_read_by_everybody(
     given = json.loads(filled(EMPTY_LISTS, 5 * MB)) if case == "empty lists" else 1
     mine = prediction(lambdas, input={"x": given}, webhook=f"{lambdas.url}/hook", webhook_events_filter=["completed"])
     before = dict(lambdas.table.items[f"prediction#{mine.id}", "status"])
-    lambdas.predictions().add_caller(mine.id, "token", int(time.time()) + 86400)
+    WaitingCallers.from_env().add_caller(mine.id, "token", int(time.time()) + 86400)
     output = WITHIN[case]()
     lambdas.replicate["GET", "/predictions/up1"] = 200, told(output, "up1")
     runs = [ended(lambdas.invoke("poll_prediction", {"id": mine.id}))]

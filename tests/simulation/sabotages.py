@@ -13,6 +13,7 @@ from unittest import mock
 from predictions import status as statuses
 from predictions.admission import rate_limiter
 from predictions.admission.rate_limiter import Limiter
+from predictions.aws.dynamodb import PRESENT, Condition, Sum
 from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
 from predictions.files import outputs_bucket
@@ -42,8 +43,12 @@ from predictions.notifications.webhook_slots import NoSlotFree, Slot, WebhookSlo
 from predictions.pipelines.advance import PipelineExecutions
 from predictions.pipelines.manage import PipelineApi
 from predictions.store import predictions as table
+from predictions.store.callers import WaitingCallers
 from predictions.store.idempotency_keys import IdempotencyKeys
-from predictions.store.predictions import Change, Prediction, PredictionsTable
+from predictions.store.keys import prediction_key
+from predictions.store.predictions import PredictionsTable
+from predictions.store.recent_requests import RecentRequests
+from predictions.store.records import Change, Prediction
 from predictions.upstream.client import NotAccepted, OutcomeUnknown, Replicate
 from predictions.upstream.create_window import SendWindow
 from predictions.upstream.list_reader import ListReader, Reading, digest_of
@@ -93,9 +98,8 @@ def _all(*sabotages: Sabotage) -> Sabotage:
 
 
 def _without_condition(change: Any) -> Any:
-    def changed(self: PredictionsTable, prediction_id: str, *, condition: str, **what: Any) -> Any:
-        values = {n: v for n, v in (what.pop("values", None) or {}).items() if n == "nothing"}
-        return change(self, prediction_id, condition="attribute_exists(pk)", values=values, **what)
+    def changed(self: PredictionsTable, prediction_id: str, *, condition: Condition, **what: Any) -> Any:
+        return change(self, prediction_id, condition=PRESENT, **what)
 
     return changed
 
@@ -105,7 +109,7 @@ def _claimed_by_anybody(_: Any) -> Any:
         return self._change(
             prediction_id,
             set={"claimed": int(now)},
-            condition="attribute_not_exists(#upstream_id) AND #rank < :terminal",
+            condition=table._UNBOUND & table._NOT_FINISHED,
         )
 
     return claim
@@ -172,19 +176,10 @@ def _ended_without_looking(_: Any) -> Any:
                 "ended": 0,
             },
             remove=["open", "next_check_at"],
-            condition="attribute_exists(pk)",
+            condition=PRESENT,
         )
 
     return end
-
-
-def _merged_by_rank_alone(change: Any) -> Any:
-    """The end may be written over."""
-
-    def changed(self: PredictionsTable, prediction_id: str, *, condition: str, **what: Any) -> Any:
-        return change(self, prediction_id, condition=condition.replace(" AND #rank < :terminal", ""), **what)
-
-    return changed
 
 
 def _swept_without_orphans(_: Any) -> Any:
@@ -277,9 +272,8 @@ def _looked_at_first(_: Any) -> Any:
 
 def _callers_deleted(delete: Any) -> Any:
     def delete_data(self: PredictionsTable, prediction: Any, now: float) -> None:
-        for sk, _ in list(self.callers(prediction.id)):
-            key = {"pk": {"S": f"prediction#{prediction.id}"}, "sk": {"S": sk}}
-            self._dynamodb.delete_item(TableName=self._name, Key=key)
+        for sk, _ in list(WaitingCallers.from_env().callers_of(prediction.id)):
+            self._table.delete_item(prediction_key(prediction.id, sk))
         delete(self, prediction, now)
 
     return delete_data
@@ -337,9 +331,8 @@ def _used_again(_: Any) -> Any:
 
     def plan_free(self: Limiter, lane: str, number: int) -> Any:
         plan = rate_limiter._Plan("free", 0, number)
-        plan.conditions.append("attribute_exists(pk)")
-        plan.sets.append(f"{lane}_at = {lane}_at + :nothing")
-        plan.values[":nothing"] = 0
+        plan.conditions.append(PRESENT)
+        plan.set[f"{lane}_at"] = Sum(f"{lane}_at", 0)
         return plan
 
     return plan_free
@@ -383,7 +376,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "blind re-post": _method(Replicate, "create", _posted_again),
     "release after an unknown outcome": _method(Replicate, "create", _released_when_unknown),
     "unconditional writes": _method(PredictionsTable, "_change", _without_condition),
-    "a terminal status may be written over": _method(PredictionsTable, "_change", _merged_by_rank_alone),
+    "a terminal status may be written over": _value(table, "_NOT_FINISHED", PRESENT),
     "an end by our own word that looks at nothing": _method(PredictionsTable, "end", _ended_without_looking),
     "no sweep": _method(SweepPredictions, "sweep", _constant(0)),
     "no poll": _method(PollPrediction, "poll", _constant(None)),
@@ -415,11 +408,11 @@ SABOTAGES: dict[str, Sabotage] = {
         _value(sweep, "wake", lambda _: False),
     ),
     "the SDK's retry is another request": _all(
-        _method(PredictionsTable, "recent", _constant(None)),
-        _method(PredictionsTable, "note_request", lambda _: lambda self, prediction_id, *_: prediction_id),
+        _method(RecentRequests, "find", _constant(None)),
+        _method(RecentRequests, "note", lambda _: lambda self, new_id, *_: new_id),
     ),
     "the SDK's retry finds only what is there already": _method(
-        PredictionsTable, "note_request", lambda note: lambda self, new_id, *told: note(self, new_id, *told) and new_id
+        RecentRequests, "note", lambda note: lambda self, new_id, *told: note(self, new_id, *told) and new_id
     ),
     "late writers are not waited for after a deletion": _value(table, "_LATE_WRITER_SECONDS", 0),
     "an intent is not looked after": _value(table, "_START_CHECK_SECONDS", 10**7),

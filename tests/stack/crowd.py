@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import httpx
 from predictions.aws.dynamodb import deserialize, serialize
+from predictions.store.keys import READING_LEASE
 
 from local.cloud import LocalCloud
 from tests.stack.audit import ENDS, Evidence, Request, verdict
@@ -229,7 +230,7 @@ class Crowd:
 
     def _end_reading(self, now: float) -> None:
         """Ends the lease on reading Replicate's list, once whoever had it was killed."""
-        key = serialize({"pk": "readings", "sk": "lease"})
+        key = serialize(READING_LEASE._asdict())
         found = self._dynamodb.get_item(TableName=self._table, Key=key, ConsistentRead=True)
         lease = deserialize(found.get("Item", {}))
         if lease.get("until", 0) > now and self._unmoved_seconds(lease, "until", now) > LEASE_SECONDS:

@@ -18,6 +18,8 @@ from predictions.recipes.manage import RecipeChanges
 from predictions.recipes.rules import RecipeRules
 from predictions.recipes.store import RecipeItems
 from predictions.store.predictions import PredictionsTable
+from predictions.store.recent_requests import RecentRequests
+from predictions.store.schemas import StoredSchemas
 from predictions.upstream.client import Replicate, Token
 
 from tests.unit.fakes import API_URL, Clock, Executed, ReplicateInMemory, Wakes
@@ -205,8 +207,9 @@ def make_submissions(
     dynamodb = clients.client("dynamodb")
     timing = timing or TIMING
     options = {
-        "schemas": ModelSchemas(table, upstream, now=clock.now),
+        "schemas": ModelSchemas(StoredSchemas.from_env(), upstream, now=clock.now),
         "limiter": Limiter("predictions", dynamodb, now=clock.now),
+        "recent": RecentRequests.from_env(),
         "usage": OwnersUsage("predictions", dynamodb, now=clock.now),
         "between_readings": clock.sleep,
         "sleep": clock.sleep,
@@ -229,7 +232,7 @@ def make_recipe_changes(table: PredictionsTable, replicate: ReplicateInMemory, c
         RecipeItems.from_env(),
         RecipeRules.from_env(),
         upstream,
-        ModelSchemas(table, upstream, now=clock.now),
+        ModelSchemas(StoredSchemas.from_env(), upstream, now=clock.now),
         source_bucket_name="source",
         outputs_bucket_name="outputs",
         allow_loopback_webhooks=False,

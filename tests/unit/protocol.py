@@ -32,6 +32,7 @@ from predictions.lifecycle.transitions import Transitions
 from predictions.lifecycle.unknown_claims import UnknownClaims
 from predictions.lifecycle.unknown_registry import UnknownRegistry
 from predictions.store.predictions import PredictionsTable
+from predictions.store.recent_requests import RecentRequests
 from predictions.upstream.client import Replicate
 from predictions.upstream.list_reader import ListReader
 
@@ -58,6 +59,7 @@ class Submissions:
         timing: Timing,
         *,
         limiter: Limiter,
+        recent: RecentRequests,
         usage: OwnersUsage,
         schemas: ModelSchemas | None = None,
         resubmit: bool = False,
@@ -99,7 +101,7 @@ class Submissions:
             table, replicate, limiter, reservations, transitions, self.canceling, orphans, binding, registry
         )
         self.starting = StartPrediction(
-            table, limiter, reservations, usage, self.lookup, creates, tracking, transitions,
+            table, limiter, recent, reservations, usage, self.lookup, creates, tracking, transitions,
             Lifetimes(timing.lifetime, timing.training_lifetime, timing.retention), now=now, sleep=sleep,
         )  # fmt: skip
         self.submitting = SubmitPrediction(

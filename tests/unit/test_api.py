@@ -18,7 +18,8 @@ from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.ids import derived_id
 from predictions.intents.model import create_intent
 from predictions.status import Status, visible
-from predictions.store.predictions import Prediction, PredictionsTable, Whole
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction, PredictionDetail
 from predictions.upstream.prediction import UpstreamPrediction
 from predictions.views.prediction import Presenter
 
@@ -508,7 +509,7 @@ def presenter(cloud: None) -> Presenter:
 
 def whole(
     status: str = "succeeded", *, files: Any = (), output: Any = None, logs: str | None = None, **changes: Any
-) -> Whole:
+) -> PredictionDetail:
     """A prediction as the table has it."""
     ranks = {"queued": 0, "starting": 1, "processing": 2}
     prediction = Prediction(
@@ -516,7 +517,7 @@ def whole(
         source="http", keyed=False, kind="version", rank=ranks.get(status, 9), status=status, visible=visible(status),
         deadline=1_750_086_400, execution_n=1, expires_at=1_752_678_400, name="stability-ai/sdxl", version=VERSION,
     )  # fmt: skip
-    return Whole(replace(prediction, **changes), {"prompt": "a red fox"}, output, logs, files)
+    return PredictionDetail(replace(prediction, **changes), {"prompt": "a red fox"}, output, logs, files)
 
 
 FILE = "https://replicate.delivery/xezq/abc/out-0.png"

@@ -24,6 +24,7 @@ from predictions.intake.queue import Requests
 from predictions.intents.sources import Message
 from predictions.recipes.store import Recipe, RecipeItems, State
 from predictions.status import Status
+from predictions.store.callers import WaitingCallers
 from predictions.store.predictions import PredictionsTable
 
 from tests.unit.fakes import Clock, Executed, ReplicateInMemory, Wakes, meanwhile, refusing
@@ -56,6 +57,7 @@ class World:
         self.control = BatchControl(self.batches, self.recipes, self.machine, "inputs", RETENTION, stepfunctions)
         self.requests = Requests(
             table,
+            WaitingCallers.from_env(),
             Executions(executed.machine_arn, clients.client("stepfunctions")),
             lifetime_seconds=86400,
             retention_seconds=RETENTION,

@@ -11,7 +11,9 @@ from predictions.notifications.stream import OUTPUT_LIMIT_BYTES, PARSED_LIMIT_CH
 from predictions.notifications.stream_retries import RetryQueue
 from predictions.notifications.webhook_queue import DeliveriesQueue
 from predictions.status import Status
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.callers import WaitingCallers
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 from predictions.upstream.prediction import UpstreamPrediction
 
 from tests.unit.apps import AwsCalls
@@ -73,6 +75,7 @@ def make(
 ) -> Changes:
     return Changes(
         table,
+        WaitingCallers.from_env(),
         outputs,
         DeliveriesQueue.from_env(),
         EventBus("bus", clients.client("events")),
@@ -311,7 +314,7 @@ class TestFailures:
     ) -> None:
         webhooks = Queued("deliveries")
         prediction = put(table, clock, webhook=HOOK)
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         table.merge(prediction.id, told("succeeded", output="x"), clock.now())
         with refusing("SendTaskSuccess", "AccessDeniedException"):
             assert publish_as_lambda(changes, stream()) == 1
@@ -334,7 +337,7 @@ class TestFailures:
         wakes: Wakes,
     ) -> None:
         prediction = put(table, clock, webhook=HOOK)
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         table.merge(prediction.id, told("succeeded", output="x"), clock.now())
         run(table, clock, "failed")
         records = stream()
@@ -395,7 +398,7 @@ class TestFailures:
     ) -> None:
         asked: dict[str, Any] = {"webhook": f"{HOOK}?key=CANARY", "webhook_events_filter": ["output", "completed"]}
         prediction = put(table, clock, **asked)
-        table.add_caller(prediction.id, "CANARY-TOKEN", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "CANARY-TOKEN", 1)
         table.merge(prediction.id, told("processing", output="CANARY-1"), clock.now())
         table.merge(prediction.id, told("succeeded", output="CANARY-2"), clock.now())
         webhooks = Queued("deliveries")
@@ -454,7 +457,7 @@ class TestFailures:
     ) -> None:
         prediction = run(table, clock, "succeeded")
         records = stream()
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         with refusing("Query", "ThrottlingException", service="dynamodb"):
             assert changes.publish(records) is None
         assert bus.types == ["Prediction Started", "Prediction Succeeded"]
@@ -484,7 +487,7 @@ class TestCallers:
         self, news: Any, table: PredictionsTable, clock: Clock
     ) -> None:
         prediction = put(table, clock)
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         ended = table.merge(prediction.id, told("succeeded", output={"a": [FILE], "b": 1}), clock.now()).prediction
         assert ended is not None
         assert news() == [], "not before its files are stored"
@@ -510,7 +513,7 @@ class TestCallers:
         self, news: Any, table: PredictionsTable, clock: Clock, status: str, error: str
     ) -> None:
         prediction = put(table, clock)
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         table.merge(prediction.id, told(status, error="ee" + "\x01é" * 2000, output="x"), clock.now())
         for token, (name, cause) in news():
             assert (token, name) == ("token", error)
@@ -524,7 +527,7 @@ class TestCallers:
     ) -> None:
         prediction = put(table, clock)
         for token in ("one", "two", "three"):
-            table.add_caller(prediction.id, token, 1)
+            WaitingCallers.from_env().add_caller(prediction.id, token, 1)
         wakes.stale = {"one"}
         table.merge(prediction.id, told("succeeded", output="x"), clock.now())
         assert {token for token, _ in news()} == {"one", "two", "three"}
@@ -535,8 +538,8 @@ class TestCallers:
     ) -> None:
         prediction = run(table, clock, "succeeded", output="x")
         for n in range(7):
-            table.add_caller(prediction.id, f"strange {n}", 1)
-        table.add_caller(prediction.id, "ours", 1)
+            WaitingCallers.from_env().add_caller(prediction.id, f"strange {n}", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "ours", 1)
         retries = Queued("changes-retry")
         records = [record for record in stream() if record["dynamodb"]["Keys"]["sk"] == {"S": "status"}]
         with refusing("SendTaskSuccess", code, lambda body: "strange" in body["taskToken"]):
@@ -560,7 +563,7 @@ class TestCallers:
         dropped: bool,
     ) -> None:
         prediction = run(table, clock, "succeeded", output="x")
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         retries = Queued("changes-retry")
         said = (
             "User: arn:aws:sts::123456789012:assumed-role/publish/x is not authorized to perform: "
@@ -581,7 +584,7 @@ class TestCallers:
         others = stream()[len(records) :]
         tokens = {f"token {n}" for n in range(60)}
         for token in tokens:
-            table.add_caller(prediction.id, token, 1)
+            WaitingCallers.from_env().add_caller(prediction.id, token, 1)
         retries = Queued("changes-retry")
 
         def run_of_the_function() -> Any:
@@ -602,7 +605,7 @@ class TestCallers:
         self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, wakes: Wakes
     ) -> None:
         prediction = put(table, clock)
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         ended = table.merge(prediction.id, told("succeeded", output=[FILE, "CANARY"]), clock.now()).prediction
         assert ended is not None
         table.end_copy(ended, [StoredFile(path="/0", index=0, key="alice/CANARY", bytes=7)], clock.now())
@@ -622,7 +625,7 @@ class TestCallers:
         self, changes: Changes, table: PredictionsTable, clock: Clock, bus: Bus, wakes: Wakes
     ) -> None:
         prediction = put(table, clock)
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         table.merge(prediction.id, told("succeeded", output=[[0]] * (PARSED_LIMIT_CHARACTERS // 4)), clock.now())
         records = stream()
         calls = AwsCalls()
@@ -635,7 +638,7 @@ class TestCallers:
         self, changes: Changes, table: PredictionsTable, clock: Clock, wakes: Wakes
     ) -> None:
         prediction = run(table, clock, "succeeded", output="deeper than they read")
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         with refusing("SendTaskSuccess", "InvalidOutput", lambda body: "deeper" in body["output"]):
             assert changes.publish(stream()) is None
         assert {token for token, _ in wakes.told} == {"token"}
@@ -648,7 +651,7 @@ class TestCallers:
         prediction = run(table, clock, "succeeded", output="x")
         changes.publish(stream())
         assert wakes.told == []
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         changes.publish(stream()[-1:])
         assert [(token, result["output"]) for token, result in wakes.told] == [("token", "x")]
 
@@ -656,7 +659,7 @@ class TestCallers:
         self, news: Any, table: PredictionsTable, clock: Clock
     ) -> None:
         prediction = put(table, clock)
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         table.merge(prediction.id, told("processing"), clock.now())
         assert news() == []
 
@@ -666,20 +669,20 @@ class TestCallers:
         self, news: Any, table: PredictionsTable, clock: Clock, length: int, truncated: bool
     ) -> None:
         prediction = put(table, clock)
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         table.merge(prediction.id, told("succeeded", output="x" * length), clock.now())
         for _, result in news():
             assert ("output" in result, result.get("output_truncated", False)) == (not truncated, truncated)
 
     def test_short_output_of_long_logs_is_told(self, news: Any, table: PredictionsTable, clock: Clock) -> None:
         prediction = put(table, clock)
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         table.merge(prediction.id, told("succeeded", output="short", logs="l" * 300_000), clock.now())
         assert {result["output"] for _, result in news()} == {"short"}
 
     def test_many_files_leave_room_for_the_rest(self, news: Any, table: PredictionsTable, clock: Clock) -> None:
         prediction = put(table, clock)
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         ended = table.merge(prediction.id, told("failed", output=[FILE]), clock.now()).prediction
         assert ended is not None
         files = [StoredFile(path=f"/{n}", index=n, error="gone\x01é" * 50) for n in range(1000)]
@@ -693,7 +696,7 @@ class TestCallers:
     ) -> None:
         prediction = run(table, clock, "succeeded", output="CANARY")
         table.request_delete(prediction.id, clock.now())
-        table.add_caller(prediction.id, "token", 1)
+        WaitingCallers.from_env().add_caller(prediction.id, "token", 1)
         changes.publish(stream()[-1:])
         assert "CANARY" not in json.dumps(wakes.told)
         assert wakes.told[0][1]["output"] is None

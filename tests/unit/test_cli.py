@@ -24,7 +24,7 @@ from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intake.refused import MESSAGE_LIMIT_BYTES, DeadRequests
 from predictions.intents.sources import Message
 from predictions.notifications.webhook_queue import EVENTS
-from predictions.store.predictions import Prediction
+from predictions.store.records import Prediction
 
 from tests.unit.commands import COMMANDS, GROUPS, stack_of
 from tests.unit.template import ROOT, resources, table_properties

@@ -12,7 +12,8 @@ from predictions.errors import CopyInterrupted
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.lifecycle.archive_outputs import copy, copy_again
 from predictions.observability import metrics
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 from predictions.views.prediction import Presenter
 
 from tests.unit.fakes import PNG, Clock, ReplicateInMemory, served

@@ -11,7 +11,9 @@ from predictions.errors import Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.receive_webhook import receive
-from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable, Whole
+from predictions.store.payloads import PAYLOAD_LIMIT_BYTES
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction, PredictionDetail
 
 from tests.unit.fakes import (
     PNG,
@@ -67,7 +69,7 @@ def run_to_end(
     return run
 
 
-def shown(table: PredictionsTable, prediction_id: str) -> Whole:
+def shown(table: PredictionsTable, prediction_id: str) -> PredictionDetail:
     whole = table.read(prediction_id)
     assert whole is not None
     return whole

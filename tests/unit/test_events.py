@@ -11,7 +11,7 @@ import pytest
 from predictions.api.access_tokens import Scope
 from predictions.api.proxy import Forwarding, VersionCache
 from predictions.aws import clients
-from predictions.aws.dynamodb import deserialize
+from predictions.aws.dynamodb import Table, deserialize
 from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
 from predictions.batches.store import Batch, Batches
@@ -30,6 +30,7 @@ from predictions.pipelines.store import PipelinesTable
 from predictions.recipes.store import Recipe, RecipeItems
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.predictions import PredictionsTable
+from predictions.store.recent_requests import RecentRequests
 from predictions.upstream.client import Token
 from predictions.views.prediction import Presenter
 
@@ -373,6 +374,7 @@ def run(
                 "pipelines": PipelineApi(
                     pipelines,
                     table,
+                    RecentRequests.from_env(),
                     submissions.lookup,
                     pipeline_executions,
                     Presenter(outputs, 3600),
@@ -577,7 +579,7 @@ def test_the_samples_of_a_pipeline_tell_it_to_its_cancel(
     # Ids are random: the samples' key names the samples' pipeline already, as after a first request that died.
     event, pipeline_id = sample("manage_pipelines", "create"), sample("advance_pipeline", "execution")["id"]
     print_ = fingerprint(json.loads(event["body"]))
-    keys = IdempotencyKeys("pipeline", "predictions", clients.client("dynamodb"), now=clock.now)
+    keys = IdempotencyKeys("pipeline", Table.from_env(), now=clock.now)
     keys.take_key("alice", event["headers"]["Idempotency-Key"], pipeline_id, print_, int(clock.now()) + 86400)
 
     def shown(case: str) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.receive_webhook import receive
 from predictions.observability import metrics
 from predictions.status import Status
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
 from tests.unit.conftest import make_submissions

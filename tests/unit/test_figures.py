@@ -10,6 +10,7 @@ from predictions.files.outputs_bucket import OutputsBucket
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.receive_webhook import receive
 from predictions.store.predictions import PredictionsTable
+from predictions.store.schemas import StoredSchemas
 
 from tests.unit.fakes import PNG, VERSION, Clock, ReplicateInMemory, Wakes, attempt, served
 from tests.unit.protocol import Submissions
@@ -51,7 +52,7 @@ def run(
     What there is to know of its version is in the table, unless it is not `known`.
     """
     if known:
-        table.keep_schema(VERSION, "null", int(clock.now()) + 3600, "stability-ai/sdxl")
+        StoredSchemas.from_env().put_schema(VERSION, "null", int(clock.now()) + 3600, "stability-ai/sdxl")
     calls = Calls("dynamodb")
     replicate.files = {FILE: served(PNG)}
     started = submissions.start(wanted(), attempt=None if number is None else attempt(clock, number))

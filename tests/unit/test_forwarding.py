@@ -27,7 +27,9 @@ from predictions.aws import clients
 from predictions.errors import Problem
 from predictions.intents.model import create_intent
 from predictions.observability import logger
-from predictions.store.predictions import KeptSchema, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import StoredSchema
+from predictions.store.schemas import StoredSchemas
 from predictions.upstream.client import Token
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
@@ -887,8 +889,8 @@ def test_schema_of_no_use_is_kept_as_such_and_the_answer_comes_through(
     read_version: Callable[[Any], str], table: PredictionsTable, clock: Clock, given: Any
 ) -> None:
     assert json.loads(read_version(described(given))) == described(given)
-    assert table.kept_schema(VERSION, clock.now()) == KeptSchema("acme/fox-1.5", "null")
-    assert table.kept_schema(VERSION, clock.now() + 86400) is None
+    assert StoredSchemas.from_env().get_schema(VERSION, clock.now()) == StoredSchema("acme/fox-1.5", "null")
+    assert StoredSchemas.from_env().get_schema(VERSION, clock.now() + 86400) is None
 
 
 def test_schema_of_a_version_that_is_read_checks_the_next_prediction_of_the_bare_version(
@@ -908,10 +910,10 @@ def test_of_a_schema_too_large_for_an_item_only_the_model_is_noted(
 ) -> None:
     choices = {**INPUT["properties"], "choice": {"enum": [f"{n} " + "x" * 60 for n in range(3_000)]}}  # type: ignore[dict-item]
     read_version(described({**INPUT, "properties": choices}))
-    assert table.kept_schema(VERSION, clock.now()) == KeptSchema("acme/fox-1.5", None)
-    table.keep_schema(VERSION, "{}", int(clock.now()) + 60, "acme/fox-1.5")
+    assert StoredSchemas.from_env().get_schema(VERSION, clock.now()) == StoredSchema("acme/fox-1.5", None)
+    StoredSchemas.from_env().put_schema(VERSION, "{}", int(clock.now()) + 60, "acme/fox-1.5")
     read_version(described({**INPUT, "properties": choices}))
-    assert table.kept_schema(VERSION, clock.now()) == KeptSchema("acme/fox-1.5", "{}")
+    assert StoredSchemas.from_env().get_schema(VERSION, clock.now()) == StoredSchema("acme/fox-1.5", "{}")
 
 
 def test_table_that_takes_no_schema_does_not_matter(read_version: Callable[[Any], str]) -> None:

@@ -7,7 +7,7 @@ from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
 from hypothesis import given
 from hypothesis import strategies as st
 from predictions.aws import clients
-from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize
+from predictions.aws.dynamodb import Table, deserialize, serialize
 
 from tests.unit.apps import AwsCalls
 
@@ -53,8 +53,10 @@ def test_number_that_is_not_whole_is_read_as_a_whole_one() -> None:
 
 def test_keys_that_are_not_there_are_left_out(cloud: None) -> None:
     put("a")
-    assert read_items(clients.client("dynamodb"), TABLE, [("a", "x"), ("a", "y"), ("b", "x")]).keys() == {("a", "x")}
-    assert read_items(clients.client("dynamodb"), TABLE, []) == {}
+    assert Table(TABLE, clients.client("dynamodb")).read_items([("a", "x"), ("a", "y"), ("b", "x")]).keys() == {
+        ("a", "x")
+    }
+    assert Table(TABLE, clients.client("dynamodb")).read_items([]) == {}
 
 
 def test_more_keys_than_one_call_takes_and_what_dynamodb_leaves_for_later_are_all_read(cloud: None) -> None:
@@ -71,7 +73,7 @@ def test_more_keys_than_one_call_takes_and_what_dynamodb_leaves_for_later_are_al
             parsed["UnprocessedKeys"] = {TABLE: {"Keys": [{"pk": each["pk"], "sk": each["sk"]} for each in left]}}
 
     dynamodb.meta.events.register("after-call.dynamodb.BatchGetItem", answer_in_parts)
-    assert read_items(dynamodb, TABLE, keys).keys() == set(keys)
+    assert Table(TABLE, dynamodb).read_items(keys).keys() == set(keys)
     assert calls.made == ["dynamodb.BatchGetItem"] * 2  # 100 of which 60 are answered; those 40 and the last one
 
 
@@ -92,4 +94,4 @@ def test_page_begins_beside_its_place_and_says_whether_there_is_more(
     for place, pk in enumerate("abc", 1):
         put(pk, owner="alice", listed_at=str(place))
     put("d", owner="bob", listed_at="2")
-    assert list_page(clients.client("dynamodb"), TABLE, "alice", start, older=older, size=2) == expected
+    assert Table(TABLE, clients.client("dynamodb")).list_page("alice", start, older=older, size=2) == expected

@@ -17,11 +17,13 @@ import pytest
 from predictions.admission.quotas import OwnersUsage
 from predictions.admission.rate_limiter import BURST_SECONDS, Limiter
 from predictions.aws import clients as aws
+from predictions.aws.dynamodb import Table as AwsTable
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionThrottled, Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.observability import logger, metrics
 from predictions.store.predictions import PredictionsTable
+from predictions.store.recent_requests import RecentRequests
 from predictions.upstream.client import Replicate, Token
 
 from tests.reliability import Recorded
@@ -89,6 +91,7 @@ class Stack:
                 Executions(ARN, aws.client("stepfunctions")),
                 TIMING,
                 limiter=Limiter("predictions", dynamodb, creates_per_minute=self.rate, now=self.clock.now),
+                recent=RecentRequests(AwsTable("predictions", dynamodb)),
                 usage=OwnersUsage("predictions", dynamodb, now=self.clock.now),
                 now=self.clock.now,
             )

@@ -74,7 +74,8 @@ def post(
     pipelines = PipelinesTable("predictions", outputs, clients.client("dynamodb"))
     executions = PipelineExecutions(pipelines, Executions(executed.machine_arn, stepfunctions), now=clock.now)
     api = PipelineApi(
-        pipelines, table, submissions.lookup, executions, Presenter(outputs, 3600), RETENTION, now=clock.now
+        pipelines, table, RecentRequests.from_env(), submissions.lookup, executions, Presenter(outputs, 3600),
+        RETENTION,        now=clock.now,
     )  # fmt: skip
     monkeypatch.setattr(apps["batches"], "control", control)
     monkeypatch.setattr(apps["pipelines"], "pipelines", api)

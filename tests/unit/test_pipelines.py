@@ -33,8 +33,12 @@ from predictions.pipelines.steps import (
     prediction_ended,
 )
 from predictions.pipelines.store import Pipeline, PipelinesTable
-from predictions.store.origins import is_canceled
-from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
+from predictions.store.callers import WaitingCallers
+from predictions.store.origins import is_active
+from predictions.store.payloads import PAYLOAD_LIMIT_BYTES
+from predictions.store.predictions import PredictionsTable
+from predictions.store.recent_requests import RecentRequests
+from predictions.store.records import Prediction
 from predictions.views.prediction import ANSWER_LIMIT_BYTES, Presenter
 
 from tests.unit.apps import AwsCalls
@@ -72,10 +76,12 @@ class World:
         )
         presenter = Presenter(outputs, 3600)
         self.api = PipelineApi(
-            self.table, table, submissions.lookup, self.executions, presenter, 30 * 86400, now=clock.now
+            self.table, table, RecentRequests.from_env(), submissions.lookup, self.executions, presenter, 30 * 86400,
+            now=clock.now,
         )  # fmt: skip
         self.requests = Requests(
             table,
+            WaitingCallers.from_env(),
             Executions(executed.machine_arn, clients.client("stepfunctions")),
             lifetime_seconds=86400,
             retention_seconds=30 * 86400,
@@ -896,11 +902,11 @@ def test_list_and_input_of_a_message_share_their_steps(world: World) -> None:
 
 
 def test_pipeline_that_is_not_there_counts_as_canceled(world: World) -> None:
-    assert is_canceled("a" * 26)
+    assert not is_active({"pipeline": "a" * 26})
     pipeline_id = world.create(IMAGE)
-    assert not is_canceled(pipeline_id)
+    assert is_active({"pipeline": pipeline_id})
     world.api.cancel_pipeline(pipeline_id, "alice")
-    assert is_canceled(pipeline_id)
+    assert not is_active({"pipeline": pipeline_id})
 
 
 def test_token_is_not_shown_where_a_pipeline_is_logged() -> None:

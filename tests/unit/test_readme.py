@@ -182,7 +182,7 @@ LIMITS = {
         "the last {} Ki ",
     ),
     "input or result in the table": (
-        "layers/predictions/predictions/store/predictions.py",
+        "layers/predictions/predictions/store/payloads.py",
         "PAYLOAD_LIMIT_BYTES",
         1024,
         "{} KiB",

@@ -18,7 +18,10 @@ from predictions.intents.sources import Message, RequestRefused
 from predictions.notifications.stream import Changes
 from predictions.observability import logger
 from predictions.status import Status
-from predictions.store.predictions import CALLERS_LIMIT, PAYLOAD_LIMIT_BYTES, Prediction, PredictionsTable
+from predictions.store.callers import CALLERS_LIMIT, WaitingCallers
+from predictions.store.payloads import PAYLOAD_LIMIT_BYTES
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 
 from tests.unit.apps import Context, load_app
 from tests.unit.conftest import ENVIRONMENT
@@ -46,6 +49,7 @@ def message(body: Any = BODY, *, id: str = "message-1", sender: str = "AIDANOBOD
 def requests(table: PredictionsTable, executed: Executed, clock: Clock) -> Requests:
     return Requests(
         table,
+        WaitingCallers.from_env(),
         Executions(executed.machine_arn, clients.client("stepfunctions")),
         lifetime_seconds=3600,
         retention_seconds=30 * 86400,

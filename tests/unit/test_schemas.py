@@ -12,7 +12,10 @@ from predictions.errors import PredictionThrottled, Problem
 from predictions.intents.model import Intent, Reference, create_intent, model_reference
 from predictions.lifecycle.model_lookup import ModelLookup
 from predictions.observability import metrics
-from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, KeptSchema, PredictionsTable
+from predictions.store.payloads import PAYLOAD_LIMIT_BYTES
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import StoredSchema
+from predictions.store.schemas import StoredSchemas
 from predictions.upstream.client import Replicate
 
 from tests.unit.apps import AwsCalls
@@ -131,7 +134,7 @@ def test_parameter_turns_it_on_and_off(
     table: PredictionsTable, monkeypatch: pytest.MonkeyPatch, value: str, checks: bool
 ) -> None:
     monkeypatch.setenv("VALIDATE_INPUT", value)
-    assert (ModelLookup.from_env(table, Replicate.from_env())._schemas is not None) == checks
+    assert (ModelLookup.from_env(StoredSchemas.from_env(), Replicate.from_env())._schemas is not None) == checks
 
 
 def test_bare_version_of_an_unknown_model_is_left_to_replicate(
@@ -151,7 +154,7 @@ def test_second_prediction_of_a_bare_version_is_checked(
 ) -> None:
     first = make_submissions(table, replicate, executed, clock)
     first.start(wanted(BAD, VERSION))
-    assert table.kept_schema(VERSION, clock.now()) == KeptSchema("stability-ai/sdxl", None)
+    assert StoredSchemas.from_env().get_schema(VERSION, clock.now()) == StoredSchema("stability-ai/sdxl", None)
     second = first if same_function else make_submissions(table, replicate, executed, clock)
     with pytest.raises(Problem) as problem:
         second.start(wanted(BAD, VERSION))
@@ -181,9 +184,9 @@ def test_model_of_a_version_is_noted_once(
     both[0].start(wanted(GOOD, VERSION))
     clock.advance(1)
     both[1].start(wanted(GOOD, VERSION))
-    kept = table.kept_schema(VERSION, clock.now() + 30 * 86400 - 2)
-    assert kept == KeptSchema("stability-ai/sdxl", None)
-    assert table.kept_schema(VERSION, clock.now() + 30 * 86400 - 1) is None, "the first note stays"
+    kept = StoredSchemas.from_env().get_schema(VERSION, clock.now() + 30 * 86400 - 2)
+    assert kept == StoredSchema("stability-ai/sdxl", None)
+    assert StoredSchemas.from_env().get_schema(VERSION, clock.now() + 30 * 86400 - 1) is None, "the first note stays"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +202,7 @@ def test_answer_that_names_no_model_of_the_version_teaches_nothing(
 ) -> None:
     replicate.faults = [lambda request, there: httpx.Response(201, json=there.accept(request, **told))]
     submissions.start(wanted(BAD, VERSION))
-    assert table.kept_schema(VERSION, clock.now()) is None
+    assert StoredSchemas.from_env().get_schema(VERSION, clock.now()) is None
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "named version"])
@@ -208,7 +211,7 @@ def test_only_a_bare_version_is_noted(
 ) -> None:
     replicate.versions.clear()
     submissions.start(wanted(GOOD, *WAYS[way]))
-    assert table.kept_schema(VERSION, clock.now()) is None
+    assert StoredSchemas.from_env().get_schema(VERSION, clock.now()) is None
 
 
 def test_large_schema_whose_object_has_expired_is_asked_for_again_by_the_version_alone(
@@ -466,24 +469,24 @@ def test_key_of_a_refused_input_is_free(submissions: Submissions, replicate: Rep
 
 
 def test_table_forgets_a_schema_by_its_time_to_live(table: PredictionsTable) -> None:
-    table.keep_schema(VERSION, "{}", 1_000, "acme/fox")
+    StoredSchemas.from_env().put_schema(VERSION, "{}", 1_000, "acme/fox")
     item = clients.client("dynamodb").get_item(
         TableName="predictions", Key={"pk": {"S": f"schema#{VERSION}"}, "sk": {"S": "input"}}
     )["Item"]
     assert item["expires_at"] == {"N": "1000"}
-    assert table.kept_schema(VERSION, 999) == KeptSchema("acme/fox", "{}")
-    assert table.kept_schema(VERSION, 1_000) is None
+    assert StoredSchemas.from_env().get_schema(VERSION, 999) == StoredSchema("acme/fox", "{}")
+    assert StoredSchemas.from_env().get_schema(VERSION, 1_000) is None
 
 
 def test_note_never_takes_the_place_of_what_is_kept_until_that_expires(table: PredictionsTable) -> None:
-    table.keep_schema(VERSION, "{}", 1_000, "acme/fox")
-    table.note_model(VERSION, "acme/wolf", 5_000, 999)
-    assert table.kept_schema(VERSION, 999) == KeptSchema("acme/fox", "{}")
-    table.note_model(VERSION, "acme/wolf", 5_000, 1_000)
-    assert table.kept_schema(VERSION, 1_000) == KeptSchema("acme/wolf", None)
+    StoredSchemas.from_env().put_schema(VERSION, "{}", 1_000, "acme/fox")
+    StoredSchemas.from_env().put_model(VERSION, "acme/wolf", 5_000, 999)
+    assert StoredSchemas.from_env().get_schema(VERSION, 999) == StoredSchema("acme/fox", "{}")
+    StoredSchemas.from_env().put_model(VERSION, "acme/wolf", 5_000, 1_000)
+    assert StoredSchemas.from_env().get_schema(VERSION, 1_000) == StoredSchema("acme/wolf", None)
 
 
 def test_other_failure_of_the_bucket_is_told(table: PredictionsTable) -> None:
-    table.keep_schema(VERSION, json.dumps("x" * PAYLOAD_LIMIT_BYTES), 1_000, "acme/fox")
+    StoredSchemas.from_env().put_schema(VERSION, json.dumps("x" * PAYLOAD_LIMIT_BYTES), 1_000, "acme/fox")
     with refusing("GetObject", "SlowDown", service="s3"), pytest.raises(ClientError):
-        table.kept_schema(VERSION, 1)
+        StoredSchemas.from_env().get_schema(VERSION, 1)

@@ -12,7 +12,9 @@ from predictions.errors import PredictionThrottled, Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import Attempt, Intent, create_intent, model_reference
 from predictions.observability import metrics
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.recent_requests import RecentRequests
+from predictions.store.records import Prediction
 
 from tests.unit.fakes import (
     API_URL,
@@ -463,18 +465,18 @@ class TestSameRequest:
         monkeypatch: pytest.MonkeyPatch,
         first_to_put: int,
     ) -> None:
-        note = PredictionsTable.note_request
+        note = RecentRequests.note
         attempts = [attempt(clock, 0), Attempt(1, attempt(clock, 0).asked_at + 2000)]
         others: list[str] = []
 
-        def overtaken(self: PredictionsTable, *args: Any) -> str:
+        def overtaken(self: RecentRequests, *args: Any) -> str:
             # The other attempt comes all the way through, just before or just after this one's note.
             monkeypatch.undo()
             noted = note(self, *args) if first_to_put else ""
             others.append(submissions.start(wanted(), attempt=attempts[1]).id)
             return noted or note(self, *args)
 
-        monkeypatch.setattr(PredictionsTable, "note_request", overtaken)
+        monkeypatch.setattr(RecentRequests, "note", overtaken)
         assert [submissions.start(wanted(), attempt=attempts[0]).id] == others
         assert len(replicate.creates) == 1
 
@@ -577,7 +579,7 @@ class TestSubmit:
         replicate.faults = [answer(429, {}, {"Retry-After": "3600"})]
         prediction = waiting(table, clock, lifetime="60s")
         if state == "put off":
-            table.put_off(prediction, int(clock.now()) + 3600, counted=False)
+            table.defer(prediction, int(clock.now()) + 3600, counted=False)
         with pytest.raises(PredictionThrottled, match=r"^61$"):
             submissions.submit(prediction.id)
         clock.advance(61)

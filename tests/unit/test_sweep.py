@@ -8,11 +8,13 @@ from typing import Any
 import httpx
 import pytest
 from predictions.aws import clients
+from predictions.aws.dynamodb import PRESENT
 from predictions.intents.model import create_intent
 from predictions.observability import metrics
 from predictions.pipelines.advance import PipelineExecutions
 from predictions.pipelines.store import PipelinesTable
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 from predictions.upstream.prediction import PARSED_LIMIT_BYTES, UpstreamPrediction
 
 from tests.unit.fakes import VERSION, Clock, Died, Executed, ReplicateInMemory, accept_then, answer
@@ -185,9 +187,7 @@ class TestDeadLooks:
             name = f"{prediction.id}-{n}"
             if there.execution_n == n:
                 # The state AwaitWebhook notes its own time, and waits; the poll after it dies.
-                table._change(
-                    prediction.id, set={"next_check_at": int(clock.now()) + 180}, condition="#rank < :terminal"
-                )
+                table._change(prediction.id, set={"next_check_at": int(clock.now()) + 180}, condition=PRESENT)
                 clock.advance(60)
                 polled_at.append(clock.now())
                 with pytest.raises(Died):
@@ -205,7 +205,7 @@ class TestDeadLooks:
         self, submissions: Submissions, replicate: ReplicateInMemory, table: PredictionsTable, clock: Clock
     ) -> None:
         prediction = start(submissions)
-        table._change(prediction.id, set={"stalled_looks": 2}, condition="attribute_exists(pk)")
+        table._change(prediction.id, set={"stalled_looks": 2}, condition=PRESENT)
         clock.advance(86400 + HOUR)
         asked = len(replicate.asked)
         submissions.poll(prediction.id)
@@ -216,7 +216,7 @@ class TestDeadLooks:
         self, submissions: Submissions, replicate: ReplicateInMemory, table: PredictionsTable, clock: Clock
     ) -> None:
         prediction = start(submissions)
-        table._change(prediction.id, set={"stalled_looks": 1}, condition="attribute_exists(pk)")
+        table._change(prediction.id, set={"stalled_looks": 1}, condition=PRESENT)
         replicate.finish(current(table, prediction.id).upstream_id or "", output="done")
         clock.advance(86400 + HOUR)
         submissions.poll(prediction.id)

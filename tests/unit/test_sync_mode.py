@@ -11,6 +11,7 @@ from predictions.files.outputs_bucket import OutputsBucket
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.receive_webhook import Receipt, receive
 from predictions.store.predictions import PredictionsTable
+from predictions.store.schemas import StoredSchemas
 
 from tests.unit.conftest import make_submissions
 from tests.unit.fakes import PNG, VERSION, Clock, Executed, ReplicateInMemory, Wakes, answer
@@ -101,7 +102,7 @@ def test_end_without_files_is_the_end_and_nothing_is_left_to_follow(
     status: str,
     seen: str,
 ) -> None:
-    table.keep_schema(VERSION, "null", int(clock.now()) + 3600, "stability-ai/sdxl")
+    StoredSchemas.from_env().put_schema(VERSION, "null", int(clock.now()) + 3600, "stability-ai/sdxl")
     calls = Calls("dynamodb")
     replicate.faults = [held(clock, 3, status=status, output="A fox." if status == "succeeded" else None)]
     started = submissions.start(wanted(), wait_seconds=10)

@@ -11,7 +11,9 @@ from predictions.files.outputs_bucket import OutputsBucket, StoredFile
 from predictions.ids import derived_id, random_id
 from predictions.intents.model import create_intent
 from predictions.status import Status, rank_of, visible
-from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, AlreadyExists, Change, Prediction, PredictionsTable
+from predictions.store.payloads import PAYLOAD_LIMIT_BYTES
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import AlreadyExists, Change, Prediction
 from predictions.upstream.prediction import UpstreamPrediction
 
 from tests.unit.fakes import VERSION, Clock, Died, answers_lost, meanwhile
@@ -186,7 +188,7 @@ class TestMerge:
     def test_removed_output_replaces_nothing_that_was_kept(self, table: PredictionsTable, clock: Clock) -> None:
         # The writer of the result died before it wrote the status; an hour later Replicate has removed the output.
         prediction = put(table, clock)
-        table._put_result(prediction, told("succeeded", output=[FILE], logs="kept"))
+        table._payloads.put_result(prediction, told("succeeded", output=[FILE], logs="kept"))
         table.merge(prediction.id, told("succeeded", output=None, data_removed=True), clock.now())
         whole = table.read(prediction.id)
         assert whole is not None

@@ -17,7 +17,8 @@ from predictions.intents.model import (
 )
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.receive_webhook import Receipt, receive
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 
 from tests.unit.apps import Context, load_app, sample
 from tests.unit.conftest import make_submissions

@@ -19,11 +19,13 @@ import pytest
 from predictions.admission.quotas import OwnersUsage
 from predictions.admission.rate_limiter import Limiter
 from predictions.aws import clients as aws
+from predictions.aws.dynamodb import Table as AwsTable
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionThrottled
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.observability import logger, metrics
 from predictions.store.predictions import PredictionsTable
+from predictions.store.recent_requests import RecentRequests
 from predictions.upstream.client import Replicate, Token
 
 from tests.reliability import Recorded
@@ -112,6 +114,7 @@ class Stack:
             Submissions(
                 self.predictions, upstream, Executions(ARN, aws.client("stepfunctions")), TIMING,
                 limiter=Limiter("predictions", dynamodb, creates_per_minute=6000, now=clock.now),
+                recent=RecentRequests(AwsTable("predictions", dynamodb)),
                 usage=OwnersUsage("predictions", dynamodb, now=clock.now),
                 resubmit=True, now=clock.now, sleep=clock.sleep,
             )

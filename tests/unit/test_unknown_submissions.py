@@ -14,7 +14,8 @@ from predictions.errors import PredictionThrottled
 from predictions.lifecycle.orphans import STOP_SECONDS
 from predictions.lifecycle.readings import CALLS_AT_ONCE, CALLS_PER_MINUTE, Budget
 from predictions.observability import metrics
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 from predictions.upstream.prediction import UpstreamPrediction
 
 from tests.unit.conftest import make_submissions

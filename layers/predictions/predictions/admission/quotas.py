@@ -24,7 +24,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from predictions.aws.clients import client
+from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Key, Table
 from predictions.errors import PredictionsError, Problem
+from predictions.times import rfc3339
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -181,8 +183,7 @@ class OwnersLimits:
     """The limits that owners have."""
 
     def __init__(self, table_name: str, dynamodb: "DynamoDBClient") -> None:
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+        self._table = Table(table_name, dynamodb)
 
     @classmethod
     def from_env(cls) -> "OwnersLimits":
@@ -191,9 +192,8 @@ class OwnersLimits:
 
     def limits_of(self, owner: str) -> OwnerLimits:
         """An owner's limits, read consistently."""
-        found = self._dynamodb.get_item(TableName=self._table_name, Key=_limits_key(owner), ConsistentRead=True)
-        item = found.get("Item", {})
-        return OwnerLimits(**{name: int(item[name]["N"]) for name in _NAMES if name in item})
+        item = self._table.get_item(_limits_key(owner)) or {}
+        return OwnerLimits(**{name: item[name] for name in _NAMES if name in item})
 
     def set_limits(self, owner: str, limits: OwnerLimits) -> None:
         """Gives an owner these limits, and no others.
@@ -204,34 +204,26 @@ class OwnersLimits:
         if not limits:
             given_by = ", ".join(f"--{name.replace('_', '-')}" for name in _NAMES)
             raise LimitInvalid(f"Give at least one of {given_by}; `limits remove` takes limits away.")
-        item: dict[str, Any] = {**_limits_key(owner), "owner": {"S": _LIST}, "listed_at": {"S": owner}}
+        item: dict[str, Any] = {"owner": _LIST, "listed_at": owner}
         for name, most in zip(_NAMES, (IN_FLIGHT_MAX, PER_DAY_MAX, OPEN_MAX, OPEN_MAX), strict=True):
             limit = getattr(limits, name)
             if limit is None:
                 continue
             if not 0 <= limit <= most:
                 raise LimitInvalid(f"--{name.replace('_', '-')} takes 0 to {most}, not {limit}.")
-            item[name] = {"N": str(limit)}
-        self._dynamodb.put_item(TableName=self._table_name, Item=item)
+            item[name] = limit
+        self._table.put_item(_limits_key(owner), item)
 
     def remove_limits(self, owner: str) -> None:
         """Takes an owner's limits away; twice changes nothing."""
-        self._dynamodb.delete_item(TableName=self._table_name, Key=_limits_key(owner))
+        self._table.delete_item(_limits_key(owner))
 
     def list_limits(self) -> Iterator[tuple[str, OwnerLimits]]:
         """The owners that have limits, by name, as far as the index knows."""
-        pages = self._dynamodb.get_paginator("query").paginate(
-            TableName=self._table_name,
-            IndexName="by_owner",
-            KeyConditionExpression="#owner = :list",
-            ExpressionAttributeNames={"#owner": "owner"},
-            ExpressionAttributeValues={":list": {"S": _LIST}},
-        )
-        for page in pages:
-            for item in page["Items"]:
-                owner = item["listed_at"]["S"]
-                if limits := self.limits_of(owner):
-                    yield owner, limits
+        for item in self._table.query(Condition("owner = :list", list=_LIST), index="by_owner"):
+            owner = item["listed_at"]
+            if limits := self.limits_of(owner):
+                yield owner, limits
 
 
 class OwnersUsage:
@@ -244,8 +236,7 @@ class OwnersUsage:
     """
 
     def __init__(self, table_name: str, dynamodb: "DynamoDBClient", *, now: Callable[[], float] = time.time) -> None:
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+        self._table = Table(table_name, dynamodb)
         self._now = now
         self._limits = OwnersLimits(table_name, dynamodb)
         self._known: dict[str, tuple[float, OwnerLimits]] = {}
@@ -280,7 +271,7 @@ class OwnersUsage:
         limit = limits.in_flight
         added = limit is not None and self._add(_IN_FLIGHT, owner, prediction_id, limit, began)
         now = self._now()  # the day that is full must be the one whose end is told
-        day = datetime.fromtimestamp(now, UTC).date().isoformat()
+        day = rfc3339(now)[:10]
         n = 0
         if limits.per_day is not None and not (n := self._count_in_day(owner, limits.per_day, day, now)):
             if added:
@@ -298,17 +289,13 @@ class OwnersUsage:
             self._take_out(_IN_FLIGHT, owner, {prediction_id: place.began})
         if place.day is None:
             return
-        with contextlib.suppress(self._dynamodb.exceptions.ConditionalCheckFailedException):
-            self._dynamodb.update_item(
-                TableName=self._table_name,
-                Key=_usage_key(owner, f"day#{place.day}"),
-                UpdateExpression="SET n = :less, given_back = :id",
-                ConditionExpression="n = :n AND (attribute_not_exists(given_back) OR given_back <> :id)",
-                ExpressionAttributeValues={
-                    ":less": {"N": str(place.n - 1)},
-                    ":n": {"N": str(place.n)},
-                    ":id": {"S": prediction_id},
-                },
+        latest = Condition("n = :n", n=place.n)
+        not_yet = Condition("attribute_not_exists(given_back) OR given_back <> :id", id=prediction_id)
+        with contextlib.suppress(ConditionFailed):
+            self._table.update_item(
+                _usage_key(owner, f"day#{place.day}"),
+                set={"n": place.n - 1, "given_back": prediction_id},
+                condition=latest & not_yet,
             )
 
     def check_day(self, owner: str, limits: OwnerLimits) -> None:
@@ -320,10 +307,7 @@ class OwnersUsage:
         if limits.per_day is None:
             return
         now = self._now()
-        found = self._dynamodb.get_item(
-            TableName=self._table_name, Key=_usage_key(owner, _day_sk(now)), ConsistentRead=True
-        )
-        if int(found.get("Item", {}).get("n", {}).get("N", 0)) >= limits.per_day:
+        if (self._table.get_item(_usage_key(owner, _day_sk(now))) or {}).get("n", 0) >= limits.per_day:
             raise _day_is_full(owner, limits.per_day, now)
 
     def take_open_place(self, kind: Kind, owner: str, id_: str, limits: OwnerLimits) -> int | None:
@@ -362,33 +346,23 @@ class OwnersUsage:
 
     def _try_to_add(self, places: _Places, owner: str, id_: str, limit: int, began: int) -> int | None:
         """When it was added before, 0 if never; None where there is no place."""
-        key = _usage_key(owner, places.sk)
-        place = {"N": str(began)}
+        key, place = _usage_key(owner, places.sk), f"ids.{id_}"
+        has_room = Condition(f"size(ids) < :limit OR attribute_exists({place})", limit=limit)
         try:
-            before = self._dynamodb.update_item(
-                TableName=self._table_name,
-                Key=key,
-                UpdateExpression="SET ids.#id = :began",
-                ConditionExpression="attribute_exists(ids) AND (size(ids) < :limit OR attribute_exists(ids.#id))",
-                ExpressionAttributeNames={"#id": id_},
-                ExpressionAttributeValues={":began": place, ":limit": {"N": str(limit)}},
-                ReturnValues="UPDATED_OLD",
-                ReturnValuesOnConditionCheckFailure="ALL_OLD",
-            ).get("Attributes", {})
-        except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
-            refusal: Any = error.response
-            if refusal.get("Item"):
+            before = self._table.update_item(
+                key,
+                set={place: began},
+                condition=Condition("attribute_exists(ids)") & has_room,
+                returns="UPDATED_OLD",
+            )
+        except ConditionFailed as failed:
+            if failed.item:
                 return None
         else:
-            there = before.get("ids", {}).get("M", {})
-            return int(there[id_]["N"]) if id_ in there else 0
+            return int(before.get("ids", {}).get(id_, 0))
         try:
-            self._dynamodb.put_item(
-                TableName=self._table_name,
-                Item={**key, "ids": {"M": {id_: place}}},
-                ConditionExpression="attribute_not_exists(pk)",
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            self._table.put_item(key, {"ids": {id_: began}}, NEW)
+        except ConditionFailed:
             # Somebody else made it just now, or this very write did and its answer was lost.
             return self._try_to_add(places, owner, id_, limit, began)
         return 0
@@ -399,17 +373,12 @@ class OwnersUsage:
         Returns:
             How many are left, as far as is known: somebody else may be giving some back, or taking some.
         """
-        from predictions.aws.dynamodb import read_items  # the authorizer, which needs the limits only, goes without
-
-        found = self._dynamodb.get_item(
-            TableName=self._table_name, Key=_usage_key(owner, places.sk), ConsistentRead=True
-        )
-        taken: Mapping[str, Any] = found.get("Item", {}).get("ids", {}).get("M", {})
-        statuses = read_items(self._dynamodb, self._table_name, [(f"{places.prefix}{id_}", "status") for id_ in taken])
+        taken: Mapping[str, int] = (self._table.get_item(_usage_key(owner, places.sk)) or {}).get("ids", {})
+        statuses = self._table.read_items((f"{places.prefix}{id_}", "status") for id_ in taken)
         long_ago = self._now() * 1000 - _MISSING_MS
         gone: dict[str, int] = {}
-        for id_, place in taken.items():
-            status, began = statuses.get((f"{places.prefix}{id_}", "status")), int(place["N"])
+        for id_, began in taken.items():
+            status = statuses.get((f"{places.prefix}{id_}", "status"))
             if _has_ended(status) if status else began < long_ago:
                 gone[id_] = began
         ids = list(gone)
@@ -420,15 +389,13 @@ class OwnersUsage:
 
     def _take_out(self, places: _Places, owner: str, taken: Mapping[str, int]) -> None:
         """Gives places back, unless one of them was taken anew meanwhile."""
-        named = dict(enumerate(taken.items()))
-        with contextlib.suppress(self._dynamodb.exceptions.ConditionalCheckFailedException):
-            self._dynamodb.update_item(
-                TableName=self._table_name,
-                Key=_usage_key(owner, places.sk),
-                UpdateExpression="REMOVE " + ", ".join(f"ids.#p{n}" for n in named),
-                ConditionExpression=" AND ".join(f"ids.#p{n} = :p{n}" for n in named),
-                ExpressionAttributeNames={f"#p{n}": id_ for n, (id_, _) in named.items()},
-                ExpressionAttributeValues={f":p{n}": {"N": str(began)} for n, (_, began) in named.items()},
+        unchanged = Condition(
+            " AND ".join(f"ids.{id_} = :p{n}" for n, id_ in enumerate(taken)),
+            **{f"p{n}": began for n, began in enumerate(taken.values())},
+        )
+        with contextlib.suppress(ConditionFailed):
+            self._table.update_item(
+                _usage_key(owner, places.sk), remove=[f"ids.{id_}" for id_ in taken], condition=unchanged
             )
 
     def _count_in_day(self, owner: str, limit: int, day: str, now: float) -> int:
@@ -436,21 +403,15 @@ class OwnersUsage:
         if limit == 0:
             return 0
         try:
-            counted = self._dynamodb.update_item(
-                TableName=self._table_name,
-                Key=_usage_key(owner, f"day#{day}"),
-                UpdateExpression="ADD n :one SET expires_at = :expires",
-                ConditionExpression="attribute_not_exists(n) OR n < :limit",
-                ExpressionAttributeValues={
-                    ":one": {"N": "1"},
-                    ":limit": {"N": str(limit)},
-                    ":expires": {"N": str(int(now) + 2 * 86400)},
-                },
-                ReturnValues="ALL_NEW",
+            counted = self._table.update_item(
+                _usage_key(owner, f"day#{day}"),
+                add={"n": 1},
+                set={"expires_at": int(now) + 2 * 86400},
+                condition=Condition("attribute_not_exists(n) OR n < :limit", limit=limit),
             )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+        except ConditionFailed:
             return 0
-        return int(counted["Attributes"]["n"]["N"])
+        return int(counted["n"])
 
 
 def _has_ended(status: Mapping[str, Any]) -> bool:
@@ -464,18 +425,18 @@ def _day_is_full(owner: str, limit: int, now: float) -> LimitReached:
     midnight = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
     return LimitReached(
         f"The owner {owner} may start {limit} predictions a day, and has: the next ones from"
-        f" {midnight.isoformat().replace('+00:00', 'Z')} on.",
+        f" {rfc3339(midnight.timestamp())} on.",
         int(midnight.timestamp() - now) + 1,
     )
 
 
 def _day_sk(now: float) -> str:
-    return f"day#{datetime.fromtimestamp(now, UTC).date().isoformat()}"
+    return f"day#{rfc3339(now)[:10]}"
 
 
-def _limits_key(owner: str) -> dict[str, Any]:
-    return {"pk": {"S": f"owner#{owner}"}, "sk": {"S": "limits"}}
+def _limits_key(owner: str) -> Key:
+    return Key(f"owner#{owner}", "limits")
 
 
-def _usage_key(owner: str, sk: str) -> dict[str, Any]:
-    return {"pk": {"S": f"usage#{owner}"}, "sk": {"S": sk}}
+def _usage_key(owner: str, sk: str) -> Key:
+    return Key(f"usage#{owner}", sk)

@@ -43,11 +43,14 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import and_
 from typing import TYPE_CHECKING, Any, Literal
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import client
+from predictions.aws.dynamodb import Condition, ConditionFailed, Key, Sum, Table
 from predictions.observability import MetricUnit, logger, metrics
 
 if TYPE_CHECKING:
@@ -108,8 +111,7 @@ Lane = Literal["http", "queue"]
 
 LANES: tuple[Lane, ...] = ("http", "queue")
 
-_KEY = {"pk": {"S": "limiter"}, "sk": {"S": "creates"}}
-_PAUSE = ("paused_until", "paused_at", "paused_by", "pause_reason")
+_KEY = Key("limiter", "creates")
 
 # How far ahead rules put each of these at most; `upstream.client` takes a `Retry-After` up to an hour. Lanes are
 # ahead of a block, or of this moment, by `MaxStartDelaySeconds` and less than two minutes: a burst of HTTP and the last
@@ -246,8 +248,7 @@ class Limiter:
     ) -> None:
         self.creates_per_minute = creates_per_minute
         self.max_start_delay_seconds = max_start_delay_seconds
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+        self._table = Table(table_name, dynamodb)
         self._interval = 60_000 / creates_per_minute
         self._now = now
         self._known = LimiterState()
@@ -274,8 +275,7 @@ class Limiter:
         Raises:
             ClientError: It cannot be read.
         """
-        found = self._dynamodb.get_item(TableName=self._table_name, Key=_KEY, ConsistentRead=True)
-        return self._know(found.get("Item", {}))
+        return self._know(self._table.get_item(_KEY) or {})
 
     # -- reserving --------------------------------------------------------------------------------------------
 
@@ -339,24 +339,18 @@ class Limiter:
         if at <= self._now() * 1000 or generation + 1 == _GENERATIONS:
             return
         free, taken, end = f"{lane}_free", f"{lane}_taken", at + (BURST_SECONDS * 1000 if lane == "http" else 0)
-        values: dict[str, Any] = {":number": number + 1, ":most": _FREE_MOST, ":end": end}
-        raw: dict[str, Any] = {":free": {"NS": [str(number + 1)]}}
-        expression = f"ADD {free} :free"
-        if passed := self._passed(taken):
-            expression += f" DELETE {taken} :passed"
-            raw[":passed"] = passed
-        condition = (
-            f"(attribute_not_exists({free}) OR size({free}) < :most) AND NOT contains({taken}, :number)"
-            f" AND {lane}_at > :end"
-        )
-        if self._write(expression, condition, values, raw) is False:
+        has_room = Condition(f"attribute_not_exists({free}) OR size({free}) < :most", most=_FREE_MOST)
+        not_taken = Condition(f"NOT contains({taken}, :number)", number=number + 1)
+        ahead = Condition(f"{lane}_at > :end", end=end)
+        passed = {taken: gone} if (gone := self._passed(taken)) else {}
+        if self._write(has_room & not_taken & ahead, add={free: {number + 1}}, delete=passed) is False:
             logger.info("a start is not kept: too many are, it is there already, or its lane began anew")
 
     def give_turn_back(self, lane: Lane, owner: str, step_ms: int) -> None:
         """Make an owner's line shorter by a request that left it; where that is not written, the line stays longer."""
         turn = f"{lane}_turn_{self._slot(lane, owner)}"
         now = round(self._now() * 1000)
-        self._write(f"SET {turn} = {turn} + :less", f"{turn} >= :least", {":less": -step_ms, ":least": now + step_ms})
+        self._write(Condition(f"{turn} >= :least", least=now + step_ms), set={turn: Sum(turn, -step_ms)})
 
     def is_reserved(self, start: float) -> bool:
         """Whether a reservation for `start`, a second that has come, still counts.
@@ -371,10 +365,10 @@ class Limiter:
         self._uncounted = 0
         # The burst is used up, or it would all be sent at that moment.
         for name, value in (("blocked_until", until), ("queue_at", until), ("http_at", until + BURST_SECONDS * 1000)):
-            condition = f"attribute_not_exists({name}) OR {name} < :value"
+            earlier = Condition(f"attribute_not_exists({name}) OR {name} < :value", value=value)
             # Starts that were given back lie before the block, as does the lane that is moved by it.
-            free = f" REMOVE {name.removesuffix('_at')}_free" if name.endswith("_at") else ""
-            self._replace(name, f"SET {name} = :value{free}", condition, {":value": value})
+            free = [f"{name.removesuffix('_at')}_free"] if name.endswith("_at") else []
+            self._replace(name, earlier, set={name: value}, remove=free)
 
     def _reserve(self, lane: Lane, owner: str, latest: float, turn_at: float | None) -> Reservation:
         """Move a lane or a line on, in one write; a start of now where the table fails.
@@ -390,7 +384,7 @@ class Limiter:
             plan = self._plan(lane, slot, now, round(latest * 1000), turn_ms, free=attempt < _FREE_ATTEMPTS)
             if not isinstance(plan, _Plan):
                 return plan
-            held = self._write(plan.expression, plan.condition, plan.values, plan.raw)
+            held = self._write(plan.condition, **plan.changes)
             if held is None:
                 self._uncounted = 0
                 return Start(self._now())
@@ -446,39 +440,30 @@ class Limiter:
         for name, each in steps.items():
             at = self._known.http_at if name == "http_at" else self._known.queue_at
             if name in self._absurd:
-                plan.conditions.append(f"{name} = :was_{name}")
-                plan.raw[f":was_{name}"] = self._absurd[name]
-                plan.set(name, now + each + (BURST_SECONDS * 1000 if name == "http_at" else 0))
+                plan.require(f"{name} = :was_{name}", **{f"was_{name}": self._absurd[name]})
+                plan.set[name] = now + each + (BURST_SECONDS * 1000 if name == "http_at" else 0)
             elif at > now:
-                plan.conditions.append(f"{name} > :now")
-                plan.values[":now"] = now
-                plan.sets.append(f"{name} = {name} + :{name}")
-                plan.values[f":{name}"] = each
+                plan.require(f"{name} > :now", now=now)
+                plan.set[name] = Sum(name, each)
             else:
-                plan.conditions.append(f"(attribute_not_exists({name}) OR {name} <= :now)")
-                plan.values[":now"] = now
+                plan.require(f"attribute_not_exists({name}) OR {name} <= :now", now=now)
                 if name == own:
-                    plan.set(name, now + each)
+                    plan.set[name] = now + each
         if own not in self._absurd and self._known.end(lane) > now:
-            plan.conditions.append(f"{own} <= :bound")
-            plan.values[":bound"] = bound - lead
+            plan.require(f"{own} <= :bound", bound=bound - lead)
             if near is not None:
                 # The lane's end before this write, and what lies between it and the start.
-                plan.sets.append(f"{last} = {own} + :lead")
-                plan.values[":lead"] = lead
+                plan.set[last] = Sum(own, lead)
                 if last not in self._removable or (lane, slot) in self._known.last:
-                    plan.values[":near"] = near
-                    plan.conditions.append(f"(attribute_not_exists({last}) OR {last} <= :near)")
+                    plan.require(f"attribute_not_exists({last}) OR {last} <= :near", near=near)
         self._clean(plan, lane, last)
         return plan
 
     def _plan_free(self, lane: Lane, number: int) -> "_Plan":
         """Take a start that was given back."""
         plan = _Plan("free", 0, number)
-        plan.conditions.append(f"contains({lane}_free, :number)")
-        plan.values[":number"] = number
-        plan.adds.append(f"{lane}_taken :taken")
-        plan.raw[":taken"] = {"NS": [str(number)]}
+        plan.require(f"contains({lane}_free, :number)", number=number)
+        plan.add[f"{lane}_taken"] = {number}
         self._clean(plan, lane, "", number)
         return plan
 
@@ -493,36 +478,29 @@ class Limiter:
         step = round(self._step(lane) * max(1.0, (others + 1) / _TURNS_PER_START) * _TURN_SLACK)
         plan = _Plan("turn", step)
         if self._known.turns.get((lane, slot), 0) >= start:
-            plan.conditions.append(f"{line} BETWEEN :start AND :latest")
-            plan.sets.append(f"{line} = {line} + :step")
-            plan.values |= {":start": start, ":latest": latest, ":step": step}
+            plan.require(f"{line} BETWEEN :start AND :latest", start=start, latest=latest)
+            plan.set[line] = Sum(line, step)
         else:
             if line not in self._removable or (lane, slot) in self._known.turns:
-                plan.conditions.append(f"(attribute_not_exists({line}) OR {line} < :start)")
-                plan.values[":start"] = start
-            plan.set(line, start + step)
+                plan.require(f"attribute_not_exists({line}) OR {line} < :start", start=start)
+            plan.set[line] = start + step
         self._clean(plan, lane, line)
         return plan
 
     def _clean(self, plan: "_Plan", lane: Lane, own: str, number: int | None = None) -> None:
         """Remove what has passed, in the same write; `number` is the start that is taken by it."""
-        plan.removes += [name for name in self._removable if name != own][:_REMOVED_MOST]
-        free, taken = f"{lane}_free", f"{lane}_taken"
-        gone = self._passed(free, number)
-        if gone:
-            plan.deletes.append(f"{free} :gone_free")
-            plan.raw[":gone_free"] = gone
-        if number is None and (gone := self._passed(taken)):
-            plan.deletes.append(f"{taken} :gone_taken")
-            plan.raw[":gone_taken"] = gone
+        plan.remove += [name for name in self._removable if name != own][:_REMOVED_MOST]
+        if gone := self._passed(f"{lane}_free", number):
+            plan.delete[f"{lane}_free"] = gone
+        if number is None and (gone := self._passed(f"{lane}_taken")):
+            plan.delete[f"{lane}_taken"] = gone
 
-    def _passed(self, name: str, number: int | None = None) -> dict[str, list[str]] | None:
-        """Numbers of a set whose starts have passed, and `number`; None where there are none."""
+    def _passed(self, name: str, number: int | None = None) -> set[int]:
+        """Numbers of a set whose starts have passed, and `number`."""
         lane, _, which = name.partition("_")
         known: frozenset[int] = (self._known.free if which == "free" else self._known.taken).get(lane, frozenset())
         now = self._now() * 1000
-        gone = [each for each in sorted(known) if each // _GENERATIONS < now or each == number]
-        return {"NS": [str(each) for each in gone]} if gone else None
+        return {each for each in known if each // _GENERATIONS < now or each == number}
 
     def _given_back(self, lane: Lane, now: int) -> list[int]:
         """Numbers of starts that were given back and can be reserved, the earliest first."""
@@ -563,18 +541,11 @@ class Limiter:
     def pause_automatically(self, reason: str) -> None:
         """Holds all submissions for `AUTOMATIC_PAUSE_SECONDS`; a pause by command is left as it is."""
         now = round(self._now() * 1000)
-        values: dict[str, int | str] = {
-            ":until": now + AUTOMATIC_PAUSE_SECONDS * 1000,
-            ":now": now,
-            ":by": AUTOMATIC,
-            ":reason": reason,
-        }
-        held = self._replace(
-            "paused_until",
-            "SET paused_until = :until, paused_at = :now, paused_by = :by, pause_reason = :reason",
-            "attribute_not_exists(paused_until) OR paused_until <= :now OR paused_by = :by",
-            values,
+        replaceable = Condition(
+            "attribute_not_exists(paused_until) OR paused_until <= :now OR paused_by = :by", now=now, by=AUTOMATIC
         )
+        pause = _pause(now + AUTOMATIC_PAUSE_SECONDS * 1000, now, AUTOMATIC, reason)
+        held = self._replace("paused_until", replaceable, set=pause)
         if held:
             logger.error("submissions are paused", reason=reason, seconds=AUTOMATIC_PAUSE_SECONDS)
             metrics.add_metric(name="Pauses", unit=MetricUnit.Count, value=1)
@@ -585,14 +556,7 @@ class Limiter:
         Raises:
             ClientError: It was not written.
         """
-        self._dynamodb.update_item(
-            TableName=self._table_name,
-            Key=_KEY,
-            UpdateExpression="SET paused_until = :until, paused_at = :now, paused_by = :by, pause_reason = :reason",
-            ExpressionAttributeValues=_values(
-                {":until": _FOREVER, ":now": round(self._now() * 1000), ":by": MANUAL, ":reason": reason}
-            ),
-        )
+        self._table.update_item(_KEY, set=_pause(_FOREVER, round(self._now() * 1000), MANUAL, reason))
 
     def resume(self) -> None:
         """Ends any pause; without one it changes nothing.
@@ -600,7 +564,7 @@ class Limiter:
         Raises:
             ClientError: It was not written.
         """
-        self._dynamodb.update_item(TableName=self._table_name, Key=_KEY, UpdateExpression=f"REMOVE {', '.join(_PAUSE)}")
+        self._table.update_item(_KEY, remove=_pause(0, 0, "", ""))
 
     # -- inside -----------------------------------------------------------------------------------------------
 
@@ -613,40 +577,28 @@ class Limiter:
                 logger.exception("the limiter cannot be read")
         return self._known
 
-    def _replace(self, name: str, expression: str, condition: str, values: Mapping[str, int | str]) -> bool | None:
+    def _replace(self, name: str, condition: Condition, **changes: Any) -> bool | None:
         """As `_write`; a value that no rule can have written gives way, whatever the condition says of it."""
-        held = self._write(expression, condition, values)
+        held = self._write(condition, **changes)
         if held is False and name in self._absurd:
-            held = self._write(expression, f"{name} = :was", values, {":was": self._absurd[name]})
+            held = self._write(Condition(f"{name} = :was", was=self._absurd[name]), **changes)
         return held
 
-    def _write(
-        self, expression: str, condition: str, values: Mapping[str, int | str], raw: Mapping[str, Any] | None = None
-    ) -> bool | None:
+    def _write(self, condition: Condition, **changes: Any) -> bool | None:
         """One conditional update: whether its condition held, and None where the table failed."""
         try:
-            answer = self._dynamodb.update_item(
-                TableName=self._table_name,
-                Key=_KEY,
-                UpdateExpression=expression,
-                ConditionExpression=condition,
-                ExpressionAttributeValues={**_values(values), **(raw or {})},
-                ReturnValues="ALL_NEW",
-                ReturnValuesOnConditionCheckFailure="ALL_OLD",
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
-            there: Any = error.response
-            self._know(there.get("Item", {}))
+            self._know(self._table.update_item(_KEY, condition=condition, **changes))
+        except ConditionFailed as failed:
+            self._know(failed.item or {})
             return False
         except (ClientError, BotoCoreError):
             logger.exception("the limiter cannot be written")
             return None
-        self._know(answer["Attributes"])
         return True
 
     def _know(self, item: Mapping[str, Any]) -> LimiterState:
         now = self._now()
-        read: dict[str, Any] = {name: str(value.get("S", "")) for name, value in item.items() if name in _TEXTS}
+        read: dict[str, Any] = {name: item[name] for name in _TEXTS & item.keys() if isinstance(item[name], str)}
         absurd: dict[str, Any] = {}
         # Lanes last: how far ahead they may be is up to the block.
         for name in sorted(_NUMBERS & item.keys(), key=lambda name: name.endswith("_at")):
@@ -686,14 +638,14 @@ class Limiter:
                 if number is None or not known or number <= (now - _PASSED_SECONDS) * 1000:
                     removable.append(name)
             elif match := _OF_FREE.fullmatch(name):
-                numbers = [_whole({"N": each}) for each in item[name].get("NS", ())]
-                if not numbers or None in numbers:
+                if not isinstance(item[name], set) or None in map(_whole, item[name]):
                     removable.append(name)
                 else:
-                    found[match[2]][match[1]] = frozenset(numbers)
+                    found[match[2]][match[1]] = frozenset(item[name])
         return found, removable
 
 
+@dataclass
 class _Plan:
     """One conditional update, as it comes together.
 
@@ -703,46 +655,38 @@ class _Plan:
         number: Of the start that was given back.
     """
 
-    def __init__(self, kind: Literal["start", "free", "turn"], step: int, number: int = 0) -> None:
-        self.kind = kind
-        self.step = step
-        self.number = number
-        self.sets: list[str] = []
-        self.removes: list[str] = []
-        self.adds: list[str] = []
-        self.deletes: list[str] = []
-        self.conditions: list[str] = []
-        self.values: dict[str, int | str] = {}
-        self.raw: dict[str, Any] = {}
+    kind: Literal["start", "free", "turn"]
+    step: int
+    number: int = 0
+    conditions: list[Condition] = field(default_factory=list)
+    set: dict[str, Any] = field(default_factory=dict)
+    remove: list[str] = field(default_factory=list)
+    add: dict[str, Any] = field(default_factory=dict)
+    delete: dict[str, Any] = field(default_factory=dict)
 
-    def set(self, name: str, value: int) -> None:
-        """Set an attribute."""
-        self.sets.append(f"{name} = :{name}")
-        self.values[f":{name}"] = value
+    def require(self, text: str, **values: Any) -> None:
+        """Add a condition."""
+        self.conditions.append(Condition(text, **values))
 
     @property
-    def expression(self) -> str:
-        """The update's expression."""
-        clauses = {"SET": self.sets, "REMOVE": self.removes, "ADD": self.adds, "DELETE": self.deletes}
-        return " ".join(f"{clause} {', '.join(parts)}" for clause, parts in clauses.items() if parts)
+    def condition(self) -> Condition:
+        """All conditions."""
+        return reduce(and_, self.conditions)
 
     @property
-    def condition(self) -> str:
-        """The update's condition."""
-        return " AND ".join(self.conditions)
+    def changes(self) -> dict[str, Any]:
+        """The changes, as `Table.update_item` takes them."""
+        return {"set": self.set, "remove": self.remove, "add": self.add, "delete": self.delete}
 
 
 _TEXTS = {name for name, field in LimiterState.__dataclass_fields__.items() if field.type is str}
 _NUMBERS = {name for name, field in LimiterState.__dataclass_fields__.items() if field.type is int}
 
 
-def _whole(value: Mapping[str, Any]) -> int | None:
+def _whole(value: Any) -> int | None:
     """A whole number of the table; None for anything else."""
-    try:
-        return int(value["N"])
-    except (KeyError, ValueError):
-        return None
+    return value if type(value) is int else None
 
 
-def _values(values: Mapping[str, int | str]) -> dict[str, Any]:
-    return {name: {"S": value} if isinstance(value, str) else {"N": str(value)} for name, value in values.items()}
+def _pause(until: int, now: int, by: str, reason: str) -> dict[str, Any]:
+    return {"paused_until": until, "paused_at": now, "paused_by": by, "pause_reason": reason}

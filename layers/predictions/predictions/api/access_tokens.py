@@ -16,13 +16,15 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from predictions.aws.clients import client
+from predictions.aws.dynamodb import NEW, Condition, Table
 from predictions.errors import PredictionsError
 from predictions.ids import _OWNER
+from predictions.store.keys import TOKENS_PK, token_key
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
-TOKENS_PK = "tokens"
+_ALL = Condition("pk = :pk", pk=TOKENS_PK)
 
 _TOKEN = re.compile(r"rs_[A-Za-z0-9_-]{43}")
 _AUTHORIZATION = re.compile(r"(?:bearer|token) +([\x21-\x7e]{1,256}) *", re.IGNORECASE | re.ASCII)
@@ -85,8 +87,7 @@ class AccessTokens:
     """The access tokens of one stack."""
 
     def __init__(self, table_name: str, dynamodb: "DynamoDBClient") -> None:
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+        self._table = Table(table_name, dynamodb)
 
     @classmethod
     def from_env(cls) -> "AccessTokens":
@@ -121,24 +122,18 @@ class AccessTokens:
         if not _NAME.fullmatch(name):
             raise AccessTokenInvalid(f"The name {name!r} must be at most 64 printable ASCII characters.")
         token = f"rs_{secrets.token_urlsafe(32)}"
-        item: dict[str, Any] = {
-            "pk": {"S": TOKENS_PK},
-            "sk": {"S": _hash(token)},
-            "owner": {"S": owner},
-            "scopes": {"SS": sorted(wanted)},
-            "name": {"S": name},
-            "created_at": {"S": datetime.now(UTC).isoformat()},
-            "token_hint": {"S": token[-4:]},
+        hashed = _hash(token)
+        item = {
+            "owner": owner,
+            "scopes": wanted,
+            "name": name,
+            "created_at": datetime.now(UTC).isoformat(),
+            "token_hint": token[-4:],
         }
-        self._dynamodb.put_item(
-            TableName=self._table_name,
-            Item=item,
-            # The second half lets botocore retry the put if only its response was lost.
-            ConditionExpression="attribute_not_exists(pk) OR (#owner = :owner AND created_at = :created_at)",
-            ExpressionAttributeNames={"#owner": "owner"},
-            ExpressionAttributeValues={":owner": item["owner"], ":created_at": item["created_at"]},
-        )
-        return token, _access_token(item)
+        # The second half lets botocore retry the put if only its response was lost.
+        same = Condition("owner = :owner AND created_at = :created_at", owner=owner, created_at=item["created_at"])
+        self._table.put_item(token_key(hashed), item, NEW | same)
+        return token, _access_token({**item, "sk": hashed})
 
     def find(self, token: str) -> AccessToken | None:
         """Return the token's stored data, or None if the token is not valid.
@@ -148,12 +143,7 @@ class AccessTokens:
         """
         if not _TOKEN.fullmatch(token):
             return None
-        answer = self._dynamodb.get_item(
-            TableName=self._table_name,
-            Key={"pk": {"S": TOKENS_PK}, "sk": {"S": _hash(token)}},
-            ConsistentRead=True,
-        )
-        item = answer.get("Item")
+        item = self._table.get_item(token_key(_hash(token)))
         return _access_token(item) if item else None
 
     def revoke(self, token_id: str) -> AccessToken:
@@ -173,28 +163,19 @@ class AccessTokens:
         """
         if not _ID.fullmatch(token_id):
             raise AccessTokenInvalid(f"The id {token_id!r} must be 6 to 64 of 0-9 and a-f, as `tokens list` shows it.")
-        items = self._query("pk = :pk AND begins_with(sk, :id)", {":id": {"S": token_id}})
+        items = list(self._table.query(_ALL & Condition("begins_with(sk, :id)", id=token_id)))
         if len(items) != 1:
             raise AccessTokenNotFound(
                 f"Token {token_id} not found. It may already be revoked."
                 if not items
                 else f"{len(items)} tokens have an id that begins with {token_id}. Give more characters of the id."
             )
-        self._dynamodb.delete_item(TableName=self._table_name, Key={"pk": {"S": TOKENS_PK}, "sk": items[0]["sk"]})
+        self._table.delete_item(token_key(items[0]["sk"]))
         return _access_token(items[0])
 
     def list(self) -> Sequence[AccessToken]:
         """Return all tokens, oldest first."""
-        return sorted(map(_access_token, self._query("pk = :pk")), key=lambda token: token.created_at)
-
-    def _query(self, condition: str, values: Mapping[str, Any] | None = None) -> Sequence[Mapping[str, Any]]:
-        pages = self._dynamodb.get_paginator("query").paginate(
-            TableName=self._table_name,
-            KeyConditionExpression=condition,
-            ExpressionAttributeValues={":pk": {"S": TOKENS_PK}, **(values or {})},
-            ConsistentRead=True,
-        )
-        return [item for page in pages for item in page["Items"]]
+        return sorted(map(_access_token, self._table.query(_ALL)), key=lambda token: token.created_at)
 
 
 def _hash(token: str) -> str:
@@ -203,11 +184,11 @@ def _hash(token: str) -> str:
 
 def _access_token(item: Mapping[str, Any]) -> AccessToken:
     return AccessToken(
-        id=item["sk"]["S"][:12],
-        owner=item["owner"]["S"],
+        id=item["sk"][:12],
+        owner=item["owner"],
         # A scope this version does not know allows nothing.
-        scopes=tuple(scope for scope in Scope if scope in item["scopes"]["SS"]),
-        name=item["name"]["S"],
-        created_at=item["created_at"]["S"],
-        token_hint=item["token_hint"]["S"],
+        scopes=tuple(scope for scope in Scope if scope in item["scopes"]),
+        name=item["name"],
+        created_at=item["created_at"],
+        token_hint=item["token_hint"],
     )

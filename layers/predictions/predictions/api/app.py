@@ -20,7 +20,8 @@ from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.ids import is_id
 from predictions.observability import handler_of, logger
-from predictions.store.predictions import PredictionsTable, Whole
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import PredictionDetail
 
 # Response headers that a script in a browser may read.
 _EXPOSED_HEADERS = [
@@ -172,7 +173,7 @@ def body_of(app: APIGatewayRestResolver) -> bytes:
 
 def own_prediction(
     table: PredictionsTable, prediction_id: str, owner: str, kind: Literal["prediction", "training"] = "prediction"
-) -> Whole:
+) -> PredictionDetail:
     """Return one of an owner's predictions or trainings.
 
     Raises:

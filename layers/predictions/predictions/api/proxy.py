@@ -28,10 +28,12 @@ import httpx
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import api_url, client
+from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Key, Table
 from predictions.errors import Problem
 from predictions.lifecycle.model_lookup import KEEP_SECONDS, to_keep, usable_schema
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, schema_key
+from predictions.store.keys import response_key, schema_key
+from predictions.store.payloads import PAYLOAD_LIMIT_BYTES
 from predictions.upstream.client import (
     RATE_LIMIT_HEADERS,
     SCHEMA_LIMIT_BYTES,
@@ -368,20 +370,19 @@ class VersionCache:
         *,
         keeps_schemas: bool = False,
     ) -> None:
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+        self._table = Table(table_name, dynamodb)
         self._now = now
         self._keeps_schemas = keeps_schemas
 
     def find(self, call: Call) -> str | None:
         """Return the cached response to a call, or None if it is missing or expired."""
         try:
-            found = self._dynamodb.get_item(TableName=self._table_name, Key=self._key(call)).get("Item")
+            found = self._table.get_item(response_key(call.path), consistent=False)
         except (ClientError, BotoCoreError):
             logger.exception("version cache not read")
             return None
         # DynamoDB removes expired items up to days later.
-        return found["json"]["S"] if found and int(found["expires_at"]["N"]) > self._now() else None
+        return str(found["json"]) if found and found["expires_at"] > self._now() else None
 
     def keep(self, call: Call, text: str) -> None:
         """Cache the response to a call if it is the requested version and not too large."""
@@ -390,7 +391,7 @@ class VersionCache:
             return
         size = len(text.encode())
         if size <= VERSION_CACHE_LIMIT_BYTES:
-            self._put(call, text, int(self._now()) + VERSION_CACHE_SECONDS)
+            self._write(response_key(call.path), {"json": text}, VERSION_CACHE_SECONDS)
         if self._keeps_schemas and size <= SCHEMA_LIMIT_BYTES:
             self._keep_schema(call.version_id, "/".join(call.path.split("/")[2:4]), value.get("openapi_schema"))
 
@@ -399,37 +400,25 @@ class VersionCache:
 
         A concurrent read may cache it again, for `VERSION_CACHE_SECONDS`.
         """
-        self._put(call, "{}", int(self._now()))
+        self._write(response_key(call.path), {"json": "{}"}, 0)
 
     def _keep_schema(self, version: str, model: str, openapi_schema: Any) -> None:
-        """Cache a schema like `PredictionsTable.keep_schema`; if too large, its owner."""
+        """Cache a schema like `StoredSchemas.put_schema`; if too large, its owner."""
         text, seconds = to_keep(usable_schema(openapi_schema, version))
-        kept: dict[str, Any] = {"model": {"S": model}, "json": {"S": text}}
-        options: dict[str, Any] = {}
         if len(text.encode()) > PAYLOAD_LIMIT_BYTES:
             # The next prediction fetches it and stores it in the bucket, to which this function has no access.
-            del kept["json"]
-            options = {
-                "ConditionExpression": "attribute_not_exists(pk) OR expires_at <= :now",
-                "ExpressionAttributeValues": {":now": {"N": str(int(self._now()))}},
-            }
-            seconds = KEEP_SECONDS
-        key = {name: {"S": value} for name, value in schema_key(version).items()}
-        self._write({**key, **kept, "expires_at": {"N": str(int(self._now()) + seconds)}}, **options)
+            unknown = NEW | Condition("expires_at <= :now", now=int(self._now()))
+            self._write(schema_key(version), {"model": model}, KEEP_SECONDS, unknown)
+        else:
+            self._write(schema_key(version), {"model": model, "json": text}, seconds)
 
-    def _put(self, call: Call, text: str, expires_at: int) -> None:
-        self._write({**self._key(call), "json": {"S": text}, "expires_at": {"N": str(expires_at)}})
-
-    def _write(self, item: dict[str, Any], **options: Any) -> None:
+    def _write(self, key: Key, item: Mapping[str, Any], seconds: int, condition: Condition | None = None) -> None:
         try:
-            self._dynamodb.put_item(TableName=self._table_name, Item=item, **options)
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            self._table.put_item(key, {**item, "expires_at": int(self._now()) + seconds}, condition)
+        except ConditionFailed:
             return  # the stored item is more recent
         except (ClientError, BotoCoreError):
             logger.exception("version cache not written")
-
-    def _key(self, call: Call) -> dict[str, Any]:
-        return {"pk": {"S": f"forwarded#{call.path}"}, "sk": {"S": "answer"}}
 
 
 def _location(response: httpx.Response) -> str | None:

@@ -1,4 +1,4 @@
-"""Clients of AWS, made once for each warm function.
+"""Clients of AWS, created once for each warm function.
 
 All clients share one botocore session: loading its data is a third of what a client costs at cold start.
 boto3's own layer (resources, sessions, collections) is left out for the same reason.
@@ -61,7 +61,7 @@ def client(name: Literal["cloudformation"]) -> "CloudFormationClient": ...
 
 
 def client(name: str) -> Any:
-    """The one client of an AWS service in this process.
+    """Return the one client of an AWS service in this process.
 
     Args:
         name: The service's name in botocore.
@@ -82,11 +82,11 @@ _api_url: tuple[float, str] | None = None
 
 
 def api_url() -> str:
-    """The stack's public URL, ending in `/v1`.
+    """Return the stack's public URL, ending in `/v1`.
 
     From the SSM parameter that `API_URL_PARAMETER` names: a function that had the API's id in its environment would
-    depend on the API, which depends on the function. The request's own host is a stranger's to choose. A value that
-    is known is used on while SSM cannot be asked.
+    depend on the API, which depends on the function. The request's own host is for a stranger to choose. A value that
+    is known is used while SSM cannot be read.
     """
     global _api_url  # once for each warm function
     if _api_url is None or _api_url[0] < time.monotonic():

@@ -1,4 +1,4 @@
-"""Messages that were given up, in a queue of their own: to be looked at, put back, and forgotten."""
+"""Dead-letter queues: messages that were given up, to be received, redriven and deleted."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Letter:
         sender: The principal that sent it (`SenderId`).
         sent_at: When it was sent, in Unix seconds.
         moved: Whether SQS moved it here, after it had been received too often, so that all of it is its sender's;
-            else one of our functions put it here.
+            otherwise one of our functions put it here.
         attributes: The message attributes of its sender that are texts.
         receipt_handle: Deletes it.
     """
@@ -40,7 +40,7 @@ class DeadLetterQueue:
         self._sqs = sqs
 
     def bury(self, body: str, attributes: Mapping[str, str] | None = None) -> None:
-        """Keeps a message, with message attributes."""
+        """Send a message to the queue, with message attributes."""
         self._sqs.send_message(
             QueueUrl=self._url,
             MessageBody=body,
@@ -50,9 +50,9 @@ class DeadLetterQueue:
         )
 
     def look(self, hidden_seconds: int) -> Iterator[Letter]:
-        """All that are there, each once. Each is hidden from another look for a while.
+        """Receive all messages, each once, and hide each from other receivers for a while.
 
-        Of thousands, the first are seen again before the last are reached: a look ends when it meets nothing new.
+        Of thousands, the first return before the last are reached: the iteration ends when it receives nothing new.
         """
         met: set[str] = set()
         while True:
@@ -85,5 +85,5 @@ class DeadLetterQueue:
                 )
 
     def forget(self, receipt_handle: str) -> None:
-        """Deletes one that was looked at."""
+        """Delete a message that was received."""
         self._sqs.delete_message(QueueUrl=self._url, ReceiptHandle=receipt_handle)

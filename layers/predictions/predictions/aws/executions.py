@@ -1,4 +1,4 @@
-"""Executions: one runs for everything that has not ended, named `{id}-{n}`."""
+"""Executions of the state machines: one, named `{id}-{n}`, runs for everything that has not finished."""
 
 import json
 import os
@@ -24,26 +24,26 @@ class Executions:
 
     @classmethod
     def from_env(cls) -> "Executions":
-        """From `STATE_MACHINE_ARN`."""
+        """Make them from `STATE_MACHINE_ARN`."""
         return cls(os.environ["STATE_MACHINE_ARN"], client("stepfunctions"))
 
     def arn(self, prediction_id: str, n: int) -> str:
-        """The ARN of a prediction's nth execution, whether it exists or not."""
+        """Return the ARN of a prediction's nth execution, whether it exists or not."""
         return f"{self._machine_arn.replace(':stateMachine:', ':execution:')}:{prediction_id}-{n}"
 
     def start(self, prediction_id: str, n: int, *, submit: bool | None) -> bool:
-        """Starts a prediction's nth execution, or a pipeline's.
+        """Start a prediction's nth execution, or a pipeline's.
 
         Args:
             prediction_id: Our id.
-            n: Which one.
-            submit: Whether it has to submit the prediction first; None for what is none.
+            n: The number of the execution.
+            submit: Whether it has to submit the prediction first; None for a pipeline.
 
         Returns:
-            True where it runs now, whoever started it; False where the name belongs to one that has ended.
+            True if it runs now, also if it was started before; False if the name belongs to one that has finished.
         """
         try:
-            # The same name and input while it runs is answered as if it were started now.
+            # While it runs, the same name and input get the same response as the first start.
             # https://docs.aws.amazon.com/step-functions/latest/apireference/API_StartExecution.html
             self._stepfunctions.start_execution(
                 stateMachineArn=self._machine_arn,
@@ -55,7 +55,7 @@ class Executions:
         return True
 
     def status(self, prediction_id: str, n: int) -> str | None:
-        """`RUNNING`, `SUCCEEDED`, `FAILED`, `TIMED_OUT` or `ABORTED`; None where it was never started."""
+        """Return `RUNNING`, `SUCCEEDED`, `FAILED`, `TIMED_OUT` or `ABORTED`, or None if it was never started."""
         try:
             return self._stepfunctions.describe_execution(executionArn=self.arn(prediction_id, n))["status"]
         except self._stepfunctions.exceptions.ExecutionDoesNotExist:
@@ -63,10 +63,10 @@ class Executions:
 
 
 def wake(task_token: str | None) -> bool:
-    """Tells the execution that waits with this token to go on.
+    """Resume the execution that waits with this token.
 
     Returns:
-        Whether somebody waited. A stale token (its execution timed out and polls, was woken before, or was
+        Whether an execution waited. A stale token (its execution timed out and polls, was resumed before, or was
         stopped) is no error: that execution finds the end in the table by itself.
     """
     if task_token is None:

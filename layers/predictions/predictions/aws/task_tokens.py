@@ -1,4 +1,4 @@
-"""State machines of others that wait, with a task token, for what they asked this stack for.
+"""Task tokens: completes or fails the states of other state machines that wait for a prediction.
 
 https://docs.aws.amazon.com/step-functions/latest/dg/connect-to-resource.html#connect-wait-token
 """
@@ -17,8 +17,8 @@ from predictions.observability import logger
 _CAUSE_LIMIT = 32768
 
 
-# It timed out, was told already (these calls may come twice), or is no token at all: nothing that another try changes,
-# and a strange token must not hold up what comes after it.
+# It timed out, was used already (these calls may come twice), or is no token at all: another try changes nothing, and a
+# strange token must not hold up what comes after it.
 _GONE = frozenset({"TaskTimedOut", "TaskDoesNotExist", "InvalidToken", "ValidationException"})
 
 # Step Functions has no error of its own for a token of another account: only principals of the same account may send
@@ -30,9 +30,9 @@ _ACCOUNT_OF_MACHINE = re.compile(r"on resource: arn:[a-z-]+:states:[a-z0-9-]*:([
 
 
 def tell_success(task_token: str, result: Mapping[str, Any]) -> None:
-    """Lets a state go on with a result; one that no longer waits is no error.
+    """Complete a state with a result; one that no longer waits is no error.
 
-    An `output` that Step Functions do not take, such as one nested deeper than they read, is left out.
+    An `output` that Step Functions do not accept, such as one nested deeper than they read, is left out.
 
     Raises:
         ClientError: Step Functions refused the call, and may accept it later: it was throttled, or this function
@@ -51,7 +51,7 @@ def tell_success(task_token: str, result: Mapping[str, Any]) -> None:
 
 
 def tell_failure(task_token: str, error: str, cause: str) -> None:
-    """Fails a state with a name that it can catch; one that no longer waits is no error.
+    """Fail a state with an error name that it can catch; one that no longer waits is no error.
 
     Raises:
         ClientError: As for `tell_success`.

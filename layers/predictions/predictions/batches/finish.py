@@ -12,7 +12,8 @@ from typing import Any
 
 from predictions.batches.files import lines_key, new_object, read_jsonl, refused_key, results_key
 from predictions.batches.store import Batch, Batches
-from predictions.store.predictions import Prediction, PredictionsTable, Result
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction, Result
 
 # One BatchGetItem: https://docs.aws.amazon.com/amazondynamodb/latest/APIReference/API_BatchGetItem.html
 _CHUNK = 100

@@ -12,7 +12,6 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, refusal_of
 from predictions.aws.clients import api_url, client
-from predictions.aws.dynamodb import timestamp
 from predictions.batches.files import (
     etag_of,
     lines_key,
@@ -33,6 +32,7 @@ from predictions.observability import logger
 from predictions.recipes.store import Recipe, RecipeItems
 from predictions.store.recent_requests import RecentRequests
 from predictions.templating import PlaceholderError, expressions
+from predictions.times import timestamp
 from predictions.validation import input_json_canonical, parse_json
 
 if TYPE_CHECKING:

@@ -20,22 +20,20 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import client
-from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
+from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Table, deserialize
 from predictions.batches.files import read_range, requests_key
 from predictions.errors import NoLongerWanted, Problem
 from predictions.ids import derived_id
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.store.idempotency_keys import IdempotencyKeys
+from predictions.store.keys import batch_key, list_of, owner_of
+from predictions.times import timestamp
 from predictions.validation import BODY_LIMIT_BYTES
-
-if TYPE_CHECKING:
-    from mypy_boto3_dynamodb import DynamoDBClient
-
 
 ENDED = ("succeeded", "failed", "canceled")
 
@@ -50,6 +48,9 @@ _ABANDON_BEFORE_SECONDS = 86400
 _DEAD_EXECUTIONS = 3
 # The bytes of a line of requests.jsonl around its request.
 _AROUND_BYTES = 1024
+
+_OPEN = Condition("attribute_exists(open)")
+_PREPARING = Condition("status = :preparing", preparing="preparing")
 
 
 @dataclass(frozen=True)
@@ -221,24 +222,20 @@ class Batches:
 
     def find(self, batch_id: str) -> Batch | None:
         """Return a batch, read consistently, or None."""
-        dynamodb = self._dynamodb
-        found = dynamodb.get_item(TableName=self._table_name, Key=_key(batch_id), ConsistentRead=True).get("Item")
-        return _batch(deserialize(found)) if found else None
+        item = self._table.get_item(batch_key(batch_id))
+        return _batch(item) if item else None
 
     def page(self, owner: str, start: str | None, *, older: bool, size: int) -> tuple[Sequence[Batch], bool]:
-        """Return a page of an owner's batches; see `aws.dynamodb.list_page`."""
-        dynamodb = self._dynamodb
-        key = _listed_owner(owner)
-        pks, more = list_page(dynamodb, self._table_name, key, start, older=older, size=size)
-        found = read_items(dynamodb, self._table_name, [(pk, "status") for pk in pks])
-        return [_batch(found[pk, "status"]) for pk in pks if (pk, "status") in found], more
+        """Return a page of an owner's batches; see `Table.list_items`."""
+        items, more = self._table.list_items(list_of(owner, "batches"), start, older=older, size=size, sk="status")
+        return [_batch(item) for item in items], more
 
     # -- changes ------------------------------------------------------------------------------------------------------
 
     @property
     def idempotency_keys(self) -> IdempotencyKeys:
         """Return the idempotency keys of batches."""
-        return IdempotencyKeys("batch", self._table_name, self._dynamodb, now=self.now)
+        return IdempotencyKeys("batch", self._table, now=self.now)
 
     def write_down(self, batch: Batch) -> Batch:
         """Store a new batch, or return the existing one unchanged.
@@ -246,20 +243,13 @@ class Batches:
         Raises:
             ClientError, BotoCoreError: The batch is not stored, as far as the table shows: nothing will run it.
         """
-        dynamodb = self._dynamodb
         values = {name: getattr(batch, name) for name in _FIELDS}
-        item = {
-            **{name: value for name, value in values.items() if value is not None},
-            "pk": f"batch#{batch.id}",
-            "sk": "status",
-            "owner": _listed_owner(batch.owner),
-            "open": "open",
-        }
+        item = {name: value for name, value in values.items() if value is not None}
         try:
-            dynamodb.put_item(
-                TableName=self._table_name, Item=serialize(item), ConditionExpression="attribute_not_exists(pk)"
+            self._table.put_item(
+                batch_key(batch.id), {**item, "owner": list_of(batch.owner, "batches"), "open": "open"}, NEW
             )
-        except dynamodb.exceptions.ConditionalCheckFailedException:
+        except ConditionFailed:
             return self.find(batch.id) or batch
         except (ClientError, BotoCoreError):
             # The write may have succeeded with its response lost: then the sweep runs the batch, and a caller that gets
@@ -271,21 +261,13 @@ class Batches:
 
     def running(self, batch: Batch, *, lines: int, total: int, refused: int) -> None:
         """Record the number of lines that an attempt runs."""
-        self._change(
-            batch,
-            {"status": "running", "lines": lines, "total": total, "refused": refused},
-            condition="attempt = :attempt AND #status = :preparing",
-            values={":preparing": "preparing"},
-        )
+        values = {"status": "running", "lines": lines, "total": total, "refused": refused}
+        self._change(batch, set=values, condition=_this_attempt(batch) & _PREPARING)
 
     def unreadable(self, batch: Batch, error: str) -> None:
         """Record why a batch has no lines."""
-        self._change(
-            batch,
-            {"status": "running", "lines": 0, "total": 0, "refused": 0, "error": error},
-            condition="attempt = :attempt AND #status = :preparing",
-            values={":preparing": "preparing"},
-        )
+        values = {"status": "running", "lines": 0, "total": 0, "refused": 0, "error": error}
+        self._change(batch, set=values, condition=_this_attempt(batch) & _PREPARING)
 
     def stop(self, batch: Batch, why: str) -> Batch | None:
         """Stop a batch: no further line starts, and running ones are to be canceled.
@@ -295,23 +277,25 @@ class Batches:
         """
         return self._change(
             batch,
-            {"stop": why, "stopped_before": 0, "next_check_at": int(self.now())},
-            condition="attempt = :attempt AND attribute_exists(#open) AND attribute_not_exists(#stop)",
+            set={"stop": why, "stopped_before": 0, "next_check_at": int(self.now())},
+            condition=_this_attempt(batch) & _OPEN & Condition("attribute_not_exists(stop)"),
         )
 
     def stopped(self, batch: Batch, before: int | None) -> None:
         """Record the progress of canceling its lines; None: all of them were checked."""
-        set_ = {} if before is None else {"stopped_before": before}
-        condition = "attempt = :attempt AND attribute_exists(#open)"
-        done = ["stopped_before"] if before is None else []
         # A function that writes this did not crash.
-        self._change(batch, set_, remove=[*done, "stalled_looks"], condition=condition)
+        self._change(
+            batch,
+            set={} if before is None else {"stopped_before": before},
+            remove=["stopped_before", "stalled_looks"],
+            condition=_this_attempt(batch) & _OPEN,
+        )
 
     def end(self, batch: Batch, *, status: str, counts: Mapping[str, int], results_key: str) -> Batch | None:
         """Complete an attempt. Return None if that was done before."""
         return self._change(
             batch,
-            {
+            set={
                 "status": status,
                 # The event filter of the stream's consumer matches this attribute, so completions only.
                 "visible": status,
@@ -320,7 +304,7 @@ class Batches:
                 "completed_at": timestamp(self.now()),
             },
             remove=["open", "next_check_at", "stopped_before"],
-            condition="attempt = :attempt AND attribute_exists(#open)",
+            condition=_this_attempt(batch) & _OPEN,
         )
 
     def begin_again(self, batch: Batch) -> Batch | None:
@@ -328,7 +312,7 @@ class Batches:
         try:
             return self._change(
                 batch,
-                {
+                set={
                     "attempt": batch.attempt + 1,
                     "execution_n": 1,
                     "status": "preparing",
@@ -336,7 +320,7 @@ class Batches:
                     "next_check_at": int(self.now()) + _START_CHECK_SECONDS,
                 },
                 remove=["stop", "stopped_before", "stalled_looks", "counts", "completed_at", "lines", "visible"],
-                condition="attempt = :attempt AND attribute_not_exists(#open)",
+                condition=_this_attempt(batch) & Condition("attribute_not_exists(open)"),
             )
         except (ClientError, BotoCoreError):
             # As for a new batch: the write may have succeeded with its response lost.
@@ -356,9 +340,8 @@ class Batches:
         look = {"stalled_looks": batch.stalled_looks + 1} if batch.is_canceling else {}
         return self._change(
             batch,
-            {"next_check_at": int(self.now()) + min(_CHECK_MOST_SECONDS, wait * 2 ** min(died, 10)), **look},
-            condition="attribute_exists(#open) AND next_check_at = :due",
-            values={":due": batch.next_check_at},
+            set={"next_check_at": int(self.now()) + min(_CHECK_MOST_SECONDS, wait * 2 ** min(died, 10)), **look},
+            condition=_OPEN & Condition("next_check_at = :due", due=batch.next_check_at),
         )
 
     def abandon(self, batch: Batch) -> Batch | None:
@@ -369,7 +352,7 @@ class Batches:
         )
         return self._change(
             batch,
-            {
+            set={
                 "status": "failed",
                 "visible": "failed",
                 "counts": {},
@@ -377,53 +360,33 @@ class Batches:
                 "completed_at": timestamp(self.now()),
             },
             remove=["open", "next_check_at", "stopped_before", "stalled_looks"],
-            condition="attempt = :attempt AND attribute_exists(#open)",
+            condition=_this_attempt(batch) & _OPEN,
         )
 
     def next_execution(self, batch: Batch) -> Batch | None:
         """Increment the execution number. Return None if another function did."""
         return self._change(
             batch,
-            {"execution_n": batch.execution_n + 1},
-            condition="attempt = :attempt AND execution_n = :n AND attribute_exists(#open)",
-            values={":n": batch.execution_n},
+            set={"execution_n": batch.execution_n + 1},
+            condition=_this_attempt(batch) & _OPEN & Condition("execution_n = :n", n=batch.execution_n),
         )
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     @property
-    def _dynamodb(self) -> "DynamoDBClient":
-        return client("dynamodb")
+    def _table(self) -> Table:
+        return Table(self._table_name, client("dynamodb"))
 
-    def _change(
-        self,
-        batch: Batch,
-        set_: Mapping[str, Any],
-        *,
-        condition: str,
-        remove: Sequence[str] = (),
-        values: Mapping[str, Any] | None = None,
-    ) -> Batch | None:
-        """Update conditionally; return the batch, or None if the condition failed."""
-        clauses = ["SET " + ", ".join(f"#{name} = :set_{name}" for name in set_)] if set_ else []
-        clauses += ["REMOVE " + ", ".join(f"#{name}" for name in remove)] if remove else []
-        named = [*set_, *remove, *(name for name in ("status", "open", "stop") if f"#{name}" in condition)]
-        bound = {**{f":set_{name}": value for name, value in set_.items()}, **(values or {})}
-        bound |= {":attempt": batch.attempt} if ":attempt" in condition else {}
-        dynamodb = self._dynamodb
+    def _change(self, batch: Batch, *, condition: Condition, **changes: Any) -> Batch | None:
+        """Update a batch (see `Table.update_item`); return it, or None if the condition does not hold."""
         try:
-            answer = dynamodb.update_item(
-                TableName=self._table_name,
-                Key=_key(batch.id),
-                UpdateExpression=" ".join(clauses),
-                ConditionExpression=condition,
-                ExpressionAttributeNames={f"#{name}": name for name in named},
-                ExpressionAttributeValues=serialize(bound),
-                ReturnValues="ALL_NEW",
-            )
-        except dynamodb.exceptions.ConditionalCheckFailedException:
+            return _batch(self._table.update_item(batch_key(batch.id), condition=condition, **changes))
+        except ConditionFailed:
             return None
-        return _batch(deserialize(answer["Attributes"]))
+
+
+def _this_attempt(batch: Batch) -> Condition:
+    return Condition("attempt = :attempt", attempt=batch.attempt)
 
 
 def event_of(change: Mapping[str, Any], bucket_name: str) -> tuple[str, dict[str, Any]] | None:
@@ -460,27 +423,10 @@ def event_of(change: Mapping[str, Any], bucket_name: str) -> tuple[str, dict[str
     }
 
 
-def _key(batch_id: str) -> dict[str, Any]:
-    return serialize({"pk": f"batch#{batch_id}", "sk": "status"})
-
-
-_LISTED = "batches#"
-
-
-def _listed_owner(owner: str) -> str:
-    """Return the key of an owner's batches in the index `by_owner`.
-
-    They are a list of their own: no owner's name contains a `#`.
-    """
-    return f"{_LISTED}{owner}"
-
-
 _FIELDS = frozenset(Batch.__dataclass_fields__)
 
 
 def _batch(item: Mapping[str, Any]) -> Batch:
     values = {name: value for name, value in item.items() if name in _FIELDS}
-    values["owner"] = values["owner"].removeprefix(_LISTED)
-    if "counts" in values:
-        values["counts"] = {name: int(count) for name, count in values["counts"].items()}
+    values["owner"] = owner_of(values["owner"])
     return Batch(**values)

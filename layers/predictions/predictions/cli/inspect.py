@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from botocore.exceptions import ClientError
 
-from predictions.aws.dynamodb import deserialize, serialize
+from predictions.aws.dynamodb import Condition, Table
 from predictions.aws.executions import Executions
 from predictions.cli.stack import (
     JsonList,
@@ -28,7 +28,9 @@ from predictions.cli.stack import (
     second,
 )
 from predictions.lifecycle.evidence import undecided_ids
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.keys import PREDICTION, prediction_key
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 
 app = group()
 
@@ -169,7 +171,7 @@ def stuck(
     now = time.time()
     table = stack.table
     pks = list(table.due(now - int(given[1]) * _SECONDS[given[2]], _STUCK_LIMIT))
-    ids = [pk.removeprefix("prediction#") for pk in pks if pk.startswith("prediction#")]
+    ids = [pk.removeprefix(PREDICTION) for pk in pks if pk.startswith(PREDICTION)]
     predictions = _get_many(table, ids)
     executions = Executions(stack.output("TrackPredictionStateMachineArn"), stack.client("stepfunctions"))
     rows = []
@@ -299,18 +301,8 @@ def _logged(message: str, prediction_id: str) -> tuple[str, str] | None:
 
 
 def _sizes(stack: Stack, prediction: Prediction) -> dict[str, int]:
-    pages = (
-        stack.client("dynamodb")
-        .get_paginator("query")
-        .paginate(
-            TableName=stack.output("TableName"),
-            KeyConditionExpression="pk = :pk",
-            ExpressionAttributeValues=serialize({":pk": f"prediction#{prediction.id}"}),
-            ProjectionExpression="sk, #length",
-            ExpressionAttributeNames={"#length": "length"},
-        )
-    )
-    items = [deserialize(item) for page in pages for item in page["Items"]]
+    partition = Condition("pk = :pk", pk=prediction_key(prediction.id).pk)
+    items = Table(stack.output("TableName"), stack.client("dynamodb")).query(partition, only="sk, length")
     return {str(item["sk"]).partition("#")[0]: int(item["length"]) for item in items if "length" in item}
 
 

@@ -17,7 +17,8 @@ from typer.core import TyperCommand
 from predictions.errors import PredictionsError
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.ids import is_id
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 
 PROGRAM = "replicate-serverless"
 

@@ -10,6 +10,7 @@ An object outlives its item: the bucket's lifecycle counts whole days from midni
 between the two writes) is seen by nobody and goes the same way.
 """
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -18,17 +19,16 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from botocore.exceptions import ClientError
 
 from predictions.aws.clients import client
-from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
+from predictions.aws.dynamodb import PRESENT, ConditionFailed, Key, Table
+from predictions.times import rfc3339, timestamp
 
 if TYPE_CHECKING:
-    from mypy_boto3_dynamodb import DynamoDBClient
     from mypy_boto3_s3 import S3Client
 
     from predictions.files.upload_requests import NewFile
@@ -78,7 +78,7 @@ class File:
             "checksums": self.checksums,
             "metadata": json.loads(self.metadata_json),
             "created_at": self.created_at,
-            "expires_at": _rfc3339(self.expires_at),
+            "expires_at": rfc3339(self.expires_at),
             "urls": {"get": f"{api_url}/files/{self.id}/download?{query}"},
             "uploaded": self.uploaded,
         }
@@ -152,7 +152,7 @@ class Files:
         self._put(file)
         # A client's HTTP library writes the length by itself; that it has to be this one must be said all the same.
         headers["Content-Length"] = str(file.size)
-        return file, UploadLink("PUT", url, headers, _rfc3339(int(self._now()) + UPLOAD_URL_SECONDS))
+        return file, UploadLink("PUT", url, headers, rfc3339(int(self._now()) + UPLOAD_URL_SECONDS))
 
     def find(self, owner: str, file_id: str) -> File | None:
         """One of an owner's files; None where there is none, or it is another owner's."""
@@ -177,9 +177,8 @@ class Files:
             The files from the start of the page on, away from it, and whether there are further ones beyond.
         """
         key = _listed_owner(owner)
-        pks, more = list_page(self._dynamodb, self._table_name, key, start, older=older, size=size)
-        found = read_items(self._dynamodb, self._table_name, [(pk, "file") for pk in pks])
-        kept = [self._kept(found[pk, "file"]) for pk in pks if (pk, "file") in found]
+        items, more = self._table.list_items(key, start, older=older, size=size, sk="file")
+        kept = map(self._kept, items)
         return [file for file in kept if file], more
 
     def delete(self, owner: str, file_id: str) -> bool:
@@ -191,7 +190,7 @@ class Files:
         if file is None or file.owner != owner:
             return False
         self._s3.delete_object(Bucket=self._bucket_name, Key=file.key)
-        self._dynamodb.delete_item(TableName=self._table_name, Key=_key(file_id))
+        self._table.delete_item(_key(file_id))
         return True
 
     def download_url(self, file_id: str, owner: str, expiry: str, signature: str) -> str | None:
@@ -219,8 +218,8 @@ class Files:
         return client("s3")
 
     @property
-    def _dynamodb(self) -> "DynamoDBClient":
-        return client("dynamodb")
+    def _table(self) -> Table:
+        return Table(self._table_name, client("dynamodb"))
 
     def _file(self, owner: str, new: "NewFile") -> File:
         now = self._now()
@@ -238,8 +237,6 @@ class Files:
 
     def _put(self, file: File) -> None:
         item = {
-            "pk": f"file#{file.id}",
-            "sk": "file",
             "id": file.id,
             # Another owner than that of predictions, so that their lists stay apart.
             "owner": _listed_owner(file.owner),
@@ -256,11 +253,11 @@ class Files:
             "checksums": file.checksums,
         }
         # The id is new and random: nothing can be there but this very item, of a write whose answer botocore missed.
-        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
+        self._table.put_item(_key(file.id), item)
 
     def _read(self, file_id: str) -> File | None:
-        found = self._dynamodb.get_item(TableName=self._table_name, Key=_key(file_id), ConsistentRead=True).get("Item")
-        return self._kept(deserialize(found)) if found else None
+        item = self._table.get_item(_key(file_id))
+        return self._kept(item) if item else None
 
     def _kept(self, item: dict[str, Any]) -> File | None:
         """The file of an item; None once it has expired, which DynamoDB may notice days later."""
@@ -280,17 +277,10 @@ class Files:
         return replace(file, uploaded=True, size=head["ContentLength"], etag=head["ETag"].strip('"'))
 
     def _note_upload(self, file: File) -> None:
-        try:
-            self._dynamodb.update_item(
-                TableName=self._table_name,
-                Key=_key(file.id),
-                UpdateExpression="SET uploaded = :uploaded, #size = :size, etag = :etag",
-                ConditionExpression="attribute_exists(pk)",
-                ExpressionAttributeNames={"#size": "size"},
-                ExpressionAttributeValues=serialize({":uploaded": True, ":size": file.size, ":etag": file.etag}),
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
-            return  # deleted meanwhile
+        # It may be deleted meanwhile.
+        with contextlib.suppress(ConditionFailed):
+            uploaded = {"uploaded": True, "size": file.size, "etag": file.etag}
+            self._table.update_item(_key(file.id), set=uploaded, condition=PRESENT)
 
 
 def place(file: File) -> str:
@@ -302,9 +292,5 @@ def _listed_owner(owner: str) -> str:
     return f"files#{owner}"
 
 
-def _key(file_id: str) -> dict[str, Any]:
-    return serialize({"pk": f"file#{file_id}", "sk": "file"})
-
-
-def _rfc3339(moment: int) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")
+def _key(file_id: str) -> Key:
+    return Key(f"file#{file_id}", "file")

@@ -28,7 +28,8 @@ from predictions.errors import Problem
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.lifecycle.start import StartPrediction
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.store.predictions import Prediction, PredictionsTable, Whole
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction, PredictionDetail
 from predictions.validation import parse_json
 from predictions.views.prediction import Presenter
 
@@ -244,7 +245,7 @@ class RunJobs:
             if seen is None or _ended(seen):
                 return
 
-    def _read(self, prediction: Prediction) -> Whole:
+    def _read(self, prediction: Prediction) -> PredictionDetail:
         whole = self._table.read(prediction.id)
         if whole is None:
             raise LookupError(prediction.id)

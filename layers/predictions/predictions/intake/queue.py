@@ -27,7 +27,9 @@ from predictions.ids import OWNER_RULE, is_owner
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.intents.sources import Message, RequestRefused, Source
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.store.predictions import CALLERS_LIMIT, AlreadyExists, Prediction, PredictionsTable
+from predictions.store.callers import CALLERS_LIMIT, WaitingCallers
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import AlreadyExists, Prediction
 from predictions.validation import parse_json
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Requests:
 
     Args:
         table: The predictions.
+        callers: The states that wait for their ends.
         executions: The state machine.
         lifetime_seconds: The deadline of a request that names none.
         retention_seconds: How long the table stores a prediction.
@@ -55,6 +58,7 @@ class Requests:
     def __init__(
         self,
         table: PredictionsTable,
+        callers: WaitingCallers,
         executions: Executions,
         *,
         lifetime_seconds: int,
@@ -65,6 +69,7 @@ class Requests:
         now: Callable[[], float] = time.time,
     ) -> None:
         self._table = table
+        self._callers = callers
         self._executions = executions
         self._lifetime_seconds = lifetime_seconds
         self._retention_seconds = retention_seconds
@@ -87,6 +92,7 @@ class Requests:
                 raise ValueError(f"The owner {owner!r} in {variable} must be {OWNER_RULE}.")
         return cls(
             PredictionsTable.from_env(),
+            WaitingCallers.from_env(),
             Executions.from_env(),
             lifetime_seconds=int(os.environ["DEFAULT_LIFETIME_SECONDS"]),
             retention_seconds=int(os.environ["RETENTION_DAYS"]) * 86400,
@@ -172,7 +178,7 @@ class Requests:
                 reason = "The idempotency key belongs to another request. Use a new key for a new request."
                 raise RequestRefused(reason) from None
             # Only after it is known to be the same request. A new prediction has no callers yet, so nothing is counted.
-            if task_token is not None and not self._table.takes_caller(prediction.id, task_token):
+            if task_token is not None and not self._callers.takes_caller(prediction.id, task_token):
                 raise RequestRefused(
                     f"task_token: {CALLERS_LIMIT} states already wait for prediction {prediction.id}, which is the "
                     "limit. Send a request with an idempotency key of its own, or poll the prediction."
@@ -180,7 +186,7 @@ class Requests:
         if task_token is not None:
             # Only after it is known to be the same request. If the prediction has completed, publish_changes sees both
             # records, this one and the completion, and notifies the state at the later one.
-            self._table.add_caller(prediction.id, task_token, int(now) + self._retention_seconds)
+            self._callers.add_caller(prediction.id, task_token, int(now) + self._retention_seconds)
         if prediction.execution_n == 1 and not prediction.terminal:
             # The function that stored it may have crashed right after. The sweep handles a taken execution name.
             self._executions.start(prediction.id, 1, submit=True)

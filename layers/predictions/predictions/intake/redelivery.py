@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import client
-from predictions.aws.dynamodb import deserialize, read_items, serialize
+from predictions.aws.dynamodb import Table
 from predictions.observability import logger
+from predictions.store.keys import message_key
 from predictions.templating import TooSlow
 
 if TYPE_CHECKING:
@@ -98,8 +99,7 @@ class ReceivedRequests:
         *,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+        self._table = Table(table_name, dynamodb)
         self._queue_url = queue_url
         self._sqs = sqs
         self._now = now
@@ -179,8 +179,8 @@ class ReceivedRequests:
     def _counted(self, records: Sequence[Mapping[str, Any]], stay: list[str]) -> list[tuple[Mapping[str, Any], Tries]]:
         """Return redelivered messages with their tries, the least often killed first."""
         try:
-            keys = [(f"message#{record['messageId']}", "tries") for record in records]
-            found = read_items(self._dynamodb, self._table_name, keys)
+            keys = [message_key(record["messageId"]) for record in records]
+            found = self._table.read_items(keys)
         except (ClientError, BotoCoreError):
             logger.exception("tries not read")
             stay += [record["messageId"] for record in records]
@@ -202,15 +202,10 @@ class ReceivedRequests:
             logger.exception("failed try not counted")
 
     def _add(self, record: Mapping[str, Any], count: str) -> Tries:
-        answer = self._dynamodb.update_item(
-            TableName=self._table_name,
-            Key=serialize({"pk": f"message#{record['messageId']}", "sk": "tries"}),
-            UpdateExpression="SET expires_at = :expires ADD #count :one",
-            ExpressionAttributeNames={"#count": count},
-            ExpressionAttributeValues=serialize({":one": 1, ":expires": int(self._now()) + _COUNTED_SECONDS}),
-            ReturnValues="ALL_NEW",
+        expires = int(self._now()) + _COUNTED_SECONDS
+        return _tries(
+            self._table.update_item(message_key(record["messageId"]), set={"expires_at": expires}, add={count: 1})
         )
-        return _tries(deserialize(answer["Attributes"]))
 
     def _delete(self, record: Mapping[str, Any]) -> None:
         """Delete a completed message before the next one begins.

@@ -8,7 +8,8 @@ from predictions.lifecycle.timing import ABANDON_SECONDS
 from predictions.lifecycle.transitions import Transitions
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.status import Status
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 
 # The sweep gives up the files of a completed prediction this long after completion: Replicate has removed them by then,
 # and the copier stops retrying an hour earlier.

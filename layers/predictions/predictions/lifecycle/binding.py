@@ -7,7 +7,7 @@ from collections.abc import Callable
 from predictions.lifecycle.cancel import CancelPrediction
 from predictions.lifecycle.orphans import Orphans
 from predictions.lifecycle.transitions import Transitions
-from predictions.store.predictions import Prediction
+from predictions.store.records import Prediction
 from predictions.upstream.prediction import UpstreamPrediction
 
 

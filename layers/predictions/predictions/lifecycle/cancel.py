@@ -8,7 +8,8 @@ from predictions.lifecycle.reservations import Reservations
 from predictions.lifecycle.transitions import Transitions
 from predictions.observability import logger
 from predictions.status import TERMINAL_RANK, Status, rank_of
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 from predictions.upstream.client import NotFound, Replicate, Unavailable
 
 _CANCEL_SECONDS = 5

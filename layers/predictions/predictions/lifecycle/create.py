@@ -19,7 +19,8 @@ from predictions.lifecycle.transitions import Transitions
 from predictions.lifecycle.unknown_registry import UnknownRegistry
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
-from predictions.store.predictions import Prediction, PredictionsTable, Waits
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction, Waits
 from predictions.upstream.client import NotAccepted, OutcomeUnknown, Replicate, Throttled, Unauthorized
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 
 from predictions.errors import Problem
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 
 
 class DeletePrediction:

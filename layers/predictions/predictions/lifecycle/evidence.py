@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from predictions.aws.clients import client
-from predictions.aws.dynamodb import read_items, serialize
+from predictions.aws.dynamodb import Table, serialize
 from predictions.lifecycle.targets import target_of, webhook_of
 from predictions.observability import logger
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.keys import listed_key, upstream_key
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 from predictions.upstream.client import Collection, Unavailable
 from predictions.upstream.list_reader import MARGIN_SECONDS, Listed, ListReader, Reading, digest_of
 from predictions.upstream.prediction import UpstreamPrediction
@@ -130,18 +132,16 @@ class Evidence:
         if not entries:
             return {}
         found: dict[str, Hidden] = {}
-        keys = [
-            key for entry in entries for key in ((f"listed#{entry.id}", "listed"), (f"upstream#{entry.id}", "upstream"))
-        ]
-        items = read_items(self._dynamodb, self._table_name, keys)
+        keys = [key for entry in entries for key in (listed_key(entry.id), upstream_key(entry.id))]
+        items = Table(self._table_name, self._dynamodb).read_items(keys)
         ids = {p.id for p in claims}
         asked, until = 0, self._now() + _ENTRIES_SECONDS
         for entry in entries:
-            reserved = items.get((f"upstream#{entry.id}", "upstream"))
+            reserved = items.get(upstream_key(entry.id))
             if reserved is not None and (reserved["id"] not in ids or reserved.get("orphan")):
                 found[entry.id] = Hidden(known=True, excluded=True)
                 continue
-            remembered = items.get((f"listed#{entry.id}", "listed"))
+            remembered = items.get(listed_key(entry.id))
             if remembered is None:
                 if asked >= _ENTRIES_ASKED or self._now() >= until:
                     continue  # the next reading continues
@@ -156,7 +156,7 @@ class Evidence:
 
     def _ask(self, collection: Collection, entry: Listed) -> dict[str, Any] | None:
         """Read which prediction an entry belongs to, and store that. Return None if that is unknown for now."""
-        item: dict[str, Any] = {"pk": f"listed#{entry.id}", "sk": "listed",
+        item: dict[str, Any] = {**listed_key(entry.id)._asdict(),
                                 "expires_at": int(self._now()) + _REMEMBERED_SECONDS}  # fmt: skip
         bound_to = self._table.bound_to(entry.id)
         if bound_to is not None:

@@ -26,7 +26,7 @@ from predictions.upstream.client import NotFound, Unavailable, UpstreamError, is
 
 if TYPE_CHECKING:
     from predictions.intents.model import Reference
-    from predictions.store.predictions import PredictionsTable
+    from predictions.store.schemas import StoredSchemas
     from predictions.upstream.client import Replicate
     from predictions.upstream.input_schema import InputSchema
     from predictions.upstream.prediction import UpstreamPrediction
@@ -51,15 +51,15 @@ class ModelSchemas:
     """Find the schema by which to check an input.
 
     Args:
-        table: Stores schemas by version.
+        stored: The schemas by version.
         replicate: Replicate.
         now: The time, in seconds since 1970.
     """
 
     def __init__(
-        self, table: "PredictionsTable", replicate: "Replicate", *, now: Callable[[], float] = time.time
+        self, stored: "StoredSchemas", replicate: "Replicate", *, now: Callable[[], float] = time.time
     ) -> None:
-        self._table = table
+        self._stored = stored
         self._replicate = replicate
         self._now = now
         self._schemas: dict[str, tuple[float, InputSchema | None]] = {}
@@ -100,7 +100,7 @@ class ModelSchemas:
         del self._nameless[version]
         now = self._now()
         try:
-            self._table.note_model(version, told.model, int(now) + KEEP_SECONDS, now)
+            self._stored.put_model(version, told.model, int(now) + KEEP_SECONDS, now)
         except (ClientError, BotoCoreError) as error:
             logger.warning("model of a version not noted", version=version, reason=_reason(error))
 
@@ -120,7 +120,7 @@ class ModelSchemas:
         return self.of_version(*remembered[1]) if remembered[1] else None
 
     def _find(self, name: str | None, version: str) -> "InputSchema | None":
-        kept = self._table.kept_schema(version, self._now())
+        kept = self._stored.get_schema(version, self._now())
         if kept and kept.text == _UNUSABLE:
             return None
         if kept and kept.text is not None:
@@ -136,7 +136,7 @@ class ModelSchemas:
         schema = usable_schema(self._replicate.version_schema(name, version), version)
         text, seconds = to_keep(schema)
         try:
-            self._table.keep_schema(version, text, int(self._now()) + seconds, name)
+            self._stored.put_schema(version, text, int(self._now()) + seconds, name)
         except (ClientError, BotoCoreError) as error:
             logger.warning("schema not kept", version=version, reason=_reason(error))
         return schema
@@ -204,9 +204,12 @@ class ModelLookup:
         self._models: dict[str, tuple[float, FoundModel]] = {}
 
     @classmethod
-    def from_env(cls, table: "PredictionsTable", replicate: "Replicate") -> "ModelLookup":
+    def from_env(cls, stored: "StoredSchemas", replicate: "Replicate") -> "ModelLookup":
         """Read `VALIDATE_INPUT`."""
-        return cls(replicate, ModelSchemas(table, replicate) if os.environ["VALIDATE_INPUT"] == "true" else None)
+        return cls(
+            replicate,
+            ModelSchemas(stored, replicate) if os.environ["VALIDATE_INPUT"] == "true" else None,
+        )
 
     def violations(self, reference: "Reference", asked: Any) -> list[dict[str, str]]:
         """Return the fields of an input that violate its model's schema, for a later start; nothing is written.

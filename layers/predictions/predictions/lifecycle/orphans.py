@@ -14,7 +14,9 @@ from predictions.aws.dynamodb import deserialize, serialize
 from predictions.lifecycle.timing import NOT_FOUND_LIMIT
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.keys import BREAKER, upstream_key
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 from predictions.upstream.client import NotFound, Replicate, Unavailable
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 STOP_SECONDS = 3600
 """Time without resubmission after wrong evidence."""
 
-_BREAKER = {"pk": "readings", "sk": "breaker"}
+_BREAKER = BREAKER._asdict()
 
 
 class Breaker:
@@ -114,6 +116,6 @@ class Orphans:
 
     def _remember(self, upstream_id: str, prediction: Prediction) -> None:
         """Record whose orphan an upstream prediction is, so that it becomes no other prediction's candidate."""
-        item = {"pk": f"upstream#{upstream_id}", "sk": "upstream", "id": prediction.id, "orphan": True,
+        item = {**upstream_key(upstream_id)._asdict(), "id": prediction.id, "orphan": True,
                 "expires_at": prediction.expires_at}  # fmt: skip
         self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))

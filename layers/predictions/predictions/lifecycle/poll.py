@@ -16,7 +16,8 @@ from predictions.lifecycle.transitions import Transitions
 from predictions.lifecycle.unknown_claims import UnknownClaims
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import TERMINAL_RANK, Status, rank_of
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 from predictions.upstream.client import NotFound, Replicate, Unavailable
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, serialize
 from predictions.observability import logger
+from predictions.store.keys import READING_LEASE
 from predictions.store.predictions import PredictionsTable
 from predictions.upstream.client import Collection
 from predictions.upstream.list_reader import ListReader, Reading
@@ -37,7 +38,7 @@ _DUE_AFTER_POLL_SECONDS = 120
 # At the edge of what was read, the clocks decide whether an entry is shown.
 _CONTROL_MARGIN_SECONDS = 5
 
-_LEASE = {"pk": "readings", "sk": "lease"}
+_LEASE = READING_LEASE._asdict()
 
 
 class Readings:

@@ -6,7 +6,8 @@ from predictions.aws.executions import wake
 from predictions.lifecycle.orphan_polls import OrphanPolls
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.status import Status
-from predictions.store.predictions import Change, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Change
 from predictions.upstream.prediction import UnreadablePrediction, UpstreamPrediction
 
 

@@ -33,7 +33,8 @@ from predictions.lifecycle.readings import Readings, last_of
 from predictions.lifecycle.targets import webhook_of
 from predictions.lifecycle.unknown_registry import UnknownRegistry, append_to
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.store.predictions import Change, Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Change, Prediction
 from predictions.upstream.client import Collection, Replicate
 from predictions.upstream.list_reader import MARGIN_SECONDS, Listed, ListReader, Reading
 from predictions.upstream.prediction import UpstreamPrediction

@@ -2,7 +2,7 @@
 
 from predictions.admission.rate_limiter import AskAgain, Lane, Limiter, Reservation, Start
 from predictions.lifecycle.timing import START_MARGIN_SECONDS
-from predictions.store.predictions import Prediction, Waits
+from predictions.store.records import Prediction, Waits
 
 
 class Reservations:

@@ -29,7 +29,10 @@ from predictions.lifecycle.tracking import Tracking
 from predictions.lifecycle.transitions import Transitions
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
-from predictions.store.predictions import AlreadyExists, Prediction, PredictionsTable, Waits
+from predictions.store.predictions import PredictionsTable
+from predictions.store.recent_requests import RecentRequests
+from predictions.store.records import AlreadyExists, Prediction, Waits
+from predictions.store.schemas import StoredSchemas
 from predictions.upstream.client import NotAccepted, OutcomeUnknown, Refused, Unauthorized
 
 # Bounds of `Retry-After`, in seconds, in the refusal of a create that would start too late.
@@ -69,6 +72,7 @@ class StartPrediction:
     Args:
         table: The predictions.
         limiter: Decides when a create may start.
+        recent: Recent requests without a key.
         reservations: Gives back starts that are not used.
         usage: Counts what owners use of their limits.
         lookup: Finds the version to run, and the schema to check its input by.
@@ -84,6 +88,7 @@ class StartPrediction:
         self,
         table: PredictionsTable,
         limiter: Limiter,
+        recent: RecentRequests,
         reservations: Reservations,
         usage: OwnersUsage,
         lookup: ModelLookup,
@@ -97,6 +102,7 @@ class StartPrediction:
     ) -> None:
         self._table = table
         self._limiter = limiter
+        self._recent = recent
         self._reservations = reservations
         self._usage = usage
         self._lookup = lookup
@@ -111,10 +117,11 @@ class StartPrediction:
     def from_env(cls) -> "StartPrediction":
         """Read the environment of start_prediction and run_prediction."""
         connections = Connections.from_env()
-        lookup = ModelLookup.from_env(connections.table, connections.replicate)
+        lookup = ModelLookup.from_env(StoredSchemas.from_env(), connections.replicate)
         return cls(
             connections.table,
             connections.limiter,
+            RecentRequests.from_env(),
             connections.reservations,
             OwnersUsage.from_env(),
             lookup,
@@ -165,7 +172,8 @@ class StartPrediction:
         if intent.keyed:
             attempt = None
         if attempt and attempt.number:
-            existing = self._table.recent(intent.owner, intent.fingerprint, attempt)
+            recorded_id = self._recent.find(intent.owner, intent.fingerprint, attempt)
+            existing = self._table.get(recorded_id) if recorded_id else None
             if existing is not None:
                 return _existing(existing, intent)
         if pause := self._limiter.pause_now():
@@ -184,7 +192,7 @@ class StartPrediction:
         # as one whose response was lost.
         api_url()
         if attempt:
-            noted_id = self._table.note_request(intent.id, intent.owner, intent.fingerprint, attempt)
+            noted_id = self._recent.note(intent.id, intent.owner, intent.fingerprint, attempt)
             intent = replace(intent, id=noted_id)
         if limits is None:
             limits = self._usage.known_limits(intent.owner)

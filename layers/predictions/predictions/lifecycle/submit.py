@@ -20,8 +20,10 @@ from predictions.lifecycle.transitions import Transitions
 from predictions.lifecycle.unknown_claims import UnknownClaims
 from predictions.observability import logger
 from predictions.status import Status
-from predictions.store.origins import is_canceled
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.origins import is_active
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
+from predictions.store.schemas import StoredSchemas
 from predictions.upstream.client import NotAccepted, OutcomeUnknown, Refused, Unauthorized
 
 # A prediction that could not start before its deadline asks again after half of the remaining time, until that is less
@@ -81,7 +83,7 @@ class SubmitPrediction:
     @classmethod
     def over(cls, connections: Connections, claims: UnknownClaims) -> "SubmitPrediction":
         """Submit over the connections of a function."""
-        lookup = ModelLookup.from_env(connections.table, connections.replicate)
+        lookup = ModelLookup.from_env(StoredSchemas.from_env(), connections.replicate)
         return cls(
             connections.table,
             connections.limiter,
@@ -114,7 +116,7 @@ class SubmitPrediction:
         if now >= prediction.deadline:
             self._transitions.end(prediction, Status.FAILED, self._why_not_started(prediction))
             return
-        if not self._table.line_wanted(prediction):
+        if "batch" in prediction.origin and not is_active(prediction.origin):
             self._transitions.end(prediction, Status.CANCELED, "It was not started: its batch has stopped.")
             return
         # A prediction that wakes before its turn takes a start that no other one waits for.
@@ -187,7 +189,7 @@ class SubmitPrediction:
         submit_at = math.ceil(now + self._look_seconds(prediction) if isinstance(start, TooLate) else start.at)
         waits = waits_of(start)
         # If the prediction has changed meanwhile, the next check sees that.
-        if self._table.put_off(prediction, submit_at, counted=counted, waits=waits) is None:
+        if self._table.defer(prediction, submit_at, counted=counted, waits=waits) is None:
             self._reservations.give_back(lane_of(prediction), prediction.owner, waits)
         raise self._put_off_until(prediction, submit_at, waits.turn_ms)
 
@@ -263,7 +265,7 @@ def _unwanted(prediction: Prediction) -> bool:
     """Return whether the pipeline was canceled between the reading of the request and its write."""
     if "pipeline" not in prediction.origin:
         return False
-    return is_canceled(str(prediction.origin["pipeline"]))
+    return not is_active(prediction.origin)
 
 
 def _reference(prediction: Prediction) -> Reference:

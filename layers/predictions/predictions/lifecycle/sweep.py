@@ -20,7 +20,8 @@ from predictions.lifecycle.tracking import Tracking, measure_age
 from predictions.lifecycle.transitions import Transitions
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 
 # Exponential backoff of the checks of a prediction over which functions crash: from 3 minutes to an hour. To 15 minutes
 # if it is unbound: an hour after completion Replicate removes the input by which an entry of its list is recognized.
@@ -178,7 +179,7 @@ class SweepPredictions:
             # A check that got no response from Replicate has not crashed: the cancel is repeated soon, by a check that
             # may still defer the execution.
             again = soon if unheard else self._look_again_at(prediction, now)
-            self._table.end_look(prediction, again, stalled=True, put_off=not unheard)
+            self._table.end_look(prediction, again, stalled=True, deferred=not unheard)
             return
         if execution == "RUNNING":
             if prediction.terminal:

@@ -1,7 +1,7 @@
 """How Replicate is asked for a prediction: what runs it, and where Replicate reports on it."""
 
 from predictions.aws.clients import api_url
-from predictions.store.predictions import Prediction
+from predictions.store.records import Prediction
 from predictions.upstream.client import Target
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from predictions.aws.executions import Executions
 from predictions.observability import MetricUnit, metrics
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 
 
 class Tracking:

@@ -8,7 +8,8 @@ from predictions.aws.executions import wake
 from predictions.lifecycle.reservations import Reservations, lane_of
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.status import Status
-from predictions.store.predictions import Change, Prediction, PredictionsTable, Waits
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Change, Prediction, Waits
 from predictions.upstream.prediction import UpstreamPrediction
 
 

@@ -19,7 +19,8 @@ from predictions.lifecycle.transitions import Transitions
 from predictions.lifecycle.unknown_registry import UnknownRegistry
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 from predictions.upstream.client import NotFound, Replicate, Unavailable
 from predictions.upstream.prediction import UpstreamPrediction
 from predictions.validation import input_json_canonical

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, serialize
-from predictions.store.predictions import Prediction, PredictionsTable
+from predictions.store.keys import unknown_key
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction
 from predictions.upstream.client import Collection, OutcomeUnknown
 
 if TYPE_CHECKING:
@@ -125,12 +127,12 @@ class UnknownRegistry:
 
     def remove(self, sk: str) -> None:
         """Remove what is registered under a sort key."""
-        self._dynamodb.delete_item(TableName=self._table_name, Key=serialize({"pk": "unknown", "sk": sk}))
+        self._dynamodb.delete_item(TableName=self._table_name, Key=serialize(unknown_key(sk)._asdict()))
 
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _put(self, sk: str, prediction: Prediction) -> None:
-        item = {"pk": "unknown", "sk": sk, "id": prediction.id, "collection": prediction.collection,
+        item = {**unknown_key(sk)._asdict(), "id": prediction.id, "collection": prediction.collection,
                 "expires_at": max(prediction.deadline, int(self._now())) + 86400}  # fmt: skip
         self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
 

@@ -17,7 +17,7 @@ from predictions.aws.clients import client
 from predictions.files.outputs_bucket import StoredFile
 from predictions.observability import logger
 from predictions.status import Status
-from predictions.store.predictions import Prediction
+from predictions.store.records import Prediction
 
 if TYPE_CHECKING:
     from mypy_boto3_events import EventBridgeClient

@@ -17,7 +17,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from predictions.aws.clients import client
+from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Table
 from predictions.errors import PredictionsError
+from predictions.store.keys import webhook_secret_key
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -48,8 +50,7 @@ class SecretVersions:
     """The versions of the owners' secrets."""
 
     def __init__(self, table_name: str, dynamodb: "DynamoDBClient") -> None:
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+        self._table = Table(table_name, dynamodb)
 
     @classmethod
     def from_env(cls) -> "SecretVersions":
@@ -58,14 +59,10 @@ class SecretVersions:
 
     def version_of(self, owner: str) -> SecretVersion:
         """Return the current version, read consistently."""
-        item = self._dynamodb.get_item(
-            TableName=self._table_name,
-            Key={"pk": {"S": f"owner#{owner}"}, "sk": {"S": "webhook_secret"}},
-            ConsistentRead=True,
-        ).get("Item")
-        if not item:
-            return SecretVersion(_FIRST_VERSION, None)
-        return SecretVersion(int(item["secret_version"]["N"]), int(item["rotated_at"]["N"]))
+        item = self._table.get_item(webhook_secret_key(owner))
+        return (
+            SecretVersion(item["secret_version"], item["rotated_at"]) if item else SecretVersion(_FIRST_VERSION, None)
+        )
 
     def rotate(self, owner: str, now: float, *, force: bool = False) -> SecretVersion:
         """Make the next version the current one; the previous one also signs for 24 h.
@@ -89,18 +86,12 @@ class SecretVersions:
             )
         after = SecretVersion(before.version + 1, int(now))
         try:
-            self._dynamodb.put_item(
-                TableName=self._table_name,
-                Item={
-                    "pk": {"S": f"owner#{owner}"},
-                    "sk": {"S": "webhook_secret"},
-                    "secret_version": {"N": str(after.version)},
-                    "rotated_at": {"N": str(after.rotated_at)},
-                },
-                ConditionExpression="attribute_not_exists(pk) OR secret_version = :before",
-                ExpressionAttributeValues={":before": {"N": str(before.version)}},
+            self._table.put_item(
+                webhook_secret_key(owner),
+                {"secret_version": after.version, "rotated_at": after.rotated_at},
+                NEW | Condition("secret_version = :before", before=before.version),
             )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+        except ConditionFailed:
             # A concurrent rotation succeeded, or this write did and its response was lost.
             return self.version_of(owner)
         return after

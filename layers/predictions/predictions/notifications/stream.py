@@ -32,7 +32,10 @@ from predictions.notifications.stream_retries import Effect, Retry, RetryQueue, 
 from predictions.notifications.webhook_queue import DeliveriesQueue
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
-from predictions.store.predictions import PayloadTooLong, Prediction, PredictionsTable, read_image
+from predictions.store.callers import WaitingCallers
+from predictions.store.payloads import PayloadTooLong
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Prediction, read_image
 
 OUTPUT_LIMIT_BYTES = 32 * 1024
 """The limit of the output in a task result: an execution carries 256 KiB in all, and has data of its own."""
@@ -61,6 +64,7 @@ class Changes:
 
     Args:
         table: The predictions.
+        callers: The states that wait for their ends.
         outputs: The bucket with their files.
         deliveries: The queue of webhooks to callers.
         bus: The stack's event bus.
@@ -73,6 +77,7 @@ class Changes:
     def __init__(
         self,
         table: PredictionsTable,
+        callers: WaitingCallers,
         outputs: OutputsBucket,
         deliveries: DeliveriesQueue,
         bus: EventBus,
@@ -83,6 +88,7 @@ class Changes:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._table = table
+        self._callers = callers
         self._outputs = outputs
         self._deliveries = deliveries
         self._bus = bus
@@ -96,6 +102,7 @@ class Changes:
         """Build from the environment of publish_changes."""
         return cls(
             PredictionsTable.from_env(),
+            WaitingCallers.from_env(),
             OutputsBucket.from_env(),
             DeliveriesQueue.from_env(),
             EventBus.from_env(),
@@ -300,7 +307,7 @@ class Changes:
         if coming and "task_token" in change["NewImage"]:
             waiting = [(sk, str(change["NewImage"]["task_token"]["S"]))]
         else:
-            known = dict(self._table.callers(id_))
+            known = dict(self._callers.callers_of(id_))
             wanted = [sk] if coming else known if only is None else only
             waiting = [(key, known[key]) for key in wanted if key in known]
         if not waiting:

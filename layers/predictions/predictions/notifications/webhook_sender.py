@@ -17,7 +17,8 @@ from predictions.notifications.webhook_queue import FIRST_WAIT_SECONDS, DeadLett
 from predictions.notifications.webhook_slots import NoSlotFree, WebhookSlots
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
-from predictions.store.predictions import PredictionsTable, Whole
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import PredictionDetail
 from predictions.views.prediction import Presenter
 
 TOTAL_SECONDS = 10.0
@@ -157,7 +158,7 @@ class Receivers:
             self._dead_letters.bury(delivery, failure.reason)
         return True
 
-    def _shown(self, whole: Whole, delivery: Delivery) -> dict[str, Any] | None:
+    def _shown(self, whole: PredictionDetail, delivery: Delivery) -> dict[str, Any] | None:
         """Return the prediction as this event shows it, or None if outdated or empty.
 
         Replicate's receivers detect a completion by its status, so only `completed` may show one: a late delivery of

@@ -20,13 +20,15 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import client
+from predictions.aws.dynamodb import Condition, ConditionFailed, Table
 from predictions.errors import PredictionsError
 from predictions.observability import logger
+from predictions.store.keys import webhook_slots_key
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -83,8 +85,7 @@ class WebhookSlots:
         dynamodb: "DynamoDBClient",
         choose: Callable[[list[str]], str] = random.choice,
     ) -> None:
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+        self._table = Table(table_name, dynamodb)
         self._choose = choose
 
     @classmethod
@@ -114,15 +115,9 @@ class WebhookSlots:
             raise NoSlotFree
         name, until = self._choose(free), int((now + LEASE_SECONDS) * 1000)
         try:
-            self._dynamodb.update_item(
-                TableName=self._table_name,
-                Key=_key(owner),
-                UpdateExpression="SET #slot = :until",
-                ConditionExpression="attribute_not_exists(#slot) OR #slot <= :now",
-                ExpressionAttributeNames={"#slot": name},
-                ExpressionAttributeValues={":until": {"N": str(until)}, ":now": {"N": str(int(now * 1000))}},
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            free_now = Condition(f"attribute_not_exists({name}) OR {name} <= :now", now=int(now * 1000))
+            self._table.update_item(webhook_slots_key(owner), set={name: until}, condition=free_now)
+        except ConditionFailed:
             raise NoSlotFree from None
         return Slot(owner, slot.origin, now, name, until)
 
@@ -148,37 +143,17 @@ class WebhookSlots:
             for name, until in self._times_of(slot.owner).items()
             if name.startswith("slow_") and name != mark and until <= now * 1000
         ]
-        names = {"#slow": mark, **{f"#ended{n}": name for n, name in enumerate(ended)}}
-        removal = f" REMOVE {', '.join(f'#ended{n}' for n in range(len(ended)))}" if ended else ""
-        self._dynamodb.update_item(
-            TableName=self._table_name,
-            Key=_key(slot.owner),
-            UpdateExpression=f"SET #slow = :until, expires_at = :expires{removal}",
-            ExpressionAttributeNames=names,
-            ExpressionAttributeValues={
-                ":until": {"N": str(int((now + MARK_SECONDS) * 1000))},
-                ":expires": {"N": str(int(now) + _EXPIRES_SECONDS)},
-            },
-        )
+        times = {mark: int((now + MARK_SECONDS) * 1000), "expires_at": int(now) + _EXPIRES_SECONDS}
+        self._table.update_item(webhook_slots_key(slot.owner), set=times, remove=ended)
 
     def _times_of(self, owner: str) -> dict[str, int]:
-        item = self._dynamodb.get_item(TableName=self._table_name, Key=_key(owner)).get("Item", {})
-        return {name: int(value["N"]) for name, value in item.items() if name.startswith(("slow_", "slot_"))}
+        item = self._table.get_item(webhook_slots_key(owner), consistent=False) or {}
+        return {name: until for name, until in item.items() if name.startswith(("slow_", "slot_"))}
 
     def _free(self, slot: Slot) -> None:
+        # The lease of this slot may have ended, and another one be there.
+        own = Condition(f"{slot.name} = :until", until=slot.until)
         try:
-            self._dynamodb.update_item(
-                TableName=self._table_name,
-                Key=_key(slot.owner),
-                UpdateExpression="REMOVE #slot",
-                # After the lease has expired, the slot may belong to another try.
-                ConditionExpression="#slot = :until",
-                ExpressionAttributeNames={"#slot": str(slot.name)},
-                ExpressionAttributeValues={":until": {"N": str(slot.until)}},
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
-            logger.info("lease of slot had expired")
-
-
-def _key(owner: str) -> dict[str, Any]:
-    return {"pk": {"S": f"owner#{owner}"}, "sk": {"S": "webhook_slots"}}
+            self._table.update_item(webhook_slots_key(slot.owner), remove=[str(slot.name)], condition=own)
+        except ConditionFailed:
+            logger.info("the lease of a slot had ended")

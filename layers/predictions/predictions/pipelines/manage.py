@@ -4,7 +4,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -21,7 +20,11 @@ from predictions.pipelines.definition import create_definition, fingerprint
 from predictions.pipelines.state import StepState, run_ids, states_of
 from predictions.pipelines.steps import wake_pipeline
 from predictions.pipelines.store import Pipeline, PipelineExists, PipelinesTable, StoredPipeline
-from predictions.store.predictions import Prediction, PredictionsTable, Whole
+from predictions.store.predictions import PredictionsTable
+from predictions.store.recent_requests import RecentRequests
+from predictions.store.records import Prediction, PredictionDetail
+from predictions.store.schemas import StoredSchemas
+from predictions.times import rfc3339
 from predictions.upstream.client import Replicate
 from predictions.validation import parse_json
 from predictions.views.prediction import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
@@ -37,6 +40,7 @@ class PipelineApi:
     Args:
         table: The pipelines.
         predictions: The predictions of their steps.
+        recent: Recent requests without a key.
         lookup: Looks up the schemas of models' inputs.
         executions: Runs pipelines.
         presenter: Builds the representation of outputs.
@@ -49,6 +53,7 @@ class PipelineApi:
         self,
         table: PipelinesTable,
         predictions: PredictionsTable,
+        recent: RecentRequests,
         lookup: ModelLookup,
         executions: PipelineExecutions,
         presenter: Presenter,
@@ -61,6 +66,7 @@ class PipelineApi:
         self._usage = usage
         self._table = table
         self._predictions = predictions
+        self._recent = recent
         self._lookup = lookup
         self._executions = executions
         self._presenter = presenter
@@ -70,11 +76,11 @@ class PipelineApi:
     @classmethod
     def from_env(cls) -> "PipelineApi":
         """Build from the environment of manage_pipelines."""
-        predictions = PredictionsTable.from_env()
         return cls(
             PipelinesTable.from_env(),
-            predictions,
-            ModelLookup.from_env(predictions, Replicate.from_env()),
+            PredictionsTable.from_env(),
+            RecentRequests.from_env(),
+            ModelLookup.from_env(StoredSchemas.from_env(), Replicate.from_env()),
             PipelineExecutions.from_env(),
             Presenter.from_env(),
             int(os.environ["RETENTION_DAYS"]) * 86400,
@@ -127,7 +133,7 @@ class PipelineApi:
             if known != print_:
                 raise _of_another()
         elif attempt:
-            pipeline_id = self._predictions.note_request(pipeline_id, owner, f"pipeline#{print_}", attempt)
+            pipeline_id = self._recent.note(pipeline_id, owner, f"pipeline#{print_}", attempt)
         self._acquire_slot(owner, pipeline_id, limits)
         try:
             pipeline = self._table.put_pipeline(
@@ -171,7 +177,7 @@ class PipelineApi:
         """Return the pipeline of an earlier attempt of the same request, or None."""
         if attempt is None or not attempt.number:
             return None
-        noted = self._predictions.recent_id(owner, f"pipeline#{print_}", attempt)
+        noted = self._recent.find(owner, f"pipeline#{print_}", attempt)
         return self._table.get_pipeline(noted) if noted else None
 
     def _acquire_slot(self, owner: str, pipeline_id: str, limits: OwnerLimits | None) -> None:
@@ -316,7 +322,7 @@ class PipelineApi:
         for result in results:
             text = self._predictions.result_text(result)
             said = json.loads(text) if text else {"output": None, "logs": None}
-            whole = Whole(result.prediction, {}, said["output"], said["logs"], result.files)
+            whole = PredictionDetail(result.prediction, {}, said["output"], said["logs"], result.files)
             outputs.append(self._presenter.show(whole)["output"])
         output = outputs[0] if state.step.for_each is None else outputs
         size = answer_bytes(output)
@@ -336,11 +342,7 @@ def _shown(pipeline: Pipeline) -> dict[str, Any]:
         "error": pipeline.error,
         "created_at": pipeline.created_at,
         "completed_at": pipeline.completed_at,
-        "cancel_requested_at": _rfc3339(pipeline.cancel_requested) if pipeline.cancel_requested else None,
-        "deadline": _rfc3339(pipeline.deadline),
+        "cancel_requested_at": rfc3339(pipeline.cancel_requested) if pipeline.cancel_requested else None,
+        "deadline": rfc3339(pipeline.deadline),
         "urls": {"get": url, "cancel": f"{url}/cancel"},
     }
-
-
-def _rfc3339(moment: int) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")

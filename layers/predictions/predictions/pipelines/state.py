@@ -11,7 +11,7 @@ from predictions.ids import derived_id
 from predictions.pipelines.definition import Step
 from predictions.pipelines.store import Notes, StoredPipeline
 from predictions.status import Status
-from predictions.store.predictions import Prediction
+from predictions.store.records import Prediction
 
 StepStatus = Literal["waiting", "starting", "processing", "succeeded", "failed", "canceled", "skipped"]
 

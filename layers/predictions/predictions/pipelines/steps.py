@@ -6,13 +6,11 @@ pipeline's deadline. So the message may be repeated, late or early: the same mes
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from predictions.aws.clients import client
-from predictions.aws.dynamodb import deserialize, serialize
+from predictions.aws.dynamodb import Condition, ConditionFailed, Table, deserialize
 from predictions.aws.executions import wake
 from predictions.errors import PredictionsError, Problem
 from predictions.files.links import Links
@@ -23,7 +21,9 @@ from predictions.observability import logger
 from predictions.pipelines.definition import Step, elements
 from predictions.pipelines.state import run_ids, run_key, states_of
 from predictions.pipelines.store import PipelinesTable, StoredPipeline
-from predictions.store.predictions import PredictionsTable, UnreadResult
+from predictions.store.keys import owner_of, pipeline_key
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import UnreadResult
 from predictions.templating import Allowance, PlaceholderError, fill
 from predictions.validation import BODY_LIMIT_BYTES
 
@@ -63,20 +63,12 @@ def wake_pipeline(pipeline_id: str) -> None:
 
     The number is raised first: an execution that has read it already, and is about to wait, sees that and reads again.
     """
-    dynamodb = client("dynamodb")
+    running = Condition("status = :running", running="running")
     try:
-        answer = dynamodb.update_item(
-            TableName=os.environ["TABLE_NAME"],
-            Key=serialize({"pk": f"pipeline#{pipeline_id}", "sk": "status"}),
-            UpdateExpression="ADD events :one",
-            ConditionExpression="#status = :running",
-            ExpressionAttributeNames={"#status": "status"},
-            ExpressionAttributeValues=serialize({":one": 1, ":running": "running"}),
-            ReturnValues="ALL_NEW",
-        )
-    except dynamodb.exceptions.ConditionalCheckFailedException:
+        pipeline = Table.from_env().update_item(pipeline_key(pipeline_id), add={"events": 1}, condition=running)
+    except ConditionFailed:
         return  # completed or expired
-    wake(deserialize(answer["Attributes"]).get("task_token"))
+    wake(pipeline.get("task_token"))
 
 
 def event_of(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -97,7 +89,7 @@ def event_of(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
         # An event may arrive twice: receivers deduplicate by this id.
         "event_id": f"{new['id']}-completed",
         "id": new["id"],
-        "owner": new["owner"].removeprefix("pipelines#"),
+        "owner": owner_of(new["owner"]),
         "status": new["status"],
         "error": new.get("error"),
         "depth": new["depth"],

@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import client
-from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
+from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, IfNotExists, Table
 from predictions.errors import PredictionsError
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.pipelines.definition import Definition
 from predictions.store.idempotency_keys import IdempotencyKeys
-from predictions.store.predictions import PAYLOAD_LIMIT_BYTES
+from predictions.store.keys import list_of, owner_of, pipeline_key
+from predictions.store.payloads import store_text
+from predictions.times import timestamp
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 _START_CHECK_SECONDS = 60
 _REASON_LIMIT_CHARACTERS = 1000
 _ERROR_LIMIT_CHARACTERS = 4000
+
+_RUNNING = Condition("status = :running", running="running")
 
 Status = Literal["running", "succeeded", "failed", "canceled"]
 
@@ -121,9 +125,8 @@ class PipelinesTable:
     """
 
     def __init__(self, name: str, outputs: OutputsBucket, dynamodb: "DynamoDBClient") -> None:
-        self._name = name
+        self._table = Table(name, dynamodb)
         self._outputs = outputs
-        self._dynamodb = dynamodb
 
     @classmethod
     def from_env(cls) -> "PipelinesTable":
@@ -136,7 +139,7 @@ class PipelinesTable:
         Args:
             now: The time, in seconds since 1970.
         """
-        return IdempotencyKeys("pipeline", self._name, self._dynamodb, now=now)
+        return IdempotencyKeys("pipeline", self._table, now=now)
 
     def put_pipeline(
         self, pipeline_id: str, definition: Definition, *, owner: str, fingerprint: str, deadline: int, expires: int,
@@ -151,9 +154,8 @@ class PipelinesTable:
         created_at = timestamp(now)
         self._put_definition(pipeline_id, fingerprint, definition.to_json(), expires)
         item: dict[str, Any] = {
-            **_key(pipeline_id),
             "id": pipeline_id,
-            "owner": _list_key(owner),
+            "owner": list_of(owner, "pipelines"),
             "listed_at": f"{created_at}#{pipeline_id}",
             "status": "running",
             "created_at": created_at,
@@ -169,16 +171,10 @@ class PipelinesTable:
             "written_by": secrets.token_hex(8),
         }
         try:
-            self._dynamodb.put_item(
-                TableName=self._name,
-                Item=serialize(item),
-                ConditionExpression="attribute_not_exists(pk)",
-                ReturnValuesOnConditionCheckFailure="ALL_OLD",
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
-            left: Any = error.response
-            there = _pipeline(deserialize(left["Item"]))
-            # botocore retries a write whose response was lost: then the stored item is this very one.
+            self._table.put_item(pipeline_key(pipeline_id), item, NEW)
+        except ConditionFailed as failed:
+            there = _pipeline(failed.item or item)
+            # botocore repeats a write whose response it did not receive: then what is there is this very one.
             if there.written_by != item["written_by"]:
                 raise PipelineExists(there) from None
         except (ClientError, BotoCoreError):
@@ -191,21 +187,13 @@ class PipelinesTable:
 
     def get_pipeline(self, pipeline_id: str) -> Pipeline | None:
         """Return a status item, read consistently, or None."""
-        found = self._dynamodb.get_item(
-            TableName=self._name, Key=serialize(_key(pipeline_id)), ConsistentRead=True
-        ).get("Item")
-        return _pipeline(deserialize(found)) if found else None
+        item = self._table.get_item(pipeline_key(pipeline_id))
+        return _pipeline(item) if item else None
 
     def read_pipeline(self, pipeline_id: str) -> StoredPipeline | None:
         """Return a pipeline with all its items, read consistently, or None if not found."""
-        items: dict[str, dict[str, Any]] = {}
-        for page in self._dynamodb.get_paginator("query").paginate(
-            TableName=self._name,
-            KeyConditionExpression="pk = :pk",
-            ExpressionAttributeValues=serialize({":pk": _key(pipeline_id)["pk"]}),
-            ConsistentRead=True,
-        ):
-            items |= {item["sk"]: item for item in map(deserialize, page["Items"])}
+        partition = Condition("pk = :pk", pk=pipeline_key(pipeline_id).pk)
+        items = {item["sk"]: item for item in self._table.query(partition)}
         if "status" not in items:
             return None
         pipeline = _pipeline(items["status"])
@@ -227,34 +215,25 @@ class PipelinesTable:
         Returns:
             The pipelines from the start of the page on, away from it, and whether more follow.
         """
-        key = _list_key(owner)
-        pks, more = list_page(self._dynamodb, self._name, key, start, older=older, size=size)
-        found = read_items(self._dynamodb, self._name, [(pk, "status") for pk in pks])
-        return [_pipeline(found[pk, "status"]) for pk in pks if (pk, "status") in found], more
+        items, more = self._table.list_items(list_of(owner, "pipelines"), start, older=older, size=size, sk="status")
+        return [_pipeline(item) for item in items], more
 
     # -- records of steps --------------------------------------------------------------------------------------
 
     def note_count(self, pipeline: Pipeline, step: str, count: int) -> None:
         """Record the number of elements of a `for_each`; the first number stays."""
-        self._note(pipeline, f"step#{step}", "#value = if_not_exists(#value, :value)", "count", count)
+        self._note(pipeline, f"step#{step}", count=IfNotExists(count))
 
     def note_sent(self, pipeline: Pipeline, step: str, now: float) -> None:
         """Record that a step's requests have been sent."""
-        self._note(pipeline, f"step#{step}", "#value = :value", "sent_at", int(now))
+        self._note(pipeline, f"step#{step}", sent_at=int(now))
 
     def note_error(self, pipeline: Pipeline, step: str, index: int, reason: str) -> None:
         """Record why a run of a step (-1: any) cannot start; the first reason stays."""
-        reason = reason[:_REASON_LIMIT_CHARACTERS]
-        self._note(pipeline, f"error#{step}#{index}", "#value = if_not_exists(#value, :value)", "reason", reason)
+        self._note(pipeline, f"error#{step}#{index}", reason=IfNotExists(reason[:_REASON_LIMIT_CHARACTERS]))
 
-    def _note(self, pipeline: Pipeline, sk: str, assignment: str, name: str, value: Any) -> None:
-        self._dynamodb.update_item(
-            TableName=self._name,
-            Key=serialize({**_key(pipeline.id), "sk": sk}),
-            UpdateExpression=f"SET {assignment}, expires_at = :expires",
-            ExpressionAttributeNames={"#value": name},
-            ExpressionAttributeValues=serialize({":value": value, ":expires": pipeline.expires_at}),
-        )
+    def _note(self, pipeline: Pipeline, sk: str, **values: Any) -> None:
+        self._table.update_item(pipeline_key(pipeline.id, sk), set={**values, "expires_at": pipeline.expires_at})
 
     # -- changes of a pipeline --------------------------------------------------------------------------------
 
@@ -265,10 +244,10 @@ class PipelinesTable:
             The updated pipeline, or None if it has completed or is canceled already.
         """
         return self._change(
-            pipeline.id,
-            "SET cancel_requested = :now, next_check_at = :check ADD events :one",
-            "#status = :running AND attribute_not_exists(cancel_requested)",
-            {":now": int(now), ":check": int(now) + _START_CHECK_SECONDS, ":one": 1, ":running": "running"},
+            pipeline,
+            set={"cancel_requested": int(now), "next_check_at": int(now) + _START_CHECK_SECONDS},
+            add={"events": 1},
+            condition=_RUNNING & Condition("attribute_not_exists(cancel_requested)"),
         )
 
     def end_pipeline(
@@ -283,89 +262,47 @@ class PipelinesTable:
             counts: The number of steps by status, for the event.
             now: The time.
         """
-        values = {":status": status, ":at": timestamp(now), ":counts": dict(counts), ":running": "running"}
-        if error:
-            values[":error"] = error[:_ERROR_LIMIT_CHARACTERS]
         return self._change(
-            pipeline.id,
-            # The stream's event filter matches `visible`.
-            "SET #status = :status, visible = :status, completed_at = :at, counts = :counts"
-            f"{', #error = :error' if error else ''} REMOVE #open, next_check_at, task_token",
-            "#status = :running",
-            values,
+            pipeline,
+            set={
+                "status": status,
+                # The stream's event filter matches `visible`.
+                "visible": status,
+                "completed_at": timestamp(now),
+                "counts": dict(counts),
+                **({"error": error[:_ERROR_LIMIT_CHARACTERS]} if error else {}),
+            },
+            remove=["open", "next_check_at", "task_token"],
+            condition=_RUNNING,
         )
 
     def next_pipeline_execution(self, pipeline: Pipeline, now: float) -> Pipeline | None:
         """Increment the execution number. Return None if done already, or completed."""
         return self._change(
-            pipeline.id,
-            "SET execution_n = :next, next_check_at = :check",
-            "#status = :running AND execution_n = :n",
-            {
-                ":next": pipeline.execution_n + 1,
-                ":n": pipeline.execution_n,
-                ":check": int(now) + _START_CHECK_SECONDS,
-                ":running": "running",
-            },
+            pipeline,
+            set={"execution_n": pipeline.execution_n + 1, "next_check_at": int(now) + _START_CHECK_SECONDS},
+            condition=_RUNNING & Condition("execution_n = :n", n=pipeline.execution_n),
         )
 
     def check_pipeline_at(self, pipeline: Pipeline, moment: float) -> None:
         """Set the time of the sweep's next check of a running pipeline."""
-        self._change(
-            pipeline.id,
-            "SET next_check_at = :check",
-            "#status = :running",
-            {":check": int(moment), ":running": "running"},
-        )
+        self._change(pipeline, set={"next_check_at": int(moment)}, condition=_RUNNING)
 
-    def _change(self, pipeline_id: str, update: str, condition: str, values: Mapping[str, Any]) -> Pipeline | None:
-        names = {"#status": "status", "#error": "error", "#open": "open"}
+    def _change(self, pipeline: Pipeline, *, condition: Condition, **changes: Any) -> Pipeline | None:
         try:
-            answer = self._dynamodb.update_item(
-                TableName=self._name,
-                Key=serialize(_key(pipeline_id)),
-                UpdateExpression=update,
-                ConditionExpression=condition,
-                ExpressionAttributeNames={n: name for n, name in names.items() if n in update + condition},
-                ExpressionAttributeValues=serialize(values),
-                ReturnValues="ALL_NEW",
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            return _pipeline(self._table.update_item(pipeline_key(pipeline.id), condition=condition, **changes))
+        except ConditionFailed:
             return None
-        return _pipeline(deserialize(answer["Attributes"]))
 
     def _put_definition(self, pipeline_id: str, fingerprint: str, text: str, expires: int) -> None:
-        item: dict[str, Any] = {
-            "pk": _key(pipeline_id)["pk"],
-            "sk": f"definition#{fingerprint}",
-            "expires_at": expires,
-        }
-        if len(text.encode()) > PAYLOAD_LIMIT_BYTES:
-            item["s3_key"] = f"payloads/pipelines/{pipeline_id}/{fingerprint}.json"
-            self._outputs.put_payload(item["s3_key"], text)
-        else:
-            item["json"] = text
-        self._dynamodb.put_item(TableName=self._name, Item=serialize(item))
-
-
-def _key(pipeline_id: str) -> dict[str, str]:
-    return {"pk": f"pipeline#{pipeline_id}", "sk": "status"}
-
-
-_PIPELINES_OF = "pipelines#"
-
-
-def _list_key(owner: str) -> str:
-    """Return the key of an owner's pipelines in the index `by_owner`.
-
-    They are a list of their own: no owner's name contains a `#`.
-    """
-    return f"{_PIPELINES_OF}{owner}"
+        stored = store_text(self._outputs, text, f"payloads/pipelines/{pipeline_id}/{fingerprint}.json")
+        key = pipeline_key(pipeline_id, f"definition#{fingerprint}")
+        self._table.put_item(key, {"expires_at": expires, **stored})
 
 
 def _pipeline(item: Mapping[str, Any]) -> Pipeline:
     values = {name: item[name] for name in Pipeline.__dataclass_fields__ if name in item}
-    return Pipeline(**{**values, "owner": item["owner"].removeprefix(_PIPELINES_OF)})
+    return Pipeline(**{**values, "owner": owner_of(item["owner"])})
 
 
 def _notes(items: Iterable[Mapping[str, Any]]) -> dict[str, Notes]:

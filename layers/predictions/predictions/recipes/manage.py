@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from predictions.aws.dynamodb import timestamp
 from predictions.errors import Problem
 from predictions.ids import random_id
 from predictions.intents.model import Reference, create_requested_intent
@@ -26,8 +25,9 @@ from predictions.observability import logger
 from predictions.recipes.rules import RecipeRules, RuleRefused
 from predictions.recipes.schema import NAME, RecipeBody
 from predictions.recipes.store import KEPT_APART, Recipe, RecipeItems
-from predictions.store.predictions import PredictionsTable
+from predictions.store.schemas import StoredSchemas
 from predictions.templating import PlaceholderError, expressions, holds_placeholders
+from predictions.times import timestamp
 from predictions.upstream.client import NotFound, Replicate, UpstreamError
 from predictions.validation import parse_json
 
@@ -90,7 +90,7 @@ class RecipeChanges:
     def from_env(cls) -> "RecipeChanges":
         """Build from the environment of manage_recipes and deploy_recipes."""
         replicate = Replicate.from_env()
-        schemas = ModelSchemas(PredictionsTable.from_env(), replicate)
+        schemas = ModelSchemas(StoredSchemas.from_env(), replicate)
         return cls(
             RecipeItems.from_env(),
             RecipeRules.from_env(),

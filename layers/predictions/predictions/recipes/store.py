@@ -25,21 +25,22 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from botocore.exceptions import ClientError
 
 from predictions.aws.clients import client
-from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize
+from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Table
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import ORIGIN_DEPTH, safe_prefix
 from predictions.ids import is_id
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.intents.sources import Message, RequestRefused
 from predictions.observability import MetricUnit, logger, metrics
+from predictions.store.keys import DEPLOYED_RECIPES, list_of, owner_of, recipe_key, recipe_name_key
 from predictions.templating import Allowance, Filler, NothingFound, PlaceholderError
+from predictions.times import rfc3339
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -57,7 +58,6 @@ State = Literal["pending", "active", "deleting"]
 _LINK_SECONDS = 7 * 86400
 _LINK_LEFT_SECONDS = 3 * 86400
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?Z", re.ASCII)
-_DEPLOYED_KEY = serialize({"pk": "recipe#deployed", "sk": "names"})
 _REQUEST_FIELDS = ("model", "version", "deployment", "webhook_events_filter", "lifetime")
 
 
@@ -156,8 +156,7 @@ class RecipeItems:
     """
 
     def __init__(self, table_name: str, dynamodb: "DynamoDBClient") -> None:
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+        self._table = Table(table_name, dynamodb)
 
     @classmethod
     def from_env(cls) -> "RecipeItems":
@@ -166,10 +165,8 @@ class RecipeItems:
 
     def find(self, recipe_id: str) -> Recipe | None:
         """Return a recipe by its id, read consistently, or None."""
-        found = self._dynamodb.get_item(
-            TableName=self._table_name, Key=_key(recipe_id), ConsistentRead=True
-        ).get("Item")  # fmt: skip
-        return _recipe_of(deserialize(found)) if found else None
+        item = self._table.get_item(recipe_key(recipe_id))
+        return _recipe_of(item) if item else None
 
     def named(self, owner: str, name: str) -> Recipe | None:
         """Return an owner's recipe of that name, read consistently, or None."""
@@ -181,41 +178,31 @@ class RecipeItems:
 
         The recipe may not exist: the name is written first.
         """
-        found = self._dynamodb.get_item(
-            TableName=self._table_name, Key=_name_key(owner, name), ConsistentRead=True
-        ).get("Item")  # fmt: skip
-        return str(deserialize(found)["id"]) if found else None
+        item = self._table.get_item(recipe_name_key(owner, name))
+        return str(item["id"]) if item else None
 
     def deployed(self) -> set[tuple[str, str]]:
         """Return owner and name of the recipes that a deployment created, or was about to."""
-        found = self._dynamodb.get_item(
-            TableName=self._table_name, Key=_DEPLOYED_KEY, ConsistentRead=True
-        ).get("Item")  # fmt: skip
-        return {(owner, name) for owner, name in deserialize(found)["recipes"]} if found else set()
+        item = self._table.get_item(DEPLOYED_RECIPES)
+        return {(owner, name) for owner, name in item["recipes"]} if item else set()
 
     def note_deployed(self, recipes: Iterable[tuple[str, str]]) -> None:
         """Store the list of deployed recipes, by owner and name. Idempotent."""
-        noted = {**deserialize(_DEPLOYED_KEY), "recipes": [list(each) for each in sorted(recipes)]}
-        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(noted))
+        self._table.put_item(DEPLOYED_RECIPES, {"recipes": sorted(recipes)})
 
     def page(self, owner: str, start: str | None, *, older: bool, size: int) -> tuple[list[Recipe], bool]:
         """Return a page of an owner's recipes, and whether more follow.
 
         The recipes are ordered from the start of the page on, away from it.
         """
-        key = _listed_owner(owner)
-        pks, more = list_page(self._dynamodb, self._table_name, key, start, older=older, size=size)
-        found = read_items(self._dynamodb, self._table_name, [(pk, "recipe") for pk in pks])
-        return [_recipe_of(found[pk, "recipe"]) for pk in pks if (pk, "recipe") in found], more
+        items, more = self._table.list_items(list_of(owner, "recipes"), start, older=older, size=size, sk="recipe")
+        return [_recipe_of(item) for item in items], more
 
     def claim_name(self, owner: str, name: str, new_id: str) -> str:
         """Give a name an id if it has none; return its id."""
-        values = serialize({"pk": f"recipe#{owner}#{name}", "sk": "name", "id": new_id})
         try:
-            self._dynamodb.put_item(
-                TableName=self._table_name, Item=values, ConditionExpression="attribute_not_exists(pk)"
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            self._table.put_item(recipe_name_key(owner, name), {"id": new_id}, NEW)
+        except ConditionFailed:
             # Claimed by a concurrent call, or by this very write, whose response was lost.
             return self.id_of(owner, name) or new_id
         return new_id
@@ -223,11 +210,8 @@ class RecipeItems:
     def put(self, recipe: Recipe, *, replaces: Recipe | None) -> bool:
         """Store a recipe if the stored one is `replaces` (None: no item); return whether."""
         item = {
-            "pk": f"recipe#{recipe.id}",
-            "sk": "recipe",
             "id": recipe.id,
-            # Not the owner of predictions, so that their lists stay separate.
-            "owner": _listed_owner(recipe.owner),
+            "owner": list_of(recipe.owner, "recipes"),
             "listed_at": recipe.listed_at,
             "name": recipe.name,
             "definition_json": json.dumps(recipe.definition, separators=(",", ":"), ensure_ascii=False),
@@ -237,60 +221,38 @@ class RecipeItems:
             "updated_at": recipe.updated_at,
             "deployed": recipe.deployed,
         }
-        condition, values = "attribute_not_exists(pk)", {":revision": recipe.revision}
-        if replaces is not None:
-            condition, values = "#revision = :replaced", {**values, ":replaced": replaces.revision}
+        replaced = NEW if replaces is None else Condition("revision = :replaced", replaced=replaces.revision)
+        # The second half: this very write, whose response botocore did not receive.
         try:
-            self._dynamodb.put_item(
-                TableName=self._table_name,
-                Item=serialize(item),
-                # The second half matches this very write, whose response was lost.
-                ConditionExpression=f"{condition} OR #revision = :revision",
-                ExpressionAttributeNames={"#revision": "revision"},
-                ExpressionAttributeValues=serialize(values),
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            self._table.put_item(recipe_key(recipe.id), item, replaced | _unchanged(recipe))
+        except ConditionFailed:
             return False
         return True
 
     def set_state(self, recipe: Recipe, state: State) -> bool:
         """Set the state of a recipe unless it was changed concurrently; return whether."""
         try:
-            self._dynamodb.update_item(
-                TableName=self._table_name,
-                Key=_key(recipe.id),
-                UpdateExpression="SET #state = :state",
-                ConditionExpression="#revision = :revision",
-                ExpressionAttributeNames={"#state": "state", "#revision": "revision"},
-                ExpressionAttributeValues=serialize({":state": state, ":revision": recipe.revision}),
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            self._table.update_item(recipe_key(recipe.id), set={"state": state}, condition=_unchanged(recipe))
+        except ConditionFailed:
             return False
         return True
 
     def erase(self, recipe: Recipe) -> bool:
         """Remove a recipe and its name unless it was changed; return whether it is gone."""
         try:
-            self._dynamodb.delete_item(
-                TableName=self._table_name,
-                Key=_key(recipe.id),
-                ConditionExpression="attribute_not_exists(pk) OR #revision = :revision",
-                ExpressionAttributeNames={"#revision": "revision"},
-                ExpressionAttributeValues=serialize({":revision": recipe.revision}),
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            self._table.delete_item(recipe_key(recipe.id), NEW | _unchanged(recipe))
+        except ConditionFailed:
             return False
         # If the function crashes here, the name keeps its id, which the next recipe of that name takes over.
         try:
-            self._dynamodb.delete_item(
-                TableName=self._table_name,
-                Key=_name_key(recipe.owner, recipe.name),
-                ConditionExpression="id = :id",
-                ExpressionAttributeValues=serialize({":id": recipe.id}),
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+            self._table.delete_item(recipe_name_key(recipe.owner, recipe.name), Condition("id = :id", id=recipe.id))
+        except ConditionFailed:
             logger.info("recipe name already taken by another recipe", recipe_id=recipe.id)
         return True
+
+
+def _unchanged(recipe: Recipe) -> Condition:
+    return Condition("revision = :revision", revision=recipe.revision)
 
 
 @dataclass(frozen=True)
@@ -412,7 +374,7 @@ class Recipes:
             if isinstance(due, str) and _TIME.fullmatch(due):
                 return _Occurrence({"event": event, "schedule": {"time": due}}, f"schedule {due}", 0)
             # If the event has no time (the local cloud's scheduler adds none), the message's time is used.
-            sent = datetime.fromtimestamp(message.sent_at, UTC).isoformat().replace("+00:00", "Z")
+            sent = rfc3339(message.sent_at)
             return _Occurrence({"event": event, "schedule": {"time": sent}}, f"message {message.id}", 0)
         if event.get("source") == "aws.s3" and event.get("detail-type") == "Object Created":
             return self._object_created(recipe, event, message)
@@ -534,7 +496,7 @@ def next_depth(told: Any, where: str) -> int:
 def _recipe_of(item: Mapping[str, Any]) -> Recipe:
     return Recipe(
         id=item["id"],
-        owner=item["owner"].removeprefix("recipes#"),
+        owner=owner_of(item["owner"]),
         name=item["name"],
         definition=json.loads(item["definition_json"]),
         state=item["state"],
@@ -548,15 +510,3 @@ def _recipe_of(item: Mapping[str, Any]) -> Recipe:
 def _url_encoded(text: str) -> str:
     """Encode a value for any part of a URL."""
     return quote(text, safe="")
-
-
-def _listed_owner(owner: str) -> str:
-    return f"recipes#{owner}"
-
-
-def _key(recipe_id: str) -> dict[str, Any]:
-    return serialize({"pk": f"recipe#{recipe_id}", "sk": "recipe"})
-
-
-def _name_key(owner: str, name: str) -> dict[str, Any]:
-    return serialize({"pk": f"recipe#{owner}#{name}", "sk": "name"})

@@ -1,39 +1,30 @@
-"""Recent requests: what a client without an idempotency key sends again after an answer that it did not see.
+"""Recent requests: deduplicates requests without an idempotency key whose response the client did not receive.
 
 `pk` = `recent#{owner}#{fingerprint}`, `sk` = `recent` holds the latest request of a client that counts its attempts
 (`x-stainless-retry-count`), for two minutes. Fingerprints of batches and pipelines begin with their kind.
 """
 
-import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from predictions.aws.clients import client
-from predictions.aws.dynamodb import deserialize, serialize
+from predictions.aws.dynamodb import Condition, ConditionFailed, Table
+from predictions.store.keys import recent_key
 
 if TYPE_CHECKING:
-    from mypy_boto3_dynamodb import DynamoDBClient
-
     from predictions.intents.model import Attempt
 
 _RECENT_MS = 120_000
 
 
 class RecentRequests:
-    """The requests of the last two minutes that came without a key, by owner and fingerprint.
+    """The requests of the last two minutes that came without a key, by owner and fingerprint."""
 
-    Args:
-        table_name: The table.
-        dynamodb: The client to use.
-    """
-
-    def __init__(self, table_name: str, dynamodb: "DynamoDBClient") -> None:
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+    def __init__(self, table: Table) -> None:
+        self._table = table
 
     @classmethod
     def from_env(cls) -> "RecentRequests":
-        """Those in the table named by `TABLE_NAME`."""
-        return cls(os.environ["TABLE_NAME"], client("dynamodb"))
+        """Make them from `TABLE_NAME`."""
+        return cls(Table.from_env())
 
     def note(self, new_id: str, owner: str, fingerprint: str, attempt: "Attempt") -> str:
         """Record which id a request creates that comes without a key and may be sent again.
@@ -45,41 +36,31 @@ class RecentRequests:
         Args:
             new_id: The id that a new item would have.
             owner: Whose request it is.
-            fingerprint: The request's.
+            fingerprint: The fingerprint of the request.
             attempt: Which of its attempts this is.
 
         Returns:
             The id of the item to create: `new_id`, or the recorded one.
         """
-        item = {"pk": f"recent#{owner}#{fingerprint}", "sk": "recent", "id": new_id,
-                "asked_at": attempt.asked_at, "attempt": attempt.number,
-                "expires_at": attempt.asked_at // 1000 + 3600}  # fmt: skip
-        # An item without it is of a release that noted other things: it says nothing of this request.
-        condition = "attribute_not_exists(asked_at) OR asked_at < :forgotten"
-        values = {":forgotten": attempt.asked_at - _RECENT_MS}
-        if attempt.number == 0:
-            condition += " OR asked_at < :asked_at OR attempt = :first"
-            values |= {":asked_at": attempt.asked_at, ":first": 0}
+        # An item without the attribute is an earlier release's, which recorded other things.
+        forgotten = Condition(
+            "attribute_not_exists(asked_at) OR asked_at < :forgotten", forgotten=attempt.asked_at - _RECENT_MS
+        )
+        overtakes_none = Condition("asked_at < :asked_at OR attempt = :first", asked_at=attempt.asked_at, first=0)
+        item = {
+            "id": new_id,
+            "asked_at": attempt.asked_at,
+            "attempt": attempt.number,
+            "expires_at": attempt.asked_at // 1000 + 3600,
+        }
+        condition = forgotten | overtakes_none if attempt.number == 0 else forgotten
         try:
-            self._dynamodb.put_item(
-                TableName=self._table_name,
-                Item=serialize(item),
-                ConditionExpression=condition,
-                ExpressionAttributeValues=serialize(values),
-                ReturnValuesOnConditionCheckFailure="ALL_OLD",
-            )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException as error:
-            left: Any = error.response
-            noted: str = deserialize(left["Item"])["id"]
-            return noted
+            self._table.put_item(recent_key(owner, fingerprint), item, condition)
+        except ConditionFailed as failed:
+            return str((failed.item or item)["id"])
         return new_id
 
     def find(self, owner: str, fingerprint: str, attempt: "Attempt") -> str | None:
         """Return the id that the same request of the two minutes before recorded, or None if there is no record."""
-        found = self._dynamodb.get_item(
-            TableName=self._table_name,
-            Key=serialize({"pk": f"recent#{owner}#{fingerprint}", "sk": "recent"}),
-            ConsistentRead=True,
-        ).get("Item")
-        noted = deserialize(found) if found else {}
-        return str(noted["id"]) if noted.get("asked_at", 0) >= attempt.asked_at - _RECENT_MS else None
+        recorded = self._table.get_item(recent_key(owner, fingerprint)) or {}
+        return str(recorded["id"]) if recorded.get("asked_at", 0) >= attempt.asked_at - _RECENT_MS else None

@@ -4,14 +4,14 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
 from predictions.aws.clients import api_url
 from predictions.files.outputs_bucket import FILES_LIMIT, OutputsBucket, StoredFile
 from predictions.files.signed_urls import Distribution
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.store.predictions import Page, Prediction, Whole
+from predictions.store.records import Page, Prediction, PredictionDetail
+from predictions.times import rfc3339
 
 # Lambda answers with at most 6 MB, in which the body is a string: JSON within JSON.
 # https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
@@ -54,7 +54,7 @@ class Presenter:
         """From `OUTPUTS_BUCKET_NAME`, `FILE_ORIGINS`, `OUTPUT_URL_SECONDS` and what `Distribution.from_env` reads."""
         return cls(OutputsBucket.from_env(), int(os.environ["OUTPUT_URL_SECONDS"]), Distribution.from_env())
 
-    def show(self, whole: Whole, *, as_starting: bool = False) -> dict[str, Any]:
+    def show(self, whole: PredictionDetail, *, as_starting: bool = False) -> dict[str, Any]:
         """A prediction in Replicate's JSON; what is ours is `output_files`.
 
         An output that makes the answer too large for Lambda is answered as the URL of a JSON document
@@ -90,7 +90,7 @@ class Presenter:
             "metrics": json.loads(prediction.metrics_json) if prediction.metrics_json and ended else {},
             "data_removed": prediction.data_removed,
             "source": "api",
-            "deadline": _rfc3339(prediction.deadline),
+            "deadline": rfc3339(prediction.deadline),
             "urls": urls,
             "output_files": [self._file(file) for file in whole.files],
         }
@@ -114,7 +114,7 @@ class Presenter:
         return shown
 
     def show_started(
-        self, prediction: Prediction, asked: Any, read: Callable[[], Whole], *, as_starting: bool = True
+        self, prediction: Prediction, asked: Any, read: Callable[[], PredictionDetail], *, as_starting: bool = True
     ) -> dict[str, Any]:
         """Show a prediction to the caller who has just started it, whatever fails while it is shown.
 
@@ -135,7 +135,9 @@ class Presenter:
             metrics.add_metric(name="AnswersWithoutOutput", unit=MetricUnit.Count, value=1)
         # Nothing of this has to be signed or read. The input is left out where it leaves no room for the rest.
         open_ = replace(prediction, status="starting", visible="starting", rank=0)
-        return self.show(Whole(open_, {} if answer_bytes(asked) > _LARGE_INPUT_BYTES else asked, None, None, []))
+        return self.show(
+            PredictionDetail(open_, {} if answer_bytes(asked) > _LARGE_INPUT_BYTES else asked, None, None, [])
+        )
 
     def link(self, key: str) -> str:
         """A URL of an object in the outputs bucket, which works for a while."""
@@ -156,7 +158,7 @@ class Presenter:
             places.append(whole.prediction.listed_at)
         return ShownPage(results, places[0] if places else None, places[-1] if places and more else None)
 
-    def _output(self, whole: Whole) -> Any:
+    def _output(self, whole: PredictionDetail) -> Any:
         if whole.output is None or whole.prediction.awaits_copy:
             return None
         if not whole.prediction.terminal:
@@ -201,7 +203,3 @@ def _error(prediction: Prediction, files: Any) -> str | None:
     lost, known = len(said) - len(beyond), len(files) - len(beyond)
     counted = f"{lost} of {known} output files could not be stored. " if lost else ""
     return counted + "; ".join([*said[:lost][:10], *beyond]) or None
-
-
-def _rfc3339(moment: int) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")

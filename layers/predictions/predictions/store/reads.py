@@ -1,0 +1,236 @@
+"""Reads of predictions: their payloads, pages of an owner's list, and what the sweep looks for."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Self
+
+from predictions.aws.clients import client
+from predictions.aws.dynamodb import Condition, Item, Table
+from predictions.files.outputs_bucket import OutputsBucket, StoredFile
+from predictions.status import Status
+from predictions.store.keys import FILES, PREDICTION, PROGRESS, input_sk, list_of, prediction_key, result_sk
+from predictions.store.payloads import Payloads
+from predictions.store.records import Page, Prediction, PredictionDetail, Result, UnreadResult, prediction_of
+from predictions.times import timestamp
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+
+class PredictionReads:
+    """The predictions of the table, for readers.
+
+    Args:
+        name: The name of the table.
+        outputs: The bucket that holds large payloads, and knows which strings in an output are files.
+        dynamodb: The client to use.
+    """
+
+    def __init__(self, name: str, outputs: OutputsBucket, dynamodb: "DynamoDBClient") -> None:
+        self._table = Table(name, dynamodb)
+        self._outputs = outputs
+        self._payloads = Payloads(self._table, outputs)
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """Make them from `TABLE_NAME` and what `OutputsBucket.from_env` reads."""
+        return cls(os.environ["TABLE_NAME"], OutputsBucket.from_env(), client("dynamodb"))
+
+    # -- one prediction ---------------------------------------------------------------------------------------
+
+    def get(self, prediction_id: str) -> Prediction | None:
+        """Read a status item consistently, or return None if it is not there."""
+        item = self._table.get_item(prediction_key(prediction_id))
+        return prediction_of(item) if item else None
+
+    def read(self, prediction_id: str) -> PredictionDetail | None:
+        """Read a prediction with its payloads consistently, or return None if it is not there."""
+        items = self._table.query(Condition("pk = :pk", pk=prediction_key(prediction_id).pk))
+        return self._detail({item["sk"]: item for item in items})
+
+    def input_json(self, prediction: Prediction) -> str | None:
+        """Read a prediction's input as JSON text, or return None if it has expired."""
+        return self._payloads.get_text(prediction.id, input_sk(prediction.fingerprint))
+
+    def result_output(self, prediction: Prediction, longest: int | None = None) -> Any:
+        """Read the output with which a prediction finished, as Replicate returned it.
+
+        Args:
+            prediction: The prediction.
+            longest: The most characters of output and logs together that may be read; None for any number.
+
+        Raises:
+            PayloadTooLong: The text is longer. Nothing was read but its length.
+        """
+        text = self._payloads.get_text(prediction.id, result_sk(prediction.upstream_id), longest)
+        return json.loads(text)["output"] if text else None
+
+    def stored_files(self, prediction: Prediction) -> Sequence[StoredFile]:
+        """Read where the files of a prediction are; none before its visible end, and after its deletion."""
+        files_json = prediction.files_json
+        if files_json == "":
+            files_json = self._payloads.get_text(prediction.id, FILES)
+        return _files(files_json)
+
+    def bound_to(self, upstream_id: str) -> str | None:
+        """Find the prediction that is bound to an upstream id, as far as the index knows; None without one."""
+        bound = Condition("upstream_id = :upstream_id", upstream_id=upstream_id)
+        found = self._table.query_page(bound, index="by_upstream_id", limit=1)
+        return str(found[0]["pk"]).removeprefix(PREDICTION) if found else None
+
+    # -- many predictions -------------------------------------------------------------------------------------
+
+    def read_many(self, prediction_ids: Sequence[str]) -> Iterator[PredictionDetail]:
+        """Read predictions with their payloads, in this order; those that are not there are left out."""
+        return self._details([prediction_key(id_).pk for id_ in prediction_ids])
+
+    def get_many(self, prediction_ids: Iterable[str]) -> dict[str, Prediction]:
+        """Read status items consistently, by id; those that are not there are left out."""
+        found = self._table.read_items(map(prediction_key, prediction_ids))
+        return {prediction.id: prediction for prediction in map(prediction_of, found.values())}
+
+    def list(
+        self, owner: str, start: str | None, *, older: bool, size: int, object: str = "prediction",  # noqa: A002  # the API's word
+        created_after: datetime | None = None, created_before: datetime | None = None,
+    ) -> Page:  # fmt: skip
+        """Read a page of an owner's predictions, or trainings.
+
+        Filters are bounds of the index's range key: what they leave out is not read.
+
+        Args:
+            owner: Whose.
+            start: The place (`Prediction.listed_at`) beside which the page starts, or None for the newest.
+            older: Whether the page lies on the older side of `start`.
+            size: The most predictions of a page.
+            object: `prediction` or `training`: each has a list of its own.
+            created_after: Only those created then or later.
+            created_before: Only those created earlier.
+        """
+        key = list_of(owner, "trainings" if object == "training" else "predictions")
+        after, before = (timestamp(moment) if moment else None for moment in (created_after, created_before))
+        pks, more = self._table.list_page(key, start, older=older, size=size, between=(after, before))
+        return Page(self._details(pks), more=more)
+
+    def results(self, prediction_ids: Sequence[str], owner: str) -> dict[str, Result]:
+        """Read the results of an owner's predictions, by their ids; those that are not there are left out.
+
+        Inputs and payloads that are objects are not read: so many may be asked for at once.
+        """
+        predictions = [p for p in self.get_many(prediction_ids).values() if p.owner == owner]
+        wanted = [
+            prediction_key(p.id, sk)
+            for p in predictions
+            if p.ended_visibly and p.status == Status.SUCCEEDED and not p.deleted and not p.files_json
+            for sk in (result_sk(p.upstream_id), FILES)
+        ]
+        payloads = {key: item.get("json") for key, item in self._table.read_items(wanted).items()}
+        results = {}
+        for prediction in predictions:
+            files_key = prediction_key(prediction.id, FILES)
+            files = _files(prediction.files_json or payloads.get(files_key))
+            # An output with files names upstream's URLs.
+            has_files = files or files_key in payloads
+            text = None if has_files else payloads.get(prediction_key(prediction.id, result_sk(prediction.upstream_id)))
+            output_json = json.dumps(json.loads(text)["output"], separators=(",", ":")) if text else None
+            results[prediction.id] = Result(prediction, output_json, files)
+        return results
+
+    def unread_results(self, prediction_ids: Sequence[str]) -> Sequence[UnreadResult]:
+        """Read how long the results of predictions are, in this order; `result_text` reads one of them.
+
+        Those that are not there are left out.
+        """
+        predictions = self.get_many(prediction_ids)
+        wanted = [
+            prediction_key(p.id, sk)
+            for p in predictions.values()
+            if p.ended_visibly and not p.deleted
+            for sk in (result_sk(p.upstream_id), *([] if p.files_json else [FILES]))
+        ]
+        items = self._table.read_items(wanted)
+        results = []
+        for prediction in (predictions[id_] for id_ in prediction_ids if id_ in predictions):
+            item = items.get(prediction_key(prediction.id, result_sk(prediction.upstream_id)))
+            files = items.get(prediction_key(prediction.id, FILES))
+            files_json = None if prediction.deleted else prediction.files_json
+            if files:
+                files_json = self._payloads.text_of(files)
+            length = int(item.get("length") or len(item.get("json", ""))) if item else 0
+            results.append(UnreadResult(prediction, length, _files(files_json), item))
+        return results
+
+    def result_text(self, result: UnreadResult) -> str | None:
+        """Read the JSON text `{"output", "logs"}` of a result, or return None without one, or if it has expired."""
+        return self._payloads.text_of(result.item) if result.item else None
+
+    # -- what is open -----------------------------------------------------------------------------------------
+
+    def due(self, now: float, limit: int) -> Iterator[str]:
+        """Find the keys (`pk`) of open items whose `next_check_at` has passed, the longest overdue first."""
+        overdue = Condition("open = :open AND next_check_at <= :now", open="open", now=int(now))
+        for item in self._table.query_page(overdue, index="due", limit=limit):
+            yield str(item["pk"])
+
+    def count_open(self) -> int:
+        """Count what is open: predictions, trainings, pipelines, batches; at most a page of the index (1 MB)."""
+        return next(self._table.count_items(Condition("open = :open", open="open"), index="due"))
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _details(self, pks: Sequence[str]) -> Iterator[PredictionDetail]:
+        """Read predictions with their payloads, in the order of `pks`, in as few calls as the payloads' sizes allow."""
+        statuses = self._table.read_items((pk, "status") for pk in pks)
+        wanted = []
+        for (pk, _), item in statuses.items():
+            prediction = prediction_of(item)
+            if prediction.deleted:
+                continue
+            sks = [input_sk(prediction.fingerprint)]
+            if prediction.upstream_id:
+                sks.append(result_sk(prediction.upstream_id) if prediction.terminal else PROGRESS)
+            if prediction.ended_visibly and not prediction.files_json:
+                sks.append(FILES)
+            wanted += [(pk, sk) for sk in sks]
+        payloads = self._table.read_items(wanted)
+        for pk in pks:
+            items = {sk: item for (of, sk), item in payloads.items() if of == pk}
+            if (pk, "status") in statuses:
+                items["status"] = statuses[pk, "status"]
+            if detail := self._detail(items):
+                yield detail
+
+    def _detail(self, items: Mapping[str, Item]) -> PredictionDetail | None:
+        if "status" not in items:
+            return None
+        prediction = prediction_of(items["status"])
+        if prediction.deleted:
+            # Payloads may still be there, or be written late.
+            return PredictionDetail(prediction, input={}, output=None, logs=None, files=[])
+        asked = items.get(input_sk(prediction.fingerprint))
+        # What expires earlier is of an earlier prediction, whose key was used again once it had expired.
+        items = {
+            sk: i for sk, i in items.items() if i.get("expires_at", prediction.expires_at) >= prediction.expires_at
+        }
+        result = items.get(result_sk(prediction.upstream_id) if prediction.terminal else PROGRESS)
+        result_json = self._payloads.text_of(result) if result else None
+        said = json.loads(result_json) if result_json else {"output": None, "logs": None}
+        files_json = prediction.files_json or (self._payloads.text_of(items[FILES]) if FILES in items else None)
+        input_json = self._payloads.text_of(asked) if asked else None
+        if (result and result_json is None) or input_json is None:
+            prediction = replace(prediction, data_removed=True)
+        return PredictionDetail(
+            prediction=prediction,
+            input=json.loads(input_json) if input_json else {},
+            output=said["output"],
+            logs=said["logs"],
+            files=_files(files_json),
+            input_key=asked.get("s3_key") if asked else None,
+            result_key=result.get("s3_key") if result else None,
+        )
+
+
+def _files(files_json: str | None) -> list[StoredFile]:
+    return [StoredFile.from_item(item) for item in json.loads(files_json or "[]")]
