@@ -18,7 +18,8 @@ from urllib.parse import quote
 
 import pytest
 from predictions.aws import clients
-from predictions.files.outputs_bucket import STOP_BEFORE_SECONDS, OutputsBucket, folder, safe_prefix
+from predictions.files.copier import STOP_BEFORE_SECONDS
+from predictions.files.outputs_bucket import OutputsBucket, folder, safe_prefix
 from predictions.store.predictions import PredictionsTable
 
 from tests.attacks.hosts import Answer, HostileHost, endless, head, hostile_host, sends, silent, sink, whole

@@ -15,7 +15,7 @@ from predictions.admission import rate_limiter
 from predictions.admission.rate_limiter import Limiter
 from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
-from predictions.files import outputs_bucket
+from predictions.files import copier, output_references
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.ids import random_id
 from predictions.intake import redelivery
@@ -190,7 +190,7 @@ def _file_given_up(copy: Any) -> Any:
     def copied(self: OutputsBucket, *given: Any, **options: Any) -> Any:
         outcome = copy(self, *given, **options)
         return (
-            outputs_bucket.StoredFile(given[0].path, given[0].index, error="no")
+            output_references.StoredFile(given[0].path, given[0].index, error="no")
             if isinstance(outcome, Exception)
             else outcome
         )
@@ -398,7 +398,7 @@ SABOTAGES: dict[str, Sabotage] = {
         Submissions, "_cancel_upstream", lambda _: lambda self, prediction: prediction
     ),
     "ExecutionAlreadyExists is taken for success": _method(Executions, "start", _started_whatever_is_there),
-    "a file's size is not checked": _value(outputs_bucket, "_length", lambda _: None),
+    "a file's size is not checked": _value(copier, "_length", lambda _: None),
     "a file that broke off is given up": _method(OutputsBucket, "_copy", _file_given_up),
     "a copy without a lease": _method(PredictionsTable, "lease_copy", _constant(True)),
     "files are not waited for": _method(OutputsBucket, "holds_files", _constant(False)),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from predictions.aws import clients
-from predictions.files.outputs_bucket import StoredFile
+from predictions.files.output_references import StoredFile
 from predictions.notifications.stream import Changes
 from predictions.notifications.webhook_queue import (
     RETRY_SECONDS,

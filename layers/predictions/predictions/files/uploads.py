@@ -22,10 +22,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from botocore.exceptions import ClientError
-
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
+from predictions.aws.s3 import head
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -270,14 +269,10 @@ class Files:
 
     def _uploaded(self, file: File) -> File | None:
         """An announced file as S3 has it, or None."""
-        try:
-            head = self._s3.head_object(Bucket=self._bucket_name, Key=file.key)
-        except ClientError as error:
-            # 403 is S3's answer for a missing object to those who may not list the bucket.
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (403, 404):
-                raise
+        found = head(self._bucket_name, file.key)
+        if found is None:
             return None
-        return replace(file, uploaded=True, size=head["ContentLength"], etag=head["ETag"].strip('"'))
+        return replace(file, uploaded=True, size=found["ContentLength"], etag=found["ETag"].strip('"'))
 
     def _note_upload(self, file: File) -> None:
         try:

@@ -17,6 +17,7 @@ from botocore.exceptions import ClientError
 
 from predictions.aws.clients import client
 from predictions.aws.dead_letter_queue import DeadLetterQueue, Letter
+from predictions.aws.s3 import is_missing
 from predictions.files.outputs_bucket import OutputsBucket
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class DeadRequests:
         try:
             return self._outputs().get_payload(key)
         except ClientError as error:
-            if error.response["Error"]["Code"] not in ("NoSuchKey", "AccessDenied"):
+            if not is_missing(error):
                 raise
             return letter.body  # it has expired, and cannot be redriven any more
 

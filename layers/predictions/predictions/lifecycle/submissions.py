@@ -34,7 +34,7 @@ from predictions.admission.rate_limiter import AskAgain, Lane, Limiter, Pause, R
 from predictions.aws.clients import api_url
 from predictions.aws.executions import Executions, wake
 from predictions.errors import PredictionThrottled, Problem
-from predictions.files.outputs_bucket import StoredFile
+from predictions.files.output_references import StoredFile
 from predictions.intents.model import Attempt, Intent, Reference
 from predictions.lifecycle.model_lookup import ModelSchemas
 from predictions.lifecycle.reconcile import RESUBMIT_WAITS, UnknownSubmissions, target_of, undecided_ids, webhook_of

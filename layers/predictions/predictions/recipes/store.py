@@ -34,7 +34,8 @@ from botocore.exceptions import ClientError
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize
 from predictions.files.links import Links
-from predictions.files.outputs_bucket import ORIGIN_DEPTH, safe_prefix
+from predictions.files.output_references import ORIGIN_DEPTH
+from predictions.files.outputs_bucket import safe_prefix
 from predictions.ids import is_id
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.intents.sources import Message, RequestRefused

@@ -39,7 +39,8 @@ from botocore.exceptions import ClientError
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
 from predictions.errors import PredictionsError
-from predictions.files.outputs_bucket import OutputsBucket, StoredFile
+from predictions.files.output_references import StoredFile
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.status import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status, rank_of, visible
 from predictions.store.recent_requests import RecentRequests
 

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from predictions.aws.clients import api_url
-from predictions.files.outputs_bucket import FILES_LIMIT, OutputsBucket, StoredFile
+from predictions.files.output_references import FILES_LIMIT, StoredFile
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.files.signed_urls import Distribution
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.predictions import Page, Prediction, Whole
