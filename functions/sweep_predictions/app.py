@@ -9,7 +9,7 @@ from predictions.lifecycle.submissions import Submissions
 from predictions.net.signatures import SigningSecretUnavailable
 from predictions.observability import MetricUnit, handler_of, logger, metrics, remaining_seconds
 from predictions.pipelines.advance import PipelineExecutions
-from predictions.upstream.client import UpstreamError
+from predictions.upstream.errors import UpstreamError
 from predictions.upstream.signing_secret import SigningSecrets
 
 SWEEP_LIMIT = 1000

@@ -35,8 +35,9 @@ from predictions.pipelines.manage import PipelineApi
 from predictions.store import predictions as table
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.predictions import Change, Prediction, PredictionsTable
-from predictions.upstream.client import NotAccepted, OutcomeUnknown, Replicate
+from predictions.upstream.client import Replicate
 from predictions.upstream.create_window import SendWindow
+from predictions.upstream.errors import NotAccepted, OutcomeUnknown
 from predictions.upstream.list_reader import ListReader, Reading, digest_of
 
 from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood

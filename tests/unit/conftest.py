@@ -20,7 +20,8 @@ from predictions.recipes.manage import RecipeChanges
 from predictions.recipes.rules import RecipeRules
 from predictions.recipes.store import RecipeItems
 from predictions.store.predictions import PredictionsTable
-from predictions.upstream.client import Replicate, Token
+from predictions.upstream.client import Replicate
+from predictions.upstream.credentials import Token
 
 from tests.unit.fakes import API_URL, Clock, Executed, ReplicateInMemory, Wakes
 from tests.unit.template import table_properties

@@ -31,7 +31,7 @@ from predictions.pipelines.store import PipelinesTable
 from predictions.recipes.store import Recipe, RecipeItems
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.predictions import PredictionsTable
-from predictions.upstream.client import Token
+from predictions.upstream.credentials import Token
 from predictions.views.prediction import Presenter
 
 from tests.unit.apps import (

@@ -29,7 +29,7 @@ from predictions.intents.model import create_intent
 from predictions.lifecycle.submissions import Submissions
 from predictions.observability import logger
 from predictions.store.predictions import KeptSchema, PredictionsTable
-from predictions.upstream.client import Token
+from predictions.upstream.credentials import Token
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
 from tests.unit.fakes import API_URL, VERSION, Clock, ReplicateInMemory, refusing

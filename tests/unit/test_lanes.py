@@ -24,7 +24,8 @@ from predictions.lifecycle.reconcile import UnknownSubmissions
 from predictions.lifecycle.submissions import Submissions
 from predictions.observability import logger, metrics
 from predictions.store.predictions import PredictionsTable
-from predictions.upstream.client import Replicate, Token
+from predictions.upstream.client import Replicate
+from predictions.upstream.credentials import Token
 
 from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error

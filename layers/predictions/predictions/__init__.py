@@ -9,7 +9,7 @@ A package imports only from those below it, and packages of one line do not know
     store
     files, intents, upstream, admission
     aws, net, validation, templating
-    ids, status, errors, observability
+    ids, status, errors, observability, clock
 
 Importing this package imports none of them: each function pays only for what it uses.
 """

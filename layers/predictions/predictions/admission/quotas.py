@@ -24,6 +24,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from predictions.aws.clients import client
+from predictions.clock import rfc3339
 from predictions.errors import PredictionsError, Problem
 
 if TYPE_CHECKING:
@@ -463,8 +464,7 @@ def _has_ended(status: Mapping[str, Any]) -> bool:
 def _day_is_full(owner: str, limit: int, now: float) -> LimitReached:
     midnight = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
     return LimitReached(
-        f"The owner {owner} may start {limit} predictions a day, and has: the next ones from"
-        f" {midnight.isoformat().replace('+00:00', 'Z')} on.",
+        f"The owner {owner} may start {limit} predictions a day, and has: the next ones from {rfc3339(midnight)} on.",
         int(midnight.timestamp() - now) + 1,
     )
 

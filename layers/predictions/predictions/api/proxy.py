@@ -32,14 +32,9 @@ from predictions.errors import Problem
 from predictions.lifecycle.model_lookup import KEEP_SECONDS, to_keep, usable_schema
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, schema_key
-from predictions.upstream.client import (
-    RATE_LIMIT_HEADERS,
-    SCHEMA_LIMIT_BYTES,
-    Throttled,
-    Token,
-    TokenUnreadable,
-    not_accepted,
-)
+from predictions.upstream.client import RATE_LIMIT_HEADERS, SCHEMA_LIMIT_BYTES, not_accepted
+from predictions.upstream.credentials import Token
+from predictions.upstream.errors import Throttled, TokenUnreadable
 from predictions.upstream.prediction import read_json
 from predictions.validation import parse_json
 

@@ -5,10 +5,12 @@
 """
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
+
+from predictions.clock import rfc3339
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -36,8 +38,7 @@ def deserialize(item: Mapping[str, Any]) -> dict[str, Any]:
 
 def timestamp(moment: float | datetime) -> str:
     """A moment (a number is Unix seconds) as places in lists begin with it: RFC 3339 in UTC, with microseconds."""
-    given = moment if isinstance(moment, datetime) else datetime.fromtimestamp(moment, UTC)
-    return given.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return rfc3339(moment, "microseconds")
 
 
 def read_items(

@@ -28,6 +28,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
 from predictions.batches.files import read_range, requests_key
+from predictions.clock import backoff_seconds
 from predictions.errors import NoLongerWanted, Problem
 from predictions.ids import derived_id
 from predictions.intents.model import Intent, create_requested_intent
@@ -357,7 +358,7 @@ class Batches:
         look = {"stalled_looks": batch.stalled_looks + 1} if batch.is_canceling else {}
         return self._change(
             batch,
-            {"next_check_at": int(self.now()) + min(_CHECK_MOST_SECONDS, wait * 2 ** min(died, 10)), **look},
+            {"next_check_at": int(self.now()) + backoff_seconds(wait, died, _CHECK_MOST_SECONDS), **look},
             condition="attribute_exists(#open) AND next_check_at = :due",
             values={":due": batch.next_check_at},
         )

@@ -13,7 +13,6 @@ depends on it.
 import hashlib
 import hmac
 import json
-import math
 import os
 import re
 import time
@@ -22,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from predictions.aws.clients import api_url, client
+from predictions.aws.secrets import CachedSecret
 from predictions.errors import PredictionsError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _REDIRECT_SECONDS = 300
-_CACHE_SECONDS = 300
 # Large results and inputs of predictions are no files that a model reads.
 _PAYLOADS = "payloads/"
 _NAME_LIMIT_CHARACTERS = 100
@@ -38,10 +37,6 @@ _EXPIRES = re.compile(r"[1-9][0-9]{0,11}", re.ASCII)
 
 class UnknownBucket(PredictionsError):
     """A link into a bucket that is none of this stack's."""
-
-
-class LinkSecretUnusable(PredictionsError):
-    """The stack's own fault: the secret that signs links is too short to be one."""
 
 
 class Links:
@@ -63,11 +58,8 @@ class Links:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._buckets = {name: bucket for name, bucket in buckets.items() if bucket}
-        self._secret_arn = secret_arn
         self._now = now
-        self._clock = clock
-        self._secret = b""
-        self._read_at = -math.inf
+        self._secret = CachedSecret(secret_arn, clock=clock)
 
     @classmethod
     def from_env(cls) -> "Links":
@@ -139,16 +131,7 @@ class Links:
     def _signature(self, bucket: str, key: str, version_id: str | None, expires: int) -> str:
         # As JSON, so that no two links give one text, whatever characters a key has.
         signed = json.dumps(["object link", bucket, key, version_id, expires])
-        return hmac.new(self._key(), signed.encode(), hashlib.sha256).hexdigest()
-
-    def _key(self) -> bytes:
-        if self._clock() - self._read_at >= _CACHE_SECONDS:
-            secretsmanager = client("secretsmanager")
-            answer = secretsmanager.get_secret_value(SecretId=self._secret_arn)
-            self._secret, self._read_at = answer["SecretString"].encode(), self._clock()
-        if len(self._secret) < 32:
-            raise LinkSecretUnusable(f"The secret {self._secret_arn} must hold at least 32 characters.")
-        return self._secret
+        return hmac.new(self._secret.signing_key(), signed.encode(), hashlib.sha256).hexdigest()
 
 
 def _closed(bucket: str, key: str) -> bool:

@@ -18,7 +18,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from botocore.signers import CloudFrontSigner
 
-from predictions.aws.clients import client
+from predictions.aws.secrets import CachedSecret
 
 # A page of a list is asked for again and again: for this part of its time a file keeps its URL, which is signed once.
 _KEPT_PART = 4
@@ -116,8 +116,8 @@ class Distribution:
     def from_env(cls) -> "Distribution | None":
         """From `OUTPUT_URL_DOMAIN`, `OUTPUT_URL_KEY_ID` and `OUTPUT_URL_SECRET_ARN`; None where the first is empty."""
         domain, key_id = os.environ["OUTPUT_URL_DOMAIN"], os.environ["OUTPUT_URL_KEY_ID"]
-        secret_arn = os.environ["OUTPUT_URL_SECRET_ARN"]
-        return cls(domain, key_id, lambda: _read_key(secret_arn)) if domain else None
+        secret = CachedSecret(os.environ["OUTPUT_URL_SECRET_ARN"])
+        return cls(domain, key_id, lambda: PrivateKey.from_json(secret.current_value())) if domain else None
 
     def url(self, key: str, expires_seconds: int) -> str:
         """A link to an object, for that many seconds and at most a quarter more.
@@ -134,9 +134,3 @@ class Distribution:
     def _sign(self, policy: bytes) -> bytes:
         self._key = self._key or self._private_key()
         return self._key.sign_sha1(policy)
-
-
-def _read_key(secret_arn: str) -> PrivateKey:
-    secretsmanager = client("secretsmanager")
-    secret: Mapping[str, object] = secretsmanager.get_secret_value(SecretId=secret_arn)
-    return PrivateKey.from_json(str(secret["SecretString"]))

@@ -18,13 +18,13 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize, timestamp
 from predictions.aws.s3 import head
+from predictions.clock import rfc3339
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -77,7 +77,7 @@ class File:
             "checksums": self.checksums,
             "metadata": json.loads(self.metadata_json),
             "created_at": self.created_at,
-            "expires_at": _rfc3339(self.expires_at),
+            "expires_at": rfc3339(self.expires_at),
             "urls": {"get": f"{api_url}/files/{self.id}/download?{query}"},
             "uploaded": self.uploaded,
         }
@@ -151,7 +151,7 @@ class Files:
         self._put(file)
         # A client's HTTP library writes the length by itself; that it has to be this one must be said all the same.
         headers["Content-Length"] = str(file.size)
-        return file, UploadLink("PUT", url, headers, _rfc3339(int(self._now()) + UPLOAD_URL_SECONDS))
+        return file, UploadLink("PUT", url, headers, rfc3339(int(self._now()) + UPLOAD_URL_SECONDS))
 
     def find(self, owner: str, file_id: str) -> File | None:
         """One of an owner's files; None where there is none, or it is another owner's."""
@@ -299,7 +299,3 @@ def _listed_owner(owner: str) -> str:
 
 def _key(file_id: str) -> dict[str, Any]:
     return serialize({"pk": f"file#{file_id}", "sk": "file"})
-
-
-def _rfc3339(moment: int) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")

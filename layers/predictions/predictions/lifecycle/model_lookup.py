@@ -20,7 +20,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.errors import PredictionsError
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.upstream.client import UpstreamError, is_model_name
+from predictions.upstream.client import is_model_name
+from predictions.upstream.errors import UpstreamError
 
 if TYPE_CHECKING:
     from predictions.store.predictions import PredictionsTable

@@ -33,7 +33,8 @@ from predictions.aws.clients import api_url, client
 from predictions.aws.dynamodb import deserialize, read_items, serialize
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.predictions import Change, Prediction, PredictionsTable
-from predictions.upstream.client import Collection, OutcomeUnknown, Replicate, Target, Unavailable
+from predictions.upstream.client import Collection, Replicate, Target
+from predictions.upstream.errors import OutcomeUnknown, Unavailable
 from predictions.upstream.list_reader import MARGIN_SECONDS, Listed, ListReader, Reading, digest_of
 from predictions.upstream.prediction import UpstreamPrediction
 

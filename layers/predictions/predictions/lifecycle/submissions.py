@@ -42,12 +42,12 @@ from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.status import TERMINAL_RANK, Status, rank_of
 from predictions.store.origins import is_canceled
 from predictions.store.predictions import AlreadyExists, Change, Prediction, PredictionsTable, Waits
-from predictions.upstream.client import (
+from predictions.upstream.client import Replicate
+from predictions.upstream.errors import (
     NotAccepted,
     NotFound,
     OutcomeUnknown,
     Refused,
-    Replicate,
     Throttled,
     Unauthorized,
     Unavailable,

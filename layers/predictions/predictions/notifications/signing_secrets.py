@@ -8,7 +8,6 @@ the version is an item at pk `owner#{owner}`, sk `webhook_secret`.
 import base64
 import hashlib
 import hmac
-import math
 import os
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from predictions.aws.clients import client
+from predictions.aws.secrets import CachedSecret
 from predictions.errors import PredictionsError
 
 if TYPE_CHECKING:
@@ -24,12 +24,7 @@ if TYPE_CHECKING:
     from mypy_boto3_secretsmanager import SecretsManagerClient
 
 OVERLAP_SECONDS = 24 * 3600
-_CACHE_SECONDS = 300
 _FIRST_VERSION = 1
-
-
-class MasterSecretUnusable(PredictionsError):
-    """The stack's own fault: the secret that all owners' secrets are made from is too short to be one."""
 
 
 class RotatedRecently(PredictionsError):
@@ -124,11 +119,7 @@ class OwnerSecrets:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._versions = versions
-        self._master_arn = master_arn
-        self._secretsmanager = secretsmanager
-        self._clock = clock
-        self._master = b""
-        self._read_at = -math.inf
+        self._master = CachedSecret(master_arn, secretsmanager, clock=clock)
 
     @classmethod
     def from_env(cls) -> "OwnerSecrets":
@@ -139,7 +130,7 @@ class OwnerSecrets:
         """The secret that an owner's receivers verify webhooks with: `whsec_…`.
 
         Raises:
-            MasterSecretUnusable: Our own fault.
+            SecretTooShort: Our own fault.
             botocore.exceptions.ClientError: The table or the master cannot be read.
         """
         return self._secret(owner, self._versions.version_of(owner).version)
@@ -148,7 +139,7 @@ class OwnerSecrets:
         """The secrets to sign with now: the current one, and for 24 h after a rotation the one before it.
 
         Raises:
-            MasterSecretUnusable: Our own fault.
+            SecretTooShort: Our own fault.
             botocore.exceptions.ClientError: The table or the master cannot be read.
         """
         current = self._versions.version_of(owner)
@@ -159,13 +150,5 @@ class OwnerSecrets:
 
     def _secret(self, owner: str, version: int) -> str:
         # An owner's name has no line end, so no two owners and versions give one text.
-        mac = hmac.new(self._key(), f"webhook secret\n{version}\n{owner}".encode(), hashlib.sha256)
+        mac = hmac.new(self._master.signing_key(), f"webhook secret\n{version}\n{owner}".encode(), hashlib.sha256)
         return f"whsec_{base64.b64encode(mac.digest()).decode()}"
-
-    def _key(self) -> bytes:
-        if self._clock() - self._read_at >= _CACHE_SECONDS:
-            answer = self._secretsmanager.get_secret_value(SecretId=self._master_arn)
-            self._master, self._read_at = answer["SecretString"].encode(), self._clock()
-        if len(self._master) < 32:
-            raise MasterSecretUnusable(f"The secret {self._master_arn} must hold at least 32 characters.")
-        return self._master

@@ -11,6 +11,7 @@ those that the function died over, and moves such a message to the dead-letter q
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from predictions.aws.clients import client
 from predictions.aws.dead_letter_queue import DeadLetterQueue
+from predictions.clock import retry_seconds
 from predictions.errors import PredictionsError
 
 if TYPE_CHECKING:
@@ -99,8 +101,7 @@ class Retry:
         passed = now - self.first_at
         if passed >= RETRY_SECONDS:
             return None
-        wait = max(2 * passed, _FIRST_WAIT_SECONDS) * (0.8 + 0.4 * jitter)
-        return min(round(wait), _LONGEST_WAIT_SECONDS)
+        return min(round(retry_seconds(passed, _FIRST_WAIT_SECONDS, math.inf, jitter)), _LONGEST_WAIT_SECONDS)
 
     def message(self) -> str:
         """The message's body."""

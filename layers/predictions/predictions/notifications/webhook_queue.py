@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from predictions.aws.clients import client
 from predictions.aws.dead_letter_queue import DeadLetterQueue
+from predictions.clock import retry_seconds
 from predictions.errors import PredictionsError
 from predictions.status import DEFAULT_WEBHOOK_EVENTS, Status
 
@@ -75,7 +76,7 @@ class Delivery:
         until = self.first_at + (RETRY_SECONDS if self.event == "completed" else RUNNING_RETRY_SECONDS)
         if now >= until:
             return None
-        wait = min(max(2 * (now - self.first_at), FIRST_WAIT_SECONDS), LONGEST_WAIT_SECONDS) * (0.8 + 0.4 * jitter)
+        wait = retry_seconds(now - self.first_at, FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, jitter)
         # The last try is at the very end.
         return max(1, round(min(wait, until - now)))
 

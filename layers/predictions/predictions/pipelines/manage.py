@@ -4,13 +4,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, refusal_of
 from predictions.aws.clients import api_url
+from predictions.clock import rfc3339
 from predictions.errors import Problem
 from predictions.ids import derived_id, is_id, random_id
 from predictions.intents.model import Attempt, idempotency_key
@@ -334,11 +334,7 @@ def _shown(pipeline: Pipeline) -> dict[str, Any]:
         "error": pipeline.error,
         "created_at": pipeline.created_at,
         "completed_at": pipeline.completed_at,
-        "cancel_requested_at": _rfc3339(pipeline.cancel_requested) if pipeline.cancel_requested else None,
-        "deadline": _rfc3339(pipeline.deadline),
+        "cancel_requested_at": rfc3339(pipeline.cancel_requested) if pipeline.cancel_requested else None,
+        "deadline": rfc3339(pipeline.deadline),
         "urls": {"get": url, "cancel": f"{url}/cancel"},
     }
-
-
-def _rfc3339(moment: int) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")

@@ -28,7 +28,8 @@ from predictions.recipes.schema import NAME, RecipeBody
 from predictions.recipes.store import KEPT_APART, Recipe, RecipeItems
 from predictions.store.predictions import PredictionsTable
 from predictions.templating import PlaceholderError, expressions, holds_placeholders
-from predictions.upstream.client import NotFound, Replicate, UpstreamError
+from predictions.upstream.client import Replicate
+from predictions.upstream.errors import NotFound, UpstreamError
 from predictions.validation import parse_json
 
 if TYPE_CHECKING:

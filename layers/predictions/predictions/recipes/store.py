@@ -25,7 +25,6 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
@@ -33,6 +32,7 @@ from botocore.exceptions import ClientError
 
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import deserialize, list_page, read_items, serialize
+from predictions.clock import rfc3339
 from predictions.files.links import Links
 from predictions.files.output_references import ORIGIN_DEPTH
 from predictions.files.outputs_bucket import safe_prefix
@@ -405,7 +405,7 @@ class Recipes:
             if isinstance(due, str) and _TIME.fullmatch(due):
                 return _Occurrence({"event": event, "schedule": {"time": due}}, f"schedule {due}", 0)
             # Where nobody put the time in (the local cloud's scheduler does not): the message stands for it.
-            sent = datetime.fromtimestamp(message.sent_at, UTC).isoformat().replace("+00:00", "Z")
+            sent = rfc3339(message.sent_at)
             return _Occurrence({"event": event, "schedule": {"time": sent}}, f"message {message.id}", 0)
         if event.get("source") == "aws.s3" and event.get("detail-type") == "Object Created":
             return self._object_created(recipe, event, message)

@@ -1,18 +1,9 @@
-"""Replicate, seen from here: the few calls the protocol makes, and what their answers mean.
+"""Client of Replicate's HTTP API: the few calls the protocol makes, and what their responses mean.
 
-The protocol needs to know one thing of a failed create: can it have started a prediction or not? So every outcome
-that is no prediction is one of
-
-    NotAccepted        nothing was started: connection never made, or a 4xx
-    ├── Throttled      429
-    ├── Unauthorized   401, 402 or 403: the stack's own token or credit
-    └── Refused        any other 4xx: the request's own fault
-    OutcomeUnknown     a prediction may have been started: timeout, reset, 5xx, an answer that cannot be read
-
-Nothing in here tries again. Source of the protocol's facts: https://replicate.com/docs/reference/http
+Nothing in here retries: the caller decides by the error (`upstream.errors`). Source of the protocol's facts:
+https://replicate.com/docs/reference/http
 """
 
-import json
 import math
 import os
 import re
@@ -24,13 +15,22 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
 
 import httpx
-from aws_lambda_powertools.utilities.parameters import SecretsProvider
-from aws_lambda_powertools.utilities.parameters.exceptions import GetParameterError
 
-from predictions.aws.clients import client
-from predictions.errors import PredictionsError
+from predictions.clock import parse_rfc3339, rfc3339
 from predictions.observability import MetricUnit, metrics
 from predictions.upstream.bounded_json import LIGHT_BYTES, Unscannable, elements, members, read_members
+from predictions.upstream.credentials import Token
+from predictions.upstream.errors import (
+    AnswerTooLargeError,
+    NotAccepted,
+    NotFound,
+    OutcomeUnknown,
+    Refused,
+    Throttled,
+    TokenUnreadable,
+    Unauthorized,
+    Unavailable,
+)
 from predictions.upstream.prediction import (
     TEXT_LIMIT_BYTES,
     UnreadablePrediction,
@@ -64,88 +64,10 @@ _ANSWER_LIMIT_BYTES = TEXT_LIMIT_BYTES
 # An answer of Replicate may refuse any number of fields; the others are counted.
 _FIELDS_LIMIT = 100
 
-_TOKEN_CACHE_SECONDS = 60
-
 RATE_LIMIT_HEADERS = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
 """What Replicate says of its limit in the answer to a create."""
 
 Collection = Literal["predictions", "trainings"]
-
-
-class UpstreamError(PredictionsError):
-    """A call to Replicate did not give what was asked for."""
-
-
-class NotAccepted(UpstreamError):
-    """Replicate has not started anything.
-
-    Attributes:
-        status: The HTTP status, or None where no connection was made.
-        detail: Replicate's explanation.
-        invalid_fields: The first of the fields that Replicate refused.
-        fields_left_out: How many more it refused.
-    """
-
-    def __init__(
-        self,
-        status: int | None,
-        detail: str,
-        invalid_fields: list[dict[str, str]] | None = None,
-        fields_left_out: int = 0,
-    ) -> None:
-        super().__init__(f"{status or 'no connection'}: {detail}")
-        self.status = status
-        self.detail = detail
-        self.invalid_fields = invalid_fields or []
-        self.fields_left_out = fields_left_out
-
-
-class Throttled(NotAccepted):
-    """429; `seconds` is how long to wait."""
-
-    def __init__(self, detail: str, seconds: int) -> None:
-        super().__init__(429, detail)
-        self.seconds = seconds
-
-
-class Unauthorized(NotAccepted):
-    """401, 402 or 403, or no token to be had: the stack's token or credit is the operator's to mend."""
-
-
-class Refused(NotAccepted):
-    """Another 4xx: the request itself is refused."""
-
-
-class OutcomeUnknown(UpstreamError):
-    """A prediction may have been started, or not.
-
-    Attributes:
-        status: The HTTP status of the response, or None where there was none.
-    """
-
-    def __init__(self, reason: str, status: int | None = None) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
-class TokenUnreadable(UpstreamError):
-    """The stack's own token cannot be read, or is none that a header can carry; nothing was sent."""
-
-
-class NotFound(UpstreamError):
-    """404 to a read: Replicate does not know it (or does not know it any more)."""
-
-
-class Unavailable(UpstreamError):
-    """A read failed in a way that says nothing about what was asked: try again later.
-
-    Attributes:
-        status: The HTTP status, or None where there was no answer to go by.
-    """
-
-    def __init__(self, reason: str, status: int | None = None) -> None:
-        super().__init__(reason)
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -219,7 +141,7 @@ class Replicate:
     """
 
     def __init__(
-        self, url: str, token: "Token", http: httpx.Client, creates: Callable[[], httpx.Client] | None = None
+        self, url: str, token: Token, http: httpx.Client, creates: Callable[[], httpx.Client] | None = None
     ) -> None:
         self._url = url.rstrip("/")
         self._token = token
@@ -345,8 +267,8 @@ class Replicate:
         """
         url = f"/{collection}"
         query: dict[str, str] | None = {
-            "created_after": start.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "created_before": end.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "created_after": rfc3339(start, "milliseconds"),
+            "created_before": rfc3339(end, "milliseconds"),
         }
         if collection == "trainings":
             query = None  # their list has no such filters: it is read from the newest on
@@ -361,7 +283,7 @@ class Replicate:
                     listed = UpstreamPrediction.parse(entry)
                 except UnreadablePrediction:
                     continue
-                created = _parse_time(listed.created_at)
+                created = parse_rfc3339(listed.created_at)
                 # The filters may be unknown to a server; the order is documented: newest first.
                 if created is not None and created < start:
                     return
@@ -517,52 +439,6 @@ class Replicate:
         return value
 
 
-class AnswerTooLargeError(UpstreamError):
-    """An answer is larger than a function can hold."""
-
-
-def token_of(secret: str) -> str:
-    """The token in a secret's value: the bare token, or JSON with a key `token`.
-
-    Raises:
-        TokenUnreadable: There is none in it. The value is not repeated.
-    """
-    text = secret.strip()
-    if text.startswith("{"):
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = None
-        text = str(value.get("token", "")).strip() if isinstance(value, dict) else ""
-    if not re.fullmatch(r"[!-~]+", text):
-        raise TokenUnreadable("this stack's secret holds no Replicate token")
-    return text
-
-
-class Token:
-    """The stack's Replicate token, read from Secrets Manager at most once a minute."""
-
-    def __init__(self, secret_arn: str) -> None:
-        self._secret_arn = secret_arn
-        self._secrets = SecretsProvider(boto3_client=client("secretsmanager"))
-
-    def value(self) -> str:
-        """The token; a change in Secrets Manager is seen within a minute, or at once after a refusal.
-
-        Raises:
-            TokenUnreadable: Secrets Manager does not give it, or its value is no token. The value is not repeated.
-        """
-        try:
-            secret = self._secrets.get(self._secret_arn, max_age=_TOKEN_CACHE_SECONDS)
-        except GetParameterError as error:
-            raise TokenUnreadable("Secrets Manager does not give this stack's Replicate token") from error
-        return token_of(secret.decode("utf-8", "replace") if isinstance(secret, bytes) else str(secret))
-
-    def forget(self) -> None:
-        """Reads the secret anew for the next call: this token was refused."""
-        self._secrets.clear_cache()  # type: ignore[no-untyped-call]  # Powertools leaves it untyped
-
-
 def is_model_name(value: Any) -> TypeGuard[str]:
     """Whether a value can be a model's `owner/name`, which becomes part of a path."""
     return (
@@ -668,12 +544,3 @@ def _retry_after_seconds(answer: httpx.Response, detail: str) -> int:
         if math.isfinite(seconds):
             return min(3600, max(1, math.ceil(seconds)))
     return 10
-
-
-def _parse_time(text: Any) -> datetime | None:
-    """A timestamp of Replicate's: RFC 3339 in UTC with 0 to 9 fractional digits, of which six are kept."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except (TypeError, ValueError):
-        return None
-    return moment if moment.tzinfo else None

@@ -12,13 +12,14 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from email.utils import parsedate_to_datetime
 
 import httpx
 
-from predictions.upstream.client import Collection, NotFound, Replicate, Unavailable
+from predictions.clock import parse_rfc3339
+from predictions.upstream.client import Collection, Replicate
 from predictions.upstream.entry_scanner import Entry, EntryScanner, MalformedListError
+from predictions.upstream.errors import NotFound, Unavailable
 from predictions.validation import input_json_canonical
 
 MARGIN_SECONDS = 60
@@ -225,7 +226,7 @@ def _listed(entry: Entry, clock_offset: float) -> Listed | None:
     id_, created, status = (entry.fields.get(name) for name in ("id", "created_at", "status"))
     if not isinstance(id_, str) or re.fullmatch(r"[a-z0-9]{1,64}", id_) is None:
         return None
-    moment = _moment(created)
+    moment = parse_rfc3339(created)
     if moment is None:
         return None
 
@@ -238,7 +239,7 @@ def _listed(entry: Entry, clock_offset: float) -> Listed | None:
     removed = entry.fields.get("data_removed") is True or entry.input_json is None
     return Listed(
         id=id_,
-        created=moment - clock_offset,
+        created=moment.timestamp() - clock_offset,
         status=status if isinstance(status, str) else "",
         webhook=webhook,
         version=text("version"),
@@ -246,16 +247,3 @@ def _listed(entry: Entry, clock_offset: float) -> Listed | None:
         deployment=text("deployment"),
         input_digest=None if removed else digest_of(entry.input_json or b""),
     )
-
-
-def _moment(text: object) -> float | None:
-    if not isinstance(text, str):
-        return None
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    try:
-        return moment.timestamp() if moment.tzinfo else None
-    except (OverflowError, ValueError):
-        return None

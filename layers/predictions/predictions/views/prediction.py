@@ -4,10 +4,10 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
 from predictions.aws.clients import api_url
+from predictions.clock import rfc3339
 from predictions.files.output_references import FILES_LIMIT, StoredFile
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.files.signed_urls import Distribution
@@ -91,7 +91,7 @@ class Presenter:
             "metrics": json.loads(prediction.metrics_json) if prediction.metrics_json and ended else {},
             "data_removed": prediction.data_removed,
             "source": "api",
-            "deadline": _rfc3339(prediction.deadline),
+            "deadline": rfc3339(prediction.deadline),
             "urls": urls,
             "output_files": [self._file(file) for file in whole.files],
         }
@@ -202,7 +202,3 @@ def _error(prediction: Prediction, files: Any) -> str | None:
     lost, known = len(said) - len(beyond), len(files) - len(beyond)
     counted = f"{lost} of {known} output files could not be stored. " if lost else ""
     return counted + "; ".join([*said[:lost][:10], *beyond]) or None
-
-
-def _rfc3339(moment: int) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")
