@@ -17,17 +17,10 @@ from typing import Any
 import greenlet
 import httpx
 import pytest
+from predictions.admission.limiter_item import AUTOMATIC, AUTOMATIC_PAUSE_SECONDS, HORIZON_SECONDS, MANUAL
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage
-from predictions.admission.rate_limiter import (
-    AUTOMATIC,
-    AUTOMATIC_PAUSE_SECONDS,
-    BURST_SECONDS,
-    HORIZON_SECONDS,
-    MANUAL,
-    AskAgain,
-    Limiter,
-    Start,
-)
+from predictions.admission.rate_limiter import Limiter
+from predictions.admission.reservations import BURST_SECONDS, AskAgain, Start
 
 from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error

@@ -11,8 +11,9 @@ from typing import Any
 from unittest import mock
 
 from predictions import status as statuses
-from predictions.admission import rate_limiter
+from predictions.admission import reservations
 from predictions.admission.rate_limiter import Limiter
+from predictions.admission.reservations import Schedule
 from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
 from predictions.files import copier, output_references
@@ -327,8 +328,8 @@ def _without_time(tell: Any) -> Any:
 def _used_again(_: Any) -> Any:
     """A start that was given back is handed out to everybody who asks for it."""
 
-    def plan_free(self: Limiter, lane: str, number: int) -> Any:
-        plan = rate_limiter._Plan("free", 0, number)
+    def plan_free(self: Schedule, lane: str, number: int) -> Any:
+        plan = reservations.Plan("free", 0, number)
         plan.conditions.append("attribute_exists(pk)")
         plan.sets.append(f"{lane}_at = {lane}_at + :nothing")
         plan.values[":nothing"] = 0
@@ -423,9 +424,9 @@ SABOTAGES: dict[str, Sabotage] = {
     "one 404 is believed": _value(submissions, "_NOT_FOUND_LIMIT", 1),
     "the sweep asks before it puts the next look off": _method(PredictionsTable, "begin_look", _looked_at_first),
     "nothing is ended without asking": _method(Submissions, "_is_abandoned", _constant(False)),
-    "owners reserve starts far ahead": _value(rate_limiter, "NEAR_SECONDS", (10**6, 10**6)),
+    "owners reserve starts far ahead": _value(reservations, "NEAR_SECONDS", (10**6, 10**6)),
     "starts are reserved beyond the deadline": _method(Limiter, "_reserve", _without_deadline),
-    "a start that was given back is used by many": _method(Limiter, "_plan_free", _used_again),
+    "a start that was given back is used by many": _method(Schedule, "_plan_free", _used_again),
     "one message takes the others along": _all(
         _method(ReceivedRequests, "handle", _as_they_come),
         _method(ReceivedRequests, "_delete", _constant(None)),

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from predictions.admission.quotas import OwnersUsage
-from predictions.admission.rate_limiter import BURST_SECONDS, Limiter
+from predictions.admission.rate_limiter import Limiter
+from predictions.admission.reservations import BURST_SECONDS
 from predictions.aws import clients as aws
 from predictions.aws.executions import Executions
 from predictions.errors import PredictionThrottled, Problem

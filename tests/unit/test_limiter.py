@@ -9,7 +9,8 @@ from botocore.exceptions import ClientError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from predictions.admission.quotas import OwnerLimits
-from predictions.admission.rate_limiter import BURST_SECONDS, QUIET_SECONDS, AskAgain, Limiter, Start, TooLate
+from predictions.admission.rate_limiter import QUIET_SECONDS, Limiter
+from predictions.admission.reservations import BURST_SECONDS, AskAgain, Start, TooLate
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.lifecycle.submissions import Submissions

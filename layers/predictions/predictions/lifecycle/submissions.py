@@ -29,8 +29,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from predictions.admission.limiter_item import Lane, Pause
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, Place, refusal_of
-from predictions.admission.rate_limiter import AskAgain, Lane, Limiter, Pause, Reservation, Start, TooLate
+from predictions.admission.rate_limiter import Limiter
+from predictions.admission.reservations import AskAgain, Reservation, Start, TooLate
 from predictions.aws.clients import api_url
 from predictions.aws.executions import Executions, wake
 from predictions.errors import PredictionThrottled, Problem
