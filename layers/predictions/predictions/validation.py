@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from predictions.errors import Problem
@@ -16,6 +17,9 @@ DEPTH_LIMIT = 100
 """The deepest JSON: far above any model's input, far below what recursive code bears."""
 
 _NUMBER_LIMIT = sys.float_info.max
+
+FIELDS_LIMIT = 50
+"""The most fields that one response names: a body may hold any number of unknown fields."""
 
 _CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([^;\"'\s]*)", re.IGNORECASE)
 
@@ -51,6 +55,37 @@ def parse_json(body: bytes, content_type: str | None) -> Any:
         raise Problem(400, f"The body is not JSON{place}.") from None
     _check_json(value)
     return value
+
+
+def fields_refused(fields: Sequence[Mapping[str, str]]) -> Problem:
+    """Return the problem that names every field that is wrong, at most `FIELDS_LIMIT` of them.
+
+    Args:
+        fields: `{"field": …, "detail": …}` of each.
+    """
+    return Problem(422, list_fields(fields[:5]), title="Input validation failed", invalid_fields=fields[:FIELDS_LIMIT])
+
+
+def list_fields(fields: Iterable[Mapping[str, str]]) -> str:
+    """Return refused fields as one line of text."""
+    return " ".join(f"{each['field']}: {each['detail']}" for each in fields)
+
+
+def field_problem(field: str, error: Mapping[str, Any], known: Iterable[str] = ()) -> dict[str, str]:
+    """Return how a field is refused by one of pydantic's errors.
+
+    Args:
+        field: Its name.
+        error: One of `ValidationError.errors()`.
+        known: The fields that there are, for one that is not among them.
+    """
+    detail = str(error["msg"])
+    if error["type"] == "extra_forbidden":
+        listed = ", ".join(f"`{name}`" for name in known)
+        detail = f"This field is not known. Known are {listed}." if listed else "This field is not known."
+    elif error["type"] == "missing":
+        detail = "This field is required."
+    return {"field": field, "detail": detail}
 
 
 def input_json_canonical(value: Any) -> str:

@@ -24,7 +24,7 @@ from predictions.batches.files import (
     template_key,
 )
 from predictions.batches.manifest import MANIFEST_LIMIT_BYTES
-from predictions.batches.schema import BatchBody, read_body, refusal
+from predictions.batches.schema import BatchBody, read_body
 from predictions.batches.store import Batch, Batches
 from predictions.errors import Problem
 from predictions.ids import random_id
@@ -33,7 +33,7 @@ from predictions.observability import logger
 from predictions.recipes.store import Recipe, RecipeItems
 from predictions.store.recent_requests import RecentRequests
 from predictions.templating import PlaceholderError, expressions
-from predictions.validation import input_json_canonical, parse_json
+from predictions.validation import fields_refused, input_json_canonical, parse_json
 
 if TYPE_CHECKING:
     from mypy_boto3_stepfunctions import SFNClient
@@ -131,7 +131,7 @@ class BatchControl:
         place = self._place(asked, owner, invalid)
         recipe = self._recipe(asked, owner, invalid)
         if invalid:
-            raise refusal(invalid)
+            raise fields_refused(invalid)
         fingerprint = hashlib.sha256(input_json_canonical(asked.model_dump()).encode()).hexdigest()
         batch_id = random_id()
         if key:
@@ -139,7 +139,7 @@ class BatchControl:
             batch_id, known = keys.take_key(owner, key, batch_id, fingerprint, self.expires)
             if known != fingerprint:
                 detail = "This key belongs to another batch: use a new key for a new one, and the old one to repeat it."
-                raise refusal([{"field": "Idempotency-Key", "detail": detail}])
+                raise fields_refused([{"field": "Idempotency-Key", "detail": detail}])
             if there := self.batches.find(batch_id):
                 return there
             # The batch may be written only now, long after its key.
@@ -294,11 +294,11 @@ class BatchControl:
         found = etag_of(bucket, key)
         if found is None:
             detail = "There is no such object."
-            raise refusal([{"field": "manifest", "detail": detail}])
+            raise fields_refused([{"field": "manifest", "detail": detail}])
         etag, size = found
         if size > MANIFEST_LIMIT_BYTES:
             detail = f"It has {size} bytes, and {MANIFEST_LIMIT_BYTES} are taken: make several batches."
-            raise refusal([{"field": "manifest", "detail": detail}])
+            raise fields_refused([{"field": "manifest", "detail": detail}])
         return {"bucket": bucket, "key": key, "etag": etag, "format": format_}
 
     # -- look ---------------------------------------------------------------------------------------------------------

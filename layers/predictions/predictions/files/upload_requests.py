@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 
 from predictions.errors import Problem
 from predictions.ids import random_id
-from predictions.validation import parse_json
+from predictions.validation import field_problem, fields_refused, parse_json
 
 CONTENT_LIMIT_BYTES = 4_400_000
 """The largest file in a request: Lambda takes 6 MB, in which the body is base64 with the event around it.
@@ -97,11 +97,11 @@ def read_form(body: bytes, headers: Mapping[str, str]) -> NewFile:
         )
     parts = _parts(body, options.get("boundary", ""))
     if "content" not in parts:
-        raise _invalid([("content", "Required: the file itself.")])
+        raise fields_refused([{"field": "content", "detail": "Required: the file itself."}])
     sent = parts["content"]
     if len(sent.content) > CONTENT_LIMIT_BYTES:
         raise _too_large(len(sent.content))
-    invalid: list[tuple[str, str]] = []
+    invalid: list[dict[str, str]] = []
     name = _text(parts, "filename", invalid) or sent.filename or "file"
     # A part without a type of its own is text to MIME, and a file of unknown type to everybody who uploads one.
     content_type = _text(parts, "type", invalid) or sent.content_type or _OTHER_TYPE
@@ -110,7 +110,7 @@ def read_form(body: bytes, headers: Mapping[str, str]) -> NewFile:
         try:
             metadata = parse_json(parts["metadata"].content, None)
         except Problem as problem:
-            invalid.append(("metadata", problem.detail.replace("The body", "It", 1)))
+            invalid.append({"field": "metadata", "detail": problem.detail.replace("The body", "It", 1)})
     return _checked(NewFile(name, content_type, len(sent.content), content=sent.content), metadata, invalid)
 
 
@@ -124,7 +124,8 @@ def read_upload(body: bytes, content_type: str | None) -> NewFile:
         asked = UploadBody.model_validate(parse_json(body, content_type))
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
-        raise _invalid([(str((e["loc"] or ("body",))[0])[:200], e["msg"]) for e in problems[:50]]) from None
+        fields = [(str((each["loc"] or ("body",))[0])[:200], each) for each in problems]
+        raise fields_refused([field_problem(name, each, UploadBody.model_fields) for name, each in fields]) from None
     new = NewFile(asked.filename, asked.type, asked.size, sha256=asked.sha256)
     return _checked(new, asked.metadata, [])
 
@@ -148,7 +149,7 @@ def _parts(body: bytes, boundary: str) -> dict[str, _Part]:
             for event in parser.parse(body):
                 if event is None:
                     if segment.name in parts:
-                        raise _invalid([(str(segment.name)[:200], "It is given twice.")])
+                        raise fields_refused([{"field": str(segment.name)[:200], "detail": "It is given twice."}])
                     parts[segment.name] = _Part(segment.filename, segment.content_type, b"".join(chunks))
                 elif isinstance(event, bytes | bytearray):
                     chunks.append(bytes(event))
@@ -163,34 +164,34 @@ def _parts(body: bytes, boundary: str) -> dict[str, _Part]:
     return parts
 
 
-def _text(parts: Mapping[str, _Part], name: str, invalid: list[tuple[str, str]]) -> str | None:
+def _text(parts: Mapping[str, _Part], name: str, invalid: list[dict[str, str]]) -> str | None:
     try:
         return parts[name].content.decode() if name in parts else None
     except UnicodeDecodeError:
-        invalid.append((name, "It is not UTF-8."))
+        invalid.append({"field": name, "detail": "It is not UTF-8."})
         return None
 
 
-def _checked(new: NewFile, metadata: Any, invalid: list[tuple[str, str]]) -> NewFile:
+def _checked(new: NewFile, metadata: Any, invalid: list[dict[str, str]]) -> NewFile:
     try:
         name_bytes = len(new.name.encode())
     except UnicodeEncodeError:
         name_bytes = 0
     if not 1 <= name_bytes <= NAME_LIMIT_BYTES or _CONTROL.search(new.name):
         detail = f"1 to {NAME_LIMIT_BYTES} bytes of UTF-8 without control characters."
-        invalid.append(("filename", detail))
+        invalid.append({"field": "filename", "detail": detail})
     content_type = new.content_type.partition(";")[0].strip()
     if not _MEDIA_TYPE.fullmatch(content_type):
-        invalid.append(("type", "A media type, such as `image/png`."))
+        invalid.append({"field": "type", "detail": "A media type, such as `image/png`."})
     metadata_json = ""
     if not isinstance(metadata, dict):
-        invalid.append(("metadata", "A JSON object."))
+        invalid.append({"field": "metadata", "detail": "A JSON object."})
     else:
         metadata_json = json.dumps(metadata, separators=(",", ":"), allow_nan=False)
         if len(metadata_json) > METADATA_LIMIT_BYTES:
-            invalid.append(("metadata", f"At most {METADATA_LIMIT_BYTES} bytes of JSON."))
+            invalid.append({"field": "metadata", "detail": f"At most {METADATA_LIMIT_BYTES} bytes of JSON."})
     if invalid:
-        raise _invalid(invalid)
+        raise fields_refused(invalid)
     return NewFile(new.name, content_type.lower(), new.size, metadata_json, new.content, new.sha256, new.id)
 
 
@@ -200,9 +201,3 @@ def _too_large(size: int) -> Problem:
         f"POST /uploads instead, which gives a URL for files of up to {UPLOAD_LIMIT_BYTES // 1024**3} GiB."
     )
     return Problem(413, detail)
-
-
-def _invalid(fields: list[tuple[str, str]]) -> Problem:
-    described = [{"field": name, "detail": detail} for name, detail in fields]
-    detail = " ".join(f"{name}: {why}" for name, why in fields[:5])
-    return Problem(422, detail, title="Input validation failed", invalid_fields=described)

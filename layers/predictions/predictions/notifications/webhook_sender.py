@@ -164,7 +164,7 @@ class Receivers:
         others shows the prediction as it ran.
         """
         prediction = whole.prediction
-        ended = prediction.terminal and not prediction.awaits_copy
+        ended = prediction.ended_visibly
         if delivery.event == "completed":
             return self._presenter.show(whole) if ended else None
         if ended and "completed" in prediction.wanted_events and self._now() >= delivery.first_at + FIRST_WAIT_SECONDS:

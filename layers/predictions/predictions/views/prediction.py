@@ -75,7 +75,7 @@ class Presenter:
         urls = {"get": url, "cancel": f"{url}/cancel", "web": url}
         if prediction.stream_url:
             urls["stream"] = prediction.stream_url
-        ended = prediction.terminal and not prediction.awaits_copy
+        ended = prediction.ended_visibly
         shown: dict[str, Any] = {
             "id": prediction.id,
             "model": prediction.model or prediction.name or "",
