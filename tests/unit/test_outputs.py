@@ -463,7 +463,7 @@ def test_url_longer_than_any_client_takes_has_a_reason(s3: Any) -> None:
 
 
 def test_private_address_behind_a_file_host_has_a_reason(s3: Any) -> None:
-    from predictions.net.addresses import guarded_client
+    from predictions.net.client import guarded_client
 
     bucket = OutputsBucket(BUCKET, open_client=lambda: guarded_client(resolve=lambda host, port: ["10.0.0.1"]))
     [stored] = store(bucket, URL)
@@ -998,7 +998,7 @@ def test_missing_variable_fails_by_its_name(monkeypatch: pytest.MonkeyPatch, mis
 
 
 def test_readers_do_not_import_the_http_client() -> None:
-    unwanted = "{'httpx', 'predictions.net.addresses'}"
+    unwanted = "{'httpx', 'predictions.net.client', 'predictions.net.addresses'}"
     code = f"import sys, predictions.files.outputs_bucket; sys.exit(bool({unwanted} & set(sys.modules)))"
     layer = str(LIBRARY.parent)
     command = [sys.executable, "-c", code]

@@ -30,6 +30,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws.clients import api_url, client
 from predictions.errors import Problem
 from predictions.lifecycle.model_lookup import KEEP_SECONDS, to_keep, usable_schema
+from predictions.net.client import read_up_to
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.predictions import PAYLOAD_LIMIT_BYTES, schema_key
 from predictions.upstream.client import RATE_LIMIT_HEADERS, SCHEMA_LIMIT_BYTES, not_accepted
@@ -256,17 +257,18 @@ class Forwarding:
             headers["Content-Type"] = "application/json"
         # As text: httpx would take `params` for a replacement of what is in the URL.
         url = f"{self._url}{call.path}" + (f"?{call.query}" if call.query else "")
+
+        def check_time() -> None:
+            if self._clock() > deadline:
+                raise httpx.ReadTimeout("the answer does not end")
+
         with self._http.stream(call.method, url, content=call.body, headers=headers) as told:
-            received = bytearray()
-            for chunk in told.iter_bytes():
-                received += chunk
-                if len(received) > ANSWER_LIMIT_BYTES:
-                    raise _too_large()
-                if self._clock() > deadline:
-                    raise httpx.ReadTimeout("the answer does not end")
+            received, more = read_up_to(told.iter_bytes(), ANSWER_LIMIT_BYTES, check_time)
+            if more:
+                raise _too_large()
         # The body is decoded already; its length and encoding are no longer what these say.
         kept = [(k, v) for k, v in told.headers.raw if k.lower() not in (b"content-length", b"content-encoding")]
-        return httpx.Response(told.status_code, headers=kept, content=bytes(received), request=told.request)
+        return httpx.Response(told.status_code, headers=kept, content=received, request=told.request)
 
     def _answer(self, call: Call, told: httpx.Response, own_url: str) -> Answer:
         status = told.status_code

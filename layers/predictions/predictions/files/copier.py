@@ -119,7 +119,7 @@ class Copier:
 
     def _guarded_client(self) -> "httpx.Client":
         # Imported here, since functions that only read outputs must not pay for httpx at their cold start.
-        from predictions.net.addresses import TimedNetwork, guarded_client
+        from predictions.net.client import TimedNetwork, guarded_client
 
         network = TimedNetwork(lambda: self._thread.left())
         return guarded_client(allowed_origins=self._file_origins, timeout=15, network=network)

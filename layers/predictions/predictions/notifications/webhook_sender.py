@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 
-from predictions.net.addresses import AddressRefused, TimedNetwork, guarded_client
+from predictions.net.addresses import AddressRefused
+from predictions.net.client import TimedNetwork, guarded_client, read_up_to
 from predictions.net.signatures import sign
 from predictions.notifications.signing_secrets import OwnerSecrets
 from predictions.notifications.webhook_queue import FIRST_WAIT_SECONDS, DeadLetters, DeliveriesQueue, Delivery
@@ -198,7 +199,9 @@ class Receivers:
                 http.stream("POST", url, content=body, headers=headers) as answer,
             ):
                 status = answer.status_code
-                _read_a_little(answer)
+                # A small response, as receivers expect, is read; of a larger one the rest is of no interest.
+                with suppress(httpx.HTTPError):
+                    read_up_to(answer.iter_raw(), ANSWER_LIMIT_BYTES)
         except AddressRefused as error:
             raise _NotDelivered(f"the address {error}", final=True) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -226,13 +229,3 @@ def _origin(url: str) -> str:
     except httpx.InvalidURL:
         return ""
     return f"{target.scheme}://{target.netloc.decode()}"
-
-
-def _read_a_little(answer: httpx.Response) -> None:
-    """Reads a small answer, as receivers expect; of a larger one the rest, and what breaks in it, is of no interest."""
-    length = 0
-    with suppress(httpx.HTTPError):
-        for piece in answer.iter_raw():
-            length += len(piece)
-            if length > ANSWER_LIMIT_BYTES:
-                return

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
 import httpx
 
 from predictions.clock import parse_rfc3339, rfc3339
+from predictions.net.client import read_up_to
 from predictions.observability import MetricUnit, metrics
 from predictions.upstream.bounded_json import LIGHT_BYTES, Unscannable, elements, members, read_members
 from predictions.upstream.credentials import Token
@@ -412,15 +413,9 @@ class Replicate:
             if "Prefer" not in headers:  # else it waited for the model
                 seconds = time.monotonic() - began
                 metrics.add_metric(name="UpstreamSeconds", unit=MetricUnit.Seconds, value=seconds)
-            received = bytearray()
-            truncated = False
-            for chunk in answer.iter_bytes():
-                received += chunk
-                if len(received) > most:
-                    if not (beginning_will_do and 200 <= answer.status_code < 300):
-                        raise AnswerTooLargeError(f"more than {most} bytes")
-                    truncated = True
-                    break
+            received, truncated = read_up_to(answer.iter_bytes(), most)
+            if truncated and not (beginning_will_do and 200 <= answer.status_code < 300):
+                raise AnswerTooLargeError(f"more than {most} bytes")
             if answer.status_code in (401, 402, 403):
                 self._token.forget()
             return httpx.Response(
@@ -428,7 +423,7 @@ class Replicate:
                 # The body is decoded already; its length and encoding are no longer what these say.
                 # As bytes: httpx would refuse text that is not ASCII, after a prediction was started.
                 headers=[(k, v) for k, v in answer.headers.raw if not k.lower().startswith(b"content-")],
-                content=bytes(received),
+                content=received,
                 extensions={_TRUNCATED: truncated},
             )
 

@@ -16,15 +16,14 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpcore
 import httpx
 
-from predictions.net.addresses import TimedNetwork
+from predictions.net.client import ResponseStream, TimedNetwork, exchange
 
 _RESET_WHEN_CLOSED: httpcore.SOCKET_OPTION = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -88,44 +87,11 @@ class SingleUseTransport(httpx.BaseTransport):
             network_backend=_WindowedNetwork(window),
         )
         try:
-            with _httpx_errors():
-                if not isinstance(request.stream, httpx.SyncByteStream):
-                    raise TypeError("creates are sent synchronously only")
-                response = pool.handle_request(
-                    httpcore.Request(
-                        method=request.method,
-                        url=httpcore.URL(
-                            scheme=request.url.raw_scheme,
-                            host=request.url.raw_host,
-                            port=request.url.port,
-                            target=request.url.raw_path,
-                        ),
-                        headers=request.headers.raw,
-                        content=request.stream,
-                        extensions={"timeout": request.extensions.get("timeout", {})},
-                    )
-                )
+            response = exchange(pool, request, {"timeout": request.extensions.get("timeout", {})})
         except BaseException:
             pool.close()
             raise
-        return httpx.Response(response.status, headers=response.headers, stream=_SingleUseBody(response, pool))
-
-
-class _SingleUseBody(httpx.SyncByteStream):
-    def __init__(self, response: httpcore.Response, pool: httpcore.ConnectionPool) -> None:
-        self._response = response
-        self._pool = pool
-
-    def __iter__(self) -> Iterator[bytes]:
-        with _httpx_errors():
-            yield from self._response.iter_stream()
-
-    def close(self) -> None:
-        try:
-            with _httpx_errors():
-                self._response.close()
-        finally:
-            self._pool.close()
+        return httpx.Response(response.status, headers=response.headers, stream=ResponseStream(response, pool.close))
 
 
 class _WindowedNetwork(TimedNetwork):
@@ -182,13 +148,3 @@ class _WindowedStream(httpcore.NetworkStream):
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
-
-
-@contextmanager
-def _httpx_errors() -> Iterator[None]:
-    """Raise httpcore's errors as those of httpx, which have the same names."""
-    try:
-        yield
-    except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
-        kind: type[httpx.TransportError] = getattr(httpx, type(error).__name__)
-        raise kind(str(error)) from error
