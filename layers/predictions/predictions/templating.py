@@ -52,7 +52,7 @@ _FAILURES = (JMESPathError, ArithmeticError, ValueError, TypeError, AttributeErr
 
 
 class PlaceholderError(PredictionsError):
-    """A placeholder that cannot be read, or that finds nothing.
+    """A placeholder that cannot be parsed, or that finds nothing.
 
     Attributes:
         field: Where it is in the template, as `input.images.0`.
@@ -70,7 +70,7 @@ class NothingFound(PlaceholderError):
 
 
 class TooSlow(PredictionsError):
-    """The wall-clock limit ended before the steps did: the machine stalled, and another try may get through."""
+    """The wall-clock limit was reached first: the machine stalled; a retry may succeed."""
 
 
 class Allowance:
@@ -92,7 +92,7 @@ class Allowance:
         self._until = clock() + self._seconds
 
     def charge(self, steps: int) -> None:
-        """Take some steps.
+        """Charge some steps.
 
         Raises:
             TooSlow: The time is used up.
@@ -104,7 +104,7 @@ class Allowance:
             raise TooSlow(f"The placeholders were not filled within the limit of {self._seconds:g} seconds.")
 
     def charge_text(self, text: str) -> None:
-        """Take the steps of a text besides the one of a value."""
+        """Charge the steps of a text, besides the one of a value."""
         self.charge(len(text) // _CHARACTERS_PER_STEP)
 
 
@@ -122,7 +122,7 @@ class Filler:
         self._interpreter = _Interpreter(self._allowance)
 
     def fill(self, template: Any, field: str = "", *, encode: Callable[[str], str] | None = None) -> Any:
-        """A template with its placeholders filled.
+        """Fill a template's placeholders.
 
         Args:
             template: Parsed JSON.
@@ -170,12 +170,12 @@ class Filler:
 
 
 def fill(template: Any, context: Mapping[str, Any], allowance: Allowance | None = None) -> Any:
-    """`Filler(context, allowance).fill(template)`, for one template."""
+    """Fill one template: `Filler(context, allowance).fill(template)`."""
     return Filler(context, allowance).fill(template)
 
 
 def expressions(template: Any) -> Iterator[tuple[str, str]]:
-    """The place and the text of every expression in a template, each one checked to be JMESPath.
+    """Yield the field and text of every expression in a template, checked to be JMESPath.
 
     Raises:
         PlaceholderError: One cannot be read.
@@ -187,7 +187,7 @@ def expressions(template: Any) -> Iterator[tuple[str, str]]:
 
 
 def holds_placeholders(value: Any) -> bool:
-    """Whether any text in a value has a placeholder, readable or not."""
+    """Return whether any text in a value has a placeholder, valid or not."""
     return any(_PLACEHOLDER.search(text) for _, text in _texts(value, "", 1))
 
 
@@ -211,7 +211,7 @@ class _Expression:
 
     @property
     def shown(self) -> str:
-        """As it is named in a refusal."""
+        """Return it as errors quote it."""
         return f"`{{{{ {self.text} }}}}`"
 
 
@@ -257,7 +257,7 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
         self.COMPARATOR_FUNC = {name: self._charged(each) for name, each in TreeInterpreter.COMPARATOR_FUNC.items()}
 
     def find(self, expression: _Expression, context: Mapping[str, Any], field: str) -> Any:
-        """What an expression finds.
+        """Evaluate an expression.
 
         Raises:
             PlaceholderError: Nothing, what is no JSON, or not within `STEPS_LIMIT`.
@@ -308,7 +308,7 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
         return super().visit_slice(node, value)
 
     def _charged(self, compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        """A comparison that is charged for what it compares, where that is more than two numbers or short texts."""
+        """Return a comparison that charges for long operands."""
 
         def compare_charged(left: Any, right: Any) -> Any:
             for each in (left, right):
@@ -326,7 +326,7 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
 
 
 def _measure(value: Any, allowance: Allowance) -> None:
-    """Charge a value with all that is in it, as often as it is in it: so large it is as text.
+    """Charge for a value and everything in it, counted as often as it occurs in the text.
 
     Raises:
         ValueError: It is no JSON.
@@ -350,7 +350,7 @@ def _measure(value: Any, allowance: Allowance) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Why an expression cannot be filled."""
+    """Return why an expression cannot be filled."""
     if isinstance(error, JMESPathTypeError):
         # Its own text quotes the value, which may be megabytes.
         expected = ", ".join(map(str, error.expected_types))
@@ -369,7 +369,7 @@ def _check_characters(text: str) -> None:
 def _parts(
     text: str, field: str, charge: Callable[[int, str], None] = lambda _steps, _field: None
 ) -> Iterator[str | _Expression]:
-    """A text's literal parts and its expressions, in their order; at least one part.
+    """Split a text into literal parts and expressions; yield at least one part.
 
     Args:
         text: The text.
@@ -421,5 +421,5 @@ def _json(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """A found value as a part of a text."""
+    """Return a found value as a part of a text."""
     return value if isinstance(value, str) else _json(value)

@@ -25,7 +25,7 @@ _CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([^;\"'\s]*)", re.IGNORECASE)
 
 
 def parse_json(body: bytes, content_type: str | None) -> Any:
-    """Parses a hostile body as JSON that can be stored and written again.
+    """Parse an untrusted body as JSON that can be stored and written again.
 
     Raises:
         Problem: 413 above `BODY_LIMIT_BYTES`; 415 for another media type or charset; 400 for what is not JSON
@@ -89,7 +89,7 @@ def field_problem(field: str, error: Mapping[str, Any], known: Iterable[str] = (
 
 
 def input_json_canonical(value: Any) -> str:
-    """JSON text that is equal for equal values, whatever their keys' order; 7.0 is 7, as to most of JSON's readers."""
+    """Return JSON text that is equal for equal values; key order is ignored, 7.0 is 7."""
     return json.dumps(_with_whole_numbers(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 

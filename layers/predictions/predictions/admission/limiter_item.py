@@ -69,7 +69,7 @@ class Pause:
 
 @dataclass(frozen=True)
 class LimiterState:
-    """The limiter's item; milliseconds since 1970, 0 where there is none yet.
+    """The limiter's item; times are milliseconds since 1970, 0 if absent.
 
     Attributes:
         last: The last reserved start, by lane and owner.
@@ -104,7 +104,7 @@ class LimiterState:
 
 @dataclass(frozen=True)
 class Known:
-    """What one read of the item tells.
+    """The result of reading the item.
 
     Attributes:
         state: What the rules go by.
@@ -150,7 +150,7 @@ def read_item(item: Mapping[str, Any], now: float, max_start_delay_seconds: int)
 
 
 def _read_lanes(item: Mapping[str, Any], now: float, farthest_start: float) -> tuple[dict[str, Any], list[str]]:
-    """Return attributes of owners and sets of starts, and the names of those that have passed or mean nothing."""
+    """Return owners' attributes and sets of starts, and the names of obsolete ones."""
     found: dict[str, dict[Any, Any]] = {"last": {}, "turns": {}, "free": {}, "taken": {}}
     removable: list[str] = []
     farthest = {"last": farthest_start, "turn": (now + HORIZON_SECONDS + _BLOCK_SECONDS) * 1000}
@@ -177,7 +177,7 @@ _NUMBERS = {name for name, field in LimiterState.__dataclass_fields__.items() if
 
 
 def _whole(value: Mapping[str, Any]) -> int | None:
-    """A whole number of the table; None for anything else."""
+    """Return a whole number of the table, or None for anything else."""
     try:
         return int(value["N"])
     except (KeyError, ValueError):

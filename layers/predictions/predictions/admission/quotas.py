@@ -1,4 +1,4 @@
-"""What an operator allows an owner: predictions in flight and in a day, open batches and open pipelines.
+"""Quotas of owners: predictions in flight and per day, open batches and pipelines.
 
 Limits are kept at `pk` = `owner#{owner}`, `sk` = `limits`; the authorizer reads them with the token, so that a create
 over HTTP reads nothing more. An owner without limits costs nothing. What an owner uses of them is two items at `pk` =
@@ -79,7 +79,7 @@ class LimitReached(PredictionsError):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What `take_place` has taken, for `give_back`.
+    """The result of `acquire_slot`, for `release_slot`.
 
     Attributes:
         began: When it was added to those in flight, in milliseconds since 1970; None where it was not, or was before.
@@ -94,7 +94,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class OwnerLimits:
-    """The limits of one owner; None: there is none of that kind.
+    """The limits of one owner; None is no limit of that kind.
 
     Attributes:
         in_flight: How many predictions and trainings, started and not ended, there may be at once.
@@ -112,13 +112,13 @@ class OwnerLimits:
         return any(getattr(self, name) is not None for name in _NAMES)
 
     def context(self) -> dict[str, str]:
-        """As the authorizer passes them on; API Gateway takes texts."""
+        """Return the limits as the authorizer's context; API Gateway takes texts."""
         found = {f"{name}_limit": getattr(self, name) for name in _NAMES}
         return {name: str(limit) for name, limit in found.items() if limit is not None}
 
     @classmethod
     def of_context(cls, context: Mapping[str, Any]) -> "OwnerLimits":
-        """What `context` made."""
+        """Read what `context` returned."""
         found = {name: context.get(f"{name}_limit") for name in _NAMES}
         return cls(**{name: int(limit) for name, limit in found.items() if limit})
 
@@ -135,7 +135,7 @@ _NAMES = ("in_flight", "per_day", "open_batches", "open_pipelines")
 
 
 class _Places(NamedTuple):
-    """What a map of places counts.
+    """A map of slots: the item, and the error for a full one.
 
     Attributes:
         sk: The map's item.
@@ -187,17 +187,17 @@ class OwnersLimits:
 
     @classmethod
     def from_env(cls) -> "OwnersLimits":
-        """Those in the table named by `TABLE_NAME`."""
+        """Create from `TABLE_NAME`."""
         return cls(os.environ["TABLE_NAME"], client("dynamodb"))
 
     def limits_of(self, owner: str) -> OwnerLimits:
-        """An owner's limits, read consistently."""
+        """Return an owner's limits, read consistently."""
         found = self._dynamodb.get_item(TableName=self._table_name, Key=_limits_key(owner), ConsistentRead=True)
         item = found.get("Item", {})
         return OwnerLimits(**{name: int(item[name]["N"]) for name in _NAMES if name in item})
 
     def set_limits(self, owner: str, limits: OwnerLimits) -> None:
-        """Gives an owner these limits, and no others.
+        """Set an owner's limits, replacing all earlier ones.
 
         Raises:
             LimitInvalid: Nothing was written.
@@ -216,11 +216,11 @@ class OwnersLimits:
         self._dynamodb.put_item(TableName=self._table_name, Item=item)
 
     def remove_limits(self, owner: str) -> None:
-        """Takes an owner's limits away; twice changes nothing."""
+        """Remove an owner's limits. Idempotent."""
         self._dynamodb.delete_item(TableName=self._table_name, Key=_limits_key(owner))
 
     def list_limits(self) -> Iterator[tuple[str, OwnerLimits]]:
-        """The owners that have limits, by name, as far as the index knows."""
+        """List the owners that have limits, by name, as the index has them."""
         pages = self._dynamodb.get_paginator("query").paginate(
             TableName=self._table_name,
             IndexName="by_owner",
@@ -236,7 +236,7 @@ class OwnersLimits:
 
 
 class OwnersUsage:
-    """What owners use of their limits.
+    """The usage of owners' limits.
 
     Args:
         table_name: The table.
@@ -254,11 +254,11 @@ class OwnersUsage:
 
     @classmethod
     def from_env(cls) -> "OwnersUsage":
-        """That in the table named by `TABLE_NAME`."""
+        """Create from `TABLE_NAME`."""
         return cls(os.environ["TABLE_NAME"], client("dynamodb"))
 
     def known_limits(self, owner: str) -> OwnerLimits:
-        """An owner's limits, for a source that no authorizer stands before; as they were a minute ago at most."""
+        """Return an owner's limits, at most a minute old, for sources without an authorizer."""
         known = self._known.get(owner)
         if known is None or known[0] <= self._now():
             if len(self._known) >= 1000:
@@ -267,7 +267,7 @@ class OwnersUsage:
         return known[1]
 
     def take_place(self, owner: str, prediction_id: str, limits: OwnerLimits) -> Place:
-        """Takes a place in flight, and one of the day, for a prediction that is about to be started.
+        """Acquire a slot in flight, and one of the day, for a prediction about to start.
 
         Twice, it has one place in flight, and two of the day.
 
@@ -290,7 +290,7 @@ class OwnersUsage:
         return Place(began if added else None, day if n else None, n)
 
     def give_back(self, owner: str, prediction_id: str, place: Place) -> None:
-        """Give back what `take_place` took, for a prediction that is not started after all.
+        """Release what `acquire_slot` took, for a prediction that is not started after all.
 
         A count of the day is given back only while it is the latest one: where another was counted meanwhile, or this
         write was made before and its answer lost, the day stays as it is. So it may count too much, never too little.
@@ -328,7 +328,7 @@ class OwnersUsage:
             raise _day_is_full(owner, limits.per_day, now)
 
     def take_open_place(self, kind: Kind, owner: str, id_: str, limits: OwnerLimits) -> int | None:
-        """Take a place among an owner's open batches or pipelines, for one that is about to be written.
+        """Acquire a slot among an owner's open batches or pipelines, before one is written.
 
         Twice, it has one place. An owner without limits needs none, and no call is made.
 
@@ -345,12 +345,12 @@ class OwnersUsage:
         return began if self._add(_OPEN[kind], owner, id_, limit, began) else None
 
     def give_open_place_back(self, kind: Kind, owner: str, id_: str, began: int | None) -> None:
-        """Release a place that `take_open_place` took for what was refused afterwards."""
+        """Release a slot of `acquire_open_slot`, for a request that was refused afterwards."""
         if began is not None:
             self._take_out(_OPEN[kind], owner, {id_: began})
 
     def _add(self, places: _Places, owner: str, id_: str, limit: int, began: int) -> bool:
-        """Whether it had no place before."""
+        """Acquire a slot; return whether it is a new one."""
         for attempt in ("as it is", "looked through"):
             if limit > 0 and (before := self._try_to_add(places, owner, id_, limit, began)) is not None:
                 return before == 0
@@ -362,7 +362,7 @@ class OwnersUsage:
         raise LimitReached(places.full.format(owner=owner, limit=limit), places.retry_seconds)
 
     def _try_to_add(self, places: _Places, owner: str, id_: str, limit: int, began: int) -> int | None:
-        """When it was added before, 0 if never; None where there is no place."""
+        """Return when it was added before (0 if never), or None if no slot is free."""
         key = _usage_key(owner, places.sk)
         place = {"N": str(began)}
         try:
@@ -395,7 +395,7 @@ class OwnersUsage:
         return 0
 
     def _take_out_ended(self, places: _Places, owner: str) -> int:
-        """Gives back the places of what has ended, or never came to be.
+        """Release the slots of what has finished, or was never created.
 
         Returns:
             How many are left, as far as is known: somebody else may be giving some back, or taking some.
@@ -420,7 +420,7 @@ class OwnersUsage:
         return len(taken) - len(gone)
 
     def _take_out(self, places: _Places, owner: str, taken: Mapping[str, int]) -> None:
-        """Gives places back, unless one of them was taken anew meanwhile."""
+        """Release slots, unless one of them was acquired again meanwhile."""
         named = dict(enumerate(taken.items()))
         with contextlib.suppress(self._dynamodb.exceptions.ConditionalCheckFailedException):
             self._dynamodb.update_item(
@@ -433,7 +433,7 @@ class OwnersUsage:
             )
 
     def _count_in_day(self, owner: str, limit: int, day: str, now: float) -> int:
-        """Takes a place of the day, where it has one; how many are taken then, or 0."""
+        """Acquire a slot of the day; return how many are used then, or 0 if the day is full."""
         if limit == 0:
             return 0
         try:
@@ -455,7 +455,7 @@ class OwnersUsage:
 
 
 def _has_ended(status: Mapping[str, Any]) -> bool:
-    """Whether a prediction, a batch or a pipeline is over, by its item: what follows it to its end has `open`."""
+    """Return whether a prediction, batch or pipeline has finished, by its status item."""
     from predictions.status import TERMINAL_RANK
 
     return bool(status["rank"] >= TERMINAL_RANK) if "rank" in status else "open" not in status

@@ -123,7 +123,7 @@ class Limiter:
 
     @classmethod
     def from_env(cls) -> "Limiter":
-        """From `TABLE_NAME`, `CREATES_PER_MINUTE` and `MAX_START_DELAY_SECONDS`."""
+        """Create from `TABLE_NAME`, `CREATES_PER_MINUTE` and `MAX_START_DELAY_SECONDS`."""
         return cls(
             os.environ["TABLE_NAME"],
             client("dynamodb"),
@@ -132,7 +132,7 @@ class Limiter:
         )
 
     def limiter_state(self) -> LimiterState:
-        """The item as it is now.
+        """Read the item.
 
         Raises:
             ClientError: It cannot be read.
@@ -175,25 +175,25 @@ class Limiter:
         return self._reserve("queue", owner, latest, turn_at)
 
     def too_late(self, owner: str, latest: float) -> TooLate | None:
-        """Say whether `reserve_for_caller` would refuse, as far as is known; writes nothing."""
+        """Return the refusal that `reserve_for_caller` would give, or None. Writes nothing."""
         self._read_state()
         schedule = self._schedule()
         plan = schedule.plan("http", schedule.slot("http", owner), round(latest * 1000), None, free=True)
         return plan if isinstance(plan, TooLate) else None
 
     def expected_start(self, lane: Lane, owner: str) -> float:
-        """When a request of an owner that comes now would start, as far as is known, in seconds since 1970."""
+        """Estimate when a request made now would start, in seconds since 1970."""
         state, schedule = self._read_state(), self._schedule()
         return max(schedule.next_start(lane), state.turns.get((lane, schedule.slot(lane, owner)), 0)) / 1000
 
     def is_idle(self, lane: Lane) -> bool:
-        """Whether a start of now is left over, as far as is known."""
+        """Return whether a start is available now, as far as is known."""
         self._read_state()
         schedule = self._schedule()
         return schedule.next_start(lane) <= schedule.now_ms or bool(schedule.given_back(lane))
 
     def give_back(self, lane: Lane, number: int) -> None:
-        """Keep a reserved start that is not used, for another request; late, or twice, it changes nothing.
+        """Release a reserved start for another request. Idempotent; too late has no effect.
 
         Only for the one who holds it, once nothing can start at it any more: a start whose holder may still use it
         would be handed out twice.
@@ -216,20 +216,20 @@ class Limiter:
             logger.info("a start is not kept: too many are, it is there already, or its lane began anew")
 
     def give_turn_back(self, lane: Lane, owner: str, step_ms: int) -> None:
-        """Make an owner's line shorter by a request that left it; where that is not written, the line stays longer."""
+        """Shorten an owner's line by a request that left it; a failed write leaves it longer."""
         turn = f"{lane}_turn_{self._schedule().slot(lane, owner)}"
         now = round(self._now() * 1000)
         self._write(f"SET {turn} = {turn} + :less", f"{turn} >= :least", {":less": -step_ms, ":least": now + step_ms})
 
     def is_reserved(self, start: float) -> bool:
-        """Whether a reservation for `start`, a second that has come, still counts.
+        """Return whether a reservation for `start`, a second that has come, still counts.
 
         Not if Replicate has said 429 since, or if nobody came for it in time, as in a pause.
         """
         return (start + 1) * 1000 > self._read_state().blocked_until and self._now() - start <= _STALE_SECONDS
 
     def block(self, seconds: int) -> None:
-        """Keeps every create back that is not reserved yet, since Replicate said 429 and named that time."""
+        """Block all creates that are not reserved yet, for the time of Replicate's 429."""
         until = round((self._now() + seconds) * 1000)
         self._uncounted = 0
         # The burst is used up, or it would all be sent at that moment.
@@ -240,7 +240,7 @@ class Limiter:
             self._replace(name, f"SET {name} = :value{free}", condition, {":value": value})
 
     def _reserve(self, lane: Lane, owner: str, latest: float, turn_at: float | None) -> Reservation:
-        """Move a lane or a line on, in one write; a start of now where the table fails.
+        """Reserve a start or a turn in one write; start now if the table fails.
 
         What is known says which write to try, and the write's condition whether that was right: so it holds at the
         first try but where a lane has just run out or begun, an owner's start was just reserved, or a start that was
@@ -279,11 +279,11 @@ class Limiter:
     # -- pausing ----------------------------------------------------------------------------------------------
 
     def pause_now(self) -> Pause | None:
-        """The pause, as it was a second ago at most."""
+        """Return the pause, at most a second old, or None."""
         return self._read_state().pause(self._now())
 
     def pause_automatically(self, reason: str) -> None:
-        """Holds all submissions for `AUTOMATIC_PAUSE_SECONDS`; a pause by command is left as it is."""
+        """Pause submissions for `AUTOMATIC_PAUSE_SECONDS`, unless paused by command."""
         now = round(self._now() * 1000)
         values: dict[str, int | str] = {
             ":until": now + AUTOMATIC_PAUSE_SECONDS * 1000,
@@ -302,7 +302,7 @@ class Limiter:
             metrics.add_metric(name="Pauses", unit=MetricUnit.Count, value=1)
 
     def pause_by_command(self, reason: str) -> None:
-        """Holds all submissions until `resume`.
+        """Pause all submissions until `resume`.
 
         Raises:
             ClientError: It was not written.
@@ -317,7 +317,7 @@ class Limiter:
         )
 
     def resume(self) -> None:
-        """Ends any pause; without one it changes nothing.
+        """End any pause. Idempotent.
 
         Raises:
             ClientError: It was not written.
@@ -337,7 +337,7 @@ class Limiter:
         )
 
     def _read_state(self) -> LimiterState:
-        """What is known, as it was a second ago at most; where the table fails, whatever is known."""
+        """Return the item, at most a second old, or older while the table fails."""
         if self._now() - self._known_at >= _CACHE_SECONDS:
             try:
                 return self.limiter_state()
@@ -346,7 +346,7 @@ class Limiter:
         return self._known.state
 
     def _replace(self, name: str, expression: str, condition: str, values: Mapping[str, int | str]) -> bool | None:
-        """As `_write`; a value that no rule can have written gives way, whatever the condition says of it."""
+        """Write like `_write`; overwrite a value that no rule can have written in any case."""
         held = self._write(expression, condition, values)
         if held is False and name in self._known.absurd:
             held = self._write(expression, f"{name} = :was", values, {":was": self._known.absurd[name]})
@@ -355,7 +355,7 @@ class Limiter:
     def _write(
         self, expression: str, condition: str, values: Mapping[str, int | str], raw: Mapping[str, Any] | None = None
     ) -> bool | None:
-        """One conditional update: whether its condition held, and None where the table failed."""
+        """Do one conditional update; return whether its condition held, None on a failure."""
         try:
             answer = self._dynamodb.update_item(
                 TableName=self._table_name,

@@ -75,7 +75,7 @@ class TooLate:
 
 
 Reservation = Start | AskAgain | TooLate
-"""The answer to a request for a start."""
+"""The result of a request for a start."""
 
 
 class Plan:
@@ -106,13 +106,13 @@ class Plan:
 
     @property
     def expression(self) -> str:
-        """The update's expression."""
+        """Return the update expression."""
         clauses = {"SET": self.sets, "REMOVE": self.removes, "ADD": self.adds, "DELETE": self.deletes}
         return " ".join(f"{clause} {', '.join(parts)}" for clause, parts in clauses.items() if parts)
 
     @property
     def condition(self) -> str:
-        """The update's condition."""
+        """Return the condition expression."""
         return " AND ".join(self.conditions)
 
 
@@ -142,7 +142,7 @@ class Schedule:
         self._uncounted = uncounted
 
     def plan(self, lane: Lane, slot: str, latest: int, turn: int | None, *, free: bool) -> Plan | AskAgain | TooLate:
-        """The write that a request needs by what is known, or the answer where it needs none."""
+        """Plan the write that a request needs, or return the result if it needs no write."""
         now = self.now_ms
         start, floor = self.next_start(lane), max(now, self._state.blocked_until)
         line, last = (each.get((lane, slot), 0) for each in (self._state.turns, self._state.last))
@@ -165,7 +165,7 @@ class Schedule:
         return self._plan_turn(lane, slot, start, latest_turn)
 
     def _plan_start(self, lane: Lane, slot: str, *, bound: int, near: int | None) -> Plan:
-        """Move the lane on; `near` says how far ahead the owner's last start may be, None that it does not matter."""
+        """Advance the lane; `near` limits how far ahead the owner's last start is (None: no limit)."""
         now = self.now_ms
         own, last = f"{lane}_at", f"{lane}_last_{slot}"
         step = self._step(lane)
@@ -202,7 +202,7 @@ class Schedule:
         return plan
 
     def _plan_free(self, lane: Lane, number: int) -> Plan:
-        """Take a start that was given back."""
+        """Take a released start."""
         plan = Plan("free", 0, number)
         plan.conditions.append(f"contains({lane}_free, :number)")
         plan.values[":number"] = number
@@ -212,7 +212,7 @@ class Schedule:
         return plan
 
     def _plan_turn(self, lane: Lane, slot: str, start: int, latest: int) -> Plan:
-        """Make the owner's line longer: by a third of what the owners who wait leave to each, at least by one start.
+        """Extend the owner's line: by a third of each waiting owner's share, at least one start.
 
         A third, so that the lane is used up also when two thirds of them stop waiting: turns that were given cannot be
         moved. The price is that a request asks up to three times while many owners wait.
@@ -246,36 +246,36 @@ class Schedule:
             plan.raw[":gone_taken"] = gone
 
     def passed(self, name: str, number: int | None = None) -> dict[str, list[str]] | None:
-        """Numbers of a set whose starts have passed, and `number`; None where there are none."""
+        """Return the numbers of a set that have passed, and `number`, or None if empty."""
         lane, _, which = name.partition("_")
         known: frozenset[int] = (self._state.free if which == "free" else self._state.taken).get(lane, frozenset())
         gone = [each for each in sorted(known) if each // GENERATIONS < self._now * 1000 or each == number]
         return {"NS": [str(each) for each in gone]} if gone else None
 
     def given_back(self, lane: Lane) -> list[int]:
-        """Numbers of starts that were given back and can be reserved, the earliest first."""
+        """Return the numbers of released starts that can be reserved, the earliest first."""
         if len(self._state.taken.get(lane, ())) >= FREE_MOST or f"{lane}_taken" in self._known.removable:
             return []
         earliest, end = max(self.now_ms, self._state.blocked_until), self.next_start(lane)
         return sorted(n for n in self._state.free.get(lane, ()) if earliest <= n // GENERATIONS < end)
 
     def next_start(self, lane: Lane) -> int:
-        """The start that the next reservation of a lane gives, in milliseconds since 1970."""
+        """Return the start of a lane's next reservation, in milliseconds since 1970."""
         end = self._state.end(lane)
         return max(self.now_ms, end + self._lead(lane)) if end > self.now_ms else self.now_ms
 
     def _lead(self, lane: Lane) -> int:
-        """How much later than the lane's end the next start is; less than nothing where bursts are allowed."""
+        """Return the offset of the next start from the lane's end; negative with a burst."""
         if lane == "queue":
             return 0
         return self._step(lane) - round(self._interval) - BURST_SECONDS * 1000
 
     def _step(self, lane: Lane) -> int:
-        """By how much a reservation moves a lane on."""
+        """Return by how much a reservation advances a lane."""
         return round(self._interval / _QUEUED_SHARE if lane == "queue" else self._interval * (1 + self._uncounted))
 
     def slot(self, lane: Lane, owner: str) -> str:
-        """How attributes of an owner are named: by its own name, or where many wait already, by one for all others."""
+        """Return an owner's name in attributes: its own, or a shared one when many wait."""
         slot = owner.replace("-", "_")
         if not re.fullmatch("[a-z0-9][a-z0-9_]{0,31}", slot):
             return _OTHER

@@ -61,7 +61,7 @@ def client(name: Literal["cloudformation"]) -> "CloudFormationClient": ...
 
 
 def client(name: str) -> Any:
-    """The one client of an AWS service in this process.
+    """Return this process's client of an AWS service.
 
     Args:
         name: The service's name in botocore.
@@ -82,7 +82,7 @@ _api_url: tuple[float, str] | None = None
 
 
 def api_url() -> str:
-    """The stack's public URL, ending in `/v1`.
+    """Return the stack's public URL, ending in `/v1`.
 
     From the SSM parameter that `API_URL_PARAMETER` names: a function that had the API's id in its environment would
     depend on the API, which depends on the function. The request's own host is a stranger's to choose. A value that

@@ -1,4 +1,4 @@
-"""Messages that were given up, in a queue of their own: to be looked at, put back, and forgotten."""
+"""Dead-letter queues: send, receive and delete messages that cannot be processed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class DeadLetterQueue:
         self._sqs = sqs
 
     def bury(self, body: str, attributes: Mapping[str, str] | None = None) -> None:
-        """Keeps a message, with message attributes."""
+        """Send a message with message attributes."""
         self._sqs.send_message(
             QueueUrl=self._url,
             MessageBody=body,
@@ -50,7 +50,7 @@ class DeadLetterQueue:
         )
 
     def look(self, hidden_seconds: int) -> Iterator[Letter]:
-        """All that are there, each once. Each is hidden from another look for a while.
+        """Receive all messages, each once; each is invisible to other receivers for a while.
 
         Of thousands, the first are seen again before the last are reached: a look ends when it meets nothing new.
         """
@@ -85,5 +85,5 @@ class DeadLetterQueue:
                 )
 
     def forget(self, receipt_handle: str) -> None:
-        """Deletes one that was looked at."""
+        """Delete a message that was received."""
         self._sqs.delete_message(QueueUrl=self._url, ReceiptHandle=receipt_handle)

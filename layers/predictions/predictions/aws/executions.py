@@ -1,4 +1,4 @@
-"""Executions: one runs for everything that has not ended, named `{id}-{n}`."""
+"""Step Functions executions: one for each unfinished prediction, named `{id}-{n}`."""
 
 import json
 import os
@@ -24,15 +24,15 @@ class Executions:
 
     @classmethod
     def from_env(cls) -> "Executions":
-        """From `STATE_MACHINE_ARN`."""
+        """Create from `STATE_MACHINE_ARN`."""
         return cls(os.environ["STATE_MACHINE_ARN"], client("stepfunctions"))
 
     def arn(self, prediction_id: str, n: int) -> str:
-        """The ARN of a prediction's nth execution, whether it exists or not."""
+        """Return the ARN of a prediction's nth execution, whether it exists or not."""
         return f"{self._machine_arn.replace(':stateMachine:', ':execution:')}:{prediction_id}-{n}"
 
     def start(self, prediction_id: str, n: int, *, submit: bool | None) -> bool:
-        """Starts a prediction's nth execution, or a pipeline's.
+        """Start the nth execution of a prediction or a pipeline.
 
         Args:
             prediction_id: Our id.
@@ -55,7 +55,7 @@ class Executions:
         return True
 
     def status(self, prediction_id: str, n: int) -> str | None:
-        """`RUNNING`, `SUCCEEDED`, `FAILED`, `TIMED_OUT` or `ABORTED`; None where it was never started."""
+        """Return its status (`RUNNING`, `SUCCEEDED`, …), or None if it was never started."""
         try:
             return self._stepfunctions.describe_execution(executionArn=self.arn(prediction_id, n))["status"]
         except self._stepfunctions.exceptions.ExecutionDoesNotExist:
@@ -63,7 +63,7 @@ class Executions:
 
 
 def wake(task_token: str | None) -> bool:
-    """Tells the execution that waits with this token to go on.
+    """Resume the execution that waits with this task token.
 
     Returns:
         Whether somebody waited. A stale token (its execution timed out and polls, was woken before, or was

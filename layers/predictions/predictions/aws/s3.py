@@ -21,7 +21,7 @@ def error_code(error: ClientError) -> str:
 
 
 def is_missing(error: ClientError) -> bool:
-    """Return whether an error says that an object is not there, as far as a caller that may not list can tell."""
+    """Return whether an error means that an object is missing (403 without list access)."""
     return error_code(error) in _MISSING
 
 

@@ -1,4 +1,4 @@
-"""Secrets Manager: secrets that are kept in memory for a while, so that not every call reads them."""
+"""Secrets Manager: secrets cached in memory."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""State machines of others that wait, with a task token, for what they asked this stack for.
+"""Task tokens: resume the callers' state machines that wait for a prediction.
 
 https://docs.aws.amazon.com/step-functions/latest/dg/connect-to-resource.html#connect-wait-token
 """
@@ -30,7 +30,7 @@ _ACCOUNT_OF_MACHINE = re.compile(r"on resource: arn:[a-z-]+:states:[a-z0-9-]*:([
 
 
 def tell_success(task_token: str, result: Mapping[str, Any]) -> None:
-    """Lets a state go on with a result; one that no longer waits is no error.
+    """Complete a waiting state with a result; a state that no longer waits is no error.
 
     An `output` that Step Functions do not take, such as one nested deeper than they read, is left out.
 
@@ -51,7 +51,7 @@ def tell_success(task_token: str, result: Mapping[str, Any]) -> None:
 
 
 def tell_failure(task_token: str, error: str, cause: str) -> None:
-    """Fails a state with a name that it can catch; one that no longer waits is no error.
+    """Fail a waiting state with a catchable error; one that no longer waits is no error.
 
     Raises:
         ClientError: As for `tell_success`.

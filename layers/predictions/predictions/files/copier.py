@@ -132,7 +132,7 @@ class Copier:
         remaining_seconds: Callable[[], float],
         depth: int,
     ) -> "StoredFile | _Interrupted":
-        """Copies one file with all its attempts; an interruption is returned, so that the others go on."""
+        """Copy one file, with retries; return an interruption, so that the others go on."""
         end = self._clock() + FILE_SECONDS
 
         def check_time() -> None:
@@ -187,7 +187,7 @@ class Copier:
     def _upload(
         self, file: OutputFile, key: str, body: "_Body", check_time: Callable[[], None], depth: int
     ) -> StoredFile:
-        """Writes one object: at once if it is one part, else in parts that show nothing until the end."""
+        """Write one object: in one request, or in parts that are invisible until completed."""
         headers: dict[str, Any] = {**_served_as(body.content_type), "Metadata": {ORIGIN_DEPTH: str(depth)}}
         sha256 = hashlib.sha256()
         size = 0
@@ -232,7 +232,7 @@ class Copier:
         return StoredFile(file.path, file.index, key, size, sha256.hexdigest(), headers["ContentType"])
 
     def _stored(self, file: OutputFile, key: str, check_time: Callable[[], None]) -> StoredFile:
-        """What is there, by reading it: its checksum is not kept anywhere else."""
+        """Describe the stored object by reading it: its checksum is not stored anywhere else."""
         answer = self._s3.get_object(Bucket=self._bucket_name, Key=key)
         sha256 = hashlib.sha256()
         size = 0
@@ -245,7 +245,7 @@ class Copier:
 
     @contextmanager
     def _open_url(self, url: str, http: "httpx.Client") -> "Iterator[_Body]":
-        """The body at a URL, behind at most five redirects, each to an origin that files may come from."""
+        """Open the body at a URL, through at most five redirects, each to an allowed origin."""
         import httpx  # see _guarded_client
 
         from predictions.net.addresses import AddressRefused
@@ -273,7 +273,7 @@ class Copier:
 
 
 class _OfThread(threading.local):
-    """What belongs to a thread that copies.
+    """State of one copying thread.
 
     Attributes:
         left: How many seconds are left for its file.
@@ -284,7 +284,7 @@ class _OfThread(threading.local):
 
     @cached_property
     def part(self) -> "_UploadPart":
-        """The memory for what it sends; a thread that copies nothing has none."""
+        """Return the upload buffer; only a thread that copies allocates it."""
         return _UploadPart()
 
 
@@ -326,11 +326,11 @@ class _UploadPart(io.RawIOBase):
         self._size = self._at = 0
 
     def clear(self) -> None:
-        """Forgets what is in it."""
+        """Discard the content."""
         self._size = self._at = 0
 
     def add(self, piece: memoryview) -> memoryview:
-        """Takes what fits, and gives back the rest."""
+        """Add what fits, and return the rest."""
         fits = piece[: _PART_BYTES - self._size]
         self._memory[self._size : self._size + len(fits)] = fits
         self._size += len(fits)

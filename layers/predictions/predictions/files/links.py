@@ -36,7 +36,7 @@ _EXPIRES = re.compile(r"[1-9][0-9]{0,11}", re.ASCII)
 
 
 class UnknownBucket(PredictionsError):
-    """A link into a bucket that is none of this stack's."""
+    """A link into a bucket that does not belong to this stack."""
 
 
 class Links:
@@ -63,7 +63,7 @@ class Links:
 
     @classmethod
     def from_env(cls) -> "Links":
-        """From `LINK_SECRET_ARN` and the names of the buckets, of which `SOURCE_BUCKET_NAME` may be empty."""
+        """Create from `LINK_SECRET_ARN` and the bucket names (`SOURCE_BUCKET_NAME` may be empty)."""
         buckets = {
             "inputs": os.environ["INPUTS_BUCKET_NAME"],
             "outputs": os.environ["OUTPUTS_BUCKET_NAME"],
@@ -72,7 +72,7 @@ class Links:
         return cls(buckets, os.environ["LINK_SECRET_ARN"])
 
     def url(self, bucket: str, key: str, *, version_id: str | None = None, expires: int) -> str:
-        """A link to an object; the same for the same arguments.
+        """Return a link to an object; the same for the same arguments.
 
         Args:
             bucket: `inputs`, `outputs`, or the name of a bucket of this stack.
@@ -94,7 +94,7 @@ class Links:
         return f"{api_url()}/objects/{name}/{_shown(key)}?{urlencode(query)}"
 
     def open(self, bucket: str, key: str, version_id: str | None, expires: str, signature: str) -> str | None:
-        """A presigned URL of S3, for whoever has a link.
+        """Return a presigned S3 URL for the holder of a link.
 
         Args:
             bucket: As the link calls it.
@@ -139,7 +139,7 @@ def _closed(bucket: str, key: str) -> bool:
 
 
 def _shown(key: str) -> str:
-    """The end of a key in characters that mean nothing in a URL's path."""
+    """Return the end of a key, in characters without meaning in a URL's path."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", key.rpartition("/")[2])[-_NAME_LIMIT_CHARACTERS:]
     # A segment of dots is a way up.
     return name if name.strip(".") else "object"

@@ -47,7 +47,7 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """What became of a file: an object in the bucket, or the reason why there is none.
+    """The result of copying a file: an object in the bucket, or the reason for its absence.
 
     Attributes:
         path: Where it is in the output (RFC 6901).
@@ -69,17 +69,17 @@ class StoredFile:
     error: str | None = None
 
     def to_item(self) -> dict[str, Any]:
-        """This as JSON, without what is None."""
+        """Return this as JSON, without fields that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_item(cls, item: Mapping[str, Any]) -> "StoredFile":
-        """The inverse of `to_item`; names it does not know are passed over."""
+        """Read what `to_item` returned; ignore unknown names."""
         return cls(**{field.name: item[field.name] for field in fields(cls) if field.name in item})
 
 
 def find_files(output: JSON, is_file_url: Callable[[str], bool]) -> list[OutputFile]:
-    """All files anywhere in an output.
+    """Find all files anywhere in an output.
 
     The order is that of lists, and of the sorted keys of objects: the order of keys may be another one in the
     next answer about the same prediction, and a file keeps its index.
@@ -120,7 +120,7 @@ def holds_files(output: JSON, is_file_url: Callable[[str], bool]) -> bool:
 
 
 def replace_files(output: JSON, values: Mapping[str, JSON]) -> JSON:
-    """An output with other values in some places; the given one stays as it is.
+    """Return an output with other values in some places; the given one is not changed.
 
     Args:
         output: Parsed JSON.
@@ -157,7 +157,7 @@ def replace_files(output: JSON, values: Mapping[str, JSON]) -> JSON:
 
 @dataclass(slots=True)
 class _Level:
-    """One container on the way to a value: the given one, the names left in it, its own name, and its copy, if any."""
+    """A container on the path to a value: source, names left, its own name, and its copy."""
 
     source: Any
     names: Iterator[Any]
@@ -166,7 +166,7 @@ class _Level:
 
 
 def place_files(output: JSON, values: Mapping[str, JSON], is_file_url: Callable[[str], bool]) -> JSON:
-    """Replace every file in an output by its value, or by None if it has none; the given output stays as it is.
+    """Replace every file in an output by its value or None; the given one is not changed.
 
     The work is that of one walk, however many files there are: only containers that hold files are copied, each once,
     and paths are written out only while values are left to place.
@@ -216,7 +216,7 @@ def _copy_levels(levels: Sequence[_Level]) -> None:
 
 
 def _token(container: Any, step: str) -> str | int:
-    """One step of a JSON pointer into a container, where it leads to something.
+    """Resolve one step of a JSON pointer in a container.
 
     Raises:
         LookupError: It does not.
@@ -231,7 +231,7 @@ def _token(container: Any, step: str) -> str | int:
 
 
 def is_file_url(url: str, file_origins: Iterable[str] = ()) -> bool:
-    """Whether a URL is that of an output file, by its origin alone.
+    """Return whether a URL is that of an output file, judged by its origin alone.
 
     "Output files are served by replicate.delivery and its subdomains":
     https://replicate.com/docs/topics/predictions/output-files

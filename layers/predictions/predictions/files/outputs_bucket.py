@@ -49,7 +49,7 @@ _CHARACTERS = "characters"
 
 
 def safe_prefix(text: str) -> str:
-    """A place for files below their owner's, from a text of anybody's, such as the key of another object.
+    """Turn any text, such as another object's key, into a prefix below the owner's folder.
 
     Returns:
         Segments of harmless characters with slashes between them, none of which climbs or is a prediction's own
@@ -63,7 +63,7 @@ def safe_prefix(text: str) -> str:
 
 
 def folder(owner: str, prediction_id: str, output_prefix: str | None = None) -> str:
-    """Where the files of a prediction are, without a slash at the end.
+    """Return the prefix of a prediction's files, without a slash at the end.
 
     Args:
         owner: Whose prediction it is.
@@ -99,12 +99,12 @@ class OutputsBucket:
 
     @classmethod
     def from_env(cls) -> "OutputsBucket":
-        """The bucket of `OUTPUTS_BUCKET_NAME`, with the comma-separated `FILE_ORIGINS` (may be empty)."""
+        """Create from `OUTPUTS_BUCKET_NAME` and the comma-separated `FILE_ORIGINS` (may be empty)."""
         origins = [origin.strip() for origin in os.environ["FILE_ORIGINS"].split(",")]
         return cls(os.environ["OUTPUTS_BUCKET_NAME"], [origin for origin in origins if origin])
 
     def find_files(self, output: JSON) -> list[OutputFile]:
-        """All files in an output, on the hosts that this stack copies from; see the function `find_files`."""
+        """Find the files in an output on allowed hosts; see the function `find_files`."""
         return find_files(output, self._is_file_url)
 
     def files_to_store(self, output: JSON) -> tuple[list[OutputFile], list[StoredFile]]:
@@ -116,17 +116,17 @@ class OutputsBucket:
         return place_files(output, values, self._is_file_url)
 
     def holds_files(self, output: JSON) -> bool:
-        """Whether `find_files` would find any; stops at the first."""
+        """Return whether an output has any file; stop at the first."""
         return holds_files(output, self._is_file_url)
 
     def url(self, key: str, expires_seconds: int) -> str:
-        """A presigned link to an object; it ends then, or with the function's credentials if sooner."""
+        """Return a presigned URL of an object; it may end earlier, with the function's credentials."""
         return self._s3.generate_presigned_url(
             "get_object", Params={"Bucket": self.name, "Key": key}, ExpiresIn=expires_seconds
         )
 
     def put_payload(self, key: str, text: str | bytes) -> None:
-        """Stores JSON text.
+        """Store JSON text.
 
         The last writer wins: where contents can differ, give each a key of its own (with its hash, say).
 
@@ -170,7 +170,7 @@ class OutputsBucket:
         return False
 
     def get_payload(self, key: str) -> str:
-        """JSON text that `put_payload` stored.
+        """Return JSON text that `put_payload` stored.
 
         Raises:
             botocore.exceptions.ClientError: `NoSuchKey`, or `AccessDenied` where listing is not allowed: it
@@ -180,7 +180,7 @@ class OutputsBucket:
         return body.read().decode()
 
     def delete_all(self, prediction_id: str, owner: str, output_prefix: str | None = None) -> None:
-        """Removes every object of one prediction: its files, its payloads, and the parts of uploads that broke off.
+        """Delete all objects of a prediction: files, payloads and parts of aborted uploads.
 
         Found by listing, so that also what a function left behind that died before it wrote the key down is removed.
         Twice does no harm.
@@ -214,7 +214,7 @@ class OutputsBucket:
         final: bool = False,
         depth: int = 0,
     ) -> list[StoredFile]:
-        """Copies files into the bucket, as objects `{prefix}/{index}`, several at once.
+        """Copy files into the bucket, as objects `{prefix}/{index}`, several at once.
 
         Calling it again, after a crash too, copies what is missing and recognises what is there. A file that
         breaks off, or does not have the size that was announced, is started again (three attempts, ten

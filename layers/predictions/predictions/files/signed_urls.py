@@ -52,7 +52,7 @@ class PrivateKey:
 
     @classmethod
     def from_json(cls, text: str) -> "PrivateKey":
-        """The inverse of `to_json`.
+        """Read what `to_json` returned.
 
         Raises:
             ValueError: It is no such JSON. The text is not repeated.
@@ -64,11 +64,11 @@ class PrivateKey:
             raise ValueError("the secret holds no key of `replicate-serverless urls keys`") from None
 
     def to_json(self) -> str:
-        """`{"p", "q", "e"}` in hexadecimal."""
+        """Return `{"p", "q", "e"}` in hexadecimal."""
         return json.dumps({name: f"{value:x}" for name, value in (("p", self.p), ("q", self.q), ("e", self.e))})
 
     def sign_sha1(self, message: bytes) -> bytes:
-        """RSASSA-PKCS1-v1_5 with SHA-1."""
+        """Sign with RSASSA-PKCS1-v1_5 and SHA-1."""
         p, q, e = self.p, self.q, self.e
         n = p * q
         length = (n.bit_length() + 7) // 8
@@ -114,13 +114,13 @@ class Distribution:
 
     @classmethod
     def from_env(cls) -> "Distribution | None":
-        """From `OUTPUT_URL_DOMAIN`, `OUTPUT_URL_KEY_ID` and `OUTPUT_URL_SECRET_ARN`; None where the first is empty."""
+        """Create from `OUTPUT_URL_DOMAIN`, `…_KEY_ID` and `…_SECRET_ARN`; None without a domain."""
         domain, key_id = os.environ["OUTPUT_URL_DOMAIN"], os.environ["OUTPUT_URL_KEY_ID"]
         secret = CachedSecret(os.environ["OUTPUT_URL_SECRET_ARN"])
         return cls(domain, key_id, lambda: PrivateKey.from_json(secret.current_value())) if domain else None
 
     def url(self, key: str, expires_seconds: int) -> str:
-        """A link to an object, for that many seconds and at most a quarter more.
+        """Return a URL of an object, valid for that many seconds and at most a quarter more.
 
         Its signature opens the objects beside it too: `{folder}/*`, which is one prediction's output.
         """

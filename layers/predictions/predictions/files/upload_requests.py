@@ -1,4 +1,4 @@
-"""What an owner wants to upload, checked before anything is stored.
+"""Upload requests, checked before anything is stored.
 
 `read_form` takes a file with its content (`POST /files`), `read_upload` the description of one that goes straight to
 S3 (`POST /uploads`). Both are hostile: whatever is wrong with them is a `Problem`.
@@ -40,7 +40,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 @dataclass(frozen=True)
 class NewFile:
-    """A file that is to be stored.
+    """A file to be stored.
 
     Attributes:
         name: As its owner calls it: shown again, and used for nothing else.
@@ -61,7 +61,7 @@ class NewFile:
 
     @property
     def sha256_base64(self) -> str | None:
-        """`sha256` as S3 writes it."""
+        """Return `sha256` as S3 writes it."""
         return base64.b64encode(bytes.fromhex(self.sha256)).decode() if self.sha256 else None
 
 
@@ -78,7 +78,7 @@ class UploadBody(BaseModel):
 
 
 def read_form(body: bytes, headers: Mapping[str, str]) -> NewFile:
-    """A file from a `multipart/form-data` body: `content`, and optionally `filename`, `type`, `metadata`.
+    """Read a form with `content` and optionally `filename`, `type` and `metadata`.
 
     Args:
         body: The body.
@@ -115,7 +115,7 @@ def read_form(body: bytes, headers: Mapping[str, str]) -> NewFile:
 
 
 def read_upload(body: bytes, content_type: str | None) -> NewFile:
-    """The description of a file that its owner will upload to S3, as JSON.
+    """Read the JSON description of a file that its owner will upload to S3.
 
     Raises:
         Problem: 400, 413, 415 (see `parse_json`) or 422 (a field).

@@ -64,7 +64,7 @@ class AddressRefused(PredictionsError):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address, in its usual notation, belongs to the public Internet.
+    """Return whether an IP address, in its usual notation, is on the public Internet.
 
     Everything of the special-purpose registries is not public, nor are IPv6 addresses that carry an IPv4
     address: what those lead to depends on a gateway. What is no IP address is not public either.
@@ -80,7 +80,7 @@ def is_public(address: str) -> bool:
 
 
 def check_webhook_url(url: str, *, allow_loopback: bool) -> None:
-    """Refuses a webhook URL that can be seen to be unusable, without looking any name up.
+    """Refuse a webhook URL that is unusable, as far as that shows without a name lookup.
 
     Ports are 443 and everything from 1024: webhooks on 8443 are usual, while the other low ports are services
     (SSH, SMTP, …) that a signed request has no business with.

@@ -43,7 +43,7 @@ def read_up_to(
 
 
 def _resolve(host: str, port: int) -> list[str]:
-    """All IP addresses of a name, in the order in which the system would try them.
+    """Resolve a name to all its IP addresses, in the system's order.
 
     Raises:
         OSError: The name does not resolve (`socket.gaierror`).
@@ -94,7 +94,7 @@ def guarded_client(
     verify: ssl.SSLContext | None = None,
     **httpx_kwargs: Any,
 ) -> httpx.Client:
-    """An HTTP client that only ever talks to public addresses, over TLS.
+    """Create an HTTP client that only connects to public addresses, over TLS.
 
     Of a name's addresses those that are not public are passed over; the others are dialled in order, as IP
     addresses, so nothing is looked up between check and connection. The certificate is checked against the
@@ -133,7 +133,7 @@ def guarded_client(
 
 
 class TimedNetwork(httpcore.NetworkBackend):
-    """A network in which time ends: a server that sends a byte a second keeps every timeout, and lasts for ever.
+    """A network with a total time limit: per-step timeouts do not stop a slow server.
 
     Args:
         left: How many seconds are left to whoever asks, in the thread that asks; from zero down every step fails.
@@ -144,7 +144,7 @@ class TimedNetwork(httpcore.NetworkBackend):
         self._network = httpcore.SyncBackend()
 
     def limited(self, timeout: float | None) -> float:
-        """How long one step may take.
+        """Return how long one step may take.
 
         Raises:
             httpcore.ReadTimeout: No time is left.
@@ -162,7 +162,7 @@ class TimedNetwork(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
-        """A connection on which each step is limited too."""
+        """Open a connection on which each step is limited too."""
         stream = self._network.connect_tcp(host, port, self.limited(timeout), local_address, socket_options)
         return _TimedStream(stream, self)
 

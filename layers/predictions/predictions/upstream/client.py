@@ -73,7 +73,7 @@ Collection = Literal["predictions", "trainings"]
 
 @dataclass(frozen=True)
 class Target:
-    """What runs a prediction, in one of Replicate's three forms, or is trained.
+    """The target of a create: a version, a model, a deployment, or a training.
 
     Attributes:
         kind: `version` (`POST /predictions`), `model` or `deployment` (`POST /{kind}s/{name}/predictions`), or
@@ -88,7 +88,7 @@ class Target:
 
     @property
     def path(self) -> str:
-        """Where a create is posted."""
+        """Return the path of the create."""
         if self.kind == "version":
             return "/predictions"
         if self.kind == "training":
@@ -96,7 +96,7 @@ class Target:
         return f"/{self.kind}s/{self.name}/predictions"
 
     def ran(self, prediction: UpstreamPrediction) -> bool:
-        """Whether this is what Replicate says ran a prediction."""
+        """Return whether a prediction ran on this target, according to Replicate."""
         if self.kind == "deployment":
             return prediction.deployment in (self.name, (self.name or "").rpartition("/")[2])
         if self.kind == "model":
@@ -105,7 +105,7 @@ class Target:
 
 
 class Canceled(NamedTuple):
-    """What is read of Replicate's answer to a cancel.
+    """The response to a cancel, as far as it is read.
 
     Attributes:
         id: The prediction's id.
@@ -151,7 +151,7 @@ class Replicate:
 
     @classmethod
     def from_env(cls) -> "Replicate":
-        """From `REPLICATE_API_URL` and `REPLICATE_TOKEN_SECRET_ARN`."""
+        """Create from `REPLICATE_API_URL` and `REPLICATE_TOKEN_SECRET_ARN`."""
         options: dict[str, Any] = {
             "timeout": httpx.Timeout(CREATE_TIMEOUT_SECONDS, connect=_CONNECT_SECONDS),
             "headers": {"User-Agent": "replicate-serverless", "Accept": "application/json"},
@@ -169,7 +169,7 @@ class Replicate:
         return cls(os.environ["REPLICATE_API_URL"], Token(os.environ["REPLICATE_TOKEN_SECRET_ARN"]), http, creates)
 
     def calls_back(self, webhook: str) -> bool:
-        """Whether this Replicate takes a webhook URL: the real one refuses a local cloud's, which polls instead."""
+        """Return whether Replicate accepts a webhook URL: it refuses a local cloud's."""
         return webhook.startswith("https://") or self._url.startswith("http://")
 
     def create(
@@ -182,7 +182,7 @@ class Replicate:
         rate_limit: dict[str, str] | None = None,
         window: "SendWindow | None" = None,
     ) -> UpstreamPrediction:
-        """Creates a prediction or training with one POST, never repeated.
+        """Create a prediction or training with one POST, never repeated.
 
         Args:
             target: What is to run it.
@@ -230,7 +230,7 @@ class Replicate:
             raise OutcomeUnknown("Replicate's answer to the create is not a prediction", answer.status_code) from error
 
     def get(self, upstream_id: str, collection: Collection = "predictions") -> UpstreamPrediction:
-        """Reads one prediction or training; of one whose output is too large, all but that (see `too_large`).
+        """Read a prediction or training; an output that is too large is left out (`too_large`).
 
         Raises:
             NotFound: Replicate does not know it.
@@ -243,7 +243,7 @@ class Replicate:
             raise Unavailable("Replicate's answer is not a prediction") from error
 
     def cancel(self, upstream_id: str, collection: Collection = "predictions") -> "Canceled":
-        """Asks Replicate to cancel a prediction or training; one that has ended stays as it is.
+        """Cancel a prediction or training; a finished one does not change.
 
         The answer holds the whole prediction. Nothing but its id and status is read; all else is skipped unparsed.
 
@@ -261,7 +261,7 @@ class Replicate:
     def created_between(
         self, start: datetime, end: datetime, collection: Collection = "predictions"
     ) -> Iterator[UpstreamPrediction]:
-        """The predictions or trainings this account created in a span of time, newest first, as the list tells them.
+        """List the predictions or trainings created in a span of time, newest first.
 
         Raises:
             Unavailable: Replicate could not be asked.
@@ -295,7 +295,7 @@ class Replicate:
             query = None
 
     def model(self, name: str) -> Model:
-        """Describes a model, `owner/name`.
+        """Read the description of a model, `owner/name`.
 
         Raises:
             NotFound: There is no such model, or the stack's token may not see it.
@@ -311,7 +311,7 @@ class Replicate:
         )
 
     def version_schema(self, name: str, version: str) -> Any:
-        """The `openapi_schema` of a version of the model `owner/name`, whatever its author made of it.
+        """Read the `openapi_schema` of a version of the model `owner/name`, unchecked.
 
         Raises:
             NotFound: There is no such version, or the stack's token may not see it.
@@ -320,7 +320,7 @@ class Replicate:
         return self._describe(f"/models/{name}/versions/{version}").get("openapi_schema")
 
     def release(self, deployment: str) -> tuple[str, str] | None:
-        """The model `owner/name` and the version that a deployment `owner/name` runs now, where Replicate names both.
+        """Read the model and version that a deployment runs, or None if either is missing.
 
         Raises:
             NotFound: There is no such deployment, or the stack's token may not see it.
@@ -334,7 +334,7 @@ class Replicate:
         return self._json(self._ask("GET", path, timeout=_SCHEMA_TIMEOUT_SECONDS, limit_bytes=SCHEMA_LIMIT_BYTES))
 
     def signing_secret(self) -> str:
-        """The secret with which Replicate signs this account's webhooks (`whsec_…`).
+        """Read the secret with which Replicate signs this account's webhooks (`whsec_…`).
 
         Raises:
             Unavailable: Replicate could not be asked, or gave no secret.
@@ -363,7 +363,7 @@ class Replicate:
 
     @contextmanager
     def opened(self, path: str, *, timeout_seconds: float) -> Iterator[httpx.Response]:
-        """Open the response to a GET, of whatever status, whose body the caller reads piece by piece.
+        """Open the response to a GET, of any status; the caller reads its body in pieces.
 
         Args:
             path: The path, or a whole URL of this API, such as a list's `next`.
@@ -386,7 +386,7 @@ class Replicate:
             raise Unavailable(f"Replicate could not be asked ({type(error).__name__})") from error
 
     def owns(self, url: object) -> bool:
-        """Whether a URL leads to this API, so that the token may go with a request to it."""
+        """Return whether a URL is of this API, so that the token may be sent to it."""
         return isinstance(url, str) and url.startswith(self._url + "/")
 
     def _request(
@@ -435,7 +435,7 @@ class Replicate:
 
 
 def is_model_name(value: Any) -> TypeGuard[str]:
-    """Whether a value can be a model's `owner/name`, which becomes part of a path."""
+    """Return whether a value is a valid `owner/name`, which becomes part of a path."""
     return (
         isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]{0,127}/[\w-][\w.-]{0,127}", value, re.ASCII) is not None
     )
@@ -450,7 +450,7 @@ _LISTED_MEMBERS = ("id", "status", "model", "version", "deployment", "input", "c
 
 
 def _read_page(body: bytes) -> tuple[Any, Iterator[Any]]:
-    """A page of a list: where the next one is, and the entries.
+    """Read a page of a list: the URL of the next page, and the entries.
 
     A page holds whole predictions with their outputs, of all owners. One that is too large to be parsed is scanned: of
     each entry only small members are read, so that what one prediction returned keeps none from being found.
@@ -481,12 +481,12 @@ _TRUNCATED = "truncated"
 
 
 def _is_truncated(answer: httpx.Response) -> bool:
-    """Whether an answer is only the beginning of one that is longer than what is received."""
+    """Return whether a response was cut off at the limit."""
     return bool(answer.extensions.get(_TRUNCATED))
 
 
 def not_accepted(answer: httpx.Response) -> NotAccepted:
-    """What a 4xx of Replicate means: `Throttled`, `Unauthorized` or `Refused`, with its explanation."""
+    """Turn a 4xx of Replicate into `Throttled`, `Unauthorized` or `Refused`."""
     detail = _detail(answer)
     if answer.status_code == 429:
         return Throttled(detail, _retry_after_seconds(answer, detail))
@@ -527,7 +527,7 @@ def _invalid_fields(answer: httpx.Response) -> list[tuple[str, str]]:
 
 
 def _retry_after_seconds(answer: httpx.Response, detail: str) -> int:
-    """How long a 429 asks to wait: the header, else the body's `retry_after`, else its `~Ns`, else a minute's part."""
+    """Return the wait of a 429: header, body's `retry_after`, its `~Ns`, or 10 s."""
     candidates = [answer.headers.get("retry-after"), _problem_of(answer).get("retry_after")]
     if said := re.search(r"~\s*(\d+(?:\.\d+)?)\s*s", detail):
         candidates.append(said.group(1))

@@ -60,7 +60,7 @@ class SendWindow:
 
 
 def single_use_client(**options: Any) -> httpx.Client:
-    """Return a client whose every request has a connection of its own, bound to the request's `SendWindow`.
+    """Create a client with one connection for each request, bound to its `SendWindow`.
 
     Args:
         **options: As for `httpx.Client`, such as `timeout` and `headers`.

@@ -19,7 +19,7 @@ from predictions.errors import PredictionsError
 
 
 class UpstreamError(PredictionsError):
-    """A call to Replicate did not give what was asked for."""
+    """A call to Replicate failed."""
 
 
 class NotAccepted(UpstreamError):
@@ -55,7 +55,7 @@ class Throttled(NotAccepted):
 
 
 class Unauthorized(NotAccepted):
-    """401, 402 or 403, or no token to be had: the stack's token or credit is the operator's to mend."""
+    """401, 402, 403 or no token: the operator has to fix the stack's token or credit."""
 
 
 class Refused(NotAccepted):
@@ -75,15 +75,15 @@ class OutcomeUnknown(UpstreamError):
 
 
 class TokenUnreadable(UpstreamError):
-    """The stack's own token cannot be read, or is none that a header can carry; nothing was sent."""
+    """The stack's token cannot be read, or cannot be sent in a header; nothing was sent."""
 
 
 class NotFound(UpstreamError):
-    """404 to a read: Replicate does not know it (or does not know it any more)."""
+    """404 to a read: not found, or not any more."""
 
 
 class Unavailable(UpstreamError):
-    """A read failed in a way that says nothing about what was asked: try again later.
+    """A read failed, with no information about its subject: retry later.
 
     Attributes:
         status: The HTTP status, or None where there was no answer to go by.
@@ -95,4 +95,4 @@ class Unavailable(UpstreamError):
 
 
 class AnswerTooLargeError(UpstreamError):
-    """An answer is larger than a function can hold."""
+    """A response is larger than a function can hold."""

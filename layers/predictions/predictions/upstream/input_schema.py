@@ -1,4 +1,4 @@
-"""Checks an input against a model's own schema, before anything is paid for.
+"""Check an input against a model's own schema, before anything is paid for.
 
 The schema is part of a version's OpenAPI document (https://replicate.com/docs/reference/openapi): Cog makes it from the
 model's code, so it is a stranger's text. It is read as data and never run:
@@ -66,11 +66,11 @@ _Kind = Literal["string", "integer", "number", "boolean", "array", "object", "nu
 
 
 class UnusableSchema(PredictionsError):
-    """What a model gives as its schema is none, or none that can be used safely."""
+    """A model's schema is malformed, or cannot be used safely."""
 
 
 class NotChecked(PredictionsError):
-    """A check would take too long; nothing is known of the input."""
+    """A check takes too many steps; the input is not known to be right or wrong."""
 
 
 class _Node(BaseModel):
@@ -108,13 +108,13 @@ class _Node(BaseModel):
 
     @property
     def kinds(self) -> Sequence[str]:
-        """The types that are allowed; none named: all."""
+        """Return the allowed types; empty if all are."""
         if self.type is None:
             return ()
         return [self.type] if isinstance(self.type, str) else self.type
 
     def inner(self) -> "Iterator[_Node]":
-        """The schemas directly within this one."""
+        """Return the schemas directly within this one."""
         within: list[_Node | bool | None] = [self.items, self.additional_properties, *(self.properties or {}).values()]
         within += [*(self.all_of or ()), *(self.any_of or ()), *(self.one_of or ())]
         return (node for node in within if isinstance(node, _Node))
@@ -155,7 +155,7 @@ class InputSchema:
 
     @classmethod
     def from_openapi(cls, document: Any) -> "InputSchema":
-        """From a version's `openapi_schema`.
+        """Create from a version's `openapi_schema`.
 
         Raises:
             UnusableSchema: It holds no usable schema of an input.
@@ -165,7 +165,7 @@ class InputSchema:
 
     @classmethod
     def from_json(cls, text: str) -> "InputSchema":
-        """From what `to_json` gave.
+        """Create from what `to_json` returned.
 
         Raises:
             UnusableSchema: It gave something else.
@@ -176,11 +176,11 @@ class InputSchema:
             raise UnusableSchema("it is not JSON") from None
 
     def to_json(self) -> str:
-        """`Input` and what it refers to, as JSON text: what has to be kept of the whole document."""
+        """Return `Input` and what it refers to as JSON text, without the rest of the document."""
         return json.dumps(self._source, separators=(",", ":"))
 
     def violations(self, value: Any) -> list[Violation]:
-        """Everything that is wrong with an input, at most `VIOLATIONS_LIMIT` of it, in the order of the schema.
+        """List the violations of an input, at most `VIOLATIONS_LIMIT`, in the schema's order.
 
         Args:
             value: The input, parsed.
@@ -194,7 +194,7 @@ class InputSchema:
         return list({(each["field"], each["detail"]): each for each in found}.values())[:VIOLATIONS_LIMIT]
 
     def _prepare(self, root: _Node) -> Iterator[str]:
-        """Makes a schema ready to check with; the names that it refers to."""
+        """Compile a schema for checks; yield the names that it refers to."""
         waiting = [root]
         while waiting:
             node = waiting.pop()
@@ -221,7 +221,7 @@ class _Check:
     def check(
         self, node: _Node | bool, value: Any, path: tuple[str, ...], found: list[Violation], depth: int = 0
     ) -> None:
-        """Adds to `found` what is wrong with a value."""
+        """Add a value's violations to `found`."""
         self._spend(1)
         if depth > _CHECK_DEPTH_LIMIT:
             raise NotChecked(f"the input or its schema is deeper than {_CHECK_DEPTH_LIMIT} levels")
@@ -365,7 +365,7 @@ class _Check:
 
 
 def _measure(schema: Any, size: int) -> int:
-    """How large a schema is, added to `size`.
+    """Return `size` plus the size of a schema.
 
     Raises:
         UnusableSchema: It is too large or too deep.
@@ -386,7 +386,7 @@ def _measure(schema: Any, size: int) -> int:
 
 
 def _name(ref: str) -> str:
-    """The schema that a `$ref` names, one of the same document.
+    """Return the name of the schema that a `$ref` refers to, in the same document.
 
     Raises:
         UnusableSchema: It names something else.
@@ -428,7 +428,7 @@ def _is_any(kinds: Sequence[str], value: Any) -> bool:
 
 
 def _comparable(value: Any) -> tuple[str, Any]:
-    """Equal for equal JSON values: 1 is 1.0, but not true; lists and objects are not told apart."""
+    """Return a key that is equal for equal scalars: 1 is 1.0, but not true."""
     kind = _what(value)
     return kind, None if isinstance(value, list | dict) else value
 
@@ -444,7 +444,7 @@ def _either(words: Iterable[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of the schema or the input, short."""
+    """Return a short text for a value of the schema or the input."""
     if isinstance(value, list | dict):
         return _what(value)  # written out, it could be as long as the whole schema
     text = value if isinstance(value, str) else json.dumps(value)

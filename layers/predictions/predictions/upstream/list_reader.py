@@ -59,7 +59,7 @@ class Listed:
 
 @dataclass
 class Reading:
-    """What one reading saw.
+    """The result of one reading.
 
     Attributes:
         began: When it began, in seconds since 1970.
@@ -76,7 +76,7 @@ class Reading:
     clock_offset: float | None = None
 
     def covers(self, start: float) -> bool:
-        """Whether it is complete for what was created from `start` on."""
+        """Return whether it is complete for everything created since `start`."""
         return self.why_not is None and self.reached <= start
 
 
@@ -183,7 +183,7 @@ class ListReader:
         return following
 
     def entry(self, upstream_id: str, collection: Collection) -> Listed | None:
-        """Read one prediction or training, whatever its size; None where Replicate does not show it.
+        """Read one prediction or training of any size; return None if not found.
 
         Raises:
             Unavailable: Replicate could not be asked, or its answer is not a prediction.
@@ -215,7 +215,7 @@ class ListReader:
 
 
 def digest_of(input_json: str | bytes) -> str | None:
-    """The digest by which two inputs are the same; None where it cannot be told."""
+    """Return the digest that is equal for equal inputs, or None for invalid JSON."""
     try:
         return hashlib.sha256(input_json_canonical(json.loads(input_json)).encode()).hexdigest()
     except (ValueError, RecursionError):

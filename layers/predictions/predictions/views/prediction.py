@@ -1,4 +1,4 @@
-"""Predictions as callers see them."""
+"""Predictions as the API shows them."""
 
 import json
 import os
@@ -23,7 +23,7 @@ _LARGE_INPUT_BYTES = ANSWER_LIMIT_BYTES - 1024**2
 
 @dataclass(frozen=True)
 class ShownPage:
-    """A page as callers see it.
+    """A page as the API shows it.
 
     Attributes:
         results: Its predictions, from its start on.
@@ -37,7 +37,7 @@ class ShownPage:
 
 
 class Presenter:
-    """Shows predictions as Replicate does, with every key present.
+    """Shows predictions as Replicate does, with all keys present.
 
     Args:
         outputs: Makes the URLs of stored files, where no distribution does.
@@ -52,11 +52,11 @@ class Presenter:
 
     @classmethod
     def from_env(cls) -> "Presenter":
-        """From `OUTPUTS_BUCKET_NAME`, `FILE_ORIGINS`, `OUTPUT_URL_SECONDS` and what `Distribution.from_env` reads."""
+        """Create from `OUTPUTS_BUCKET_NAME`, `FILE_ORIGINS`, `OUTPUT_URL_SECONDS` and the distribution."""
         return cls(OutputsBucket.from_env(), int(os.environ["OUTPUT_URL_SECONDS"]), Distribution.from_env())
 
     def show(self, whole: Whole, *, as_starting: bool = False) -> dict[str, Any]:
-        """A prediction in Replicate's JSON; what is ours is `output_files`.
+        """Return a prediction in Replicate's JSON, with `output_files` added.
 
         An output that makes the answer too large for Lambda is answered as the URL of a JSON document
         `{"output": …, "logs": …}`, and such an input as `{"url": …}`.
@@ -117,7 +117,7 @@ class Presenter:
     def show_started(
         self, prediction: Prediction, asked: Any, read: Callable[[], Whole], *, as_starting: bool = True
     ) -> dict[str, Any]:
-        """Show a prediction to the caller who has just started it, whatever fails while it is shown.
+        """Show a prediction to the caller that has just started it, even if showing it fails.
 
         It is started, and may be paid for: a caller who got an error would start another one. So on any error
         (AWS fails, the secret that signs URLs is refused or damaged) it is shown as `starting`, without output: the
@@ -139,11 +139,11 @@ class Presenter:
         return self.show(Whole(open_, {} if answer_bytes(asked) > _LARGE_INPUT_BYTES else asked, None, None, []))
 
     def link(self, key: str) -> str:
-        """A URL of an object in the outputs bucket, which works for a while."""
+        """Return a temporary URL of an object in the outputs bucket."""
         return self._url(key)
 
     def show_page(self, page: Page) -> "ShownPage":
-        """As many predictions of a page as one answer carries, but at least one, from its start on."""
+        """Show as many predictions of a page as fit in one response, but at least one."""
         results: list[dict[str, Any]] = []
         places: list[str] = []
         room, more = ANSWER_LIMIT_BYTES, page.more
@@ -183,7 +183,7 @@ class Presenter:
 
 
 def answer_bytes(shown: Any) -> int:
-    """How much of Lambda's answer a JSON value takes."""
+    """Return how many bytes of Lambda's response a JSON value takes."""
     return len(json.dumps(json.dumps(shown)))
 
 
