@@ -75,7 +75,7 @@ def _keep(message: Message, reason: str, error: str | None) -> None:
     metrics.add_metric(name="RequestsRefused", unit=MetricUnit.Count, value=1)
     try:
         # First: a crash in between keeps it twice, and never loses it.
-        dead_requests.bury(message, reason)
+        dead_requests.send(message, reason)
     finally:
         # Also where it could not be kept, and so comes again: nothing else would ever tell.
         if error is not None and (task_token := task_token_of(message.body)):

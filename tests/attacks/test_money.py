@@ -169,7 +169,7 @@ def meet(
         # Each in a process of its own.
         usage = OwnersUsage("predictions", clients("dynamodb"), now=lambda: NOW)
         try:
-            usage.take_place("alice", prediction_id, limits)
+            usage.acquire_slot("alice", prediction_id, limits)
         except LimitReached:
             return
         passed.append(prediction_id)
@@ -246,7 +246,7 @@ def test_starter_that_dies_at_any_call_passes_no_limit_and_gives_its_place_back(
         later = OwnersUsage("predictions", clients("dynamodb"), now=lambda: NOW + 121)
 
         def start_later() -> None:
-            later.take_place("alice", "later", limits)
+            later.acquire_slot("alice", "later", limits)
 
         turns.run([start_later])
         assert "later" in used(table)[0]

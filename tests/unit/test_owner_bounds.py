@@ -88,7 +88,7 @@ def items() -> list[Any]:
 
 def use_day_up(limits: OwnerLimits, usage: OwnersUsage) -> None:
     for n in range(limits.per_day or 0):
-        usage.take_place("alice", str(n) * 26, OwnerLimits(per_day=limits.per_day))
+        usage.acquire_slot("alice", str(n) * 26, OwnerLimits(per_day=limits.per_day))
 
 
 def fail_lines(world: BatchWorld, batch: Any, replicate: ReplicateInMemory) -> Any:

@@ -78,7 +78,7 @@ class LimitReached(PredictionsError):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Slot:
     """The result of `acquire_slot`, for `release_slot`.
 
     Attributes:
@@ -134,7 +134,7 @@ class OwnerLimits:
 _NAMES = ("in_flight", "per_day", "open_batches", "open_pipelines")
 
 
-class _Places(NamedTuple):
+class _Slots(NamedTuple):
     """A map of slots: the item, and the error for a full one.
 
     Attributes:
@@ -150,20 +150,20 @@ class _Places(NamedTuple):
     retry_seconds: int
 
 
-_IN_FLIGHT = _Places(
+_IN_FLIGHT = _Slots(
     "in_flight",
     "prediction#",
     "The owner {owner} may have {limit} predictions in flight, and has: the next one when one of them ends.",
     _RETRY_SECONDS,
 )
-_OPEN: Mapping[Kind, _Places] = {
-    "batch": _Places(
+_OPEN: Mapping[Kind, _Slots] = {
+    "batch": _Slots(
         "open_batches",
         "batch#",
         "Owner {owner} has reached its limit of {limit} open batches. Retry when one of them completes, or cancel one.",
         _OPEN_RETRY_SECONDS,
     ),
-    "pipeline": _Places(
+    "pipeline": _Slots(
         "open_pipelines",
         "pipeline#",
         "Owner {owner} has reached its limit of {limit} open pipelines. Retry when one of them completes, or cancel"
@@ -266,7 +266,7 @@ class OwnersUsage:
             known = self._known[owner] = (self._now() + _CACHE_SECONDS, self._limits.limits_of(owner))
         return known[1]
 
-    def take_place(self, owner: str, prediction_id: str, limits: OwnerLimits) -> Place:
+    def acquire_slot(self, owner: str, prediction_id: str, limits: OwnerLimits) -> Slot:
         """Acquire a slot in flight, and one of the day, for a prediction about to start.
 
         Twice, it has one place in flight, and two of the day.
@@ -287,9 +287,9 @@ class OwnersUsage:
             if added:
                 self._take_out(_IN_FLIGHT, owner, {prediction_id: began})
             raise _day_is_full(owner, limits.per_day, now)
-        return Place(began if added else None, day if n else None, n)
+        return Slot(began if added else None, day if n else None, n)
 
-    def give_back(self, owner: str, prediction_id: str, place: Place) -> None:
+    def release_slot(self, owner: str, prediction_id: str, place: Slot) -> None:
         """Release what `acquire_slot` took, for a prediction that is not started after all.
 
         A count of the day is given back only while it is the latest one: where another was counted meanwhile, or this
@@ -327,13 +327,13 @@ class OwnersUsage:
         if int(found.get("Item", {}).get("n", {}).get("N", 0)) >= limits.per_day:
             raise _day_is_full(owner, limits.per_day, now)
 
-    def take_open_place(self, kind: Kind, owner: str, id_: str, limits: OwnerLimits) -> int | None:
+    def acquire_open_slot(self, kind: Kind, owner: str, id_: str, limits: OwnerLimits) -> int | None:
         """Acquire a slot among an owner's open batches or pipelines, before one is written.
 
         Twice, it has one place. An owner without limits needs none, and no call is made.
 
         Returns:
-            When the place was taken, as `give_open_place_back` wants it; None if no place was taken by this call.
+            When the place was taken, as `release_open_slot` wants it; None if no place was taken by this call.
 
         Raises:
             LimitReached: There is none.
@@ -344,12 +344,12 @@ class OwnersUsage:
         began = round(self._now() * 1000)
         return began if self._add(_OPEN[kind], owner, id_, limit, began) else None
 
-    def give_open_place_back(self, kind: Kind, owner: str, id_: str, began: int | None) -> None:
+    def release_open_slot(self, kind: Kind, owner: str, id_: str, began: int | None) -> None:
         """Release a slot of `acquire_open_slot`, for a request that was refused afterwards."""
         if began is not None:
             self._take_out(_OPEN[kind], owner, {id_: began})
 
-    def _add(self, places: _Places, owner: str, id_: str, limit: int, began: int) -> bool:
+    def _add(self, places: _Slots, owner: str, id_: str, limit: int, began: int) -> bool:
         """Acquire a slot; return whether it is a new one."""
         for attempt in ("as it is", "looked through"):
             if limit > 0 and (before := self._try_to_add(places, owner, id_, limit, began)) is not None:
@@ -361,7 +361,7 @@ class OwnersUsage:
                 break
         raise LimitReached(places.full.format(owner=owner, limit=limit), places.retry_seconds)
 
-    def _try_to_add(self, places: _Places, owner: str, id_: str, limit: int, began: int) -> int | None:
+    def _try_to_add(self, places: _Slots, owner: str, id_: str, limit: int, began: int) -> int | None:
         """Return when it was added before (0 if never), or None if no slot is free."""
         key = _usage_key(owner, places.sk)
         place = {"N": str(began)}
@@ -394,7 +394,7 @@ class OwnersUsage:
             return self._try_to_add(places, owner, id_, limit, began)
         return 0
 
-    def _take_out_ended(self, places: _Places, owner: str) -> int:
+    def _take_out_ended(self, places: _Slots, owner: str) -> int:
         """Release the slots of what has finished, or was never created.
 
         Returns:
@@ -419,7 +419,7 @@ class OwnersUsage:
             self._take_out(places, owner, chunk)
         return len(taken) - len(gone)
 
-    def _take_out(self, places: _Places, owner: str, taken: Mapping[str, int]) -> None:
+    def _take_out(self, places: _Slots, owner: str, taken: Mapping[str, int]) -> None:
         """Release slots, unless one of them was acquired again meanwhile."""
         named = dict(enumerate(taken.items()))
         with contextlib.suppress(self._dynamodb.exceptions.ConditionalCheckFailedException):

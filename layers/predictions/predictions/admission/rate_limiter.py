@@ -192,7 +192,7 @@ class Limiter:
         schedule = self._schedule()
         return schedule.next_start(lane) <= schedule.now_ms or bool(schedule.given_back(lane))
 
-    def give_back(self, lane: Lane, number: int) -> None:
+    def release(self, lane: Lane, number: int) -> None:
         """Release a reserved start for another request. Idempotent; too late has no effect.
 
         Only for the one who holds it, once nothing can start at it any more: a start whose holder may still use it
@@ -215,7 +215,7 @@ class Limiter:
         if self._write(expression, condition, values, raw) is False:
             logger.info("a start is not kept: too many are, it is there already, or its lane began anew")
 
-    def give_turn_back(self, lane: Lane, owner: str, step_ms: int) -> None:
+    def release_turn(self, lane: Lane, owner: str, step_ms: int) -> None:
         """Shorten an owner's line by a request that left it; a failed write leaves it longer."""
         turn = f"{lane}_turn_{self._schedule().slot(lane, owner)}"
         now = round(self._now() * 1000)

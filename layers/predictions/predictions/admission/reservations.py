@@ -43,7 +43,7 @@ class Start:
 
     Attributes:
         at: When, in seconds since 1970; mostly now.
-        number: Of a reserved start that lies ahead, what `give_back` takes; None for one of now.
+        number: Of a reserved start that lies ahead, what `release` takes; None for one of now.
     """
 
     at: float
@@ -56,7 +56,7 @@ class AskAgain:
 
     Attributes:
         at: When to ask again, in seconds since 1970.
-        step_ms: By how much its owner's line became longer, for `give_turn_back`; 0 where it has its turn already.
+        step_ms: By how much its owner's line became longer, for `release_turn`; 0 where it has its turn already.
     """
 
     at: float

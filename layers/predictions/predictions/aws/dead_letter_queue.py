@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Letter:
+class DeadMessage:
     """A message of a dead-letter queue.
 
     Attributes:
@@ -39,7 +39,7 @@ class DeadLetterQueue:
         self._url = url
         self._sqs = sqs
 
-    def bury(self, body: str, attributes: Mapping[str, str] | None = None) -> None:
+    def send(self, body: str, attributes: Mapping[str, str] | None = None) -> None:
         """Send a message with message attributes."""
         self._sqs.send_message(
             QueueUrl=self._url,
@@ -49,7 +49,7 @@ class DeadLetterQueue:
             },
         )
 
-    def look(self, hidden_seconds: int) -> Iterator[Letter]:
+    def receive(self, hidden_seconds: int) -> Iterator[DeadMessage]:
         """Receive all messages, each once; each is invisible to other receivers for a while.
 
         Of thousands, the first are seen again before the last are reached: a look ends when it meets nothing new.
@@ -70,7 +70,7 @@ class DeadLetterQueue:
             met |= {message["MessageId"] for message in new}
             for message in new:
                 known = {str(name): value for name, value in message.get("Attributes", {}).items()}
-                yield Letter(
+                yield DeadMessage(
                     id=message["MessageId"],
                     body=message["Body"],
                     sender=known.get("SenderId", ""),
@@ -84,6 +84,6 @@ class DeadLetterQueue:
                     receipt_handle=message["ReceiptHandle"],
                 )
 
-    def forget(self, receipt_handle: str) -> None:
+    def delete(self, receipt_handle: str) -> None:
         """Delete a message that was received."""
         self._sqs.delete_message(QueueUrl=self._url, ReceiptHandle=receipt_handle)

@@ -151,12 +151,12 @@ class BatchControl:
                 return there
         # The answer needs it: what cannot be answered is not started.
         api_url()
-        began = self._take_place(owner, batch_id, limits)
+        began = self._acquire_slot(owner, batch_id, limits)
         try:
             manifest = self._manifest(asked, batch_id, place)
         except Problem:
             if self._usage:
-                self._usage.give_open_place_back("batch", owner, batch_id, began)
+                self._usage.release_open_slot("batch", owner, batch_id, began)
             raise
         if asked.template is not None:
             put_text(self.batches.bucket_name, template_key(batch_id), json.dumps(asked.template))
@@ -171,7 +171,7 @@ class BatchControl:
             tolerated_failure_percentage=asked.tolerated_failure_percentage,
         )
 
-    def _take_place(self, owner: str, batch_id: str, limits: OwnerLimits | None) -> int | None:
+    def _acquire_slot(self, owner: str, batch_id: str, limits: OwnerLimits | None) -> int | None:
         """Checks the owner's limit of the day, and takes a place among the open batches.
 
         Raises:
@@ -181,7 +181,7 @@ class BatchControl:
             return None
         try:
             self._usage.check_day(owner, limits)
-            return self._usage.take_open_place("batch", owner, batch_id, limits)
+            return self._usage.acquire_open_slot("batch", owner, batch_id, limits)
         except LimitReached as reached:
             raise refusal_of(reached) from None
 
@@ -194,7 +194,7 @@ class BatchControl:
             LimitReached: There is none.
         """
         if self._usage and (limits := self._usage.known_limits(owner)):
-            self._usage.take_open_place("batch", owner, batch_id, limits)
+            self._usage.acquire_open_slot("batch", owner, batch_id, limits)
 
     @property
     def expires(self) -> int:
@@ -447,7 +447,7 @@ class BatchControl:
             # What it has written down goes with its item: its lines could not be read, nor its end be told.
             raise Problem(409, f"Batch {batch.id} is about to expire: make a new one of the lines that failed.")
         api_url()
-        self._take_place(batch.owner, batch.id, limits)
+        self._acquire_slot(batch.owner, batch.id, limits)
         begun = self.batches.begin_again(batch) or self.batches.find(batch.id) or batch
         self._run_or_leave(begun)
         return begun

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from botocore.exceptions import ClientError
 
 from predictions.aws.clients import client
-from predictions.aws.dead_letter_queue import DeadLetterQueue, Letter
+from predictions.aws.dead_letter_queue import DeadLetterQueue, DeadMessage
 from predictions.aws.s3 import is_missing
 from predictions.files.outputs_bucket import OutputsBucket
 
@@ -91,7 +91,7 @@ class DeadRequests:
         """The queue of `REQUESTS_DEAD_LETTER_QUEUE_URL`, and what the bucket reads."""
         return cls(os.environ["REQUESTS_DEAD_LETTER_QUEUE_URL"], client("sqs"), OutputsBucket.from_env)
 
-    def bury(self, message: "Message", reason: str) -> None:
+    def send(self, message: "Message", reason: str) -> None:
         """Keeps a message that is refused, as it is, with the reason. Twice: it is listed twice.
 
         SQS counts attributes with the body. Of a body near its limit the reason is cut, or the body is an object.
@@ -113,11 +113,11 @@ class DeadRequests:
                 attributes["body_key"] = f"payloads/requests/{hashlib.sha256(text).hexdigest()}.json"
                 self._outputs().put_payload(attributes["body_key"], body)
                 body = "The message is an object of the outputs bucket: see the attribute body_key."
-        self._queue.bury(body, attributes)
+        self._queue.send(body, attributes)
 
-    def look(self, hidden_seconds: int) -> Iterator[DeadRequest]:
+    def receive(self, hidden_seconds: int) -> Iterator[DeadRequest]:
         """All that are there. Each is hidden from another look for a while, so that none is met twice."""
-        for letter in self._queue.look(hidden_seconds):
+        for letter in self._queue.receive(hidden_seconds):
             known: Mapping[str, str] = letter.attributes
             if not letter.moved and "ERROR_CODE" in known:
                 yield _undelivered(letter)
@@ -135,8 +135,8 @@ class DeadRequests:
                 receipt_handle=letter.receipt_handle,
             )
 
-    def _body(self, letter: Letter) -> str:
-        """The body of a message that `bury` kept."""
+    def _body(self, letter: DeadMessage) -> str:
+        """The body of a message that `send` kept."""
         key = letter.attributes.get("body_key", "")
         if not _BODY_KEY.fullmatch(key):
             return letter.body
@@ -147,12 +147,12 @@ class DeadRequests:
                 raise
             return letter.body  # it has expired, and cannot be redriven any more
 
-    def forget(self, request: DeadRequest) -> None:
+    def delete(self, request: DeadRequest) -> None:
         """Deletes one."""
-        self._queue.forget(request.receipt_handle)
+        self._queue.delete(request.receipt_handle)
 
 
-def _undelivered(letter: Letter) -> DeadRequest:
+def _undelivered(letter: DeadMessage) -> DeadRequest:
     """What EventBridge could not put into the requests queue, as the message that it would have put there.
 
     Of a rule it keeps the event alone, and names the rule, whose name has the recipe's id; of a schedule the message.

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.admission.limiter_item import Lane, Pause
-from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, Place, refusal_of
+from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, Slot, refusal_of
 from predictions.admission.rate_limiter import Limiter
 from predictions.admission.reservations import AskAgain, Reservation, Start, TooLate
 from predictions.aws.clients import api_url
@@ -55,7 +55,7 @@ from predictions.upstream.errors import (
     Unavailable,
 )
 from predictions.upstream.prediction import UpstreamPrediction
-from predictions.validation import input_json_canonical
+from predictions.validation import fields_refused, input_json_canonical
 
 if TYPE_CHECKING:
     from predictions.upstream.create_window import SendWindow
@@ -276,7 +276,7 @@ class Submissions:
         # A version's schema says what it runs on, not what it is trained on.
         version, schema = self._look_up(intent.reference, check=intent.object == "prediction")
         if invalid := self._violations(schema, intent.input_json):
-            raise Problem(422, _listed(invalid[:5]), title="Input validation failed", invalid_fields=invalid)
+            raise fields_refused(invalid)
         now = self._now()
         default_seconds = self._timing.training_lifetime if intent.object == "training" else self._timing.lifetime
         deadline = int(now) + (intent.lifetime_seconds or default_seconds)
@@ -291,11 +291,11 @@ class Submissions:
             intent = replace(intent, id=noted_id)
         if limits is None:
             limits = self._usage.known_limits(intent.owner)
-        place = self._take_place(intent, limits) if limits else Place()
+        place = self._acquire_slot(intent, limits) if limits else Slot()
         start = self._limiter.reserve_for_caller(intent.owner, latest=latest)
         if isinstance(start, TooLate):
             try:
-                self._usage.give_back(intent.owner, intent.id, place)
+                self._usage.release_slot(intent.owner, intent.id, place)
             except (ClientError, BotoCoreError):
                 logger.exception("a place in its owner's limits is lost")
             raise self._refused(intent, start, latest)
@@ -345,9 +345,9 @@ class Submissions:
         )
         return Problem(429, detail, headers={"Retry-After": str(retry_seconds)})
 
-    def _take_place(self, intent: Intent, limits: OwnerLimits) -> Place:
+    def _acquire_slot(self, intent: Intent, limits: OwnerLimits) -> Slot:
         try:
-            return self._usage.take_place(intent.owner, intent.id, limits)
+            return self._usage.acquire_slot(intent.owner, intent.id, limits)
         except LimitReached as reached:
             raise refusal_of(reached) from None
 
@@ -386,7 +386,7 @@ class Submissions:
             # Replicate has it: whatever failed on our side, the caller must not be told to try again. The claim keeps
             # anybody from submitting it twice, and webhook or poll bind it.
             logger.exception("submitted, but not bound")
-        if prediction.terminal and not prediction.awaits_copy:
+        if prediction.ended_visibly:
             return prediction  # there is nothing left to follow
         return self._track_for_caller(prediction, submit=submit)
 
@@ -422,7 +422,7 @@ class Submissions:
         step = _WAIT_STEP_SECONDS
         while True:
             prediction = self.table.get(prediction_id)
-            if prediction is None or (prediction.terminal and not prediction.awaits_copy):
+            if prediction is None or (prediction.ended_visibly):
                 return prediction is not None
             remaining = until - self._now()
             if remaining <= 0:
@@ -475,7 +475,7 @@ class Submissions:
         # What came over HTTP was checked before it was written down; a training's input is not of its version's schema.
         check = prediction.source != "http" and prediction.object == "prediction"
         # Before anything that may refuse it: what is refused costs executions too, and counts for its owner's day.
-        counted = self._take_place_in_queue(prediction)
+        counted = self._acquire_slot_in_queue(prediction)
         try:
             version, schema = self._look_up(_reference(prediction), check=check)
         except Problem as problem:
@@ -524,7 +524,7 @@ class Submissions:
         turn_is_ahead = prediction.turn_ms and prediction.submit_at and prediction.submit_at > now
         if isinstance(start, Start) and start.at <= now + _SOON_SECONDS:
             if turn_is_ahead:
-                self._limiter.give_turn_back(_lane(prediction), prediction.owner, prediction.turn_ms or 0)
+                self._limiter.release_turn(_lane(prediction), prediction.owner, prediction.turn_ms or 0)
             return
         if isinstance(start, AskAgain) and not start.step_ms:
             raise self._put_off_until(prediction, math.ceil(start.at), prediction.turn_ms)
@@ -563,11 +563,11 @@ class Submissions:
     def _return(self, lane: Lane, owner: str, waits: Waits) -> None:
         """Give back to the limiter what was reserved for a prediction that will not use it."""
         if waits.reserved_start is not None:
-            self._limiter.give_back(lane, waits.reserved_start)
+            self._limiter.release(lane, waits.reserved_start)
         if waits.turn_ms:
-            self._limiter.give_turn_back(lane, owner, waits.turn_ms)
+            self._limiter.release_turn(lane, owner, waits.turn_ms)
 
-    def _take_place_in_queue(self, prediction: Prediction) -> bool:
+    def _acquire_slot_in_queue(self, prediction: Prediction) -> bool:
         """Takes a place in the owner's limits, unless it has one.
 
         Returns:
@@ -583,7 +583,7 @@ class Submissions:
         if not limits:
             return False
         try:
-            self._usage.take_place(prediction.owner, prediction.id, limits)
+            self._usage.acquire_slot(prediction.owner, prediction.id, limits)
         except LimitReached as reached:
             least, most = _OWN_LIMIT_WAITS
             seconds = max(reached.seconds, min(most, max(least, (int(self._now()) - prediction.created) // 4)))

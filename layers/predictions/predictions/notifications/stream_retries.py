@@ -158,7 +158,7 @@ class RetryQueue:
 
     def give_up(self, retry: Retry, reason: str) -> None:
         """Keeps an effect in the dead-letter queue, with the reason."""
-        self._dead_letters.bury(json.dumps({**json.loads(retry.message()), "reason": reason}, separators=(",", ":")))
+        self._dead_letters.send(json.dumps({**json.loads(retry.message()), "reason": reason}, separators=(",", ":")))
 
 
 def read_dead_letter(body: str, now: float) -> Retry | None:

@@ -241,18 +241,18 @@ class DeadLetters:
         """The queue of `DELIVERIES_DEAD_LETTER_QUEUE_URL`."""
         return cls(os.environ["DELIVERIES_DEAD_LETTER_QUEUE_URL"], client("sqs"))
 
-    def bury(self, delivery: Delivery, reason: str) -> None:
+    def send(self, delivery: Delivery, reason: str) -> None:
         """Keeps a delivery that is given up, with the reason. Twice: it is listed twice, and sent as one webhook."""
-        self._queue.bury(json.dumps({**asdict(delivery), "reason": reason}, separators=(",", ":")))
+        self._queue.send(json.dumps({**asdict(delivery), "reason": reason}, separators=(",", ":")))
 
-    def look(self, hidden_seconds: int) -> Iterator[DeadLetter]:
+    def receive(self, hidden_seconds: int) -> Iterator[DeadLetter]:
         """All that are there. Each is hidden from another look for a while, so that none is met twice."""
-        for letter in self._queue.look(hidden_seconds):
+        for letter in self._queue.receive(hidden_seconds):
             yield _dead_letter(letter.body, letter.receipt_handle)
 
-    def forget(self, letter: DeadLetter) -> None:
+    def delete(self, letter: DeadLetter) -> None:
         """Deletes one."""
-        self._queue.forget(letter.receipt_handle)
+        self._queue.delete(letter.receipt_handle)
 
 
 def _dead_letter(body: str, receipt_handle: str) -> DeadLetter:

@@ -155,7 +155,7 @@ class Receivers:
             return False
         metrics.add_metric(name="DeliveriesFailed", unit=MetricUnit.Count, value=1)
         if delivery.event == "completed":
-            self._dead_letters.bury(delivery, failure.reason)
+            self._dead_letters.send(delivery, failure.reason)
         return True
 
     def _shown(self, whole: Whole, delivery: Delivery) -> dict[str, Any] | None:

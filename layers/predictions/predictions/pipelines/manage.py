@@ -126,7 +126,7 @@ class PipelineApi:
                 raise _of_another()
         elif attempt:
             pipeline_id = self._predictions.note_request(pipeline_id, owner, f"pipeline#{print_}", attempt)
-        self._take_place(owner, pipeline_id, limits)
+        self._acquire_slot(owner, pipeline_id, limits)
         try:
             pipeline = self._table.put_pipeline(
                 pipeline_id,
@@ -172,7 +172,7 @@ class PipelineApi:
         noted = self._predictions.recent_id(owner, f"pipeline#{print_}", attempt)
         return self._table.get_pipeline(noted) if noted else None
 
-    def _take_place(self, owner: str, pipeline_id: str, limits: OwnerLimits | None) -> None:
+    def _acquire_slot(self, owner: str, pipeline_id: str, limits: OwnerLimits | None) -> None:
         """Checks the owner's limit of the day, and takes a place among the open pipelines.
 
         Raises:
@@ -182,7 +182,7 @@ class PipelineApi:
             return
         try:
             self._usage.check_day(owner, limits)
-            self._usage.take_open_place("pipeline", owner, pipeline_id, limits)
+            self._usage.acquire_open_slot("pipeline", owner, pipeline_id, limits)
         except LimitReached as reached:
             raise refusal_of(reached) from None
 
