@@ -1,11 +1,13 @@
 """Templates: JSON whose texts may hold placeholders, `{{ expression }}`, that are filled from a context.
 
+The budget around JMESPath is hand-made: no library of it bounds the steps or the memory of an expression.
+
 An expression is JMESPath (https://jmespath.org/specification.html) over the context. A text that is exactly one
 placeholder becomes what its expression finds, of whatever type; else what it finds is put into the text. What finds
 nothing (null) is refused: `{{ object.metadata.title || 'untitled' }}` is how to write a default. A placeholder ends
 at its first `}}`, so two braces that an expression needs get a space between them. Names of fields are never filled.
 
-Templates and what they are filled from are both strangers' text. JMESPath runs no code and finds everything in the
+Templates and their context are both untrusted. JMESPath runs no code and finds everything in the
 context, but `[@, @][] | [@, @][] | …` doubles a list with every step, and `max(rows)` looks through all rows in one.
 So all of it is charged to an `Allowance`: the templates, reading their expressions, what the interpreter visits and
 makes, and what functions and comparisons are given. One allowance covers everything that one message fills. Its steps
@@ -47,7 +49,7 @@ _CHARACTERS_PER_STEP = 64
 _DEEP_FUNCTIONS = ("contains", "to_string")
 _PLACEHOLDER = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 _NUMBER_LIMIT = sys.float_info.max
-# What JMESPath's own functions let through: `sum` of too much, `to_number` of a thousand digits, deep parentheses.
+# Errors that JMESPath's functions let through: `sum` of too much, `to_number` of a thousand digits, deep parentheses.
 _FAILURES = (JMESPathError, ArithmeticError, ValueError, TypeError, AttributeError, RecursionError)
 
 
@@ -267,7 +269,9 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
             found = self.visit(expression.tree, context)
             _measure(found, self._allowance)
         except _TooMuch:
-            detail = f"{expression.shown} takes too many steps, or finds too much: {STEPS_LIMIT} are taken in all."
+            detail = (
+                f"{expression.shown} takes too many steps, or finds too much: the limit is {STEPS_LIMIT} steps in all."
+            )
             raise PlaceholderError(field, detail) from None
         except _FAILURES as error:
             raise PlaceholderError(field, f"{expression.shown} cannot be filled: {_reason(error)}") from None

@@ -35,15 +35,16 @@ def parse_json(body: bytes, content_type: str | None) -> Any:
     if len(body) > BODY_LIMIT_BYTES:
         raise Problem(
             413,
-            f"The body has {len(body)} bytes; {BODY_LIMIT_BYTES} are taken. Pass large files as https URLs in `input`.",
+            f"The body has {len(body)} bytes, which exceeds the limit of {BODY_LIMIT_BYTES}."
+            " Pass large files as https URLs in `input`.",
         )
     media_type = (content_type or "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
-        raise Problem(415, f"The body has to be application/json, not {media_type[:100]!r}.")
+        raise Problem(415, f"The body must be application/json, not {media_type[:100]!r}.")
     # JSON is UTF-8 (RFC 8259, 8.1), and names no charset; a sender that names another one means other text.
     charset = _CHARSET.search(content_type or "")
     if charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
-        raise Problem(415, f"The body has to be UTF-8, not {charset[1][:30]!a}.")
+        raise Problem(415, f"The body must be UTF-8, not {charset[1][:30]!a}.")
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_object)
     except UnicodeDecodeError:
@@ -130,4 +131,4 @@ def _check_json(value: Any) -> None:
             try:
                 item.encode()
             except UnicodeEncodeError:
-                raise Problem(400, "The body holds half of a surrogate pair, which is no character.") from None
+                raise Problem(400, "The body holds half of a surrogate pair, which is not a character.") from None

@@ -2,8 +2,8 @@
 
 A value that no rule can have written (not a whole number, or further ahead than the rules allow), for example from a
 manual edit or an earlier release, is ignored: creates go on at their rate, and the next reservation replaces it. A
-lane then begins with its burst used up, since nobody knows what was reserved. A pause that is not by Replicate counts
-whatever its end is: somebody who may write the item wants it.
+lane then begins with its burst used up, since the earlier reservations are unknown. A pause that is not by Replicate
+counts whatever its end is: an operator who may write the item wants it.
 """
 
 import math
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 AUTOMATIC_PAUSE_SECONDS = 300
-"""For how long an answer 401 or 402 of Replicate holds all submissions; then one of them finds out how it is."""
+"""For how long a 401 or 402 of Replicate pauses all submissions; then one of them tries again."""
 
 HORIZON_SECONDS = 7 * 86400
 """No turn is further ahead: the longest deadline, a training's (`TrainingLifetimeSeconds`), is over then."""

@@ -9,10 +9,9 @@ over HTTP reads nothing more. An owner without limits costs nothing. What an own
     open_pipelines      the same of pipelines
     day#YYYY-MM-DD      `n`: how many predictions began on that day (UTC)
 
-A start takes its place in both by conditional writes, before anything else is written: two starts at once never take
-one place. An end does not give its place back: when the map is full, those that have ended are looked up and taken
-out, so that an end costs no write. What goes wrong in between counts too much for two minutes, or a day, never too
-little.
+A start acquires a slot in both by conditional writes, before anything else is written: two concurrent starts never get
+the same slot. A finish does not release its slot: when the map is full, finished ones are looked up and removed, so
+that a finish costs no write. A crash in between counts too much for two minutes, or a day, never too little.
 """
 
 import contextlib
@@ -44,9 +43,9 @@ OPEN_BATCHES_DEFAULT = 100
 OPEN_PIPELINES_DEFAULT = 500
 """How many pipelines, likewise."""
 
-# A place without a prediction is given back after this time: between the two writes a function may have died.
+# A slot without a prediction is released after this time: a function may have crashed between the two writes.
 _MISSING_MS = 120_000
-# What is full is not looked through again by the same process before this time.
+# A process does not scan a full map again before this time.
 _FULL_SECONDS = 2
 _CACHE_SECONDS = 60
 _RETRY_SECONDS = 10
@@ -139,8 +138,8 @@ class _Slots(NamedTuple):
 
     Attributes:
         sk: The map's item.
-        prefix: Of the `pk` of what has a place.
-        full: What is said where all places are taken.
+        prefix: Of the `pk` of what has a slot.
+        full: What is said where all slots are taken.
         retry_seconds: When to ask again then.
     """
 
@@ -153,7 +152,7 @@ class _Slots(NamedTuple):
 _IN_FLIGHT = _Slots(
     "in_flight",
     "prediction#",
-    "The owner {owner} may have {limit} predictions in flight, and has: the next one when one of them ends.",
+    "Owner {owner} has reached its limit of {limit} predictions in flight. Retry when one of them finishes.",
     _RETRY_SECONDS,
 )
 _OPEN: Mapping[Kind, _Slots] = {
@@ -211,7 +210,7 @@ class OwnersLimits:
             if limit is None:
                 continue
             if not 0 <= limit <= most:
-                raise LimitInvalid(f"--{name.replace('_', '-')} takes 0 to {most}, not {limit}.")
+                raise LimitInvalid(f"--{name.replace('_', '-')} must be 0 to {most} (got {limit}).")
             item[name] = {"N": str(limit)}
         self._dynamodb.put_item(TableName=self._table_name, Item=item)
 
@@ -269,10 +268,10 @@ class OwnersUsage:
     def acquire_slot(self, owner: str, prediction_id: str, limits: OwnerLimits) -> Slot:
         """Acquire a slot in flight, and one of the day, for a prediction about to start.
 
-        Twice, it has one place in flight, and two of the day.
+        Twice, it has one slot in flight, and two of the day.
 
         Returns:
-            What was taken.
+            The slot.
 
         Raises:
             LimitReached: One of the limits is used up.
@@ -280,34 +279,34 @@ class OwnersUsage:
         began = round(self._now() * 1000)
         limit = limits.in_flight
         added = limit is not None and self._add(_IN_FLIGHT, owner, prediction_id, limit, began)
-        now = self._now()  # the day that is full must be the one whose end is told
+        now = self._now()  # the day that is full must be the one whose end the error names
         day = datetime.fromtimestamp(now, UTC).date().isoformat()
         n = 0
         if limits.per_day is not None and not (n := self._count_in_day(owner, limits.per_day, day, now)):
             if added:
-                self._take_out(_IN_FLIGHT, owner, {prediction_id: began})
+                self._release(_IN_FLIGHT, owner, {prediction_id: began})
             raise _day_is_full(owner, limits.per_day, now)
         return Slot(began if added else None, day if n else None, n)
 
-    def release_slot(self, owner: str, prediction_id: str, place: Slot) -> None:
+    def release_slot(self, owner: str, prediction_id: str, slot: Slot) -> None:
         """Release what `acquire_slot` took, for a prediction that is not started after all.
 
         A count of the day is given back only while it is the latest one: where another was counted meanwhile, or this
         write was made before and its answer lost, the day stays as it is. So it may count too much, never too little.
         """
-        if place.began is not None:
-            self._take_out(_IN_FLIGHT, owner, {prediction_id: place.began})
-        if place.day is None:
+        if slot.began is not None:
+            self._release(_IN_FLIGHT, owner, {prediction_id: slot.began})
+        if slot.day is None:
             return
         with contextlib.suppress(self._dynamodb.exceptions.ConditionalCheckFailedException):
             self._dynamodb.update_item(
                 TableName=self._table_name,
-                Key=_usage_key(owner, f"day#{place.day}"),
+                Key=_usage_key(owner, f"day#{slot.day}"),
                 UpdateExpression="SET n = :less, given_back = :id",
                 ConditionExpression="n = :n AND (attribute_not_exists(given_back) OR given_back <> :id)",
                 ExpressionAttributeValues={
-                    ":less": {"N": str(place.n - 1)},
-                    ":n": {"N": str(place.n)},
+                    ":less": {"N": str(slot.n - 1)},
+                    ":n": {"N": str(slot.n)},
                     ":id": {"S": prediction_id},
                 },
             )
@@ -316,7 +315,7 @@ class OwnersUsage:
         """Check that an owner's limit of the day is not used up, without using any of it.
 
         Raises:
-            LimitReached: It is.
+            LimitReached: The limit is used up.
         """
         if limits.per_day is None:
             return
@@ -330,13 +329,13 @@ class OwnersUsage:
     def acquire_open_slot(self, kind: Kind, owner: str, id_: str, limits: OwnerLimits) -> int | None:
         """Acquire a slot among an owner's open batches or pipelines, before one is written.
 
-        Twice, it has one place. An owner without limits needs none, and no call is made.
+        Twice, it has one slot. An owner without limits needs none, and no call is made.
 
         Returns:
-            When the place was taken, as `release_open_slot` wants it; None if no place was taken by this call.
+            When the slot was taken, as `release_open_slot` wants it; None if no slot was taken by this call.
 
         Raises:
-            LimitReached: There is none.
+            LimitReached: No slot is free.
         """
         limit = limits.open_allowed(kind)
         if limit is None:
@@ -347,24 +346,24 @@ class OwnersUsage:
     def release_open_slot(self, kind: Kind, owner: str, id_: str, began: int | None) -> None:
         """Release a slot of `acquire_open_slot`, for a request that was refused afterwards."""
         if began is not None:
-            self._take_out(_OPEN[kind], owner, {id_: began})
+            self._release(_OPEN[kind], owner, {id_: began})
 
-    def _add(self, places: _Slots, owner: str, id_: str, limit: int, began: int) -> bool:
+    def _add(self, slots: _Slots, owner: str, id_: str, limit: int, began: int) -> bool:
         """Acquire a slot; return whether it is a new one."""
         for attempt in ("as it is", "looked through"):
-            if limit > 0 and (before := self._try_to_add(places, owner, id_, limit, began)) is not None:
+            if limit > 0 and (before := self._try_to_add(slots, owner, id_, limit, began)) is not None:
                 return before == 0
-            if attempt == "looked through" or self._full.get((owner, places.sk), 0) > self._now():
+            if attempt == "looked through" or self._full.get((owner, slots.sk), 0) > self._now():
                 break
-            if limit == 0 or self._take_out_ended(places, owner) >= limit:
-                self._full[owner, places.sk] = self._now() + _FULL_SECONDS
+            if limit == 0 or self._release_finished(slots, owner) >= limit:
+                self._full[owner, slots.sk] = self._now() + _FULL_SECONDS
                 break
-        raise LimitReached(places.full.format(owner=owner, limit=limit), places.retry_seconds)
+        raise LimitReached(slots.full.format(owner=owner, limit=limit), slots.retry_seconds)
 
-    def _try_to_add(self, places: _Slots, owner: str, id_: str, limit: int, began: int) -> int | None:
+    def _try_to_add(self, slots: _Slots, owner: str, id_: str, limit: int, began: int) -> int | None:
         """Return when it was added before (0 if never), or None if no slot is free."""
-        key = _usage_key(owner, places.sk)
-        place = {"N": str(began)}
+        key = _usage_key(owner, slots.sk)
+        slot = {"N": str(began)}
         try:
             before = self._dynamodb.update_item(
                 TableName=self._table_name,
@@ -372,7 +371,7 @@ class OwnersUsage:
                 UpdateExpression="SET ids.#id = :began",
                 ConditionExpression="attribute_exists(ids) AND (size(ids) < :limit OR attribute_exists(ids.#id))",
                 ExpressionAttributeNames={"#id": id_},
-                ExpressionAttributeValues={":began": place, ":limit": {"N": str(limit)}},
+                ExpressionAttributeValues={":began": slot, ":limit": {"N": str(limit)}},
                 ReturnValues="UPDATED_OLD",
                 ReturnValuesOnConditionCheckFailure="ALL_OLD",
             ).get("Attributes", {})
@@ -386,46 +385,46 @@ class OwnersUsage:
         try:
             self._dynamodb.put_item(
                 TableName=self._table_name,
-                Item={**key, "ids": {"M": {id_: place}}},
+                Item={**key, "ids": {"M": {id_: slot}}},
                 ConditionExpression="attribute_not_exists(pk)",
             )
         except self._dynamodb.exceptions.ConditionalCheckFailedException:
-            # Somebody else made it just now, or this very write did and its answer was lost.
-            return self._try_to_add(places, owner, id_, limit, began)
+            # Another writer has just created it, or this write has and its response was lost.
+            return self._try_to_add(slots, owner, id_, limit, began)
         return 0
 
-    def _take_out_ended(self, places: _Slots, owner: str) -> int:
+    def _release_finished(self, slots: _Slots, owner: str) -> int:
         """Release the slots of what has finished, or was never created.
 
         Returns:
-            How many are left, as far as is known: somebody else may be giving some back, or taking some.
+            How many are left, as far as is known: others may release or acquire slots meanwhile.
         """
         from predictions.aws.dynamodb import read_items  # the authorizer, which needs the limits only, goes without
 
         found = self._dynamodb.get_item(
-            TableName=self._table_name, Key=_usage_key(owner, places.sk), ConsistentRead=True
+            TableName=self._table_name, Key=_usage_key(owner, slots.sk), ConsistentRead=True
         )
         taken: Mapping[str, Any] = found.get("Item", {}).get("ids", {}).get("M", {})
-        statuses = read_items(self._dynamodb, self._table_name, [(f"{places.prefix}{id_}", "status") for id_ in taken])
+        statuses = read_items(self._dynamodb, self._table_name, [(f"{slots.prefix}{id_}", "status") for id_ in taken])
         long_ago = self._now() * 1000 - _MISSING_MS
         gone: dict[str, int] = {}
-        for id_, place in taken.items():
-            status, began = statuses.get((f"{places.prefix}{id_}", "status")), int(place["N"])
-            if _has_ended(status) if status else began < long_ago:
+        for id_, slot in taken.items():
+            status, began = statuses.get((f"{slots.prefix}{id_}", "status")), int(slot["N"])
+            if _is_finished(status) if status else began < long_ago:
                 gone[id_] = began
         ids = list(gone)
         chunks = [{each: gone[each] for each in ids[n : n + _CHUNK]} for n in range(0, len(ids), _CHUNK)]
         for chunk in chunks:
-            self._take_out(places, owner, chunk)
+            self._release(slots, owner, chunk)
         return len(taken) - len(gone)
 
-    def _take_out(self, places: _Slots, owner: str, taken: Mapping[str, int]) -> None:
+    def _release(self, slots: _Slots, owner: str, taken: Mapping[str, int]) -> None:
         """Release slots, unless one of them was acquired again meanwhile."""
         named = dict(enumerate(taken.items()))
         with contextlib.suppress(self._dynamodb.exceptions.ConditionalCheckFailedException):
             self._dynamodb.update_item(
                 TableName=self._table_name,
-                Key=_usage_key(owner, places.sk),
+                Key=_usage_key(owner, slots.sk),
                 UpdateExpression="REMOVE " + ", ".join(f"ids.#p{n}" for n in named),
                 ConditionExpression=" AND ".join(f"ids.#p{n} = :p{n}" for n in named),
                 ExpressionAttributeNames={f"#p{n}": id_ for n, (id_, _) in named.items()},
@@ -454,7 +453,7 @@ class OwnersUsage:
         return int(counted["Attributes"]["n"]["N"])
 
 
-def _has_ended(status: Mapping[str, Any]) -> bool:
+def _is_finished(status: Mapping[str, Any]) -> bool:
     """Return whether a prediction, batch or pipeline has finished, by its status item."""
     from predictions.status import TERMINAL_RANK
 
@@ -464,7 +463,7 @@ def _has_ended(status: Mapping[str, Any]) -> bool:
 def _day_is_full(owner: str, limit: int, now: float) -> LimitReached:
     midnight = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
     return LimitReached(
-        f"The owner {owner} may start {limit} predictions a day, and has: the next ones from {rfc3339(midnight)} on.",
+        f"Owner {owner} has reached its limit of {limit} predictions per day. Retry after {rfc3339(midnight)}.",
         int(midnight.timestamp() - now) + 1,
     )
 

@@ -1,18 +1,18 @@
 """When a prediction may be created at Replicate: one rate for all sources, and one switch that holds them all.
 
-Both are one item (`pk` = `limiter`, `sk` = `creates`), so that one read tells all of it. Its times are milliseconds
+Both are one item (`pk` = `limiter`, `sk` = `creates`), so that one read is enough. Its times are milliseconds
 since 1970. Of each lane, `http` and `queue`:
 
     {lane}_at                   the lane's end: for `http` when it is used up, at the full rate; for `queue` the next
                                 free start, at nine tenths of the rate
     {lane}_last_{owner}         the last start that an owner has reserved, while it is ahead
     {lane}_turn_{owner}         the end of an owner's line: when its next request asks for a start
-    {lane}_free, {lane}_taken   starts that were given back, and those of them that were reserved again
+    {lane}_free, {lane}_taken   released starts, and those of them that were reserved again
 
 and of both:
 
     blocked_until   when Replicate takes creates again, after it said 429
-    paused_until    until when nothing is submitted; `paused_by` and `pause_reason` say who wants that, and why
+    paused_until    until when nothing is submitted; `paused_by` and `pause_reason` say on whose behalf, and why
 
 A create reserves its start by moving a lane on by one interval, in one write without a read before it (the generic
 cell rate algorithm), so any number of functions do it at once and no lock is waited for. Each HTTP create moves the
@@ -24,12 +24,12 @@ waits seconds whatever the backlog of another is. A request that is refused gets
 at which to ask again. A turn holds no start, so a line may be long, may move back when requests are canceled, and may
 be wrong: a request that finds the lane idle takes the start, whatever turns are ahead.
 
-A reserved start that is not used is given back into a bounded set, from which another request takes that very start.
-The set holds numbers (the start's milliseconds, and how often it was given back), so that a write that AWS repeats
-cannot put the same start into it twice.
+A reserved start that is not used is released into a bounded set, from which another request takes that very start. The
+set holds numbers (the start's milliseconds, and how often it was released), so that a write that AWS repeats cannot
+put the same start into it twice.
 
-The limiter never loses or delays a prediction on failure: where the table fails, a create goes as if there were no
-limiter, and Replicate's own 429 holds it.
+A failure of the limiter never loses or delays a prediction: while the table fails, a create goes ahead without it, and
+Replicate's own 429 holds it.
 
 Hand-made: libraries that limit rates count in one process, or in Redis, and none hands out starts that lie ahead.
 """
@@ -80,9 +80,9 @@ MAX_START_DELAY_SECONDS = 3600
 
 _CACHE_SECONDS = 1.0
 _ATTEMPTS = 5
-# Races for a start that was given back are lost to whoever takes it first: after these, the lane is moved instead.
+# A released start goes to the first request that takes it. After so many lost races, the lane is advanced instead.
 _FREE_ATTEMPTS = 2
-# A reservation that was not used in this time, as in a pause, is none any more: many of them would start at once.
+# A reservation that was not used in this time, as in a pause, expires: many of them would start at once.
 _STALE_SECONDS = 30
 
 
@@ -213,7 +213,7 @@ class Limiter:
             f" AND {lane}_at > :end"
         )
         if self._write(expression, condition, values, raw) is False:
-            logger.info("a start is not kept: too many are, it is there already, or its lane began anew")
+            logger.info("start not released: too many are, it is released already, or its lane has restarted")
 
     def release_turn(self, lane: Lane, owner: str, step_ms: int) -> None:
         """Shorten an owner's line by a request that left it; a failed write leaves it longer."""
@@ -224,7 +224,7 @@ class Limiter:
     def is_reserved(self, start: float) -> bool:
         """Return whether a reservation for `start`, a second that has come, still counts.
 
-        Not if Replicate has said 429 since, or if nobody came for it in time, as in a pause.
+        Not if Replicate has responded 429 since, or if it was not used in time, as in a pause.
         """
         return (start + 1) * 1000 > self._read_state().blocked_until and self._now() - start <= _STALE_SECONDS
 
@@ -242,9 +242,8 @@ class Limiter:
     def _reserve(self, lane: Lane, owner: str, latest: float, turn_at: float | None) -> Reservation:
         """Reserve a start or a turn in one write; start now if the table fails.
 
-        What is known says which write to try, and the write's condition whether that was right: so it holds at the
-        first try but where a lane has just run out or begun, an owner's start was just reserved, or a start that was
-        given back was just taken.
+        The known state selects the write, and the write's condition verifies that state. So the first attempt succeeds
+        unless a lane has just run out or begun, an owner's start was just reserved, or a released start was just taken.
         """
         turn_ms = None if turn_at is None else round(turn_at * 1000)
         for attempt in range(_ATTEMPTS):

@@ -18,9 +18,9 @@ NEAR_SECONDS = (1, 5)
 these bounds. Starts a second ahead are not waited for (see `submissions`), so a request whose turn has come mostly
 starts at once; at a slow rate, requests that ask a little late would leave the lane idle with less than two."""
 
-# What the queue may use of the rate; the rest keeps HTTP callers from having to wait behind what is reserved already.
+# The queue's share of the rate; with the rest, HTTP callers do not wait behind what is reserved already.
 _QUEUED_SHARE = 0.9
-# What bounds the limiter's item: starts kept that were given back, and owners with attributes of their own in a lane;
+# Bounds of the limiter's item: released starts, and owners with attributes of their own in a lane;
 # further owners share them.
 FREE_MOST = 100
 _LINES_MOST = 100
@@ -82,9 +82,9 @@ class Plan:
     """One conditional update, as it comes together.
 
     Attributes:
-        kind: What it brings: `start`, `free` (a start that was given back) or `turn`.
+        kind: Its result: `start`, `free` (a released start) or `turn`.
         step: By how much it moves the lane or the line on.
-        number: Of the start that was given back.
+        number: Of the released start.
     """
 
     def __init__(self, kind: Literal["start", "free", "turn"], step: int, number: int = 0) -> None:
@@ -150,7 +150,7 @@ class Schedule:
         least, most = NEAR_SECONDS
         near = floor + max(least * 1000, min(most * 1000, 2 * self._step(lane)))
         if start <= now:
-            # Nobody waits for it: unused it would be wasted, whoever's turn it is.
+            # A start of now that is not used would be wasted, whatever turns are ahead.
             return self._plan_start(lane, slot, bound=now, near=None)
         if free and (given_back := self.given_back(lane)) and given_back[0] // GENERATIONS <= bound:
             return self._plan_free(lane, given_back[0])

@@ -157,7 +157,7 @@ class Call:
         content = None
         if method in ("POST", "PATCH"):
             if len(body) > CHANGE_LIMIT_BYTES:
-                raise Problem(413, f"The body has {len(body)} bytes; {CHANGE_LIMIT_BYTES} are taken here.")
+                raise Problem(413, f"The body has {len(body)} bytes, which exceeds the limit of {CHANGE_LIMIT_BYTES}.")
             if not isinstance(parse_json(body, content_type), dict):
                 raise Problem(422, "The body has to be a JSON object.")
             content = body

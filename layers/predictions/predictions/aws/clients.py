@@ -85,7 +85,7 @@ def api_url() -> str:
     """Return the stack's public URL, ending in `/v1`.
 
     From the SSM parameter that `API_URL_PARAMETER` names: a function that had the API's id in its environment would
-    depend on the API, which depends on the function. The request's own host is a stranger's to choose. A value that
+    depend on the API, which depends on the function. The request's own host is the caller's to choose. A value that
     is known is used on while SSM cannot be asked.
     """
     global _api_url  # once for each warm function

@@ -37,10 +37,10 @@ class Executions:
         Args:
             prediction_id: Our id.
             n: Which one.
-            submit: Whether it has to submit the prediction first; None for what is none.
+            submit: Whether it must submit the prediction first; None for a pipeline.
 
         Returns:
-            True where it runs now, whoever started it; False where the name belongs to one that has ended.
+            True if it runs now, also if another call started it; False if the name belongs to a finished one.
         """
         try:
             # The same name and input while it runs is answered as if it were started now.
@@ -66,7 +66,7 @@ def wake(task_token: str | None) -> bool:
     """Resume the execution that waits with this task token.
 
     Returns:
-        Whether somebody waited. A stale token (its execution timed out and polls, was woken before, or was
+        Whether an execution waited. A stale token (its execution timed out and polls, was woken before, or was
         stopped) is no error: that execution finds the end in the table by itself.
     """
     if task_token is None:

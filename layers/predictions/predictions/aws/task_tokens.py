@@ -17,8 +17,8 @@ from predictions.observability import logger
 _CAUSE_LIMIT = 32768
 
 
-# It timed out, was told already (these calls may come twice), or is no token at all: nothing that another try changes,
-# and a strange token must not hold up what comes after it.
+# The state timed out, was completed already (these calls may come twice), or the token is invalid: a retry changes
+# nothing, and a strange token must not hold up what comes after it.
 _GONE = frozenset({"TaskTimedOut", "TaskDoesNotExist", "InvalidToken", "ValidationException"})
 
 # Step Functions has no error of its own for a token of another account: only principals of the same account may send
@@ -67,7 +67,7 @@ def _pass_over(error: ClientError) -> None:
     code = error.response["Error"]["Code"]
     if code not in _GONE and not (code == _DENIED and _is_of_another_account(error)):
         raise error
-    logger.info("nobody waits with this token", reason=code)
+    logger.info("no state waits with this token", reason=code)
 
 
 def _is_of_another_account(error: ClientError) -> bool:

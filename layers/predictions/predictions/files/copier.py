@@ -49,7 +49,7 @@ _PART_BYTES = 5 * 1024**2
 _PIECE_BYTES = 256 * 1024
 _SENT_BYTES = 64 * 1024
 
-# What a browser may show when it follows a link to the bucket. Not here, and so a download of
+# Content types that a browser may show when it follows a link to the bucket. All others are downloads of
 # application/octet-stream: everything that can carry a script (HTML, SVG, XML), and everything unknown.
 _CONTENT_TYPES = re.compile(
     r"image/(?:png|jpeg|webp|gif|avif|bmp|tiff|heic|heif|jxl|x-icon|vnd\.microsoft\.icon|vnd\.radiance|x-exr)"
@@ -159,7 +159,7 @@ class Copier:
             except _Interrupted as interruption:
                 reason = str(interruption)
             except ClientError as error:
-                # Ours to mend, also where it is a missing permission: the file itself is not to blame.
+                # The stack's own fault, also if a permission is missing: the file itself is not to blame.
                 reason = f"the outputs bucket answered {error_code(error)}"
             except BotoCoreError as error:
                 reason = f"the outputs bucket could not be reached ({type(error).__name__})"
@@ -408,7 +408,7 @@ def _pieces(chunks: Iterable[bytes]) -> Iterator[memoryview]:
 
 
 def _served_as(content_type: str) -> dict[str, str]:
-    """S3's arguments for an object, of the content type that a stranger named."""
+    """Return S3's arguments for an object of a content type that is not trusted."""
     name, _, parameters = content_type.lower().partition(";")
     name = name.strip()
     if not _CONTENT_TYPES.fullmatch(name):

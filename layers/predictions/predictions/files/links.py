@@ -3,8 +3,8 @@
 `{api_url}/objects/{bucket}/{name}?key=…&expires=…&signature=…` redirects to S3 until `expires`. A presigned URL of S3
 itself would end with the credentials of the function that signed it, within hours and perhaps before a prediction that
 waits its turn reads its input; and it would be another text each time, where a request that comes twice has to be the
-same. The signature is an HMAC of bucket, key, version and expiry with a secret that is for nothing else: who has one
-link can make no other.
+same. The signature is an HMAC of bucket, key, version and expiry with a secret of its own: the holder of one link
+cannot make another one.
 
 `{name}` says how the object is called, since models look at the end of a URL for what kind of file it is. Nothing
 depends on it.
@@ -78,8 +78,8 @@ class Links:
             bucket: `inputs`, `outputs`, or the name of a bucket of this stack.
             key: The object's key.
             version_id: The object's version; None for whichever is there when the link is opened.
-            expires: Until when it works, in Unix seconds. What is to come out the same again counts from a time that
-                was written down, never from now.
+            expires: Until when it works, in Unix seconds. A link that must come out the same again counts from a
+                recorded time, never from now.
 
         Raises:
             UnknownBucket: Not one of the stack's buckets, or a part of one that is not for models.
@@ -104,7 +104,7 @@ class Links:
             signature: As in the link.
 
         Returns:
-            The URL, which works for five minutes and makes browsers save the object, not show it; None where any part
+            The URL, which works for five minutes and makes browsers save the object, not show it, or None if any part
             of the link is wrong, or it has expired.
         """
         if bucket not in self._buckets or not key or _closed(bucket, key):

@@ -101,7 +101,7 @@ def first_files(output: JSON, is_file_url: Callable[[str], bool]) -> tuple[list[
 
     Returns:
         The files; and one entry for all files beyond the limit, in the place of the first of them, with the reason
-        why they are not stored. No entry if there are none.
+        why they are not stored. No entry if no file is beyond it.
     """
     found = _walk(output, is_file_url)
     files = [

@@ -55,7 +55,7 @@ class PrivateKey:
         """Read what `to_json` returned.
 
         Raises:
-            ValueError: It is no such JSON. The text is not repeated.
+            ValueError: Not such JSON. The text is not repeated.
         """
         try:
             value = json.loads(text)
@@ -75,7 +75,7 @@ class PrivateKey:
         digest = _SHA1_PREFIX + hashlib.sha1(message, usedforsecurity=False).digest()  # CloudFront's choice
         padded = b"\x00\x01" + b"\xff" * (length - len(digest) - 3) + b"\x00" + digest
         wanted = int.from_bytes(padded)
-        # Blinded, so that the time it takes tells nothing of the key; by the primes, since that is four times as fast.
+        # Blinded, so that its duration reveals nothing of the key; by the primes, since that is four times as fast.
         while math.gcd(blind := 2 + secrets.randbelow(n - 3), n) != 1:
             pass
         blinded = wanted * pow(blind, e, n) % n

@@ -1,7 +1,7 @@
 """Upload requests, checked before anything is stored.
 
 `read_form` takes a file with its content (`POST /files`), `read_upload` the description of one that goes straight to
-S3 (`POST /uploads`). Both are hostile: whatever is wrong with them is a `Problem`.
+S3 (`POST /uploads`). Both are untrusted: every fault of theirs is a `Problem`.
 """
 
 import base64
@@ -47,7 +47,7 @@ class NewFile:
         content_type: A media type without parameters.
         size: Its bytes, of an upload as announced.
         metadata_json: A JSON object.
-        content: The file; None where it is uploaded straight to S3.
+        content: The file, or None if it is uploaded straight to S3.
         sha256: Of an upload, in hexadecimal, where its owner gives it.
     """
 
@@ -92,18 +92,16 @@ def read_form(body: bytes, headers: Mapping[str, str]) -> NewFile:
         raise _too_large(len(body))
     media_type, options = parse_options_header(headers.get("content-type", ""))
     if media_type != "multipart/form-data":
-        raise Problem(
-            415, f"The body has to be multipart/form-data with the file as `content`, not {media_type!a:.80}."
-        )
+        raise Problem(415, f"The body must be multipart/form-data with the file as `content`, not {media_type!a:.80}.")
     parts = _parts(body, options.get("boundary", ""))
     if "content" not in parts:
-        raise fields_refused([{"field": "content", "detail": "Required: the file itself."}])
+        raise fields_refused([{"field": "content", "detail": "This field is required: the file itself."}])
     sent = parts["content"]
     if len(sent.content) > CONTENT_LIMIT_BYTES:
         raise _too_large(len(sent.content))
     invalid: list[dict[str, str]] = []
     name = _text(parts, "filename", invalid) or sent.filename or "file"
-    # A part without a type of its own is text to MIME, and a file of unknown type to everybody who uploads one.
+    # MIME takes a part without a type for text; for an uploader it is a file of unknown type.
     content_type = _text(parts, "type", invalid) or sent.content_type or _OTHER_TYPE
     metadata: Any = {}
     if "metadata" in parts:
@@ -139,7 +137,7 @@ class _Part:
 
 def _parts(body: bytes, boundary: str) -> dict[str, _Part]:
     if not re.fullmatch(r"[ -~]{1,200}", boundary, re.ASCII):
-        raise Problem(400, "The header Content-Type names no boundary: let your HTTP library write this header.")
+        raise Problem(400, "The header Content-Type has no boundary. Let the HTTP library write this header.")
     parts: dict[str, _Part] = {}
     try:
         parser = PushMultipartParser(boundary, max_segment_count=_PARTS_LIMIT, strict=True)
@@ -149,7 +147,9 @@ def _parts(body: bytes, boundary: str) -> dict[str, _Part]:
             for event in parser.parse(body):
                 if event is None:
                     if segment.name in parts:
-                        raise fields_refused([{"field": str(segment.name)[:200], "detail": "It is given twice."}])
+                        raise fields_refused(
+                            [{"field": str(segment.name)[:200], "detail": "This field is given twice."}]
+                        )
                     parts[segment.name] = _Part(segment.filename, segment.content_type, b"".join(chunks))
                 elif isinstance(event, bytes | bytearray):
                     chunks.append(bytes(event))
@@ -168,7 +168,7 @@ def _text(parts: Mapping[str, _Part], name: str, invalid: list[dict[str, str]]) 
     try:
         return parts[name].content.decode() if name in parts else None
     except UnicodeDecodeError:
-        invalid.append({"field": name, "detail": "It is not UTF-8."})
+        invalid.append({"field": name, "detail": "Must be UTF-8."})
         return None
 
 
@@ -178,18 +178,18 @@ def _checked(new: NewFile, metadata: Any, invalid: list[dict[str, str]]) -> NewF
     except UnicodeEncodeError:
         name_bytes = 0
     if not 1 <= name_bytes <= NAME_LIMIT_BYTES or _CONTROL.search(new.name):
-        detail = f"1 to {NAME_LIMIT_BYTES} bytes of UTF-8 without control characters."
+        detail = f"Must be 1 to {NAME_LIMIT_BYTES} bytes of UTF-8 without control characters."
         invalid.append({"field": "filename", "detail": detail})
     content_type = new.content_type.partition(";")[0].strip()
     if not _MEDIA_TYPE.fullmatch(content_type):
-        invalid.append({"field": "type", "detail": "A media type, such as `image/png`."})
+        invalid.append({"field": "type", "detail": "Must be a media type, such as `image/png`."})
     metadata_json = ""
     if not isinstance(metadata, dict):
-        invalid.append({"field": "metadata", "detail": "A JSON object."})
+        invalid.append({"field": "metadata", "detail": "Must be a JSON object."})
     else:
         metadata_json = json.dumps(metadata, separators=(",", ":"), allow_nan=False)
         if len(metadata_json) > METADATA_LIMIT_BYTES:
-            invalid.append({"field": "metadata", "detail": f"At most {METADATA_LIMIT_BYTES} bytes of JSON."})
+            invalid.append({"field": "metadata", "detail": f"Must be at most {METADATA_LIMIT_BYTES} bytes of JSON."})
     if invalid:
         raise fields_refused(invalid)
     return NewFile(new.name, content_type.lower(), new.size, metadata_json, new.content, new.sha256, new.id)
@@ -197,7 +197,7 @@ def _checked(new: NewFile, metadata: Any, invalid: list[dict[str, str]]) -> NewF
 
 def _too_large(size: int) -> Problem:
     detail = (
-        f"The file has about {size} bytes; POST /files takes {CONTENT_LIMIT_BYTES}. Send its description to "
-        f"POST /uploads instead, which gives a URL for files of up to {UPLOAD_LIMIT_BYTES // 1024**3} GiB."
+        f"The file has about {size} bytes, which exceeds the limit of {CONTENT_LIMIT_BYTES} of POST /files. Send its "
+        f"description to POST /uploads instead, which gives a URL for up to {UPLOAD_LIMIT_BYTES // 1024**3} GiB."
     )
     return Problem(413, detail)

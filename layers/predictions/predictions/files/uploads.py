@@ -7,7 +7,7 @@ S3 itself, because that would end with the credentials of the function that sign
 a prediction that waits its turn reads its input. And so an input stays the same text from the caller to Replicate.
 
 An object outlives its item: the bucket's lifecycle counts whole days from midnight. An object without an item (a crash
-between the two writes) is seen by nobody and goes the same way.
+between the two writes) is invisible and expires the same way.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ class File:
 
     Attributes:
         uploaded: Whether the object is known to be there.
-        signature: What opens its download link.
+        signature: The capability in its download link.
     """
 
     id: str
@@ -197,8 +197,8 @@ class Files:
         """Return a presigned S3 URL for the holder of a file's `urls.get`.
 
         Returns:
-            The link, which works for five minutes and makes browsers save the file, not show it; None where any part
-            of the request is wrong, or the file is not there (any more, or yet).
+            The URL, which works for five minutes and makes browsers save the file, not show it, or None if any part
+            of the request is wrong, or the file is missing (expired, or not uploaded yet).
         """
         file = self._read(file_id)
         if file is None or file.owner != owner or expiry != str(file.expires_at):

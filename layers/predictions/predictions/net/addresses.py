@@ -1,4 +1,4 @@
-"""Which network addresses may be contacted when a stranger chose the URL.
+"""SSRF guard: the addresses that may be contacted when a caller or a model chose the URL.
 
 Two checks, both needed: `check_webhook_url` refuses a bad URL early, where its author still gets a clear error, and
 `net.client.guarded_client` decides where the socket is opened. Only the second one is safe against names that resolve
@@ -67,7 +67,7 @@ def is_public(address: str) -> bool:
     """Return whether an IP address, in its usual notation, is on the public Internet.
 
     Everything of the special-purpose registries is not public, nor are IPv6 addresses that carry an IPv4
-    address: what those lead to depends on a gateway. What is no IP address is not public either.
+    address: what those lead to depends on a gateway. A text that is no IP address is not public either.
     """
     try:
         ip = ipaddress.ip_address(address)

@@ -1,4 +1,4 @@
-"""HTTP clients for hosts that a stranger chose, and what all HTTP clients share.
+"""HTTP clients for untrusted hosts, and helpers that all HTTP clients share.
 
 guarded_client   a client that only talks to public addresses, over TLS
 TimedNetwork     a network in which the time for everything together ends
@@ -136,7 +136,7 @@ class TimedNetwork(httpcore.NetworkBackend):
     """A network with a total time limit: per-step timeouts do not stop a slow server.
 
     Args:
-        left: How many seconds are left to whoever asks, in the thread that asks; from zero down every step fails.
+        left: How many seconds are left to the calling thread; from zero down every step fails.
     """
 
     def __init__(self, left: Callable[[], float]) -> None:

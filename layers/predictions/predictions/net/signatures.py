@@ -1,9 +1,9 @@
-"""Signatures of webhooks: those of Replicate are verified here, ours are made here.
+"""Webhook signatures: verify Replicate's, sign this stack's own.
 
 Replicate signs as Standard Webhooks describes (https://www.standardwebhooks.com/,
 https://replicate.com/docs/topics/webhooks/verify-webhook): HMAC-SHA256 over `{id}.{timestamp}.{raw body}`.
-The published libraries let other exceptions than a refusal escape on malformed headers, or do not look at the
-timestamp; whatever a stranger sends here ends in `WebhookRefused`.
+Hand-made: the published libraries let other exceptions than a refusal escape on malformed headers, or do not check the
+timestamp; here all malformed requests end in `WebhookRefused`.
 """
 
 import base64
@@ -32,7 +32,7 @@ class WebhookRefused(PredictionsError):
     """The request is not a genuine webhook: respond 401 and change nothing.
 
     Attributes:
-        reason: One of a few constant sentences, without anything the stranger sent: fit for logs and metrics.
+        reason: One of a few constant sentences, without anything of the request: fit for logs and metrics.
     """
 
     def __init__(self, reason: str) -> None:
@@ -52,7 +52,7 @@ def verify(body: bytes, headers: Mapping[str, str | None], secrets: Sequence[str
     """Verify that a webhook is genuine and fresh.
 
     Within the tolerance a copy of a genuine webhook verifies again, as Replicate's own repetition must: what
-    a webhook does has to be harmless twice.
+    a webhook does must be harmless twice.
 
     Args:
         body: The body as it arrived, before any parsing.

@@ -139,7 +139,7 @@ class DeployedRecipes:
             Problem: It is no JSON, too large, or names nobody.
         """
         if len(content) > RECIPE_LIMIT_BYTES:
-            raise Problem(413, f"The recipe has {len(content)} bytes; {RECIPE_LIMIT_BYTES} are taken.")
+            raise Problem(413, f"The recipe has {len(content)} bytes, which exceeds the limit of {RECIPE_LIMIT_BYTES}.")
         value = parse_json(content, None)
         if not isinstance(value, dict) or "owner" not in value:
             return self._default_owner, content

@@ -223,7 +223,7 @@ class RecipeChanges:
             Problem: See `put`.
         """
         if len(body) > RECIPE_LIMIT_BYTES:
-            raise Problem(413, f"The recipe has {len(body)} bytes; {RECIPE_LIMIT_BYTES} are taken.")
+            raise Problem(413, f"The recipe has {len(body)} bytes, which exceeds the limit of {RECIPE_LIMIT_BYTES}.")
         value = parse_json(body, content_type)
         if not isinstance(value, dict):
             raise Problem(422, "The body has to be a JSON object with the key `input`.")

@@ -51,7 +51,7 @@ _CONNECT_SECONDS = 5
 # How much later than asked for an answer that was waited for may come; a function that waits has 5 s left then.
 _SYNC_MARGIN_SECONDS = 3
 
-# What is asked can be asked again; a caller of the API waits for it within API Gateway's 29 s, before the create.
+# Reads can be repeated; a caller of the API waits for one within API Gateway's 29 s, before the create.
 _ASK_TIMEOUT_SECONDS = 7
 
 # A schema is asked for while a caller waits, and can be done without.
@@ -66,7 +66,7 @@ _ANSWER_LIMIT_BYTES = TEXT_LIMIT_BYTES
 _FIELDS_LIMIT = 100
 
 RATE_LIMIT_HEADERS = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
-"""What Replicate says of its limit in the answer to a create."""
+"""The rate-limit headers of Replicate's response to a create."""
 
 Collection = Literal["predictions", "trainings"]
 
@@ -191,7 +191,7 @@ class Replicate:
             cancel_after_seconds: Sent as `Cancel-After`; Replicate's minimum is 5. None for a training, which has none.
             wait_seconds: Sent as `Prefer: wait`, 1 to 60: Replicate holds its answer until the end, at most that long.
                 The answer may be `processing` with the whole output, its files as `data:` URLs.
-            rate_limit: Takes the answer's `RATE_LIMIT_HEADERS`, also of one that is no prediction.
+            rate_limit: Filled with the rate-limit headers of Replicate's response, if there was one.
             window: When the request may be sent, and by when it is over.
 
         Raises:
@@ -224,7 +224,7 @@ class Replicate:
         if not 200 <= answer.status_code < 300:
             raise OutcomeUnknown(f"Replicate answered {answer.status_code} to the create", answer.status_code)
         try:
-            # One that is too large still tells its id in most cases, and with it what was started.
+            # A response that is too large still shows its id in most cases, and so what was started.
             return UpstreamPrediction.read(answer.content, truncated=_is_truncated(answer))
         except UnreadablePrediction as error:
             raise OutcomeUnknown("Replicate's answer to the create is not a prediction", answer.status_code) from error
@@ -445,7 +445,7 @@ def _is_version(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
-# What is read of an entry in a list that is too large to be parsed whole.
+# The members that are read of each entry in a list that is too large to be parsed whole.
 _LISTED_MEMBERS = ("id", "status", "model", "version", "deployment", "input", "created_at", "webhook")
 
 

@@ -6,7 +6,7 @@ by piece, by operations that run in C: whole strings are cut out by one substitu
 by a translation, and a running sum finds out whether the value can end in this piece. Only a piece in which a nested
 value does end is looked at bracket by bracket.
 
-What is skipped is not validated. What surrounds it is: a page that is cut short or malformed is refused.
+Skipped values are not validated. Their surroundings are: a page that is cut short or malformed is refused.
 """
 
 import json

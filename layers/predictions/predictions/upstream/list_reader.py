@@ -163,7 +163,7 @@ class ListReader:
         try:
             date = parsedate_to_datetime(answer.headers["date"]).timestamp()
         except (KeyError, TypeError, ValueError):
-            raise _OddError("a page does not tell the time it was made") from None
+            raise _OddError("a page has no valid Date header") from None
         offset = date - self._now()
         first = reading.clock_offset
         if abs(offset) > _CLOCK_LIMIT_SECONDS or (first is not None and abs(offset - first) > _CLOCK_STEP_SECONDS):

@@ -32,7 +32,7 @@ class UnreadablePrediction(PredictionsError):
     """A prediction without id or status, or not JSON at all."""
 
 
-# What is read of an answer that is too large: all members but `input` and `output`.
+# The members that are read of a response that is too large: all but `input` and `output`.
 _SMALL_MEMBERS = (
     "id", "status", "model", "version", "deployment", "logs", "error", "metrics", "created_at", "started_at",
     "completed_at", "webhook", "data_removed", "urls",
@@ -122,14 +122,14 @@ class UpstreamPrediction(BaseModel):
         texts = read_members(utf8(body), _SMALL_MEMBERS)
         if not texts:
             raise UnreadablePrediction("not a prediction: body")
-        told = {
+        known = {
             "id": upstream_id,
             "status": "",
             **{name: read_json(text, replace=True) for name, text in texts.items()},
         }
-        if not isinstance(told["status"], str):
-            told["status"] = ""
-        found = cls.parse(told)
+        if not isinstance(known["status"], str):
+            known["status"] = ""
+        found = cls.parse(known)
         found._too_large = reason
         return found.failed_for_its_size() if rank_of(found.status) >= TERMINAL_RANK else found
 

@@ -57,7 +57,7 @@ class SigningSecrets:
     def current(self, now: float) -> list[str]:
         """Return the valid secrets: the current one and, for 24 h, the previous one.
 
-        They are read at most every 5 minutes, or 5 seconds while there is none: strangers call the public
+        They are read at most every 5 minutes, or 5 seconds while none is stored: anyone may call the public
         function as often as they like, and must not thereby use up Secrets Manager for it.
 
         Raises:
@@ -83,7 +83,7 @@ class SigningSecrets:
         """Drop secrets read at least 30 s ago: a mismatch may be caused by a newer one.
 
         Returns:
-            Whether `current` will read anew, so that verifying again can have another result.
+            Whether `current` will read again, so that another verification can have another result.
         """
         if now - self._read_at < REFRESH_SECONDS:
             return False
@@ -124,7 +124,7 @@ class SigningSecrets:
         """Read and check the stored document; return `{}` if it is unusable.
 
         `previous` is a list of none or one, `rotated_at` is in Unix seconds.
-        A document that makes no sense counts as none, so that `store` mends it.
+        An unusable document counts as none, so that `store` replaces it.
         """
         try:
             answer = self._secretsmanager.get_secret_value(SecretId=self._secret_arn)

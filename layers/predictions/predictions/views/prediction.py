@@ -103,7 +103,7 @@ class Presenter:
             shown["webhook"] = prediction.webhook
             if prediction.webhook_events_filter:
                 shown["webhook_events_filter"] = list(prediction.webhook_events_filter)
-        # What no answer can carry is linked: it is an object in the bucket then.
+        # A value too large for a response is linked: it is an object in the bucket then.
         if whole.input_key and _is_too_large(shown):
             shown["input"] = {"url": self._url(whole.input_key)}
         if whole.result_key and output is not None and _is_too_large(shown):
@@ -119,9 +119,9 @@ class Presenter:
     ) -> dict[str, Any]:
         """Show a prediction to the caller that has just started it, even if showing it fails.
 
-        It is started, and may be paid for: a caller who got an error would start another one. So on any error
-        (AWS fails, the secret that signs URLs is refused or damaged) it is shown as `starting`, without output: the
-        caller reads it by its id.
+        The prediction is started, and may be paid for: a caller that got an error would start another one. So on any
+        error (AWS fails, the secret that signs URLs is refused or damaged) it is shown as `starting`, without output:
+        the caller reads it by its id.
 
         Args:
             prediction: What was started.
@@ -163,7 +163,7 @@ class Presenter:
         if not whole.prediction.terminal:
             # Its files are still upstream's: callers are shown no URL that is not ours.
             return None if self._outputs.holds_files(whole.output) else whole.output
-        # A file that nobody copied, as after an end by our own word, is shown as missing: its URL is not ours.
+        # A file that was not copied, as after an end by this stack, is shown as missing: its URL is not ours.
         return self._outputs.place_files(whole.output, {f.path: self._url(f.key) for f in whole.files if f.key})
 
     def _url(self, key: str) -> str:
