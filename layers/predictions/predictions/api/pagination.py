@@ -5,8 +5,9 @@ A cursor says where a page starts and on which side.
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 from urllib.parse import urlencode
 
 from predictions.aws.clients import api_url
@@ -28,20 +29,22 @@ def cursor_url(path: str, place: str | None, *, older: bool, filters: Mapping[st
     return f"{api_url()}{path}?{urlencode({'cursor': cursor, **(filters or {})})}"
 
 
-def page_links(
+def page_body(
     path: str,
     start: str | None,
+    results: Sequence[dict[str, Any]],
     *,
     older: bool,
     first: str | None,
     beyond: str | None,
     filters: Mapping[str, str] | None = None,
-) -> dict[str, str | None]:
-    """The URLs of a page's neighbours, as `previous` (newer) and `next` (older).
+) -> dict[str, Any]:
+    """Return the body of a list's response: results, and the neighbours' URLs as `previous` and `next` (older).
 
     Args:
         path: The list's route, such as `/files`.
         start: The place beside which the page starts; None for the newest page.
+        results: What the page shows, from `start` on.
         older: Whether the page lies on the older side of it.
         first: The place of the first of the page, from `start` on; None on an empty page.
         beyond: The place of the last one, where there are further ones.
@@ -52,6 +55,7 @@ def page_links(
     return {
         "previous": cursor_url(path, newer, older=False, filters=filters),
         "next": cursor_url(path, further, older=True, filters=filters),
+        "results": list(results) if older else list(results[::-1]),
     }
 
 
