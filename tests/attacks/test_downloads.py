@@ -104,7 +104,7 @@ BROTLI = bytes.fromhex("5bffffff0f00") + b"\x00" * 16
 COMPRESSED = "the file host compressed the file, although it was asked not to"
 CLOSE = "Connection: close"
 NOT_HTTP = "the connection to the file host failed (RemoteProtocolError), 3 times"
-NO_LENGTH = "the file host's answer has no valid Content-Length, 3 times"
+NO_LENGTH = "the file host's response has no valid Content-Length, 3 times"
 CHUNKED = "Transfer-Encoding: chunked"
 
 

@@ -292,7 +292,7 @@ class OwnersUsage:
         """Release what `acquire_slot` took, for a prediction that is not started after all.
 
         A count of the day is given back only while it is the latest one: where another was counted meanwhile, or this
-        write was made before and its answer lost, the day stays as it is. So it may count too much, never too little.
+        write was made before and its response lost, the day stays as it is. So it may count too much, never too little.
         """
         if slot.began is not None:
             self._release(_IN_FLIGHT, owner, {prediction_id: slot.began})

@@ -356,7 +356,7 @@ class Limiter:
     ) -> bool | None:
         """Do one conditional update; return whether its condition held, None on a failure."""
         try:
-            answer = self._dynamodb.update_item(
+            response = self._dynamodb.update_item(
                 TableName=self._table_name,
                 Key=_KEY,
                 UpdateExpression=expression,
@@ -372,7 +372,7 @@ class Limiter:
         except (ClientError, BotoCoreError):
             logger.exception("the limiter cannot be written")
             return None
-        self._know(answer["Attributes"])
+        self._know(response["Attributes"])
         return True
 
     def _know(self, item: Mapping[str, Any]) -> LimiterState:

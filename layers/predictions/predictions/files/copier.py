@@ -219,7 +219,7 @@ class Copier:
                 else:
                     self._s3.put_object(Bucket=self._bucket_name, Key=key, Body=part, IfNoneMatch="*", **headers)  # type: ignore[arg-type]  # a file in all but typing
             except ClientError as error:
-                # NoSuchUpload: a complete of which the answer was lost, repeated by botocore.
+                # NoSuchUpload: a complete of which the response was lost, repeated by botocore.
                 if error_code(error) not in ("PreconditionFailed", "412", "NoSuchUpload"):
                     raise
                 stored = self._stored(file, key, check_time)
@@ -233,15 +233,15 @@ class Copier:
 
     def _stored(self, file: OutputFile, key: str, check_time: Callable[[], None]) -> StoredFile:
         """Describe the stored object by reading it: its checksum is not stored anywhere else."""
-        answer = self._s3.get_object(Bucket=self._bucket_name, Key=key)
+        response = self._s3.get_object(Bucket=self._bucket_name, Key=key)
         sha256 = hashlib.sha256()
         size = 0
-        with closing(answer["Body"]) as body:
+        with closing(response["Body"]) as body:
             for piece in body.iter_chunks(_PIECE_BYTES):
                 check_time()
                 sha256.update(piece)
                 size += len(piece)
-        return StoredFile(file.path, file.index, key, size, sha256.hexdigest(), answer["ContentType"])
+        return StoredFile(file.path, file.index, key, size, sha256.hexdigest(), response["ContentType"])
 
     @contextmanager
     def _open_url(self, url: str, http: "httpx.Client") -> "Iterator[_Body]":
@@ -394,7 +394,7 @@ def _length(response: "httpx.Response") -> int | None:
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise _Interrupted("the file host's answer has no valid Content-Length")
+        raise _Interrupted("the file host's response has no valid Content-Length")
     if int(text) > FILE_MAX_BYTES:
         raise _Refused(_TOO_LARGE)
     return int(text)

@@ -82,7 +82,7 @@ def find_files(output: JSON, is_file_url: Callable[[str], bool]) -> list[OutputF
     """Find all files anywhere in an output.
 
     The order is that of lists, and of the sorted keys of objects: the order of keys may be another one in the
-    next answer about the same prediction, and a file keeps its index.
+    next response about the same prediction, and a file keeps its index.
 
     Args:
         output: Parsed JSON of any depth and size.

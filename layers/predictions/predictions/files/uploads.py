@@ -254,7 +254,7 @@ class Files:
             "etag": file.etag,
             "checksums": file.checksums,
         }
-        # The id is new and random: nothing can be there but this very item, of a write whose answer botocore missed.
+        # The id is new and random: nothing can be there but this very item, of a write whose response botocore missed.
         self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
 
     def _read(self, file_id: str) -> File | None:

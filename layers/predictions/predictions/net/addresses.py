@@ -18,7 +18,7 @@ WEBHOOK_URL_MAX_LENGTH = 2048
 
 # https://www.iana.org/assignments/iana-ipv4-special-registry
 # https://www.iana.org/assignments/iana-ipv6-special-registry
-# Written out, because `ipaddress.is_global` has changed its answers between Python releases.
+# Written out, because `ipaddress.is_global` has changed its results between Python releases.
 _SPECIAL_IPV4 = tuple(
     ipaddress.IPv4Network(network)
     for network in (

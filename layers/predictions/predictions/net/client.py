@@ -48,8 +48,8 @@ def _resolve(host: str, port: int) -> list[str]:
     Raises:
         OSError: The name does not resolve (`socket.gaierror`).
     """
-    answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(address[0]) for *_, address in answers))
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 def _resolve_in_time(

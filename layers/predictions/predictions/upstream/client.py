@@ -48,7 +48,7 @@ CREATE_TIMEOUT_SECONDS = 20
 
 _CONNECT_SECONDS = 5
 
-# How much later than asked for an answer that was waited for may come; a function that waits has 5 s left then.
+# How much later than asked for a response that was waited for may come; a function that waits has 5 s left then.
 _SYNC_MARGIN_SECONDS = 3
 
 # Reads can be repeated; a caller of the API waits for one within API Gateway's 29 s, before the create.
@@ -57,12 +57,12 @@ _ASK_TIMEOUT_SECONDS = 7
 # A schema is asked for while a caller waits, and can be done without.
 _SCHEMA_TIMEOUT_SECONDS = 2.5
 SCHEMA_LIMIT_BYTES = 2 * 1024 * 1024
-"""The largest answer that a schema is taken from."""
+"""The largest response that a schema is taken from."""
 
 # A prediction's JSON can hold data: URLs and long logs. What of it is parsed is bounded by a function's memory.
 _ANSWER_LIMIT_BYTES = TEXT_LIMIT_BYTES
 
-# An answer of Replicate may refuse any number of fields; the others are counted.
+# A response of Replicate may refuse any number of fields; the others are counted.
 _FIELDS_LIMIT = 100
 
 RATE_LIMIT_HEADERS = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
@@ -109,7 +109,7 @@ class Canceled(NamedTuple):
 
     Attributes:
         id: The prediction's id.
-        status: Its status then; None where the answer is so large or so deep that it cannot be found in it.
+        status: Its status then; None where the response is so large or so deep that it cannot be found in it.
     """
 
     id: str
@@ -189,8 +189,8 @@ class Replicate:
             body: `input`, `webhook`, `webhook_events_filter` and, where asked for, `stream`, or for a training
                 `destination`; Replicate refuses others.
             cancel_after_seconds: Sent as `Cancel-After`; Replicate's minimum is 5. None for a training, which has none.
-            wait_seconds: Sent as `Prefer: wait`, 1 to 60: Replicate holds its answer until the end, at most that long.
-                The answer may be `processing` with the whole output, its files as `data:` URLs.
+            wait_seconds: Sent as `Prefer: wait`, 1 to 60: Replicate holds its response until the end or that long.
+                The response may be `processing` with the whole output, its files as `data:` URLs.
             rate_limit: Filled with the rate-limit headers of Replicate's response, if there was one.
             window: When the request may be sent, and by when it is over.
 
@@ -207,7 +207,7 @@ class Replicate:
             read_seconds = max(read_seconds, wait_seconds + _SYNC_MARGIN_SECONDS)
         timeout = httpx.Timeout(read_seconds, connect=_CONNECT_SECONDS)
         try:
-            answer = self._request(
+            response = self._request(
                 "POST", target.path, json=payload, headers=headers, timeout=timeout, beginning_will_do=True,
                 create=True, window=window,
             )  # fmt: skip
@@ -216,18 +216,19 @@ class Replicate:
         except TokenUnreadable as error:
             raise Unauthorized(None, str(error)) from error
         except (httpx.HTTPError, AnswerTooLargeError) as error:
-            raise OutcomeUnknown(f"the create was sent, but its answer was lost ({type(error).__name__})") from error
+            raise OutcomeUnknown(f"the create was sent, but its response was lost ({type(error).__name__})") from error
         if rate_limit is not None:
-            rate_limit |= _rate_limit(answer)
-        if 400 <= answer.status_code < 500 and answer.status_code != 408:
-            raise not_accepted(answer)
-        if not 200 <= answer.status_code < 300:
-            raise OutcomeUnknown(f"Replicate answered {answer.status_code} to the create", answer.status_code)
+            rate_limit |= _rate_limit(response)
+        if 400 <= response.status_code < 500 and response.status_code != 408:
+            raise not_accepted(response)
+        if not 200 <= response.status_code < 300:
+            raise OutcomeUnknown(f"Replicate answered {response.status_code} to the create", response.status_code)
         try:
             # A response that is too large still shows its id in most cases, and so what was started.
-            return UpstreamPrediction.read(answer.content, truncated=_is_truncated(answer))
+            return UpstreamPrediction.read(response.content, truncated=_is_truncated(response))
         except UnreadablePrediction as error:
-            raise OutcomeUnknown("Replicate's answer to the create is not a prediction", answer.status_code) from error
+            reason = "Replicate's response to the create is not a prediction"
+            raise OutcomeUnknown(reason, response.status_code) from error
 
     def get(self, upstream_id: str, collection: Collection = "predictions") -> UpstreamPrediction:
         """Read a prediction or training; an output that is too large is left out (`too_large`).
@@ -236,26 +237,26 @@ class Replicate:
             NotFound: Replicate does not know it.
             Unavailable: Replicate could not be asked.
         """
-        answer = self._ask("GET", f"/{collection}/{upstream_id}", beginning_will_do=True)
+        response = self._ask("GET", f"/{collection}/{upstream_id}", beginning_will_do=True)
         try:
-            return UpstreamPrediction.read(answer.content, truncated=_is_truncated(answer), upstream_id=upstream_id)
+            return UpstreamPrediction.read(response.content, truncated=_is_truncated(response), upstream_id=upstream_id)
         except UnreadablePrediction as error:
-            raise Unavailable("Replicate's answer is not a prediction") from error
+            raise Unavailable("Replicate's response is not a prediction") from error
 
     def cancel(self, upstream_id: str, collection: Collection = "predictions") -> "Canceled":
         """Cancel a prediction or training; a finished one does not change.
 
-        The answer holds the whole prediction. Nothing but its id and status is read; all else is skipped unparsed.
+        The response holds the whole prediction. Nothing but its id and status is read; all else is skipped unparsed.
 
         Raises:
             NotFound: Replicate does not know it.
             Unavailable: Replicate could not be asked; asking again does no harm.
         """
-        answer = self._ask("POST", f"/{collection}/{upstream_id}/cancel", beginning_will_do=True)
-        texts = read_members(utf8(answer.content), ("id", "status"))
+        response = self._ask("POST", f"/{collection}/{upstream_id}/cancel", beginning_will_do=True)
+        texts = read_members(utf8(response.content), ("id", "status"))
         found = {name: value for name, text in texts.items() if isinstance(value := read_json(text), str)}
-        if "status" not in found and len(answer.content) <= LIGHT_BYTES:
-            raise Unavailable("Replicate's answer to the cancel is not a prediction")
+        if "status" not in found and len(response.content) <= LIGHT_BYTES:
+            raise Unavailable("Replicate's response to the cancel is not a prediction")
         return Canceled(found.get("id", upstream_id), found.get("status"))
 
     def created_between(
@@ -346,20 +347,20 @@ class Replicate:
 
     def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
         try:
-            answer = self._request(method, path, **{"timeout": _ASK_TIMEOUT_SECONDS, **request})
+            response = self._request(method, path, **{"timeout": _ASK_TIMEOUT_SECONDS, **request})
         except TokenUnreadable as error:
             raise Unavailable(str(error)) from error
         except (httpx.HTTPError, httpx.InvalidURL, AnswerTooLargeError) as error:
             raise Unavailable(f"Replicate could not be asked ({type(error).__name__})") from error
-        if answer.status_code in (404, 410):
-            raise NotFound(_detail(answer))
-        if answer.status_code in (401, 402, 403):
+        if response.status_code in (404, 410):
+            raise NotFound(_detail(response))
+        if response.status_code in (401, 402, 403):
             self._token.forget()
-            reason = f"Replicate refuses the stack's token or credit ({answer.status_code})"
-            raise Unavailable(reason, answer.status_code)
-        if not 200 <= answer.status_code < 300:
-            raise Unavailable(f"Replicate answered {answer.status_code}", answer.status_code)
-        return answer
+            reason = f"Replicate refuses the stack's token or credit ({response.status_code})"
+            raise Unavailable(reason, response.status_code)
+        if not 200 <= response.status_code < 300:
+            raise Unavailable(f"Replicate answered {response.status_code}", response.status_code)
+        return response
 
     @contextmanager
     def opened(self, path: str, *, timeout_seconds: float) -> Iterator[httpx.Response]:
@@ -376,10 +377,10 @@ class Replicate:
         try:
             # A piece of compressed text may hold a thousand times as much.
             headers = {"Authorization": f"Bearer {self._token.value()}", "Accept-Encoding": "identity"}
-            with self._http.stream("GET", url, headers=headers, timeout=timeout_seconds) as answer:
-                if answer.status_code in (401, 402, 403):
+            with self._http.stream("GET", url, headers=headers, timeout=timeout_seconds) as response:
+                if response.status_code in (401, 402, 403):
                     self._token.forget()
-                yield answer
+                yield response
         except TokenUnreadable as error:
             raise Unavailable(str(error)) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -409,28 +410,28 @@ class Replicate:
             request["extensions"] = {"window": window}
         began = time.monotonic()
         http = self._creates() if create else self._http
-        with http.stream(method, url, headers=headers, **request) as answer:
+        with http.stream(method, url, headers=headers, **request) as response:
             if "Prefer" not in headers:  # else it waited for the model
                 seconds = time.monotonic() - began
                 metrics.add_metric(name="UpstreamSeconds", unit=MetricUnit.Seconds, value=seconds)
-            received, truncated = read_up_to(answer.iter_bytes(), most)
-            if truncated and not (beginning_will_do and 200 <= answer.status_code < 300):
+            received, truncated = read_up_to(response.iter_bytes(), most)
+            if truncated and not (beginning_will_do and 200 <= response.status_code < 300):
                 raise AnswerTooLargeError(f"more than {most} bytes")
-            if answer.status_code in (401, 402, 403):
+            if response.status_code in (401, 402, 403):
                 self._token.forget()
             return httpx.Response(
-                answer.status_code,
+                response.status_code,
                 # The body is decoded already; its length and encoding are no longer what these say.
                 # As bytes: httpx would refuse text that is not ASCII, after a prediction was started.
-                headers=[(k, v) for k, v in answer.headers.raw if not k.lower().startswith(b"content-")],
+                headers=[(k, v) for k, v in response.headers.raw if not k.lower().startswith(b"content-")],
                 content=received,
                 extensions={_TRUNCATED: truncated},
             )
 
-    def _json(self, answer: httpx.Response) -> dict[str, Any]:
-        value = read_json(answer.content)
+    def _json(self, response: httpx.Response) -> dict[str, Any]:
+        value = read_json(response.content)
         if not isinstance(value, dict):
-            raise Unavailable("Replicate's answer is not a JSON object")
+            raise Unavailable("Replicate's response is not a JSON object")
         return value
 
 
@@ -469,7 +470,7 @@ def _read_page(body: bytes) -> tuple[Any, Iterator[Any]]:
         found = {member.name: member for member in members(text)}
         spans = list(elements(text, found["results"].start)) if "results" in found else []
     except Unscannable as error:
-        raise Unavailable("Replicate's answer is not a JSON object") from error
+        raise Unavailable("Replicate's response is not a JSON object") from error
     following = read_json(text[found["next"].start : found["next"].end]) if "next" in found else None
     return following, (
         {name: read_json(value, replace=True) for name, value in read_members(text, _LISTED_MEMBERS, start).items()}
@@ -480,43 +481,43 @@ def _read_page(body: bytes) -> tuple[Any, Iterator[Any]]:
 _TRUNCATED = "truncated"
 
 
-def _is_truncated(answer: httpx.Response) -> bool:
+def _is_truncated(response: httpx.Response) -> bool:
     """Return whether a response was cut off at the limit."""
-    return bool(answer.extensions.get(_TRUNCATED))
+    return bool(response.extensions.get(_TRUNCATED))
 
 
-def not_accepted(answer: httpx.Response) -> NotAccepted:
+def not_accepted(response: httpx.Response) -> NotAccepted:
     """Turn a 4xx of Replicate into `Throttled`, `Unauthorized` or `Refused`."""
-    detail = _detail(answer)
-    if answer.status_code == 429:
-        return Throttled(detail, _retry_after_seconds(answer, detail))
-    if answer.status_code in (401, 402, 403):
-        return Unauthorized(answer.status_code, detail)
-    fields = _invalid_fields(answer)
+    detail = _detail(response)
+    if response.status_code == 429:
+        return Throttled(detail, _retry_after_seconds(response, detail))
+    if response.status_code in (401, 402, 403):
+        return Unauthorized(response.status_code, detail)
+    fields = _invalid_fields(response)
     kept = [{"field": field[:200], "detail": text[:1000]} for field, text in fields[:_FIELDS_LIMIT]]
-    return Refused(answer.status_code, detail, kept, fields_left_out=len(fields) - len(kept))
+    return Refused(response.status_code, detail, kept, fields_left_out=len(fields) - len(kept))
 
 
-def _rate_limit(answer: httpx.Response) -> dict[str, str]:
-    told = {name: answer.headers.get(name, "") for name in RATE_LIMIT_HEADERS}
-    # They become headers of our own answer.
+def _rate_limit(response: httpx.Response) -> dict[str, str]:
+    told = {name: response.headers.get(name, "") for name in RATE_LIMIT_HEADERS}
+    # They become headers of our own response.
     return {name: value for name, value in told.items() if re.fullmatch(r"[!-~][ -~]{0,99}", value)}
 
 
-def _problem_of(answer: httpx.Response) -> dict[str, Any]:
-    value = read_json(answer.content)
+def _problem_of(response: httpx.Response) -> dict[str, Any]:
+    value = read_json(response.content)
     return value if isinstance(value, dict) else {}
 
 
-def _detail(answer: httpx.Response) -> str:
-    problem = _problem_of(answer)
-    detail = problem.get("detail") or problem.get("title") or f"Replicate answered {answer.status_code}"
+def _detail(response: httpx.Response) -> str:
+    problem = _problem_of(response)
+    detail = problem.get("detail") or problem.get("title") or f"Replicate answered {response.status_code}"
     # Half a surrogate pair cannot be stored.
     return str(detail)[:2000].encode("utf-8", "replace").decode()
 
 
-def _invalid_fields(answer: httpx.Response) -> list[tuple[str, str]]:
-    fields = _problem_of(answer).get("invalid_fields")
+def _invalid_fields(response: httpx.Response) -> list[tuple[str, str]]:
+    fields = _problem_of(response).get("invalid_fields")
     if not isinstance(fields, list):
         return []
     return [
@@ -526,9 +527,9 @@ def _invalid_fields(answer: httpx.Response) -> list[tuple[str, str]]:
     ]
 
 
-def _retry_after_seconds(answer: httpx.Response, detail: str) -> int:
+def _retry_after_seconds(response: httpx.Response, detail: str) -> int:
     """Return the wait of a 429: header, body's `retry_after`, its `~Ns`, or 10 s."""
-    candidates = [answer.headers.get("retry-after"), _problem_of(answer).get("retry_after")]
+    candidates = [response.headers.get("retry-after"), _problem_of(response).get("retry_after")]
     if said := re.search(r"~\s*(\d+(?:\.\d+)?)\s*s", detail):
         candidates.append(said.group(1))
     for candidate in candidates:

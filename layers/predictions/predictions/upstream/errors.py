@@ -86,7 +86,7 @@ class Unavailable(UpstreamError):
     """A read failed, with no information about its subject: retry later.
 
     Attributes:
-        status: The HTTP status, or None where there was no answer to go by.
+        status: The HTTP status, or None where there was no response to go by.
     """
 
     def __init__(self, reason: str, status: int | None = None) -> None:

@@ -30,7 +30,7 @@ from pydantic_core import SchemaError, SchemaValidator, core_schema
 from predictions.errors import PredictionsError
 
 VIOLATIONS_LIMIT = 50
-"""The most violations that one answer names."""
+"""The most violations that one response names."""
 
 STEPS_LIMIT = 100_000
 """The most steps of one check: in the worst case that was found (patterns) half a second of a whole processor."""

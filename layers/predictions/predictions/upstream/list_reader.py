@@ -135,11 +135,11 @@ class ListReader:
     def _page(self, url: str, reading: Reading, over_at: float) -> tuple[object, list[Listed]]:
         scanner = EntryScanner()
         found: list[Entry] = []
-        with self._replicate.opened(url, timeout_seconds=_PIECE_TIMEOUT_SECONDS) as answer:
-            if answer.status_code != 200:
-                raise _OddError(f"a page was answered {answer.status_code}")
-            offset = self._clock_offset(answer, reading)
-            for piece in answer.iter_bytes(_PIECE_BYTES):
+        with self._replicate.opened(url, timeout_seconds=_PIECE_TIMEOUT_SECONDS) as response:
+            if response.status_code != 200:
+                raise _OddError(f"a page was answered {response.status_code}")
+            offset = self._clock_offset(response, reading)
+            for piece in response.iter_bytes(_PIECE_BYTES):
                 found += scanner.feed(piece)
                 if self._now() >= over_at:
                     raise _OddError("a page was not over in time")
@@ -157,11 +157,11 @@ class ListReader:
             entries.append(listed)
         return scanner.following, entries
 
-    def _clock_offset(self, answer: httpx.Response, reading: Reading) -> float:
-        if answer.headers.get("age", "0").strip() != "0":
+    def _clock_offset(self, response: httpx.Response, reading: Reading) -> float:
+        if response.headers.get("age", "0").strip() != "0":
             raise _OddError("a page came from a cache")
         try:
-            date = parsedate_to_datetime(answer.headers["date"]).timestamp()
+            date = parsedate_to_datetime(response.headers["date"]).timestamp()
         except (KeyError, TypeError, ValueError):
             raise _OddError("a page has no valid Date header") from None
         offset = date - self._now()
@@ -186,7 +186,7 @@ class ListReader:
         """Read one prediction or training of any size; return None if not found.
 
         Raises:
-            Unavailable: Replicate could not be asked, or its answer is not a prediction.
+            Unavailable: Replicate could not be asked, or its response is not a prediction.
         """
         scanner = EntryScanner(single=True)
         found: list[Entry] = []
@@ -194,15 +194,15 @@ class ListReader:
         try:
             with self._replicate.opened(
                 f"/{collection}/{upstream_id}", timeout_seconds=_PIECE_TIMEOUT_SECONDS
-            ) as answer:
-                if answer.status_code in (404, 410):
-                    raise NotFound(f"Replicate answered {answer.status_code}")
-                if answer.status_code != 200:
-                    raise Unavailable(f"Replicate answered {answer.status_code}", answer.status_code)
-                for piece in answer.iter_bytes(_PIECE_BYTES):
+            ) as response:
+                if response.status_code in (404, 410):
+                    raise NotFound(f"Replicate answered {response.status_code}")
+                if response.status_code != 200:
+                    raise Unavailable(f"Replicate answered {response.status_code}", response.status_code)
+                for piece in response.iter_bytes(_PIECE_BYTES):
                     found += scanner.feed(piece)
                     if self._now() >= until:
-                        raise Unavailable("the answer was not over in time")
+                        raise Unavailable("the response was not over in time")
             scanner.finish()
         except MalformedListError as error:
             raise Unavailable(str(error)) from error
@@ -210,7 +210,7 @@ class ListReader:
             return None
         listed = _listed(found[0], 0) if found else None
         if listed is None or listed.id != upstream_id:
-            raise Unavailable("Replicate's answer is not this prediction")
+            raise Unavailable("Replicate's response is not this prediction")
         return listed
 
 

@@ -15,14 +15,14 @@ from predictions.status import TERMINAL_RANK, Status, rank_of
 from predictions.upstream.bounded_json import LIGHT_BYTES, read_members, weigh
 
 DEPTH_LIMIT = 300
-"""The deepest answer: what Python reads beyond that depends on its version, and on who calls."""
+"""The deepest response: what Python reads beyond that depends on its version, and on who calls."""
 
 PARSED_LIMIT_BYTES = 256 * 1024 * 1024
-"""The memory that an answer may take when it is parsed, kept and written out again (`bounded_json.weigh`): what the
+"""The memory that a response may take when it is parsed, kept and written out again (`bounded_json.weigh`): what the
 smallest function that does so has left of its 512 MB. Each function that reads a kept output bears as much."""
 
 TEXT_LIMIT_BYTES = 64 * 1024 * 1024
-"""The longest answer that is received; of a longer one its beginning is looked at."""
+"""The longest response that is received; of a longer one its beginning is looked at."""
 
 _DIGITS_LIMIT = 4300
 """https://docs.python.org/3/library/stdtypes.html#integer-string-conversion-length-limitation"""
@@ -60,7 +60,7 @@ class UpstreamPrediction(BaseModel):
     webhook: str | None = None
     data_removed: bool = False
     urls: dict[str, Any] = Field(default_factory=dict)
-    # Private, so that no answer can say it.
+    # Private, so that no response can say it.
     _too_large: str | None = PrivateAttr(default=None)
 
     @property
@@ -165,14 +165,14 @@ def too_large(body: bytes, *, truncated: bool = False) -> str | None:
     """
     if truncated:
         size = f"more than {TEXT_LIMIT_BYTES // 1024**2} MiB"
-        return f"The output is too large: Replicate's answer with it has {size}, which is the limit. {_ADVICE}"
+        return f"The output is too large: Replicate's response with it has {size}, which is the limit. {_ADVICE}"
     if len(body) <= LIGHT_BYTES:
         return None
     text = utf8(body)
     weight = weigh(text, PARSED_LIMIT_BYTES)
     if weight.bytes > PARSED_LIMIT_BYTES:
         return (
-            f"The output is too large: Replicate's answer with it has {len(body)} bytes and about {weight.values} "
+            f"The output is too large: Replicate's response with it has {len(body)} bytes and about {weight.values} "
             f"values, which take about {weight.bytes // 1024**2} MiB of memory to read; the limit is "
             f"{PARSED_LIMIT_BYTES // 1024**2} MiB. {_ADVICE}"
         )

@@ -127,14 +127,14 @@ class SigningSecrets:
         An unusable document counts as none, so that `store` replaces it.
         """
         try:
-            answer = self._secretsmanager.get_secret_value(SecretId=self._secret_arn)
+            response = self._secretsmanager.get_secret_value(SecretId=self._secret_arn)
         except ClientError as error:
             # A secret without any value yet; if there is no such secret at all, writing to it will say so.
             if error.response["Error"]["Code"] == "ResourceNotFoundException":
                 return {}
             raise
         try:
-            document = json.loads(answer["SecretString"])
+            document = json.loads(response["SecretString"])
             key_of(document["current"])
         except (KeyError, TypeError, ValueError, SigningSecretUnavailable):
             return {}

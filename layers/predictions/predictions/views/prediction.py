@@ -14,7 +14,7 @@ from predictions.files.signed_urls import Distribution
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.predictions import Page, Prediction, Whole
 
-# Lambda answers with at most 6 MB, in which the body is a string: JSON within JSON.
+# Lambda responds with at most 6 MB, in which the body is a string: JSON within JSON.
 # https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
 ANSWER_LIMIT_BYTES = 5_500_000
 _LOGS_LIMIT_CHARACTERS = 256 * 1024
@@ -58,13 +58,13 @@ class Presenter:
     def show(self, whole: Whole, *, as_starting: bool = False) -> dict[str, Any]:
         """Return a prediction in Replicate's JSON, with `output_files` added.
 
-        An output that makes the answer too large for Lambda is answered as the URL of a JSON document
+        An output that makes the response too large for Lambda is shown as the URL of a JSON document
         `{"output": …, "logs": …}`, and such an input as `{"url": …}`.
 
         Args:
             whole: The prediction.
             as_starting: Whether to show one that has not ended as `starting`, without output: the official clients
-                take the answer to a wait that ended early for the end, unless it says so.
+                take the response to a wait that ended early for the end, unless it says so.
         """
         prediction = whole.prediction
         status = prediction.visible
@@ -105,13 +105,13 @@ class Presenter:
                 shown["webhook_events_filter"] = list(prediction.webhook_events_filter)
         # A value too large for a response is linked: it is an object in the bucket then.
         if whole.input_key and _is_too_large(shown):
-            shown["input"] = {"url": self._url(whole.input_key)}
+            shown["input"] = {"url": self.link(whole.input_key)}
         if whole.result_key and output is not None and _is_too_large(shown):
             # A result with files names upstream's URLs, which end within the hour: it is not linked.
-            link = None if whole.files else self._url(whole.result_key)
+            link = None if whole.files else self.link(whole.result_key)
             shown |= {"output": link, "output_files": []}
             if link is None:
-                shown["error"] = f"The output with its {len(whole.files)} files is too large for an answer."
+                shown["error"] = f"The output with its {len(whole.files)} files is too large for a response."
         return shown
 
     def show_started(
@@ -138,10 +138,6 @@ class Presenter:
         open_ = replace(prediction, status="starting", visible="starting", rank=0)
         return self.show(Whole(open_, {} if answer_bytes(asked) > _LARGE_INPUT_BYTES else asked, None, None, []))
 
-    def link(self, key: str) -> str:
-        """Return a temporary URL of an object in the outputs bucket."""
-        return self._url(key)
-
     def show_page(self, page: Page) -> "ShownPage":
         """Show as many predictions of a page as fit in one response, but at least one."""
         results: list[dict[str, Any]] = []
@@ -164,9 +160,10 @@ class Presenter:
             # Its files are still upstream's: callers are shown no URL that is not ours.
             return None if self._outputs.holds_files(whole.output) else whole.output
         # A file that was not copied, as after an end by this stack, is shown as missing: its URL is not ours.
-        return self._outputs.place_files(whole.output, {f.path: self._url(f.key) for f in whole.files if f.key})
+        return self._outputs.place_files(whole.output, {f.path: self.link(f.key) for f in whole.files if f.key})
 
-    def _url(self, key: str) -> str:
+    def link(self, key: str) -> str:
+        """Return a temporary URL of an object in the outputs bucket."""
         return (self._distribution or self._outputs).url(key, self._url_seconds)
 
     def _file(self, file: StoredFile) -> dict[str, Any]:
@@ -189,7 +186,7 @@ def answer_bytes(shown: Any) -> int:
 
 def _is_too_large(shown: Any) -> bool:
     text = json.dumps(shown)
-    # Within Lambda's answer it only gets longer, which would take its memory twice more.
+    # Within Lambda's response it only gets longer, which would take its memory twice more.
     return len(text) > ANSWER_LIMIT_BYTES or len(json.dumps(text)) > ANSWER_LIMIT_BYTES
 
 
