@@ -15,7 +15,7 @@ def rfc3339(moment: float | datetime, timespec: str = "auto") -> str:
 
 
 def parse_rfc3339(text: object) -> datetime | None:
-    """Return the moment that a text names, or None if it is no timestamp with an offset from UTC.
+    """Return the moment of an RFC 3339 text, or None if it is not one with an offset.
 
     Of fractional digits, of which Replicate writes 0 to 9, six are kept.
     """
@@ -29,13 +29,13 @@ def parse_rfc3339(text: object) -> datetime | None:
 
 
 def backoff_seconds(first_seconds: int, failures: int, most_seconds: int) -> int:
-    """Return the wait after so many failures: exponential backoff, doubled by each one."""
+    """Return the wait after so many failures: exponential backoff."""
     doubled: int = 2 ** min(failures, 10)
     return min(most_seconds, first_seconds * doubled)
 
 
 def retry_seconds(passed_seconds: float, first_seconds: int, most_seconds: float, jitter: float) -> float:
-    """Return the wait before a retry, from the time of the first attempt alone: twice the time that has passed since.
+    """Return the wait before a retry: twice the time since the first attempt.
 
     Nothing but that time counts, so a crash or a message that comes twice cannot upset it.
 

@@ -1,4 +1,4 @@
-"""Templates: JSON whose texts may hold placeholders, `{{ expression }}`, that are filled from a context.
+"""Templates: JSON with placeholders, `{{ expression }}`, filled from a context.
 
 The budget around JMESPath is hand-made: no library of it bounds the steps or the memory of an expression.
 
@@ -72,11 +72,11 @@ class NothingFound(PlaceholderError):
 
 
 class TooSlow(PredictionsError):
-    """The wall-clock limit was reached first: the machine stalled; a retry may succeed."""
+    """The wall-clock limit was reached: the machine stalled; a retry may succeed."""
 
 
 class Allowance:
-    """Steps and wall-clock time, shared by everything that is filled on behalf of one message.
+    """Steps and wall-clock time, shared by everything that one message fills.
 
     Args:
         steps: The most steps.
@@ -177,7 +177,7 @@ def fill(template: Any, context: Mapping[str, Any], allowance: Allowance | None 
 
 
 def expressions(template: Any) -> Iterator[tuple[str, str]]:
-    """Yield the field and text of every expression in a template, checked to be JMESPath.
+    """Yield the field and text of every expression in a template; check each.
 
     Raises:
         PlaceholderError: One cannot be read.
@@ -330,7 +330,7 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
 
 
 def _measure(value: Any, allowance: Allowance) -> None:
-    """Charge for a value and everything in it, counted as often as it occurs in the text.
+    """Charge for a value and everything in it, as often as it occurs in the text.
 
     Raises:
         ValueError: It is no JSON.

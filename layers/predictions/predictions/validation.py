@@ -1,4 +1,4 @@
-"""Checks of JSON from outside: parsing within limits, and text that is equal for equal values."""
+"""Checks of untrusted JSON: parsing within limits, refusals, canonical text."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def parse_json(body: bytes, content_type: str | None) -> Any:
 
 
 def fields_refused(fields: Sequence[Mapping[str, str]]) -> Problem:
-    """Return the problem that names every field that is wrong, at most `FIELDS_LIMIT` of them.
+    """Return the problem that names every refused field, at most `FIELDS_LIMIT`.
 
     Args:
         fields: `{"field": …, "detail": …}` of each.

@@ -35,7 +35,7 @@ _FARTHEST_SECONDS: dict[str, int] = {
     "paused_until": AUTOMATIC_PAUSE_SECONDS,
     "paused_at": 0,
 }
-# Attributes of owners are removed once they have passed by this: what is known of them may be a second old, and one
+# Attributes of owners are removed once they have passed by this: the known state may be a second old, and one
 # that an owner has just set again must not be removed.
 _PASSED_SECONDS = 10
 _OF_OWNER = re.compile(r"(http|queue)_(last|turn)_([a-z0-9_]{1,40})")
@@ -95,7 +95,7 @@ class LimiterState:
         return self.http_at if lane == "http" else self.queue_at
 
     def pause(self, now: float) -> Pause | None:
-        """Return the pause at that moment, or None if there is none."""
+        """Return the pause at that moment, or None."""
         if self.paused_until <= now * 1000:
             return None
         until = None if self.paused_until >= FOREVER else self.paused_until / 1000
@@ -121,7 +121,7 @@ def read_item(item: Mapping[str, Any], now: float, max_start_delay_seconds: int)
     """Read the item, and leave out what no rule can have written.
 
     Args:
-        item: As the table has it; empty if there is none.
+        item: As the table has it; empty if it is missing.
         now: The time, in seconds since 1970.
         max_start_delay_seconds: How far ahead a start may be reserved.
     """

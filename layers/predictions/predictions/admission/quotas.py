@@ -122,7 +122,7 @@ class OwnerLimits:
         return cls(**{name: int(limit) for name, limit in found.items() if limit})
 
     def open_allowed(self, kind: Kind) -> int | None:
-        """Return how many batches or pipelines may be open, or None for an owner without any limit."""
+        """Return how many batches or pipelines may be open, or None without any limit."""
         if not self:
             return None
         given = self.open_batches if kind == "batch" else self.open_pipelines
@@ -257,7 +257,7 @@ class OwnersUsage:
         return cls(os.environ["TABLE_NAME"], client("dynamodb"))
 
     def known_limits(self, owner: str) -> OwnerLimits:
-        """Return an owner's limits, at most a minute old, for sources without an authorizer."""
+        """Return an owner's limits, up to a minute old, for sources without authorizer."""
         known = self._known.get(owner)
         if known is None or known[0] <= self._now():
             if len(self._known) >= 1000:
@@ -289,7 +289,7 @@ class OwnersUsage:
         return Slot(began if added else None, day if n else None, n)
 
     def release_slot(self, owner: str, prediction_id: str, slot: Slot) -> None:
-        """Release what `acquire_slot` took, for a prediction that is not started after all.
+        """Release what `acquire_slot` took, for a prediction that is not started.
 
         A count of the day is given back only while it is the latest one: where another was counted meanwhile, or this
         write was made before and its response lost, the day stays as it is. So it may count too much, never too little.
@@ -327,7 +327,7 @@ class OwnersUsage:
             raise _day_is_full(owner, limits.per_day, now)
 
     def acquire_open_slot(self, kind: Kind, owner: str, id_: str, limits: OwnerLimits) -> int | None:
-        """Acquire a slot among an owner's open batches or pipelines, before one is written.
+        """Acquire a slot among an owner's open batches or pipelines.
 
         Twice, it has one slot. An owner without limits needs none, and no call is made.
 
@@ -344,7 +344,7 @@ class OwnersUsage:
         return began if self._add(_OPEN[kind], owner, id_, limit, began) else None
 
     def release_open_slot(self, kind: Kind, owner: str, id_: str, began: int | None) -> None:
-        """Release a slot of `acquire_open_slot`, for a request that was refused afterwards."""
+        """Release a slot of `acquire_open_slot` after the request was refused."""
         if began is not None:
             self._release(_OPEN[kind], owner, {id_: began})
 
@@ -432,7 +432,7 @@ class OwnersUsage:
             )
 
     def _count_in_day(self, owner: str, limit: int, day: str, now: float) -> int:
-        """Acquire a slot of the day; return how many are used then, or 0 if the day is full."""
+        """Acquire a slot of the day; return how many are used, or 0 if it is full."""
         if limit == 0:
             return 0
         try:

@@ -1,4 +1,4 @@
-"""When a prediction may be created at Replicate: one rate for all sources, and one switch that holds them all.
+"""Rate limiter of creates: one rate for all sources, and a switch to pause them.
 
 Both are one item (`pk` = `limiter`, `sk` = `creates`), so that one read is enough. Its times are milliseconds
 since 1970. Of each lane, `http` and `queue`:
@@ -165,7 +165,7 @@ class Limiter:
         return self._reserve("http", owner, latest, turn_at)
 
     def reserve_for_queue(self, owner: str, *, latest: float, turn_at: float | None = None) -> Reservation:
-        """Reserve a start for a create of any other source, behind what is reserved already.
+        """Reserve a start for a create of any other source, behind earlier reservations.
 
         Args:
             owner: Whose request it is.
@@ -175,7 +175,7 @@ class Limiter:
         return self._reserve("queue", owner, latest, turn_at)
 
     def too_late(self, owner: str, latest: float) -> TooLate | None:
-        """Return the refusal that `reserve_for_caller` would give, or None. Writes nothing."""
+        """Return the refusal of `reserve_for_caller`, or None; write nothing."""
         self._read_state()
         schedule = self._schedule()
         plan = schedule.plan("http", schedule.slot("http", owner), round(latest * 1000), None, free=True)
@@ -193,10 +193,10 @@ class Limiter:
         return schedule.next_start(lane) <= schedule.now_ms or bool(schedule.given_back(lane))
 
     def release(self, lane: Lane, number: int) -> None:
-        """Release a reserved start for another request. Idempotent; too late has no effect.
+        """Release a reserved start for another request. Idempotent.
 
-        Only for the one who holds it, once nothing can start at it any more: a start whose holder may still use it
-        would be handed out twice.
+        Only for its holder, once nothing can start at it any more: a start whose holder may still use it would be
+        handed out twice. Called too late, it changes nothing.
         """
         at, generation = divmod(number, GENERATIONS)
         if at <= self._now() * 1000 or generation + 1 == GENERATIONS:
@@ -216,7 +216,7 @@ class Limiter:
             logger.info("start not released: too many are, it is released already, or its lane has restarted")
 
     def release_turn(self, lane: Lane, owner: str, step_ms: int) -> None:
-        """Shorten an owner's line by a request that left it; a failed write leaves it longer."""
+        """Shorten an owner's line by a request that left it, if the write succeeds."""
         turn = f"{lane}_turn_{self._schedule().slot(lane, owner)}"
         now = round(self._now() * 1000)
         self._write(f"SET {turn} = {turn} + :less", f"{turn} >= :least", {":less": -step_ms, ":least": now + step_ms})
@@ -345,7 +345,7 @@ class Limiter:
         return self._known.state
 
     def _replace(self, name: str, expression: str, condition: str, values: Mapping[str, int | str]) -> bool | None:
-        """Write like `_write`; overwrite a value that no rule can have written in any case."""
+        """Write like `_write`, but always replace a value that no rule can have written."""
         held = self._write(expression, condition, values)
         if held is False and name in self._known.absurd:
             held = self._write(expression, f"{name} = :was", values, {":was": self._known.absurd[name]})

@@ -1,4 +1,4 @@
-"""Plans reservations of starts: the write that a request needs, from what is known of the limiter's item.
+"""Plan reservations: the write that a request needs, given the limiter's item.
 
 Nothing here reads or writes: `rate_limiter.Limiter` does, and the condition of its write says whether what was known
 was right.
@@ -165,7 +165,7 @@ class Schedule:
         return self._plan_turn(lane, slot, start, latest_turn)
 
     def _plan_start(self, lane: Lane, slot: str, *, bound: int, near: int | None) -> Plan:
-        """Advance the lane; `near` limits how far ahead the owner's last start is (None: no limit)."""
+        """Advance the lane, unless the owner's last start is later than `near`, if given."""
         now = self.now_ms
         own, last = f"{lane}_at", f"{lane}_last_{slot}"
         step = self._step(lane)
@@ -212,7 +212,7 @@ class Schedule:
         return plan
 
     def _plan_turn(self, lane: Lane, slot: str, start: int, latest: int) -> Plan:
-        """Extend the owner's line: by a third of each waiting owner's share, at least one start.
+        """Extend the owner's line by a third of its share, at least by one start.
 
         A third, so that the lane is used up also when two thirds of them stop waiting: turns that were given cannot be
         moved. The price is that a request asks up to three times while many owners wait.
@@ -234,7 +234,7 @@ class Schedule:
         return plan
 
     def _clean(self, plan: Plan, lane: Lane, own: str, number: int | None = None) -> None:
-        """Remove what has passed, in the same write; `number` is the start that is taken by it."""
+        """Remove what has passed, in the same write that takes the start `number`."""
         plan.removes += [name for name in self._known.removable if name != own][:_REMOVED_MOST]
         free, taken = f"{lane}_free", f"{lane}_taken"
         gone = self.passed(free, number)

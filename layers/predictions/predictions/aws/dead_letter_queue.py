@@ -50,7 +50,7 @@ class DeadLetterQueue:
         )
 
     def receive(self, hidden_seconds: int) -> Iterator[DeadMessage]:
-        """Receive all messages, each once; each is invisible to other receivers for a while.
+        """Receive all messages, each once; hide each from other receivers for a while.
 
         Of thousands, the first are seen again before the last are reached: a look ends when it meets nothing new.
         """

@@ -21,7 +21,7 @@ def error_code(error: ClientError) -> str:
 
 
 def is_missing(error: ClientError) -> bool:
-    """Return whether an error means that an object is missing (403 without list access)."""
+    """Return whether an error means a missing object (403 without list access)."""
     return error_code(error) in _MISSING
 
 
@@ -36,7 +36,7 @@ def head(bucket: str, key: str) -> "HeadObjectOutputTypeDef | None":
 
 
 class MultipartUpload:
-    """A multipart upload in progress; what a crash leaves behind is for the bucket's lifecycle rule.
+    """A multipart upload; the bucket's lifecycle rule removes what a crash leaves.
 
     Args:
         bucket: The bucket's name.
@@ -51,16 +51,16 @@ class MultipartUpload:
         self._parts: list[CompletedPartTypeDef] = []
 
     def send_part(self, body: Any) -> None:
-        """Send the next part: bytes or a file, of at least 5 MiB unless it is the last one."""
+        """Send the next part, bytes or a file: at least 5 MiB unless it is the last."""
         number = len(self._parts) + 1
         sent = self._s3.upload_part(**self._at, PartNumber=number, Body=body)
         self._parts.append({"PartNumber": number, "ETag": sent["ETag"]})
 
     def complete(self, **conditions: Any) -> None:
-        """Make the object visible; `conditions` are those of the write, such as `IfNoneMatch`."""
+        """Make the object visible, under conditions such as `IfNoneMatch`."""
         self._s3.complete_multipart_upload(**self._at, MultipartUpload={"Parts": self._parts}, **conditions)
 
     def abort(self) -> None:
-        """Discard what was sent; a failure is ignored, since the error that led here is the one to report."""
+        """Discard what was sent; ignore a failure, since an earlier error led here."""
         with suppress(ClientError, BotoCoreError):
             self._s3.abort_multipart_upload(**self._at)

@@ -30,7 +30,7 @@ _ACCOUNT_OF_MACHINE = re.compile(r"on resource: arn:[a-z-]+:states:[a-z0-9-]*:([
 
 
 def tell_success(task_token: str, result: Mapping[str, Any]) -> None:
-    """Complete a waiting state with a result; a state that no longer waits is no error.
+    """Complete a waiting state with a result; ignore one that no longer waits.
 
     An `output` that Step Functions do not take, such as one nested deeper than they read, is left out.
 
@@ -51,7 +51,7 @@ def tell_success(task_token: str, result: Mapping[str, Any]) -> None:
 
 
 def tell_failure(task_token: str, error: str, cause: str) -> None:
-    """Fail a waiting state with a catchable error; one that no longer waits is no error.
+    """Fail a waiting state with a catchable error; ignore one that no longer waits.
 
     Raises:
         ClientError: As for `tell_success`.

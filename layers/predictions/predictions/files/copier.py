@@ -187,7 +187,7 @@ class Copier:
     def _upload(
         self, file: OutputFile, key: str, body: "_Body", check_time: Callable[[], None], depth: int
     ) -> StoredFile:
-        """Write one object: in one request, or in parts that are invisible until completed."""
+        """Write one object: in one request, or in parts, invisible until completed."""
         headers: dict[str, Any] = {**_served_as(body.content_type), "Metadata": {ORIGIN_DEPTH: str(depth)}}
         sha256 = hashlib.sha256()
         size = 0
@@ -232,7 +232,7 @@ class Copier:
         return StoredFile(file.path, file.index, key, size, sha256.hexdigest(), headers["ContentType"])
 
     def _stored(self, file: OutputFile, key: str, check_time: Callable[[], None]) -> StoredFile:
-        """Describe the stored object by reading it: its checksum is not stored anywhere else."""
+        """Describe the stored object by reading it: its checksum is not stored elsewhere."""
         response = self._s3.get_object(Bucket=self._bucket_name, Key=key)
         sha256 = hashlib.sha256()
         size = 0
@@ -245,7 +245,7 @@ class Copier:
 
     @contextmanager
     def _open_url(self, url: str, http: "httpx.Client") -> "Iterator[_Body]":
-        """Open the body at a URL, through at most five redirects, each to an allowed origin."""
+        """Open the body at a URL, through at most five redirects to allowed origins."""
         import httpx  # see _guarded_client
 
         from predictions.net.addresses import AddressRefused

@@ -63,7 +63,7 @@ class Links:
 
     @classmethod
     def from_env(cls) -> "Links":
-        """Create from `LINK_SECRET_ARN` and the bucket names (`SOURCE_BUCKET_NAME` may be empty)."""
+        """Create from `LINK_SECRET_ARN` and bucket names (of the source: may be empty)."""
         buckets = {
             "inputs": os.environ["INPUTS_BUCKET_NAME"],
             "outputs": os.environ["OUTPUTS_BUCKET_NAME"],

@@ -1,4 +1,4 @@
-"""File references in a prediction's output: find them, replace them by stored files.
+"""File references in a prediction's output: find and replace them.
 
 find_files(output)       list the files in an output
 first_files(output)      list the files that are stored, and say how many are not
@@ -47,7 +47,7 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """The result of copying a file: an object in the bucket, or the reason for its absence.
+    """The result of copying a file: an object in the bucket, or an error.
 
     Attributes:
         path: Where it is in the output (RFC 6901).
@@ -157,7 +157,7 @@ def replace_files(output: JSON, values: Mapping[str, JSON]) -> JSON:
 
 @dataclass(slots=True)
 class _Level:
-    """A container on the path to a value: source, names left, its own name, and its copy."""
+    """A container on the path to a value: source, names left, own name, copy."""
 
     source: Any
     names: Iterator[Any]
@@ -166,7 +166,7 @@ class _Level:
 
 
 def place_files(output: JSON, values: Mapping[str, JSON], is_file_url: Callable[[str], bool]) -> JSON:
-    """Replace every file in an output by its value or None; the given one is not changed.
+    """Return an output in which every file is replaced by its value, or by None.
 
     The work is that of one walk, however many files there are: only containers that hold files are copied, each once,
     and paths are written out only while values are left to place.
@@ -205,7 +205,7 @@ def place_files(output: JSON, values: Mapping[str, JSON], is_file_url: Callable[
 
 
 def _copy_levels(levels: Sequence[_Level]) -> None:
-    """Copy the containers that lead to a file, from the first one down that is not copied yet."""
+    """Copy the containers that lead to a file and are not copied yet."""
     first = len(levels)
     while levels[first - 1].copy is None:
         first -= 1

@@ -1,4 +1,4 @@
-"""The outputs bucket: the files of a prediction's output, and payloads that are too large for the table.
+"""The outputs bucket: files of outputs, and payloads too large for the table.
 
 OutputsBucket.find_files   list the files in an output (`files.output_references`)
 OutputsBucket.store        copy them, each whole or not at all (`files.copier`)
@@ -49,7 +49,7 @@ _CHARACTERS = "characters"
 
 
 def safe_prefix(text: str) -> str:
-    """Turn any text, such as another object's key, into a prefix below the owner's folder.
+    """Turn any text, such as another object's key, into a safe prefix.
 
     Returns:
         Segments of harmless characters with slashes between them, none of which climbs or is a prediction's own
@@ -74,7 +74,9 @@ def folder(owner: str, prediction_id: str, output_prefix: str | None = None) -> 
 
 
 class OutputsBucket:
-    """The S3 bucket of outputs and payloads. Safe to use from one thread; `store` uses several of its own.
+    """The S3 bucket of outputs and payloads; not thread-safe.
+
+    `store` uses several threads of its own.
 
     Args:
         name: The bucket's name.
@@ -99,7 +101,7 @@ class OutputsBucket:
 
     @classmethod
     def from_env(cls) -> "OutputsBucket":
-        """Create from `OUTPUTS_BUCKET_NAME` and the comma-separated `FILE_ORIGINS` (may be empty)."""
+        """Create from `OUTPUTS_BUCKET_NAME` and `FILE_ORIGINS` (comma-separated)."""
         origins = [origin.strip() for origin in os.environ["FILE_ORIGINS"].split(",")]
         return cls(os.environ["OUTPUTS_BUCKET_NAME"], [origin for origin in origins if origin])
 
@@ -112,7 +114,7 @@ class OutputsBucket:
         return first_files(output, self._is_file_url)
 
     def place_files(self, output: JSON, values: Mapping[str, JSON]) -> JSON:
-        """Replace every file in an output by its value, or by None; see the function `place_files`."""
+        """Replace every file in an output; see the function `place_files`."""
         return place_files(output, values, self._is_file_url)
 
     def holds_files(self, output: JSON) -> bool:
@@ -120,7 +122,7 @@ class OutputsBucket:
         return holds_files(output, self._is_file_url)
 
     def url(self, key: str, expires_seconds: int) -> str:
-        """Return a presigned URL of an object; it may end earlier, with the function's credentials."""
+        """Return a presigned URL; it may end earlier, with the function's credentials."""
         return self._s3.generate_presigned_url(
             "get_object", Params={"Bucket": self.name, "Key": key}, ExpiresIn=expires_seconds
         )
@@ -138,7 +140,7 @@ class OutputsBucket:
         self._s3.put_object(Bucket=self.name, Key=_payload_key(key), Body=body, ContentType="application/json")
 
     def put_longer_payload(self, key: str, text: str) -> bool:
-        """Store JSON text in an object that grows, unless a text at least as long is stored there.
+        """Store JSON text, unless the object holds a text at least as long.
 
         Each write is conditional on the object that was measured, so a concurrent or late writer never shortens it.
 
@@ -180,7 +182,7 @@ class OutputsBucket:
         return body.read().decode()
 
     def delete_all(self, prediction_id: str, owner: str, output_prefix: str | None = None) -> None:
-        """Delete all objects of a prediction: files, payloads and parts of aborted uploads.
+        """Delete a prediction's objects: files, payloads and parts of aborted uploads.
 
         Found by listing, so that also what a function left behind that died before it wrote the key down is removed.
         Twice does no harm.

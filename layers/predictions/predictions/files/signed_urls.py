@@ -1,4 +1,4 @@
-"""URLs of output files through CloudFront, which any client can fetch, with an `Authorization` header too.
+"""Signed CloudFront URLs of output files, for clients that send `Authorization`.
 
 S3 refuses a presigned URL that comes with such a header (https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html,
 "Only one auth mechanism allowed"), and Replicate's Python client 1 sends one with `FileOutput.read()`. CloudFront drops
@@ -114,13 +114,13 @@ class Distribution:
 
     @classmethod
     def from_env(cls) -> "Distribution | None":
-        """Create from `OUTPUT_URL_DOMAIN`, `…_KEY_ID` and `…_SECRET_ARN`; None without a domain."""
+        """Create from `OUTPUT_URL_DOMAIN`, `…_KEY_ID`, `…_SECRET_ARN`; None if empty."""
         domain, key_id = os.environ["OUTPUT_URL_DOMAIN"], os.environ["OUTPUT_URL_KEY_ID"]
         secret = CachedSecret(os.environ["OUTPUT_URL_SECRET_ARN"])
         return cls(domain, key_id, lambda: PrivateKey.from_json(secret.current_value())) if domain else None
 
     def url(self, key: str, expires_seconds: int) -> str:
-        """Return a URL of an object, valid for that many seconds and at most a quarter more.
+        """Return a URL of an object, valid for that time and at most a quarter more.
 
         Its signature opens the objects beside it too: `{folder}/*`, which is one prediction's output.
         """

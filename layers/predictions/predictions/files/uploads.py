@@ -1,4 +1,4 @@
-"""Files that owners upload as inputs: each an item of the table and an object in S3.
+"""Files that owners upload as inputs: an item of the table and an object each.
 
 `pk` = `file#{id}`, `sk` = `file`; the object is `files/{owner}/{id}`, so nothing of its key is a caller's to choose.
 A file's `urls.get` is a link that anyone who has it can open until the file expires or is deleted, since a model has
@@ -85,7 +85,7 @@ class File:
 
 @dataclass(frozen=True)
 class UploadLink:
-    """Where and how to send a file to S3: `method` `url` with exactly these `headers`, until `expires_at`."""
+    """How to send a file to S3: exactly this request, until `expires_at`."""
 
     method: str
     url: str
@@ -118,7 +118,7 @@ class Files:
         return cls(os.environ["TABLE_NAME"], os.environ["INPUTS_BUCKET_NAME"], days * 86400)
 
     def store(self, owner: str, new: "NewFile") -> File:
-        """Store a file that came with its content: the object first, so that no item lacks one."""
+        """Store a file with its content: the object first, so that no item lacks one."""
         content = new.content or b""
         file = self._file(owner, new)
         stored = self._s3.put_object(
@@ -262,7 +262,7 @@ class Files:
         return self._kept(deserialize(found)) if found else None
 
     def _kept(self, item: dict[str, Any]) -> File | None:
-        """Return an item's file, or None once expired, which DynamoDB may notice days later."""
+        """Return an item's file, or None once expired (DynamoDB deletes it days later)."""
         values = {name: item[name] for name in File.__dataclass_fields__ if name in item}
         file = File(**{**values, "owner": item["owner"].removeprefix("files#")})
         return file if self._now() < file.expires_at else None

@@ -1,4 +1,4 @@
-"""SSRF guard: the addresses that may be contacted when a caller or a model chose the URL.
+"""SSRF guard: which addresses of untrusted URLs may be contacted.
 
 Two checks, both needed: `check_webhook_url` refuses a bad URL early, where its author still gets a clear error, and
 `net.client.guarded_client` decides where the socket is opened. Only the second one is safe against names that resolve
@@ -60,7 +60,7 @@ _PRIVATE_NAMES = ("localhost", "localdomain", "local", "internal", "intranet", "
 
 
 class AddressRefused(PredictionsError):
-    """A URL is not to be contacted; the message (`must start with https://`) may be shown to anyone."""
+    """A URL is refused; the message (`must start with https://`) is fit for anyone."""
 
 
 def is_public(address: str) -> bool:
@@ -80,7 +80,7 @@ def is_public(address: str) -> bool:
 
 
 def check_webhook_url(url: str, *, allow_loopback: bool) -> None:
-    """Refuse a webhook URL that is unusable, as far as that shows without a name lookup.
+    """Refuse an unusable webhook URL, as far as that shows without a name lookup.
 
     Ports are 443 and everything from 1024: webhooks on 8443 are usual, while the other low ports are services
     (SSH, SMTP, …) that a signed request has no business with.

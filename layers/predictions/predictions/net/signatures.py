@@ -41,7 +41,7 @@ class WebhookRefused(PredictionsError):
 
 
 class SignatureMismatch(WebhookRefused):
-    """Well-formed and fresh, but no secret matches: forged, altered, or a newer secret."""
+    """Well-formed and fresh, but no secret matches: forged, or of a newer secret."""
 
 
 class SigningSecretUnavailable(PredictionsError):

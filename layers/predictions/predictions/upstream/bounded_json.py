@@ -68,7 +68,7 @@ _MEMBER_LIMIT_BYTES = 256 * 1024
 
 
 class Unscannable(PredictionsError):
-    """A text is cut off, is no JSON, or is nested in a way that a scan in bounded time does not follow."""
+    """A text is cut off, invalid, or nested too deep for a scan in bounded time."""
 
 
 class Weight(NamedTuple):
@@ -107,7 +107,7 @@ def weigh(body: bytes, limit_bytes: int) -> Weight:
 
 
 class _Counted:
-    """Counts over a text: at first of all of it, then without the content of its strings."""
+    """Counts over a text: first over all of it, then without its strings."""
 
     def __init__(self, body: bytes) -> None:
         self._body = body
@@ -216,7 +216,7 @@ class Member(NamedTuple):
 
 
 def members(body: bytes, start: int = 0) -> Iterator[Member]:
-    """Find the members of an object, one after the other, without parsing their values.
+    """Yield the members of an object, without parsing their values.
 
     Raises:
         Unscannable: There is no object at `start`, it is cut off, or it is nested too deep to be followed.
@@ -244,7 +244,7 @@ def members(body: bytes, start: int = 0) -> Iterator[Member]:
 
 
 def elements(body: bytes, start: int = 0) -> Iterator[tuple[int, int]]:
-    """Find the elements of a list, one after the other, as their starts and ends, without parsing them.
+    """Yield the starts and ends of a list's elements, without parsing them.
 
     Raises:
         Unscannable: There is no list at `start`, it is cut off, or it is nested too deep to be followed.

@@ -1,4 +1,4 @@
-"""Client of Replicate's HTTP API: the few calls the protocol makes, and what their responses mean.
+"""Client of Replicate's HTTP API: the calls and the meaning of their responses.
 
 Nothing in here retries: the caller decides by the error (`upstream.errors`). Source of the protocol's facts:
 https://replicate.com/docs/reference/http
@@ -231,7 +231,7 @@ class Replicate:
             raise OutcomeUnknown(reason, response.status_code) from error
 
     def get(self, upstream_id: str, collection: Collection = "predictions") -> UpstreamPrediction:
-        """Read a prediction or training; an output that is too large is left out (`too_large`).
+        """Read a prediction or training, without an output that is too large.
 
         Raises:
             NotFound: Replicate does not know it.

@@ -1,4 +1,4 @@
-"""The time window in which the holder of a claim may send its create, and the connection that keeps to it.
+"""The time window of a create, and the connection that keeps to it.
 
 A claim is a lease: `submit_until` in the item says until when its holder may act. Readers of Replicate's list rely on
 it, so it has to hold without the holder's cooperation. A function that is frozen between its claim and its POST, and
@@ -69,14 +69,14 @@ def single_use_client(**options: Any) -> httpx.Client:
 
 
 class SingleUseTransport(httpx.BaseTransport):
-    """Sends each request over a new connection, within the `SendWindow` in its extension `window`."""
+    """Sends each request over a new connection, within its `SendWindow`."""
 
     def __init__(self, verify: ssl.SSLContext | None = None) -> None:
         # Made with the first create: most invocations need none.
         self._tls = verify
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request; without a window in its extensions it is limited by its timeouts alone."""
+        """Send one request, within the window in its extensions, if any."""
         if self._tls is None:
             self._tls = httpx.create_ssl_context(trust_env=False)
         window = request.extensions.get("window")
@@ -95,14 +95,14 @@ class SingleUseTransport(httpx.BaseTransport):
 
 
 class _WindowedNetwork(TimedNetwork):
-    """Opens connections that write nothing before the window is checked, and reset when they are closed."""
+    """Opens connections that check the window before they write, and close by reset."""
 
     def __init__(self, window: SendWindow | None) -> None:
         self._window = window
         if window is None:
             super().__init__(lambda: _WITHOUT_WINDOW_SECONDS)
             return
-        # Both clocks count: the one that is set back when a sandbox thaws, and the one that stands still meanwhile.
+        # Both clocks count: the one that is set back when a sandbox thaws, and the one that is stopped meanwhile.
         until = time.monotonic() + window.over_at - window.now()
         super().__init__(lambda: min(until - time.monotonic(), window.over_at - window.now()))
 

@@ -12,7 +12,7 @@ _CACHE_SECONDS = 60
 
 
 def token_of(secret: str) -> str:
-    """Return the token in a secret's value: the bare token, or JSON with a key `token`.
+    """Return the token in a secret: the bare token, or JSON with a key `token`.
 
     Raises:
         TokenUnreadable: The value holds no token. It is not repeated.
@@ -36,7 +36,9 @@ class Token:
         self._secret = CachedSecret(secret_arn, cache_seconds=_CACHE_SECONDS)
 
     def value(self) -> str:
-        """Return the token; a change in Secrets Manager is seen within a minute, or at once after a refusal.
+        """Return the token, at most a minute old.
+
+        A change in Secrets Manager is seen within that time, or at once after `forget`.
 
         Raises:
             TokenUnreadable: Secrets Manager does not give it, or its value is no token. The value is not repeated.

@@ -1,4 +1,4 @@
-"""Scanner of Replicate's lists: reads entries from pieces of JSON, skipping large values.
+"""Scanner of Replicate's lists: reads entries in pieces, skipping large values.
 
 A page of a list holds the whole input and output of a hundred predictions. One output of 60 MB, or of millions of
 nested numbers, would take the memory and the time of a small function when parsed. So nested values are skipped, piece
@@ -68,7 +68,7 @@ class EntryScanner:
         single: Whether the text is one prediction and not a page of them.
 
     Attributes:
-        following: The page's `next`, as it is there: a string, None, or `...` (Ellipsis) where there is none.
+        following: The page's `next`, as it is there: a string, None, or `...` (Ellipsis) if absent.
         has_results: Whether a list `results` has begun.
     """
 
@@ -84,7 +84,7 @@ class EntryScanner:
         self._fields: dict[str, Any] = {}
         self._unreadable: set[str] = set()
         self._input: bytes | None = None
-        # Of a value that is skipped: its depth, whether a string is open, and what is kept of it.
+        # Of a value that is skipped: its depth, whether a string is open, and the part that is collected.
         self._depth = 0
         self._in_string = False
         self._kept: bytearray | None = None

@@ -66,7 +66,7 @@ class OutcomeUnknown(UpstreamError):
     """A prediction may have been started, or not.
 
     Attributes:
-        status: The HTTP status of the response, or None where there was none.
+        status: The HTTP status of the response, or None without a response.
     """
 
     def __init__(self, reason: str, status: int | None = None) -> None:
@@ -75,7 +75,7 @@ class OutcomeUnknown(UpstreamError):
 
 
 class TokenUnreadable(UpstreamError):
-    """The stack's token cannot be read, or cannot be sent in a header; nothing was sent."""
+    """The stack's token cannot be read, or is not valid; nothing was sent."""
 
 
 class NotFound(UpstreamError):

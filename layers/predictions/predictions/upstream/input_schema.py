@@ -178,11 +178,11 @@ class InputSchema:
             raise UnusableSchema("it is not JSON") from None
 
     def to_json(self) -> str:
-        """Return `Input` and what it refers to as JSON text, without the rest of the document."""
+        """Return `Input` and what it refers to as JSON text."""
         return json.dumps(self._source, separators=(",", ":"))
 
     def violations(self, value: Any) -> list[Violation]:
-        """List the violations of an input, at most `VIOLATIONS_LIMIT`, in the schema's order.
+        """List an input's violations, at most `VIOLATIONS_LIMIT`, in the schema's order.
 
         Args:
             value: The input, parsed.

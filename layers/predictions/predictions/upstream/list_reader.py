@@ -1,4 +1,4 @@
-"""Readings of Replicate's list: what the account has created, and whether the list could be read completely.
+"""Readings of Replicate's list: the account's predictions, and completeness.
 
 A reading is evidence only where it is complete. It is not if anything is odd: a page that is not 200, no list
 `results`, an entry without a readable id or time, a `next` that leads in a circle or to another host, another order
@@ -102,7 +102,7 @@ class ListReader:
         Args:
             collection: Which list.
             back_to: How far, by our clock. Where asking has to end earlier, the reading covers less.
-            may_ask: Waits for the turn of one more call; False where there is none in time.
+            may_ask: Waits for the turn of one more call; False if none comes in time.
             over_at: When to stop.
         """
         reading = Reading(began=self._now())
@@ -234,7 +234,7 @@ def _listed(entry: Entry, clock_offset: float) -> Listed | None:
         value = entry.fields.get(name)
         return value if isinstance(value, str) and value else None
 
-    # A webhook that cannot be kept is one all the same, and none of ours.
+    # A webhook that cannot be kept is still one, and not of this stack.
     webhook = "unreadable" if "webhook" in entry.unreadable else text("webhook")
     removed = entry.fields.get("data_removed") is True or entry.input_json is None
     return Listed(

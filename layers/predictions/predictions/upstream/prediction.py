@@ -40,7 +40,7 @@ _SMALL_MEMBERS = (
 
 
 class UpstreamPrediction(BaseModel):
-    """A prediction of a response or a webhook; read leniently, since fields come and go."""
+    """A prediction of a response or webhook; lenient, since fields come and go."""
 
     model_config = ConfigDict(extra="ignore", strict=False, protected_namespaces=())
 
@@ -134,7 +134,7 @@ class UpstreamPrediction(BaseModel):
         return found.failed_for_its_size() if rank_of(found.status) >= TERMINAL_RANK else found
 
     def failed_for_its_size(self) -> "UpstreamPrediction":
-        """Return this as finished: `failed` with the reason, unless Replicate says otherwise."""
+        """Return this as finished: `failed`, unless Replicate reports another end."""
         status = self.status if self.status in _OTHER_ENDS else Status.FAILED.value
         return self.model_copy(update={"status": status, "output": None, "error": self.error or self.too_large})
 
@@ -188,7 +188,7 @@ def utf8(body: bytes) -> bytes:
 
 
 def read_json(body: bytes, *, replace: bool = False) -> Any:
-    """Parse JSON as models write it; return None if it is invalid, too deep or too large.
+    """Parse JSON as models write it; return None if invalid, too deep or too large.
 
     Models return NaN and Infinity, which JSON does not have and clients cannot parse: they become null, as does a whole
     number of more digits than Python reads. Half a surrogate pair, which is no character and can be neither sent nor

@@ -52,7 +52,7 @@ class Presenter:
 
     @classmethod
     def from_env(cls) -> "Presenter":
-        """Create from `OUTPUTS_BUCKET_NAME`, `FILE_ORIGINS`, `OUTPUT_URL_SECONDS` and the distribution."""
+        """Create from `OUTPUT_URL_SECONDS`, the outputs bucket and the distribution."""
         return cls(OutputsBucket.from_env(), int(os.environ["OUTPUT_URL_SECONDS"]), Distribution.from_env())
 
     def show(self, whole: Whole, *, as_starting: bool = False) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Presenter:
     def show_started(
         self, prediction: Prediction, asked: Any, read: Callable[[], Whole], *, as_starting: bool = True
     ) -> dict[str, Any]:
-        """Show a prediction to the caller that has just started it, even if showing it fails.
+        """Show a prediction to the caller that started it, whatever fails meanwhile.
 
         The prediction is started, and may be paid for: a caller that got an error would start another one. So on any
         error (AWS fails, the secret that signs URLs is refused or damaged) it is shown as `starting`, without output:
