@@ -44,10 +44,10 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("limits", "said", "retry_after"),
         [
-            (OwnerLimits(in_flight=1), "may have 1 predictions in flight", "10"),
-            (OwnerLimits(per_day=1), "may start 1 predictions a day", str(MIDNIGHT - 1_750_000_000 + 1)),
-            (OwnerLimits(in_flight=0), "may have 0 predictions in flight", "10"),
-            (OwnerLimits(per_day=0, in_flight=9), "from 2025-06-16T00:00:00Z on", "32001"),
+            (OwnerLimits(in_flight=1), "limit of 1 predictions in flight", "10"),
+            (OwnerLimits(per_day=1), "limit of 1 predictions per day", str(MIDNIGHT - 1_750_000_000 + 1)),
+            (OwnerLimits(in_flight=0), "limit of 0 predictions in flight", "10"),
+            (OwnerLimits(per_day=0, in_flight=9), "Retry after 2025-06-16T00:00:00Z", "32001"),
         ],
     )
     def test_caller_over_a_limit_is_told_which_and_when_and_nothing_is_written_or_asked(

@@ -264,7 +264,7 @@ def test_nothing_is_made_or_run_again_while_the_limit_of_the_day_is_used_up(
         lambda: batches.control.again(failed, limits=limits),
         lambda: create(pipelines, limits),
     ):
-        with pytest.raises(Problem, match="may start 2 predictions a day") as problem:
+        with pytest.raises(Problem, match="limit of 2 predictions per day") as problem:
             ask()
         assert refused(problem) == (429, str(MIDNIGHT - int(clock.now()) + 1))
     assert len(batches.executions) == executions
