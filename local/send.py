@@ -446,7 +446,7 @@ class _Sender:
 
 
 def _has_ended(prediction: Prediction) -> bool:
-    return prediction.terminal and not prediction.awaits_copy
+    return prediction.ended_visibly
 
 
 def _content(key: str) -> bytes:

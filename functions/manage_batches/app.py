@@ -5,7 +5,7 @@ from typing import Any
 from aws_lambda_powertools.event_handler import Response
 from predictions.admission.quotas import OwnerLimits
 from predictions.api.app import answer_with, body_of, headers_of, json_response, owner_with, resolver
-from predictions.api.pagination import page_links, read_cursor
+from predictions.api.pagination import page_body, read_cursor
 from predictions.aws.clients import api_url
 from predictions.batches.manage import BatchControl
 from predictions.batches.store import Batch
@@ -42,8 +42,9 @@ def list_() -> Response[str]:
     older, start = read_cursor(app.current_event.get_query_string_value("cursor", ""))
     page, more = control.page(owner, start, older=older, size=PAGE_SIZE)
     first, last = (page[0].listed_at, page[-1].listed_at) if page else (None, None)
-    links = page_links("/batches", start, older=older, first=first, beyond=last if more else None)
-    return json_response(200, {**links, "results": [_show(batch) for batch in (page if older else page[::-1])]})
+    results = [_show(batch) for batch in page]
+    body = page_body("/batches", start, results, older=older, first=first, beyond=last if more else None)
+    return json_response(200, body)
 
 
 @app.get("/batches/<batch_id>")

@@ -3,7 +3,7 @@
 from aws_lambda_powertools.event_handler import Response
 from predictions.admission.quotas import OwnerLimits
 from predictions.api.app import answer_with, body_of, headers_of, json_response, owner_with, resolver
-from predictions.api.pagination import page_links, read_cursor
+from predictions.api.pagination import page_body, read_cursor
 from predictions.intents.model import Attempt
 from predictions.pipelines.manage import PipelineApi
 
@@ -41,8 +41,7 @@ def list_() -> Response[str]:
     owner = owner_with(app, "read")
     older, start = read_cursor(app.current_event.get_query_string_value("cursor", ""))
     results, first, beyond = pipelines.list_pipelines(owner, start, older=older, size=PAGE_SIZE)
-    links = page_links("/pipelines", start, older=older, first=first, beyond=beyond)
-    return json_response(200, {**links, "results": results if older else results[::-1]})
+    return json_response(200, page_body("/pipelines", start, results, older=older, first=first, beyond=beyond))
 
 
 @app.post("/pipelines/<pipeline_id>/cancel")

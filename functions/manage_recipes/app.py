@@ -2,7 +2,7 @@
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, body_of, headers_of, json_response, owner_with, resolver
-from predictions.api.pagination import page_links, read_cursor
+from predictions.api.pagination import page_body, read_cursor
 from predictions.recipes.manage import RecipeChanges, is_name
 from predictions.recipes.store import RecipeItems
 from predictions.recipes.view import recipe_not_found, recipe_url, show_recipe
@@ -29,8 +29,9 @@ def list_() -> Response[str]:
     older, start = read_cursor(app.current_event.get_query_string_value("cursor", ""))
     page, more = recipes.page(owner, start, older=older, size=PAGE_SIZE)
     first, last = (page[0].listed_at, page[-1].listed_at) if page else (None, None)
-    links = page_links("/recipes", start, older=older, first=first, beyond=last if more else None)
-    return json_response(200, {**links, "results": [show_recipe(recipe) for recipe in (page if older else page[::-1])]})
+    results = [show_recipe(recipe) for recipe in page]
+    body = page_body("/recipes", start, results, older=older, first=first, beyond=last if more else None)
+    return json_response(200, body)
 
 
 @app.get("/recipes/<name>")

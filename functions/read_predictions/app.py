@@ -7,7 +7,7 @@ from typing import Literal
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, json_response, openapi_response, own_prediction, owner_with, resolver
-from predictions.api.pagination import page_links, read_cursor, read_moment
+from predictions.api.pagination import page_body, read_cursor, read_moment
 from predictions.errors import Problem
 from predictions.store.predictions import PredictionsTable
 from predictions.views.prediction import Presenter
@@ -74,9 +74,8 @@ def _page(kind: Literal["prediction", "training"], filters: dict[str, str]) -> R
         # Made on Replicate's web site: it has none of an owner of ours.
         return json_response(200, {"previous": None, "next": None, "results": []})
     shown = presenter.show_page(table.list(owner, start, older=older, size=PAGE_SIZE, object=kind, **between))
-    links = page_links(f"/{kind}s", start, older=older, first=shown.first, beyond=shown.beyond, filters=filters)
-    results = shown.results if older else shown.results[::-1]
-    return json_response(200, {**links, "results": results})
+    ends = {"first": shown.first, "beyond": shown.beyond}
+    return json_response(200, page_body(f"/{kind}s", start, shown.results, older=older, **ends, filters=filters))
 
 
 handler = answer_with(app)

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, body_of, headers_of, json_response, owner_with, resolver
-from predictions.api.pagination import page_links, read_cursor
+from predictions.api.pagination import page_body, read_cursor
 from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.files.upload_requests import read_form, read_upload
@@ -42,8 +42,9 @@ def list_() -> Response[str]:
     older, start = read_cursor(app.current_event.get_query_string_value("cursor", ""))
     page, more = files.list(owner, start, older=older, size=PAGE_SIZE)
     first, last = (place(page[0]), place(page[-1])) if page else (None, None)
-    links = page_links("/files", start, older=older, first=first, beyond=last if more else None)
-    return json_response(200, {**links, "results": [file.show(api_url()) for file in (page if older else page[::-1])]})
+    results = [file.show(api_url()) for file in page]
+    body = page_body("/files", start, results, older=older, first=first, beyond=last if more else None)
+    return json_response(200, body)
 
 
 @app.get("/files/<file_id>")

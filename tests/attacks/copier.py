@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from predictions.errors import CopyInterrupted
-from predictions.files.outputs_bucket import STOP_BEFORE_SECONDS, OutputsBucket
+from predictions.files.copier import STOP_BEFORE_SECONDS
+from predictions.files.outputs_bucket import OutputsBucket
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ import httpx
 import pytest
 from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.net.addresses import AddressRefused, check_webhook_url, guarded_client, is_public
+from predictions.net.addresses import AddressRefused, check_webhook_url, is_public
+from predictions.net.client import guarded_client
 from predictions.notifications.webhook_queue import Delivery
 from predictions.store.predictions import PredictionsTable
 

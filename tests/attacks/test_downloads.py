@@ -18,7 +18,8 @@ from urllib.parse import quote
 
 import pytest
 from predictions.aws import clients
-from predictions.files.outputs_bucket import STOP_BEFORE_SECONDS, OutputsBucket, folder, safe_prefix
+from predictions.files.copier import STOP_BEFORE_SECONDS
+from predictions.files.outputs_bucket import OutputsBucket, folder, safe_prefix
 from predictions.store.predictions import PredictionsTable
 
 from tests.attacks.hosts import Answer, HostileHost, endless, head, hostile_host, sends, silent, sink, whole
@@ -103,7 +104,7 @@ BROTLI = bytes.fromhex("5bffffff0f00") + b"\x00" * 16
 COMPRESSED = "the file host compressed the file, although it was asked not to"
 CLOSE = "Connection: close"
 NOT_HTTP = "the connection to the file host failed (RemoteProtocolError), 3 times"
-NO_LENGTH = "the file host's answer has no valid Content-Length, 3 times"
+NO_LENGTH = "the file host's response has no valid Content-Length, 3 times"
 CHUNKED = "Transfer-Encoding: chunked"
 
 

@@ -106,9 +106,9 @@ def test_text_within_a_body_is_refused_or_comes_back_equal(
             answer = stack.api(door.method, door.path, token=token, body=door.template % text.text)
         status, said = (201, "") if text.refused is None else (400, text.refused)
         if len(door.template % text.text) > door.limit_bytes:
-            status, said = 413, f"{door.limit_bytes} are taken"
+            status, said = 413, f"limit of {door.limit_bytes}"
         if name == "uploads" and status == 201 and len(text.text) > 16_000:
-            status, said = 422, "metadata: At most 16384 bytes"
+            status, said = 422, "metadata: Must be at most 16384 bytes"
         shown = body_of(answer)
         if (answer["statusCode"] not in (status, 200 if status == 201 and door.method == "PUT" else status)) or (
             status >= 400 and said not in shown["detail"]
@@ -137,7 +137,7 @@ def test_body_is_refused_with_its_reason_and_starts_nothing(
     door, wrong = DOORS[name], []
     for case, (text, status, said) in DOCUMENTS.items():
         if len(text) > door.limit_bytes:
-            status, said = 413, f"{door.limit_bytes} are taken"
+            status, said = 413, f"limit of {door.limit_bytes}"
         with in_time(f"{name}: {case}"):
             answer = stack.api(door.method, door.path, token=token, body=text)
         shown = body_of(answer)

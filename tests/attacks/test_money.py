@@ -17,17 +17,10 @@ from typing import Any
 import greenlet
 import httpx
 import pytest
+from predictions.admission.limiter_item import AUTOMATIC, AUTOMATIC_PAUSE_SECONDS, HORIZON_SECONDS, MANUAL
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage
-from predictions.admission.rate_limiter import (
-    AUTOMATIC,
-    AUTOMATIC_PAUSE_SECONDS,
-    BURST_SECONDS,
-    HORIZON_SECONDS,
-    MANUAL,
-    AskAgain,
-    Limiter,
-    Start,
-)
+from predictions.admission.rate_limiter import Limiter
+from predictions.admission.reservations import BURST_SECONDS, AskAgain, Start
 
 from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error
@@ -176,7 +169,7 @@ def meet(
         # Each in a process of its own.
         usage = OwnersUsage("predictions", clients("dynamodb"), now=lambda: NOW)
         try:
-            usage.take_place("alice", prediction_id, limits)
+            usage.acquire_slot("alice", prediction_id, limits)
         except LimitReached:
             return
         passed.append(prediction_id)
@@ -253,7 +246,7 @@ def test_starter_that_dies_at_any_call_passes_no_limit_and_gives_its_place_back(
         later = OwnersUsage("predictions", clients("dynamodb"), now=lambda: NOW + 121)
 
         def start_later() -> None:
-            later.take_place("alice", "later", limits)
+            later.acquire_slot("alice", "later", limits)
 
         turns.run([start_later])
         assert "later" in used(table)[0]

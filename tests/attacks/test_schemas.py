@@ -126,7 +126,7 @@ def test_check_that_would_last_is_given_up_after_its_steps(schemas: dict[str, An
 def test_pattern_that_python_would_not_finish_is_matched_in_linear_time(pattern: str) -> None:
     # With Python's `re` 10,000 characters would take longer than the universe has had; nothing here waits for it.
     assert of_field({"type": "string", "pattern": pattern}, "a" * 9_999 + "!") == [
-        f"Has to match the regular expression `{pattern}`."
+        f"Must match the regular expression `{pattern}`."
     ]
 
 

@@ -15,7 +15,7 @@ from unittest import mock
 
 import httpx
 from predictions.aws import clients as aws
-from predictions.files import outputs_bucket
+from predictions.files import copier
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intake import queue as requests
 from predictions.notifications.webhook_sender import Receivers
@@ -161,7 +161,7 @@ def installed() -> Iterator[Simulation]:
             mock.patch.dict(os.environ, environment, clear=True),
             mock.patch.object(aws, "_client", clients),
             mock.patch.object(aws, "_api_url", None),
-            mock.patch.object(outputs_bucket, "ThreadPoolExecutor", _Inline),
+            mock.patch.object(copier, "ThreadPoolExecutor", _Inline),
             mock.patch.object(httpx, "Client", Client),
             mock.patch.object(metrics, "add_metric", _count_nothing),
             _clocked(here, own),

@@ -11,12 +11,13 @@ from typing import Any
 from unittest import mock
 
 from predictions import status as statuses
-from predictions.admission import rate_limiter
+from predictions.admission import reservations
 from predictions.admission.rate_limiter import Limiter
+from predictions.admission.reservations import Schedule
 from predictions.aws.dynamodb import PRESENT, Condition, Sum
 from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
-from predictions.files import outputs_bucket
+from predictions.files import copier, output_references
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.ids import random_id
 from predictions.intake import redelivery
@@ -49,8 +50,9 @@ from predictions.store.keys import prediction_key
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
 from predictions.store.records import Change, Prediction
-from predictions.upstream.client import NotAccepted, OutcomeUnknown, Replicate
+from predictions.upstream.client import Replicate
 from predictions.upstream.create_window import SendWindow
+from predictions.upstream.errors import NotAccepted, OutcomeUnknown
 from predictions.upstream.list_reader import ListReader, Reading, digest_of
 
 from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood
@@ -194,7 +196,7 @@ def _file_given_up(copy: Any) -> Any:
     def copied(self: OutputsBucket, *given: Any, **options: Any) -> Any:
         outcome = copy(self, *given, **options)
         return (
-            outputs_bucket.StoredFile(given[0].path, given[0].index, error="no")
+            output_references.StoredFile(given[0].path, given[0].index, error="no")
             if isinstance(outcome, Exception)
             else outcome
         )
@@ -329,8 +331,8 @@ def _without_time(tell: Any) -> Any:
 def _used_again(_: Any) -> Any:
     """A start that was given back is handed out to everybody who asks for it."""
 
-    def plan_free(self: Limiter, lane: str, number: int) -> Any:
-        plan = rate_limiter._Plan("free", 0, number)
+    def plan_free(self: Schedule, lane: str, number: int) -> Any:
+        plan = reservations.Plan("free", 0, number)
         plan.conditions.append(PRESENT)
         plan.set[f"{lane}_at"] = Sum(f"{lane}_at", 0)
         return plan
@@ -396,7 +398,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "no orphan is canceled": _method(Orphans, "cancel", _swept_without_orphans),
     "a cancel is not passed on": _method(CancelPrediction, "pass_on", lambda _: lambda self, prediction: prediction),
     "ExecutionAlreadyExists is taken for success": _method(Executions, "start", _started_whatever_is_there),
-    "a file's size is not checked": _value(outputs_bucket, "_length", lambda _: None),
+    "a file's size is not checked": _value(copier, "_length", lambda _: None),
     "a file that broke off is given up": _method(OutputsBucket, "_copy", _file_given_up),
     "a copy without a lease": _method(PredictionsTable, "lease_copy", _constant(True)),
     "files are not waited for": _method(OutputsBucket, "holds_files", _constant(False)),
@@ -421,9 +423,9 @@ SABOTAGES: dict[str, Sabotage] = {
     "one 404 is believed": _all(_value(poll, "NOT_FOUND_LIMIT", 1), _value(orphans, "NOT_FOUND_LIMIT", 1)),
     "the sweep asks before it puts the next look off": _method(PredictionsTable, "begin_look", _looked_at_first),
     "nothing is ended without asking": _method(Abandonment, "is_due", _constant(False)),
-    "owners reserve starts far ahead": _value(rate_limiter, "NEAR_SECONDS", (10**6, 10**6)),
+    "owners reserve starts far ahead": _value(reservations, "NEAR_SECONDS", (10**6, 10**6)),
     "starts are reserved beyond the deadline": _method(Limiter, "_reserve", _without_deadline),
-    "a start that was given back is used by many": _method(Limiter, "_plan_free", _used_again),
+    "a start that was given back is used by many": _method(Schedule, "_plan_free", _used_again),
     "one message takes the others along": _all(
         _method(ReceivedRequests, "handle", _as_they_come),
         _method(ReceivedRequests, "_delete", _constant(None)),

@@ -238,6 +238,6 @@ def test_owner_over_a_limit_is_told_which_and_goes_on_when_one_has_ended(
     erin.post(f"/predictions/{first.json()['id']}/cancel").raise_for_status()
     second = stack.wait(lambda: (r := erin.post("/predictions", json=SLEEPER)).status_code == 201 and r, 10)
     stack.ended(second.json()["id"])
-    stack.wait(lambda: "2 predictions a day" in erin.post("/predictions", json=SLEEPER).json().get("detail", ""), 10)
+    stack.wait(lambda: "2 predictions per day" in erin.post("/predictions", json=SLEEPER).json().get("detail", ""), 10)
     stack.run("limits", "remove", "erin")
     assert "erin" not in stack.run("limits", "list")

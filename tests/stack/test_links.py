@@ -25,7 +25,7 @@ def link(cloud: LocalCloud, boto: Callable[[str], Any], monkeypatch: pytest.Monk
 
     def link(bucket: str, key: str, expires: int | None = None) -> str:
         links = Links({"inputs": cloud.stack.inputs_bucket, "outputs": cloud.stack.outputs_bucket}, "")
-        links._secret, links._read_at = secret.encode(), time.monotonic()
+        monkeypatch.setattr(links._secret, "current_value", lambda: secret)
         return links.url(bucket, key, expires=expires or int(time.time()) + 600)
 
     return link

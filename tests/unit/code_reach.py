@@ -49,7 +49,6 @@ _PREFIXES = {
 _OF_OTHERS = frozenset(dir(set)) | {"from_env"}
 # The handler, the package, and a few modules of it: fewer would be a reader of imports that sees none.
 IMPORTED_LEAST = 5
-_POWERTOOLS = {"SecretsProvider": "secretsmanager:GetSecretValue"}
 
 
 @dataclass
@@ -239,8 +238,6 @@ def _note(node: ast.AST, found: Reach) -> None:
             _note_call(client, call, found)
         case ast.Constant(value="VersionId"):
             found.actions.add("s3:GetObjectVersion")
-        case ast.Call(func=ast.Name(id=name)) if name in _POWERTOOLS:
-            found.actions.add(_POWERTOOLS[name])
 
 
 def _note_call(client: ast.expr, call: str, found: Reach) -> None:

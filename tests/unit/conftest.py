@@ -20,7 +20,8 @@ from predictions.recipes.store import RecipeItems
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
 from predictions.store.schemas import StoredSchemas
-from predictions.upstream.client import Replicate, Token
+from predictions.upstream.client import Replicate
+from predictions.upstream.credentials import Token
 
 from tests.unit.fakes import API_URL, Clock, Executed, ReplicateInMemory, Wakes
 from tests.unit.protocol import Submissions, Timing

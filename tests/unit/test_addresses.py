@@ -13,7 +13,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from predictions.net.addresses import AddressRefused, TimedNetwork, check_webhook_url, guarded_client
+from predictions.net.addresses import AddressRefused, check_webhook_url
+from predictions.net.client import TimedNetwork, guarded_client
 
 PUBLIC = "93.184.215.14"
 

@@ -14,7 +14,8 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 from predictions.api.app import answer_with, json_response, resolver
 from predictions.aws import clients
 from predictions.errors import Problem
-from predictions.files.outputs_bucket import OutputsBucket, StoredFile
+from predictions.files.output_references import StoredFile
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.ids import derived_id
 from predictions.intents.model import create_intent
 from predictions.status import Status, visible

@@ -9,7 +9,8 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from predictions.files.outputs_bucket import JSON, OutputsBucket
+from predictions.files.output_references import JSON
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.upstream.bounded_json import Unscannable, elements, members, read_members, weigh
 
 MB = 1_000_000

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 from predictions.aws import clients
-from predictions.files.outputs_bucket import OutputsBucket, StoredFile, find_files
+from predictions.files.output_references import StoredFile, find_files
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.notifications.event_bus import FILES_LIMIT_BYTES, Event, EventBus, list_files
 from predictions.notifications.stream import OUTPUT_LIMIT_BYTES, PARSED_LIMIT_CHARACTERS, Changes
 from predictions.notifications.stream_retries import RetryQueue

@@ -605,7 +605,7 @@ class Queue:
         )
 
     def bury(self, id_: str, body: str, reason: str = "model: not a name") -> None:
-        self.dead.bury(Message(id_, "AROAALICE0000", body, 1_750_000_000), reason)
+        self.dead.send(Message(id_, "AROAALICE0000", body, 1_750_000_000), reason)
 
     @property
     def left(self) -> int:
@@ -767,7 +767,7 @@ def test_look_at_more_letters_than_can_be_seen_before_the_first_come_back_ends()
             return {"Messages": [{"MessageId": id_, "Body": "", "ReceiptHandle": "r"} for id_ in ids]}
 
     sqs: Any = Returning()
-    letters = [letter.id for letter in DeadLetterQueue("url", sqs).look(30)]
+    letters = [letter.id for letter in DeadLetterQueue("url", sqs).receive(30)]
     assert sorted(letters) == sorted(f"message-{n}" for n in range(25))
 
 

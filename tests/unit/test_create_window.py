@@ -13,8 +13,9 @@ from predictions.aws import clients
 from predictions.errors import PredictionThrottled
 from predictions.intake.invocation import RunJobs
 from predictions.store.predictions import PredictionsTable
-from predictions.upstream.client import NotAccepted, OutcomeUnknown, Replicate, Target
+from predictions.upstream.client import Replicate, Target
 from predictions.upstream.create_window import CreateTooLateError, SendWindow, single_use_client
+from predictions.upstream.errors import NotAccepted, OutcomeUnknown
 
 from tests.attacks.hosts import HostileHost, endless, head, hostile_host, silent, whole
 from tests.unit.code_reach import reach

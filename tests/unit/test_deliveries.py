@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from predictions.aws import clients
-from predictions.files.outputs_bucket import StoredFile
+from predictions.files.output_references import StoredFile
 from predictions.notifications.stream import Changes
 from predictions.notifications.webhook_queue import (
     RETRY_SECONDS,
@@ -289,13 +289,13 @@ class TestQueues:
 
     def test_delivery_that_is_given_up_is_kept_with_the_reason_until_it_is_forgotten(self, cloud: None) -> None:
         letters = DeadLetters.from_env()
-        letters.bury(COMPLETED, "answered 500")
-        letters.bury(replace(COMPLETED, id="b" * 26), "answered 404")
+        letters.send(COMPLETED, "answered 500")
+        letters.send(replace(COMPLETED, id="b" * 26), "answered 404")
         url = clients.client("sqs").get_queue_url(QueueName="dead-deliveries")["QueueUrl"]
         clients.client("sqs").send_message(QueueUrl=url, MessageBody=COMPLETED.message())
         clients.client("sqs").send_message(QueueUrl=url, MessageBody="[]")
-        found = list(letters.look(30))
-        assert list(letters.look(30)) == [], "what was looked at is hidden for a while"
+        found = list(letters.receive(30))
+        assert list(letters.receive(30)) == [], "what was looked at is hidden for a while"
         assert [(each.delivery.id[0] if each.delivery else "", each.reason) for each in found] == [
             ("a", "answered 500"),
             ("b", "answered 404"),
@@ -303,6 +303,6 @@ class TestQueues:
             ("", "not a delivery"),
         ]
         for each in found:
-            letters.forget(each)
+            letters.delete(each)
         counts = clients.client("sqs").get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
         assert counts["ApproximateNumberOfMessagesNotVisible"] == "0"

@@ -31,7 +31,7 @@ from predictions.recipes.store import Recipe, RecipeItems
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
-from predictions.upstream.client import Token
+from predictions.upstream.credentials import Token
 from predictions.views.prediction import Presenter
 
 from tests.unit.apps import (
@@ -653,7 +653,7 @@ def test_a_sample_of_the_queue_is_started_or_kept_with_its_reason(
     statuses = [deserialize(item) for item in items() if item["sk"]["S"] == "status"]
     assert [(item["owner"], item["visible"]) for item in statuses] == TAKEN.get((function, case), [])
     assert executed.inputs == {f"{item['id']}-1": {"id": item["id"], "submit": True} for item in statuses}
-    reasons = [request.reason for request in DeadRequests.from_env().look(30)]
+    reasons = [request.reason for request in DeadRequests.from_env().receive(30)]
     expected = [BURIED[function, case]] if (function, case) in BURIED else []
     assert [reason[: len(start)] for reason, start in zip(reasons, expected, strict=True)] == expected
     assert replicate.asked == []
@@ -757,7 +757,7 @@ def test_the_samples_of_a_batch_that_is_canceled_start_nothing_and_tell_the_stat
     assert run("start_from_queue", sample("start_from_queue", "batch_line")) == {"batchItemFailures": []}
     assert executed.inputs == {}
     assert wakes.told == [("AQCEAAAAKgAAAAMAAAAAAAAAAline", ("RequestNoLongerWanted", "The batch was canceled."))]
-    assert list(DeadRequests.from_env().look(30)) == []
+    assert list(DeadRequests.from_env().receive(30)) == []
 
 
 @pytest.mark.parametrize("case", sorted(case for _, case in DEPLOYED))

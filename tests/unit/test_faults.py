@@ -13,7 +13,8 @@ import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws import clients
 from predictions.errors import CopyInterrupted, PredictionThrottled, Problem
-from predictions.files.outputs_bucket import OutputsBucket, StoredFile
+from predictions.files.output_references import StoredFile
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import LIFETIME_LIMIT_SECONDS, Intent
 from predictions.lifecycle.archive_outputs import copy
 from predictions.lifecycle.receive_webhook import receive

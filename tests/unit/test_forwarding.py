@@ -30,7 +30,7 @@ from predictions.observability import logger
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import StoredSchema
 from predictions.store.schemas import StoredSchemas
-from predictions.upstream.client import Token
+from predictions.upstream.credentials import Token
 
 from tests.unit.apps import AwsCalls, Context, load_app, sample
 from tests.unit.fakes import API_URL, VERSION, Clock, ReplicateInMemory, refusing

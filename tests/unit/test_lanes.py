@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from predictions.admission.quotas import OwnersUsage
-from predictions.admission.rate_limiter import BURST_SECONDS, Limiter
+from predictions.admission.rate_limiter import Limiter
+from predictions.admission.reservations import BURST_SECONDS
 from predictions.aws import clients as aws
 from predictions.aws.dynamodb import Table as AwsTable
 from predictions.aws.executions import Executions
@@ -24,7 +25,8 @@ from predictions.files.outputs_bucket import OutputsBucket
 from predictions.observability import logger, metrics
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
-from predictions.upstream.client import Replicate, Token
+from predictions.upstream.client import Replicate
+from predictions.upstream.credentials import Token
 
 from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error

@@ -9,7 +9,8 @@ from botocore.exceptions import ClientError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from predictions.admission.quotas import OwnerLimits
-from predictions.admission.rate_limiter import BURST_SECONDS, QUIET_SECONDS, AskAgain, Limiter, Start, TooLate
+from predictions.admission.rate_limiter import QUIET_SECONDS, Limiter
+from predictions.admission.reservations import BURST_SECONDS, AskAgain, Start, TooLate
 from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.store.predictions import PredictionsTable
@@ -218,7 +219,7 @@ class TestGivenBack:
         first, second = reserved(limiter), reserved(limiter)
         end = limiter.limiter_state().queue_at
         for _ in range(5):
-            limiter.give_back("queue", first.number or 0)
+            limiter.release("queue", first.number or 0)
             again = reserved(limiter_of(clock))
             assert again.at == first.at
             assert again.number != first.number
@@ -230,18 +231,18 @@ class TestGivenBack:
         start = limiter.reserve_for_caller("alice", latest=LONG)
         assert isinstance(start, Start)
         assert start.number is not None
-        limiter.give_back("http", start.number)
+        limiter.release("http", start.number)
         assert limiter.reserve_for_caller("bob", latest=LONG) == Start(start.at, start.number + 1)
 
     def test_start_that_is_given_back_twice_is_handed_out_once(self, limiter: Limiter, clock: Clock) -> None:
         for_queue(limiter)
         start = reserved(limiter)
         with answers_lost() as lost:
-            limiter.give_back("queue", start.number or 0)
+            limiter.release("queue", start.number or 0)
         assert lost == ["UpdateItem"]
         starts = [reserved(limiter).at]
         # As by a repetition that was late on its way.
-        limiter.give_back("queue", start.number or 0)
+        limiter.release("queue", start.number or 0)
         starts += [reserved(limiter).at for _ in range(3)]
         assert len(set(starts)) == 4
         assert starts.count(start.at) == 1
@@ -249,7 +250,7 @@ class TestGivenBack:
     def test_start_that_has_passed_is_not_handed_out_and_removed(self, limiter: Limiter, clock: Clock) -> None:
         for_queue(limiter)
         for start in [reserved(limiter) for _ in range(5)]:
-            limiter.give_back("queue", start.number or 0)
+            limiter.release("queue", start.number or 0)
         clock.advance(0.3)
         assert reserved(limiter).at == pytest.approx(clock.now() + 0.033, abs=0.002)
         clock.advance(20)
@@ -262,7 +263,7 @@ class TestGivenBack:
         for_queue(limiter)
         starts = [reserved(limiter, f"many-{n % 50}") for n in range(120)]
         for start in starts:
-            limiter.give_back("queue", start.number or 0)
+            limiter.release("queue", start.number or 0)
         assert len(limiter.limiter_state().free["queue"]) == 100
         again = [reserved(limiter, "again").at for _ in range(100)] + [reserved(limiter).at]
         assert again[:100] == [start.at for start in starts[:100]]
@@ -271,24 +272,24 @@ class TestGivenBack:
     def test_start_of_before_a_429_is_not_handed_out_after_it(self, limiter: Limiter, clock: Clock) -> None:
         for_queue(limiter)
         start = reserved(limiter)
-        limiter.give_back("queue", start.number or 0)
+        limiter.release("queue", start.number or 0)
         other = reserved(limiter)
         limiter.block(20)
-        limiter.give_back("queue", other.number or 0)
+        limiter.release("queue", other.number or 0)
         assert reserved(limiter).at == clock.now() + 20
 
     @pytest.mark.parametrize("number", [0, 1, 10**18, 1_750_000_000_500_999])
     def test_number_that_no_reservation_gave_is_not_kept(self, limiter: Limiter, number: int) -> None:
         for_queue(limiter)
-        limiter.give_back("queue", number)
+        limiter.release("queue", number)
         assert limiter.limiter_state().free == {}
 
     def test_table_that_fails_loses_the_start_and_nothing_else(self, limiter: Limiter) -> None:
         for_queue(limiter)
         start = reserved(limiter)
         with refusing("UpdateItem", "InternalServerError", service="dynamodb"):
-            limiter.give_back("queue", start.number or 0)
-            limiter.give_turn_back("queue", "alice", 113)
+            limiter.release("queue", start.number or 0)
+            limiter.release_turn("queue", "alice", 113)
         assert reserved(limiter).at > start.at
 
 
@@ -362,7 +363,7 @@ class TestTurns:
             each for _ in range(50) if isinstance(each := limiter.reserve_for_queue("alice", latest=LONG), AskAgain)
         ]
         for each in turns * 2:
-            limiter.give_turn_back("queue", "alice", each.step_ms)
+            limiter.release_turn("queue", "alice", each.step_ms)
         (line,) = limiter.limiter_state().turns.values()
         assert clock.now() * 1000 <= line <= clock.now() * 1000 + 113
 
@@ -399,7 +400,7 @@ class TestTurns:
         assert {type(each) for each in answers} == {Start, AskAgain}
         assert len({each.at for each in answers}) == 30
         start = reserved(limiter)
-        limiter.give_back("queue", start.number or 0)
+        limiter.release("queue", start.number or 0)
         assert reserved(limiter).at == start.at
 
 

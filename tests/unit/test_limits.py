@@ -44,10 +44,10 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("limits", "said", "retry_after"),
         [
-            (OwnerLimits(in_flight=1), "may have 1 predictions in flight", "10"),
-            (OwnerLimits(per_day=1), "may start 1 predictions a day", str(MIDNIGHT - 1_750_000_000 + 1)),
-            (OwnerLimits(in_flight=0), "may have 0 predictions in flight", "10"),
-            (OwnerLimits(per_day=0, in_flight=9), "from 2025-06-16T00:00:00Z on", "32001"),
+            (OwnerLimits(in_flight=1), "limit of 1 predictions in flight", "10"),
+            (OwnerLimits(per_day=1), "limit of 1 predictions per day", str(MIDNIGHT - 1_750_000_000 + 1)),
+            (OwnerLimits(in_flight=0), "limit of 0 predictions in flight", "10"),
+            (OwnerLimits(per_day=0, in_flight=9), "Retry after 2025-06-16T00:00:00Z", "32001"),
         ],
     )
     def test_caller_over_a_limit_is_told_which_and_when_and_nothing_is_written_or_asked(
@@ -120,17 +120,17 @@ class TestPlaces:
 
     def test_same_id_has_one_place(self, usage: OwnersUsage, clock: Clock) -> None:
         for _ in range(3):
-            usage.take_place("alice", "a" * 26, OwnerLimits(in_flight=1))
+            usage.acquire_slot("alice", "a" * 26, OwnerLimits(in_flight=1))
             clock.advance(1)
         assert places() == {"in_flight": {"a" * 26}}
 
     def test_place_whose_answer_was_lost_is_one_place(self, usage: OwnersUsage) -> None:
         with answers_lost():
             for letter in "ab":
-                usage.take_place("alice", letter * 26, OwnerLimits(in_flight=2))
+                usage.acquire_slot("alice", letter * 26, OwnerLimits(in_flight=2))
         assert places() == {"in_flight": {"a" * 26, "b" * 26}}
         with pytest.raises(LimitReached):
-            usage.take_place("alice", "c" * 26, OwnerLimits(in_flight=2))
+            usage.acquire_slot("alice", "c" * 26, OwnerLimits(in_flight=2))
 
     def test_place_of_what_has_ended_is_given_back_when_it_is_needed(
         self, submissions: Submissions, replicate: ReplicateInMemory, clock: Clock
@@ -152,41 +152,41 @@ class TestPlaces:
 
     def test_place_of_what_never_came_to_be_is_kept_for_two_minutes(self, usage: OwnersUsage, clock: Clock) -> None:
         limits = OwnerLimits(in_flight=1)
-        usage.take_place("alice", "a" * 26, limits)
+        usage.acquire_slot("alice", "a" * 26, limits)
         clock.advance(119)
         with pytest.raises(LimitReached):
-            usage.take_place("alice", "b" * 26, limits)
+            usage.acquire_slot("alice", "b" * 26, limits)
         clock.advance(3)
-        usage.take_place("alice", "b" * 26, limits)
+        usage.acquire_slot("alice", "b" * 26, limits)
         assert places() == {"in_flight": {"b" * 26}}
 
     def test_full_places_are_not_looked_through_with_each_request(self, usage: OwnersUsage, clock: Clock) -> None:
         limits = OwnerLimits(in_flight=1)
-        usage.take_place("alice", "a" * 26, limits)
+        usage.acquire_slot("alice", "a" * 26, limits)
         calls = AwsCalls()
         for _ in range(5):
             with pytest.raises(LimitReached):
-                usage.take_place("alice", "b" * 26, limits)
+                usage.acquire_slot("alice", "b" * 26, limits)
         assert calls.made.count("dynamodb.BatchGetItem") == 1
 
     def test_many_places_are_given_back_at_once(self, usage: OwnersUsage, clock: Clock) -> None:
         limits = OwnerLimits(in_flight=120)
         for _ in range(120):
-            usage.take_place("alice", random_id(), limits)
+            usage.acquire_slot("alice", random_id(), limits)
         clock.advance(200)
-        usage.take_place("alice", "b" * 26, limits)
+        usage.acquire_slot("alice", "b" * 26, limits)
         assert places() == {"in_flight": {"b" * 26}}
 
     def test_day_that_is_full_takes_no_place_in_flight(self, usage: OwnersUsage) -> None:
         with pytest.raises(LimitReached):
-            usage.take_place("alice", "a" * 26, OwnerLimits(in_flight=1, per_day=0))
+            usage.acquire_slot("alice", "a" * 26, OwnerLimits(in_flight=1, per_day=0))
         assert places() == {"in_flight": set()}
 
     def test_next_day_begins_at_midnight_and_a_day_is_forgotten(self, usage: OwnersUsage, clock: Clock) -> None:
         for _ in range(2):
-            usage.take_place("alice", random_id(), OwnerLimits(per_day=2))
+            usage.acquire_slot("alice", random_id(), OwnerLimits(per_day=2))
         clock.moment = MIDNIGHT
-        usage.take_place("alice", random_id(), OwnerLimits(per_day=2))
+        usage.acquire_slot("alice", random_id(), OwnerLimits(per_day=2))
         assert places() == {"day#2025-06-15": 2, "day#2025-06-16": 1}
         found = clients.client("dynamodb").scan(TableName="predictions")["Items"]
         assert all(0 < int(item["expires_at"]["N"]) - MIDNIGHT < 3 * 86400 for item in found)
@@ -198,10 +198,10 @@ class TestPlaces:
 
         usage = OwnersUsage("predictions", clients.client("dynamodb"), now=ticking)
         clock.moment = MIDNIGHT - 60
-        usage.take_place("alice", random_id(), OwnerLimits(per_day=1))
+        usage.acquire_slot("alice", random_id(), OwnerLimits(per_day=1))
         clock.moment = MIDNIGHT - 0.6
         with pytest.raises(LimitReached) as reached:
-            usage.take_place("alice", random_id(), OwnerLimits(per_day=1))
+            usage.acquire_slot("alice", random_id(), OwnerLimits(per_day=1))
         assert reached.value.seconds == 1
 
     def test_waiting_prediction_is_counted_once(
@@ -286,7 +286,7 @@ def test_starts_at_the_same_time_never_pass_a_limit(
     # Places of what never came to be: they are given back meanwhile, by whoever comes first.
     earlier = OwnersUsage("predictions", client, now=lambda: clock.now() - 300)
     for _ in range(min(before, limits.in_flight or 0)):
-        earlier.take_place("alice", random_id(), OwnerLimits(in_flight=limits.in_flight))
+        earlier.acquire_slot("alice", random_id(), OwnerLimits(in_flight=limits.in_flight))
     turns = Turns(list(schedule), 4)
     passed: list[str] = []
 
@@ -294,7 +294,7 @@ def test_starts_at_the_same_time_never_pass_a_limit(
         prediction_id = random_id()
         mine: Any = turns
         try:
-            OwnersUsage("predictions", mine, now=clock.now).take_place("alice", prediction_id, limits)
+            OwnersUsage("predictions", mine, now=clock.now).acquire_slot("alice", prediction_id, limits)
         except LimitReached:
             return
         passed.append(prediction_id)

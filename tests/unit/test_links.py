@@ -5,7 +5,8 @@ from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit
 
 import pytest
 from predictions.aws import clients
-from predictions.files.links import Links, LinkSecretUnusable, UnknownBucket
+from predictions.aws.secrets import SecretTooShort
+from predictions.files.links import Links, UnknownBucket
 
 from tests.unit.fakes import API_URL, Clock
 
@@ -81,7 +82,7 @@ def test_payloads_are_not_served_even_with_the_right_signature(links: Links) -> 
 
 def test_a_secret_that_is_none_signs_nothing(cloud: None) -> None:
     clients.client("secretsmanager").create_secret(Name="short", SecretString="x")
-    with pytest.raises(LinkSecretUnusable):
+    with pytest.raises(SecretTooShort):
         Links(BUCKETS, "short").url("inputs", "a", expires=2_000_000_000)
 
 

@@ -138,7 +138,7 @@ def test_a_second_key_pair_does_not_replace_the_first(cloud: None, capsys: pytes
 
 def test_without_a_distribution_urls_are_presigned(cloud: None) -> None:
     assert Distribution.from_env() is None
-    url = Presenter.from_env()._url(FILE)
+    url = Presenter.from_env().link(FILE)
     assert "X-Amz-Signature" in parse_qs(urlsplit(url).query)
 
 
@@ -150,4 +150,4 @@ def test_a_key_that_cannot_be_read_is_an_error_and_not_another_url(
     served = Distribution.from_env()
     presenter = Presenter(OutputsBucket("outputs"), 3600, served)
     with pytest.raises(ClientError, match="ResourceNotFound"):
-        presenter._url(FILE)
+        presenter.link(FILE)

@@ -19,17 +19,18 @@ from hypothesis import strategies as st
 from moto import mock_aws
 from predictions.aws import clients
 from predictions.errors import CopyInterrupted
-from predictions.files import outputs_bucket
-from predictions.files.outputs_bucket import (
+from predictions.files import copier
+from predictions.files.output_references import (
     FILES_LIMIT,
+    JSON,
     OutputFile,
-    OutputsBucket,
     StoredFile,
     find_files,
     is_file_url,
     place_files,
     replace_files,
 )
+from predictions.files.outputs_bucket import OutputsBucket
 
 from tests.unit.library import LIBRARY
 
@@ -105,7 +106,7 @@ def plenty() -> float:
     return 900.0
 
 
-def store(bucket: OutputsBucket, output: outputs_bucket.JSON, **options: Any) -> list[StoredFile]:
+def store(bucket: OutputsBucket, output: JSON, **options: Any) -> list[StoredFile]:
     return bucket.store(bucket.find_files(output), prefix=PREFIX, **{"remaining_seconds": plenty, **options})
 
 
@@ -250,7 +251,7 @@ def test_url_of_an_allowed_origin_is_found_and_no_other_port_of_it() -> None:
 
 
 def test_order_is_that_of_lists_and_of_sorted_keys() -> None:
-    output: outputs_bucket.JSON = {
+    output: JSON = {
         "b": [f"{URL}?2", f"{URL}?3"],
         "a": {"z": f"{URL}?1", "y": f"{URL}?0"},
         "c": f"{URL}?4",
@@ -292,7 +293,7 @@ def test_hundreds_of_thousands_of_strings_are_walked() -> None:
 
 
 def test_long_texts_are_looked_at_once() -> None:
-    texts: list[outputs_bucket.JSON] = [
+    texts: list[JSON] = [
         "data:" + "a/" * MIB,
         "data:a/b" + ";x" * MIB,
         "https://" + "a." * MIB,
@@ -305,7 +306,7 @@ def test_long_texts_are_looked_at_once() -> None:
 
 
 def test_files_are_replaced_without_touching_the_given_output() -> None:
-    output: outputs_bucket.JSON = {"a": [URL, "text", URL], "b/~": {"c": URL}, "d": [1.5, None]}
+    output: JSON = {"a": [URL, "text", URL], "b/~": {"c": URL}, "d": [1.5, None]}
     before = json.dumps(output)
     replaced = replace_files(output, {"/a/0": "https://ours/0", "/a/2": None, "/b~1~0/c": "https://ours/2"})
     assert replaced == {"a": ["https://ours/0", "text", None], "b/~": {"c": "https://ours/2"}, "d": [1.5, None]}
@@ -315,7 +316,7 @@ def test_files_are_replaced_without_touching_the_given_output() -> None:
 
 
 def test_every_path_that_was_found_can_be_replaced() -> None:
-    output: outputs_bucket.JSON = {"": URL, "~1": {"/": [URL]}, "0": {"": {"": URL}}, "~0~1": URL}
+    output: JSON = {"": URL, "~1": {"/": [URL]}, "0": {"": {"": URL}}, "~0~1": URL}
     found = find_files(output, is_file_url)
     assert len(found) == 4
     replaced = replace_files(output, {file.path: file.index for file in found})
@@ -450,9 +451,9 @@ def test_data_url_that_does_not_decode_has_a_reason(s3: Any, url: str) -> None:
 def test_file_that_grows_beyond_the_limit_has_a_reason_and_no_upload_left(
     s3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outputs_bucket, "FILE_MAX_BYTES", 20 * MIB)  # a limit, not behaviour: 5 GiB would take minutes
+    monkeypatch.setattr(copier, "FILE_MAX_BYTES", 20 * MIB)  # a limit, not behaviour: 5 GiB would take minutes
     [stored] = store(bucket_of(streaming(*[bytes(MIB)] * 21)), URL)
-    assert stored.error == outputs_bucket._TOO_LARGE
+    assert stored.error == copier._TOO_LARGE
     assert_nothing_left(s3)
 
 
@@ -462,7 +463,7 @@ def test_url_longer_than_any_client_takes_has_a_reason(s3: Any) -> None:
 
 
 def test_private_address_behind_a_file_host_has_a_reason(s3: Any) -> None:
-    from predictions.net.addresses import guarded_client
+    from predictions.net.client import guarded_client
 
     bucket = OutputsBucket(BUCKET, open_client=lambda: guarded_client(resolve=lambda host, port: ["10.0.0.1"]))
     [stored] = store(bucket, URL)
@@ -506,7 +507,7 @@ def test_files_are_stored_byte_for_byte_in_their_order(s3: Any) -> None:
         requests.append(request)
         return answering(contents[request.url.path], "image/webp")(request)
 
-    output: outputs_bucket.JSON = [f"https://replicate.delivery{path}" for path in contents]
+    output: JSON = [f"https://replicate.delivery{path}" for path in contents]
     stored = store(bucket_of(handler), output)
     for number, (file, content) in enumerate(zip(stored, contents.values(), strict=True)):
         assert file == StoredFile(
@@ -669,7 +670,7 @@ def test_interruption_comes_after_the_others_are_stored_and_they_are_not_written
             return httpx.Response(503)
         return file_of(request.url.path.encode() * 10)
 
-    output: outputs_bucket.JSON = [f"https://replicate.delivery/{number}" for number in range(9)]
+    output: JSON = [f"https://replicate.delivery/{number}" for number in range(9)]
     with pytest.raises(CopyInterrupted, match=r"1 of 9 files .* 503"):
         store(bucket_of(handler), output)
     assert len(keys(s3)) == 8
@@ -726,7 +727,7 @@ def test_copying_stops_in_time_and_leaves_nothing(s3: Any) -> None:
 
     with pytest.raises(CopyInterrupted, match="time for copying"):
         store(bucket_of(handler, clock=clock), URL, remaining_seconds=lambda: 1050.0 - clock.now)
-    assert clock.now <= 1050 - outputs_bucket.STOP_BEFORE_SECONDS + 1
+    assert clock.now <= 1050 - copier.STOP_BEFORE_SECONDS + 1
     assert_nothing_left(s3)
 
 
@@ -735,7 +736,7 @@ def test_without_time_nothing_is_asked_for(s3: Any, final: bool) -> None:
     def handler(request: httpx.Request) -> httpx.Response:
         raise AssertionError("asked for")
 
-    files: outputs_bucket.JSON = [URL, "data:image/png;base64,aGVsbG8="]
+    files: JSON = [URL, "data:image/png;base64,aGVsbG8="]
     if final:
         stored = store(bucket_of(handler), files, remaining_seconds=lambda: 5.0, final=True)
         assert [file.error for file in stored] == ["the time for copying was over"] * 2
@@ -997,7 +998,7 @@ def test_missing_variable_fails_by_its_name(monkeypatch: pytest.MonkeyPatch, mis
 
 
 def test_readers_do_not_import_the_http_client() -> None:
-    unwanted = "{'httpx', 'predictions.net.addresses'}"
+    unwanted = "{'httpx', 'predictions.net.client', 'predictions.net.addresses'}"
     code = f"import sys, predictions.files.outputs_bucket; sys.exit(bool({unwanted} & set(sys.modules)))"
     layer = str(LIBRARY.parent)
     command = [sys.executable, "-c", code]

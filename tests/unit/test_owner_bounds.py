@@ -88,7 +88,7 @@ def items() -> list[Any]:
 
 def use_day_up(limits: OwnerLimits, usage: OwnersUsage) -> None:
     for n in range(limits.per_day or 0):
-        usage.take_place("alice", str(n) * 26, OwnerLimits(per_day=limits.per_day))
+        usage.acquire_slot("alice", str(n) * 26, OwnerLimits(per_day=limits.per_day))
 
 
 def fail_lines(world: BatchWorld, batch: Any, replicate: ReplicateInMemory) -> Any:
@@ -264,7 +264,7 @@ def test_nothing_is_made_or_run_again_while_the_limit_of_the_day_is_used_up(
         lambda: batches.control.again(failed, limits=limits),
         lambda: create(pipelines, limits),
     ):
-        with pytest.raises(Problem, match="may start 2 predictions a day") as problem:
+        with pytest.raises(Problem, match="limit of 2 predictions per day") as problem:
             ask()
         assert refused(problem) == (429, str(MIDNIGHT - int(clock.now()) + 1))
     assert len(batches.executions) == executions

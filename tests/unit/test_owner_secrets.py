@@ -5,9 +5,9 @@ import base64
 import pytest
 from botocore.exceptions import ClientError
 from predictions.aws import clients
+from predictions.aws.secrets import SecretTooShort
 from predictions.net.signatures import sign, verify
 from predictions.notifications.signing_secrets import (
-    MasterSecretUnusable,
     OwnerSecrets,
     RotatedRecently,
     SecretVersion,
@@ -35,7 +35,7 @@ def set_master(value: str) -> None:
 
 def test_master_that_is_too_short_makes_no_secret(secrets: OwnerSecrets) -> None:
     set_master("short")
-    with pytest.raises(MasterSecretUnusable) as error:
+    with pytest.raises(SecretTooShort) as error:
         secrets.current_secret("alice")
     assert "short" not in str(error.value).replace("too short", "")
 

@@ -205,7 +205,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         "steps.1.input": "Step `b`: The step depends on itself: `b` needs `a` needs `b`.",
         "steps.1.input.y": "Step `b`: The pipeline's input has no `none`.",
         "steps.2.model": "Step `c`: There is no model local/none.",
-        "steps.3.input.prompt": "Step `d`: Has to be a string, not a number.",
+        "steps.3.input.prompt": "Step `d`: Must be a string, not a number.",
         "steps.4.name": "Step `d`: Another step has this name.",
     }
 

@@ -453,7 +453,7 @@ class TestFailure:
         [prediction] = world.deliver()
         world.hear(prediction.id)
         assert world.turn(pipeline_id).done
-        assert "input.prompt: Has to be a string" in world.shown(pipeline_id)["steps"][1]["error"]
+        assert "input.prompt: Must be a string" in world.shown(pipeline_id)["steps"][1]["error"]
 
     def test_deleted_output_fails_the_step_that_needs_it(self, world: World) -> None:
         pipeline_id = world.create(IMAGE, LARGE)

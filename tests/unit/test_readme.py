@@ -188,7 +188,7 @@ LIMITS = {
         "{} KiB",
     ),
     "one check of an input": ("layers/predictions/predictions/upstream/input_schema.py", "STEPS_LIMIT", 1, "{} steps"),
-    "files of an output": ("layers/predictions/predictions/files/outputs_bucket.py", "FILES_LIMIT", 1, "{};"),
+    "files of an output": ("layers/predictions/predictions/files/output_references.py", "FILES_LIMIT", 1, "{};"),
     "fields of a refusal by Replicate": (
         "layers/predictions/predictions/lifecycle/start.py",
         "REFUSAL_FIELDS_LIMIT",
@@ -196,7 +196,7 @@ LIMITS = {
         "the first {},",
     ),
     "an output file": (
-        "layers/predictions/predictions/files/outputs_bucket.py",
+        "layers/predictions/predictions/files/copier.py",
         "FILE_MAX_BYTES",
         2**30,
         "{} GiB, 600 s",

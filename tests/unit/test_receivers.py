@@ -12,8 +12,9 @@ import httpcore
 import httpx
 import pytest
 from predictions.aws import clients
-from predictions.files.outputs_bucket import OutputsBucket, StoredFile
-from predictions.net.addresses import guarded_client
+from predictions.files.output_references import StoredFile
+from predictions.files.outputs_bucket import OutputsBucket
+from predictions.net.client import guarded_client
 from predictions.notifications.signing_secrets import OwnerSecrets, SecretVersions
 from predictions.notifications.webhook_queue import DeadLetters, DeliveriesQueue, Delivery, deliveries_of
 from predictions.notifications.webhook_sender import Receivers

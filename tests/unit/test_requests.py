@@ -235,7 +235,7 @@ def function(requests: Requests, cloud: None) -> Iterator[Function]:
 
 def look() -> list[DeadRequest]:
     url = "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests"
-    return list(DeadRequests(url, clients.client("sqs"), lambda: OutputsBucket("outputs")).look(30))
+    return list(DeadRequests(url, clients.client("sqs"), lambda: OutputsBucket("outputs")).receive(30))
 
 
 @pytest.mark.parametrize("named", ["recipe_id", "pipeline_id", "batch_id"])
@@ -401,7 +401,7 @@ class TestLargeRefused:
     def test_long_reason_is_cut_to_what_fits(self, cloud: None, below: int) -> None:
         body = "x" * (MESSAGE_LIMIT_BYTES - below)
         with limited() as sizes:
-            DeadRequests.from_env().bury(message(body), "é" * 2000)
+            DeadRequests.from_env().send(message(body), "é" * 2000)
         assert MESSAGE_LIMIT_BYTES - 1 <= sizes[0] <= MESSAGE_LIMIT_BYTES
         (letter,) = look()
         assert letter.body == body
@@ -618,7 +618,7 @@ class TestDeadRequests:
 
     @pytest.mark.parametrize("reason", ["", "a\x00b", "x" * 100_000, "\ufffe", "é\n"])
     def test_any_reason_can_be_kept(self, cloud: None, reason: str) -> None:
-        DeadRequests.from_env().bury(message("{"), reason)
+        DeadRequests.from_env().send(message("{"), reason)
         (letter,) = look()
         assert letter.reason
         assert len(letter.reason) <= 2000

@@ -139,7 +139,7 @@ def nested(depth: int) -> Any:
         (INPUT | {"input_data": {"n": float("nan")}}, "not JSON"),
         (INPUT | {"input_data": {"n": nested(150)}}, "nested deeper than 100 levels"),
         (INPUT | {"input_data": {"n": nested(100_000)}}, "nested too deep"),
-        (INPUT | {"input_data": {"n": "x" * 6_000_000}}, "bytes; 5242880 are taken"),
+        (INPUT | {"input_data": {"n": "x" * 6_000_000}}, "bytes, which exceeds the limit of 5242880"),
         (INPUT | {"model": "a" * 257}, "model: String should have at most 256 characters"),
         (INPUT | {"wait_for_completion": "yes"}, "wait_for_completion: Input should be a valid boolean"),
         (INPUT | {"poll_interval": 0}, "poll_interval: Input should be greater than or equal to 0.1"),

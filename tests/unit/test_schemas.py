@@ -29,8 +29,8 @@ GOOD = {"prompt": "a fox"}
 BAD = {"seed": "x", "steps": 0}
 WRONG = [
     {"field": "input.prompt", "detail": "This field is required."},
-    {"field": "input.seed", "detail": "Has to be a whole number, not a string."},
-    {"field": "input.steps", "detail": "Has to be at least `1`; this is `0`."},
+    {"field": "input.seed", "detail": "Must be a whole number, not a string."},
+    {"field": "input.steps", "detail": "Must be at least 1 (got 0)."},
 ]
 
 
@@ -107,7 +107,7 @@ def test_wrong_input_is_refused_whole_before_anything_is_written(
         submissions.start(intent)
     assert (problem.value.status, problem.value.title) == (422, "Input validation failed")
     assert problem.value.invalid_fields == WRONG
-    assert "input.seed: Has to be a whole number" in problem.value.detail
+    assert "input.seed: Must be a whole number" in problem.value.detail
     assert table.get(intent.id) is None
     assert replicate.creates == []
     assert executed.inputs == {}

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from predictions.aws import clients
-from predictions.files.outputs_bucket import OutputsBucket, StoredFile
+from predictions.files.output_references import StoredFile
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.ids import derived_id, random_id
 from predictions.intents.model import create_intent
 from predictions.status import Status, rank_of, visible

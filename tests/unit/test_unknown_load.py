@@ -26,7 +26,8 @@ from predictions.files.outputs_bucket import OutputsBucket
 from predictions.observability import logger, metrics
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
-from predictions.upstream.client import Replicate, Token
+from predictions.upstream.client import Replicate
+from predictions.upstream.credentials import Token
 
 from tests.reliability import Recorded
 from tests.simulation.account import AwsError, Clients, raise_client_error

@@ -9,7 +9,7 @@ A package imports only from those below it, not from one on its own line (`make 
     store
     files, intents, upstream, admission
     aws, net, validation, templating
-    ids, status, errors, observability
+    ids, status, errors, observability, clock
 
 Importing this package imports none of them: each function loads only what it uses.
 """

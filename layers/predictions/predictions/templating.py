@@ -1,11 +1,13 @@
-"""Templates: JSON whose texts may hold placeholders, `{{ expression }}`, that are filled from a context.
+"""Templates: JSON with placeholders, `{{ expression }}`, filled from a context.
+
+The budget around JMESPath is hand-made: no library of it bounds the steps or the memory of an expression.
 
 An expression is JMESPath (https://jmespath.org/specification.html) over the context. A text that is exactly one
 placeholder becomes what its expression finds, of whatever type; else what it finds is put into the text. What finds
 nothing (null) is refused: `{{ object.metadata.title || 'untitled' }}` is how to write a default. A placeholder ends
 at its first `}}`, so two braces that an expression needs get a space between them. Names of fields are never filled.
 
-Templates and what they are filled from are both strangers' text. JMESPath runs no code and finds everything in the
+Templates and their context are both untrusted. JMESPath runs no code and finds everything in the
 context, but `[@, @][] | [@, @][] | …` doubles a list with every step, and `max(rows)` looks through all rows in one.
 So all of it is charged to an `Allowance`: the templates, reading their expressions, what the interpreter visits and
 makes, and what functions and comparisons are given. One allowance covers everything that one message fills. Its steps
@@ -47,12 +49,12 @@ _CHARACTERS_PER_STEP = 64
 _DEEP_FUNCTIONS = ("contains", "to_string")
 _PLACEHOLDER = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 _NUMBER_LIMIT = sys.float_info.max
-# What JMESPath's own functions let through: `sum` of too much, `to_number` of a thousand digits, deep parentheses.
+# Errors that JMESPath's functions let through: `sum` of too much, `to_number` of a thousand digits, deep parentheses.
 _FAILURES = (JMESPathError, ArithmeticError, ValueError, TypeError, AttributeError, RecursionError)
 
 
 class PlaceholderError(PredictionsError):
-    """A placeholder that cannot be read, or that finds nothing.
+    """A placeholder that cannot be parsed, or that finds nothing.
 
     Attributes:
         field: Where it is in the template, as `input.images.0`.
@@ -70,11 +72,11 @@ class NothingFound(PlaceholderError):
 
 
 class TooSlow(PredictionsError):
-    """The wall-clock limit ended before the steps did: the machine stalled, and another try may get through."""
+    """The wall-clock limit was reached: the machine stalled; a retry may succeed."""
 
 
 class Allowance:
-    """Steps and wall-clock time, shared by everything that is filled on behalf of one message.
+    """Steps and wall-clock time, shared by everything that one message fills.
 
     Args:
         steps: The most steps.
@@ -92,7 +94,7 @@ class Allowance:
         self._until = clock() + self._seconds
 
     def charge(self, steps: int) -> None:
-        """Take some steps.
+        """Charge some steps.
 
         Raises:
             TooSlow: The time is used up.
@@ -104,7 +106,7 @@ class Allowance:
             raise TooSlow(f"The placeholders were not filled within the limit of {self._seconds:g} seconds.")
 
     def charge_text(self, text: str) -> None:
-        """Take the steps of a text besides the one of a value."""
+        """Charge the steps of a text, besides the one of a value."""
         self.charge(len(text) // _CHARACTERS_PER_STEP)
 
 
@@ -122,7 +124,7 @@ class Filler:
         self._interpreter = _Interpreter(self._allowance)
 
     def fill(self, template: Any, field: str = "", *, encode: Callable[[str], str] | None = None) -> Any:
-        """A template with its placeholders filled.
+        """Fill a template's placeholders.
 
         Args:
             template: Parsed JSON.
@@ -170,12 +172,12 @@ class Filler:
 
 
 def fill(template: Any, context: Mapping[str, Any], allowance: Allowance | None = None) -> Any:
-    """`Filler(context, allowance).fill(template)`, for one template."""
+    """Fill one template: `Filler(context, allowance).fill(template)`."""
     return Filler(context, allowance).fill(template)
 
 
 def expressions(template: Any) -> Iterator[tuple[str, str]]:
-    """The place and the text of every expression in a template, each one checked to be JMESPath.
+    """Yield the field and text of every expression in a template; check each.
 
     Raises:
         PlaceholderError: One cannot be read.
@@ -187,7 +189,7 @@ def expressions(template: Any) -> Iterator[tuple[str, str]]:
 
 
 def holds_placeholders(value: Any) -> bool:
-    """Whether any text in a value has a placeholder, readable or not."""
+    """Return whether any text in a value has a placeholder, valid or not."""
     return any(_PLACEHOLDER.search(text) for _, text in _texts(value, "", 1))
 
 
@@ -211,7 +213,7 @@ class _Expression:
 
     @property
     def shown(self) -> str:
-        """As it is named in a refusal."""
+        """Return it as errors quote it."""
         return f"`{{{{ {self.text} }}}}`"
 
 
@@ -257,7 +259,7 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
         self.COMPARATOR_FUNC = {name: self._charged(each) for name, each in TreeInterpreter.COMPARATOR_FUNC.items()}
 
     def find(self, expression: _Expression, context: Mapping[str, Any], field: str) -> Any:
-        """What an expression finds.
+        """Evaluate an expression.
 
         Raises:
             PlaceholderError: Nothing, what is no JSON, or not within `STEPS_LIMIT`.
@@ -267,7 +269,9 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
             found = self.visit(expression.tree, context)
             _measure(found, self._allowance)
         except _TooMuch:
-            detail = f"{expression.shown} takes too many steps, or finds too much: {STEPS_LIMIT} are taken in all."
+            detail = (
+                f"{expression.shown} takes too many steps, or finds too much: the limit is {STEPS_LIMIT} steps in all."
+            )
             raise PlaceholderError(field, detail) from None
         except _FAILURES as error:
             raise PlaceholderError(field, f"{expression.shown} cannot be filled: {_reason(error)}") from None
@@ -308,7 +312,7 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
         return super().visit_slice(node, value)
 
     def _charged(self, compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        """A comparison that is charged for what it compares, where that is more than two numbers or short texts."""
+        """Return a comparison that charges for long operands."""
 
         def compare_charged(left: Any, right: Any) -> Any:
             for each in (left, right):
@@ -326,7 +330,7 @@ class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no ty
 
 
 def _measure(value: Any, allowance: Allowance) -> None:
-    """Charge a value with all that is in it, as often as it is in it: so large it is as text.
+    """Charge for a value and everything in it, as often as it occurs in the text.
 
     Raises:
         ValueError: It is no JSON.
@@ -350,7 +354,7 @@ def _measure(value: Any, allowance: Allowance) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Why an expression cannot be filled."""
+    """Return why an expression cannot be filled."""
     if isinstance(error, JMESPathTypeError):
         # Its own text quotes the value, which may be megabytes.
         expected = ", ".join(map(str, error.expected_types))
@@ -369,7 +373,7 @@ def _check_characters(text: str) -> None:
 def _parts(
     text: str, field: str, charge: Callable[[int, str], None] = lambda _steps, _field: None
 ) -> Iterator[str | _Expression]:
-    """A text's literal parts and its expressions, in their order; at least one part.
+    """Split a text into literal parts and expressions; yield at least one part.
 
     Args:
         text: The text.
@@ -421,5 +425,5 @@ def _json(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """A found value as a part of a text."""
+    """Return a found value as a part of a text."""
     return value if isinstance(value, str) else _json(value)

@@ -1,9 +1,10 @@
-"""Checks of JSON from outside: parsing within limits, and text that is equal for equal values."""
+"""Checks of untrusted JSON: parsing within limits, refusals, canonical text."""
 
 import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from predictions.errors import Problem
@@ -17,11 +18,14 @@ DEPTH_LIMIT = 100
 
 _NUMBER_LIMIT = sys.float_info.max
 
+FIELDS_LIMIT = 50
+"""The most fields that one response names: a body may hold any number of unknown fields."""
+
 _CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([^;\"'\s]*)", re.IGNORECASE)
 
 
 def parse_json(body: bytes, content_type: str | None) -> Any:
-    """Parses a hostile body as JSON that can be stored and written again.
+    """Parse an untrusted body as JSON that can be stored and written again.
 
     Raises:
         Problem: 413 above `BODY_LIMIT_BYTES`; 415 for another media type or charset; 400 for what is not JSON
@@ -31,15 +35,16 @@ def parse_json(body: bytes, content_type: str | None) -> Any:
     if len(body) > BODY_LIMIT_BYTES:
         raise Problem(
             413,
-            f"The body has {len(body)} bytes; {BODY_LIMIT_BYTES} are taken. Pass large files as https URLs in `input`.",
+            f"The body has {len(body)} bytes, which exceeds the limit of {BODY_LIMIT_BYTES}."
+            " Pass large files as https URLs in `input`.",
         )
     media_type = (content_type or "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
-        raise Problem(415, f"The body has to be application/json, not {media_type[:100]!r}.")
+        raise Problem(415, f"The body must be application/json, not {media_type[:100]!r}.")
     # JSON is UTF-8 (RFC 8259, 8.1), and names no charset; a sender that names another one means other text.
     charset = _CHARSET.search(content_type or "")
     if charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
-        raise Problem(415, f"The body has to be UTF-8, not {charset[1][:30]!a}.")
+        raise Problem(415, f"The body must be UTF-8, not {charset[1][:30]!a}.")
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_object)
     except UnicodeDecodeError:
@@ -53,8 +58,39 @@ def parse_json(body: bytes, content_type: str | None) -> Any:
     return value
 
 
+def fields_refused(fields: Sequence[Mapping[str, str]]) -> Problem:
+    """Return the problem that names every refused field, at most `FIELDS_LIMIT`.
+
+    Args:
+        fields: `{"field": …, "detail": …}` of each.
+    """
+    return Problem(422, list_fields(fields[:5]), title="Input validation failed", invalid_fields=fields[:FIELDS_LIMIT])
+
+
+def list_fields(fields: Iterable[Mapping[str, str]]) -> str:
+    """Return refused fields as one line of text."""
+    return " ".join(f"{each['field']}: {each['detail']}" for each in fields)
+
+
+def field_problem(field: str, error: Mapping[str, Any], known: Iterable[str] = ()) -> dict[str, str]:
+    """Return how a field is refused by one of pydantic's errors.
+
+    Args:
+        field: Its name.
+        error: One of `ValidationError.errors()`.
+        known: The fields that there are, for one that is not among them.
+    """
+    detail = str(error["msg"])
+    if error["type"] == "extra_forbidden":
+        listed = ", ".join(f"`{name}`" for name in known)
+        detail = f"This field is not known. Known are {listed}." if listed else "This field is not known."
+    elif error["type"] == "missing":
+        detail = "This field is required."
+    return {"field": field, "detail": detail}
+
+
 def input_json_canonical(value: Any) -> str:
-    """JSON text that is equal for equal values, whatever their keys' order; 7.0 is 7, as to most of JSON's readers."""
+    """Return JSON text that is equal for equal values; key order is ignored, 7.0 is 7."""
     return json.dumps(_with_whole_numbers(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
@@ -95,4 +131,4 @@ def _check_json(value: Any) -> None:
             try:
                 item.encode()
             except UnicodeEncodeError:
-                raise Problem(400, "The body holds half of a surrogate pair, which is no character.") from None
+                raise Problem(400, "The body holds half of a surrogate pair, which is not a character.") from None

@@ -1,1 +1,1 @@
-"""Whether and when a prediction may start: the rate limiter and the quotas of owners."""
+"""Admission: the rate limiter and the quotas of owners."""

@@ -1,4 +1,4 @@
-"""What an operator allows an owner: predictions in flight and in a day, open batches and open pipelines.
+"""Quotas of owners: predictions in flight and per day, open batches and pipelines.
 
 Limits are kept at `pk` = `owner#{owner}`, `sk` = `limits`; the authorizer reads them with the token, so that a create
 over HTTP reads nothing more. An owner without limits costs nothing. What an owner uses of them is two items at `pk` =
@@ -9,10 +9,9 @@ over HTTP reads nothing more. An owner without limits costs nothing. What an own
     open_pipelines      the same of pipelines
     day#YYYY-MM-DD      `n`: how many predictions began on that day (UTC)
 
-A start takes its place in both by conditional writes, before anything else is written: two starts at once never take
-one place. An end does not give its place back: when the map is full, those that have ended are looked up and taken
-out, so that an end costs no write. What goes wrong in between counts too much for two minutes, or a day, never too
-little.
+A start acquires a slot in both by conditional writes, before anything else is written: two concurrent starts never get
+the same slot. A finish does not release its slot: when the map is full, finished ones are looked up and removed, so
+that a finish costs no write. A crash in between counts too much for two minutes, or a day, never too little.
 """
 
 import contextlib
@@ -25,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Key, Table
+from predictions.clock import rfc3339
 from predictions.errors import PredictionsError, Problem
-from predictions.times import rfc3339
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -45,9 +44,9 @@ OPEN_BATCHES_DEFAULT = 100
 OPEN_PIPELINES_DEFAULT = 500
 """How many pipelines, likewise."""
 
-# A place without a prediction is given back after this time: between the two writes a function may have died.
+# A slot without a prediction is released after this time: a function may have crashed between the two writes.
 _MISSING_MS = 120_000
-# What is full is not looked through again by the same process before this time.
+# A process does not scan a full map again before this time.
 _FULL_SECONDS = 2
 _CACHE_SECONDS = 60
 _RETRY_SECONDS = 10
@@ -79,8 +78,8 @@ class LimitReached(PredictionsError):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """What `take_place` has taken, for `give_back`.
+class Slot:
+    """The result of `acquire_slot`, for `release_slot`.
 
     Attributes:
         began: When it was added to those in flight, in milliseconds since 1970; None where it was not, or was before.
@@ -95,7 +94,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class OwnerLimits:
-    """The limits of one owner; None: there is none of that kind.
+    """The limits of one owner; None is no limit of that kind.
 
     Attributes:
         in_flight: How many predictions and trainings, started and not ended, there may be at once.
@@ -113,18 +112,18 @@ class OwnerLimits:
         return any(getattr(self, name) is not None for name in _NAMES)
 
     def context(self) -> dict[str, str]:
-        """As the authorizer passes them on; API Gateway takes texts."""
+        """Return the limits as the authorizer's context; API Gateway takes texts."""
         found = {f"{name}_limit": getattr(self, name) for name in _NAMES}
         return {name: str(limit) for name, limit in found.items() if limit is not None}
 
     @classmethod
     def of_context(cls, context: Mapping[str, Any]) -> "OwnerLimits":
-        """What `context` made."""
+        """Read what `context` returned."""
         found = {name: context.get(f"{name}_limit") for name in _NAMES}
         return cls(**{name: int(limit) for name, limit in found.items() if limit})
 
     def open_allowed(self, kind: Kind) -> int | None:
-        """Return how many batches or pipelines may be open, or None for an owner without any limit."""
+        """Return how many batches or pipelines may be open, or None without any limit."""
         if not self:
             return None
         given = self.open_batches if kind == "batch" else self.open_pipelines
@@ -135,13 +134,13 @@ class OwnerLimits:
 _NAMES = ("in_flight", "per_day", "open_batches", "open_pipelines")
 
 
-class _Places(NamedTuple):
-    """What a map of places counts.
+class _Slots(NamedTuple):
+    """A map of slots: the item, and the error for a full one.
 
     Attributes:
         sk: The map's item.
-        prefix: Of the `pk` of what has a place.
-        full: What is said where all places are taken.
+        prefix: Of the `pk` of what has a slot.
+        full: What is said where all slots are taken.
         retry_seconds: When to ask again then.
     """
 
@@ -151,20 +150,20 @@ class _Places(NamedTuple):
     retry_seconds: int
 
 
-_IN_FLIGHT = _Places(
+_IN_FLIGHT = _Slots(
     "in_flight",
     "prediction#",
-    "The owner {owner} may have {limit} predictions in flight, and has: the next one when one of them ends.",
+    "Owner {owner} has reached its limit of {limit} predictions in flight. Retry when one of them finishes.",
     _RETRY_SECONDS,
 )
-_OPEN: Mapping[Kind, _Places] = {
-    "batch": _Places(
+_OPEN: Mapping[Kind, _Slots] = {
+    "batch": _Slots(
         "open_batches",
         "batch#",
         "Owner {owner} has reached its limit of {limit} open batches. Retry when one of them completes, or cancel one.",
         _OPEN_RETRY_SECONDS,
     ),
-    "pipeline": _Places(
+    "pipeline": _Slots(
         "open_pipelines",
         "pipeline#",
         "Owner {owner} has reached its limit of {limit} open pipelines. Retry when one of them completes, or cancel"
@@ -187,16 +186,16 @@ class OwnersLimits:
 
     @classmethod
     def from_env(cls) -> "OwnersLimits":
-        """Those in the table named by `TABLE_NAME`."""
+        """Create from `TABLE_NAME`."""
         return cls(os.environ["TABLE_NAME"], client("dynamodb"))
 
     def limits_of(self, owner: str) -> OwnerLimits:
-        """An owner's limits, read consistently."""
+        """Return an owner's limits, read consistently."""
         item = self._table.get_item(_limits_key(owner)) or {}
         return OwnerLimits(**{name: item[name] for name in _NAMES if name in item})
 
     def set_limits(self, owner: str, limits: OwnerLimits) -> None:
-        """Gives an owner these limits, and no others.
+        """Set an owner's limits, replacing all earlier ones.
 
         Raises:
             LimitInvalid: Nothing was written.
@@ -210,16 +209,16 @@ class OwnersLimits:
             if limit is None:
                 continue
             if not 0 <= limit <= most:
-                raise LimitInvalid(f"--{name.replace('_', '-')} takes 0 to {most}, not {limit}.")
+                raise LimitInvalid(f"--{name.replace('_', '-')} must be 0 to {most} (got {limit}).")
             item[name] = limit
         self._table.put_item(_limits_key(owner), item)
 
     def remove_limits(self, owner: str) -> None:
-        """Takes an owner's limits away; twice changes nothing."""
+        """Remove an owner's limits. Idempotent."""
         self._table.delete_item(_limits_key(owner))
 
     def list_limits(self) -> Iterator[tuple[str, OwnerLimits]]:
-        """The owners that have limits, by name, as far as the index knows."""
+        """List the owners that have limits, by name, as the index has them."""
         for item in self._table.query(Condition("owner = :list", list=_LIST), index="by_owner"):
             owner = item["listed_at"]
             if limits := self.limits_of(owner):
@@ -227,7 +226,7 @@ class OwnersLimits:
 
 
 class OwnersUsage:
-    """What owners use of their limits.
+    """The usage of owners' limits.
 
     Args:
         table_name: The table.
@@ -244,11 +243,11 @@ class OwnersUsage:
 
     @classmethod
     def from_env(cls) -> "OwnersUsage":
-        """That in the table named by `TABLE_NAME`."""
+        """Create from `TABLE_NAME`."""
         return cls(os.environ["TABLE_NAME"], client("dynamodb"))
 
     def known_limits(self, owner: str) -> OwnerLimits:
-        """An owner's limits, for a source that no authorizer stands before; as they were a minute ago at most."""
+        """Return an owner's limits, up to a minute old, for sources without authorizer."""
         known = self._known.get(owner)
         if known is None or known[0] <= self._now():
             if len(self._known) >= 1000:
@@ -256,13 +255,13 @@ class OwnersUsage:
             known = self._known[owner] = (self._now() + _CACHE_SECONDS, self._limits.limits_of(owner))
         return known[1]
 
-    def take_place(self, owner: str, prediction_id: str, limits: OwnerLimits) -> Place:
-        """Takes a place in flight, and one of the day, for a prediction that is about to be started.
+    def acquire_slot(self, owner: str, prediction_id: str, limits: OwnerLimits) -> Slot:
+        """Acquire a slot in flight, and one of the day, for a prediction about to start.
 
-        Twice, it has one place in flight, and two of the day.
+        Twice, it has one slot in flight, and two of the day.
 
         Returns:
-            What was taken.
+            The slot.
 
         Raises:
             LimitReached: One of the limits is used up.
@@ -270,31 +269,31 @@ class OwnersUsage:
         began = round(self._now() * 1000)
         limit = limits.in_flight
         added = limit is not None and self._add(_IN_FLIGHT, owner, prediction_id, limit, began)
-        now = self._now()  # the day that is full must be the one whose end is told
+        now = self._now()  # the day that is full must be the one whose end the error names
         day = rfc3339(now)[:10]
         n = 0
         if limits.per_day is not None and not (n := self._count_in_day(owner, limits.per_day, day, now)):
             if added:
-                self._take_out(_IN_FLIGHT, owner, {prediction_id: began})
+                self._release(_IN_FLIGHT, owner, {prediction_id: began})
             raise _day_is_full(owner, limits.per_day, now)
-        return Place(began if added else None, day if n else None, n)
+        return Slot(began if added else None, day if n else None, n)
 
-    def give_back(self, owner: str, prediction_id: str, place: Place) -> None:
-        """Give back what `take_place` took, for a prediction that is not started after all.
+    def release_slot(self, owner: str, prediction_id: str, slot: Slot) -> None:
+        """Release what `acquire_slot` took, for a prediction that is not started.
 
         A count of the day is given back only while it is the latest one: where another was counted meanwhile, or this
-        write was made before and its answer lost, the day stays as it is. So it may count too much, never too little.
+        write was made before and its response lost, the day stays as it is. So it may count too much, never too little.
         """
-        if place.began is not None:
-            self._take_out(_IN_FLIGHT, owner, {prediction_id: place.began})
-        if place.day is None:
+        if slot.began is not None:
+            self._release(_IN_FLIGHT, owner, {prediction_id: slot.began})
+        if slot.day is None:
             return
-        latest = Condition("n = :n", n=place.n)
+        latest = Condition("n = :n", n=slot.n)
         not_yet = Condition("attribute_not_exists(given_back) OR given_back <> :id", id=prediction_id)
         with contextlib.suppress(ConditionFailed):
             self._table.update_item(
-                _usage_key(owner, f"day#{place.day}"),
-                set={"n": place.n - 1, "given_back": prediction_id},
+                _usage_key(owner, f"day#{slot.day}"),
+                set={"n": slot.n - 1, "given_back": prediction_id},
                 condition=latest & not_yet,
             )
 
@@ -302,7 +301,7 @@ class OwnersUsage:
         """Check that an owner's limit of the day is not used up, without using any of it.
 
         Raises:
-            LimitReached: It is.
+            LimitReached: The limit is used up.
         """
         if limits.per_day is None:
             return
@@ -310,16 +309,16 @@ class OwnersUsage:
         if (self._table.get_item(_usage_key(owner, _day_sk(now))) or {}).get("n", 0) >= limits.per_day:
             raise _day_is_full(owner, limits.per_day, now)
 
-    def take_open_place(self, kind: Kind, owner: str, id_: str, limits: OwnerLimits) -> int | None:
-        """Take a place among an owner's open batches or pipelines, for one that is about to be written.
+    def acquire_open_slot(self, kind: Kind, owner: str, id_: str, limits: OwnerLimits) -> int | None:
+        """Acquire a slot among an owner's open batches or pipelines.
 
-        Twice, it has one place. An owner without limits needs none, and no call is made.
+        Twice, it has one slot. An owner without limits needs none, and no call is made.
 
         Returns:
-            When the place was taken, as `give_open_place_back` wants it; None if no place was taken by this call.
+            When the slot was taken, as `release_open_slot` wants it; None if no slot was taken by this call.
 
         Raises:
-            LimitReached: There is none.
+            LimitReached: No slot is free.
         """
         limit = limits.open_allowed(kind)
         if limit is None:
@@ -327,31 +326,31 @@ class OwnersUsage:
         began = round(self._now() * 1000)
         return began if self._add(_OPEN[kind], owner, id_, limit, began) else None
 
-    def give_open_place_back(self, kind: Kind, owner: str, id_: str, began: int | None) -> None:
-        """Release a place that `take_open_place` took for what was refused afterwards."""
+    def release_open_slot(self, kind: Kind, owner: str, id_: str, began: int | None) -> None:
+        """Release a slot of `acquire_open_slot` after the request was refused."""
         if began is not None:
-            self._take_out(_OPEN[kind], owner, {id_: began})
+            self._release(_OPEN[kind], owner, {id_: began})
 
-    def _add(self, places: _Places, owner: str, id_: str, limit: int, began: int) -> bool:
-        """Whether it had no place before."""
+    def _add(self, slots: _Slots, owner: str, id_: str, limit: int, began: int) -> bool:
+        """Acquire a slot; return whether it is a new one."""
         for attempt in ("as it is", "looked through"):
-            if limit > 0 and (before := self._try_to_add(places, owner, id_, limit, began)) is not None:
+            if limit > 0 and (before := self._try_to_add(slots, owner, id_, limit, began)) is not None:
                 return before == 0
-            if attempt == "looked through" or self._full.get((owner, places.sk), 0) > self._now():
+            if attempt == "looked through" or self._full.get((owner, slots.sk), 0) > self._now():
                 break
-            if limit == 0 or self._take_out_ended(places, owner) >= limit:
-                self._full[owner, places.sk] = self._now() + _FULL_SECONDS
+            if limit == 0 or self._release_finished(slots, owner) >= limit:
+                self._full[owner, slots.sk] = self._now() + _FULL_SECONDS
                 break
-        raise LimitReached(places.full.format(owner=owner, limit=limit), places.retry_seconds)
+        raise LimitReached(slots.full.format(owner=owner, limit=limit), slots.retry_seconds)
 
-    def _try_to_add(self, places: _Places, owner: str, id_: str, limit: int, began: int) -> int | None:
-        """When it was added before, 0 if never; None where there is no place."""
-        key, place = _usage_key(owner, places.sk), f"ids.{id_}"
-        has_room = Condition(f"size(ids) < :limit OR attribute_exists({place})", limit=limit)
+    def _try_to_add(self, slots: _Slots, owner: str, id_: str, limit: int, began: int) -> int | None:
+        """Return when it was added before (0 if never), or None if no slot is free."""
+        key, slot = _usage_key(owner, slots.sk), f"ids.{id_}"
+        has_room = Condition(f"size(ids) < :limit OR attribute_exists({slot})", limit=limit)
         try:
             before = self._table.update_item(
                 key,
-                set={place: began},
+                set={slot: began},
                 condition=Condition("attribute_exists(ids)") & has_room,
                 returns="UPDATED_OLD",
             )
@@ -363,43 +362,43 @@ class OwnersUsage:
         try:
             self._table.put_item(key, {"ids": {id_: began}}, NEW)
         except ConditionFailed:
-            # Somebody else made it just now, or this very write did and its answer was lost.
-            return self._try_to_add(places, owner, id_, limit, began)
+            # Another writer has just created it, or this write has and its response was lost.
+            return self._try_to_add(slots, owner, id_, limit, began)
         return 0
 
-    def _take_out_ended(self, places: _Places, owner: str) -> int:
-        """Gives back the places of what has ended, or never came to be.
+    def _release_finished(self, slots: _Slots, owner: str) -> int:
+        """Release the slots of what has finished, or was never created.
 
         Returns:
-            How many are left, as far as is known: somebody else may be giving some back, or taking some.
+            How many are left, as far as is known: others may release or acquire slots meanwhile.
         """
-        taken: Mapping[str, int] = (self._table.get_item(_usage_key(owner, places.sk)) or {}).get("ids", {})
-        statuses = self._table.read_items((f"{places.prefix}{id_}", "status") for id_ in taken)
+        taken: Mapping[str, int] = (self._table.get_item(_usage_key(owner, slots.sk)) or {}).get("ids", {})
+        statuses = self._table.read_items((f"{slots.prefix}{id_}", "status") for id_ in taken)
         long_ago = self._now() * 1000 - _MISSING_MS
         gone: dict[str, int] = {}
         for id_, began in taken.items():
-            status = statuses.get((f"{places.prefix}{id_}", "status"))
-            if _has_ended(status) if status else began < long_ago:
+            status = statuses.get((f"{slots.prefix}{id_}", "status"))
+            if _is_finished(status) if status else began < long_ago:
                 gone[id_] = began
         ids = list(gone)
         chunks = [{each: gone[each] for each in ids[n : n + _CHUNK]} for n in range(0, len(ids), _CHUNK)]
         for chunk in chunks:
-            self._take_out(places, owner, chunk)
+            self._release(slots, owner, chunk)
         return len(taken) - len(gone)
 
-    def _take_out(self, places: _Places, owner: str, taken: Mapping[str, int]) -> None:
-        """Gives places back, unless one of them was taken anew meanwhile."""
+    def _release(self, slots: _Slots, owner: str, taken: Mapping[str, int]) -> None:
+        """Release slots, unless one of them was acquired again meanwhile."""
         unchanged = Condition(
             " AND ".join(f"ids.{id_} = :p{n}" for n, id_ in enumerate(taken)),
             **{f"p{n}": began for n, began in enumerate(taken.values())},
         )
         with contextlib.suppress(ConditionFailed):
             self._table.update_item(
-                _usage_key(owner, places.sk), remove=[f"ids.{id_}" for id_ in taken], condition=unchanged
+                _usage_key(owner, slots.sk), remove=[f"ids.{id_}" for id_ in taken], condition=unchanged
             )
 
     def _count_in_day(self, owner: str, limit: int, day: str, now: float) -> int:
-        """Takes a place of the day, where it has one; how many are taken then, or 0."""
+        """Acquire a slot of the day; return how many are used, or 0 if it is full."""
         if limit == 0:
             return 0
         try:
@@ -414,8 +413,8 @@ class OwnersUsage:
         return int(counted["n"])
 
 
-def _has_ended(status: Mapping[str, Any]) -> bool:
-    """Whether a prediction, a batch or a pipeline is over, by its item: what follows it to its end has `open`."""
+def _is_finished(status: Mapping[str, Any]) -> bool:
+    """Return whether a prediction, batch or pipeline has finished, by its status item."""
     from predictions.status import TERMINAL_RANK
 
     return bool(status["rank"] >= TERMINAL_RANK) if "rank" in status else "open" not in status
@@ -424,8 +423,7 @@ def _has_ended(status: Mapping[str, Any]) -> bool:
 def _day_is_full(owner: str, limit: int, now: float) -> LimitReached:
     midnight = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
     return LimitReached(
-        f"The owner {owner} may start {limit} predictions a day, and has: the next ones from"
-        f" {rfc3339(midnight.timestamp())} on.",
+        f"Owner {owner} has reached its limit of {limit} predictions per day. Retry after {rfc3339(midnight)}.",
         int(midnight.timestamp() - now) + 1,
     )
 

@@ -5,8 +5,9 @@ A cursor encodes where a page starts and its direction.
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 from urllib.parse import urlencode
 
 from predictions.aws.clients import api_url
@@ -28,20 +29,22 @@ def cursor_url(path: str, place: str | None, *, older: bool, filters: Mapping[st
     return f"{api_url()}{path}?{urlencode({'cursor': cursor, **(filters or {})})}"
 
 
-def page_links(
+def page_body(
     path: str,
     start: str | None,
+    results: Sequence[dict[str, Any]],
     *,
     older: bool,
     first: str | None,
     beyond: str | None,
     filters: Mapping[str, str] | None = None,
-) -> dict[str, str | None]:
-    """Return the URLs of the `previous` (newer) and `next` (older) pages.
+) -> dict[str, Any]:
+    """Return the body of a list's response: results, and the neighbours' URLs as `previous` and `next` (older).
 
     Args:
         path: The list's route, such as `/files`.
         start: The position next to which the page starts; None for the newest page.
+        results: What the page shows, from `start` on.
         older: Whether the page holds the entries older than `start`.
         first: The position of the page's entry nearest to `start`; None if the page is empty.
         beyond: The position of the page's last entry, if more entries follow.
@@ -52,6 +55,7 @@ def page_links(
     return {
         "previous": cursor_url(path, newer, older=False, filters=filters),
         "next": cursor_url(path, further, older=True, filters=filters),
+        "results": list(results) if older else list(results[::-1]),
     }
 
 

@@ -31,17 +31,13 @@ from predictions.aws.clients import api_url, client
 from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Key, Table
 from predictions.errors import Problem
 from predictions.lifecycle.model_lookup import KEEP_SECONDS, to_keep, usable_schema
+from predictions.net.client import read_up_to
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.keys import response_key, schema_key
 from predictions.store.payloads import PAYLOAD_LIMIT_BYTES
-from predictions.upstream.client import (
-    RATE_LIMIT_HEADERS,
-    SCHEMA_LIMIT_BYTES,
-    Throttled,
-    Token,
-    TokenUnreadable,
-    not_accepted,
-)
+from predictions.upstream.client import RATE_LIMIT_HEADERS, SCHEMA_LIMIT_BYTES, not_accepted
+from predictions.upstream.credentials import Token
+from predictions.upstream.errors import Throttled, TokenUnreadable
 from predictions.upstream.prediction import read_json
 from predictions.validation import parse_json
 
@@ -269,17 +265,18 @@ class Forwarding:
             headers["Content-Type"] = "application/json"
         # As text: httpx would let `params` replace the query of the URL.
         url = f"{self._url}{call.path}" + (f"?{call.query}" if call.query else "")
+
+        def check_time() -> None:
+            if self._clock() > deadline:
+                raise httpx.ReadTimeout("the response does not end")
+
         with self._http.stream(call.method, url, content=call.body, headers=headers) as response:
-            received = bytearray()
-            for chunk in response.iter_bytes():
-                received += chunk
-                if len(received) > ANSWER_LIMIT_BYTES:
-                    raise _too_large()
-                if self._clock() > deadline:
-                    raise httpx.ReadTimeout("the response does not end")
+            received, more = read_up_to(response.iter_bytes(), ANSWER_LIMIT_BYTES, check_time)
+            if more:
+                raise _too_large()
         # The body is decoded already, so these two headers no longer describe it.
         kept = [(k, v) for k, v in response.headers.raw if k.lower() not in (b"content-length", b"content-encoding")]
-        return httpx.Response(response.status_code, headers=kept, content=bytes(received), request=response.request)
+        return httpx.Response(response.status_code, headers=kept, content=received, request=response.request)
 
     def _answer(self, call: Call, response: httpx.Response, own_url: str) -> Answer:
         status = response.status_code

@@ -1,1 +1,1 @@
-"""AWS clients and what the library does with each service, without knowledge of predictions."""
+"""AWS clients and helpers for each service, without knowledge of predictions."""

@@ -61,7 +61,7 @@ def client(name: Literal["cloudformation"]) -> "CloudFormationClient": ...
 
 
 def client(name: str) -> Any:
-    """Return the one client of an AWS service in this process.
+    """Return this process's client of an AWS service.
 
     Args:
         name: The service's name in botocore.
@@ -85,7 +85,7 @@ def api_url() -> str:
     """Return the stack's public URL, ending in `/v1`.
 
     From the SSM parameter that `API_URL_PARAMETER` names: a function that had the API's id in its environment would
-    depend on the API, which depends on the function. The request's own host is for a stranger to choose. A value that
+    depend on the API, which depends on the function. The request's own host is the caller's to choose. A value that
     is known is used while SSM cannot be read.
     """
     global _api_url  # once for each warm function

@@ -1,4 +1,4 @@
-"""Dead-letter queues: messages that were given up, to be received, redriven and deleted."""
+"""Dead-letter queues: send, receive and delete messages that cannot be processed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Letter:
+class DeadMessage:
     """A message of a dead-letter queue.
 
     Attributes:
@@ -39,8 +39,8 @@ class DeadLetterQueue:
         self._url = url
         self._sqs = sqs
 
-    def bury(self, body: str, attributes: Mapping[str, str] | None = None) -> None:
-        """Send a message to the queue, with message attributes."""
+    def send(self, body: str, attributes: Mapping[str, str] | None = None) -> None:
+        """Send a message with message attributes."""
         self._sqs.send_message(
             QueueUrl=self._url,
             MessageBody=body,
@@ -49,8 +49,8 @@ class DeadLetterQueue:
             },
         )
 
-    def look(self, hidden_seconds: int) -> Iterator[Letter]:
-        """Receive all messages, each once, and hide each from other receivers for a while.
+    def receive(self, hidden_seconds: int) -> Iterator[DeadMessage]:
+        """Receive all messages, each once; hide each from other receivers for a while.
 
         Of thousands, the first return before the last are reached: the iteration ends when it receives nothing new.
         """
@@ -70,7 +70,7 @@ class DeadLetterQueue:
             met |= {message["MessageId"] for message in new}
             for message in new:
                 known = {str(name): value for name, value in message.get("Attributes", {}).items()}
-                yield Letter(
+                yield DeadMessage(
                     id=message["MessageId"],
                     body=message["Body"],
                     sender=known.get("SenderId", ""),
@@ -84,6 +84,6 @@ class DeadLetterQueue:
                     receipt_handle=message["ReceiptHandle"],
                 )
 
-    def forget(self, receipt_handle: str) -> None:
+    def delete(self, receipt_handle: str) -> None:
         """Delete a message that was received."""
         self._sqs.delete_message(QueueUrl=self._url, ReceiptHandle=receipt_handle)

@@ -1,4 +1,4 @@
-"""Executions of the state machines: one, named `{id}-{n}`, runs for everything that has not finished."""
+"""Step Functions executions: one for each unfinished prediction, named `{id}-{n}`."""
 
 import json
 import os
@@ -24,7 +24,7 @@ class Executions:
 
     @classmethod
     def from_env(cls) -> "Executions":
-        """Make them from `STATE_MACHINE_ARN`."""
+        """Create from `STATE_MACHINE_ARN`."""
         return cls(os.environ["STATE_MACHINE_ARN"], client("stepfunctions"))
 
     def arn(self, prediction_id: str, n: int) -> str:
@@ -32,15 +32,15 @@ class Executions:
         return f"{self._machine_arn.replace(':stateMachine:', ':execution:')}:{prediction_id}-{n}"
 
     def start(self, prediction_id: str, n: int, *, submit: bool | None) -> bool:
-        """Start a prediction's nth execution, or a pipeline's.
+        """Start the nth execution of a prediction or a pipeline.
 
         Args:
             prediction_id: Our id.
             n: The number of the execution.
-            submit: Whether it has to submit the prediction first; None for a pipeline.
+            submit: Whether it must submit the prediction first; None for a pipeline.
 
         Returns:
-            True if it runs now, also if it was started before; False if the name belongs to one that has finished.
+            True if it runs now, also if another call started it; False if the name belongs to a finished one.
         """
         try:
             # While it runs, the same name and input get the same response as the first start.
@@ -55,7 +55,7 @@ class Executions:
         return True
 
     def status(self, prediction_id: str, n: int) -> str | None:
-        """Return `RUNNING`, `SUCCEEDED`, `FAILED`, `TIMED_OUT` or `ABORTED`, or None if it was never started."""
+        """Return its status (`RUNNING`, `SUCCEEDED`, …), or None if it was never started."""
         try:
             return self._stepfunctions.describe_execution(executionArn=self.arn(prediction_id, n))["status"]
         except self._stepfunctions.exceptions.ExecutionDoesNotExist:
@@ -63,7 +63,7 @@ class Executions:
 
 
 def wake(task_token: str | None) -> bool:
-    """Resume the execution that waits with this token.
+    """Resume the execution that waits with this task token.
 
     Returns:
         Whether an execution waited. A stale token (its execution timed out and polls, was resumed before, or was

@@ -1,4 +1,4 @@
-"""Task tokens: completes or fails the states of other state machines that wait for a prediction.
+"""Task tokens: resume the callers' state machines that wait for a prediction.
 
 https://docs.aws.amazon.com/step-functions/latest/dg/connect-to-resource.html#connect-wait-token
 """
@@ -17,8 +17,8 @@ from predictions.observability import logger
 _CAUSE_LIMIT = 32768
 
 
-# It timed out, was used already (these calls may come twice), or is no token at all: another try changes nothing, and a
-# strange token must not hold up what comes after it.
+# The state timed out, was completed already (these calls may come twice), or the token is invalid: a retry changes
+# nothing, and a strange token must not hold up what comes after it.
 _GONE = frozenset({"TaskTimedOut", "TaskDoesNotExist", "InvalidToken", "ValidationException"})
 
 # Step Functions has no error of its own for a token of another account: only principals of the same account may send
@@ -30,7 +30,7 @@ _ACCOUNT_OF_MACHINE = re.compile(r"on resource: arn:[a-z-]+:states:[a-z0-9-]*:([
 
 
 def tell_success(task_token: str, result: Mapping[str, Any]) -> None:
-    """Complete a state with a result; one that no longer waits is no error.
+    """Complete a waiting state with a result; ignore one that no longer waits.
 
     An `output` that Step Functions do not accept, such as one nested deeper than they read, is left out.
 
@@ -51,7 +51,7 @@ def tell_success(task_token: str, result: Mapping[str, Any]) -> None:
 
 
 def tell_failure(task_token: str, error: str, cause: str) -> None:
-    """Fail a state with an error name that it can catch; one that no longer waits is no error.
+    """Fail a waiting state with an error catchable error; ignore one that no longer waits.
 
     Raises:
         ClientError: As for `tell_success`.
@@ -67,7 +67,7 @@ def _pass_over(error: ClientError) -> None:
     code = error.response["Error"]["Code"]
     if code not in _GONE and not (code == _DENIED and _is_of_another_account(error)):
         raise error
-    logger.info("nobody waits with this token", reason=code)
+    logger.info("no state waits with this token", reason=code)
 
 
 def _is_of_another_account(error: ClientError) -> bool:

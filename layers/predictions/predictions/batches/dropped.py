@@ -18,7 +18,7 @@ from predictions.admission.quotas import LimitReached
 from predictions.batches.manage import BatchControl
 from predictions.batches.manifest import MANIFEST_LIMIT_BYTES
 from predictions.batches.store import Batch
-from predictions.files.outputs_bucket import ORIGIN_DEPTH
+from predictions.files.output_references import ORIGIN_DEPTH
 from predictions.ids import random_id
 from predictions.intents.sources import RequestRefused
 from predictions.observability import MetricUnit, logger, metrics

@@ -16,20 +16,17 @@ All objects but the results are derived from the owner's request, so that writin
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from botocore.exceptions import ClientError
 
 from predictions.aws.clients import client
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3.type_defs import CompletedMultipartUploadTypeDef, CompletedPartTypeDef
+from predictions.aws.s3 import MultipartUpload, error_code, head, is_missing
 
 # S3 accepts 10,000 parts of at least 5 MiB: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 PART_BYTES = 8 * 1024**2
 _PIECE_BYTES = 256 * 1024
 _JSONL = "application/x-ndjson"
-_NOT_THERE = ("NoSuchKey", "AccessDenied", "404", "403")
 
 
 def manifest_key(batch_id: str) -> str:
@@ -80,8 +77,7 @@ class ObjectWriter:
     def __init__(self, bucket: str, key: str) -> None:
         self._bucket, self._key = bucket, key
         self._buffer = bytearray()
-        self._upload_id = ""
-        self._parts: list[CompletedPartTypeDef] = []
+        self._upload: MultipartUpload | None = None
         self.written = 0
 
     def write_json(self, value: Any) -> int:
@@ -100,34 +96,23 @@ class ObjectWriter:
 
     def complete(self) -> None:
         """Make the object visible."""
-        s3 = client("s3")
-        if not self._upload_id:
+        if self._upload is None:
+            s3 = client("s3")
             s3.put_object(Bucket=self._bucket, Key=self._key, Body=bytes(self._buffer), ContentType=_JSONL)
             return
         if self._buffer:
             self._send_part()
-        parts: CompletedMultipartUploadTypeDef = {"Parts": self._parts}
-        s3.complete_multipart_upload(
-            Bucket=self._bucket, Key=self._key, UploadId=self._upload_id, MultipartUpload=parts
-        )
+        self._upload.complete()
 
     def drop(self) -> None:
         """Discard the data that was sent."""
-        if self._upload_id:
-            s3 = client("s3")
-            s3.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=self._upload_id)
+        if self._upload:
+            self._upload.abort()
 
     def _send_part(self) -> None:
-        s3 = client("s3")
-        if not self._upload_id:
-            answer = s3.create_multipart_upload(Bucket=self._bucket, Key=self._key, ContentType=_JSONL)
-            self._upload_id = answer["UploadId"]
-        number = len(self._parts) + 1
+        self._upload = self._upload or MultipartUpload(self._bucket, self._key, ContentType=_JSONL)
         part, self._buffer = bytes(self._buffer[:PART_BYTES]), self._buffer[PART_BYTES:]
-        sent = s3.upload_part(
-            Bucket=self._bucket, Key=self._key, UploadId=self._upload_id, PartNumber=number, Body=part
-        )
-        self._parts.append({"PartNumber": number, "ETag": sent["ETag"]})
+        self._upload.send_part(part)
 
 
 @contextmanager
@@ -195,7 +180,7 @@ def read_range(bucket: str, key: str, offset: int, length: int) -> bytes | None:
     try:
         answer = s3.get_object(Bucket=bucket, Key=key, Range=f"bytes={offset}-{offset + length - 1}")
     except ClientError as error:
-        if error.response["Error"]["Code"] not in (*_NOT_THERE, "InvalidRange"):
+        if not is_missing(error) and error_code(error) != "InvalidRange":
             raise
         return None
     return b"".join(answer["Body"].iter_chunks(_PIECE_BYTES))
@@ -203,15 +188,8 @@ def read_range(bucket: str, key: str, offset: int, length: int) -> bytes | None:
 
 def etag_of(bucket: str, key: str) -> tuple[str, int] | None:
     """Return an object's ETag and its size in bytes, or None if it does not exist."""
-    s3 = client("s3")
-    try:
-        head = s3.head_object(Bucket=bucket, Key=key)
-    except ClientError as error:
-        # S3 responds with 403 for a missing object to callers that may not list the bucket.
-        if error.response["Error"]["Code"] not in _NOT_THERE:
-            raise
-        return None
-    return head["ETag"], head["ContentLength"]
+    found = head(bucket, key)
+    return (found["ETag"], found["ContentLength"]) if found else None
 
 
 def put_text(bucket: str, key: str, text: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from predictions.batches.files import lines_key, new_object, read_jsonl, refused_key, results_key
 from predictions.batches.store import Batch, Batches
+from predictions.clock import backoff_seconds
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction, Result
 
@@ -57,7 +58,7 @@ def finish(
     except _LinesOpen as found:
         if batch.stop:
             _cancel(table, found.predictions, batches.now())
-        return {"open": found.count, "lap": lap + 1, "wait_seconds": min(_LONGEST_WAIT_SECONDS, 5 * 2 ** min(lap, 6))}
+        return {"open": found.count, "lap": lap + 1, "wait_seconds": backoff_seconds(5, lap, _LONGEST_WAIT_SECONDS)}
     status = {"canceled": "canceled", "exceeded": "failed"}.get(batch.stop or "", "succeeded")
     batches.end(batch, status="failed" if batch.error else status, counts=counts, results_key=key)
     return {"open": 0, "lap": lap, "wait_seconds": 1}

@@ -23,8 +23,9 @@ from predictions.batches.files import (
     template_key,
 )
 from predictions.batches.manifest import MANIFEST_LIMIT_BYTES
-from predictions.batches.schema import BatchBody, read_body, refusal
+from predictions.batches.schema import BatchBody, read_body
 from predictions.batches.store import Batch, Batches
+from predictions.clock import timestamp
 from predictions.errors import Problem
 from predictions.ids import random_id
 from predictions.intents.model import LIFETIME_LIMIT_SECONDS, Attempt, idempotency_key
@@ -32,8 +33,7 @@ from predictions.observability import logger
 from predictions.recipes.store import Recipe, RecipeItems
 from predictions.store.recent_requests import RecentRequests
 from predictions.templating import PlaceholderError, expressions
-from predictions.times import timestamp
-from predictions.validation import input_json_canonical, parse_json
+from predictions.validation import fields_refused, input_json_canonical, parse_json
 
 if TYPE_CHECKING:
     from mypy_boto3_stepfunctions import SFNClient
@@ -134,7 +134,7 @@ class BatchControl:
         place = self._place(asked, owner, invalid)
         recipe = self._recipe(asked, owner, invalid)
         if invalid:
-            raise refusal(invalid)
+            raise fields_refused(invalid)
         fingerprint = hashlib.sha256(input_json_canonical(asked.model_dump()).encode()).hexdigest()
         batch_id = random_id()
         if key:
@@ -142,7 +142,7 @@ class BatchControl:
             batch_id, known = keys.take_key(owner, key, batch_id, fingerprint, self.expires)
             if known != fingerprint:
                 detail = "This key belongs to another batch. Use a new key for a new batch."
-                raise refusal([{"field": "Idempotency-Key", "detail": detail}])
+                raise fields_refused([{"field": "Idempotency-Key", "detail": detail}])
             if there := self.batches.find(batch_id):
                 return there
             # The batch may be written now, long after its key.
@@ -159,7 +159,7 @@ class BatchControl:
             manifest = self._manifest(asked, batch_id, place)
         except Problem:
             if self._usage:
-                self._usage.give_open_place_back("batch", owner, batch_id, began)
+                self._usage.release_open_slot("batch", owner, batch_id, began)
             raise
         if asked.template is not None:
             put_text(self.batches.bucket_name, template_key(batch_id), json.dumps(asked.template))
@@ -184,7 +184,7 @@ class BatchControl:
             return None
         try:
             self._usage.check_day(owner, limits)
-            return self._usage.take_open_place("batch", owner, batch_id, limits)
+            return self._usage.acquire_open_slot("batch", owner, batch_id, limits)
         except LimitReached as reached:
             raise refusal_of(reached) from None
 
@@ -197,7 +197,7 @@ class BatchControl:
             LimitReached: The owner has no free slot.
         """
         if self._usage and (limits := self._usage.known_limits(owner)):
-            self._usage.take_open_place("batch", owner, batch_id, limits)
+            self._usage.acquire_open_slot("batch", owner, batch_id, limits)
 
     @property
     def expires(self) -> int:
@@ -299,13 +299,13 @@ class BatchControl:
         found = etag_of(bucket, key)
         if found is None:
             detail = "Object not found."
-            raise refusal([{"field": "manifest", "detail": detail}])
+            raise fields_refused([{"field": "manifest", "detail": detail}])
         etag, size = found
         if size > MANIFEST_LIMIT_BYTES:
             detail = (
                 f"The manifest exceeds the limit of {MANIFEST_LIMIT_BYTES} bytes (got {size}). Create several batches."
             )
-            raise refusal([{"field": "manifest", "detail": detail}])
+            raise fields_refused([{"field": "manifest", "detail": detail}])
         return {"bucket": bucket, "key": key, "etag": etag, "format": format_}
 
     # -- read ---------------------------------------------------------------------------------------------------------

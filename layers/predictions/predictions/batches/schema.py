@@ -6,6 +6,7 @@ from pydantic import Field, ValidationError
 
 from predictions.errors import Problem
 from predictions.recipes.schema import BatchLimits
+from predictions.validation import field_problem, fields_refused
 
 
 class BatchBody(BatchLimits):
@@ -29,16 +30,7 @@ def read_body(value: Any) -> BatchBody:
     try:
         return BatchBody.model_validate(value)
     except ValidationError as error:
-        known = ", ".join(f"`{name}`" for name in BatchBody.model_fields)
-        fields = []
-        for each in error.errors(include_url=False, include_context=False):
-            unknown = each["type"] == "extra_forbidden"
-            detail = f"Unknown field. The known fields are {known}." if unknown else each["msg"]
-            fields.append({"field": str(each["loc"][0])[:200], "detail": detail})
-        raise refusal(fields) from None
-
-
-def refusal(fields: list[dict[str, str]]) -> Problem:
-    """Return the response that names every invalid field."""
-    detail = " ".join(f"{each['field']}: {each['detail']}" for each in fields[:5])
-    return Problem(422, detail, title="Input validation failed", invalid_fields=fields[:50])
+        found = error.errors(include_url=False, include_context=False)
+        raise fields_refused(
+            [field_problem(str(each["loc"][0])[:200], each, BatchBody.model_fields) for each in found]
+        ) from None

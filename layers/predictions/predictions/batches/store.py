@@ -27,12 +27,12 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Table, deserialize
 from predictions.batches.files import read_range, requests_key
+from predictions.clock import backoff_seconds, timestamp
 from predictions.errors import NoLongerWanted, Problem
 from predictions.ids import derived_id
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.keys import batch_key, list_of, owner_of
-from predictions.times import timestamp
 from predictions.validation import BODY_LIMIT_BYTES
 
 ENDED = ("succeeded", "failed", "canceled")
@@ -340,7 +340,7 @@ class Batches:
         look = {"stalled_looks": batch.stalled_looks + 1} if batch.is_canceling else {}
         return self._change(
             batch,
-            set={"next_check_at": int(self.now()) + min(_CHECK_MOST_SECONDS, wait * 2 ** min(died, 10)), **look},
+            set={"next_check_at": int(self.now()) + backoff_seconds(wait, died, _CHECK_MOST_SECONDS), **look},
             condition=_OPEN & Condition("next_check_at = :due", due=batch.next_check_at),
         )
 

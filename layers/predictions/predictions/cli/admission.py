@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from predictions.admission.limiter_item import LANES
 from predictions.admission.quotas import (
     IN_FLIGHT_MAX,
     OPEN_BATCHES_DEFAULT,
@@ -18,7 +19,7 @@ from predictions.admission.quotas import (
     OwnerLimits,
     OwnersLimits,
 )
-from predictions.admission.rate_limiter import LANES, MAX_START_DELAY_SECONDS, Limiter
+from predictions.admission.rate_limiter import MAX_START_DELAY_SECONDS, Limiter
 from predictions.cli.stack import JsonList, JsonObject, NotDone, Stack, command, group, print_table, second
 from predictions.ids import is_owner
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from botocore.exceptions import ClientError
 
-from predictions.aws.dead_letter_queue import DeadLetterQueue, Letter
+from predictions.aws.dead_letter_queue import DeadLetterQueue, DeadMessage
 from predictions.cli.stack import (
     JsonList,
     JsonObject,
@@ -139,7 +139,7 @@ def redrive_letters(stack: Stack, queue: _QueueName, letter_id: _LetterId = None
             left.append(f"{letter.id}: {reason}")
             continue
         # In this order: after a crash in between it is redriven twice, which starts and sends nothing twice.
-        dead.forget(letter.receipt_handle)
+        dead.delete(letter.receipt_handle)
         count += 1
     print(f"Redriven: {count}. Those that fail again are listed again.", file=sys.stderr)
     for why in left:
@@ -161,7 +161,7 @@ def forget_letters(
     dead = DeadLetterQueue(stack.resource(QUEUES[queue]), stack.client("sqs"))
     count = 0
     for letter in _chosen(stack, queue, letter_id):
-        dead.forget(letter.receipt_handle)
+        dead.delete(letter.receipt_handle)
         count += 1
     print(f"Deleted: {count}.", file=sys.stderr)
 
@@ -183,7 +183,7 @@ def _chosen(stack: Stack, queue: Queue, letter_id: str | None) -> list[_Dead]:
 def _requests(stack: Stack) -> Iterator[_Dead]:
     dead = DeadRequests(_url(stack, Queue.REQUESTS), stack.client("sqs"), lambda: stack.outputs_bucket)
     function = stack.resource("StartFromQueueFunction")
-    for each in sorted(dead.look(LOOK_SECONDS), key=lambda request: request.sent_at):
+    for each in sorted(dead.receive(LOOK_SECONDS), key=lambda request: request.sent_at):
 
         def redrive(request: DeadRequest = each) -> None:
             if stack.invoke(function, request.event())["batchItemFailures"]:
@@ -196,7 +196,7 @@ def _requests(stack: Stack) -> Iterator[_Dead]:
 
 def _webhooks(stack: Stack) -> Iterator[_Dead]:
     deliveries = DeliveriesQueue(stack.output("DeliveriesQueueUrl"), stack.client("sqs"))
-    for each in DeadLetters(_url(stack, Queue.WEBHOOKS), stack.client("sqs")).look(LOOK_SECONDS):
+    for each in DeadLetters(_url(stack, Queue.WEBHOOKS), stack.client("sqs")).receive(LOOK_SECONDS):
         delivery = each.delivery
 
         def redrive(delivery: Any = delivery) -> None:
@@ -229,7 +229,7 @@ def _changes(stack: Stack) -> Iterator[_Dead]:
         yield _Dead(letter.id, row, {"id": letter.id, **part}, redrive, letter.receipt_handle)
 
 
-def _effect(stack: Stack, letter: Letter, body: Mapping[str, Any], retry: Retry) -> _Dead:
+def _effect(stack: Stack, letter: DeadMessage, body: Mapping[str, Any], retry: Retry) -> _Dead:
     """Make a dead letter of one effect of a change.
 
     The effect failed for a day, or publish_changes crashed on it.
@@ -283,9 +283,9 @@ def _url(stack: Stack, queue: Queue) -> str:
     return stack.resource(QUEUES[queue])
 
 
-def _records(stack: Stack, queue: Queue) -> Iterator[tuple[Letter, dict[str, Any]]]:
+def _records(stack: Stack, queue: Queue) -> Iterator[tuple[DeadMessage, dict[str, Any]]]:
     """Receive dead letters that AWS itself wrote, with their parsed bodies."""
-    for letter in DeadLetterQueue(_url(stack, queue), stack.client("sqs")).look(LOOK_SECONDS):
+    for letter in DeadLetterQueue(_url(stack, queue), stack.client("sqs")).receive(LOOK_SECONDS):
         try:
             body = json.loads(letter.body)
         except ValueError:

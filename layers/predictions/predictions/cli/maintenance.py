@@ -120,7 +120,8 @@ def refresh(stack: Stack) -> None:
     """
     import httpx  # only this command needs it
 
-    from predictions.upstream.client import UpstreamError, token_of
+    from predictions.upstream.credentials import token_of
+    from predictions.upstream.errors import UpstreamError
 
     secretsmanager = stack.client("secretsmanager")
     stored = secretsmanager.get_secret_value(SecretId=stack.output("ReplicateTokenSecretArn"))["SecretString"]

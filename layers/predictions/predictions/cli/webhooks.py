@@ -34,7 +34,7 @@ def redeliver(
     prediction = found(stack.table, prediction_id)
     if not prediction.webhook:
         raise NotDone(f"The prediction {prediction.id} was created without a webhook.")
-    if event == Event.COMPLETED and (not prediction.terminal or prediction.awaits_copy):
+    if event == Event.COMPLETED and not prediction.ended_visibly:
         raise NotDone(f"The prediction {prediction.id} has not completed: its webhook is sent when it does.")
     # Numbered like the first delivery, or for repeatable events like the last: the receiver can recognize a duplicate.
     number = 1 if event in (Event.START, Event.COMPLETED) else 0

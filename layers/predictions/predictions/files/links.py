@@ -3,8 +3,8 @@
 `{api_url}/objects/{bucket}/{name}?key=…&expires=…&signature=…` redirects to S3 until `expires`. A presigned URL of S3
 itself would end with the credentials of the function that signed it, within hours and perhaps before a prediction that
 waits its turn reads its input; and it would be another text each time, where a request that comes twice has to be the
-same. The signature is an HMAC of bucket, key, version and expiry with a secret that is for nothing else: who has one
-link can make no other.
+same. The signature is an HMAC of bucket, key, version and expiry with a secret of its own: the holder of one link
+cannot make another one.
 
 `{name}` says how the object is called, since models look at the end of a URL for what kind of file it is. Nothing
 depends on it.
@@ -13,7 +13,6 @@ depends on it.
 import hashlib
 import hmac
 import json
-import math
 import os
 import re
 import time
@@ -22,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from predictions.aws.clients import api_url, client
+from predictions.aws.secrets import CachedSecret
 from predictions.errors import PredictionsError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _REDIRECT_SECONDS = 300
-_CACHE_SECONDS = 300
 # Large results and inputs of predictions are no files that a model reads.
 _PAYLOADS = "payloads/"
 _NAME_LIMIT_CHARACTERS = 100
@@ -37,11 +36,7 @@ _EXPIRES = re.compile(r"[1-9][0-9]{0,11}", re.ASCII)
 
 
 class UnknownBucket(PredictionsError):
-    """A link into a bucket that is none of this stack's."""
-
-
-class LinkSecretUnusable(PredictionsError):
-    """The stack's own fault: the secret that signs links is too short to be one."""
+    """A link into a bucket that does not belong to this stack."""
 
 
 class Links:
@@ -63,15 +58,12 @@ class Links:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._buckets = {name: bucket for name, bucket in buckets.items() if bucket}
-        self._secret_arn = secret_arn
         self._now = now
-        self._clock = clock
-        self._secret = b""
-        self._read_at = -math.inf
+        self._secret = CachedSecret(secret_arn, clock=clock)
 
     @classmethod
     def from_env(cls) -> "Links":
-        """From `LINK_SECRET_ARN` and the names of the buckets, of which `SOURCE_BUCKET_NAME` may be empty."""
+        """Create from `LINK_SECRET_ARN` and bucket names (of the source: may be empty)."""
         buckets = {
             "inputs": os.environ["INPUTS_BUCKET_NAME"],
             "outputs": os.environ["OUTPUTS_BUCKET_NAME"],
@@ -80,14 +72,14 @@ class Links:
         return cls(buckets, os.environ["LINK_SECRET_ARN"])
 
     def url(self, bucket: str, key: str, *, version_id: str | None = None, expires: int) -> str:
-        """A link to an object; the same for the same arguments.
+        """Return a link to an object; the same for the same arguments.
 
         Args:
             bucket: `inputs`, `outputs`, or the name of a bucket of this stack.
             key: The object's key.
             version_id: The object's version; None for whichever is there when the link is opened.
-            expires: Until when it works, in Unix seconds. What is to come out the same again counts from a time that
-                was written down, never from now.
+            expires: Until when it works, in Unix seconds. A link that must come out the same again counts from a
+                recorded time, never from now.
 
         Raises:
             UnknownBucket: Not one of the stack's buckets, or a part of one that is not for models.
@@ -102,7 +94,7 @@ class Links:
         return f"{api_url()}/objects/{name}/{_shown(key)}?{urlencode(query)}"
 
     def open(self, bucket: str, key: str, version_id: str | None, expires: str, signature: str) -> str | None:
-        """A presigned URL of S3, for whoever has a link.
+        """Return a presigned S3 URL for the holder of a link.
 
         Args:
             bucket: As the link calls it.
@@ -112,7 +104,7 @@ class Links:
             signature: As in the link.
 
         Returns:
-            The URL, which works for five minutes and makes browsers save the object, not show it; None where any part
+            The URL, which works for five minutes and makes browsers save the object, not show it, or None if any part
             of the link is wrong, or it has expired.
         """
         if bucket not in self._buckets or not key or _closed(bucket, key):
@@ -139,16 +131,7 @@ class Links:
     def _signature(self, bucket: str, key: str, version_id: str | None, expires: int) -> str:
         # As JSON, so that no two links give one text, whatever characters a key has.
         signed = json.dumps(["object link", bucket, key, version_id, expires])
-        return hmac.new(self._key(), signed.encode(), hashlib.sha256).hexdigest()
-
-    def _key(self) -> bytes:
-        if self._clock() - self._read_at >= _CACHE_SECONDS:
-            secretsmanager = client("secretsmanager")
-            answer = secretsmanager.get_secret_value(SecretId=self._secret_arn)
-            self._secret, self._read_at = answer["SecretString"].encode(), self._clock()
-        if len(self._secret) < 32:
-            raise LinkSecretUnusable(f"The secret {self._secret_arn} must hold at least 32 characters.")
-        return self._secret
+        return hmac.new(self._secret.signing_key(), signed.encode(), hashlib.sha256).hexdigest()
 
 
 def _closed(bucket: str, key: str) -> bool:
@@ -156,7 +139,7 @@ def _closed(bucket: str, key: str) -> bool:
 
 
 def _shown(key: str) -> str:
-    """The end of a key in characters that mean nothing in a URL's path."""
+    """Return the end of a key, in characters without meaning in a URL's path."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", key.rpartition("/")[2])[-_NAME_LIMIT_CHARACTERS:]
     # A segment of dots is a way up.
     return name if name.strip(".") else "object"

@@ -1,4 +1,4 @@
-"""URLs of output files through CloudFront, which any client can fetch, with an `Authorization` header too.
+"""Signed CloudFront URLs of output files, for clients that send `Authorization`.
 
 S3 refuses a presigned URL that comes with such a header (https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html,
 "Only one auth mechanism allowed"), and Replicate's Python client 1 sends one with `FileOutput.read()`. CloudFront drops
@@ -18,7 +18,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from botocore.signers import CloudFrontSigner
 
-from predictions.aws.clients import client
+from predictions.aws.secrets import CachedSecret
 
 # A page of a list is asked for again and again: for this part of its time a file keeps its URL, which is signed once.
 _KEPT_PART = 4
@@ -52,10 +52,10 @@ class PrivateKey:
 
     @classmethod
     def from_json(cls, text: str) -> "PrivateKey":
-        """The inverse of `to_json`.
+        """Read what `to_json` returned.
 
         Raises:
-            ValueError: It is no such JSON. The text is not repeated.
+            ValueError: Not such JSON. The text is not repeated.
         """
         try:
             value = json.loads(text)
@@ -64,18 +64,18 @@ class PrivateKey:
             raise ValueError("the secret holds no key of `replicate-serverless urls keys`") from None
 
     def to_json(self) -> str:
-        """`{"p", "q", "e"}` in hexadecimal."""
+        """Return `{"p", "q", "e"}` in hexadecimal."""
         return json.dumps({name: f"{value:x}" for name, value in (("p", self.p), ("q", self.q), ("e", self.e))})
 
     def sign_sha1(self, message: bytes) -> bytes:
-        """RSASSA-PKCS1-v1_5 with SHA-1."""
+        """Sign with RSASSA-PKCS1-v1_5 and SHA-1."""
         p, q, e = self.p, self.q, self.e
         n = p * q
         length = (n.bit_length() + 7) // 8
         digest = _SHA1_PREFIX + hashlib.sha1(message, usedforsecurity=False).digest()  # CloudFront's choice
         padded = b"\x00\x01" + b"\xff" * (length - len(digest) - 3) + b"\x00" + digest
         wanted = int.from_bytes(padded)
-        # Blinded, so that the time it takes tells nothing of the key; by the primes, since that is four times as fast.
+        # Blinded, so that its duration reveals nothing of the key; by the primes, since that is four times as fast.
         while math.gcd(blind := 2 + secrets.randbelow(n - 3), n) != 1:
             pass
         blinded = wanted * pow(blind, e, n) % n
@@ -114,13 +114,13 @@ class Distribution:
 
     @classmethod
     def from_env(cls) -> "Distribution | None":
-        """From `OUTPUT_URL_DOMAIN`, `OUTPUT_URL_KEY_ID` and `OUTPUT_URL_SECRET_ARN`; None where the first is empty."""
+        """Create from `OUTPUT_URL_DOMAIN`, `…_KEY_ID`, `…_SECRET_ARN`; None if empty."""
         domain, key_id = os.environ["OUTPUT_URL_DOMAIN"], os.environ["OUTPUT_URL_KEY_ID"]
-        secret_arn = os.environ["OUTPUT_URL_SECRET_ARN"]
-        return cls(domain, key_id, lambda: _read_key(secret_arn)) if domain else None
+        secret = CachedSecret(os.environ["OUTPUT_URL_SECRET_ARN"])
+        return cls(domain, key_id, lambda: PrivateKey.from_json(secret.current_value())) if domain else None
 
     def url(self, key: str, expires_seconds: int) -> str:
-        """A link to an object, for that many seconds and at most a quarter more.
+        """Return a URL of an object, valid for that time and at most a quarter more.
 
         Its signature opens the objects beside it too: `{folder}/*`, which is one prediction's output.
         """
@@ -134,9 +134,3 @@ class Distribution:
     def _sign(self, policy: bytes) -> bytes:
         self._key = self._key or self._private_key()
         return self._key.sign_sha1(policy)
-
-
-def _read_key(secret_arn: str) -> PrivateKey:
-    secretsmanager = client("secretsmanager")
-    secret: Mapping[str, object] = secretsmanager.get_secret_value(SecretId=secret_arn)
-    return PrivateKey.from_json(str(secret["SecretString"]))

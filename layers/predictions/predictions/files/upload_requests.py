@@ -1,7 +1,7 @@
-"""What an owner wants to upload, checked before anything is stored.
+"""Upload requests, checked before anything is stored.
 
 `read_form` takes a file with its content (`POST /files`), `read_upload` the description of one that goes straight to
-S3 (`POST /uploads`). Both are hostile: whatever is wrong with them is a `Problem`.
+S3 (`POST /uploads`). Both are untrusted: every fault of theirs is a `Problem`.
 """
 
 import base64
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 
 from predictions.errors import Problem
 from predictions.ids import random_id
-from predictions.validation import parse_json
+from predictions.validation import field_problem, fields_refused, parse_json
 
 CONTENT_LIMIT_BYTES = 4_400_000
 """The largest file in a request: Lambda takes 6 MB, in which the body is base64 with the event around it.
@@ -40,14 +40,14 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 @dataclass(frozen=True)
 class NewFile:
-    """A file that is to be stored.
+    """A file to be stored.
 
     Attributes:
         name: As its owner calls it: shown again, and used for nothing else.
         content_type: A media type without parameters.
         size: Its bytes, of an upload as announced.
         metadata_json: A JSON object.
-        content: The file; None where it is uploaded straight to S3.
+        content: The file, or None if it is uploaded straight to S3.
         sha256: Of an upload, in hexadecimal, where its owner gives it.
     """
 
@@ -61,7 +61,7 @@ class NewFile:
 
     @property
     def sha256_base64(self) -> str | None:
-        """`sha256` as S3 writes it."""
+        """Return `sha256` as S3 writes it."""
         return base64.b64encode(bytes.fromhex(self.sha256)).decode() if self.sha256 else None
 
 
@@ -78,7 +78,7 @@ class UploadBody(BaseModel):
 
 
 def read_form(body: bytes, headers: Mapping[str, str]) -> NewFile:
-    """A file from a `multipart/form-data` body: `content`, and optionally `filename`, `type`, `metadata`.
+    """Read a form with `content` and optionally `filename`, `type` and `metadata`.
 
     Args:
         body: The body.
@@ -92,30 +92,28 @@ def read_form(body: bytes, headers: Mapping[str, str]) -> NewFile:
         raise _too_large(len(body))
     media_type, options = parse_options_header(headers.get("content-type", ""))
     if media_type != "multipart/form-data":
-        raise Problem(
-            415, f"The body has to be multipart/form-data with the file as `content`, not {media_type!a:.80}."
-        )
+        raise Problem(415, f"The body must be multipart/form-data with the file as `content`, not {media_type!a:.80}.")
     parts = _parts(body, options.get("boundary", ""))
     if "content" not in parts:
-        raise _invalid([("content", "Required: the file itself.")])
+        raise fields_refused([{"field": "content", "detail": "This field is required: the file itself."}])
     sent = parts["content"]
     if len(sent.content) > CONTENT_LIMIT_BYTES:
         raise _too_large(len(sent.content))
-    invalid: list[tuple[str, str]] = []
+    invalid: list[dict[str, str]] = []
     name = _text(parts, "filename", invalid) or sent.filename or "file"
-    # A part without a type of its own is text to MIME, and a file of unknown type to everybody who uploads one.
+    # MIME takes a part without a type for text; for an uploader it is a file of unknown type.
     content_type = _text(parts, "type", invalid) or sent.content_type or _OTHER_TYPE
     metadata: Any = {}
     if "metadata" in parts:
         try:
             metadata = parse_json(parts["metadata"].content, None)
         except Problem as problem:
-            invalid.append(("metadata", problem.detail.replace("The body", "It", 1)))
+            invalid.append({"field": "metadata", "detail": problem.detail.replace("The body", "It", 1)})
     return _checked(NewFile(name, content_type, len(sent.content), content=sent.content), metadata, invalid)
 
 
 def read_upload(body: bytes, content_type: str | None) -> NewFile:
-    """The description of a file that its owner will upload to S3, as JSON.
+    """Read the JSON description of a file that its owner will upload to S3.
 
     Raises:
         Problem: 400, 413, 415 (see `parse_json`) or 422 (a field).
@@ -124,7 +122,8 @@ def read_upload(body: bytes, content_type: str | None) -> NewFile:
         asked = UploadBody.model_validate(parse_json(body, content_type))
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
-        raise _invalid([(str((e["loc"] or ("body",))[0])[:200], e["msg"]) for e in problems[:50]]) from None
+        fields = [(str((each["loc"] or ("body",))[0])[:200], each) for each in problems]
+        raise fields_refused([field_problem(name, each, UploadBody.model_fields) for name, each in fields]) from None
     new = NewFile(asked.filename, asked.type, asked.size, sha256=asked.sha256)
     return _checked(new, asked.metadata, [])
 
@@ -138,7 +137,7 @@ class _Part:
 
 def _parts(body: bytes, boundary: str) -> dict[str, _Part]:
     if not re.fullmatch(r"[ -~]{1,200}", boundary, re.ASCII):
-        raise Problem(400, "The header Content-Type names no boundary: let your HTTP library write this header.")
+        raise Problem(400, "The header Content-Type has no boundary. Let the HTTP library write this header.")
     parts: dict[str, _Part] = {}
     try:
         parser = PushMultipartParser(boundary, max_segment_count=_PARTS_LIMIT, strict=True)
@@ -148,7 +147,9 @@ def _parts(body: bytes, boundary: str) -> dict[str, _Part]:
             for event in parser.parse(body):
                 if event is None:
                     if segment.name in parts:
-                        raise _invalid([(str(segment.name)[:200], "It is given twice.")])
+                        raise fields_refused(
+                            [{"field": str(segment.name)[:200], "detail": "This field is given twice."}]
+                        )
                     parts[segment.name] = _Part(segment.filename, segment.content_type, b"".join(chunks))
                 elif isinstance(event, bytes | bytearray):
                     chunks.append(bytes(event))
@@ -163,46 +164,40 @@ def _parts(body: bytes, boundary: str) -> dict[str, _Part]:
     return parts
 
 
-def _text(parts: Mapping[str, _Part], name: str, invalid: list[tuple[str, str]]) -> str | None:
+def _text(parts: Mapping[str, _Part], name: str, invalid: list[dict[str, str]]) -> str | None:
     try:
         return parts[name].content.decode() if name in parts else None
     except UnicodeDecodeError:
-        invalid.append((name, "It is not UTF-8."))
+        invalid.append({"field": name, "detail": "Must be UTF-8."})
         return None
 
 
-def _checked(new: NewFile, metadata: Any, invalid: list[tuple[str, str]]) -> NewFile:
+def _checked(new: NewFile, metadata: Any, invalid: list[dict[str, str]]) -> NewFile:
     try:
         name_bytes = len(new.name.encode())
     except UnicodeEncodeError:
         name_bytes = 0
     if not 1 <= name_bytes <= NAME_LIMIT_BYTES or _CONTROL.search(new.name):
-        detail = f"1 to {NAME_LIMIT_BYTES} bytes of UTF-8 without control characters."
-        invalid.append(("filename", detail))
+        detail = f"Must be 1 to {NAME_LIMIT_BYTES} bytes of UTF-8 without control characters."
+        invalid.append({"field": "filename", "detail": detail})
     content_type = new.content_type.partition(";")[0].strip()
     if not _MEDIA_TYPE.fullmatch(content_type):
-        invalid.append(("type", "A media type, such as `image/png`."))
+        invalid.append({"field": "type", "detail": "Must be a media type, such as `image/png`."})
     metadata_json = ""
     if not isinstance(metadata, dict):
-        invalid.append(("metadata", "A JSON object."))
+        invalid.append({"field": "metadata", "detail": "Must be a JSON object."})
     else:
         metadata_json = json.dumps(metadata, separators=(",", ":"), allow_nan=False)
         if len(metadata_json) > METADATA_LIMIT_BYTES:
-            invalid.append(("metadata", f"At most {METADATA_LIMIT_BYTES} bytes of JSON."))
+            invalid.append({"field": "metadata", "detail": f"Must be at most {METADATA_LIMIT_BYTES} bytes of JSON."})
     if invalid:
-        raise _invalid(invalid)
+        raise fields_refused(invalid)
     return NewFile(new.name, content_type.lower(), new.size, metadata_json, new.content, new.sha256, new.id)
 
 
 def _too_large(size: int) -> Problem:
     detail = (
-        f"The file has about {size} bytes; POST /files takes {CONTENT_LIMIT_BYTES}. Send its description to "
-        f"POST /uploads instead, which gives a URL for files of up to {UPLOAD_LIMIT_BYTES // 1024**3} GiB."
+        f"The file has about {size} bytes, which exceeds the limit of {CONTENT_LIMIT_BYTES} of POST /files. Send its "
+        f"description to POST /uploads instead, which gives a URL for up to {UPLOAD_LIMIT_BYTES // 1024**3} GiB."
     )
     return Problem(413, detail)
-
-
-def _invalid(fields: list[tuple[str, str]]) -> Problem:
-    described = [{"field": name, "detail": detail} for name, detail in fields]
-    detail = " ".join(f"{name}: {why}" for name, why in fields[:5])
-    return Problem(422, detail, title="Input validation failed", invalid_fields=described)

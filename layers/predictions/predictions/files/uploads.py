@@ -1,4 +1,4 @@
-"""The files that owners upload as inputs: an item of the table and an object in the inputs bucket each.
+"""Files that owners upload as inputs: an item of the table and an object each.
 
 `pk` = `file#{id}`, `sk` = `file`; the object is `files/{owner}/{id}`, so nothing of its key is a caller's to choose.
 A file's `urls.get` is a link that anyone who has it can open until the file expires or is deleted, since a model has
@@ -7,7 +7,7 @@ S3 itself, because that would end with the credentials of the function that sign
 a prediction that waits its turn reads its input. And so an input stays the same text from the caller to Replicate.
 
 An object outlives its item: the bucket's lifecycle counts whole days from midnight. An object without an item (a crash
-between the two writes) is seen by nobody and goes the same way.
+between the two writes) is invisible and expires the same way.
 """
 
 import contextlib
@@ -22,11 +22,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from botocore.exceptions import ClientError
-
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import PRESENT, ConditionFailed, Key, Table
-from predictions.times import rfc3339, timestamp
+from predictions.aws.s3 import head
+from predictions.clock import rfc3339, timestamp
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -45,7 +44,7 @@ class File:
 
     Attributes:
         uploaded: Whether the object is known to be there.
-        signature: What opens its download link.
+        signature: The capability in its download link.
     """
 
     id: str
@@ -63,11 +62,11 @@ class File:
 
     @property
     def key(self) -> str:
-        """Its object's key."""
+        """Return the key of the object."""
         return f"files/{self.owner}/{self.id}"
 
     def show(self, api_url: str) -> dict[str, Any]:
-        """This in Replicate's JSON; what is ours is `uploaded`."""
+        """Return this in Replicate's JSON, with `uploaded` added."""
         query = urlencode({"owner": self.owner, "expiry": self.expires_at, "signature": self.signature})
         return {
             "id": self.id,
@@ -86,7 +85,7 @@ class File:
 
 @dataclass(frozen=True)
 class UploadLink:
-    """Where and how to send a file to S3: `method` `url` with exactly these `headers`, until `expires_at`."""
+    """How to send a file to S3: exactly this request, until `expires_at`."""
 
     method: str
     url: str
@@ -114,12 +113,12 @@ class Files:
 
     @classmethod
     def from_env(cls) -> "Files":
-        """From `TABLE_NAME`, `INPUTS_BUCKET_NAME` and `FILE_RETENTION_DAYS`."""
+        """Create from `TABLE_NAME`, `INPUTS_BUCKET_NAME` and `FILE_RETENTION_DAYS`."""
         days = int(os.environ["FILE_RETENTION_DAYS"])
         return cls(os.environ["TABLE_NAME"], os.environ["INPUTS_BUCKET_NAME"], days * 86400)
 
     def store(self, owner: str, new: "NewFile") -> File:
-        """Stores a file that came with its content: the object first, so that an item never promises one."""
+        """Store a file with its content: the object first, so that no item lacks one."""
         content = new.content or b""
         file = self._file(owner, new)
         stored = self._s3.put_object(
@@ -134,7 +133,7 @@ class Files:
         return file
 
     def announce(self, owner: str, new: "NewFile") -> tuple[File, UploadLink]:
-        """Makes the link through which an owner uploads a file straight to S3, once.
+        """Create the URL to which an owner uploads a file straight to S3, once.
 
         S3 refuses another size than was announced, another type, another SHA-256 (where one was given), and a second
         upload, because all of these are signed.
@@ -155,7 +154,7 @@ class Files:
         return file, UploadLink("PUT", url, headers, rfc3339(int(self._now()) + UPLOAD_URL_SECONDS))
 
     def find(self, owner: str, file_id: str) -> File | None:
-        """One of an owner's files; None where there is none, or it is another owner's."""
+        """Return one of an owner's files, or None if not found or another owner's."""
         file = self._read(file_id)
         if file is None or file.owner != owner:
             return None
@@ -165,7 +164,7 @@ class Files:
         return file
 
     def list(self, owner: str, start: str | None, *, older: bool, size: int) -> tuple[list[File], bool]:
-        """A page of an owner's files.
+        """List a page of an owner's files.
 
         Args:
             owner: Whose.
@@ -182,7 +181,7 @@ class Files:
         return [file for file in kept if file], more
 
     def delete(self, owner: str, file_id: str) -> bool:
-        """Deletes one of an owner's files; whether there was one.
+        """Delete one of an owner's files; return whether it existed.
 
         The object goes first: a crash in between leaves an item, with which the owner can ask again.
         """
@@ -194,11 +193,11 @@ class Files:
         return True
 
     def download_url(self, file_id: str, owner: str, expiry: str, signature: str) -> str | None:
-        """A link to S3, for whoever has a file's `urls.get`.
+        """Return a presigned S3 URL for the holder of a file's `urls.get`.
 
         Returns:
-            The link, which works for five minutes and makes browsers save the file, not show it; None where any part
-            of the request is wrong, or the file is not there (any more, or yet).
+            The URL, which works for five minutes and makes browsers save the file, not show it, or None if any part
+            of the request is wrong, or the file is missing (expired, or not uploaded yet).
         """
         file = self._read(file_id)
         if file is None or file.owner != owner or expiry != str(file.expires_at):
@@ -252,7 +251,7 @@ class Files:
             "etag": file.etag,
             "checksums": file.checksums,
         }
-        # The id is new and random: nothing can be there but this very item, of a write whose answer botocore missed.
+        # The id is new and random: nothing can be there but this very item, of a write whose response botocore missed.
         self._table.put_item(_key(file.id), item)
 
     def _read(self, file_id: str) -> File | None:
@@ -260,21 +259,17 @@ class Files:
         return self._kept(item) if item else None
 
     def _kept(self, item: dict[str, Any]) -> File | None:
-        """The file of an item; None once it has expired, which DynamoDB may notice days later."""
+        """Return an item's file, or None once expired (DynamoDB deletes it days later)."""
         values = {name: item[name] for name in File.__dataclass_fields__ if name in item}
         file = File(**{**values, "owner": item["owner"].removeprefix("files#")})
         return file if self._now() < file.expires_at else None
 
     def _uploaded(self, file: File) -> File | None:
-        """An announced file as S3 has it, or None."""
-        try:
-            head = self._s3.head_object(Bucket=self._bucket_name, Key=file.key)
-        except ClientError as error:
-            # 403 is S3's answer for a missing object to those who may not list the bucket.
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (403, 404):
-                raise
+        """Return an announced file as S3 has it, or None if it was not uploaded."""
+        found = head(self._bucket_name, file.key)
+        if found is None:
             return None
-        return replace(file, uploaded=True, size=head["ContentLength"], etag=head["ETag"].strip('"'))
+        return replace(file, uploaded=True, size=found["ContentLength"], etag=found["ETag"].strip('"'))
 
     def _note_upload(self, file: File) -> None:
         # It may be deleted meanwhile.
@@ -284,7 +279,7 @@ class Files:
 
 
 def place(file: File) -> str:
-    """A file's place in its owner's list."""
+    """Return a file's position in its owner's list."""
     return f"{file.created_at}#{file.id}"
 
 

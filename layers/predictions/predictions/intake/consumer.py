@@ -76,7 +76,7 @@ class RequestConsumer:
         metrics.add_metric(name="RequestsRefused", unit=MetricUnit.Count, value=1)
         try:
             # First: a crash in between keeps it twice, and never loses it.
-            self._dead_requests.bury(message, reason)
+            self._dead_requests.send(message, reason)
         finally:
             # Also where it could not be kept, and so comes again: nothing else would ever tell.
             if error is not None and (task_token := task_token_of(message.body)):

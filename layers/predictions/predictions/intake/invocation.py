@@ -30,7 +30,7 @@ from predictions.lifecycle.start import StartPrediction
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction, PredictionDetail
-from predictions.validation import parse_json
+from predictions.validation import field_problem, fields_refused, parse_json
 from predictions.views.prediction import Presenter
 
 WAIT_MARGIN_SECONDS = 20
@@ -196,7 +196,7 @@ class RunJobs:
             logger.warning("rejected", status=problem.status, upstream_status=problem.upstream_status, fields=fields)
             metrics.add_metric(name="RunJobsRefused", unit=MetricUnit.Count, value=1)
             return kind.answer(None, _error(problem, job))
-        if isinstance(job, InputJob) and job.wait_for_completion and not _ended(prediction):
+        if isinstance(job, InputJob) and job.wait_for_completion and not prediction.ended_visibly:
             self._wait(prediction.id, job, remaining_seconds)
         shown = self._presenter.show_started(
             prediction, json.loads(intent.input_json), lambda: self._read(prediction), as_starting=False
@@ -242,7 +242,7 @@ class RunJobs:
             except (ClientError, BotoCoreError):
                 logger.exception("prediction not read, retrying")
                 continue
-            if seen is None or _ended(seen):
+            if seen is None or seen.ended_visibly:
                 return
 
     def _read(self, prediction: Prediction) -> PredictionDetail:
@@ -284,17 +284,11 @@ def _read(kind: type[PromptJob] | type[InputJob], event: Any) -> PromptJob | Inp
         return kind.model_validate(value)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
-        invalid = [_invalid(kind, each["type"], str(each["loc"][0])[:100], each["msg"]) for each in found[:50]]
-        raise Problem(422, "Input validation failed", invalid_fields=invalid) from None
-
-
-def _invalid(kind: type[BaseModel], what: str, field: str, message: str) -> dict[str, str]:
-    if what == "extra_forbidden":
-        message = f"Unknown field. The known fields are {', '.join(f'`{name}`' for name in kind.model_fields)}."
-    elif what == "missing":
-        other = " (or `input_data`)" if field == "prompt" else ""
-        message = f"This field is required{other}."
-    return {"field": field, "detail": message}
+        invalid = [field_problem(str(each["loc"][0])[:100], each, kind.model_fields) for each in found]
+        for each in invalid:
+            if each == {"field": "prompt", "detail": "This field is required."}:
+                each["detail"] = "This field is required (or `input_data`)."
+        raise fields_refused(invalid) from None
 
 
 def _error(problem: Problem, job: PromptJob | InputJob | None) -> str:
@@ -314,10 +308,6 @@ def _error(problem: Problem, job: PromptJob | InputJob | None) -> str:
     told = f"Replicate API error: HTTP {problem.upstream_status}"
     # Details about a rejected token are of no use to a caller who did not choose the token.
     return told if problem.upstream_status in _TOKEN_REFUSED else f"{told}: {detail}"
-
-
-def _ended(prediction: Prediction) -> bool:
-    return prediction.terminal and not prediction.awaits_copy
 
 
 def _urls(shown: dict[str, Any]) -> dict[str, str] | None:

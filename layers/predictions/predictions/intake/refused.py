@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from botocore.exceptions import ClientError
 
 from predictions.aws.clients import client
-from predictions.aws.dead_letter_queue import DeadLetterQueue, Letter
+from predictions.aws.dead_letter_queue import DeadLetterQueue, DeadMessage
+from predictions.aws.s3 import is_missing
 from predictions.files.outputs_bucket import OutputsBucket
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class DeadRequests:
         """Build from `REQUESTS_DEAD_LETTER_QUEUE_URL` and the environment of the bucket."""
         return cls(os.environ["REQUESTS_DEAD_LETTER_QUEUE_URL"], client("sqs"), OutputsBucket.from_env)
 
-    def bury(self, message: "Message", reason: str) -> None:
+    def send(self, message: "Message", reason: str) -> None:
         """Send a rejected message to the DLQ, unchanged, with the reason.
 
         Sent twice, it is listed twice. SQS counts attributes with the body. Near the limit, the reason is cut, or the
@@ -113,11 +114,11 @@ class DeadRequests:
                 attributes["body_key"] = f"payloads/requests/{hashlib.sha256(text).hexdigest()}.json"
                 self._outputs().put_payload(attributes["body_key"], body)
                 body = "The message is stored in the outputs bucket. See the attribute body_key."
-        self._queue.bury(body, attributes)
+        self._queue.send(body, attributes)
 
-    def look(self, hidden_seconds: int) -> Iterator[DeadRequest]:
+    def receive(self, hidden_seconds: int) -> Iterator[DeadRequest]:
         """Receive all messages, each hidden for a while so that it is returned once."""
-        for letter in self._queue.look(hidden_seconds):
+        for letter in self._queue.receive(hidden_seconds):
             known: Mapping[str, str] = letter.attributes
             if not letter.moved and "ERROR_CODE" in known:
                 yield _undelivered(letter)
@@ -135,7 +136,7 @@ class DeadRequests:
                 receipt_handle=letter.receipt_handle,
             )
 
-    def _body(self, letter: Letter) -> str:
+    def _body(self, letter: DeadMessage) -> str:
         """Return the original body of a message that `send` stored."""
         key = letter.attributes.get("body_key", "")
         if not _BODY_KEY.fullmatch(key):
@@ -143,16 +144,16 @@ class DeadRequests:
         try:
             return self._outputs().get_payload(key)
         except ClientError as error:
-            if error.response["Error"]["Code"] not in ("NoSuchKey", "AccessDenied"):
+            if not is_missing(error):
                 raise
             return letter.body  # the object has expired, so the message can no longer be redriven
 
-    def forget(self, request: DeadRequest) -> None:
+    def delete(self, request: DeadRequest) -> None:
         """Delete a message."""
-        self._queue.forget(request.receipt_handle)
+        self._queue.delete(request.receipt_handle)
 
 
-def _undelivered(letter: Letter) -> DeadRequest:
+def _undelivered(letter: DeadMessage) -> DeadRequest:
     """Rebuild the message of an event that EventBridge could not deliver.
 
     For a rule it keeps the event alone, and names the rule, whose name has the recipe's id; for a schedule the message.

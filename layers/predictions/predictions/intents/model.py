@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from predictions.errors import Problem
 from predictions.ids import derived_id, random_id
-from predictions.validation import input_json_canonical, parse_json
+from predictions.validation import field_problem, fields_refused, input_json_canonical, parse_json
 
 LIFETIME_LIMIT_SECONDS = 3 * 24 * 3600
 """The longest deadline: with one resubmission still shorter than the shortest retention, 15 days."""
@@ -27,7 +27,6 @@ Source = Literal["http", "queue", "recipe", "batch", "pipeline", "run_job"]
 """The entry point of a request: the API, a queue message of its own, a recipe's event, a batch's line, a
 pipeline's step, or a direct invocation of `run_prediction`."""
 
-_INVALID_FIELDS_LIMIT = 50
 
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_])?"
 _REFERENCE = re.compile(
@@ -224,7 +223,7 @@ def _intent(
     if lifetime_seconds is None and asked.lifetime is not None:
         lifetime_seconds = _lifetime_seconds(str(asked.lifetime), "lifetime", invalid)
     if invalid or reference is None:
-        raise _invalid(invalid)
+        raise fields_refused(invalid)
     described = [
         reference.kind, reference.name, reference.version, input_json_canonical(asked.input),
         webhook, sorted(set(events)) if events is not None else None, asked.stream, lifetime_seconds,
@@ -254,7 +253,7 @@ def idempotency_key(headers: Mapping[str, str]) -> str | None:
     invalid: list[dict[str, str]] = []
     key = _idempotency_key(headers.get("idempotency-key"), "Idempotency-Key", invalid)
     if invalid:
-        raise _invalid(invalid)
+        raise fields_refused(invalid)
     return key
 
 
@@ -291,7 +290,7 @@ def create_training(
         invalid.append({"field": "Cancel-After", "detail": detail})
     key = _idempotency_key(headers.get("idempotency-key"), "Idempotency-Key", invalid)
     if invalid:
-        raise _invalid(invalid)
+        raise fields_refused(invalid)
     events = asked.webhook_events_filter
     described = [
         "training", reference.name, reference.version, asked.destination, input_json_canonical(asked.input),
@@ -374,7 +373,7 @@ def wait_seconds(prefer: str | None, limit: int) -> int | None:
             return limit
         if not re.fullmatch(r"[1-9]|[1-5][0-9]|60", seconds, re.ASCII):
             detail = "`wait` must be a whole number of seconds from 1 to 60, as in `wait=10`."
-            raise _invalid([{"field": "Prefer", "detail": detail}])
+            raise fields_refused([{"field": "Prefer", "detail": detail}])
         return min(limit, int(seconds))
     return None
 
@@ -391,27 +390,16 @@ def _validated(kind: type[_AnyBody], value: Any) -> _AnyBody:
         return kind.model_validate(value)
     except ValidationError as error:
         problems = [_field_problem(e, kind) for e in error.errors(include_url=False, include_context=False)]
-        raise _invalid(list({problem["field"]: problem for problem in problems}.values())) from None
+        raise fields_refused(list({problem["field"]: problem for problem in problems}.values())) from None
 
 
 def _field_problem(error: Any, kind: type[BaseModel]) -> dict[str, str]:
     # Except for a list's index, the parts after the field's name are names of types.
     parts = [part for i, part in enumerate(error["loc"]) if i == 0 or isinstance(part, int)]
     field = ".".join(str(part) for part in parts)[:200] or "body"
-    if error["type"] == "extra_forbidden":
-        known = ", ".join(f"`{name}`" for name in kind.model_fields if name != "webhook_completed")
-        return {"field": field, "detail": f"Unknown field. The known fields are {known}."}
-    if error["type"] == "missing":
-        return {"field": field, "detail": "This field is required."}
-    if field == "lifetime":
+    if field == "lifetime" and error["type"] not in ("extra_forbidden", "missing"):
         return {"field": field, "detail": _DURATION_DETAIL}
-    return {"field": field, "detail": error["msg"]}
-
-
-def _invalid(fields: list[dict[str, str]]) -> Problem:
-    detail = " ".join(f"{f['field']}: {f['detail']}" for f in fields[:5])
-    # A body may have any number of unknown fields; the response is bounded.
-    return Problem(422, detail, title="Input validation failed", invalid_fields=fields[:_INVALID_FIELDS_LIMIT])
+    return field_problem(field, error, (name for name in kind.model_fields if name != "webhook_completed"))
 
 
 def _named_reference(asked: RequestBody, invalid: list[dict[str, str]]) -> Reference | None:

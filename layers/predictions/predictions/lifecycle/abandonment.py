@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from predictions.files.outputs_bucket import StoredFile
+from predictions.files.output_references import StoredFile
 from predictions.lifecycle.timing import ABANDON_SECONDS
 from predictions.lifecycle.transitions import Transitions
 from predictions.observability import MetricUnit, count_ended, logger, metrics

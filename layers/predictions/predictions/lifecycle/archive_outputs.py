@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from predictions.errors import CopyInterrupted
-from predictions.files.outputs_bucket import FILES_LIMIT, OutputsBucket, folder
+from predictions.files.output_references import FILES_LIMIT
+from predictions.files.outputs_bucket import OutputsBucket, folder
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.store.predictions import PredictionsTable
 

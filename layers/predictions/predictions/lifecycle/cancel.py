@@ -10,7 +10,8 @@ from predictions.observability import logger
 from predictions.status import TERMINAL_RANK, Status, rank_of
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction
-from predictions.upstream.client import NotFound, Replicate, Unavailable
+from predictions.upstream.client import Replicate
+from predictions.upstream.errors import NotFound, Unavailable
 
 _CANCEL_SECONDS = 5
 """Time for one cancel: none begins with less time left."""

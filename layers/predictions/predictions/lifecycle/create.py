@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.admission.rate_limiter import Limiter, TooLate
+from predictions.admission.rate_limiter import Limiter
+from predictions.admission.reservations import TooLate
 from predictions.lifecycle.binding import Binding
 from predictions.lifecycle.connections import Connections
 from predictions.lifecycle.model_lookup import ModelLookup
@@ -21,7 +22,8 @@ from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction, Waits
-from predictions.upstream.client import NotAccepted, OutcomeUnknown, Replicate, Throttled, Unauthorized
+from predictions.upstream.client import Replicate
+from predictions.upstream.errors import NotAccepted, OutcomeUnknown, Throttled, Unauthorized
 
 if TYPE_CHECKING:
     from predictions.upstream.create_window import SendWindow

@@ -19,7 +19,8 @@ from predictions.observability import logger
 from predictions.store.keys import listed_key, upstream_key
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction
-from predictions.upstream.client import Collection, Unavailable
+from predictions.upstream.client import Collection
+from predictions.upstream.errors import Unavailable
 from predictions.upstream.list_reader import MARGIN_SECONDS, Listed, ListReader, Reading, digest_of
 from predictions.upstream.prediction import UpstreamPrediction
 

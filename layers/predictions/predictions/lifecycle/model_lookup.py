@@ -22,7 +22,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.errors import PredictionsError, Problem
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.upstream.client import NotFound, Unavailable, UpstreamError, is_model_name
+from predictions.upstream.client import is_model_name
+from predictions.upstream.errors import NotFound, Unavailable, UpstreamError
 
 if TYPE_CHECKING:
     from predictions.intents.model import Reference

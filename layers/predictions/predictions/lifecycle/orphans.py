@@ -17,7 +17,8 @@ from predictions.status import Status
 from predictions.store.keys import BREAKER, upstream_key
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction
-from predictions.upstream.client import NotFound, Replicate, Unavailable
+from predictions.upstream.client import Replicate
+from predictions.upstream.errors import NotFound, Unavailable
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

@@ -18,7 +18,8 @@ from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import TERMINAL_RANK, Status, rank_of
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction
-from predictions.upstream.client import NotFound, Replicate, Unavailable
+from predictions.upstream.client import Replicate
+from predictions.upstream.errors import NotFound, Unavailable
 
 
 class PollPrediction:

@@ -1,6 +1,8 @@
 """Reservations: starts and turns that predictions hold at the rate limiter."""
 
-from predictions.admission.rate_limiter import AskAgain, Lane, Limiter, Reservation, Start
+from predictions.admission.limiter_item import Lane
+from predictions.admission.rate_limiter import Limiter
+from predictions.admission.reservations import AskAgain, Reservation, Start
 from predictions.lifecycle.timing import START_MARGIN_SECONDS
 from predictions.store.records import Prediction, Waits
 
@@ -27,9 +29,9 @@ class Reservations:
     def give_back(self, lane: Lane, owner: str, waits: Waits) -> None:
         """Give back a start or turn that a prediction will not use."""
         if waits.reserved_start is not None:
-            self._limiter.give_back(lane, waits.reserved_start)
+            self._limiter.release(lane, waits.reserved_start)
         if waits.turn_ms:
-            self._limiter.give_turn_back(lane, owner, waits.turn_ms)
+            self._limiter.release_turn(lane, owner, waits.turn_ms)
 
 
 def lane_of(prediction: Prediction) -> Lane:

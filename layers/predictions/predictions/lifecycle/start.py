@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, Place, refusal_of
-from predictions.admission.rate_limiter import Limiter, Pause, Start, TooLate
+from predictions.admission.limiter_item import Pause
+from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, Slot, refusal_of
+from predictions.admission.rate_limiter import Limiter
+from predictions.admission.reservations import Start, TooLate
 from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.intents.model import Attempt, Intent
@@ -33,7 +35,7 @@ from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
 from predictions.store.records import AlreadyExists, Prediction, Waits
 from predictions.store.schemas import StoredSchemas
-from predictions.upstream.client import NotAccepted, OutcomeUnknown, Refused, Unauthorized
+from predictions.upstream.errors import NotAccepted, OutcomeUnknown, Refused, Unauthorized
 
 # Bounds of `Retry-After`, in seconds, in the refusal of a create that would start too late.
 _REFUSED_WAITS = (10, 300)
@@ -196,11 +198,11 @@ class StartPrediction:
             intent = replace(intent, id=noted_id)
         if limits is None:
             limits = self._usage.known_limits(intent.owner)
-        place = self._take_place(intent, limits) if limits else Place()
+        place = self._acquire_slot(intent, limits) if limits else Slot()
         start = self._limiter.reserve_for_caller(intent.owner, latest=latest)
         if isinstance(start, TooLate):
             try:
-                self._usage.give_back(intent.owner, intent.id, place)
+                self._usage.release_slot(intent.owner, intent.id, place)
             except (ClientError, BotoCoreError):
                 logger.exception("a place in its owner's limits is lost")
             raise self._refused(intent, start, latest)
@@ -250,9 +252,9 @@ class StartPrediction:
         )
         return Problem(429, detail, headers={"Retry-After": str(retry_seconds)})
 
-    def _take_place(self, intent: Intent, limits: OwnerLimits) -> Place:
+    def _acquire_slot(self, intent: Intent, limits: OwnerLimits) -> Slot:
         try:
-            return self._usage.take_place(intent.owner, intent.id, limits)
+            return self._usage.acquire_slot(intent.owner, intent.id, limits)
         except LimitReached as reached:
             raise refusal_of(reached) from None
 
@@ -291,7 +293,7 @@ class StartPrediction:
             # Replicate has accepted it: whatever failed in this stack, the response must not ask for a retry. The claim
             # prevents a second submission, and the webhook or a poll binds it.
             logger.exception("submitted, but not bound")
-        if prediction.terminal and not prediction.awaits_copy:
+        if prediction.ended_visibly:
             return prediction  # nothing is left to follow
         return self._track_for_caller(prediction, submit=submit)
 
@@ -371,7 +373,7 @@ class StartPrediction:
         step = _WAIT_STEP_SECONDS
         while True:
             prediction = self._table.get(prediction_id)
-            if prediction is None or (prediction.terminal and not prediction.awaits_copy):
+            if prediction is None or (prediction.ended_visibly):
                 return prediction is not None
             remaining = until - self._now()
             if remaining <= 0:

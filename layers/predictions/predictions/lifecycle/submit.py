@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from predictions.admission.quotas import LimitReached, OwnersUsage
-from predictions.admission.rate_limiter import AskAgain, Limiter, Start, TooLate
+from predictions.admission.rate_limiter import Limiter
+from predictions.admission.reservations import AskAgain, Start, TooLate
 from predictions.aws.clients import api_url
 from predictions.errors import PredictionThrottled, Problem
 from predictions.intents.model import Reference
@@ -24,7 +25,7 @@ from predictions.store.origins import is_active
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction
 from predictions.store.schemas import StoredSchemas
-from predictions.upstream.client import NotAccepted, OutcomeUnknown, Refused, Unauthorized
+from predictions.upstream.errors import NotAccepted, OutcomeUnknown, Refused, Unauthorized
 
 # A prediction that could not start before its deadline asks again after half of the remaining time, until that is less
 # than this.
@@ -131,7 +132,7 @@ class SubmitPrediction:
         # HTTP requests were checked before they were written; a version's schema does not describe trainings.
         check = prediction.source != "http" and prediction.object == "prediction"
         # Before anything that may refuse it: refused predictions cost executions too, and count for the owner's day.
-        counted = self._take_place_in_queue(prediction)
+        counted = self._acquire_slot_in_queue(prediction)
         try:
             version, schema = self._lookup.find(_reference(prediction), check=check)
         except Problem as problem:
@@ -182,7 +183,7 @@ class SubmitPrediction:
         turn_is_ahead = prediction.turn_ms and prediction.submit_at and prediction.submit_at > now
         if isinstance(start, Start) and start.at <= now + SOON_SECONDS:
             if turn_is_ahead:
-                self._limiter.give_turn_back(lane_of(prediction), prediction.owner, prediction.turn_ms or 0)
+                self._limiter.release_turn(lane_of(prediction), prediction.owner, prediction.turn_ms or 0)
             return
         if isinstance(start, AskAgain) and not start.step_ms:
             raise self._put_off_until(prediction, math.ceil(start.at), prediction.turn_ms)
@@ -218,7 +219,7 @@ class SubmitPrediction:
             f" {self._limiter.creates_per_minute} creates a minute: allow a longer lifetime, or send fewer at once."
         )
 
-    def _take_place_in_queue(self, prediction: Prediction) -> bool:
+    def _acquire_slot_in_queue(self, prediction: Prediction) -> bool:
         """Acquire a slot in the owner's limits, unless the prediction has one.
 
         Returns:
@@ -234,7 +235,7 @@ class SubmitPrediction:
         if not limits:
             return False
         try:
-            self._usage.take_place(prediction.owner, prediction.id, limits)
+            self._usage.acquire_slot(prediction.owner, prediction.id, limits)
         except LimitReached as reached:
             least, most = _OWN_LIMIT_WAITS
             seconds = max(reached.seconds, min(most, max(least, (int(self._now()) - prediction.created) // 4)))

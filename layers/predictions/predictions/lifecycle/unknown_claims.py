@@ -21,7 +21,8 @@ from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction
-from predictions.upstream.client import NotFound, Replicate, Unavailable
+from predictions.upstream.client import Replicate
+from predictions.upstream.errors import NotFound, Unavailable
 from predictions.upstream.prediction import UpstreamPrediction
 from predictions.validation import input_json_canonical
 

@@ -17,7 +17,8 @@ from predictions.aws.dynamodb import deserialize, serialize
 from predictions.store.keys import unknown_key
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction
-from predictions.upstream.client import Collection, OutcomeUnknown
+from predictions.upstream.client import Collection
+from predictions.upstream.errors import OutcomeUnknown
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

@@ -1,1 +1,1 @@
-"""HTTP to and from strangers: checked addresses, guarded clients, webhook signatures."""
+"""HTTP with untrusted hosts: checked addresses, guarded clients, signatures."""

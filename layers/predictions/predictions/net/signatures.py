@@ -1,9 +1,9 @@
-"""Signatures of webhooks: those of Replicate are verified here, ours are made here.
+"""Webhook signatures: verify Replicate's, sign this stack's own.
 
 Replicate signs as Standard Webhooks describes (https://www.standardwebhooks.com/,
 https://replicate.com/docs/topics/webhooks/verify-webhook): HMAC-SHA256 over `{id}.{timestamp}.{raw body}`.
-The published libraries let other exceptions than a refusal escape on malformed headers, or do not look at the
-timestamp; whatever a stranger sends here ends in `WebhookRefused`.
+Hand-made: the published libraries let other exceptions than a refusal escape on malformed headers, or do not check the
+timestamp; here all malformed requests end in `WebhookRefused`.
 """
 
 import base64
@@ -29,10 +29,10 @@ _VERSION = re.compile(r"v[0-9]{1,3}[a-z]?")
 
 
 class WebhookRefused(PredictionsError):
-    """The request is no webhook of ours to believe: answer 401 and change nothing.
+    """The request is not a genuine webhook: respond 401 and change nothing.
 
     Attributes:
-        reason: One of a few constant sentences, without anything the stranger sent: fit for logs and metrics.
+        reason: One of a few constant sentences, without anything of the request: fit for logs and metrics.
     """
 
     def __init__(self, reason: str) -> None:
@@ -41,18 +41,18 @@ class WebhookRefused(PredictionsError):
 
 
 class SignatureMismatch(WebhookRefused):
-    """Well formed and in time, but signed with none of the secrets: forged, altered, or of a newer secret."""
+    """Well-formed and fresh, but no secret matches: forged, or of a newer secret."""
 
 
 class SigningSecretUnavailable(PredictionsError):
-    """Our own fault: there is no usable signing secret now. Answer 503, so that the webhook is sent again."""
+    """No usable signing secret, this stack's own fault: respond 503 for redelivery."""
 
 
 def verify(body: bytes, headers: Mapping[str, str | None], secrets: Sequence[str], now: float) -> None:
-    """Returns if the webhook is genuine and fresh.
+    """Verify that a webhook is genuine and fresh.
 
     Within the tolerance a copy of a genuine webhook verifies again, as Replicate's own repetition must: what
-    a webhook does has to be harmless twice.
+    a webhook does must be harmless twice.
 
     Args:
         body: The body as it arrived, before any parsing.
@@ -87,7 +87,7 @@ def verify(body: bytes, headers: Mapping[str, str | None], secrets: Sequence[str
 
 
 def sign(body: bytes, *, webhook_id: str, timestamp: int, secrets: Sequence[str]) -> dict[str, str]:
-    """The three headers that make `body` a genuine webhook.
+    """Return the three headers that make `body` a genuine webhook.
 
     Args:
         body: The bytes that will be sent, unchanged.
@@ -121,7 +121,7 @@ def _header(headers: Mapping[str, str | None], name: str) -> str:
 
 
 def _signatures(header: str) -> list[str]:
-    """The version 1 signatures, base64; other versions are for other receivers and passed over."""
+    """Return the version 1 signatures (base64); ignore other versions."""
     entries = header.split(" ")
     if len(entries) > MAX_SIGNATURES:
         raise WebhookRefused("The header webhook-signature holds too many signatures.")
@@ -146,7 +146,7 @@ def _signature(body: bytes, webhook_id: str, timestamp: str, secret: str) -> str
 
 
 def key_of(secret: str) -> bytes:
-    """The bytes to sign with: 24 to 64, says Standard Webhooks; an empty key would let everybody sign."""
+    """Decode a secret into the key: 24 to 64 bytes (Standard Webhooks), never empty."""
     try:
         prefix, _, encoded = secret.partition("whsec_")
         key = base64.b64decode(encoded, validate=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import client
-from predictions.files.outputs_bucket import StoredFile
+from predictions.files.output_references import StoredFile
 from predictions.observability import logger
 from predictions.status import Status
 from predictions.store.records import Prediction

@@ -8,7 +8,6 @@ Secrets Manager; the version is an item at pk `owner#{owner}`, sk `webhook_secre
 import base64
 import hashlib
 import hmac
-import math
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Table
+from predictions.aws.secrets import CachedSecret
 from predictions.errors import PredictionsError
 from predictions.store.keys import webhook_secret_key
 
@@ -26,12 +26,7 @@ if TYPE_CHECKING:
     from mypy_boto3_secretsmanager import SecretsManagerClient
 
 OVERLAP_SECONDS = 24 * 3600
-_CACHE_SECONDS = 300
 _FIRST_VERSION = 1
-
-
-class MasterSecretUnusable(PredictionsError):
-    """The master secret, from which all owners' secrets are derived, is too short. A fault of the stack."""
 
 
 class RotatedRecently(PredictionsError):
@@ -115,11 +110,7 @@ class OwnerSecrets:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._versions = versions
-        self._master_arn = master_arn
-        self._secretsmanager = secretsmanager
-        self._clock = clock
-        self._master = b""
-        self._read_at = -math.inf
+        self._master = CachedSecret(master_arn, secretsmanager, clock=clock)
 
     @classmethod
     def from_env(cls) -> "OwnerSecrets":
@@ -130,7 +121,7 @@ class OwnerSecrets:
         """Return the secret with which an owner's receivers verify webhooks: `whsec_…`.
 
         Raises:
-            MasterSecretUnusable: A fault of the stack.
+            SecretTooShort: A fault of the stack.
             botocore.exceptions.ClientError: The table or the master cannot be read.
         """
         return self._secret(owner, self._versions.version_of(owner).version)
@@ -139,7 +130,7 @@ class OwnerSecrets:
         """Return the secrets that sign now: the current, and for 24 h the previous one.
 
         Raises:
-            MasterSecretUnusable: A fault of the stack.
+            SecretTooShort: A fault of the stack.
             botocore.exceptions.ClientError: The table or the master cannot be read.
         """
         current = self._versions.version_of(owner)
@@ -150,13 +141,5 @@ class OwnerSecrets:
 
     def _secret(self, owner: str, version: int) -> str:
         # An owner's name has no line break, so no two pairs of owner and version give the same text.
-        mac = hmac.new(self._key(), f"webhook secret\n{version}\n{owner}".encode(), hashlib.sha256)
+        mac = hmac.new(self._master.signing_key(), f"webhook secret\n{version}\n{owner}".encode(), hashlib.sha256)
         return f"whsec_{base64.b64encode(mac.digest()).decode()}"
-
-    def _key(self) -> bytes:
-        if self._clock() - self._read_at >= _CACHE_SECONDS:
-            answer = self._secretsmanager.get_secret_value(SecretId=self._master_arn)
-            self._master, self._read_at = answer["SecretString"].encode(), self._clock()
-        if len(self._master) < 32:
-            raise MasterSecretUnusable(f"The secret {self._master_arn} must hold at least 32 characters.")
-        return self._master

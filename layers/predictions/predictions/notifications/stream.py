@@ -26,7 +26,8 @@ from typing import Any, TypeVar
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.task_tokens import tell_failure, tell_success
-from predictions.files.outputs_bucket import OutputsBucket, StoredFile
+from predictions.files.output_references import StoredFile
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.notifications.event_bus import Event, EventBus, event_of_prediction, list_files
 from predictions.notifications.stream_retries import Effect, Retry, RetryQueue, UnreadableRetry
 from predictions.notifications.webhook_queue import DeliveriesQueue

@@ -11,6 +11,7 @@ only those during which the function crashed, and moves such a message to the de
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from predictions.aws.clients import client
 from predictions.aws.dead_letter_queue import DeadLetterQueue
+from predictions.clock import retry_seconds
 from predictions.errors import PredictionsError
 
 if TYPE_CHECKING:
@@ -101,8 +103,7 @@ class Retry:
         passed = now - self.first_at
         if passed >= RETRY_SECONDS:
             return None
-        wait = max(2 * passed, _FIRST_WAIT_SECONDS) * (0.8 + 0.4 * jitter)
-        return min(round(wait), _LONGEST_WAIT_SECONDS)
+        return min(round(retry_seconds(passed, _FIRST_WAIT_SECONDS, math.inf, jitter)), _LONGEST_WAIT_SECONDS)
 
     def message(self) -> str:
         """Return the message's body."""
@@ -159,7 +160,7 @@ class RetryQueue:
 
     def give_up(self, retry: Retry, reason: str) -> None:
         """Send an effect to the DLQ, with the reason."""
-        self._dead_letters.bury(json.dumps({**json.loads(retry.message()), "reason": reason}, separators=(",", ":")))
+        self._dead_letters.send(json.dumps({**json.loads(retry.message()), "reason": reason}, separators=(",", ":")))
 
 
 def read_dead_letter(body: str, now: float) -> Retry | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from predictions.aws.clients import client
 from predictions.aws.dead_letter_queue import DeadLetterQueue
+from predictions.clock import retry_seconds
 from predictions.errors import PredictionsError
 from predictions.status import DEFAULT_WEBHOOK_EVENTS, Status
 
@@ -75,7 +76,7 @@ class Delivery:
         until = self.first_at + (RETRY_SECONDS if self.event == "completed" else RUNNING_RETRY_SECONDS)
         if now >= until:
             return None
-        wait = min(max(2 * (now - self.first_at), FIRST_WAIT_SECONDS), LONGEST_WAIT_SECONDS) * (0.8 + 0.4 * jitter)
+        wait = retry_seconds(now - self.first_at, FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, jitter)
         # The last try is at the very end.
         return max(1, round(min(wait, until - now)))
 
@@ -240,18 +241,18 @@ class DeadLetters:
         """Use the queue of `DELIVERIES_DEAD_LETTER_QUEUE_URL`."""
         return cls(os.environ["DELIVERIES_DEAD_LETTER_QUEUE_URL"], client("sqs"))
 
-    def bury(self, delivery: Delivery, reason: str) -> None:
+    def send(self, delivery: Delivery, reason: str) -> None:
         """Send a given-up delivery to the DLQ, with the reason."""
-        self._queue.bury(json.dumps({**asdict(delivery), "reason": reason}, separators=(",", ":")))
+        self._queue.send(json.dumps({**asdict(delivery), "reason": reason}, separators=(",", ":")))
 
-    def look(self, hidden_seconds: int) -> Iterator[DeadLetter]:
+    def receive(self, hidden_seconds: int) -> Iterator[DeadLetter]:
         """Receive all dead letters, each hidden for a while so that it is returned once."""
-        for letter in self._queue.look(hidden_seconds):
+        for letter in self._queue.receive(hidden_seconds):
             yield _dead_letter(letter.body, letter.receipt_handle)
 
-    def forget(self, letter: DeadLetter) -> None:
+    def delete(self, letter: DeadLetter) -> None:
         """Delete a dead letter."""
-        self._queue.forget(letter.receipt_handle)
+        self._queue.delete(letter.receipt_handle)
 
 
 def _dead_letter(body: str, receipt_handle: str) -> DeadLetter:

@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 
-from predictions.net.addresses import AddressRefused, TimedNetwork, guarded_client
+from predictions.net.addresses import AddressRefused
+from predictions.net.client import TimedNetwork, guarded_client, read_up_to
 from predictions.net.signatures import sign
 from predictions.notifications.signing_secrets import OwnerSecrets
 from predictions.notifications.webhook_queue import FIRST_WAIT_SECONDS, DeadLetters, DeliveriesQueue, Delivery
@@ -155,7 +156,7 @@ class Receivers:
             return False
         metrics.add_metric(name="DeliveriesFailed", unit=MetricUnit.Count, value=1)
         if delivery.event == "completed":
-            self._dead_letters.bury(delivery, failure.reason)
+            self._dead_letters.send(delivery, failure.reason)
         return True
 
     def _shown(self, whole: PredictionDetail, delivery: Delivery) -> dict[str, Any] | None:
@@ -165,7 +166,7 @@ class Receivers:
         another event shows the prediction as it ran.
         """
         prediction = whole.prediction
-        ended = prediction.terminal and not prediction.awaits_copy
+        ended = prediction.ended_visibly
         if delivery.event == "completed":
             return self._presenter.show(whole) if ended else None
         if ended and "completed" in prediction.wanted_events and self._now() >= delivery.first_at + FIRST_WAIT_SECONDS:
@@ -199,7 +200,9 @@ class Receivers:
                 http.stream("POST", url, content=body, headers=headers) as answer,
             ):
                 status = answer.status_code
-                _read_a_little(answer)
+                # A small response, as receivers expect, is read; of a larger one the rest is of no interest.
+                with suppress(httpx.HTTPError):
+                    read_up_to(answer.iter_raw(), ANSWER_LIMIT_BYTES)
         except AddressRefused as error:
             raise _NotDelivered(f"the address {error}", final=True) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -227,13 +230,3 @@ def _origin(url: str) -> str:
     except httpx.InvalidURL:
         return ""
     return f"{target.scheme}://{target.netloc.decode()}"
-
-
-def _read_a_little(answer: httpx.Response) -> None:
-    """Read a small response, as receivers expect, and ignore the rest and its errors."""
-    length = 0
-    with suppress(httpx.HTTPError):
-        for piece in answer.iter_raw():
-            length += len(piece)
-            if length > ANSWER_LIMIT_BYTES:
-                return

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from predictions.aws.clients import client
 from predictions.aws.executions import Executions
+from predictions.clock import backoff_seconds
 from predictions.lifecycle.cancel import CancelPrediction
 from predictions.observability import logger
 from predictions.pipelines.state import StepState, run_ids, states_of
@@ -205,7 +206,7 @@ class PipelineExecutions:
         logger.info("stalled", pipeline_id=pipeline_id)
         # First: a pipeline that cannot be started must not block the others in the next sweep.
         died = pipeline.execution_n - 1
-        check_at = self._now() + min(_STUCK_MOST_SECONDS, _STUCK_SECONDS * 2 ** min(died, 10))
+        check_at = self._now() + backoff_seconds(_STUCK_SECONDS, died, _STUCK_MOST_SECONDS)
         self._table.check_pipeline_at(pipeline, check_at)
         over = died >= _DEAD_EXECUTIONS and self._now() >= pipeline.deadline + _ABANDON_SECONDS
         if over and self._executions.status(pipeline.id, pipeline.execution_n) != "RUNNING":

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from predictions.errors import Problem
 from predictions.intents.model import Reference, create_requested_intent
 from predictions.templating import Allowance, PlaceholderError, TooSlow, expressions, fill, holds_placeholders
-from predictions.validation import input_json_canonical
+from predictions.validation import fields_refused, input_json_canonical
 
 STEPS_LIMIT = 50
 """The limit of steps of a pipeline."""
@@ -52,7 +52,6 @@ _CHECK_STEPS = 1_000_000
 _CHECK_SECONDS = 5.0
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
-_INVALID_FIELDS_LIMIT = 50
 _UNKNOWN_FIELD = "The model does not know this field."  # as `upstream.input_schema` reports it
 
 Violations = list[dict[str, str]]
@@ -194,7 +193,7 @@ def create_definition(value: Any, check: Check) -> Definition:
     invalid: Violations = list(_too_large(asked))
     if invalid:
         # No template is filled before this is checked.
-        raise _refused(invalid)
+        raise fields_refused(invalid)
     filling = _Filling()
     steps = [_step(asked, number, invalid, filling) for number in range(len(asked.steps))]
     invalid += _fan_outs(asked)
@@ -203,7 +202,7 @@ def create_definition(value: Any, check: Check) -> Definition:
         invalid += [_of_step(number, step.name, found) for found in _by_schema(step, asked.input, check, filling)]
     if invalid:
         # The first reason of each place: the others follow from it.
-        raise _refused(list({each["field"]: each for each in reversed(invalid)}.values())[::-1])
+        raise fields_refused(list({each["field"]: each for each in reversed(invalid)}.values())[::-1])
     return Definition(asked.input, tuple(steps))
 
 
@@ -214,7 +213,7 @@ def _validated(value: Any) -> PipelineBody:
         return PipelineBody.model_validate(value)
     except ValidationError as error:
         found = [_shape(e, value) for e in error.errors(include_url=False, include_context=False)]
-        raise _refused(list({each["field"]: each for each in found}.values())) from None
+        raise fields_refused(list({each["field"]: each for each in found}.values())) from None
 
 
 def _shape(error: Any, value: Mapping[str, Any]) -> dict[str, str]:
@@ -566,8 +565,3 @@ def _reference(request: Mapping[str, Any]) -> Reference:
 
 def _of_step(number: int, name: str, found: Mapping[str, str]) -> dict[str, str]:
     return {"field": f"steps.{number}.{found['field']}"[:300], "detail": f"Step `{name[:32]}`: {found['detail']}"}
-
-
-def _refused(invalid: Violations) -> Problem:
-    detail = " ".join(f"{each['field']}: {each['detail']}" for each in invalid[:5])
-    return Problem(422, detail, title="Input validation failed", invalid_fields=invalid[:_INVALID_FIELDS_LIMIT])

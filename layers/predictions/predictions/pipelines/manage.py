@@ -10,6 +10,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, refusal_of
 from predictions.aws.clients import api_url
+from predictions.clock import rfc3339
 from predictions.errors import Problem
 from predictions.ids import derived_id, is_id, random_id
 from predictions.intents.model import Attempt, idempotency_key
@@ -24,7 +25,6 @@ from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
 from predictions.store.records import Prediction, PredictionDetail
 from predictions.store.schemas import StoredSchemas
-from predictions.times import rfc3339
 from predictions.upstream.client import Replicate
 from predictions.validation import parse_json
 from predictions.views.prediction import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
@@ -190,7 +190,7 @@ class PipelineApi:
             return
         try:
             self._usage.check_day(owner, limits)
-            self._usage.take_open_place("pipeline", owner, pipeline_id, limits)
+            self._usage.acquire_open_slot("pipeline", owner, pipeline_id, limits)
         except LimitReached as reached:
             raise refusal_of(reached) from None
 

@@ -24,13 +24,13 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, IfNotExists, Table
+from predictions.clock import timestamp
 from predictions.errors import PredictionsError
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.pipelines.definition import Definition
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.keys import list_of, owner_of, pipeline_key
 from predictions.store.payloads import store_text
-from predictions.times import timestamp
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

@@ -11,12 +11,13 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from predictions.clock import timestamp
 from predictions.errors import Problem
 from predictions.ids import random_id
 from predictions.intents.model import Reference, create_requested_intent
@@ -27,9 +28,9 @@ from predictions.recipes.schema import NAME, RecipeBody
 from predictions.recipes.store import KEPT_APART, Recipe, RecipeItems
 from predictions.store.schemas import StoredSchemas
 from predictions.templating import PlaceholderError, expressions, holds_placeholders
-from predictions.times import timestamp
-from predictions.upstream.client import NotFound, Replicate, UpstreamError
-from predictions.validation import parse_json
+from predictions.upstream.client import Replicate
+from predictions.upstream.errors import NotFound, UpstreamError
+from predictions.validation import field_problem, fields_refused, parse_json
 
 if TYPE_CHECKING:
     from predictions.upstream.input_schema import InputSchema
@@ -48,7 +49,6 @@ _SCHEDULE = re.compile(
     r"|at\(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\)",
     re.ASCII,
 )
-_INVALID_FIELDS_LIMIT = 50
 
 
 class RecipeChanges:
@@ -142,7 +142,7 @@ class RecipeChanges:
             try:
                 self._reconcile(existing)
             except RuleRefused as refused:
-                raise _invalid([{"field": existing.kind or "name", "detail": str(refused)}]) from None
+                raise fields_refused([{"field": existing.kind or "name", "detail": str(refused)}]) from None
             return existing, False
         if existing is not None and name is None and existing.state == "active":
             raise Problem(409, f"Recipe {named} exists already. Replace it with PUT /recipes/{named}.")
@@ -165,7 +165,7 @@ class RecipeChanges:
                 self._rules.put(recipe)
             except RuleRefused as refused:
                 self._restore(existing, recipe)
-                raise _invalid([{"field": recipe.kind or "name", "detail": str(refused)}]) from None
+                raise fields_refused([{"field": recipe.kind or "name", "detail": str(refused)}]) from None
         if not self._items.set_state(recipe, "active"):
             self._reconcile(recipe)
             raise _changed_meanwhile(named)
@@ -231,11 +231,12 @@ class RecipeChanges:
             asked = RecipeBody.model_validate(value)
         except ValidationError as error:
             found = error.errors(include_url=False, include_context=False)
-            raise _invalid([_field_problem(each) for each in found]) from None
+            fields = [(".".join(map(str, each["loc"]))[:200] or "body", each) for each in found]
+            raise fields_refused([field_problem(field, each) for field, each in fields]) from None
         named = asked.name or name or ""
         if not re.fullmatch(NAME, named, re.ASCII) or named != (name or named):
             detail = "Must be 1 to 63 of `a` to `z`, digits and `-`; the same in the body as in the route."
-            raise _invalid([{"field": "name", "detail": detail}])
+            raise fields_refused([{"field": "name", "detail": detail}])
         definition = {field: part for field, part in value.items() if part is not None and field != "name"}
         for field in ("s3", "schedule"):
             if field in definition:
@@ -243,7 +244,7 @@ class RecipeChanges:
         invalid = [*_check_source(asked), *self._check_bucket(asked), *_check_placeholders(asked)]
         reference = self._check_request(asked, invalid)
         if invalid or reference is None:
-            raise _invalid(invalid)
+            raise fields_refused(invalid)
         self._check_input(asked, reference)
         return named, definition
 
@@ -305,7 +306,7 @@ class RecipeChanges:
             if not any(place == each["field"] or place.startswith(f"{each['field']}.") for place in open_places)
         ]
         if invalid:
-            raise _invalid(invalid)
+            raise fields_refused(invalid)
 
     def _schema(self, reference: Reference) -> "InputSchema | None":
         if self._schemas is None or reference.name is None:
@@ -379,20 +380,6 @@ def _check_placeholders(asked: RecipeBody) -> list[dict[str, str]]:
     return invalid
 
 
-def _field_problem(error: Mapping[str, Any]) -> dict[str, str]:
-    field = ".".join(str(part) for part in error["loc"])[:200] or "body"
-    if error["type"] == "extra_forbidden":
-        return {"field": field, "detail": "Unknown field."}
-    if error["type"] == "missing":
-        return {"field": field, "detail": "This field is required."}
-    return {"field": field, "detail": error["msg"]}
-
-
 def _changed_meanwhile(name: str) -> Problem:
     detail = f"Another call changed recipe {name} concurrently. Check it, then retry."
     return Problem(409, detail, headers={"Retry-After": "1"})
-
-
-def _invalid(fields: list[dict[str, str]]) -> Problem:
-    detail = " ".join(f"{each['field']}: {each['detail']}" for each in fields[:5])
-    return Problem(422, detail, title="Input validation failed", invalid_fields=fields[:_INVALID_FIELDS_LIMIT])

@@ -32,15 +32,16 @@ from botocore.exceptions import ClientError
 
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Table
+from predictions.clock import rfc3339
 from predictions.files.links import Links
-from predictions.files.outputs_bucket import ORIGIN_DEPTH, safe_prefix
+from predictions.files.output_references import ORIGIN_DEPTH
+from predictions.files.outputs_bucket import safe_prefix
 from predictions.ids import is_id
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.intents.sources import Message, RequestRefused
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.keys import DEPLOYED_RECIPES, list_of, owner_of, recipe_key, recipe_name_key
 from predictions.templating import Allowance, Filler, NothingFound, PlaceholderError
-from predictions.times import rfc3339
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

@@ -9,7 +9,8 @@ from botocore.exceptions import ClientError
 
 from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Item, Table
 from predictions.errors import PredictionsError
-from predictions.files.outputs_bucket import OutputsBucket, StoredFile
+from predictions.files.output_references import StoredFile
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.status import Status
 from predictions.store.keys import FILES, PROGRESS, prediction_key, result_sk
 from predictions.store.records import Prediction

@@ -22,7 +22,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from predictions.aws.dynamodb import NEW, PRESENT, Condition, ConditionFailed
-from predictions.files.outputs_bucket import StoredFile
+from predictions.clock import timestamp
+from predictions.files.output_references import StoredFile
 from predictions.status import TERMINAL_RANK, Status, rank_of, visible
 from predictions.store.keys import CALLER, input_sk, list_of, prediction_key, upstream_key
 from predictions.store.reads import PredictionReads
@@ -35,7 +36,6 @@ from predictions.store.records import (
     Waits,
     prediction_of,
 )  # fmt: skip
-from predictions.times import timestamp
 
 if TYPE_CHECKING:
     from predictions.intents.model import Intent

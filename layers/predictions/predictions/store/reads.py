@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import Condition, Item, Table
-from predictions.files.outputs_bucket import OutputsBucket, StoredFile
+from predictions.clock import timestamp
+from predictions.files.output_references import StoredFile
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.status import Status
 from predictions.store.keys import FILES, PREDICTION, PROGRESS, input_sk, list_of, prediction_key, result_sk
 from predictions.store.payloads import Payloads
 from predictions.store.records import Page, Prediction, PredictionDetail, Result, UnreadResult, prediction_of
-from predictions.times import timestamp
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from predictions.aws.dynamodb import deserialize
 from predictions.errors import PredictionsError
-from predictions.files.outputs_bucket import StoredFile
+from predictions.files.output_references import StoredFile
 from predictions.status import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status
 from predictions.store.keys import owner_of
 

@@ -1,4 +1,4 @@
-"""JSON of strangers, bounded by the memory that it takes when it is parsed.
+"""Untrusted JSON, bounded by the memory that it takes when parsed.
 
     weigh(body, limit)          estimates that memory before anything is parsed
     members(body), elements()   finds the values of an object or a list without building any of them
@@ -68,11 +68,11 @@ _MEMBER_LIMIT_BYTES = 256 * 1024
 
 
 class Unscannable(PredictionsError):
-    """A text is cut off, is no JSON, or is nested in a way that a scan in bounded time does not follow."""
+    """A text is cut off, invalid, or nested too deep for a scan in bounded time."""
 
 
 class Weight(NamedTuple):
-    """What a JSON text takes when it is parsed.
+    """The weight of a JSON text when parsed.
 
     Attributes:
         values: How many values it has: the objects, lists, texts and numbers.
@@ -85,7 +85,7 @@ class Weight(NamedTuple):
 
 
 def weigh(body: bytes, limit_bytes: int) -> Weight:
-    """Estimate the memory that a JSON text takes while it is parsed, kept and written out again.
+    """Estimate the memory to parse a JSON text, hold it and write it out again.
 
     The estimate is an upper bound for what is JSON, mostly within a third of what is measured.
 
@@ -107,7 +107,7 @@ def weigh(body: bytes, limit_bytes: int) -> Weight:
 
 
 class _Counted:
-    """What is counted of a text: at first everywhere, then without what its strings hold."""
+    """Counts over a text: first over all of it, then without its strings."""
 
     def __init__(self, body: bytes) -> None:
         self._body = body
@@ -132,7 +132,7 @@ class _Counted:
             self.empty = sum(body.count(each) for each in _EMPTY_ONES)
 
     def look_into_strings(self, limit_bytes: int) -> None:
-        """Take off what was counted within strings; stops where the strings alone weigh more than the limit."""
+        """Subtract what was counted within strings; stop if the strings exceed the limit."""
         body, at, seen, seen_bytes, wide = self._body, 0, 0, 0, 0
         self.empty = sum(body.count(each) for each in _EMPTY_ONES)
         match: re.Match[bytes] | None
@@ -183,7 +183,7 @@ class _Counted:
 
 
 def _width(special: bytes, text: bytes) -> int:
-    """How many bytes a character takes in a string of Python's that holds a text.
+    """Return how many bytes Python uses for each character of a text.
 
     Args:
         special: What of the text is not printable ASCII.
@@ -196,7 +196,7 @@ def _width(special: bytes, text: bytes) -> int:
 
 
 def _distinct_keys(body: bytes) -> int:
-    """How many different keys there are; as many as there are strings, where those are many."""
+    """Count the distinct keys; give up above a limit and return an upper bound."""
     keys: set[bytes] = set()
     match: re.Match[bytes]
     for match in _STRING_AND_COLON.finditer(body):
@@ -216,7 +216,7 @@ class Member(NamedTuple):
 
 
 def members(body: bytes, start: int = 0) -> Iterator[Member]:
-    """Find the members of an object, one after the other, without parsing their values.
+    """Yield the members of an object, without parsing their values.
 
     Raises:
         Unscannable: There is no object at `start`, it is cut off, or it is nested too deep to be followed.
@@ -244,7 +244,7 @@ def members(body: bytes, start: int = 0) -> Iterator[Member]:
 
 
 def elements(body: bytes, start: int = 0) -> Iterator[tuple[int, int]]:
-    """Find the elements of a list, one after the other, as their starts and ends, without parsing them.
+    """Yield the starts and ends of a list's elements, without parsing them.
 
     Raises:
         Unscannable: There is no list at `start`, it is cut off, or it is nested too deep to be followed.

@@ -1,18 +1,9 @@
-"""Replicate, seen from here: the few calls the protocol makes, and what their answers mean.
+"""Client of Replicate's HTTP API: the calls and the meaning of their responses.
 
-The protocol needs to know one thing of a failed create: can it have started a prediction or not? So every outcome
-that is no prediction is one of
-
-    NotAccepted        nothing was started: connection never made, or a 4xx
-    ├── Throttled      429
-    ├── Unauthorized   401, 402 or 403: the stack's own token or credit
-    └── Refused        any other 4xx: the request's own fault
-    OutcomeUnknown     a prediction may have been started: timeout, reset, 5xx, an answer that cannot be read
-
-Nothing in here tries again. Source of the protocol's facts: https://replicate.com/docs/reference/http
+Nothing in here retries: the caller decides by the error (`upstream.errors`). Source of the protocol's facts:
+https://replicate.com/docs/reference/http
 """
 
-import json
 import math
 import os
 import re
@@ -24,13 +15,23 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
 
 import httpx
-from aws_lambda_powertools.utilities.parameters import SecretsProvider
-from aws_lambda_powertools.utilities.parameters.exceptions import GetParameterError
 
-from predictions.aws.clients import client
-from predictions.errors import PredictionsError
+from predictions.clock import parse_rfc3339, rfc3339
+from predictions.net.client import read_up_to
 from predictions.observability import MetricUnit, metrics
 from predictions.upstream.bounded_json import LIGHT_BYTES, Unscannable, elements, members, read_members
+from predictions.upstream.credentials import Token
+from predictions.upstream.errors import (
+    AnswerTooLargeError,
+    NotAccepted,
+    NotFound,
+    OutcomeUnknown,
+    Refused,
+    Throttled,
+    TokenUnreadable,
+    Unauthorized,
+    Unavailable,
+)
 from predictions.upstream.prediction import (
     TEXT_LIMIT_BYTES,
     UnreadablePrediction,
@@ -47,110 +48,32 @@ CREATE_TIMEOUT_SECONDS = 20
 
 _CONNECT_SECONDS = 5
 
-# How much later than asked for an answer that was waited for may come; a function that waits has 5 s left then.
+# How much later than asked for a response that was waited for may come; a function that waits has 5 s left then.
 _SYNC_MARGIN_SECONDS = 3
 
-# What is asked can be asked again; a caller of the API waits for it within API Gateway's 29 s, before the create.
+# Reads can be repeated; a caller of the API waits for one within API Gateway's 29 s, before the create.
 _ASK_TIMEOUT_SECONDS = 7
 
 # A schema is asked for while a caller waits, and can be done without.
 _SCHEMA_TIMEOUT_SECONDS = 2.5
 SCHEMA_LIMIT_BYTES = 2 * 1024 * 1024
-"""The largest answer that a schema is taken from."""
+"""The largest response that a schema is taken from."""
 
 # A prediction's JSON can hold data: URLs and long logs. What of it is parsed is bounded by a function's memory.
 _ANSWER_LIMIT_BYTES = TEXT_LIMIT_BYTES
 
-# An answer of Replicate may refuse any number of fields; the others are counted.
+# A response of Replicate may refuse any number of fields; the others are counted.
 _FIELDS_LIMIT = 100
 
-_TOKEN_CACHE_SECONDS = 60
-
 RATE_LIMIT_HEADERS = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
-"""What Replicate says of its limit in the answer to a create."""
+"""The rate-limit headers of Replicate's response to a create."""
 
 Collection = Literal["predictions", "trainings"]
 
 
-class UpstreamError(PredictionsError):
-    """A call to Replicate did not give what was asked for."""
-
-
-class NotAccepted(UpstreamError):
-    """Replicate has not started anything.
-
-    Attributes:
-        status: The HTTP status, or None where no connection was made.
-        detail: Replicate's explanation.
-        invalid_fields: The first of the fields that Replicate refused.
-        fields_left_out: How many more it refused.
-    """
-
-    def __init__(
-        self,
-        status: int | None,
-        detail: str,
-        invalid_fields: list[dict[str, str]] | None = None,
-        fields_left_out: int = 0,
-    ) -> None:
-        super().__init__(f"{status or 'no connection'}: {detail}")
-        self.status = status
-        self.detail = detail
-        self.invalid_fields = invalid_fields or []
-        self.fields_left_out = fields_left_out
-
-
-class Throttled(NotAccepted):
-    """429; `seconds` is how long to wait."""
-
-    def __init__(self, detail: str, seconds: int) -> None:
-        super().__init__(429, detail)
-        self.seconds = seconds
-
-
-class Unauthorized(NotAccepted):
-    """401, 402 or 403, or no token to be had: the stack's token or credit is the operator's to mend."""
-
-
-class Refused(NotAccepted):
-    """Another 4xx: the request itself is refused."""
-
-
-class OutcomeUnknown(UpstreamError):
-    """A prediction may have been started, or not.
-
-    Attributes:
-        status: The HTTP status of the response, or None where there was none.
-    """
-
-    def __init__(self, reason: str, status: int | None = None) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
-class TokenUnreadable(UpstreamError):
-    """The stack's own token cannot be read, or is none that a header can carry; nothing was sent."""
-
-
-class NotFound(UpstreamError):
-    """404 to a read: Replicate does not know it (or does not know it any more)."""
-
-
-class Unavailable(UpstreamError):
-    """A read failed in a way that says nothing about what was asked: try again later.
-
-    Attributes:
-        status: The HTTP status, or None where there was no answer to go by.
-    """
-
-    def __init__(self, reason: str, status: int | None = None) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
 @dataclass(frozen=True)
 class Target:
-    """What runs a prediction, in one of Replicate's three forms, or is trained.
+    """The target of a create: a version, a model, a deployment, or a training.
 
     Attributes:
         kind: `version` (`POST /predictions`), `model` or `deployment` (`POST /{kind}s/{name}/predictions`), or
@@ -165,7 +88,7 @@ class Target:
 
     @property
     def path(self) -> str:
-        """Where a create is posted."""
+        """Return the path of the create."""
         if self.kind == "version":
             return "/predictions"
         if self.kind == "training":
@@ -173,7 +96,7 @@ class Target:
         return f"/{self.kind}s/{self.name}/predictions"
 
     def ran(self, prediction: UpstreamPrediction) -> bool:
-        """Whether this is what Replicate says ran a prediction."""
+        """Return whether a prediction ran on this target, according to Replicate."""
         if self.kind == "deployment":
             return prediction.deployment in (self.name, (self.name or "").rpartition("/")[2])
         if self.kind == "model":
@@ -182,11 +105,11 @@ class Target:
 
 
 class Canceled(NamedTuple):
-    """What is read of Replicate's answer to a cancel.
+    """The response to a cancel, as far as it is read.
 
     Attributes:
         id: The prediction's id.
-        status: Its status then; None where the answer is so large or so deep that it cannot be found in it.
+        status: Its status then; None where the response is so large or so deep that it cannot be found in it.
     """
 
     id: str
@@ -219,7 +142,7 @@ class Replicate:
     """
 
     def __init__(
-        self, url: str, token: "Token", http: httpx.Client, creates: Callable[[], httpx.Client] | None = None
+        self, url: str, token: Token, http: httpx.Client, creates: Callable[[], httpx.Client] | None = None
     ) -> None:
         self._url = url.rstrip("/")
         self._token = token
@@ -228,7 +151,7 @@ class Replicate:
 
     @classmethod
     def from_env(cls) -> "Replicate":
-        """From `REPLICATE_API_URL` and `REPLICATE_TOKEN_SECRET_ARN`."""
+        """Create from `REPLICATE_API_URL` and `REPLICATE_TOKEN_SECRET_ARN`."""
         options: dict[str, Any] = {
             "timeout": httpx.Timeout(CREATE_TIMEOUT_SECONDS, connect=_CONNECT_SECONDS),
             "headers": {"User-Agent": "replicate-serverless", "Accept": "application/json"},
@@ -246,7 +169,7 @@ class Replicate:
         return cls(os.environ["REPLICATE_API_URL"], Token(os.environ["REPLICATE_TOKEN_SECRET_ARN"]), http, creates)
 
     def calls_back(self, webhook: str) -> bool:
-        """Whether this Replicate takes a webhook URL: the real one refuses a local cloud's, which polls instead."""
+        """Return whether Replicate accepts a webhook URL: it refuses a local cloud's."""
         return webhook.startswith("https://") or self._url.startswith("http://")
 
     def create(
@@ -259,16 +182,16 @@ class Replicate:
         rate_limit: dict[str, str] | None = None,
         window: "SendWindow | None" = None,
     ) -> UpstreamPrediction:
-        """Creates a prediction or training with one POST, never repeated.
+        """Create a prediction or training with one POST, never repeated.
 
         Args:
             target: What is to run it.
             body: `input`, `webhook`, `webhook_events_filter` and, where asked for, `stream`, or for a training
                 `destination`; Replicate refuses others.
             cancel_after_seconds: Sent as `Cancel-After`; Replicate's minimum is 5. None for a training, which has none.
-            wait_seconds: Sent as `Prefer: wait`, 1 to 60: Replicate holds its answer until the end, at most that long.
-                The answer may be `processing` with the whole output, its files as `data:` URLs.
-            rate_limit: Takes the answer's `RATE_LIMIT_HEADERS`, also of one that is no prediction.
+            wait_seconds: Sent as `Prefer: wait`, 1 to 60: Replicate holds its response until the end or that long.
+                The response may be `processing` with the whole output, its files as `data:` URLs.
+            rate_limit: Filled with the rate-limit headers of Replicate's response, if there was one.
             window: When the request may be sent, and by when it is over.
 
         Raises:
@@ -284,7 +207,7 @@ class Replicate:
             read_seconds = max(read_seconds, wait_seconds + _SYNC_MARGIN_SECONDS)
         timeout = httpx.Timeout(read_seconds, connect=_CONNECT_SECONDS)
         try:
-            answer = self._request(
+            response = self._request(
                 "POST", target.path, json=payload, headers=headers, timeout=timeout, beginning_will_do=True,
                 create=True, window=window,
             )  # fmt: skip
@@ -293,60 +216,61 @@ class Replicate:
         except TokenUnreadable as error:
             raise Unauthorized(None, str(error)) from error
         except (httpx.HTTPError, AnswerTooLargeError) as error:
-            raise OutcomeUnknown(f"the create was sent, but its answer was lost ({type(error).__name__})") from error
+            raise OutcomeUnknown(f"the create was sent, but its response was lost ({type(error).__name__})") from error
         if rate_limit is not None:
-            rate_limit |= _rate_limit(answer)
-        if 400 <= answer.status_code < 500 and answer.status_code != 408:
-            raise not_accepted(answer)
-        if not 200 <= answer.status_code < 300:
-            raise OutcomeUnknown(f"Replicate answered {answer.status_code} to the create", answer.status_code)
+            rate_limit |= _rate_limit(response)
+        if 400 <= response.status_code < 500 and response.status_code != 408:
+            raise not_accepted(response)
+        if not 200 <= response.status_code < 300:
+            raise OutcomeUnknown(f"Replicate answered {response.status_code} to the create", response.status_code)
         try:
-            # One that is too large still tells its id in most cases, and with it what was started.
-            return UpstreamPrediction.read(answer.content, truncated=_is_truncated(answer))
+            # A response that is too large still shows its id in most cases, and so what was started.
+            return UpstreamPrediction.read(response.content, truncated=_is_truncated(response))
         except UnreadablePrediction as error:
-            raise OutcomeUnknown("Replicate's answer to the create is not a prediction", answer.status_code) from error
+            reason = "Replicate's response to the create is not a prediction"
+            raise OutcomeUnknown(reason, response.status_code) from error
 
     def get(self, upstream_id: str, collection: Collection = "predictions") -> UpstreamPrediction:
-        """Reads one prediction or training; of one whose output is too large, all but that (see `too_large`).
+        """Read a prediction or training, without an output that is too large.
 
         Raises:
             NotFound: Replicate does not know it.
             Unavailable: Replicate could not be asked.
         """
-        answer = self._ask("GET", f"/{collection}/{upstream_id}", beginning_will_do=True)
+        response = self._ask("GET", f"/{collection}/{upstream_id}", beginning_will_do=True)
         try:
-            return UpstreamPrediction.read(answer.content, truncated=_is_truncated(answer), upstream_id=upstream_id)
+            return UpstreamPrediction.read(response.content, truncated=_is_truncated(response), upstream_id=upstream_id)
         except UnreadablePrediction as error:
-            raise Unavailable("Replicate's answer is not a prediction") from error
+            raise Unavailable("Replicate's response is not a prediction") from error
 
     def cancel(self, upstream_id: str, collection: Collection = "predictions") -> "Canceled":
-        """Asks Replicate to cancel a prediction or training; one that has ended stays as it is.
+        """Cancel a prediction or training; a finished one does not change.
 
-        The answer holds the whole prediction. Nothing but its id and status is read; all else is skipped unparsed.
+        The response holds the whole prediction. Nothing but its id and status is read; all else is skipped unparsed.
 
         Raises:
             NotFound: Replicate does not know it.
             Unavailable: Replicate could not be asked; asking again does no harm.
         """
-        answer = self._ask("POST", f"/{collection}/{upstream_id}/cancel", beginning_will_do=True)
-        texts = read_members(utf8(answer.content), ("id", "status"))
+        response = self._ask("POST", f"/{collection}/{upstream_id}/cancel", beginning_will_do=True)
+        texts = read_members(utf8(response.content), ("id", "status"))
         found = {name: value for name, text in texts.items() if isinstance(value := read_json(text), str)}
-        if "status" not in found and len(answer.content) <= LIGHT_BYTES:
-            raise Unavailable("Replicate's answer to the cancel is not a prediction")
+        if "status" not in found and len(response.content) <= LIGHT_BYTES:
+            raise Unavailable("Replicate's response to the cancel is not a prediction")
         return Canceled(found.get("id", upstream_id), found.get("status"))
 
     def created_between(
         self, start: datetime, end: datetime, collection: Collection = "predictions"
     ) -> Iterator[UpstreamPrediction]:
-        """The predictions or trainings this account created in a span of time, newest first, as the list tells them.
+        """List the predictions or trainings created in a span of time, newest first.
 
         Raises:
             Unavailable: Replicate could not be asked.
         """
         url = f"/{collection}"
         query: dict[str, str] | None = {
-            "created_after": start.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "created_before": end.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "created_after": rfc3339(start, "milliseconds"),
+            "created_before": rfc3339(end, "milliseconds"),
         }
         if collection == "trainings":
             query = None  # their list has no such filters: it is read from the newest on
@@ -361,7 +285,7 @@ class Replicate:
                     listed = UpstreamPrediction.parse(entry)
                 except UnreadablePrediction:
                     continue
-                created = _parse_time(listed.created_at)
+                created = parse_rfc3339(listed.created_at)
                 # The filters may be unknown to a server; the order is documented: newest first.
                 if created is not None and created < start:
                     return
@@ -372,7 +296,7 @@ class Replicate:
             query = None
 
     def model(self, name: str) -> Model:
-        """Describes a model, `owner/name`.
+        """Read the description of a model, `owner/name`.
 
         Raises:
             NotFound: There is no such model, or the stack's token may not see it.
@@ -388,7 +312,7 @@ class Replicate:
         )
 
     def version_schema(self, name: str, version: str) -> Any:
-        """The `openapi_schema` of a version of the model `owner/name`, whatever its author made of it.
+        """Read the `openapi_schema` of a version of the model `owner/name`, unchecked.
 
         Raises:
             NotFound: There is no such version, or the stack's token may not see it.
@@ -397,7 +321,7 @@ class Replicate:
         return self._describe(f"/models/{name}/versions/{version}").get("openapi_schema")
 
     def release(self, deployment: str) -> tuple[str, str] | None:
-        """The model `owner/name` and the version that a deployment `owner/name` runs now, where Replicate names both.
+        """Read the model and version that a deployment runs, or None if either is missing.
 
         Raises:
             NotFound: There is no such deployment, or the stack's token may not see it.
@@ -411,7 +335,7 @@ class Replicate:
         return self._json(self._ask("GET", path, timeout=_SCHEMA_TIMEOUT_SECONDS, limit_bytes=SCHEMA_LIMIT_BYTES))
 
     def signing_secret(self) -> str:
-        """The secret with which Replicate signs this account's webhooks (`whsec_…`).
+        """Read the secret with which Replicate signs this account's webhooks (`whsec_…`).
 
         Raises:
             Unavailable: Replicate could not be asked, or gave no secret.
@@ -423,24 +347,24 @@ class Replicate:
 
     def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
         try:
-            answer = self._request(method, path, **{"timeout": _ASK_TIMEOUT_SECONDS, **request})
+            response = self._request(method, path, **{"timeout": _ASK_TIMEOUT_SECONDS, **request})
         except TokenUnreadable as error:
             raise Unavailable(str(error)) from error
         except (httpx.HTTPError, httpx.InvalidURL, AnswerTooLargeError) as error:
             raise Unavailable(f"Replicate could not be asked ({type(error).__name__})") from error
-        if answer.status_code in (404, 410):
-            raise NotFound(_detail(answer))
-        if answer.status_code in (401, 402, 403):
+        if response.status_code in (404, 410):
+            raise NotFound(_detail(response))
+        if response.status_code in (401, 402, 403):
             self._token.forget()
-            reason = f"Replicate refuses the stack's token or credit ({answer.status_code})"
-            raise Unavailable(reason, answer.status_code)
-        if not 200 <= answer.status_code < 300:
-            raise Unavailable(f"Replicate answered {answer.status_code}", answer.status_code)
-        return answer
+            reason = f"Replicate refuses the stack's token or credit ({response.status_code})"
+            raise Unavailable(reason, response.status_code)
+        if not 200 <= response.status_code < 300:
+            raise Unavailable(f"Replicate answered {response.status_code}", response.status_code)
+        return response
 
     @contextmanager
     def opened(self, path: str, *, timeout_seconds: float) -> Iterator[httpx.Response]:
-        """Open the response to a GET, of whatever status, whose body the caller reads piece by piece.
+        """Open the response to a GET, of any status; the caller reads its body in pieces.
 
         Args:
             path: The path, or a whole URL of this API, such as a list's `next`.
@@ -453,17 +377,17 @@ class Replicate:
         try:
             # A piece of compressed text may hold a thousand times as much.
             headers = {"Authorization": f"Bearer {self._token.value()}", "Accept-Encoding": "identity"}
-            with self._http.stream("GET", url, headers=headers, timeout=timeout_seconds) as answer:
-                if answer.status_code in (401, 402, 403):
+            with self._http.stream("GET", url, headers=headers, timeout=timeout_seconds) as response:
+                if response.status_code in (401, 402, 403):
                     self._token.forget()
-                yield answer
+                yield response
         except TokenUnreadable as error:
             raise Unavailable(str(error)) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Unavailable(f"Replicate could not be asked ({type(error).__name__})") from error
 
     def owns(self, url: object) -> bool:
-        """Whether a URL leads to this API, so that the token may go with a request to it."""
+        """Return whether a URL is of this API, so that the token may be sent to it."""
         return isinstance(url, str) and url.startswith(self._url + "/")
 
     def _request(
@@ -486,85 +410,33 @@ class Replicate:
             request["extensions"] = {"window": window}
         began = time.monotonic()
         http = self._creates() if create else self._http
-        with http.stream(method, url, headers=headers, **request) as answer:
+        with http.stream(method, url, headers=headers, **request) as response:
             if "Prefer" not in headers:  # else it waited for the model
                 seconds = time.monotonic() - began
                 metrics.add_metric(name="UpstreamSeconds", unit=MetricUnit.Seconds, value=seconds)
-            received = bytearray()
-            truncated = False
-            for chunk in answer.iter_bytes():
-                received += chunk
-                if len(received) > most:
-                    if not (beginning_will_do and 200 <= answer.status_code < 300):
-                        raise AnswerTooLargeError(f"more than {most} bytes")
-                    truncated = True
-                    break
-            if answer.status_code in (401, 402, 403):
+            received, truncated = read_up_to(response.iter_bytes(), most)
+            if truncated and not (beginning_will_do and 200 <= response.status_code < 300):
+                raise AnswerTooLargeError(f"more than {most} bytes")
+            if response.status_code in (401, 402, 403):
                 self._token.forget()
             return httpx.Response(
-                answer.status_code,
+                response.status_code,
                 # The body is decoded already; its length and encoding are no longer what these say.
                 # As bytes: httpx would refuse text that is not ASCII, after a prediction was started.
-                headers=[(k, v) for k, v in answer.headers.raw if not k.lower().startswith(b"content-")],
-                content=bytes(received),
+                headers=[(k, v) for k, v in response.headers.raw if not k.lower().startswith(b"content-")],
+                content=received,
                 extensions={_TRUNCATED: truncated},
             )
 
-    def _json(self, answer: httpx.Response) -> dict[str, Any]:
-        value = read_json(answer.content)
+    def _json(self, response: httpx.Response) -> dict[str, Any]:
+        value = read_json(response.content)
         if not isinstance(value, dict):
-            raise Unavailable("Replicate's answer is not a JSON object")
+            raise Unavailable("Replicate's response is not a JSON object")
         return value
 
 
-class AnswerTooLargeError(UpstreamError):
-    """An answer is larger than a function can hold."""
-
-
-def token_of(secret: str) -> str:
-    """The token in a secret's value: the bare token, or JSON with a key `token`.
-
-    Raises:
-        TokenUnreadable: There is none in it. The value is not repeated.
-    """
-    text = secret.strip()
-    if text.startswith("{"):
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = None
-        text = str(value.get("token", "")).strip() if isinstance(value, dict) else ""
-    if not re.fullmatch(r"[!-~]+", text):
-        raise TokenUnreadable("this stack's secret holds no Replicate token")
-    return text
-
-
-class Token:
-    """The stack's Replicate token, read from Secrets Manager at most once a minute."""
-
-    def __init__(self, secret_arn: str) -> None:
-        self._secret_arn = secret_arn
-        self._secrets = SecretsProvider(boto3_client=client("secretsmanager"))
-
-    def value(self) -> str:
-        """The token; a change in Secrets Manager is seen within a minute, or at once after a refusal.
-
-        Raises:
-            TokenUnreadable: Secrets Manager does not give it, or its value is no token. The value is not repeated.
-        """
-        try:
-            secret = self._secrets.get(self._secret_arn, max_age=_TOKEN_CACHE_SECONDS)
-        except GetParameterError as error:
-            raise TokenUnreadable("Secrets Manager does not give this stack's Replicate token") from error
-        return token_of(secret.decode("utf-8", "replace") if isinstance(secret, bytes) else str(secret))
-
-    def forget(self) -> None:
-        """Reads the secret anew for the next call: this token was refused."""
-        self._secrets.clear_cache()  # type: ignore[no-untyped-call]  # Powertools leaves it untyped
-
-
 def is_model_name(value: Any) -> TypeGuard[str]:
-    """Whether a value can be a model's `owner/name`, which becomes part of a path."""
+    """Return whether a value is a valid `owner/name`, which becomes part of a path."""
     return (
         isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]{0,127}/[\w-][\w.-]{0,127}", value, re.ASCII) is not None
     )
@@ -574,12 +446,12 @@ def _is_version(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
-# What is read of an entry in a list that is too large to be parsed whole.
+# The members that are read of each entry in a list that is too large to be parsed whole.
 _LISTED_MEMBERS = ("id", "status", "model", "version", "deployment", "input", "created_at", "webhook")
 
 
 def _read_page(body: bytes) -> tuple[Any, Iterator[Any]]:
-    """A page of a list: where the next one is, and the entries.
+    """Read a page of a list: the URL of the next page, and the entries.
 
     A page holds whole predictions with their outputs, of all owners. One that is too large to be parsed is scanned: of
     each entry only small members are read, so that what one prediction returned keeps none from being found.
@@ -598,7 +470,7 @@ def _read_page(body: bytes) -> tuple[Any, Iterator[Any]]:
         found = {member.name: member for member in members(text)}
         spans = list(elements(text, found["results"].start)) if "results" in found else []
     except Unscannable as error:
-        raise Unavailable("Replicate's answer is not a JSON object") from error
+        raise Unavailable("Replicate's response is not a JSON object") from error
     following = read_json(text[found["next"].start : found["next"].end]) if "next" in found else None
     return following, (
         {name: read_json(value, replace=True) for name, value in read_members(text, _LISTED_MEMBERS, start).items()}
@@ -609,43 +481,43 @@ def _read_page(body: bytes) -> tuple[Any, Iterator[Any]]:
 _TRUNCATED = "truncated"
 
 
-def _is_truncated(answer: httpx.Response) -> bool:
-    """Whether an answer is only the beginning of one that is longer than what is received."""
-    return bool(answer.extensions.get(_TRUNCATED))
+def _is_truncated(response: httpx.Response) -> bool:
+    """Return whether a response was cut off at the limit."""
+    return bool(response.extensions.get(_TRUNCATED))
 
 
-def not_accepted(answer: httpx.Response) -> NotAccepted:
-    """What a 4xx of Replicate means: `Throttled`, `Unauthorized` or `Refused`, with its explanation."""
-    detail = _detail(answer)
-    if answer.status_code == 429:
-        return Throttled(detail, _retry_after_seconds(answer, detail))
-    if answer.status_code in (401, 402, 403):
-        return Unauthorized(answer.status_code, detail)
-    fields = _invalid_fields(answer)
+def not_accepted(response: httpx.Response) -> NotAccepted:
+    """Turn a 4xx of Replicate into `Throttled`, `Unauthorized` or `Refused`."""
+    detail = _detail(response)
+    if response.status_code == 429:
+        return Throttled(detail, _retry_after_seconds(response, detail))
+    if response.status_code in (401, 402, 403):
+        return Unauthorized(response.status_code, detail)
+    fields = _invalid_fields(response)
     kept = [{"field": field[:200], "detail": text[:1000]} for field, text in fields[:_FIELDS_LIMIT]]
-    return Refused(answer.status_code, detail, kept, fields_left_out=len(fields) - len(kept))
+    return Refused(response.status_code, detail, kept, fields_left_out=len(fields) - len(kept))
 
 
-def _rate_limit(answer: httpx.Response) -> dict[str, str]:
-    told = {name: answer.headers.get(name, "") for name in RATE_LIMIT_HEADERS}
-    # They become headers of our own answer.
+def _rate_limit(response: httpx.Response) -> dict[str, str]:
+    told = {name: response.headers.get(name, "") for name in RATE_LIMIT_HEADERS}
+    # They become headers of our own response.
     return {name: value for name, value in told.items() if re.fullmatch(r"[!-~][ -~]{0,99}", value)}
 
 
-def _problem_of(answer: httpx.Response) -> dict[str, Any]:
-    value = read_json(answer.content)
+def _problem_of(response: httpx.Response) -> dict[str, Any]:
+    value = read_json(response.content)
     return value if isinstance(value, dict) else {}
 
 
-def _detail(answer: httpx.Response) -> str:
-    problem = _problem_of(answer)
-    detail = problem.get("detail") or problem.get("title") or f"Replicate answered {answer.status_code}"
+def _detail(response: httpx.Response) -> str:
+    problem = _problem_of(response)
+    detail = problem.get("detail") or problem.get("title") or f"Replicate answered {response.status_code}"
     # Half a surrogate pair cannot be stored.
     return str(detail)[:2000].encode("utf-8", "replace").decode()
 
 
-def _invalid_fields(answer: httpx.Response) -> list[tuple[str, str]]:
-    fields = _problem_of(answer).get("invalid_fields")
+def _invalid_fields(response: httpx.Response) -> list[tuple[str, str]]:
+    fields = _problem_of(response).get("invalid_fields")
     if not isinstance(fields, list):
         return []
     return [
@@ -655,9 +527,9 @@ def _invalid_fields(answer: httpx.Response) -> list[tuple[str, str]]:
     ]
 
 
-def _retry_after_seconds(answer: httpx.Response, detail: str) -> int:
-    """How long a 429 asks to wait: the header, else the body's `retry_after`, else its `~Ns`, else a minute's part."""
-    candidates = [answer.headers.get("retry-after"), _problem_of(answer).get("retry_after")]
+def _retry_after_seconds(response: httpx.Response, detail: str) -> int:
+    """Return the wait of a 429: header, body's `retry_after`, its `~Ns`, or 10 s."""
+    candidates = [response.headers.get("retry-after"), _problem_of(response).get("retry_after")]
     if said := re.search(r"~\s*(\d+(?:\.\d+)?)\s*s", detail):
         candidates.append(said.group(1))
     for candidate in candidates:
@@ -668,12 +540,3 @@ def _retry_after_seconds(answer: httpx.Response, detail: str) -> int:
         if math.isfinite(seconds):
             return min(3600, max(1, math.ceil(seconds)))
     return 10
-
-
-def _parse_time(text: Any) -> datetime | None:
-    """A timestamp of Replicate's: RFC 3339 in UTC with 0 to 9 fractional digits, of which six are kept."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except (TypeError, ValueError):
-        return None
-    return moment if moment.tzinfo else None

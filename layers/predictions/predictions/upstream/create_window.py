@@ -1,4 +1,4 @@
-"""The time window in which the holder of a claim may send its create, and the connection that keeps to it.
+"""The time window of a create, and the connection that keeps to it.
 
 A claim is a lease: `submit_until` in the item says until when its holder may act. Readers of Replicate's list rely on
 it, so it has to hold without the holder's cooperation. A function that is frozen between its claim and its POST, and
@@ -16,15 +16,14 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpcore
 import httpx
 
-from predictions.net.addresses import TimedNetwork
+from predictions.net.client import ResponseStream, TimedNetwork, exchange
 
 _RESET_WHEN_CLOSED: httpcore.SOCKET_OPTION = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -61,7 +60,7 @@ class SendWindow:
 
 
 def single_use_client(**options: Any) -> httpx.Client:
-    """Return a client whose every request has a connection of its own, bound to the request's `SendWindow`.
+    """Create a client with one connection for each request, bound to its `SendWindow`.
 
     Args:
         **options: As for `httpx.Client`, such as `timeout` and `headers`.
@@ -70,14 +69,14 @@ def single_use_client(**options: Any) -> httpx.Client:
 
 
 class SingleUseTransport(httpx.BaseTransport):
-    """Sends each request over a new connection, within the `SendWindow` in its extension `window`."""
+    """Sends each request over a new connection, within its `SendWindow`."""
 
     def __init__(self, verify: ssl.SSLContext | None = None) -> None:
         # Made with the first create: most invocations need none.
         self._tls = verify
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request; without a window in its extensions it is limited by its timeouts alone."""
+        """Send one request, within the window in its extensions, if any."""
         if self._tls is None:
             self._tls = httpx.create_ssl_context(trust_env=False)
         window = request.extensions.get("window")
@@ -88,55 +87,22 @@ class SingleUseTransport(httpx.BaseTransport):
             network_backend=_WindowedNetwork(window),
         )
         try:
-            with _httpx_errors():
-                if not isinstance(request.stream, httpx.SyncByteStream):
-                    raise TypeError("creates are sent synchronously only")
-                response = pool.handle_request(
-                    httpcore.Request(
-                        method=request.method,
-                        url=httpcore.URL(
-                            scheme=request.url.raw_scheme,
-                            host=request.url.raw_host,
-                            port=request.url.port,
-                            target=request.url.raw_path,
-                        ),
-                        headers=request.headers.raw,
-                        content=request.stream,
-                        extensions={"timeout": request.extensions.get("timeout", {})},
-                    )
-                )
+            response = exchange(pool, request, {"timeout": request.extensions.get("timeout", {})})
         except BaseException:
             pool.close()
             raise
-        return httpx.Response(response.status, headers=response.headers, stream=_SingleUseBody(response, pool))
-
-
-class _SingleUseBody(httpx.SyncByteStream):
-    def __init__(self, response: httpcore.Response, pool: httpcore.ConnectionPool) -> None:
-        self._response = response
-        self._pool = pool
-
-    def __iter__(self) -> Iterator[bytes]:
-        with _httpx_errors():
-            yield from self._response.iter_stream()
-
-    def close(self) -> None:
-        try:
-            with _httpx_errors():
-                self._response.close()
-        finally:
-            self._pool.close()
+        return httpx.Response(response.status, headers=response.headers, stream=ResponseStream(response, pool.close))
 
 
 class _WindowedNetwork(TimedNetwork):
-    """Opens connections that write nothing before the window is checked, and reset when they are closed."""
+    """Opens connections that check the window before they write, and close by reset."""
 
     def __init__(self, window: SendWindow | None) -> None:
         self._window = window
         if window is None:
             super().__init__(lambda: _WITHOUT_WINDOW_SECONDS)
             return
-        # Both clocks count: the one that is set back when a sandbox thaws, and the one that stands still meanwhile.
+        # Both clocks count: the one that is set back when a sandbox thaws, and the one that is stopped meanwhile.
         until = time.monotonic() + window.over_at - window.now()
         super().__init__(lambda: min(until - time.monotonic(), window.over_at - window.now()))
 
@@ -182,13 +148,3 @@ class _WindowedStream(httpcore.NetworkStream):
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
-
-
-@contextmanager
-def _httpx_errors() -> Iterator[None]:
-    """Raise httpcore's errors as those of httpx, which have the same names."""
-    try:
-        yield
-    except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
-        kind: type[httpx.TransportError] = getattr(httpx, type(error).__name__)
-        raise kind(str(error)) from error

@@ -1,4 +1,4 @@
-"""Entries of a list of Replicate's, read from pieces of its JSON without building what nobody asks for.
+"""Scanner of Replicate's lists: reads entries in pieces, skipping large values.
 
 A page of a list holds the whole input and output of a hundred predictions. One output of 60 MB, or of millions of
 nested numbers, would take the memory and the time of a small function when parsed. So nested values are skipped, piece
@@ -6,7 +6,7 @@ by piece, by operations that run in C: whole strings are cut out by one substitu
 by a translation, and a running sum finds out whether the value can end in this piece. Only a piece in which a nested
 value does end is looked at bracket by bracket.
 
-What is skipped is not validated. What surrounds it is: a page that is cut short or malformed is refused.
+Skipped values are not validated. Their surroundings are: a page that is cut short or malformed is refused.
 """
 
 import json
@@ -68,7 +68,7 @@ class EntryScanner:
         single: Whether the text is one prediction and not a page of them.
 
     Attributes:
-        following: The page's `next`, as it is there: a string, None, or `...` (Ellipsis) where there is none.
+        following: The page's `next`, as it is there: a string, None, or `...` (Ellipsis) if absent.
         has_results: Whether a list `results` has begun.
     """
 
@@ -84,7 +84,7 @@ class EntryScanner:
         self._fields: dict[str, Any] = {}
         self._unreadable: set[str] = set()
         self._input: bytes | None = None
-        # Of a value that is skipped: its depth, whether a string is open, and what is kept of it.
+        # Of a value that is skipped: its depth, whether a string is open, and the part that is collected.
         self._depth = 0
         self._in_string = False
         self._kept: bytearray | None = None
@@ -132,7 +132,7 @@ class EntryScanner:
     # -- what is skipped --------------------------------------------------------------------------------------
 
     def _take(self, end: int) -> None:
-        """Consume the buffer up to there; of an input that is small enough it is kept."""
+        """Consume the buffer up to there, collecting an input that is small enough."""
         if self._kept is not None:
             self._kept += self._buffer[:end]
             if len(self._kept) > INPUT_LIMIT_BYTES:
@@ -270,7 +270,7 @@ class EntryScanner:
         return entry
 
     def _value(self, value: Any, *, nested: bool = False) -> None:
-        """Take the value of the key at hand; `...` stands for one that is not kept."""
+        """Take the value of the current key; `...` stands for a value that is left out."""
         if self._expects not in ("value", "value or end"):
             raise MalformedListError("unexpected value")
         depth = len(self._stack)
@@ -292,7 +292,7 @@ class EntryScanner:
 
 
 def _unquoted(quoted: bytes) -> Any:
-    """A string's text; `...` for one that is too long or no text."""
+    """Return a string's text, or `...` if it is too long or not valid."""
     if len(quoted) > TEXT_LIMIT_BYTES:
         return ...
     try:

@@ -1,7 +1,9 @@
-"""Checks an input against a model's own schema, before anything is paid for.
+"""Check an input against a model's own schema, before anything is paid for.
+
+Hand-made: JSON Schema libraries bound neither the time of a check nor the patterns of a hostile schema.
 
 The schema is part of a version's OpenAPI document (https://replicate.com/docs/reference/openapi): Cog makes it from the
-model's code, so it is a stranger's text. It is read as data and never run:
+model's code, so it is untrusted text. It is read as data and never run:
 
     $ref        only `#/components/schemas/…`; anything else makes the schema unusable
     pattern     matched by Rust's regular expressions, in time linear in the text (pydantic's core has them); one that
@@ -9,7 +11,7 @@ model's code, so it is a stranger's text. It is read as data and never run:
     size        its values, its depth and its patterns are limited when it is read
     time        every step of a check is counted, and a check that takes too many is given up
 
-What is refused here is refused by the model as well. Where that is not certain, the input passes and Replicate decides:
+The model refuses as well whatever is refused here. Where that is not certain, the input passes and Replicate decides:
 keywords that are not known, formats other than `uri`, an explicit null for an optional input, `oneOf` (as `anyOf`).
 
 JSON Schema itself: https://json-schema.org/draft/2020-12/json-schema-validation, as OpenAPI 3.0 (`nullable`, boolean
@@ -28,7 +30,7 @@ from pydantic_core import SchemaError, SchemaValidator, core_schema
 from predictions.errors import PredictionsError
 
 VIOLATIONS_LIMIT = 50
-"""The most violations that one answer names."""
+"""The most violations that one response names."""
 
 STEPS_LIMIT = 100_000
 """The most steps of one check: in the worst case that was found (patterns) half a second of a whole processor."""
@@ -66,11 +68,11 @@ _Kind = Literal["string", "integer", "number", "boolean", "array", "object", "nu
 
 
 class UnusableSchema(PredictionsError):
-    """What a model gives as its schema is none, or none that can be used safely."""
+    """A model's schema is malformed, or cannot be used safely."""
 
 
 class NotChecked(PredictionsError):
-    """A check would take too long; nothing is known of the input."""
+    """A check takes too many steps; the input is not known to be right or wrong."""
 
 
 class _Node(BaseModel):
@@ -102,19 +104,19 @@ class _Node(BaseModel):
     any_of: "list[_Node | bool] | None" = None
     one_of: "list[_Node | bool] | None" = None
 
-    # Made once by `InputSchema`, for the checks.
+    # Compiled once by `InputSchema`, for the checks.
     _choices: frozenset[Any] | None = None
     _matches: SchemaValidator | None = None
 
     @property
     def kinds(self) -> Sequence[str]:
-        """The types that are allowed; none named: all."""
+        """Return the allowed types; empty if all are."""
         if self.type is None:
             return ()
         return [self.type] if isinstance(self.type, str) else self.type
 
     def inner(self) -> "Iterator[_Node]":
-        """The schemas directly within this one."""
+        """Return the schemas directly within this one."""
         within: list[_Node | bool | None] = [self.items, self.additional_properties, *(self.properties or {}).values()]
         within += [*(self.all_of or ()), *(self.any_of or ()), *(self.one_of or ())]
         return (node for node in within if isinstance(node, _Node))
@@ -132,7 +134,7 @@ class InputSchema:
 
     def __init__(self, schemas: Any) -> None:
         if not isinstance(schemas, dict):
-            raise UnusableSchema("there is no object of schemas")
+            raise UnusableSchema("the schemas are not an object")
         self._source: dict[str, Any] = {}
         self._nodes: dict[str, _Node] = {}
         self._patterns_left = _PATTERNS_LIMIT
@@ -143,7 +145,7 @@ class InputSchema:
             if name in self._nodes:
                 continue
             if not isinstance(schemas.get(name), dict):
-                raise UnusableSchema(f"the schema {name[:_SHOWN_CHARACTERS]!a} is not there")
+                raise UnusableSchema(f"the schema {name[:_SHOWN_CHARACTERS]!a} is missing")
             size = _measure(schemas[name], size)
             try:
                 node = _Node.model_validate(schemas[name])
@@ -155,7 +157,7 @@ class InputSchema:
 
     @classmethod
     def from_openapi(cls, document: Any) -> "InputSchema":
-        """From a version's `openapi_schema`.
+        """Create from a version's `openapi_schema`.
 
         Raises:
             UnusableSchema: It holds no usable schema of an input.
@@ -165,7 +167,7 @@ class InputSchema:
 
     @classmethod
     def from_json(cls, text: str) -> "InputSchema":
-        """From what `to_json` gave.
+        """Create from what `to_json` returned.
 
         Raises:
             UnusableSchema: It gave something else.
@@ -176,11 +178,11 @@ class InputSchema:
             raise UnusableSchema("it is not JSON") from None
 
     def to_json(self) -> str:
-        """`Input` and what it refers to, as JSON text: what has to be kept of the whole document."""
+        """Return `Input` and what it refers to as JSON text."""
         return json.dumps(self._source, separators=(",", ":"))
 
     def violations(self, value: Any) -> list[Violation]:
-        """Everything that is wrong with an input, at most `VIOLATIONS_LIMIT` of it, in the order of the schema.
+        """List an input's violations, at most `VIOLATIONS_LIMIT`, in the schema's order.
 
         Args:
             value: The input, parsed.
@@ -194,7 +196,7 @@ class InputSchema:
         return list({(each["field"], each["detail"]): each for each in found}.values())[:VIOLATIONS_LIMIT]
 
     def _prepare(self, root: _Node) -> Iterator[str]:
-        """Makes a schema ready to check with; the names that it refers to."""
+        """Compile a schema for checks; yield the names that it refers to."""
         waiting = [root]
         while waiting:
             node = waiting.pop()
@@ -221,14 +223,14 @@ class _Check:
     def check(
         self, node: _Node | bool, value: Any, path: tuple[str, ...], found: list[Violation], depth: int = 0
     ) -> None:
-        """Adds to `found` what is wrong with a value."""
+        """Add a value's violations to `found`."""
         self._spend(1)
         if depth > _CHECK_DEPTH_LIMIT:
             raise NotChecked(f"the input or its schema is deeper than {_CHECK_DEPTH_LIMIT} levels")
         if len(found) >= VIOLATIONS_LIMIT or node is True:
             return
         if node is False:
-            self._add(found, path, "Nothing is allowed here.")
+            self._add(found, path, "No value is allowed here.")
             return
         if value is None and node.nullable:
             return
@@ -237,7 +239,7 @@ class _Check:
         if node.kinds:
             self._spend(len(node.kinds))
             if not any(_is(kind, value) for kind in node.kinds):
-                self._add(found, path, f"Has to be {_either(_KINDS[kind] for kind in node.kinds)}, not {_what(value)}.")
+                self._add(found, path, f"Must be {_either(_KINDS[kind] for kind in node.kinds)}, not {_what(value)}.")
                 return
         self._check_choice(node, value, path, found)
         if isinstance(value, str):
@@ -260,9 +262,9 @@ class _Check:
             choices = node.enum or []
             more = f" and {len(choices) - _SHOWN_CHOICES} more" if len(choices) > _SHOWN_CHOICES else ""
             shown = ", ".join(_shown(choice) for choice in choices[:_SHOWN_CHOICES])
-            self._add(found, path, f"Has to be one of {shown or 'no values at all'}{more}.")
+            self._add(found, path, f"Must be one of {shown or 'no values at all'}{more}.")
         if "const" in node.model_fields_set and _comparable(value) != _comparable(node.const):
-            self._add(found, path, f"Has to be {_shown(node.const)}.")
+            self._add(found, path, f"Must be {_shown(node.const)}.")
 
     def _check_number(self, node: _Node, value: float, path: tuple[str, ...], found: list[Violation]) -> None:
         least, most, above, below = node.minimum, node.maximum, node.exclusive_minimum, node.exclusive_maximum
@@ -278,17 +280,17 @@ class _Check:
         ]
         for words, limit, holds in limits:
             if limit is not None and not holds(limit):
-                self._add(found, path, f"Has to be {words} {_shown(limit)}; this is {_shown(value)}.")
+                self._add(found, path, f"Must be {words} {_number(limit)} (got {_number(value)}).")
 
     def _check_text(self, node: _Node, value: str, path: tuple[str, ...], found: list[Violation]) -> None:
         self._check_length(node.min_length, node.max_length, len(value), "characters", path, found)
         # Cog opens these three and nothing else: python/cog/types.py in https://github.com/replicate/cog
         if node.format == "uri" and not value[:64].lstrip().lower().startswith(("http://", "https://", "data:")):
-            self._add(found, path, "Has to be a URL that begins with https://, http:// or data:.")
+            self._add(found, path, "Must be a URL that begins with https://, http:// or data:.")
         if node._matches is not None and len(value) <= _PATTERN_TEXT_LIMIT_CHARACTERS:
             self._spend(100 + len(value))
             if not node._matches.isinstance_python(value):
-                self._add(found, path, f"Has to match the regular expression {_shown(node.pattern)}.")
+                self._add(found, path, f"Must match the regular expression {_shown(node.pattern)}.")
 
     def _check_list(
         self, node: _Node, value: list[Any], path: tuple[str, ...], found: list[Violation], depth: int
@@ -308,7 +310,7 @@ class _Check:
             if name not in value:
                 self._add(found, (*path, name), "This field is required.")
         for name, part in properties.items():
-            # What an explicit null means for an input that may be left out, models disagree on.
+            # Models disagree on the meaning of an explicit null for an optional input.
             if name in value and not (value[name] is None and name not in needed):
                 self.check(part, value[name], (*path, name), found, depth + 1)
         if node.additional_properties is None or node.pattern_properties:
@@ -321,7 +323,9 @@ class _Check:
                 continue
             known = ", ".join(f"`{each[:_SHOWN_CHARACTERS]}`" for each in islice(properties, _SHOWN_CHOICES))
             more = f" and {len(properties) - _SHOWN_CHOICES} more" if len(properties) > _SHOWN_CHOICES else ""
-            self._add(found, (*path, name), f"The model does not know this field. Known are {known or 'none'}{more}.")
+            self._add(
+                found, (*path, name), f"This field is not known to the model. Known are {known or 'no fields'}{more}."
+            )
 
     def _check_alternatives(
         self, nodes: Sequence[_Node | bool], value: Any, path: tuple[str, ...], found: list[Violation], depth: int
@@ -340,17 +344,17 @@ class _Check:
             return
         kinds = [_KINDS[kind] for node in nodes if isinstance(node, _Node) for kind in node.kinds]
         if all(isinstance(node, _Node) and node.kinds and not _is_any(node.kinds, value) for node in nodes):
-            self._add(found, path, f"Has to be {_either(kinds)}, not {_what(value)}.")
+            self._add(found, path, f"Must be {_either(kinds)}, not {_what(value)}.")
         else:
-            self._add(found, path, f"Fits none of the {len(nodes)} forms that the model takes here.")
+            self._add(found, path, f"Must match one of the {len(nodes)} forms that the model takes here.")
 
     def _check_length(
         self, least: int | None, most: int | None, length: int, unit: str, path: tuple[str, ...], found: list[Violation]
     ) -> None:
         if least is not None and length < least:
-            self._add(found, path, f"Has to have at least {_shown(least)} {unit}; it has {length}.")
+            self._add(found, path, f"Must have at least {_number(least)} {unit} (got {length}).")
         if most is not None and length > most:
-            self._add(found, path, f"Has to have at most {_shown(most)} {unit}; it has {length}.")
+            self._add(found, path, f"Must have at most {_number(most)} {unit} (got {length}).")
 
     def _add(self, found: list[Violation], path: tuple[str, ...], detail: str) -> None:
         self._spend(_SHOWN_CHOICES)
@@ -365,7 +369,7 @@ class _Check:
 
 
 def _measure(schema: Any, size: int) -> int:
-    """How large a schema is, added to `size`.
+    """Return `size` plus the size of a schema.
 
     Raises:
         UnusableSchema: It is too large or too deep.
@@ -386,7 +390,7 @@ def _measure(schema: Any, size: int) -> int:
 
 
 def _name(ref: str) -> str:
-    """The schema that a `$ref` names, one of the same document.
+    """Return the name of the schema that a `$ref` refers to, in the same document.
 
     Raises:
         UnusableSchema: It names something else.
@@ -428,7 +432,7 @@ def _is_any(kinds: Sequence[str], value: Any) -> bool:
 
 
 def _comparable(value: Any) -> tuple[str, Any]:
-    """Equal for equal JSON values: 1 is 1.0, but not true; lists and objects are not told apart."""
+    """Return a key that is equal for equal scalars: 1 is 1.0, but not true."""
     kind = _what(value)
     return kind, None if isinstance(value, list | dict) else value
 
@@ -444,11 +448,16 @@ def _either(words: Iterable[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of the schema or the input, short."""
+    """Return a short text for a value of the schema or the input."""
     if isinstance(value, list | dict):
         return _what(value)  # written out, it could be as long as the whole schema
     text = value if isinstance(value, str) else json.dumps(value)
     return f"`{text[:_SHOWN_CHARACTERS]}{'…' if len(text) > _SHOWN_CHARACTERS else ''}`"
+
+
+def _number(value: float) -> str:
+    """Return a number as text, cut off where a schema made it long."""
+    return json.dumps(value)[:_SHOWN_CHARACTERS]
 
 
 def _printable(text: str) -> str:

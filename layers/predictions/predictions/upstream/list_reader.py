@@ -1,4 +1,4 @@
-"""Readings of Replicate's list: what the account has created, and whether the list could be read completely.
+"""Readings of Replicate's list: the account's predictions, and completeness.
 
 A reading is evidence only where it is complete. It is not if anything is odd: a page that is not 200, no list
 `results`, an entry without a readable id or time, a `next` that leads in a circle or to another host, another order
@@ -12,13 +12,14 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from email.utils import parsedate_to_datetime
 
 import httpx
 
-from predictions.upstream.client import Collection, NotFound, Replicate, Unavailable
+from predictions.clock import parse_rfc3339
+from predictions.upstream.client import Collection, Replicate
 from predictions.upstream.entry_scanner import Entry, EntryScanner, MalformedListError
+from predictions.upstream.errors import NotFound, Unavailable
 from predictions.validation import input_json_canonical
 
 MARGIN_SECONDS = 60
@@ -60,7 +61,7 @@ class Listed:
 
 @dataclass
 class Reading:
-    """What one reading saw.
+    """The result of one reading.
 
     Attributes:
         began: When it began, in seconds since 1970.
@@ -77,7 +78,7 @@ class Reading:
     clock_offset: float | None = None
 
     def covers(self, start: float) -> bool:
-        """Whether it is complete for what was created from `start` on."""
+        """Return whether it is complete for everything created since `start`."""
         return self.why_not is None and self.reached <= start
 
 
@@ -103,7 +104,7 @@ class ListReader:
         Args:
             collection: Which list.
             back_to: How far, by our clock. Where asking has to end earlier, the reading covers less.
-            may_ask: Waits for the turn of one more call; False where there is none in time.
+            may_ask: Waits for the turn of one more call; False if none comes in time.
             over_at: When to stop.
         """
         reading = Reading(began=self._now())
@@ -136,11 +137,11 @@ class ListReader:
     def _page(self, url: str, reading: Reading, over_at: float) -> tuple[object, list[Listed]]:
         scanner = EntryScanner()
         found: list[Entry] = []
-        with self._replicate.opened(url, timeout_seconds=_PIECE_TIMEOUT_SECONDS) as answer:
-            if answer.status_code != 200:
-                raise _OddError(f"a page was answered {answer.status_code}")
-            offset = self._clock_offset(answer, reading)
-            for piece in answer.iter_bytes(_PIECE_BYTES):
+        with self._replicate.opened(url, timeout_seconds=_PIECE_TIMEOUT_SECONDS) as response:
+            if response.status_code != 200:
+                raise _OddError(f"a page was answered {response.status_code}")
+            offset = self._clock_offset(response, reading)
+            for piece in response.iter_bytes(_PIECE_BYTES):
                 found += scanner.feed(piece)
                 if self._now() >= over_at:
                     raise _OddError("a page was not over in time")
@@ -158,13 +159,13 @@ class ListReader:
             entries.append(listed)
         return scanner.following, entries
 
-    def _clock_offset(self, answer: httpx.Response, reading: Reading) -> float:
-        if answer.headers.get("age", "0").strip() != "0":
+    def _clock_offset(self, response: httpx.Response, reading: Reading) -> float:
+        if response.headers.get("age", "0").strip() != "0":
             raise _OddError("a page came from a cache")
         try:
-            date = parsedate_to_datetime(answer.headers["date"]).timestamp()
+            date = parsedate_to_datetime(response.headers["date"]).timestamp()
         except (KeyError, TypeError, ValueError):
-            raise _OddError("a page does not tell the time it was made") from None
+            raise _OddError("a page has no valid Date header") from None
         offset = date - self._now()
         first = reading.clock_offset
         if abs(offset) > _CLOCK_LIMIT_SECONDS or (first is not None and abs(offset - first) > _CLOCK_STEP_SECONDS):
@@ -186,10 +187,10 @@ class ListReader:
         return following
 
     def entry(self, upstream_id: str, collection: Collection) -> Listed | None:
-        """Read one prediction or training, whatever its size; None where Replicate does not show it.
+        """Read one prediction or training of any size; return None if not found.
 
         Raises:
-            Unavailable: Replicate could not be asked, or its answer is not a prediction.
+            Unavailable: Replicate could not be asked, or its response is not a prediction.
         """
         scanner = EntryScanner(single=True)
         found: list[Entry] = []
@@ -197,15 +198,15 @@ class ListReader:
         try:
             with self._replicate.opened(
                 f"/{collection}/{upstream_id}", timeout_seconds=_PIECE_TIMEOUT_SECONDS
-            ) as answer:
-                if answer.status_code in (404, 410):
-                    raise NotFound(f"Replicate answered {answer.status_code}")
-                if answer.status_code != 200:
-                    raise Unavailable(f"Replicate answered {answer.status_code}", answer.status_code)
-                for piece in answer.iter_bytes(_PIECE_BYTES):
+            ) as response:
+                if response.status_code in (404, 410):
+                    raise NotFound(f"Replicate answered {response.status_code}")
+                if response.status_code != 200:
+                    raise Unavailable(f"Replicate answered {response.status_code}", response.status_code)
+                for piece in response.iter_bytes(_PIECE_BYTES):
                     found += scanner.feed(piece)
                     if self._now() >= until:
-                        raise Unavailable("the answer was not over in time")
+                        raise Unavailable("the response was not over in time")
             scanner.finish()
         except MalformedListError as error:
             raise Unavailable(str(error)) from error
@@ -213,12 +214,12 @@ class ListReader:
             return None
         listed = _listed(found[0], 0) if found else None
         if listed is None or listed.id != upstream_id:
-            raise Unavailable("Replicate's answer is not this prediction")
+            raise Unavailable("Replicate's response is not this prediction")
         return listed
 
 
 def digest_of(input_json: str | bytes) -> str | None:
-    """The digest by which two inputs are the same; None where it cannot be told."""
+    """Return the digest that is equal for equal inputs, or None for invalid JSON."""
     try:
         return hashlib.sha256(input_json_canonical(json.loads(input_json)).encode()).hexdigest()
     except (ValueError, RecursionError):
@@ -229,7 +230,7 @@ def _listed(entry: Entry, clock_offset: float) -> Listed | None:
     id_, created, status = (entry.fields.get(name) for name in ("id", "created_at", "status"))
     if not isinstance(id_, str) or re.fullmatch(r"[a-z0-9]{1,64}", id_) is None:
         return None
-    moment = _moment(created)
+    moment = parse_rfc3339(created)
     if moment is None:
         return None
 
@@ -237,12 +238,12 @@ def _listed(entry: Entry, clock_offset: float) -> Listed | None:
         value = entry.fields.get(name)
         return value if isinstance(value, str) and value else None
 
-    # A webhook that cannot be kept is one all the same, and none of ours.
+    # A webhook that cannot be kept is still one, and not of this stack.
     webhook = "unreadable" if "webhook" in entry.unreadable else text("webhook")
     removed = entry.fields.get("data_removed") is True or entry.input_json is None
     return Listed(
         id=id_,
-        created=moment - clock_offset,
+        created=moment.timestamp() - clock_offset,
         status=status if isinstance(status, str) else "",
         webhook=webhook,
         version=text("version"),
@@ -250,16 +251,3 @@ def _listed(entry: Entry, clock_offset: float) -> Listed | None:
         deployment=text("deployment"),
         input_digest=None if removed else digest_of(entry.input_json or b""),
     )
-
-
-def _moment(text: object) -> float | None:
-    if not isinstance(text, str):
-        return None
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    try:
-        return moment.timestamp() if moment.tzinfo else None
-    except (OverflowError, ValueError):
-        return None

@@ -1,4 +1,4 @@
-"""A prediction in Replicate's words, as answers and webhooks carry it.
+"""A prediction as Replicate's responses and webhooks carry it.
 
 Apart from `upstream.client`, so that the webhook's function reads one without importing an HTTP client.
 """
@@ -15,24 +15,24 @@ from predictions.status import TERMINAL_RANK, Status, rank_of
 from predictions.upstream.bounded_json import LIGHT_BYTES, read_members, weigh
 
 DEPTH_LIMIT = 300
-"""The deepest answer: what Python reads beyond that depends on its version, and on who calls."""
+"""The deepest response: what Python reads beyond that depends on its version, and on who calls."""
 
 PARSED_LIMIT_BYTES = 256 * 1024 * 1024
-"""The memory that an answer may take when it is parsed, kept and written out again (`bounded_json.weigh`): what the
+"""The memory that a response may take when it is parsed, kept and written out again (`bounded_json.weigh`): what the
 smallest function that does so has left of its 512 MB. Each function that reads a kept output bears as much."""
 
 TEXT_LIMIT_BYTES = 64 * 1024 * 1024
-"""The longest answer that is received; of a longer one its beginning is looked at."""
+"""The longest response that is received; of a longer one its beginning is looked at."""
 
 _DIGITS_LIMIT = 4300
 """https://docs.python.org/3/library/stdtypes.html#integer-string-conversion-length-limitation"""
 
 
 class UnreadablePrediction(PredictionsError):
-    """What should be a prediction has no id or status, or is not JSON at all."""
+    """A prediction without id or status, or not JSON at all."""
 
 
-# What is read of an answer that is too large: all members but `input` and `output`.
+# The members that are read of a response that is too large: all but `input` and `output`.
 _SMALL_MEMBERS = (
     "id", "status", "model", "version", "deployment", "logs", "error", "metrics", "created_at", "started_at",
     "completed_at", "webhook", "data_removed", "urls",
@@ -40,7 +40,7 @@ _SMALL_MEMBERS = (
 
 
 class UpstreamPrediction(BaseModel):
-    """A prediction as Replicate tells it, in an answer or a webhook; read leniently, since fields come and go."""
+    """A prediction of a response or webhook; lenient, since fields come and go."""
 
     model_config = ConfigDict(extra="ignore", strict=False, protected_namespaces=())
 
@@ -60,12 +60,12 @@ class UpstreamPrediction(BaseModel):
     webhook: str | None = None
     data_removed: bool = False
     urls: dict[str, Any] = Field(default_factory=dict)
-    # Private, so that no answer can say it.
+    # Private, so that no response can say it.
     _too_large: str | None = PrivateAttr(default=None)
 
     @property
     def too_large(self) -> str | None:
-        """Why its output was not read, where that is beyond the bound."""
+        """Return why its output was not read, or None if it was."""
         return self._too_large
 
     @field_validator("logs", "error", mode="before")
@@ -115,32 +115,32 @@ class UpstreamPrediction(BaseModel):
 
     @classmethod
     def _without_output(cls, body: bytes, reason: str, upstream_id: str | None) -> "UpstreamPrediction":
-        """What can be told of a prediction whose output is too large.
+        """Read a prediction whose output is too large, without that output.
 
         A status that cannot be found is empty, and ranks lowest.
         """
         texts = read_members(utf8(body), _SMALL_MEMBERS)
         if not texts:
             raise UnreadablePrediction("not a prediction: body")
-        told = {
+        known = {
             "id": upstream_id,
             "status": "",
             **{name: read_json(text, replace=True) for name, text in texts.items()},
         }
-        if not isinstance(told["status"], str):
-            told["status"] = ""
-        found = cls.parse(told)
+        if not isinstance(known["status"], str):
+            known["status"] = ""
+        found = cls.parse(known)
         found._too_large = reason
         return found.failed_for_its_size() if rank_of(found.status) >= TERMINAL_RANK else found
 
     def failed_for_its_size(self) -> "UpstreamPrediction":
-        """This prediction as one that has ended, `failed` with the reason unless Replicate says another end."""
+        """Return this as finished: `failed`, unless Replicate reports another end."""
         status = self.status if self.status in _OTHER_ENDS else Status.FAILED.value
         return self.model_copy(update={"status": status, "output": None, "error": self.error or self.too_large})
 
     @classmethod
     def parse(cls, value: Any) -> "UpstreamPrediction":
-        """Reads a prediction from parsed JSON.
+        """Read a prediction from parsed JSON.
 
         Raises:
             UnreadablePrediction: It is none.
@@ -157,7 +157,7 @@ _OTHER_ENDS = (Status.FAILED.value, Status.CANCELED.value, Status.ABORTED.value)
 
 
 def too_large(body: bytes, *, truncated: bool = False) -> str | None:
-    """Why the JSON of a prediction is too large to be read, for the person whose model made it; None if it is not.
+    """Return why a prediction's JSON is too large to read, or None if it is not.
 
     Args:
         body: The text.
@@ -165,14 +165,14 @@ def too_large(body: bytes, *, truncated: bool = False) -> str | None:
     """
     if truncated:
         size = f"more than {TEXT_LIMIT_BYTES // 1024**2} MiB"
-        return f"The output is too large: Replicate's answer with it has {size}, which is the limit. {_ADVICE}"
+        return f"The output is too large: Replicate's response with it has {size}, which is the limit. {_ADVICE}"
     if len(body) <= LIGHT_BYTES:
         return None
     text = utf8(body)
     weight = weigh(text, PARSED_LIMIT_BYTES)
     if weight.bytes > PARSED_LIMIT_BYTES:
         return (
-            f"The output is too large: Replicate's answer with it has {len(body)} bytes and about {weight.values} "
+            f"The output is too large: Replicate's response with it has {len(body)} bytes and about {weight.values} "
             f"values, which take about {weight.bytes // 1024**2} MiB of memory to read; the limit is "
             f"{PARSED_LIMIT_BYTES // 1024**2} MiB. {_ADVICE}"
         )
@@ -180,7 +180,7 @@ def too_large(body: bytes, *, truncated: bool = False) -> str | None:
 
 
 def utf8(body: bytes) -> bytes:
-    """A JSON text in UTF-8, without a mark: as it is, unless it is in another of the encodings of JSON."""
+    """Return a JSON text in UTF-8 without a byte order mark."""
     encoding = json.detect_encoding(body)
     if encoding == "utf-8":
         return body
@@ -188,7 +188,7 @@ def utf8(body: bytes) -> bytes:
 
 
 def read_json(body: bytes, *, replace: bool = False) -> Any:
-    """Parses JSON as models write it; None for what is none, is nested deeper than `DEPTH_LIMIT`, or is too large.
+    """Parse JSON as models write it; return None if invalid, too deep or too large.
 
     Models return NaN and Infinity, which JSON does not have and clients cannot parse: they become null, as does a whole
     number of more digits than Python reads. Half a surrogate pair, which is no character and can be neither sent nor
@@ -211,7 +211,7 @@ class _TooDeep(Exception):
 
 
 def _read(body: bytes, replace: bool) -> Any:
-    """Parses JSON that is not too large; None for what is none.
+    """Parse JSON that is not too large; return None if it is invalid.
 
     Raises:
         _TooDeep: It is nested deeper than `DEPTH_LIMIT`.

@@ -1,4 +1,4 @@
-"""The secret with which Replicate signs its webhooks, kept in Secrets Manager."""
+"""Replicate's webhook signing secret, stored in Secrets Manager."""
 
 import json
 import math
@@ -22,7 +22,7 @@ REFRESH_SECONDS = 30
 
 
 class SigningSecrets:
-    """Replicate's signing secret, kept in Secrets Manager.
+    """Replicate's signing secret, stored in Secrets Manager.
 
     Its value is `{"current": "whsec_…", "previous": "whsec_…" | null, "rotated_at": RFC 3339}`, or `{}` until
     one is stored. The sweep, which holds the Replicate token, stores it; the public webhook function only
@@ -37,11 +37,11 @@ class SigningSecrets:
 
     @classmethod
     def from_env(cls) -> "SigningSecrets":
-        """Of the secret named by SIGNING_SECRET_ARN."""
+        """Create from `SIGNING_SECRET_ARN`."""
         return cls(os.environ["SIGNING_SECRET_ARN"], client("secretsmanager"))
 
     def verify(self, body: bytes, headers: Mapping[str, str | None], now: float) -> None:
-        """`verify` with the secrets of now; on a mismatch once more if they can be read anew.
+        """Verify with the current secrets; on a mismatch retry with freshly read ones.
 
         Raises:
             WebhookRefused: The request is not genuine.
@@ -55,9 +55,9 @@ class SigningSecrets:
             verify(body, headers, self.current(now), now)
 
     def current(self, now: float) -> list[str]:
-        """The secrets to believe: the current one and, for 24 h after it came, the one before it.
+        """Return the valid secrets: the current one and, for 24 h, the previous one.
 
-        They are read at most every 5 minutes, or 5 seconds while there is none: strangers call the public
+        They are read at most every 5 minutes, or 5 seconds while none is stored: anyone may call the public
         function as often as they like, and must not thereby use up Secrets Manager for it.
 
         Raises:
@@ -80,10 +80,10 @@ class SigningSecrets:
         return secrets
 
     def refresh_after_refusal(self, now: float) -> bool:
-        """Forgets secrets read at least 30 s ago: a signature that does not match may be of a newer one.
+        """Drop secrets read at least 30 s ago: a mismatch may be caused by a newer one.
 
         Returns:
-            Whether `current` will read anew, so that verifying again can have another result.
+            Whether `current` will read again, so that another verification can have another result.
         """
         if now - self._read_at < REFRESH_SECONDS:
             return False
@@ -91,7 +91,7 @@ class SigningSecrets:
         return True
 
     def store(self, secret: str, now: float) -> bool:
-        """Makes `secret` the current one, unless it is already, and the one until now the previous one.
+        """Make `secret` the current one, and the present one the previous one.
 
         Safe to repeat and to crash before or after its one write. Two writers with different values in hand
         (one asked Replicate just before a rotation) leave both valid; the next sweep puts them in order.
@@ -121,20 +121,20 @@ class SigningSecrets:
         return True
 
     def _read(self) -> dict[str, Any]:
-        """What is stored, checked, or `{}`.
+        """Read and check the stored document; return `{}` if it is unusable.
 
         `previous` is a list of none or one, `rotated_at` is in Unix seconds.
-        A document that makes no sense counts as none, so that `store` mends it.
+        An unusable document counts as none, so that `store` replaces it.
         """
         try:
-            answer = self._secretsmanager.get_secret_value(SecretId=self._secret_arn)
+            response = self._secretsmanager.get_secret_value(SecretId=self._secret_arn)
         except ClientError as error:
             # A secret without any value yet; if there is no such secret at all, writing to it will say so.
             if error.response["Error"]["Code"] == "ResourceNotFoundException":
                 return {}
             raise
         try:
-            document = json.loads(answer["SecretString"])
+            document = json.loads(response["SecretString"])
             key_of(document["current"])
         except (KeyError, TypeError, ValueError, SigningSecretUnavailable):
             return {}

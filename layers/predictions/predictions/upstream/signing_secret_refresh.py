@@ -6,7 +6,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.net.signatures import SigningSecretUnavailable
 from predictions.observability import logger
-from predictions.upstream.client import UpstreamError
+from predictions.upstream.errors import UpstreamError
 from predictions.upstream.signing_secret import SigningSecrets
 
 SECRET_REFRESH_SECONDS = 600

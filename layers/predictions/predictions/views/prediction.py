@@ -1,4 +1,4 @@
-"""Predictions as callers see them."""
+"""Predictions as the API shows them."""
 
 import json
 import os
@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from predictions.aws.clients import api_url
-from predictions.files.outputs_bucket import FILES_LIMIT, OutputsBucket, StoredFile
+from predictions.clock import rfc3339
+from predictions.files.output_references import FILES_LIMIT, StoredFile
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.files.signed_urls import Distribution
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.records import Page, Prediction, PredictionDetail
-from predictions.times import rfc3339
 
-# Lambda answers with at most 6 MB, in which the body is a string: JSON within JSON.
+# Lambda responds with at most 6 MB, in which the body is a string: JSON within JSON.
 # https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
 ANSWER_LIMIT_BYTES = 5_500_000
 _LOGS_LIMIT_CHARACTERS = 256 * 1024
@@ -22,7 +23,7 @@ _LARGE_INPUT_BYTES = ANSWER_LIMIT_BYTES - 1024**2
 
 @dataclass(frozen=True)
 class ShownPage:
-    """A page as callers see it.
+    """A page as the API shows it.
 
     Attributes:
         results: Its predictions, from its start on.
@@ -36,7 +37,7 @@ class ShownPage:
 
 
 class Presenter:
-    """Shows predictions as Replicate does, with every key present.
+    """Shows predictions as Replicate does, with all keys present.
 
     Args:
         outputs: Makes the URLs of stored files, where no distribution does.
@@ -51,19 +52,19 @@ class Presenter:
 
     @classmethod
     def from_env(cls) -> "Presenter":
-        """From `OUTPUTS_BUCKET_NAME`, `FILE_ORIGINS`, `OUTPUT_URL_SECONDS` and what `Distribution.from_env` reads."""
+        """Create from `OUTPUT_URL_SECONDS`, the outputs bucket and the distribution."""
         return cls(OutputsBucket.from_env(), int(os.environ["OUTPUT_URL_SECONDS"]), Distribution.from_env())
 
     def show(self, whole: PredictionDetail, *, as_starting: bool = False) -> dict[str, Any]:
-        """A prediction in Replicate's JSON; what is ours is `output_files`.
+        """Return a prediction in Replicate's JSON, with `output_files` added.
 
-        An output that makes the answer too large for Lambda is answered as the URL of a JSON document
+        An output that makes the response too large for Lambda is shown as the URL of a JSON document
         `{"output": …, "logs": …}`, and such an input as `{"url": …}`.
 
         Args:
             whole: The prediction.
             as_starting: Whether to show one that has not ended as `starting`, without output: the official clients
-                take the answer to a wait that ended early for the end, unless it says so.
+                take the response to a wait that ended early for the end, unless it says so.
         """
         prediction = whole.prediction
         status = prediction.visible
@@ -74,7 +75,7 @@ class Presenter:
         urls = {"get": url, "cancel": f"{url}/cancel", "web": url}
         if prediction.stream_url:
             urls["stream"] = prediction.stream_url
-        ended = prediction.terminal and not prediction.awaits_copy
+        ended = prediction.ended_visibly
         shown: dict[str, Any] = {
             "id": prediction.id,
             "model": prediction.model or prediction.name or "",
@@ -102,25 +103,25 @@ class Presenter:
             shown["webhook"] = prediction.webhook
             if prediction.webhook_events_filter:
                 shown["webhook_events_filter"] = list(prediction.webhook_events_filter)
-        # What no answer can carry is linked: it is an object in the bucket then.
+        # A value too large for a response is linked: it is an object in the bucket then.
         if whole.input_key and _is_too_large(shown):
-            shown["input"] = {"url": self._url(whole.input_key)}
+            shown["input"] = {"url": self.link(whole.input_key)}
         if whole.result_key and output is not None and _is_too_large(shown):
             # A result with files names upstream's URLs, which end within the hour: it is not linked.
-            link = None if whole.files else self._url(whole.result_key)
+            link = None if whole.files else self.link(whole.result_key)
             shown |= {"output": link, "output_files": []}
             if link is None:
-                shown["error"] = f"The output with its {len(whole.files)} files is too large for an answer."
+                shown["error"] = f"The output with its {len(whole.files)} files is too large for a response."
         return shown
 
     def show_started(
         self, prediction: Prediction, asked: Any, read: Callable[[], PredictionDetail], *, as_starting: bool = True
     ) -> dict[str, Any]:
-        """Show a prediction to the caller who has just started it, whatever fails while it is shown.
+        """Show a prediction to the caller that started it, whatever fails meanwhile.
 
-        It is started, and may be paid for: a caller who got an error would start another one. So on any error
-        (AWS fails, the secret that signs URLs is refused or damaged) it is shown as `starting`, without output: the
-        caller reads it by its id.
+        The prediction is started, and may be paid for: a caller that got an error would start another one. So on any
+        error (AWS fails, the secret that signs URLs is refused or damaged) it is shown as `starting`, without output:
+        the caller reads it by its id.
 
         Args:
             prediction: What was started.
@@ -139,12 +140,8 @@ class Presenter:
             PredictionDetail(open_, {} if answer_bytes(asked) > _LARGE_INPUT_BYTES else asked, None, None, [])
         )
 
-    def link(self, key: str) -> str:
-        """A URL of an object in the outputs bucket, which works for a while."""
-        return self._url(key)
-
     def show_page(self, page: Page) -> "ShownPage":
-        """As many predictions of a page as one answer carries, but at least one, from its start on."""
+        """Show as many predictions of a page as fit in one response, but at least one."""
         results: list[dict[str, Any]] = []
         places: list[str] = []
         room, more = ANSWER_LIMIT_BYTES, page.more
@@ -164,10 +161,11 @@ class Presenter:
         if not whole.prediction.terminal:
             # Its files are still upstream's: callers are shown no URL that is not ours.
             return None if self._outputs.holds_files(whole.output) else whole.output
-        # A file that nobody copied, as after an end by our own word, is shown as missing: its URL is not ours.
-        return self._outputs.place_files(whole.output, {f.path: self._url(f.key) for f in whole.files if f.key})
+        # A file that was not copied, as after an end by this stack, is shown as missing: its URL is not ours.
+        return self._outputs.place_files(whole.output, {f.path: self.link(f.key) for f in whole.files if f.key})
 
-    def _url(self, key: str) -> str:
+    def link(self, key: str) -> str:
+        """Return a temporary URL of an object in the outputs bucket."""
         return (self._distribution or self._outputs).url(key, self._url_seconds)
 
     def _file(self, file: StoredFile) -> dict[str, Any]:
@@ -184,13 +182,13 @@ class Presenter:
 
 
 def answer_bytes(shown: Any) -> int:
-    """How much of Lambda's answer a JSON value takes."""
+    """Return how many bytes of Lambda's response a JSON value takes."""
     return len(json.dumps(json.dumps(shown)))
 
 
 def _is_too_large(shown: Any) -> bool:
     text = json.dumps(shown)
-    # Within Lambda's answer it only gets longer, which would take its memory twice more.
+    # Within Lambda's response it only gets longer, which would take its memory twice more.
     return len(text) > ANSWER_LIMIT_BYTES or len(json.dumps(text)) > ANSWER_LIMIT_BYTES
 
 
