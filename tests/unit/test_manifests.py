@@ -47,7 +47,7 @@ def lines(content: bytes, kind: Format = "jsonl", size: int = 7) -> list[Line]:
         (b'{"seed": 1e999}', "too large"),
         (b'{"a": 1, "a": 2}', "twice"),
         (b'{"prompt": "\\ud800"}', "surrogate"),
-        (b'{"prompt": "\xff"}', "Not valid UTF-8"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
         (b"[" * 200 + b"]" * 200, "nested deeper"),
         (b"[" * 100_000, "nested deeper"),
         (b'{"prompt": "' + b"x" * LINE_LIMIT_BYTES + b'"}', "exceeds the limit"),
