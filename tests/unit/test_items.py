@@ -8,6 +8,13 @@ from predictions.aws.dynamodb import deserialize, list_page, read_items, seriali
 
 from tests.unit.apps import AwsCalls
 
+
+@pytest.fixture
+def table_service() -> str:
+    """Let moto answer DynamoDB: what talks to it itself is tested here."""
+    return "moto"
+
+
 TABLE = "predictions"
 
 
