@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 import botocore.retries.quota
+import botocore.session
 import moto
 from botocore.awsrequest import AWSResponse, HTTPHeaders
 from moto.backends import get_backend
@@ -23,6 +25,9 @@ from moto.core.models import DEFAULT_ACCOUNT_ID, botocore_stubber
 from predictions.aws import clients
 
 from tests.simulation.dynamodb import ConditionFailed, Item, NotModelled, Table
+
+# Sessions that tests make share what botocore reads from its files: reading it takes half a second each time.
+botocore.session.create_loader = cache(botocore.session.create_loader)
 
 REGION = "us-east-1"
 STREAM_ARN = "arn:aws:dynamodb:us-east-1:123456789012:table/predictions/stream/2025-01-01T00:00:00.000"
@@ -198,7 +203,7 @@ class QuickClients:
         """The clients for one test; handlers that it registers are gone after it, and retries are as at first."""
         self.table, self._others = table, None
         of_library = clients._client
-        clients._client, clients._api_url = self, None
+        clients._client, clients._api_url = self, None  # type: ignore[assignment]
         events = clients._session().get_component("event_emitter")
         events.register_first("before-call.dynamodb-streams", self._read_stream, unique_id="quick-streams")
         try:
