@@ -38,7 +38,9 @@ _EXPRESSIONS = {"ExpressionAttributeNames", "ExpressionAttributeValues"}
 _CONDITION = {"ConditionExpression", "ReturnValuesOnConditionCheckFailure", *_EXPRESSIONS}
 _UNDERSTOOD = {
     "BatchGetItem": {"RequestItems"},
+    "BatchWriteItem": {"RequestItems"},
     "DeleteItem": {"TableName", "Key", "ReturnValues", *_CONDITION},
+    "DeleteTable": {"TableName"},
     "DescribeTable": {"TableName"},
     "GetItem": {"TableName", "Key", "ConsistentRead", "ProjectionExpression", "ExpressionAttributeNames"},
     "PutItem": {"TableName", "Item", *_CONDITION},
@@ -51,21 +53,35 @@ _UNDERSTOOD = {
 }  # fmt: skip
 
 
+class TableNotFound(Exception):
+    """A test has deleted the table."""
+
+
 class QuickTable(Table):
-    """The simulation's table with what tests ask of it besides: scans, pages, projections and its stream."""
+    """The simulation's table with what tests ask of it besides: scans, pages, projections, its stream and its end."""
 
     def __init__(self) -> None:
         super().__init__(time.time, written=self._record)
         self.records: list[dict[str, Any]] = []
+        self._deleted = False
 
     def call(self, operation: str, asked: dict[str, Any]) -> dict[str, Any]:
+        if self._deleted:
+            raise TableNotFound
         if beyond := asked.keys() - _UNDERSTOOD.get(operation, set()):
             raise NotModelled(f"{sorted(beyond)} of {operation}")
         if operation == "BatchGetItem":
             ((_, wanted),) = asked["RequestItems"].items()
             if beyond := wanted.keys() - {"Keys", "ConsistentRead"}:
                 raise NotModelled(f"{sorted(beyond)} of {operation}")
-        own = {"DescribeTable": self._describe, "Scan": self._scan, "Query": self._page, "GetItem": self._projected}
+        own = {
+            "BatchWriteItem": self._batch_write,
+            "DeleteTable": self._delete_table,
+            "DescribeTable": self._describe,
+            "GetItem": self._projected,
+            "Query": self._page,
+            "Scan": self._scan,
+        }
         if operation == "DeleteItem" and asked.get("ReturnValues") == "ALL_OLD":
             before = self.items.get((asked["Key"]["pk"]["S"], asked["Key"]["sk"]["S"]))
             super().call(operation, asked)
@@ -74,6 +90,19 @@ class QuickTable(Table):
 
     def _describe(self, asked: dict[str, Any]) -> dict[str, Any]:
         return {"Table": {"TableName": asked["TableName"], "TableStatus": "ACTIVE", "LatestStreamArn": STREAM_ARN}}
+
+    def _batch_write(self, asked: dict[str, Any]) -> dict[str, Any]:
+        ((_, wanted),) = asked["RequestItems"].items()
+        if len(wanted) > 25:
+            raise NotModelled(f"{len(wanted)} writes at once")
+        for each in wanted:
+            ((kind, request),) = each.items()
+            super().call({"PutRequest": "PutItem", "DeleteRequest": "DeleteItem"}[kind], request)
+        return {"UnprocessedItems": {}}
+
+    def _delete_table(self, asked: dict[str, Any]) -> dict[str, Any]:
+        self._deleted = True
+        return {"TableDescription": {"TableName": asked["TableName"], "TableStatus": "DELETING"}}
 
     def _scan(self, asked: dict[str, Any]) -> dict[str, Any]:
         items = [dict(item) for item in self.items.values()]
@@ -297,6 +326,9 @@ class QuickClients:
 def _of_table(table: QuickTable, operation: str, asked: dict[str, Any]) -> tuple[AWSResponse, dict[str, Any]]:
     try:
         return _answered(200, json.loads(json.dumps(table.call(operation, asked))))
+    except TableNotFound:
+        message = "Requested resource not found"
+        return _answered(400, {"Error": {"Code": "ResourceNotFoundException", "Message": message}, "message": message})
     except ConditionFailed as error:
         message = "The conditional request failed"
         found: dict[str, Any] = {

@@ -83,6 +83,17 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
             "ReturnValues": "ALL_NEW",
         },
     ),
+    (
+        "batch_write_item",
+        {
+            "RequestItems": {
+                "predictions": [
+                    *[{"PutRequest": {"Item": many(n)}} for n in (1, 7, 8)],
+                    *[{"DeleteRequest": {"Key": {"pk": {"S": "many"}, "sk": {"S": sk}}}} for sk in ("3", "absent")],
+                ]
+            }
+        },
+    ),
     ("scan", TABLE),
 ]
 
@@ -92,7 +103,7 @@ def outcome(call: Callable[..., Any], asked: dict[str, Any]) -> Any:
         answer = call(**asked)
     except ClientError as error:
         answer = {**error.response, "Error": {"Code": error.response["Error"]["Code"]}, "type": type(error).__name__}
-    dropped = ("ResponseMetadata", "ScannedCount", "ConsumedCapacity", "message", "Message")
+    dropped = ("ResponseMetadata", "ScannedCount", "ConsumedCapacity", "ItemCollectionMetrics", "message", "Message")
     found = {name: value for name, value in answer.items() if name not in dropped}
     return {**found, "Items": sorted(found["Items"], key=str)} if "Items" in found else found
 
@@ -111,6 +122,17 @@ def test_table_answers_as_moto_does(by_http: Callable[[str], Any]) -> None:
         ours = clients.client("dynamodb")
         for name, asked in CALLS:
             assert outcome(getattr(ours, name), asked) == outcome(getattr(theirs, name), asked), (name, asked)
+
+
+def test_table_that_a_test_deletes_is_not_found(by_http: Callable[[str], Any]) -> None:
+    theirs = by_http("dynamodb")
+    theirs.create_table(TableName="predictions", **table_properties())
+    with QUICK.lent(QuickTable()):
+        for dynamodb in (clients.client("dynamodb"), theirs):
+            dynamodb.delete_table(**TABLE)
+            for operation, asked in (("put_item", {"Item": many(1)}), ("query", of_key())):
+                with pytest.raises(dynamodb.exceptions.ResourceNotFoundException):
+                    getattr(dynamodb, operation)(**{**TABLE, **asked})
 
 
 def test_pages_hold_every_item_once(cloud: None) -> None:
@@ -174,7 +196,7 @@ def test_stream_tells_what_motos_does(by_http: Callable[[str], Any]) -> None:
         ("query", of_key(FilterExpression="attribute_exists(a)")),
         ("put_item", {**TABLE, "Item": many(1), "ReturnValues": "ALL_OLD"}),
         ("transact_write_items", {"TransactItems": [{"Put": {**TABLE, "Item": many(1)}}]}),
-        ("batch_write_item", {"RequestItems": {"predictions": [{"PutRequest": {"Item": many(1)}}]}}),
+        ("put_item", {**TABLE, "Item": many(1), "Expected": {"n": {"Exists": False}}}),
     ],
 )
 def test_call_that_is_not_modelled_is_an_error(cloud: None, operation: str, asked: dict[str, Any]) -> None:
