@@ -15,6 +15,7 @@ from tests.unit.conftest import (  # noqa: F401 - fixtures
     replicate,
     submissions,
     table,
+    table_service,
     wakes,
 )
 

@@ -3,10 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-import moto  # before anything that makes a client
 import pytest
-from moto.backends import get_backend
-from moto.core.models import DEFAULT_ACCOUNT_ID
 from predictions.admission.quotas import OwnersUsage
 from predictions.admission.rate_limiter import Limiter
 from predictions.aws import clients
@@ -23,6 +20,7 @@ from predictions.store.schemas import StoredSchemas
 from predictions.upstream.client import Replicate
 from predictions.upstream.credentials import Token
 
+from tests.support.quick_aws import QUICK, QuickTable, account, mocked
 from tests.unit.fakes import API_URL, Clock, Executed, ReplicateInMemory, Wakes
 from tests.unit.protocol import Submissions, Timing
 from tests.unit.template import table_properties
@@ -111,32 +109,30 @@ SECRETS = {
 }
 
 
-def _account(service: str, region: str = ENVIRONMENT["AWS_REGION"]) -> Any:
-    find: Any = get_backend
-    return find(service)[DEFAULT_ACCOUNT_ID][region]
+@pytest.fixture
+def table_service() -> str:
+    """Who answers DynamoDB: the table in memory, or `moto` where a test's own fixture of this name says so."""
+    return "memory"
 
 
 @pytest.fixture
-def cloud(environment: None) -> Iterator[None]:
+def cloud(environment: None, table_service: str) -> Iterator[None]:
     """An empty AWS account with the stack's table, bucket, parameter and secrets."""
-    with moto.mock_aws():
-        clients._client.cache_clear()
-        clients._api_url = None
-        clients.client("dynamodb").create_table(TableName="predictions", **table_properties())
+    with mocked(), QUICK.lent(None if table_service == "moto" else QuickTable()):
+        if table_service == "moto":
+            clients.client("dynamodb").create_table(TableName="predictions", **table_properties())
         # The others not through clients, each of which costs a test more than all of these.
-        s3, ssm, sqs = _account("s3", "aws"), _account("ssm"), _account("sqs")
+        s3, ssm, sqs = account("s3", "aws"), account("ssm"), account("sqs")
         for bucket in ("outputs", "inputs", "source"):
             s3.create_bucket(bucket, ENVIRONMENT["AWS_REGION"])
         ssm.put_parameter("/replicate-serverless/api_url", "", API_URL, "String", "", "", False, [], "text", None, [])
         for name, text in SECRETS.items():
-            _account("secretsmanager").create_secret(name, text, None, "", [], None, None, [], False)
+            account("secretsmanager").create_secret(name, text, None, "", [], None, None, [], False)
         for queue in ("requests", "deliveries", "dead-deliveries", "dead-requests", "changes-retry", "dead-changes"):
             sqs.create_queue(queue)
-        _account("scheduler").create_schedule_group("replicate-serverless", [])
-        _account("events").create_event_bus("bus")
+        account("scheduler").create_schedule_group("replicate-serverless", [])
+        account("events").create_event_bus("bus")
         yield
-    clients._client.cache_clear()
-    clients._api_url = None
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from botocore.exceptions import ReadTimeoutError
 from predictions.aws import clients
 from predictions.intents.model import Attempt
 
+from tests.support.quick_aws import account
+
 API_URL = "https://api.example.com/v1"
 VERSION = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
 SCHEMA = {
@@ -269,16 +271,14 @@ class Executed:
     """State machines whose executions only exist: moto starts, describes and stops them."""
 
     def __init__(self, name: str = "track-prediction") -> None:
-        self.machine_arn: str = clients.client("stepfunctions").create_state_machine(
-            name=name,
-            definition=json.dumps({"StartAt": "End", "States": {"End": {"Type": "Succeed"}}}),
-            roleArn="arn:aws:iam::123456789012:role/track",
-        )["stateMachineArn"]
-        self.batch_machine_arn: str = clients.client("stepfunctions").create_state_machine(
-            name="run-batch",
-            definition=json.dumps({"StartAt": "End", "States": {"End": {"Type": "Succeed"}}}),
-            roleArn="arn:aws:iam::123456789012:role/run",
-        )["stateMachineArn"]
+        self.machine_arn = self._made(name)
+        self.batch_machine_arn = self._made("run-batch")
+
+    def _made(self, name: str) -> str:
+        """Make a state machine; not through a client, which would cost a test more than what it starts."""
+        definition = json.dumps({"StartAt": "End", "States": {"End": {"Type": "Succeed"}}})
+        role_arn = "arn:aws:iam::123456789012:role/track"
+        return str(account("stepfunctions").create_state_machine(name, definition, role_arn).arn)
 
     @property
     def inputs(self) -> dict[str, Any]:

@@ -11,6 +11,13 @@ from predictions.aws.dynamodb import Table, deserialize, serialize
 
 from tests.unit.apps import AwsCalls
 
+
+@pytest.fixture
+def table_service() -> str:
+    """Let moto answer DynamoDB: what talks to it itself is tested here."""
+    return "moto"
+
+
 TABLE = "predictions"
 
 

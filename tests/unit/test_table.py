@@ -19,6 +19,13 @@ from predictions.upstream.prediction import UpstreamPrediction
 
 from tests.unit.fakes import VERSION, Clock, Died, answers_lost, meanwhile
 
+
+@pytest.fixture
+def table_service() -> str:
+    """Let moto answer DynamoDB: what talks to it itself is tested here."""
+    return "moto"
+
+
 FILE = "https://replicate.delivery/x/out.png"
 
 
