@@ -9,6 +9,7 @@ import pytest
 from predictions.admission.quotas import OwnersUsage
 from predictions.admission.rate_limiter import Limiter
 from predictions.aws import clients
+from predictions.aws.dynamodb import Table
 from predictions.aws.executions import Executions
 from predictions.lifecycle.abandonment import Abandonment
 from predictions.lifecycle.binding import Binding
@@ -68,25 +69,25 @@ class Submissions:
         sleep: Callable[[float], None] = time.sleep,
         between_readings: Callable[[float], None] | None = None,
     ) -> None:
-        dynamodb = clients.client("dynamodb")
+        items = Table("predictions", clients.client("dynamodb"))
         grace, first_poll = timing.grace, timing.first_poll
         self.table = table
         self.limiter = limiter
-        self.breaker = Breaker("predictions", dynamodb, now=now)
+        self.breaker = Breaker(items, now=now)
         self.lookup = ModelLookup(replicate, schemas, now=now)
         reservations = Reservations(limiter)
         transitions = Transitions(table, reservations, now=now)
-        orphans = Orphans(table, replicate, self.breaker, "predictions", dynamodb)
+        orphans = Orphans(table, replicate, self.breaker, items)
         self.canceling = CancelPrediction(table, replicate, transitions, now=now)
         self.deleting = DeletePrediction(table, now=now)
         binding = Binding(transitions, orphans, self.canceling, first_poll=first_poll, now=now)
-        registry = UnknownRegistry(table, "predictions", dynamodb, grace=grace, now=now)
+        registry = UnknownRegistry(table, items, grace=grace, now=now)
         reader = ListReader(replicate, now=now)
         readings = Readings(
-            table, reader, "predictions", dynamodb, grace=grace, first_poll=first_poll,
+            table, reader, items, grace=grace, first_poll=first_poll,
             now=now, sleep=between_readings or sleep,
         )  # fmt: skip
-        evidence = Evidence(table, reader, "predictions", dynamodb, now=now)
+        evidence = Evidence(table, reader, items, now=now)
         unknown = UnknownSubmissions(table, registry, readings, evidence, grace=grace, now=now)
         claims = UnknownClaims(
             table, replicate, unknown, registry, self.breaker, binding, transitions,

@@ -314,8 +314,9 @@ class Table:
         return found
 
     def query(
-        self, keys: Condition, *, index: str | None = None, only: str | None = None, consistent: bool = True
-    ) -> Iterator[Item]:
+        self, keys: Condition, *, index: str | None = None, only: str | None = None, consistent: bool = True,
+        page_items: int | None = None,
+    ) -> Iterator[Item]:  # fmt: skip
         """Read all items of a partition; consistently, unless from an index.
 
         Args:
@@ -323,8 +324,10 @@ class Table:
             index: The index to read from.
             only: The names of the attributes that are wanted.
             consistent: Whether to see all writes before; False costs half.
+            page_items: The most items of one call, or None for 1 MB: a caller may stop before the last one.
         """
-        for page in self._pages(keys, index, only, ConsistentRead=consistent and index is None):
+        pages = {"PaginationConfig": {"PageSize": page_items}} if page_items else {}
+        for page in self._pages(keys, index, only, ConsistentRead=consistent and index is None, **pages):
             yield from map(deserialize, page["Items"])
 
     def query_page(self, keys: Condition, *, index: str, limit: int, ascending: bool = True) -> list[Item]:

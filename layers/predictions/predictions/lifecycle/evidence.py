@@ -5,15 +5,13 @@ Inputs are removed and redacted, webhooks may be hidden, models have aliases: on
 """
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from predictions.aws.clients import client
-from predictions.aws.dynamodb import Table, serialize
+from predictions.aws.dynamodb import Table
 from predictions.lifecycle.targets import target_of, webhook_of
 from predictions.observability import logger
 from predictions.store.keys import listed_key, upstream_key
@@ -23,9 +21,6 @@ from predictions.upstream.client import Collection
 from predictions.upstream.errors import Unavailable
 from predictions.upstream.list_reader import MARGIN_SECONDS, Listed, ListReader, Reading, digest_of
 from predictions.upstream.prediction import UpstreamPrediction
-
-if TYPE_CHECKING:
-    from mypy_boto3_dynamodb import DynamoDBClient
 
 _ENTRIES_ASKED = 40
 _ENTRIES_SECONDS = 10
@@ -57,8 +52,7 @@ class Evidence:
     Args:
         table: The predictions.
         reader: Reads single entries.
-        table_name: The table's name.
-        dynamodb: The client to use.
+        items: The stack's table.
         now: The time, in seconds since 1970.
     """
 
@@ -66,21 +60,19 @@ class Evidence:
         self,
         table: PredictionsTable,
         reader: ListReader,
-        table_name: str,
-        dynamodb: "DynamoDBClient",
+        items: Table,
         *,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._table = table
         self._reader = reader
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+        self._items = items
         self._now = now
 
     @classmethod
     def from_env(cls, table: PredictionsTable, reader: ListReader) -> "Evidence":
         """Read `TABLE_NAME`."""
-        return cls(table, reader, os.environ["TABLE_NAME"], client("dynamodb"))
+        return cls(table, reader, Table.from_env())
 
     def judge(
         self, prediction: Prediction, reading: Reading, hidden: Mapping[str, Hidden], digests: dict[str, str | None]
@@ -134,7 +126,7 @@ class Evidence:
             return {}
         found: dict[str, Hidden] = {}
         keys = [key for entry in entries for key in (listed_key(entry.id), upstream_key(entry.id))]
-        items = Table(self._table_name, self._dynamodb).read_items(keys)
+        items = self._items.read_items(keys)
         ids = {p.id for p in claims}
         asked, until = 0, self._now() + _ENTRIES_SECONDS
         for entry in entries:
@@ -157,8 +149,7 @@ class Evidence:
 
     def _ask(self, collection: Collection, entry: Listed) -> dict[str, Any] | None:
         """Read which prediction an entry belongs to, and store that. Return None if that is unknown for now."""
-        item: dict[str, Any] = {**listed_key(entry.id)._asdict(),
-                                "expires_at": int(self._now()) + _REMEMBERED_SECONDS}  # fmt: skip
+        item: dict[str, Any] = {"expires_at": int(self._now()) + _REMEMBERED_SECONDS}
         bound_to = self._table.bound_to(entry.id)
         if bound_to is not None:
             item["bound_to"] = bound_to
@@ -174,7 +165,7 @@ class Evidence:
             details = {"model": shown.model, "version": shown.version, "deployment": shown.deployment,
                        "input_digest": shown.input_digest}  # fmt: skip
             item |= {name: value for name, value in details.items() if value is not None}
-        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
+        self._items.put_item(listed_key(entry.id), item)
         return item
 
 

@@ -4,13 +4,10 @@ Each is canceled. One that was created although a reading had shown that nothing
 an hour (`sk` = `breaker`), since evidence of this kind was wrong.
 """
 
-import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from predictions.aws.clients import client
-from predictions.aws.dynamodb import deserialize, serialize
+from predictions.aws.dynamodb import Table
 from predictions.lifecycle.timing import NOT_FOUND_LIMIT
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
@@ -20,46 +17,38 @@ from predictions.store.records import Prediction
 from predictions.upstream.client import Replicate
 from predictions.upstream.errors import NotFound, Unavailable
 
-if TYPE_CHECKING:
-    from mypy_boto3_dynamodb import DynamoDBClient
-
 STOP_SECONDS = 3600
 """Time without resubmission after wrong evidence."""
-
-_BREAKER = BREAKER._asdict()
 
 
 class Breaker:
     """Stop all resubmission of this stack.
 
     Args:
-        table_name: The table's name.
-        dynamodb: The client to use.
+        items: The stack's table.
         now: The time, in seconds since 1970.
     """
 
-    def __init__(self, table_name: str, dynamodb: "DynamoDBClient", *, now: Callable[[], float] = time.time) -> None:
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+    def __init__(self, items: Table, *, now: Callable[[], float] = time.time) -> None:
+        self._items = items
         self._now = now
 
     @classmethod
     def from_env(cls) -> "Breaker":
         """Read `TABLE_NAME`."""
-        return cls(os.environ["TABLE_NAME"], client("dynamodb"))
+        return cls(Table.from_env())
 
     def stop(self, prediction: Prediction, upstream_id: str) -> None:
         """Stop all resubmission of this stack for `STOP_SECONDS`: evidence has proved wrong."""
-        item = {**_BREAKER, "until": int(self._now()) + STOP_SECONDS, "id": prediction.id, "upstream_id": upstream_id}
-        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
+        item = {"until": int(self._now()) + STOP_SECONDS, "id": prediction.id, "upstream_id": upstream_id}
+        self._items.put_item(BREAKER, item)
         logger.error("evidence of absence was wrong: nothing is submitted again for an hour", upstream_id=upstream_id)
         metrics.add_metric(name="ResubmissionStopped", unit=MetricUnit.Count, value=1)
 
     def stopped_seconds(self) -> int:
         """Return for how many seconds resubmission is stopped; 0 if it is not."""
-        found = self._dynamodb.get_item(TableName=self._table_name, Key=serialize(_BREAKER), ConsistentRead=True)
-        until = deserialize(found["Item"])["until"] if "Item" in found else 0
-        return max(0, int(until - self._now()))
+        stopped = self._items.get_item(BREAKER) or {}
+        return max(0, int(stopped.get("until", 0) - self._now()))
 
 
 class Orphans:
@@ -69,8 +58,7 @@ class Orphans:
         table: The predictions.
         replicate: Replicate.
         breaker: Stops resubmission after wrong evidence.
-        table_name: The table's name.
-        dynamodb: The client to use.
+        items: The stack's table.
     """
 
     def __init__(
@@ -78,19 +66,17 @@ class Orphans:
         table: PredictionsTable,
         replicate: Replicate,
         breaker: Breaker,
-        table_name: str,
-        dynamodb: "DynamoDBClient",
+        items: Table,
     ) -> None:
         self._table = table
         self._replicate = replicate
         self._breaker = breaker
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+        self._items = items
 
     @classmethod
     def from_env(cls, table: PredictionsTable, replicate: Replicate) -> "Orphans":
         """Read `TABLE_NAME`."""
-        return cls(table, replicate, Breaker.from_env(), os.environ["TABLE_NAME"], client("dynamodb"))
+        return cls(table, replicate, Breaker.from_env(), Table.from_env())
 
     def cancel(self, prediction: Prediction) -> None:
         """Cancel the orphans of a prediction; the sweep repeats a cancel that fails."""
@@ -117,6 +103,5 @@ class Orphans:
 
     def _remember(self, upstream_id: str, prediction: Prediction) -> None:
         """Record whose orphan an upstream prediction is, so that it becomes no other prediction's candidate."""
-        item = {**upstream_key(upstream_id)._asdict(), "id": prediction.id, "orphan": True,
-                "expires_at": prediction.expires_at}  # fmt: skip
-        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
+        item = {"id": prediction.id, "orphan": True, "expires_at": prediction.expires_at}
+        self._items.put_item(upstream_key(upstream_id), item)

@@ -9,18 +9,15 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any
 
-from predictions.aws.clients import client
-from predictions.aws.dynamodb import deserialize, serialize
+from predictions.aws.dynamodb import Condition, ConditionFailed, Table
 from predictions.observability import logger
 from predictions.store.keys import READING_LEASE
 from predictions.store.predictions import PredictionsTable
 from predictions.upstream.client import Collection
 from predictions.upstream.list_reader import ListReader, Reading
-
-if TYPE_CHECKING:
-    from mypy_boto3_dynamodb import DynamoDBClient
 
 _READING_SECONDS = 25
 _LEASE_SECONDS = 55
@@ -38,8 +35,6 @@ _DUE_AFTER_POLL_SECONDS = 120
 # At the edge of what was read, the clocks decide whether an entry is shown.
 _CONTROL_MARGIN_SECONDS = 5
 
-_LEASE = READING_LEASE._asdict()
-
 
 class Readings:
     """Read Replicate's list as the holder of the lease.
@@ -47,8 +42,7 @@ class Readings:
     Args:
         table: The predictions.
         reader: Reads the pages.
-        table_name: The table's name.
-        dynamodb: The client to use.
+        items: The stack's table.
         grace: How late the list may be, in seconds.
         first_poll: Seconds to the first poll of a bound prediction.
         now: The time, in seconds since 1970.
@@ -59,8 +53,7 @@ class Readings:
         self,
         table: PredictionsTable,
         reader: ListReader,
-        table_name: str,
-        dynamodb: "DynamoDBClient",
+        items: Table,
         *,
         grace: int,
         first_poll: int,
@@ -69,8 +62,7 @@ class Readings:
     ) -> None:
         self._table = table
         self._reader = reader
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+        self._items = items
         self._grace = grace
         self._first_poll = first_poll
         self._now = now
@@ -85,16 +77,14 @@ class Readings:
         return cls(
             table,
             reader,
-            os.environ["TABLE_NAME"],
-            client("dynamodb"),
+            Table.from_env(),
             grace=int(os.environ["SUBMIT_GRACE_SECONDS"]),
             first_poll=int(os.environ["FIRST_POLL_SECONDS"]),
         )
 
     def lease(self) -> dict[str, Any]:
         """Return the item of the lease, empty before its first holder."""
-        found = self._dynamodb.get_item(TableName=self._table_name, Key=serialize(_LEASE), ConsistentRead=True)
-        return deserialize(found["Item"]) if "Item" in found else {}
+        return self._items.get_item(READING_LEASE) or {}
 
     def acquire(self, lease: Mapping[str, Any], now: float) -> bool:
         """Acquire the lease. Return False if another function holds it.
@@ -106,17 +96,12 @@ class Readings:
         self._budget = Budget(float(lease.get("used_ms", 0)) / 1000, self._now, self._sleep)
         until = int(now) + _LEASE_SECONDS
         try:
-            self._dynamodb.update_item(
-                TableName=self._table_name,
-                Key=serialize(_LEASE),
-                UpdateExpression="SET #until = :until, used_ms = :used",
-                ConditionExpression="attribute_not_exists(#until) OR #until <= :now",
-                ExpressionAttributeNames={"#until": "until"},
-                ExpressionAttributeValues=serialize(
-                    {":until": until, ":used": int((until + Budget.burst_seconds) * 1000), ":now": int(now)}
-                ),
+            self._items.update_item(
+                READING_LEASE,
+                set={"until": until, "used_ms": int((until + Budget.burst_seconds) * 1000)},
+                condition=Condition("attribute_not_exists(until) OR until <= :now", now=int(now)),
             )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+        except ConditionFailed:
             return False
         self._until = until
         return True
@@ -124,17 +109,13 @@ class Readings:
     def release(self, last: Mapping[str, Any]) -> None:
         """Release the lease, with what the readings have seen by collection."""
         try:
-            self._dynamodb.update_item(
-                TableName=self._table_name,
-                Key=serialize(_LEASE),
-                UpdateExpression="SET used_ms = :used, last_json = :last REMOVE #until",
-                ConditionExpression="#until = :until",
-                ExpressionAttributeNames={"#until": "until"},
-                ExpressionAttributeValues=serialize(
-                    {":used": int(self._budget.used_until * 1000), ":last": json.dumps(last), ":until": self._until}
-                ),
+            self._items.update_item(
+                READING_LEASE,
+                set={"used_ms": int(self._budget.used_until * 1000), "last_json": json.dumps(last)},
+                remove=["until"],
+                condition=Condition("until = :until", until=self._until),
             )
-        except self._dynamodb.exceptions.ConditionalCheckFailedException:
+        except ConditionFailed:
             logger.warning("the lease on reading the list was over before the reading")
 
     def read(self, collection: Collection, back_to: float) -> Reading:
@@ -152,19 +133,14 @@ class Readings:
         """
         start = max(back_to, reading.reached)
         due_from = int(start) + self._first_poll + _DUE_AFTER_POLL_SECONDS
-        pages = self._dynamodb.get_paginator("query").paginate(
-            TableName=self._table_name,
-            IndexName="due",
-            KeyConditionExpression="#open = :open AND next_check_at >= :from",
-            ExpressionAttributeNames={"#open": "open"},
-            ExpressionAttributeValues=serialize({":open": "open", ":from": due_from}),
-            PaginationConfig={
-                "PageSize": _CONTROL_PAGE_ITEMS, "MaxItems": _CONTROL_PAGES * _CONTROL_PAGE_ITEMS
-            },
-        )  # fmt: skip
+        due = self._items.query(
+            Condition("open = :open AND next_check_at >= :earliest", open="open", earliest=due_from),
+            index="due",
+            page_items=_CONTROL_PAGE_ITEMS,
+        )
         controls: list[str] = []
-        for page in pages:
-            pks = [str(deserialize(item)["pk"]) for item in page["Items"]]
+        for _ in range(_CONTROL_PAGES):
+            pks = [str(item["pk"]) for item in islice(due, _CONTROL_PAGE_ITEMS)]
             there = self._table.get_many(pk.removeprefix("prediction#") for pk in pks if pk.startswith("prediction#"))
             controls += [
                 prediction.upstream_id
@@ -175,7 +151,7 @@ class Readings:
                 and not prediction.unknown_creates
                 and start + _CONTROL_MARGIN_SECONDS <= (prediction.claimed or 0) <= reading.began - self._grace
             ]
-            if len(controls) >= _CONTROLS:
+            if not pks or len(controls) >= _CONTROLS:
                 break
         return [upstream_id for upstream_id in controls[:_CONTROLS] if upstream_id not in reading.entries]
 

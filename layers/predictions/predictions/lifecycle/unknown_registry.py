@@ -10,18 +10,14 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from predictions.aws.clients import client
-from predictions.aws.dynamodb import deserialize, serialize
+from predictions.aws.dynamodb import Condition, Table
 from predictions.store.keys import unknown_key
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction
 from predictions.upstream.client import Collection
 from predictions.upstream.errors import OutcomeUnknown
-
-if TYPE_CHECKING:
-    from mypy_boto3_dynamodb import DynamoDBClient
 
 # Seconds after the end of a claim's holder: a 5xx is mostly a create that was not accepted, and lists are fast.
 _LOOKS_ANSWERED = (3, 10, 30)
@@ -35,8 +31,7 @@ class UnknownRegistry:
 
     Args:
         table: The predictions.
-        table_name: The table's name.
-        dynamodb: The client to use.
+        items: The stack's table.
         grace: Seconds after the end of a claim's holder before which the second reading may not begin.
         now: The time, in seconds since 1970.
     """
@@ -44,22 +39,20 @@ class UnknownRegistry:
     def __init__(
         self,
         table: PredictionsTable,
-        table_name: str,
-        dynamodb: "DynamoDBClient",
+        items: Table,
         *,
         grace: int,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._table = table
-        self._table_name = table_name
-        self._dynamodb = dynamodb
+        self._items = items
         self._grace = grace
         self._now = now
 
     @classmethod
     def from_env(cls, table: PredictionsTable) -> "UnknownRegistry":
         """Read `TABLE_NAME` and `SUBMIT_GRACE_SECONDS`."""
-        return cls(table, os.environ["TABLE_NAME"], client("dynamodb"), grace=int(os.environ["SUBMIT_GRACE_SECONDS"]))
+        return cls(table, Table.from_env(), grace=int(os.environ["SUBMIT_GRACE_SECONDS"]))
 
     # -- claims -----------------------------------------------------------------------------------------------
 
@@ -124,28 +117,22 @@ class UnknownRegistry:
 
     def note_watched(self, item: Mapping[str, Any], read_at: int) -> None:
         """Record when the list was last read for a prediction that was submitted again."""
-        self._dynamodb.put_item(TableName=self._table_name, Item=serialize({**item, "read_at": read_at}))
+        self._items.put_item(unknown_key(item["sk"]), {**item, "read_at": read_at})
 
     def remove(self, sk: str) -> None:
         """Remove what is registered under a sort key."""
-        self._dynamodb.delete_item(TableName=self._table_name, Key=serialize(unknown_key(sk)._asdict()))
+        self._items.delete_item(unknown_key(sk))
 
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _put(self, sk: str, prediction: Prediction) -> None:
-        item = {**unknown_key(sk)._asdict(), "id": prediction.id, "collection": prediction.collection,
-                "expires_at": max(prediction.deadline, int(self._now())) + 86400}  # fmt: skip
-        self._dynamodb.put_item(TableName=self._table_name, Item=serialize(item))
+        expires = max(prediction.deadline, int(self._now())) + 86400
+        item = {"id": prediction.id, "collection": prediction.collection, "expires_at": expires}
+        self._items.put_item(unknown_key(sk), item)
 
     def _query(self, begin: str) -> list[dict[str, Any]]:
-        found = []
-        for page in self._dynamodb.get_paginator("query").paginate(
-            TableName=self._table_name,
-            KeyConditionExpression="pk = :pk AND begins_with(sk, :begin)",
-            ExpressionAttributeValues=serialize({":pk": "unknown", ":begin": begin}),
-        ):
-            found += [deserialize(item) for item in page["Items"]]
-        return found
+        entries = Condition("pk = :pk AND begins_with(sk, :begin)", pk=unknown_key("").pk, begin=begin)
+        return list(self._items.query(entries, consistent=False))
 
 
 def append_to(
