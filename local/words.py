@@ -34,21 +34,6 @@ ROOTS = (
 SUFFIXES = frozenset({"", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"})
 # This file lists the words.
 ITSELF = "local/words.py"
-# Parts that are still being reworded. To be emptied.
-PENDING = (
-    "functions/",
-    "layers/predictions/predictions/admission/",
-    "layers/predictions/predictions/aws/",
-    "layers/predictions/predictions/files/",
-    "layers/predictions/predictions/lifecycle/",
-    "layers/predictions/predictions/net/",
-    "layers/predictions/predictions/store/",
-    "layers/predictions/predictions/templating.py",
-    "layers/predictions/predictions/upstream/",
-    "layers/predictions/predictions/validation.py",
-    "layers/predictions/predictions/views/",
-    "template.yaml",
-)
 # By pattern: the plain words instead. A space matches any white space, also in a wrapped comment.
 REFUSED = {
     "mend(s|ed|ing)?": "fix",
@@ -88,7 +73,7 @@ def texts(checkout: Path) -> Iterator[tuple[str, str]]:
     for root in ROOTS:
         for path in sorted([checkout / root, *(checkout / root).rglob("*")]):
             name = path.relative_to(checkout).as_posix()
-            if path.is_file() and path.suffix in SUFFIXES and name != ITSELF and not name.startswith(PENDING):
+            if path.is_file() and path.suffix in SUFFIXES and name != ITSELF:
                 yield name, path.read_text()
 
 

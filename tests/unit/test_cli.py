@@ -604,7 +604,7 @@ class Queue:
             ),
         )
 
-    def bury(self, id_: str, body: str, reason: str = "model: not a name") -> None:
+    def send(self, id_: str, body: str, reason: str = "model: not a name") -> None:
         self.dead.send(Message(id_, "AROAALICE0000", body, 1_750_000_000), reason)
 
     @property
@@ -631,7 +631,7 @@ PUT_BACK = ("dead-letters", "redrive", "requests", "--stack", "queue")
 def test_dead_requests_are_listed_with_their_reasons_and_no_token(
     queue: Queue, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    queue.bury("message-1", '{"task_token": "AQC/secret==", "model": "\x1b[2J"}')
+    queue.send("message-1", '{"task_token": "AQC/secret==", "model": "\x1b[2J"}')
     assert main(REQUESTS) == 0
     heading, row = capsys.readouterr().out.splitlines()
     assert heading.split() == ["ID", "SENT", "REASON", "BODY"]
@@ -644,7 +644,7 @@ def test_dead_requests_are_listed_with_their_reasons_and_no_token(
 
 
 def test_dead_requests_as_json_are_whole(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
-    queue.bury("message-1", "x" * 1000)
+    queue.send("message-1", "x" * 1000)
     assert main([*REQUESTS, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [
         {
@@ -660,8 +660,8 @@ def test_dead_requests_as_json_are_whole(queue: Queue, capsys: pytest.CaptureFix
 def test_dead_request_is_tried_as_the_message_that_it_was_and_forgotten(
     queue: Queue, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    queue.bury("message-1", "{}")
-    queue.bury("message-2", "{}")
+    queue.send("message-1", "{}")
+    queue.send("message-2", "{}")
     assert main([*PUT_BACK, "--id", "message-2"]) == 0
     assert "Redriven: 1." in capsys.readouterr().err
     ((record,),) = [event["Records"] for event in queue.asked]
@@ -720,14 +720,14 @@ def test_dead_letter_of_every_hop_to_the_requests_queue_is_redriven(queue: Queue
 def test_dead_request_whose_body_is_an_object_is_redriven_whole(queue: Queue, stack: AccessTokens) -> None:
     body = "x" * MESSAGE_LIMIT_BYTES
     queue.with_bucket()
-    queue.bury("message-1", body)
+    queue.send("message-1", body)
     assert main(PUT_BACK) == 0
     ((record,),) = [event["Records"] for event in queue.asked]
     assert record["body"] == body
 
 
 def test_dead_request_that_cannot_be_started_stays(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
-    queue.bury("message-1", "{}")
+    queue.send("message-1", "{}")
     queue.answers = [({"batchItemFailures": [{"itemIdentifier": "message-1"}]}, None)]
     assert main(PUT_BACK) == 2
     assert "Left in the queue: message-1: AWS did not start it" in capsys.readouterr().err
@@ -737,8 +737,8 @@ def test_dead_request_that_cannot_be_started_stays(queue: Queue, capsys: pytest.
 def test_function_that_fails_over_one_dead_request_is_said_and_tries_the_others(
     queue: Queue, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    queue.bury("message-1", "{}")
-    queue.bury("message-2", "{}")
+    queue.send("message-1", "{}")
+    queue.send("message-2", "{}")
     queue.answers = [({"errorMessage": "no memory"}, "Unhandled")]
     assert main(PUT_BACK) == 2
     err = capsys.readouterr().err

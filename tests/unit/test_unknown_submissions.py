@@ -594,7 +594,7 @@ class TestAgain:
         execute(submissions, clock, intent.id)
         ended = current(table, intent.id)
         assert (ended.visible, len(replicate.creates)) == ("failed", 1)
-        assert "its caller was told of an error" in (ended.error or "")
+        assert "its caller received an error" in (ended.error or "")
 
     def test_policy_fail_leaves_it_to_its_deadline(
         self, table: PredictionsTable, replicate: ReplicateInMemory, executed: Executed, wakes: Wakes, clock: Clock

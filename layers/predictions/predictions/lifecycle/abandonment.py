@@ -48,12 +48,12 @@ class Abandonment:
 
         Its orphans are closed too: they were created with the same deadline, so Replicate has canceled them.
         """
-        logger.error("functions died over it: ended without asking", stalled=prediction.stalled_looks)
+        logger.error("functions crashed on it: ended without a call", stalled=prediction.stalled_looks)
         for upstream_id in sorted(prediction.orphans):
             self._table.orphan_canceled(prediction, upstream_id)
         prediction = self._table.get(prediction.id) or prediction
         if prediction.awaits_copy:
-            lost = StoredFile("", 0, error="The files could not be copied: functions died over this output each time.")
+            lost = StoredFile("", 0, error="The files could not be copied: functions crashed on this output each time.")
             metrics.add_metric(name="CopiesFailed", unit=MetricUnit.Count, value=1)
             ended = self._table.end_copy(prediction, [lost], self._now())
             if ended is not None:

@@ -143,7 +143,7 @@ class Creates:
         logger.warning("not accepted, submitted again later", wait_seconds=wait_seconds)
         released = self._table.release(prediction, self._now(), wait_seconds, waits=waits)
         if released is None:
-            self._reservations.give_back(lane_of(prediction), prediction.owner, waits)
+            self._reservations.release(lane_of(prediction), prediction.owner, waits)
         if released and released.cancel_requested:
             return self._transitions.end(released, Status.CANCELED, None), wait_seconds
         return released or prediction, wait_seconds

@@ -38,7 +38,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Hidden:
-    """Hold what is known of an entry whose webhook the list does not show; `known` is False if it was not read."""
+    """Describe an entry whose webhook the list does not show; `known` is False if it was not read."""
 
     known: bool
     webhook: str | None = None
@@ -112,7 +112,7 @@ class Evidence:
         return Verdict(tuple(matches), tuple(undecided), tuple(candidates))
 
     def hidden(self, collection: Collection, reading: Reading, claims: Sequence[Prediction]) -> dict[str, Hidden]:
-        """Return what is known of the entries whose webhook the list does not show.
+        """Return the records of the entries whose webhook the list does not show.
 
         Each is read once: the response is stored.
         """

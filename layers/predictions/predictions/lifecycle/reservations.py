@@ -26,7 +26,7 @@ class Reservations:
             return self._limiter.reserve_for_caller(prediction.owner, latest=latest, turn_at=turn_at)
         return self._limiter.reserve_for_queue(prediction.owner, latest=latest, turn_at=turn_at)
 
-    def give_back(self, lane: Lane, owner: str, waits: Waits) -> None:
+    def release(self, lane: Lane, owner: str, waits: Waits) -> None:
         """Give back a start or turn that a prediction will not use."""
         if waits.reserved_start is not None:
             self._limiter.release(lane, waits.reserved_start)

@@ -228,7 +228,7 @@ class StartPrediction:
                 wait_seconds=max(0, math.ceil(wait_seconds)),
             )
         except AlreadyExists as error:
-            self._reservations.give_back("http", intent.owner, waits)
+            self._reservations.release("http", intent.owner, waits)
             return _existing(error.prediction, intent)
         logger.set_correlation_id(prediction.id)
         metrics.add_metric(name="PredictionsStarted", unit=MetricUnit.Count, value=1)
@@ -273,7 +273,7 @@ class StartPrediction:
             why = f"Replicate refuses this stack's token or credit ({error.status or 'no token'})."
             refusal = {
                 "status": 502,
-                "detail": f"{why} Its operator has to mend that.",
+                "detail": f"{why} The operator of this stack must fix that.",
                 "invalid_fields": [],
                 "upstream_status": error.status,
             }

@@ -123,7 +123,7 @@ class SubmitPrediction:
         # A prediction that wakes before its turn takes a start that no other one waits for.
         may_go = prediction.turn_ms and self._limiter.is_idle(lane_of(prediction))
         if prediction.submit_at and prediction.submit_at > now and not may_go:
-            raise self._put_off_until(prediction, prediction.submit_at, prediction.turn_ms)
+            raise self._defer_until(prediction, prediction.submit_at, prediction.turn_ms)
         if pause := self._limiter.pause_now():
             raise PredictionThrottled(self._within_lifetime(prediction, pause.remaining(now, PAUSE_STEP_SECONDS)))
         if prediction.unknown_creates and (stopped := self._breaker.stopped_seconds()):
@@ -186,15 +186,15 @@ class SubmitPrediction:
                 self._limiter.release_turn(lane_of(prediction), prediction.owner, prediction.turn_ms or 0)
             return
         if isinstance(start, AskAgain) and not start.step_ms:
-            raise self._put_off_until(prediction, math.ceil(start.at), prediction.turn_ms)
+            raise self._defer_until(prediction, math.ceil(start.at), prediction.turn_ms)
         submit_at = math.ceil(now + self._look_seconds(prediction) if isinstance(start, TooLate) else start.at)
         waits = waits_of(start)
         # If the prediction has changed meanwhile, the next check sees that.
         if self._table.defer(prediction, submit_at, counted=counted, waits=waits) is None:
-            self._reservations.give_back(lane_of(prediction), prediction.owner, waits)
-        raise self._put_off_until(prediction, submit_at, waits.turn_ms)
+            self._reservations.release(lane_of(prediction), prediction.owner, waits)
+        raise self._defer_until(prediction, submit_at, waits.turn_ms)
 
-    def _put_off_until(self, prediction: Prediction, submit_at: int, turn_ms: int | None) -> PredictionThrottled:
+    def _defer_until(self, prediction: Prediction, submit_at: int, turn_ms: int | None) -> PredictionThrottled:
         """Return the wait until a start or a turn; until half of the time for a turn that is far ahead."""
         seconds = int(submit_at - self._now()) + 1
         if turn_ms and seconds > self._limiter.max_start_delay_seconds:

@@ -160,13 +160,13 @@ class SweepPredictions:
         unclaimed = not prediction.claimed and not prediction.upstream_id
         never_tracked = execution is None and prediction.execution_n == 1
         if unclaimed and never_tracked and prediction.source == "http" and not prediction.keyed:
-            self._transitions.end(prediction, Status.FAILED, "It was not submitted: its caller was told of an error.")
+            self._transitions.end(prediction, Status.FAILED, "It was not submitted: its caller received an error.")
             return
         lost = not prediction.upstream_id and prediction.claimed is not None and prediction.submit_until is not None
         if lost and never_tracked and prediction.source == "http" and not prediction.keyed:
             # Its function crashed before the response: the caller got an error, and may have repeated the request.
             prediction = self._table.note_unknown(prediction, {"unanswered": True}) or prediction
-        logger.info("stands still", status=prediction.status, execution=execution, stalled=prediction.stalled_looks)
+        logger.info("stalled", status=prediction.status, execution=execution, stalled=prediction.stalled_looks)
         measure_age(prediction, self._now())
         unheard = False
         if prediction.cancel_requested and prediction.upstream_id and not prediction.terminal:

@@ -60,5 +60,5 @@ class Transitions:
         wake(ended.task_token)
         # Last, since a crash before it does no harm: a start then stays unused.
         if not ended.claimed and not ended.upstream_id and (ended.submit_at or 0) > self._now():
-            self._reservations.give_back(lane_of(ended), ended.owner, Waits(ended.reserved_start, ended.turn_ms))
+            self._reservations.release(lane_of(ended), ended.owner, Waits(ended.reserved_start, ended.turn_ms))
         return ended

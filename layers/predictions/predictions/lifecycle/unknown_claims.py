@@ -156,7 +156,7 @@ class UnknownClaims:
         if prediction.object == "training":
             return "Replicate's answer to the submission was lost, and Replicate's list shows that nothing was started."
         if prediction.unanswered:
-            return "It was not submitted: its caller was told of an error."
+            return "It was not submitted: its caller received an error."
         if creates >= self._max_unknown_creates:
             return (
                 f"Replicate gave no clear answer to {creates} submissions, and its list shows that none of them "

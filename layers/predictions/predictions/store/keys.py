@@ -57,7 +57,7 @@ BREAKER = Key("readings", "breaker")
 
 
 def schema_key(version: str) -> Key:
-    """Name what is known of a model's version; see `store.schemas`."""
+    """Name the record of a model's version; see `store.schemas`."""
     return Key(f"schema#{version}", "input")
 
 

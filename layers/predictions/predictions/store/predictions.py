@@ -311,7 +311,7 @@ class PredictionsTable(PredictionReads):
             if rank <= prediction.rank and prediction.upstream_id:
                 return Merge(Change.NOTHING, prediction)
             closed = self._closed_by(prediction, report, rank)
-            # Replicate's report was read to the end: no function died over it.
+            # Replicate's report was read to the end: no function crashed on it.
             read = ["stalled_looks", "resume_n"] if prediction.stalled_looks else []
             newer = Condition("rank < :rank", rank=max(rank, prediction.rank)) | _UNBOUND
             same_id = Condition("upstream_id = :upstream_id", upstream_id=report.id) | _UNBOUND
