@@ -286,7 +286,7 @@ def test_a_revoked_token_no_longer_works(stack: AccessTokens, capsys: pytest.Cap
     assert out == ""
     assert "within 60 seconds" in err
     assert stack.find(token) is None
-    assert "revoked already" in refused(capsys, "tokens", "revoke", "--stack", "demo", access.id)
+    assert "may already be revoked" in refused(capsys, "tokens", "revoke", "--stack", "demo", access.id)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_keywords_mean_what_openapi_says(described: Any, value: Any, details: li
     [
         (None, []),
         (True, []),
-        (False, ["This field is not known to the model. Known are `a`."]),
+        (False, ["The model does not know this field. Its fields are `a`."]),
         ({"type": "string"}, ["Must be a string, not a number."]),
     ],
 )

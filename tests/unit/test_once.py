@@ -343,7 +343,7 @@ def test_run_job_that_cannot_be_shown_is_answered_with_its_id_and_status(
     class Broken(Presenter):
         """Signs nothing."""
 
-        def _url(self, key: str) -> str:
+        def link(self, key: str) -> str:
             raise ArithmeticError(key)
 
     replicate.files[FILE] = served(PNG)

@@ -399,7 +399,7 @@ class TestBatches:
                 clock.advance(batch.expires_at - 86400 - HOUR - clock.now())
         ended = world.there(batch)
         assert (ended.status, ended.next_check_at) == ("failed", None)
-        assert "ended without results" in (ended.error or "")
+        assert "failed without results" in (ended.error or "")
         waits = [later - earlier for earlier, later in pairwise(looks)]
         assert waits[:5] == [300, 600, 1200, 2400, 3600]
         assert batch.expires_at - 86400 <= clock.now() <= batch.expires_at - 86400 + 2 * HOUR

@@ -83,7 +83,7 @@ def field_problem(field: str, error: Mapping[str, Any], known: Iterable[str] = (
     detail = str(error["msg"])
     if error["type"] == "extra_forbidden":
         listed = ", ".join(f"`{name}`" for name in known)
-        detail = f"This field is not known. Known are {listed}." if listed else "This field is not known."
+        detail = f"Unknown field. The known fields are {listed}." if listed else "Unknown field."
     elif error["type"] == "missing":
         detail = "This field is required."
     return {"field": field, "detail": detail}

@@ -50,7 +50,7 @@ def serialize(values: Mapping[str, Any]) -> dict[str, Any]:
     """Write attributes, a key or an expression's values as DynamoDB does: `{"rank": 1}` as `{"rank": {"N": "1"}}`.
 
     Raises:
-        TypeError: A value is of a type that no item has, for example a float or an empty set.
+        TypeError: A value is of a type that no item has, for example a float.
     """
     return {name: _serialized(value) for name, value in values.items()}
 
@@ -64,42 +64,45 @@ def _serialized(value: Any) -> dict[str, Any]:
     match value:
         case None:
             return {"NULL": True}
-        case bool():
+        case bool():  # before int, of which it is a subclass
             return {"BOOL": value}
-        case int() | Decimal():
-            return {"N": str(value)}
         case str():
             return {"S": value}
+        case int() | Decimal():
+            return {"N": str(value)}
+        case bytes():
+            return {"B": value}
         case Mapping():
             return {"M": serialize(value)}
         case list() | tuple():
             return {"L": [_serialized(each) for each in value]}
-        case set() | frozenset() if value:
-            kinds = {kind for each in value for kind in _serialized(each)}
-            if kinds <= {"S", "N"} and len(kinds) == 1:
-                return {f"{kinds.pop()}S": [str(each) for each in sorted(value)]}
+        case set() | frozenset() if all(type(each) in (int, Decimal) for each in value):
+            return {"NS": [str(each) for each in value]}
+        case set() | frozenset() if all(isinstance(each, str) for each in value):
+            return {"SS": list(value)}
     raise TypeError(f"no item has a value of the type {type(value).__name__}")
 
 
-def _deserialized(value: Mapping[str, Any]) -> Any:
-    ((kind, content),) = value.items()
+def _deserialized(typed: Mapping[str, Any]) -> Any:
+    ((kind, value),) = typed.items()
     match kind:
         case "N":
-            return _number(content)
+            return int(Decimal(value))  # not whole only after a manual edit
         case "NULL":
             return None
         case "M":
-            return deserialize(content)
+            return deserialize(value)
         case "L":
-            return [_deserialized(each) for each in content]
-        case "SS":
-            return set(content)
+            return [_deserialized(each) for each in value]
+        case "SS" | "BS":
+            return set(value)
         case "NS":
-            return set(map(_number, content))
-    return content  # S and BOOL
+            return set(map(_exact, value))
+    return value  # S, BOOL and B
 
 
-def _number(text: str) -> int | Decimal:
+def _exact(text: str) -> int | Decimal:
+    """Return a member of a set, which a write names exactly."""
     number = Decimal(text)
     return int(number) if number == number.to_integral_value() else number
 

@@ -324,7 +324,7 @@ class _Check:
             known = ", ".join(f"`{each[:_SHOWN_CHARACTERS]}`" for each in islice(properties, _SHOWN_CHOICES))
             more = f" and {len(properties) - _SHOWN_CHOICES} more" if len(properties) > _SHOWN_CHOICES else ""
             self._add(
-                found, (*path, name), f"This field is not known to the model. Known are {known or 'no fields'}{more}."
+                found, (*path, name), f"The model does not know this field. Its fields are {known or 'none'}{more}."
             )
 
     def _check_alternatives(
