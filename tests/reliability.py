@@ -80,7 +80,10 @@ PROMISES: Sequence[Promise] = (
             ),
             Shown(
                 "No named world does: batches, pipelines, trainings, webhooks, task tokens, owners who burden others",
-                ["tests/simulation/test_simulation.py::test_each_world_is_reached_and_breaks_no_promise"],
+                [
+                    "tests/simulation/test_simulation.py::test_each_world_is_reached_and_breaks_no_promise",
+                    "tests/simulation/test_simulation.py::test_worlds_of_unknown_creates_reach_each_situation",
+                ],
             ),
             Shown(
                 "The schedules detect each sabotage of the code",
