@@ -92,7 +92,7 @@ PROMISES: Sequence[Promise] = (
             Shown(
                 "A fault before or after any call of AWS, in every state of a prediction",
                 [
-                    "tests/unit/test_faults.py::test_fault_at_any_call_to_aws_ends_with_at_most_one_create_bound_stored_and_told"
+                    "tests/unit/lifecycle/test_faults.py::test_fault_at_any_call_to_aws_ends_with_at_most_one_create_bound_stored_and_told"
                 ],
             ),
             Shown(
@@ -113,7 +113,7 @@ PROMISES: Sequence[Promise] = (
             ),
             Shown(
                 "Many simultaneous creates with an unknown outcome are decided within four minutes by few list calls",
-                ["tests/unit/test_unknown_load.py"],
+                ["tests/unit/lifecycle/test_unknown_load.py"],
             ),
             Shown("The audit of these two detects tampering", ["tests/stack/test_faults.py::TestAudit"]),
             Shown(
@@ -122,7 +122,7 @@ PROMISES: Sequence[Promise] = (
             ),
             Shown(
                 "Checks that crash on an item delay no other item, back off, and end with it an hour past its deadline",
-                ["tests/unit/test_sweep.py::TestDeadLooks"],
+                ["tests/unit/lifecycle/test_sweep.py::TestDeadLooks"],
             ),
             Shown(
                 "Responses of 12 and 60 MB in functions that are killed at their own memory and time limits",
@@ -134,12 +134,12 @@ PROMISES: Sequence[Promise] = (
             ),
             Shown(
                 "A bus or Step Functions that fail for hours lose nothing, and delay or repeat no webhook",
-                ["tests/unit/test_changes.py::TestFailures"],
+                ["tests/unit/notifications/test_stream.py::TestFailures"],
             ),
             Shown(
                 "Each requested kind of webhook is sent, in every order of Replicate's webhooks",
                 [
-                    "tests/unit/test_deliveries.py::TestChanges::test_each_wanted_kind_is_told_in_every_order_of_replicates_webhooks"
+                    "tests/unit/notifications/test_webhook_queue.py::TestChanges::test_each_wanted_kind_is_told_in_every_order_of_replicates_webhooks"
                 ],
             ),
         ),
@@ -153,7 +153,7 @@ PROMISES: Sequence[Promise] = (
                     "tests/stack/test_predictions.py::TestSameRequest",
                     "tests/stack/test_queue.py::TestQueue",
                     "tests/stack/test_recipes.py::TestObjects",
-                    "tests/unit/test_batches.py::test_batch_whose_requests_two_calls_with_one_key_wrote_at_once_is_read",
+                    "tests/unit/batches/test_batches.py::test_batch_whose_requests_two_calls_with_one_key_wrote_at_once_is_read",
                 ],
             ),
             Shown(
@@ -161,31 +161,34 @@ PROMISES: Sequence[Promise] = (
                 [
                     "tests/stack/test_predictions.py::TestSubmission",
                     "tests/stack/test_trainings.py",
-                    "tests/unit/test_unknown_submissions.py",
+                    "tests/unit/lifecycle/test_unknown_submissions.py",
                 ],
             ),
             Shown(
                 "No function that claims sends a request after the window of its claim, frozen and thawed or not",
-                ["tests/unit/test_create_window.py"],
+                ["tests/unit/upstream/test_create_window.py"],
             ),
             Shown(
                 "A reading of Replicate's list is evidence only if it is complete, whatever its entries contain",
-                ["tests/unit/test_list_readings.py", "tests/unit/test_entry_scanner.py"],
+                ["tests/unit/upstream/test_list_reader.py", "tests/unit/upstream/test_entry_scanner.py"],
             ),
             Shown(
                 "The remaining limit: a create that Replicate accepts or lists after the second reading runs twice"
                 " until it is detected and canceled",
                 [
                     "tests/simulation/test_simulation.py::test_what_is_accepted_or_listed_after_the_second_reading_is_noticed_and_counted",
-                    "tests/unit/test_unknown_submissions.py::TestWrong",
+                    "tests/unit/lifecycle/test_unknown_submissions.py::TestWrong",
                 ],
             ),
             Shown("A batch of 200 lines, canceled half-way and run again", ["tests/stack/test_batches.py"]),
             Shown(
                 "A fault at any call of a new batch or pipeline creates exactly one; expired keys start new ones",
-                ["tests/unit/test_once.py"],
+                ["tests/unit/lifecycle/test_once.py"],
             ),
-            Shown("Concurrent starts, in any order of their calls", ["tests/unit/test_submissions.py::TestStart"]),
+            Shown(
+                "Concurrent starts, in any order of their calls",
+                ["tests/unit/lifecycle/test_submissions.py::TestStart"],
+            ),
         ),
     ),
     Promise(
@@ -197,7 +200,10 @@ PROMISES: Sequence[Promise] = (
             ),
             Shown(
                 "The merge rule, for any statuses and ids",
-                ["tests/unit/test_table.py::TestMerge", "tests/unit/test_table.py::TestPayloads"],
+                [
+                    "tests/unit/store/test_predictions.py::TestMerge",
+                    "tests/unit/store/test_predictions.py::TestPayloads",
+                ],
             ),
         ),
     ),
@@ -212,7 +218,10 @@ PROMISES: Sequence[Promise] = (
                 "Interrupted files are copied again; missing files are reported",
                 ["tests/stack/test_predictions.py::TestFiles"],
             ),
-            Shown("The copier, its lease and its uploads", ["tests/unit/test_outputs.py", "tests/unit/test_copies.py"]),
+            Shown(
+                "The copier, its lease and its uploads",
+                ["tests/unit/files/test_outputs_bucket.py", "tests/unit/lifecycle/test_archive_outputs.py"],
+            ),
         ),
     ),
     Promise(
@@ -234,14 +243,14 @@ PROMISES: Sequence[Promise] = (
             ),
             Shown(
                 "A receiver that hangs delays another owner's webhook by less than half a minute",
-                ["tests/unit/test_webhook_slots.py"],
+                ["tests/unit/notifications/test_webhook_slots.py"],
             ),
-            Shown("Each policy allows the calls of the code, and no more", ["tests/unit/test_template.py"]),
+            Shown("Each policy allows the calls of the code, and no more", ["tests/unit/repository/test_template.py"]),
             Shown(
                 "Without a token of the right scope every request is rejected",
                 [
                     "tests/stack/test_predictions.py::TestAccess",
-                    "tests/unit/test_events.py::test_a_sample_needs_one_of_the_scopes_that_are_described_and_no_other",
+                    "tests/unit/functions/test_events.py::test_a_sample_needs_one_of_the_scopes_that_are_described_and_no_other",
                 ],
             ),
         ),
@@ -253,7 +262,7 @@ PROMISES: Sequence[Promise] = (
                 "Hostile JSON at the API, the webhook, the queue, in manifests and from models",
                 [
                     "tests/attacks/test_json.py",
-                    "tests/unit/test_submissions.py::TestStart::test_refusal_of_any_size_ends_the_prediction_and_is_answered_alike_when_it_is_repeated",
+                    "tests/unit/lifecycle/test_submissions.py::TestStart::test_refusal_of_any_size_ends_the_prediction_and_is_answered_alike_when_it_is_repeated",
                 ],
             ),
             Shown(
@@ -267,11 +276,11 @@ PROMISES: Sequence[Promise] = (
             ),
             Shown(
                 "At 120 % of the rate at least 95 % of it starts in each minute, and owners share it",
-                ["tests/unit/test_lanes.py"],
+                ["tests/unit/admission/test_lanes.py"],
             ),
             Shown(
                 "Open batches and pipelines, attempts and rejected lines count against their owner's limits",
-                ["tests/unit/test_owner_bounds.py"],
+                ["tests/unit/admission/test_owner_bounds.py"],
             ),
             Shown("Every operation responds to any request as its document says", ["tests/stack/test_openapi.py"]),
         ),
@@ -279,10 +288,12 @@ PROMISES: Sequence[Promise] = (
     Promise(
         "A prediction takes at most 4 states, 6 functions and 8 writes, however long the model runs",
         (
-            Shown("Items written, counted at the table", ["tests/unit/test_figures.py"]),
+            Shown("Items written, counted at the table", ["tests/unit/repository/test_figures.py"]),
             Shown(
                 "States entered, according to the definition",
-                ["tests/unit/test_state_machines.py::test_submitted_prediction_ends_by_webhook_in_three_states"],
+                [
+                    "tests/unit/repository/test_state_machines.py::test_submitted_prediction_ends_by_webhook_in_three_states"
+                ],
             ),
             Shown(
                 "Functions run, counted in the deployed stack",
@@ -300,9 +311,9 @@ PROMISES: Sequence[Promise] = (
                 [
                     "tests/stack/test_queue.py",
                     "tests/stack/test_deliveries.py",
-                    "tests/unit/test_cli.py::test_dead_letter_of_every_hop_to_the_requests_queue_is_redriven",
-                    "tests/unit/test_requests.py::TestLargeRefused",
-                    "tests/unit/test_received_requests.py",
+                    "tests/unit/cli/test_commands.py::test_dead_letter_of_every_hop_to_the_requests_queue_is_redriven",
+                    "tests/unit/intake/test_queue.py::TestLargeRefused",
+                    "tests/unit/intake/test_redelivery.py",
                 ],
             ),
         ),
@@ -431,7 +442,7 @@ def main() -> int:
         for suite in SUITES:
             report = reports / f"{suite}.xml"
             # What is to be written now may still be out of date.
-            options = f"--junitxml={report} --deselect=tests/unit/test_reliability.py::{OUT_OF_DATE}"
+            options = f"--junitxml={report} --deselect=tests/unit/repository/test_reliability.py::{OUT_OF_DATE}"
             environment = os.environ | {"PYTEST_ADDOPTS": options}
             began = time.monotonic()
             if subprocess.run(["make", suite, "SLOW=1"], cwd=ROOT, env=environment).returncode:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.attacks.stack import Stack, quick_stack
-from tests.unit.conftest import (  # noqa: F401 - fixtures
+from tests.support.fixtures import (  # noqa: F401 - fixtures
     clock,
     cloud,
     environment,

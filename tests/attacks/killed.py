@@ -26,9 +26,9 @@ from predictions.aws import clients
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.store.predictions import PredictionsTable
 
-from tests.simulation.dynamodb import ConditionFailed, Table
-from tests.unit.conftest import ENVIRONMENT, SECRETS
-from tests.unit.template import ROOT, load_template, logical_name, variables
+from tests.support.dynamodb import ConditionFailed, Table
+from tests.support.fixtures import ENVIRONMENT, SECRETS
+from tests.support.template import ROOT, load_template, logical_name, variables
 
 _FULL_PROCESSOR_MB = 1769
 """The memory at which a function has a whole processor: https://docs.aws.amazon.com/lambda/latest/dg/configuration-memory.html"""

@@ -22,12 +22,13 @@ from predictions.files import outputs_bucket
 from predictions.intake import queue as requests
 from predictions.net.signatures import sign
 
-from tests.simulation.account import Account, AwsError
-from tests.simulation.dynamodb import Item, Table
-from tests.unit.apps import Context, load_app
-from tests.unit.conftest import ENVIRONMENT
-from tests.unit.fakes import API_URL, Clock, ReplicateInMemory
-from tests.unit.template import folder_name, resources
+from tests.simulation.account import Account
+from tests.support.apps import Context, load_app
+from tests.support.aws_clients import AwsError
+from tests.support.dynamodb import Item, Table
+from tests.support.fakes import API_URL, Clock, ReplicateInMemory
+from tests.support.fixtures import ENVIRONMENT
+from tests.support.template import folder_name, resources
 
 SERVICES = ("dynamodb", "events", "lambda", "s3", "scheduler", "secretsmanager", "sqs", "ssm", "stepfunctions")
 

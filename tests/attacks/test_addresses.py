@@ -18,12 +18,12 @@ from predictions.net.client import guarded_client
 from predictions.notifications.webhook_queue import Delivery
 from predictions.store.predictions import PredictionsTable
 
-from tests.attacks.hosts import HostileHost, head, hostile_host, sends, whole
 from tests.reliability import Recorded
-from tests.unit.apps import Context, clock_module, load_app, sample
-from tests.unit.fakes import VERSION, Clock
-from tests.unit.test_receivers import hook
-from tests.unit.test_table import put, told
+from tests.support.apps import Context, clock_module, load_app, sample
+from tests.support.fakes import VERSION, Clock
+from tests.support.hosts import HostileHost, head, hostile_host, sends, whole
+from tests.support.predictions import put, told
+from tests.support.webhook_queue import hook
 
 PRIVATE = "leads to a private or reserved address"
 

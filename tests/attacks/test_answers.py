@@ -23,8 +23,8 @@ from predictions.upstream.prediction import PARSED_LIMIT_BYTES, UpstreamPredicti
 
 from tests.attacks.killed import Cloud, Run, api_event, cloud
 from tests.reliability import Recorded
-from tests.unit.fakes import VERSION, ReplicateInMemory
-from tests.unit.template import folder_name, resources
+from tests.support.fakes import VERSION, ReplicateInMemory
+from tests.support.template import folder_name, resources
 
 pytestmark = pytest.mark.slow
 

@@ -22,11 +22,11 @@ from predictions.files.copier import STOP_BEFORE_SECONDS
 from predictions.files.outputs_bucket import OutputsBucket, folder, safe_prefix
 from predictions.store.predictions import PredictionsTable
 
-from tests.attacks.hosts import Answer, HostileHost, endless, head, hostile_host, sends, silent, sink, whole
 from tests.reliability import Recorded
-from tests.unit.apps import Context, clock_module, load_app
-from tests.unit.fakes import PNG, Clock
-from tests.unit.test_table import put, told
+from tests.support.apps import Context, clock_module, load_app
+from tests.support.fakes import PNG, Clock
+from tests.support.hosts import Answer, HostileHost, endless, head, hostile_host, sends, silent, sink, whole
+from tests.support.predictions import put, told
 
 SEED = 20250615
 MIB = 1024**2

@@ -14,7 +14,7 @@ import pytest
 from tests.attacks.stack import MESSAGE_LIMIT_BYTES, Stack, read_strictly
 from tests.attacks.texts import DEEP, DOCUMENTS, FRAGMENTS, OBJECT, TOO_LONG, UNREADABLE, Text
 from tests.reliability import Recorded
-from tests.unit.fakes import VERSION, ReplicateInMemory
+from tests.support.fakes import VERSION, ReplicateInMemory
 
 CASE_SECONDS = 2.0
 """Of the processor's, for one text at one door."""

@@ -23,13 +23,13 @@ from predictions.admission.rate_limiter import Limiter
 from predictions.admission.reservations import BURST_SECONDS, AskAgain, Start
 
 from tests.reliability import Recorded
-from tests.simulation.account import AwsError, Clients, raise_client_error
-from tests.simulation.dynamodb import ConditionFailed, Table
 from tests.simulation.functions import FunctionFailed
 from tests.simulation.installed import Simulation, installed
-from tests.simulation.scheduler import BEGIN, Died
 from tests.simulation.upstream import Run
 from tests.simulation.world import END_SECONDS, World
+from tests.support.aws_clients import AwsError, Clients, raise_client_error
+from tests.support.dynamodb import ConditionFailed, Table
+from tests.support.scheduler import BEGIN, Died
 
 NOW = BEGIN
 RATE = 60
@@ -48,7 +48,7 @@ class Turns:
     """
 
     def __init__(self, clients: Clients, table: Table, order: list[int], dies: tuple[int, int] | None) -> None:
-        clients.world = self  # type: ignore[assignment]  # answers calls as a world does
+        clients.world = self
         self._table = table
         self._order = order
         self._dies = dies

@@ -17,8 +17,8 @@ import pytest
 
 from tests.attacks.stack import ROUTES, Stack
 from tests.reliability import Recorded
-from tests.unit.described import operations
-from tests.unit.fakes import VERSION
+from tests.support.described import operations
+from tests.support.fakes import VERSION
 
 CALLS = 10_000
 PARTS = 4

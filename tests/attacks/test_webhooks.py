@@ -23,11 +23,11 @@ from predictions.net.signatures import (
 from predictions.store.predictions import PredictionsTable
 
 from tests.reliability import Recorded
-from tests.simulation.account import AwsError, Clients, raise_client_error
-from tests.simulation.dynamodb import ConditionFailed, Item, Table
-from tests.unit.apps import Context, clock_module, load_app
-from tests.unit.fakes import API_URL, WEBHOOK_VECTORS, Clock
-from tests.unit.test_table import FILE, put, told
+from tests.support.apps import Context, clock_module, load_app
+from tests.support.aws_clients import AwsError, Clients, raise_client_error
+from tests.support.dynamodb import ConditionFailed, Item, Table
+from tests.support.fakes import API_URL, WEBHOOK_VECTORS, Clock
+from tests.support.predictions import FILE, put, told
 
 SEED = 20250615
 CHANGES = 100_000

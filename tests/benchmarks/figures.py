@@ -19,7 +19,7 @@ import httpx
 from local.cloud import LocalCloud
 from tests.benchmarks.aws_calls import Call, recorded
 from tests.benchmarks.report import BenchmarkFailed
-from tests.unit.template import load_template
+from tests.support.template import load_template
 
 POLL_SECONDS = 3
 QUICK = {"FirstPollSeconds": str(POLL_SECONDS), "PollSeconds": str(POLL_SECONDS)}

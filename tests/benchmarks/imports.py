@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from tests.benchmarks.report import BenchmarkFailed
-from tests.unit.template import ROOT, load_template, logical_name, variables
+from tests.support.template import ROOT, load_template, logical_name, variables
 
 ROUNDS = 4
 PROFILED_ROUNDS = 1

@@ -4,7 +4,7 @@ import sys
 
 from local.cloud import LocalCloud
 from tests.conformance.clients import CLIENTS, OPERATIONS, page, write
-from tests.stack.conftest import QUICK
+from tests.support.deployment import QUICK
 
 
 def main() -> int:

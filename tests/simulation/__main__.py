@@ -16,7 +16,7 @@ from tests.simulation.sabotages import SABOTAGE_SCHEDULES, SABOTAGES
 from tests.simulation.scenario import Scenario
 from tests.simulation.verdict import Verdict
 from tests.simulation.worlds import WORLDS
-from tests.unit.template import ROOT
+from tests.support.template import ROOT
 
 CHUNK = 250
 FIGURES = ROOT / "docs" / "simulation.md"

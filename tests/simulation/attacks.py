@@ -11,8 +11,8 @@ from tests.simulation.callers import Wanted
 from tests.simulation.jobs import Batches, Job, Pipelines, _Jobs
 from tests.simulation.notices import TaskTokens, Webhooks
 from tests.simulation.scenario import Scenario
-from tests.simulation.scheduler import BEGIN
 from tests.simulation.upstream import Run
+from tests.support.scheduler import BEGIN
 
 DAY_SECONDS = 86400.0
 

@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tests.simulation.dynamodb import NotModelled
 from tests.simulation.machine import TASK_FIELDS, Execution, StateMachine, TaskError, caught
-from tests.simulation.scheduler import Scheduler, Waiter
+from tests.support.dynamodb import NotModelled
+from tests.support.scheduler import Scheduler, Waiter
 
 _PATH_TASK_FIELDS = (TASK_FIELDS - {"Arguments", "Output"}) | {"Parameters", "OutputPath"}
 _MAP_FIELDS = {

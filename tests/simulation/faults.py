@@ -8,7 +8,7 @@ number of times, so that what is lost after that is lost by the code.
 import random
 from typing import Any
 
-from tests.simulation.scheduler import BEGIN, Scheduler
+from tests.support.scheduler import BEGIN, Scheduler
 
 CALM_SECONDS = 600.0
 """When the last fault of AWS's strikes."""

@@ -4,8 +4,8 @@ import time
 from types import CodeType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from tests.simulation.scheduler import Died, Process, Scheduler
-from tests.unit.template import ROOT, load_template, logical_name
+from tests.support.scheduler import Died, Process, Scheduler
+from tests.support.template import ROOT, load_template, logical_name
 
 if TYPE_CHECKING:
     from tests.simulation.world import World

@@ -21,11 +21,11 @@ from predictions.intake import queue as requests
 from predictions.notifications.webhook_sender import Receivers
 from predictions.observability import logger, metrics
 
-from tests.simulation.account import Clients
 from tests.simulation.verdict import Verdict
 from tests.simulation.world import ENVIRONMENT_HERE, World
 from tests.simulation.worlds import worlds_of
-from tests.unit import library
+from tests.support import library
+from tests.support.aws_clients import Clients
 
 
 class _Inline:
@@ -67,7 +67,7 @@ class Simulation:
     @property
     def world(self) -> World:
         """The one that runs now."""
-        assert self._clients.world is not None
+        assert isinstance(self._clients.world, World)
         return self._clients.world
 
 

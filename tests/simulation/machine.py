@@ -12,8 +12,8 @@ from typing import Any
 
 from jsonata.jsonata import Jsonata
 
-from tests.simulation.dynamodb import NotModelled
-from tests.simulation.scheduler import Scheduler, Waiter
+from tests.support.dynamodb import NotModelled
+from tests.support.scheduler import Scheduler, Waiter
 
 TASK_FIELDS = {
     "Comment", "Type", "Resource", "Arguments", "TimeoutSeconds", "Retry", "Catch", "Output", "Next", "End"

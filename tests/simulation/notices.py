@@ -12,8 +12,8 @@ from tests.simulation.callers import SENDERS, Wanted
 from tests.simulation.machine import Told
 from tests.simulation.receivers import Call
 from tests.simulation.scenario import Scenario
-from tests.simulation.scheduler import BEGIN
 from tests.simulation.upstream import TERMINAL
+from tests.support.scheduler import BEGIN
 
 DAY_SECONDS = 86400.0
 _FILTERS = (

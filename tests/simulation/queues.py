@@ -14,8 +14,8 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation.functions import FunctionFailed
-from tests.unit.conftest import ENVIRONMENT
-from tests.unit.template import folder_name, load_template, resources, variables
+from tests.support.fixtures import ENVIRONMENT
+from tests.support.template import folder_name, load_template, resources, variables
 
 if TYPE_CHECKING:
     from tests.simulation.world import World

@@ -11,9 +11,9 @@ import zlib
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from tests.simulation.dynamodb import Item, NotModelled
 from tests.simulation.functions import FunctionFailed
-from tests.unit.template import load_template, resources
+from tests.support.dynamodb import Item, NotModelled
+from tests.support.template import load_template, resources
 
 if TYPE_CHECKING:
     from tests.simulation.world import World

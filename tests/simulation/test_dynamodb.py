@@ -7,10 +7,10 @@ import pytest
 from botocore.exceptions import ClientError
 from botocore.session import Session
 
-from tests.simulation.account import AwsError
-from tests.simulation.dynamodb import ConditionFailed, NotModelled, Table
 from tests.simulation.installed import installed
-from tests.unit.template import table_properties
+from tests.support.aws_clients import AwsError
+from tests.support.dynamodb import ConditionFailed, NotModelled, Table
+from tests.support.template import table_properties
 
 Call = tuple[str, dict[str, Any], Any]
 

@@ -14,7 +14,7 @@ from tests.simulation.scenario import Scenario
 from tests.simulation.unknown import Frozen, LateCreates, LateLists, Strangers, UnknownCreates
 from tests.simulation.verdict import BEYOND, SECOND_RUNS_CANCELED
 from tests.simulation.worlds import WORLDS, worlds_of
-from tests.unit.template import ROOT
+from tests.support.template import ROOT
 
 SCHEDULES = 5000
 PARTS = 10

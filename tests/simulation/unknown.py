@@ -10,8 +10,8 @@ from predictions.upstream.create_window import CreateTooLateError
 
 from tests.simulation.callers import Wanted
 from tests.simulation.scenario import Scenario
-from tests.simulation.scheduler import BEGIN
 from tests.simulation.upstream import Run
+from tests.support.scheduler import BEGIN
 
 LATER = 790
 LEAVES_SECONDS = 300

@@ -12,7 +12,7 @@ import httpx
 from predictions.net.signatures import sign
 
 from tests.simulation.functions import FunctionFailed
-from tests.simulation.scheduler import Waiter
+from tests.support.scheduler import Waiter
 
 if TYPE_CHECKING:
     from tests.simulation.world import World

@@ -10,8 +10,8 @@ from predictions.aws.dynamodb import deserialize
 from predictions.status import visible
 
 from tests.simulation.callers import Wanted
-from tests.simulation.dynamodb import Item
 from tests.simulation.upstream import TERMINAL, Run, file_bytes
+from tests.support.dynamodb import Item
 
 if TYPE_CHECKING:
     from tests.simulation.world import World

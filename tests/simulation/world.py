@@ -17,19 +17,19 @@ from tests.simulation import account
 from tests.simulation.account import Account
 from tests.simulation.callers import Callers
 from tests.simulation.distributed_map import BatchMachine
-from tests.simulation.dynamodb import ConditionFailed, Item, Table
 from tests.simulation.faults import Faults
 from tests.simulation.functions import FunctionFailed, Functions
 from tests.simulation.machine import StateMachine, TaskError, Tokens
 from tests.simulation.queues import names_by_url, queues_of
 from tests.simulation.receivers import Receivers
 from tests.simulation.scenario import Scenario
-from tests.simulation.scheduler import BEGIN, Died, Process, Scheduler
 from tests.simulation.stream import Stream
 from tests.simulation.upstream import SECRET, TERMINAL, TOKEN, Upstream, file_bytes
 from tests.simulation.verdict import Check, Verdict
-from tests.unit.conftest import ENVIRONMENT
-from tests.unit.template import ROOT
+from tests.support.dynamodb import ConditionFailed, Item, Table
+from tests.support.fixtures import ENVIRONMENT
+from tests.support.scheduler import BEGIN, Died, Process, Scheduler
+from tests.support.template import ROOT
 
 API_URL = "https://api.example.com/v1"
 LIFETIME_SECONDS = 3600

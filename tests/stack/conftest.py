@@ -4,28 +4,19 @@ Deployed with short times, so that polls, timeouts and deadlines come within sec
 one looks at its own predictions only; faults of the stand-in are switched off again after each test.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import pytest
 
-from local.cloud import CHECKOUT
 from local.replicate.process import LocalReplicate
 from tests.stack.secrecy import WatchedCloud, leaks, told
+from tests.support.deployment import QUICK
 
 T = TypeVar("T")
 
-QUICK = {
-    "FirstPollSeconds": "5",
-    "PollSeconds": "3",
-    "SubmitGraceSeconds": "30",
-    "LogLevel": "DEBUG",
-    "CorsOrigin": "https://app.example.com",
-}
 
 LONG = ("test_faults.py", "test_conformance.py", "test_upgrades.py", "test_deployed_recipes.py", "test_batches.py")
 """Begun first, each in a process of its own: the shorter ones fill what time is left."""
@@ -33,15 +24,6 @@ LONG = ("test_faults.py", "test_conformance.py", "test_upgrades.py", "test_deplo
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
-
-
-def copy_checkout(factory: pytest.TempPathFactory) -> Path:
-    """What is deployed of this checkout, to be changed and deployed."""
-    folder = factory.mktemp("checkout")
-    shutil.copy(CHECKOUT / "template.yaml", folder)
-    for name in ("functions", "layers", "recipes", "statemachine"):
-        shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
 
 
 @pytest.fixture(scope="session")

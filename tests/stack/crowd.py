@@ -23,7 +23,7 @@ from predictions.store.keys import READING_LEASE
 
 from local.cloud import LocalCloud
 from tests.stack.audit import ENDS, Evidence, Request, verdict
-from tests.stack.aws_proxy import AwsProxy
+from tests.support.aws_proxy import AwsProxy
 
 OWNER = "crowd"
 CALLERS = 6

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 
 from local.cloud import LocalCloud
 from tests.stack.audit import Request, verdict
-from tests.stack.aws_proxy import AwsProxy, Call, Fault, proxied
 from tests.stack.crowd import (
     PARAMETERS,
     REPLICATES_FAULTS,
@@ -27,6 +26,7 @@ from tests.stack.crowd import (
     sleeper,
     storyteller,
 )
+from tests.support.aws_proxy import AwsProxy, Call, Fault, proxied
 
 SHARES = {
     Fault.KILLED_BEFORE: 0.004,

@@ -15,8 +15,8 @@ from predictions.cli.__main__ import main
 
 from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud
 from local.replicate.process import LocalReplicate
-from tests.unit.commands import stack_of
-from tests.unit.template import ROOT
+from tests.support.commands import stack_of
+from tests.support.template import ROOT
 
 Api = Callable[..., httpx.Client]
 WaitUntil = Callable[..., Any]

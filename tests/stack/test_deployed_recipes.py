@@ -10,7 +10,7 @@ import pytest
 from predictions.cli.__main__ import main
 
 from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud, LocalCloudError
-from tests.stack.conftest import copy_checkout
+from tests.support.deployment import copy_checkout
 
 Wait = Callable[..., Any]
 

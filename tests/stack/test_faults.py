@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.stack.audit import Evidence, audit, verdict
-from tests.stack.aws_proxy import Call
 from tests.stack.crowd import Crowd
 from tests.stack.faults import ON_THE_WAY, everything_at_once, faulty_stack, strike_each
+from tests.support.aws_proxy import Call
 
 ROUNDS = 12
 PREDICTIONS = 200

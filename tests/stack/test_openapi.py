@@ -19,8 +19,8 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from local.cloud import LocalCloud
 from local.replicate.catalog import models
 from local.replicate.process import LocalReplicate
-from tests.unit.described import Operation, operations
-from tests.unit.described import document as described
+from tests.support.described import Operation, operations
+from tests.support.described import document as described
 
 Api = Callable[..., httpx.Client]
 Answer = tuple[int, str, bytes]

@@ -22,7 +22,7 @@ from botocore.exceptions import ClientError
 from botocore.session import Session
 
 from local.cloud import REGION, STACK_NAME, LocalCloud
-from tests.unit.template import folder_name, load_template
+from tests.support.template import folder_name, load_template
 
 ACCOUNT = "000000000000"
 DENIED = {"AccessDenied", "AccessDeniedException"}

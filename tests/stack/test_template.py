@@ -3,7 +3,7 @@
 import yaml
 
 from local.cloud import CHECKOUT, LocalCloud
-from tests.unit.template import load_template
+from tests.support.template import load_template
 
 
 def test_built_template_has_no_alias_or_merge_which_cloudformation_refuses(cloud: LocalCloud) -> None:

@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 from local.cloud import CHECKOUT, CREDENTIALS, REGION, STACK_NAME, LocalCloud
-from tests.stack.conftest import QUICK, copy_checkout
+from tests.support.deployment import QUICK, copy_checkout
 
 Wait = Callable[..., Any]
 

@@ -24,7 +24,7 @@ from moto.core.model_instances import reset_model_data
 from moto.core.models import DEFAULT_ACCOUNT_ID, botocore_stubber
 from predictions.aws import clients
 
-from tests.simulation.dynamodb import ConditionFailed, Item, NotModelled, Table
+from tests.support.dynamodb import ConditionFailed, Item, NotModelled, Table
 
 # Sessions that tests make share what botocore reads from its files: reading it takes half a second each time.
 botocore.session.create_loader = cache(botocore.session.create_loader)

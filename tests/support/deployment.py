@@ -1,0 +1,25 @@
+"""What stack tests deploy."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from local.cloud import CHECKOUT
+
+QUICK = {
+    "FirstPollSeconds": "5",
+    "PollSeconds": "3",
+    "SubmitGraceSeconds": "30",
+    "LogLevel": "DEBUG",
+    "CorsOrigin": "https://app.example.com",
+}
+
+
+def copy_checkout(factory: pytest.TempPathFactory) -> Path:
+    """What is deployed of this checkout, to be changed and deployed."""
+    folder = factory.mktemp("checkout")
+    shutil.copy(CHECKOUT / "template.yaml", folder)
+    for name in ("functions", "layers", "recipes", "statemachine"):
+        shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder

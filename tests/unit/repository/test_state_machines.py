@@ -1,0 +1,474 @@
+import copy
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from predictions import errors
+from predictions.intents.model import LIFETIME_LIMIT_SECONDS
+from predictions.pipelines.definition import FAN_OUTS_LIMIT, ITEMS_LIMIT, STEPS_LIMIT
+from predictions.pipelines.manage import LIFETIME_SECONDS
+
+from tests.support.template import ROOT, listed, load_template, resources, statements
+
+MACHINES = sorted((ROOT / "statemachine").glob("*.asl.json"))
+PLACEHOLDER = re.compile(r"\$\{(\w+)\}")
+
+# Names that AWS gives to errors; every other one is the class name of an exception in `predictions.errors`.
+# https://docs.aws.amazon.com/step-functions/latest/dg/concepts-error-handling.html
+AWS_ERRORS = {
+    "States.Timeout",
+    "States.ExceedToleratedFailureThreshold",
+    "SQS.AmazonSQSException",
+    "SQS.SdkClientException",
+    "Runtime.ExitError",  # Lambda's, of a function whose process ended: https://docs.aws.amazon.com/lambda/latest/dg/troubleshooting-invocation.html
+    "Runtime.OutOfMemory",
+    "Sandbox.Timedout",
+    *(
+        f"Lambda.{name}"
+        for name in (
+            "ServiceException",
+            "AWSLambdaException",
+            "SdkClientException",
+            "TooManyRequestsException",
+            "Unknown",
+        )
+    ),
+    *(
+        f"DynamoDb.{name}"
+        for name in (
+            "ConditionalCheckFailedException",
+            "InternalServerErrorException",
+            "ProvisionedThroughputExceededException",
+            "RequestLimitExceededException",
+            "SdkClientException",
+            "ThrottlingException",
+        )
+    ),
+}
+# The action that a role needs for each resource that a state names.
+ACTIONS = {
+    "lambda:invoke": "lambda:InvokeFunction",
+    "aws-sdk:dynamodb:updateItem.waitForTaskToken": "dynamodb:UpdateItem",
+    "sqs:sendMessage.waitForTaskToken": "sqs:SendMessage",
+}
+# What a Distributed Map does by itself: reads items, writes results, starts children and looks after them.
+# https://docs.aws.amazon.com/step-functions/latest/dg/iam-policies-eg-dist-map.html
+DISTRIBUTED_MAP_ACTIONS = {
+    "s3:GetObject",
+    "s3:PutObject",
+    "s3:ListMultipartUploadParts",
+    "s3:AbortMultipartUpload",
+    "states:StartExecution",
+    "states:DescribeExecution",
+    "states:StopExecution",
+}
+
+
+def resource_of(path: Path) -> tuple[str, dict[str, Any]]:
+    """The state machine's logical name and properties in the template."""
+    ((name, found),) = (
+        (name, found["Properties"])
+        for name, found in resources("AWS::Serverless::StateMachine").items()
+        if found["Properties"]["DefinitionUri"] == f"statemachine/{path.name}"
+    )
+    return name, found
+
+
+def definition_of(path: Path) -> dict[str, Any]:
+    """The definition as CloudFormation makes it, numbers from the parameters' defaults and `{Name}` for the rest."""
+    substitutions = resource_of(path)[1]["DefinitionSubstitutions"]
+    parameters = load_template()["Parameters"]
+
+    def value(match: re.Match[str]) -> str:
+        given = substitutions[match[1]]
+        default = parameters.get(given.get("Ref"), {}).get("Default")
+        return str(default) if isinstance(default, int) else f"{{{match[1]}}}"
+
+    definition: dict[str, Any] = json.loads(PLACEHOLDER.sub(value, path.read_text()))
+    return definition
+
+
+def graphs(definition: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A machine, and those that its Maps run for each item: each has `StartAt` and `States` of its own."""
+    yield definition
+    for state in definition["States"].values():
+        if state["Type"] == "Map":
+            yield from graphs(state["ItemProcessor"])
+
+
+def states_of(path: Path) -> dict[str, dict[str, Any]]:
+    """All states of a machine, those inside its Maps too."""
+    return {name: state for graph in graphs(definition_of(path)) for name, state in graph["States"].items()}
+
+
+def arguments(state: dict[str, Any]) -> dict[str, Any]:
+    """What a task is given, in JSONata or JSONPath."""
+    given: dict[str, Any] = state.get("Arguments") or state["Parameters"]
+    return given
+
+
+def targets(state: dict[str, Any]) -> list[str]:
+    found = [state.get("Next"), state.get("Default")]
+    found += [branch["Next"] for branch in (*state.get("Choices", []), *state.get("Catch", []))]
+    return [name for name in found if name]
+
+
+def error_names(state: dict[str, Any]) -> list[str]:
+    return [name for rule in (*state.get("Retry", []), *state.get("Catch", [])) for name in rule["ErrorEquals"]]
+
+
+def expressions(value: Any) -> Iterator[str]:
+    """Every text inside a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from expressions(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from expressions(each)
+
+
+CASES = [
+    pytest.param(path, name, state, id=f"{path.name.removesuffix('.asl.json')}-{name}")
+    for path in MACHINES
+    for name, state in states_of(path).items()
+]
+JSONATA = [case for case in CASES if definition_of(case.values[0])["QueryLanguage"] == "JSONata"]  # type: ignore[arg-type]  # the path
+TASKS = [case for case in CASES if case.values[2]["Type"] == "Task"]  # type: ignore[index]  # the state
+
+every_machine = pytest.mark.parametrize("path", MACHINES, ids=lambda path: path.name)
+every_state = pytest.mark.parametrize(("path", "name", "state"), CASES)
+every_jsonata_state = pytest.mark.parametrize(("path", "name", "state"), JSONATA)
+every_task = pytest.mark.parametrize(("path", "name", "state"), TASKS)
+
+
+# -- refused -------------------------------------------------------------------------------------------------------
+
+
+@every_state
+def test_no_state_catches_or_retries_everything(path: Path, name: str, state: dict[str, Any]) -> None:
+    assert not {"States.ALL", "States.TaskFailed"} & set(error_names(state))
+
+
+@every_state
+def test_error_that_is_caught_or_retried_exists(path: Path, name: str, state: dict[str, Any]) -> None:
+    for error in error_names(state):
+        if error not in AWS_ERRORS:
+            assert issubclass(getattr(errors, error), errors.PredictionsError)
+
+
+@every_jsonata_state
+def test_state_carries_ids_and_waiting_times_only(path: Path, name: str, state: dict[str, Any]) -> None:
+    outputs = [
+        state.get("Output"),
+        *(rule.get("Output") for rule in (*state.get("Catch", []), *state.get("Choices", []))),
+    ]
+    caught = [rule for rule in state.get("Catch", []) if "Output" not in rule]
+    assert not caught, "without Output a Catch hands on the error and its cause"
+    assert state["Type"] == "Choice" or state.get("Output"), "without Output a state hands on all that it was given"
+    for output in filter(None, outputs):
+        assert output.keys() <= {"id", "wait_seconds", "done", "seen"}
+        assert output["id"] == "{% $states.input.id %}"
+
+
+# -- structure -----------------------------------------------------------------------------------------------------
+
+
+@every_machine
+def test_definition_is_a_machine_in_one_language_that_the_template_deploys(path: Path) -> None:
+    definition = definition_of(path)
+    # The local cloud does not evaluate JSONata in the ItemReader of a Distributed Map.
+    reads_items = any("ItemReader" in state for state in definition["States"].values())
+    assert definition["QueryLanguage"] == ("JSONPath" if reads_items else "JSONata")
+    assert resource_of(path)[1]["Type"] == "STANDARD"  # Express machines end after five minutes and wait for no token
+    assert not [state for state in states_of(path).values() if "QueryLanguage" in state]
+
+
+@every_machine
+def test_every_target_exists_and_every_state_is_reached(path: Path) -> None:
+    for graph in graphs(definition_of(path)):
+        states = graph["States"]
+        reached: set[str] = set()
+        waiting = [graph["StartAt"]]
+        while waiting:
+            name = waiting.pop()
+            assert name in states
+            if name not in reached:
+                reached.add(name)
+                waiting += targets(states[name])
+        assert reached == states.keys()
+
+
+@every_machine
+def test_every_state_can_come_to_an_end(path: Path) -> None:
+    for graph in graphs(definition_of(path)):
+        states = graph["States"]
+        ending = {name for name, state in states.items() if state.get("End") or state["Type"] in ("Succeed", "Fail")}
+        grown = True
+        while grown:
+            more = {name for name, state in states.items() if ending & set(targets(state))} - ending
+            ending |= more
+            grown = bool(more)
+        assert ending == states.keys()
+
+
+@every_machine
+def test_placeholders_are_the_substitutions_of_the_template(path: Path) -> None:
+    assert set(PLACEHOLDER.findall(path.read_text())) == resource_of(path)[1]["DefinitionSubstitutions"].keys()
+
+
+@every_task
+def test_task_ends_by_itself(path: Path, name: str, state: dict[str, Any]) -> None:
+    # A constant: without one a task may run for a year.
+    assert isinstance(state["TimeoutSeconds"], int)
+    assert state["TimeoutSeconds"] > 0
+
+
+@every_task
+def test_task_allows_its_function_to_use_all_its_time(path: Path, name: str, state: dict[str, Any]) -> None:
+    if state["Resource"].endswith(":lambda:invoke"):
+        function = load_template()["Resources"][f"{name}Function"]["Properties"]
+        assert arguments(state)["FunctionName"] == f"{{{name}FunctionArn}}"
+        assert function["Timeout"] < state["TimeoutSeconds"] <= function["Timeout"] + 60
+        substitutions = resource_of(path)[1]["DefinitionSubstitutions"]
+        assert substitutions[f"{name}FunctionArn"] == {"Fn::GetAtt": [f"{name}Function", "Arn"]}
+
+
+def used_by(path: Path, state: dict[str, Any]) -> tuple[str, Any]:
+    """The action that a task takes, and on what, as the role names it."""
+    (used,) = [arguments(state)[key] for key in ("FunctionName", "TableName", "QueueUrl") if key in arguments(state)]
+    substituted = resource_of(path)[1]["DefinitionSubstitutions"][used.strip("{}")]
+    # A table or a queue is named in the machine and given by its ARN in the role.
+    wanted = {"Fn::GetAtt": [substituted["Ref"], "Arn"]} if "Ref" in substituted else substituted
+    return ACTIONS[state["Resource"].partition(":states:::")[2]], wanted
+
+
+@every_task
+def test_role_may_do_what_the_task_does(path: Path, name: str, state: dict[str, Any]) -> None:
+    action, wanted = used_by(path, state)
+    granted = [each for each in statements(resource_of(path)[0]) if action in listed(each["Action"])]
+    (found,) = [each for each in granted if wanted in listed(each["Resource"])]
+    if key := arguments(state).get("Key"):
+        # Of the table, the items of its own kind only: `{% 'prediction#' & … %}`.
+        (pattern,) = found["Condition"]["ForAllValues:StringLike"]["dynamodb:LeadingKeys"]
+        assert key["pk"]["S"].startswith(f"{{% '{pattern.removesuffix('*')}' & ")
+
+
+@every_machine
+def test_role_may_do_nothing_that_no_task_does(path: Path) -> None:
+    machine, _ = resource_of(path)
+    states = states_of(path).values()
+    needed = {ACTIONS[state["Resource"].partition(":states:::")[2]] for state in states if state["Type"] == "Task"}
+    if any(state["Type"] == "Map" for state in states):
+        needed |= DISTRIBUTED_MAP_ACTIONS
+    allowed = {action for statement in statements(machine) for action in listed(statement["Action"])}
+    # What Step Functions itself does with logs and traces.
+    assert {action for action in allowed if not action.startswith(("logs:", "xray:"))} == needed
+
+
+@every_machine
+def test_role_names_nothing_that_no_task_uses(path: Path) -> None:
+    used = [used_by(path, state) for state in states_of(path).values() if state["Type"] == "Task"]
+    for statement in statements(resource_of(path)[0]):
+        for action in set(listed(statement["Action"])) & set(ACTIONS.values()):
+            assert [each for each in listed(statement["Resource"]) if (action, each) not in used] == []
+
+
+@every_state
+def test_state_that_waits_retries_or_catches_says_how_long(path: Path, name: str, state: dict[str, Any]) -> None:
+    if state["Type"] == "Wait" or state.get("Retry") or state.get("Catch"):
+        assert re.search(r"\d+ s\b", state["Comment"])
+    for retry in state.get("Retry", []):
+        seconds = total_wait_seconds(retry)
+        assert f"= {seconds} s" in state["Comment"]
+
+
+def total_wait_seconds(retry: dict[str, Any]) -> int:
+    waits = [retry["IntervalSeconds"] * retry["BackoffRate"] ** n for n in range(retry["MaxAttempts"])]
+    return int(sum(min(wait, retry.get("MaxDelaySeconds", wait)) for wait in waits))
+
+
+@every_state
+def test_expressions_are_whole_values(path: Path, name: str, state: dict[str, Any]) -> None:
+    # `a {% b %}` is not evaluated and would be sent as it stands.
+    for each in expressions({key: value for key, value in state.items() if key != "Comment"}):
+        assert "{%" not in each or re.fullmatch(r"\{% .* %\}", each)
+        assert each.count("{%") == each.count("%}") <= 1
+
+
+# -- track_prediction ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def states() -> dict[str, Any]:
+    states: dict[str, Any] = definition_of(ROOT / "statemachine/track_prediction.asl.json")["States"]
+    return states
+
+
+def caught(state: dict[str, Any], error: str) -> str:
+    (name,) = [rule["Next"] for rule in state["Catch"] if error in rule["ErrorEquals"]]
+    return str(name)
+
+
+def test_submitted_prediction_ends_by_webhook_in_three_states(states: dict[str, Any]) -> None:
+    assert states["Start"]["Default"] == "AwaitWebhook"
+    assert states["AwaitWebhook"]["Next"] == "CopyOutputs"
+    assert states["CopyOutputs"]["End"] is True
+
+
+def test_prediction_that_was_only_written_down_ends_by_webhook_in_four_states(states: dict[str, Any]) -> None:
+    (choice,) = states["Start"]["Choices"]
+    assert choice["Next"] == "SubmitPrediction"
+    assert states["SubmitPrediction"]["Next"] == "AwaitWebhook"
+
+
+@pytest.mark.parametrize("name", ["AwaitWebhook", "AwaitWebhookAgain"])
+def test_wait_that_ends_without_a_webhook_costs_two_states_a_poll(states: dict[str, Any], name: str) -> None:
+    assert caught(states[name], "States.Timeout") == "PollPrediction"
+    assert states["PollPrediction"]["Next"] == "AwaitWebhookAgain"
+
+
+@pytest.mark.parametrize("name", ["AwaitWebhook", "AwaitWebhookAgain"])
+def test_prediction_that_has_ended_is_not_waited_for(states: dict[str, Any], name: str) -> None:
+    state = states[name]
+    assert state["Arguments"]["ConditionExpression"] == "attribute_exists(pk) AND #rank < :terminal"
+    assert state["Arguments"]["ExpressionAttributeValues"][":terminal"] == {"N": "9"}
+    assert caught(state, "DynamoDb.ConditionalCheckFailedException") == "CopyOutputs"
+
+
+def test_waits_differ_in_their_time_only(states: dict[str, Any]) -> None:
+    different = ("Comment", "TimeoutSeconds")
+    first, later = (
+        {key: copy.deepcopy(value) for key, value in states[name].items() if key not in different}
+        for name in ("AwaitWebhook", "AwaitWebhookAgain")
+    )
+    for state, name in ((first, "AwaitWebhook"), (later, "AwaitWebhookAgain")):
+        # The sweep looks two minutes after the wait is over.
+        check = state["Arguments"]["ExpressionAttributeValues"].pop(":next_check_at")["N"]
+        assert check == f"{{% $string($floor($millis() / 1000) + {states[name]['TimeoutSeconds']} + 120) %}}"
+    assert first == later
+    defaults = load_template()["Parameters"]
+    assert states["AwaitWebhook"]["TimeoutSeconds"] == defaults["FirstPollSeconds"]["Default"]
+    assert states["AwaitWebhookAgain"]["TimeoutSeconds"] == defaults["PollSeconds"]["Default"]
+
+
+@pytest.mark.parametrize("name", ["SubmitPrediction", "PollPrediction"])
+def test_throttled_prediction_waits_for_its_turn_and_is_submitted_again(states: dict[str, Any], name: str) -> None:
+    assert caught(states[name], "PredictionThrottled") == "WaitForTurn"
+    assert states["WaitForTurn"]["Next"] == "SubmitPrediction"
+    # The message of the error is read as a number of seconds.
+    assert str(errors.PredictionThrottled(7)) == "7"
+
+
+def test_interrupted_copy_is_tried_until_replicate_removes_the_files(states: dict[str, Any]) -> None:
+    (retry,) = [rule for rule in states["CopyOutputs"]["Retry"] if "CopyInterrupted" in rule["ErrorEquals"]]
+    assert 45 * 60 <= total_wait_seconds(retry) <= 60 * 60
+    assert "JitterStrategy" not in retry  # full jitter would halve that time
+
+
+def test_functions_are_given_ids_only(states: dict[str, Any]) -> None:
+    payloads = {
+        name: state["Arguments"]["Payload"] for name, state in states.items() if "Payload" in state.get("Arguments", {})
+    }
+    assert payloads == {
+        "SubmitPrediction": {"id": "{% $states.input.id %}"},
+        "PollPrediction": {"id": "{% $states.input.id %}"},
+        "CopyOutputs": {
+            "id": "{% $states.input.id %}",
+            "execution": "{% $states.context.Execution.Name %}",
+        },
+    }
+
+
+# -- run_pipeline --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline_states() -> dict[str, Any]:
+    states: dict[str, Any] = definition_of(ROOT / "statemachine/run_pipeline.asl.json")["States"]
+    return states
+
+
+@pytest.mark.parametrize("error", ["DynamoDb.ConditionalCheckFailedException", "States.Timeout"])
+def test_pipeline_is_looked_at_again_however_the_wait_ends(pipeline_states: dict[str, Any], error: str) -> None:
+    assert caught(pipeline_states["AwaitStep"], error) == "AdvancePipeline"
+    assert pipeline_states["AwaitStep"]["Next"] == "AdvancePipeline"
+
+
+def test_pipeline_waits_only_while_nothing_has_ended_since_it_was_looked_at(pipeline_states: dict[str, Any]) -> None:
+    arguments = pipeline_states["AwaitStep"]["Arguments"]
+    assert arguments["ConditionExpression"] == "#status = :running AND #events = :seen"
+    values = arguments["ExpressionAttributeValues"]
+    assert values[":seen"] == {"N": "{% $string($states.input.seen) %}"}
+    # The sweep looks two minutes after the wait is over.
+    check = f"{{% $string($floor($millis() / 1000) + {pipeline_states['AwaitStep']['TimeoutSeconds']} + 120) %}}"
+    assert values[":next_check_at"] == {"N": check}
+
+
+def test_pipeline_ends_only_when_its_function_says_so(pipeline_states: dict[str, Any]) -> None:
+    (choice,) = pipeline_states["IsDone"]["Choices"]
+    assert (choice["Condition"], choice["Next"]) == ("{% $states.input.done = true %}", "Done")
+    assert pipeline_states["AdvancePipeline"]["Arguments"]["Payload"] == {"id": "{% $states.input.id %}"}
+
+
+def test_history_holds_the_largest_pipeline_that_takes_as_long_as_it_may(pipeline_states: dict[str, Any]) -> None:
+    # A turn: a task that is entered, scheduled, started, succeeded and left; a choice; a task that waits.
+    events_of_a_turn = 5 + 2 + 6
+    predictions = (STEPS_LIMIT - FAN_OUTS_LIMIT) + FAN_OUTS_LIMIT * ITEMS_LIMIT
+    polls = LIFETIME_SECONDS // pipeline_states["AwaitStep"]["TimeoutSeconds"]
+    assert (predictions + polls) * events_of_a_turn < 25_000
+
+
+# -- run_batch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch() -> dict[str, Any]:
+    return states_of(ROOT / "statemachine/run_batch.asl.json")
+
+
+def test_lines_are_counted_by_their_children_and_hand_nothing_on(batch: dict[str, Any]) -> None:
+    lines = batch["RunLines"]
+    assert lines["ItemProcessor"]["ProcessorConfig"] == {"Mode": "DISTRIBUTED", "ExecutionType": "STANDARD"}
+    # However many lines there are: the children's results are `{}` in an object, and the state's own is dropped.
+    assert (batch["RunLine"]["OutputPath"], lines["ResultPath"]) == (None, None)
+    assert lines["ResultWriter"]["Parameters"] == {"Bucket": "{OutputsBucketName}", "Prefix": "payloads/batches/runs"}
+    assert all(rule["ResultPath"] is None for rule in lines["Catch"])
+
+
+def test_line_is_sent_by_numbers_only_and_with_its_token(batch: dict[str, Any]) -> None:
+    message = batch["RunLine"]["Parameters"]["MessageBody"]
+    assert message.keys() == {f"{name}.$" for name in ("batch_id", "attempt", "n", "offset", "length", "task_token")}
+    assert message["task_token.$"] == "$$.Task.Token"
+
+
+def test_line_is_waited_for_longer_than_its_prediction_can_take(batch: dict[str, Any]) -> None:
+    assert batch["RunLine"]["TimeoutSeconds"] >= 2 * LIFETIME_LIMIT_SECONDS + 24 * 3600
+
+
+def test_batch_with_too_many_failing_lines_is_finished_too(batch: dict[str, Any]) -> None:
+    assert caught(batch["RunLines"], "States.ExceedToleratedFailureThreshold") == "LinesExceeded"
+    assert batch["LinesExceeded"]["Parameters"]["exceeded"] is True
+    assert batch["LinesExceeded"]["Next"] == batch["LinesDone"]["Next"] == "FinishBatch"
+
+
+def test_distributed_map_may_start_its_own_machine_only() -> None:
+    machine = load_template()["Resources"]["RunBatchStateMachine"]["Properties"]["Name"]["Fn::Sub"]
+    named = [each["Resource"] for each in statements("RunBatchStateMachine") if "states:" in str(each)]
+    on_machines = [[at["Fn::Sub"] for at in each] if isinstance(each, list) else each["Fn::Sub"] for each in named]
+    prefix = "arn:${AWS::Partition}:states:${AWS::Region}:${AWS::AccountId}"
+    # Executions by the form in AWS's own example, and by that of a child's ARN.
+    executions = [f"{prefix}:execution:{machine}:*", f"{prefix}:execution:{machine}/*"]
+    assert on_machines == [f"{prefix}:stateMachine:{machine}", executions]
+
+
+def test_functions_of_a_batch_are_given_ids_and_numbers_only(batch: dict[str, Any]) -> None:
+    payloads = {name: batch[name]["Parameters"]["Payload"].keys() for name in ("PrepareBatch", "FinishBatch")}
+    assert payloads == {
+        "PrepareBatch": {"id.$", "attempt.$"},
+        "FinishBatch": {"id.$", "attempt.$", "exceeded.$", "lap.$"},
+    }
