@@ -7,6 +7,7 @@ seconds are those of the run that wrote the page.
 import argparse
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -23,8 +24,11 @@ SUITES = ("unit", "attacks", "simulation", "stack")
 """The make targets that run tests, as `make test` has them, each of a folder of the same name."""
 
 
-OUT_OF_DATE = "test_page_has_every_promise_with_what_shows_it"
-"""The test that says that the page has to be written again."""
+OUT_OF_DATE = (
+    "tests/unit/repository/test_reliability.py::test_page_has_every_promise_with_what_shows_it",
+    "tests/unit/repository/test_readme.py::test_every_relative_link_leads_somewhere[docs/reliability.md]",
+)
+"""The tests that fail while the page has to be written again, as after a test's file was moved."""
 
 Recorded = Callable[[str, object], None]
 """The type of pytest's fixture `record_property`: counts by what was counted, for the page."""
@@ -442,7 +446,7 @@ def main() -> int:
         for suite in SUITES:
             report = reports / f"{suite}.xml"
             # What is to be written now may still be out of date.
-            options = f"--junitxml={report} --deselect=tests/unit/repository/test_reliability.py::{OUT_OF_DATE}"
+            options = shlex.join([f"--junitxml={report}", *(f"--deselect={test}" for test in OUT_OF_DATE)])
             environment = os.environ | {"PYTEST_ADDOPTS": options}
             began = time.monotonic()
             if subprocess.run(["make", suite, "SLOW=1"], cwd=ROOT, env=environment).returncode:
