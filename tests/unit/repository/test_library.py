@@ -46,3 +46,17 @@ def test_every_module_is_imported_by_some_function() -> None:
     assert len(functions) > 20
     found = {path for name in functions for path in imported(folder_name(name))}
     assert {name for name, path in library.of_functions().items() if path not in found} == set()
+
+
+def test_module_has_at_most_700_lines_and_a_class_600() -> None:
+    seen = 0
+    paths = [*library.modules().values(), *(ROOT / "functions").rglob("*.py")]
+    for path in paths:
+        text = path.read_text()
+        assert text.count("\n") <= 700, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                seen += 1
+                assert (node.end_lineno or 0) - node.lineno < 600, f"{path}: {node.name}"
+    assert len(paths) > 150
+    assert seen > 200
