@@ -280,7 +280,7 @@ class TestEvents:
             boto("events").put_events(Entries=[{**entry, "Detail": detail}])
         wait_until(lambda: started("after snake"), 30, "the prediction")
         (refused,) = wait_until(lambda: dead(cloud, boto, '\\"tail\\"'), 30, "the refusal")
-        assert "MaxOriginDepth allows 3" in json.dumps(refused)
+        assert "exceeds MaxOriginDepth (3)" in json.dumps(refused)
         assert started("after tail") == started("after stranger") == []
         assert made["bus"] == "stack"
 
@@ -310,7 +310,7 @@ class TestEvents:
         assert api("looper").post("/predictions", json=first).status_code == 201
         (refused,) = wait_until(lambda: dead(cloud, boto, "looper"), 60, "the end of the chain")
         assert "descends from 4 results" in refused["MessageAttributes"]["reason"]["StringValue"]
-        assert "MaxOriginDepth allows 3: recipe chain probably starts itself" in json.dumps(refused)
+        assert "exceeds MaxOriginDepth (3). Recipe chain probably starts itself" in json.dumps(refused)
         time.sleep(3)  # whatever else it might start
         links = started("a link of the chain", "looper")
         assert [each["status"] for each in links] == ["succeeded"] * 4
