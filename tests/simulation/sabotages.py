@@ -18,6 +18,7 @@ from predictions.aws.dynamodb import PRESENT, Condition, Sum
 from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
 from predictions.files import copier, output_references
+from predictions.files.copier import Copier
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.ids import random_id
 from predictions.intake import redelivery
@@ -193,7 +194,7 @@ def _swept_without_orphans(_: Any) -> Any:
 
 
 def _file_given_up(copy: Any) -> Any:
-    def copied(self: OutputsBucket, *given: Any, **options: Any) -> Any:
+    def copied(self: Copier, *given: Any, **options: Any) -> Any:
         outcome = copy(self, *given, **options)
         return (
             output_references.StoredFile(given[0].path, given[0].index, error="no")
@@ -399,7 +400,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "a cancel is not passed on": _method(CancelPrediction, "pass_on", lambda _: lambda self, prediction: prediction),
     "ExecutionAlreadyExists is taken for success": _method(Executions, "start", _started_whatever_is_there),
     "a file's size is not checked": _value(copier, "_length", lambda _: None),
-    "a file that broke off is given up": _method(OutputsBucket, "_copy", _file_given_up),
+    "a file that broke off is given up": _method(Copier, "_copy", _file_given_up),
     "a copy without a lease": _method(PredictionsTable, "lease_copy", _constant(True)),
     "files are not waited for": _method(OutputsBucket, "holds_files", _constant(False)),
     "aborted is unknown": _value(table, "rank_of", lambda word: 0 if word == "aborted" else statuses.rank_of(word)),
@@ -453,7 +454,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "a webhook is tried once": _method(Receivers, "_defer", _constant(True)),
     "hanging receivers occupy all consumers": _all(
         _value(webhook_queue, "_owner_of", lambda _: ""),
-        _method(WebhookSlots, "acquire", lambda _: lambda self, owner, origin, now: Slot(owner, origin, now)),
+        _method(WebhookSlots, "acquire", lambda _: lambda self, owner, origin, now: Slot(owner, "never_marked", now)),
     ),
     "a training is looked for among predictions": _value(Prediction, "collection", "predictions"),
 }
