@@ -22,12 +22,23 @@ from botocore.awsrequest import AWSResponse, HTTPHeaders
 from moto.backends import get_backend
 from moto.core.model_instances import reset_model_data
 from moto.core.models import DEFAULT_ACCOUNT_ID, botocore_stubber
+from moto.sqs.models import Message, SQSBackend
 from predictions.aws import clients
 
 from tests.support.dynamodb import ConditionFailed, Item, NotModelled, Table
 
 # Sessions that tests make share what botocore reads from its files: reading it takes half a second each time.
 botocore.session.create_loader = cache(botocore.session.create_loader)
+
+_receive = SQSBackend.receive_message
+
+
+def _receive_at_once(self: SQSBackend, queue: str, count: int, wait: int, *more: Any, **named: Any) -> list[Message]:
+    return _receive(self, queue, count, 0, *more, **named)
+
+
+# Long polls of an empty queue end at once: nothing that a test does meanwhile could end them.
+SQSBackend.receive_message = _receive_at_once  # type: ignore[assignment]
 
 REGION = "us-east-1"
 STREAM_ARN = "arn:aws:dynamodb:us-east-1:123456789012:table/predictions/stream/2025-01-01T00:00:00.000"
