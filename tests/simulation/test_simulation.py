@@ -136,6 +136,12 @@ def test_what_is_accepted_or_listed_after_the_second_reading_is_noticed_and_coun
     assert counted[SECOND_RUNS_CANCELED] > 0
 
 
+@pytest.mark.parametrize("seed", [9616, 10267, 12381, 29135, 31674, 44719, 45657, 48775])
+def test_schedule_that_once_broke_a_promise_breaks_none(simulation: Simulation, seed: int) -> None:
+    broken = simulation.run(seed).broken
+    assert not broken, f"{broken}\n`make sim SEED={seed}` shows it step by step."
+
+
 def test_seed_gives_the_same_schedule_in_another_process(simulation: Simulation) -> None:
     seeds = (3, 42, 77)
     traces: list[str] = []

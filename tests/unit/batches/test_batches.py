@@ -133,6 +133,26 @@ def test_batch_whose_requests_two_calls_with_one_key_wrote_at_once_is_read(world
     assert (there.status, there.lines, there.error) == ("running", 2, None)
 
 
+def test_batch_that_is_there_already_is_returned_without_another_read_that_could_fail(world: World) -> None:
+    batch = world.make(LLAMA)
+    with refusing("GetItem", "ThrottlingException", service="dynamodb"):
+        assert world.batches.write_down(batch).id == batch.id
+
+
+def test_cancel_that_is_stored_while_the_results_are_written_ends_it_canceled(
+    world: World, replicate: ReplicateInMemory
+) -> None:
+    batch = world.prepared(LLAMA)
+    for prediction_id in world.run(batch).values():
+        world.end(prediction_id, replicate, output="done")
+    with meanwhile("PutObject", lambda: world.batches.stop(world.there(batch), "canceled"), service="s3"):
+        assert world.finish(batch)["open"] == 1
+    assert not world.there(batch).ended
+    assert world.finish(batch)["open"] == 0
+    ended = world.there(batch)
+    assert (ended.status, ended.counts["succeeded"] if ended.counts else 0) == ("canceled", 1)
+
+
 def test_making_that_died_half_way_is_completed_by_the_same_key(world: World) -> None:
     of_the_batch = refusing("PutItem", "AccessDenied", lambda b: b["Item"]["sk"] == {"S": "status"}, service="dynamodb")
     with of_the_batch, pytest.raises(ClientError):

@@ -19,7 +19,7 @@ from predictions.upstream.prediction import PARSED_LIMIT_BYTES, UpstreamPredicti
 
 from tests.support.batches import LLAMA, World, plenty
 from tests.support.batches import world as batch_world  # noqa: F401  # a fixture
-from tests.support.fakes import VERSION, Clock, Died, Executed, ReplicateInMemory, accept_then, answer
+from tests.support.fakes import VERSION, Clock, Died, Executed, ReplicateInMemory, accept_then, answer, refusing
 from tests.support.protocol import Submissions
 
 HOUR = 3600
@@ -121,6 +121,28 @@ class TestDeadLooks:
             assert swept(submissions)
             waits.append((current(table, prediction.id).next_check_at or 0) - int(clock.now()))
         assert max(waits) == 900, waits
+
+    def test_first_dead_execution_is_replaced_by_the_first_check_that_succeeds_however_many_failed(
+        self,
+        submissions: Submissions,
+        replicate: ReplicateInMemory,
+        table: PredictionsTable,
+        executed: Executed,
+        clock: Clock,
+    ) -> None:
+        replicate.faults = [accept_then(500)]
+        prediction = start(submissions)
+        executed.stop(f"{prediction.id}-1")
+        waits = []
+        with refusing("DescribeExecution", "ThrottlingException"):
+            for _ in range(3):
+                until_due(clock, current(table, prediction.id).next_check_at)
+                assert swept(submissions)
+                waits.append((current(table, prediction.id).next_check_at or 0) - int(clock.now()))
+        assert waits == [180, 360, 720], "the check that fails keeps the time that it has written first"
+        until_due(clock, current(table, prediction.id).next_check_at)
+        assert swept(submissions)
+        assert f"{prediction.id}-2" in executed.inputs
 
     def test_cancel_that_replicate_did_not_answer_is_asked_again_soon_however_often_looks_died(
         self,

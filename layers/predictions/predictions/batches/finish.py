@@ -60,8 +60,10 @@ def finish(
             _cancel(table, found.predictions, batches.now())
         return {"open": found.count, "lap": lap + 1, "wait_seconds": backoff_seconds(5, lap, _LONGEST_WAIT_SECONDS)}
     status = {"canceled": "canceled", "exceeded": "failed"}.get(batch.stop or "", "succeeded")
-    batches.end(batch, status="failed" if batch.error else status, counts=counts, results_key=key)
-    return {"open": 0, "lap": lap, "wait_seconds": 1}
+    ended = batches.end(batch, status="failed" if batch.error else status, counts=counts, results_key=key)
+    # A cancel that is stored while the results are written shows in the status: the next call completes it.
+    stopped = ended is None and (there := batches.find(batch_id)) and there.stop != batch.stop
+    return {"open": int(bool(stopped)), "lap": lap, "wait_seconds": 1}
 
 
 class _LinesOpen(Exception):  # not an error: the results must wait

@@ -249,8 +249,9 @@ class Batches:
             self._table.put_item(
                 batch_key(batch.id), {**item, "owner": list_of(batch.owner, "batches"), "open": "open"}, NEW
             )
-        except ConditionFailed:
-            return self.find(batch.id) or batch
+        except ConditionFailed as failed:
+            # Another read could fail, and a caller that gets an error would create another batch.
+            return _batch(failed.item) if failed.item else batch
         except (ClientError, BotoCoreError):
             # The write may have succeeded with its response lost: then the sweep runs the batch, and a caller that gets
             # an error would create another one.
@@ -292,7 +293,8 @@ class Batches:
         )
 
     def end(self, batch: Batch, *, status: str, counts: Mapping[str, int], results_key: str) -> Batch | None:
-        """Complete an attempt. Return None if that was done before."""
+        """Complete an attempt. Return None if that was done before, or if it was stopped since it was read."""
+        as_read = Condition("stop = :stop", stop=batch.stop) if batch.stop else Condition("attribute_not_exists(stop)")
         return self._change(
             batch,
             set={
@@ -304,7 +306,7 @@ class Batches:
                 "completed_at": timestamp(self.now()),
             },
             remove=["open", "next_check_at", "stopped_before"],
-            condition=_this_attempt(batch) & _OPEN,
+            condition=_this_attempt(batch) & _OPEN & as_read,
         )
 
     def begin_again(self, batch: Batch) -> Batch | None:

@@ -121,9 +121,10 @@ class SweepPredictions:
                 sweepers[kind](each)
             except Exception:  # noqa: BLE001  # an item that always fails must not hold up the others
                 logger.exception("swept without success", pk=pk)
-                # Nor may it stay first in the queue, if its first write is the one that failed.
+                # Nor may it stay first in the queue, if its first write, which defers it, is the one that failed.
                 with contextlib.suppress(ClientError, BotoCoreError):
-                    if stuck := self._table.get(each):
+                    stuck = self._table.get(each)
+                    if stuck and stuck.next_check_at and stuck.next_check_at <= self._now():
                         self._table.check_again_at(stuck, self._now() + _STUCK_SECONDS)
         return looked_at
 
@@ -188,7 +189,7 @@ class SweepPredictions:
             metrics.add_metric(name="ExecutionsReplaced", unit=MetricUnit.Count, value=1)
             self._tracking.track(prediction, submit=unclaimed or lost)
         # A new execution that waits for a webhook records a time of its own; for one that copies, this time holds.
-        again = self._look_again_at(prediction, now) if dead and prediction.stalled_looks > 1 else 0
+        again = self._look_again_at(prediction, now) if dead and prediction.stalled_looks > 1 and not unheard else 0
         self._table.end_look(prediction, max(again, soon), stalled=dead)
 
     def _look_again_at(self, prediction: Prediction, now: float) -> float:
@@ -202,10 +203,11 @@ class SweepPredictions:
     def _resumes_later(self, prediction: Prediction) -> bool:
         """Return whether a dead execution is replaced by the next check only: from the second in a row on.
 
-        The files of a completed prediction do not wait: Replicate removes them.
+        An unbound prediction does not wait: nothing else looks for what its create has started, and only small
+        responses are parsed for that. The files of a completed prediction do not wait either: Replicate removes them.
         """
-        again = prediction.stalled_looks > 1 and prediction.resume_n != prediction.execution_n
-        return again and not prediction.terminal
+        again = prediction.stalled_looks > 1 and prediction.execution_n > 1 and prediction.upstream_id is not None
+        return again and prediction.resume_n != prediction.execution_n and not prediction.terminal
 
     def look_again(self) -> int:
         """Read Replicate's list again for resubmitted predictions that are due; return their number.
