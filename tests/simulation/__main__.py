@@ -6,10 +6,13 @@
 """
 
 import argparse
+import contextlib
 import multiprocessing
+import signal
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 from tests.simulation.installed import installed, run_seeds
 from tests.simulation.sabotages import SABOTAGE_SCHEDULES, SABOTAGES
@@ -56,14 +59,18 @@ def one(seed: int) -> int:
 
 
 def many(first: int, schedules: int, processes: int, *, write: bool) -> int:
-    """Runs schedules in several processes, with progress, and says what happened in them."""
+    """Runs schedules in several processes, with progress, and says what happened in them, also if interrupted."""
     chunks = [range(at, min(at + CHUNK, first + schedules)) for at in range(first, first + schedules, CHUNK)]
     figures: Counter[str] = Counter()
     worst: dict[str, float] = {}
     broken: list[Verdict] = []
     done, began = 0, time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for number, counted, longest, failed in pool.imap_unordered(run_seeds, chunks):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignores it for its background
+    # Ctrl-C reaches the processes as well: they leave it to this one.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), signal.signal, ignore)
+    with contextlib.suppress(KeyboardInterrupt):
+        for number, counted, longest, failed in pool.map(run_seeds, chunks):
             done += number
             figures.update(counted)
             for what, delay in longest.items():
@@ -75,6 +82,8 @@ def many(first: int, schedules: int, processes: int, *, write: bool) -> int:
             print(
                 f"\r{done:>7} of {schedules}, {done / seconds:.0f} a second, {len(broken)} broken", end="", flush=True
             )
+    pool.shutdown(wait=False, cancel_futures=True)
+    schedules = done  # fewer if it was interrupted
     print()
     for name, count in sorted(figures.items()):
         print(f"{count:>12,}  {name}")
