@@ -12,6 +12,7 @@ from predictions.admission.quotas import OwnerLimits
 from predictions.admission.rate_limiter import QUIET_SECONDS, Limiter
 from predictions.admission.reservations import BURST_SECONDS, AskAgain, Start, TooLate
 from predictions.aws import clients
+from predictions.aws.dynamodb import serialize
 from predictions.errors import PredictionThrottled, Problem
 from predictions.store.predictions import PredictionsTable
 
@@ -390,6 +391,17 @@ class TestTurns:
         start = reserved(limiter)
         limiter.release("queue", start.number or 0)
         assert reserved(limiter).at == start.at
+
+    def test_turn_that_no_rule_can_have_written_is_replaced_by_the_next_one(
+        self, limiter: Limiter, clock: Clock
+    ) -> None:
+        now = int(clock.now() * 1000)
+        item = {"queue_at": now + 60_000, "queue_last_alice": now + 50_000, "queue_turn_alice": "x"}
+        clients.client("dynamodb").put_item(TableName="predictions", Item={**KEY, **serialize(item)})
+        limiter.limiter_state()
+        turns = [limiter.reserve_for_queue("alice", latest=LONG) for _ in range(2)]
+        assert [type(each) for each in turns] == [AskAgain, AskAgain]
+        assert clock.now() + 60 <= turns[0].at < turns[1].at
 
 
 KEY = {"pk": {"S": "limiter"}, "sk": {"S": "creates"}}

@@ -125,6 +125,19 @@ def test_an_operators_key_pair_signs_what_its_public_key_verifies(
     opened(served.url(FILE, 3600), load_pem_public_key(parameters["OutputUrlPublicKey"].encode()))
 
 
+def test_a_damaged_secret_is_read_again_at_the_next_url(cloud: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = clients.client("secretsmanager")
+    secret = secrets.create_secret(Name="output-urls", SecretString="damaged")["ARN"]
+    monkeypatch.setenv("OUTPUT_URL_DOMAIN", "d111.cloudfront.net")
+    monkeypatch.setenv("OUTPUT_URL_SECRET_ARN", secret)
+    served = Distribution.from_env()
+    assert served
+    with pytest.raises(ValueError, match="no key"):
+        served.url(FILE, 3600)
+    secrets.put_secret_value(SecretId=secret, SecretString=PRIVATE.to_json())
+    assert served.url(FILE, 3600)
+
+
 def test_a_second_key_pair_does_not_replace_the_first(cloud: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["urls", "keys", "--stack", "team"]) == 0
     secrets = clients.client("secretsmanager")

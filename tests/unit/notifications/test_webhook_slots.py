@@ -34,6 +34,8 @@ from tests.support.template import resources
 
 ORIGIN = "https://hooks.example.com"
 CONSUMERS = 20
+EXPRESSION_LIMIT_BYTES = 4096
+"""https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/Constraints.html, which moto does not know."""
 
 
 @pytest.fixture
@@ -123,6 +125,32 @@ class TestSlots:
         (item,) = clients.client("dynamodb").scan(TableName="predictions")["Items"]
         assert len([name for name in item if name.startswith("slow_")]) <= 5
         assert int(item["expires_at"]["N"]) > clock.now()
+
+    def test_write_of_a_mark_is_one_that_dynamodb_takes_however_many_marks_have_ended(
+        self, slots: WebhookSlots, clock: Clock
+    ) -> None:
+        # As many as all slots together can make while marks last.
+        ended = int(SLOTS * MARK_SECONDS / SLOW_SECONDS)
+        clients.client("dynamodb").put_item(
+            TableName="predictions",
+            Item=serialize({
+                "pk": "owner#mallory", "sk": "webhook_slots",
+                **{f"slow_{n:016x}": int(clock.now() * 1000) for n in range(ended)},
+            }),
+        )  # fmt: skip
+        sizes: list[int] = []
+
+        def measure(params: dict[str, Any], **_: Any) -> None:
+            sizes.append(len(params["UpdateExpression"]))
+
+        events = clients.client("dynamodb").meta.events
+        events.register("before-parameter-build.dynamodb.UpdateItem", measure)
+        for n in range(10):
+            slow(slots, clock, origin=f"https://{n}.example.com")
+            clock.advance(MARK_SECONDS)
+        assert max(sizes) <= EXPRESSION_LIMIT_BYTES
+        (item,) = clients.client("dynamodb").scan(TableName="predictions")["Items"]
+        assert len([name for name in item if name.startswith("slow_")]) == 1
 
     def test_limit_leaves_most_consumers_to_others_and_a_lease_outlives_the_function(self) -> None:
         source = resources("AWS::Lambda::EventSourceMapping")["DeliveriesEventSource"]["Properties"]

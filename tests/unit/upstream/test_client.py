@@ -1,4 +1,5 @@
 import json
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -604,6 +605,24 @@ def test_a_token_is_read_once_for_many_calls(server: Upstream) -> None:
     for _ in range(5):
         server.create()
     assert {request.headers["authorization"] for request in server.asked} == {f"Bearer {TOKEN}"}
+
+
+def test_a_token_of_a_sandbox_that_stood_still_for_a_minute_is_read_again(
+    token: Token, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present = time.time()
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr(time, "time", lambda: present)
+    server = Upstream(Token("replicate-token"))
+    server.create()
+    put_token("r8_new")
+    present += 59
+    server.create()
+    present += 1
+    server.create()
+    assert [request.headers["authorization"] for request in server.asked] == [
+        f"Bearer {TOKEN}", f"Bearer {TOKEN}", "Bearer r8_new",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("status", [401, 402, 403])

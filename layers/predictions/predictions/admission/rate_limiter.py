@@ -329,8 +329,8 @@ class Limiter:
             held = self._write(Condition(f"{name} = :was", was=self._known.absurd[name]), **changes)
         return held
 
-    def _write(self, condition: Condition, **changes: Any) -> bool | None:
-        """Do one conditional update; return whether its condition held, None on a failure."""
+    def _write(self, condition: Condition | None, **changes: Any) -> bool | None:
+        """Do one update; return whether its condition held, None on a failure."""
         try:
             self._know(self._table.update_item(_KEY, condition=condition, **changes))
         except ConditionFailed as failed:

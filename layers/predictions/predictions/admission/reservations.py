@@ -105,9 +105,9 @@ class Plan:
         self.conditions.append(Condition(text, **values))
 
     @property
-    def condition(self) -> Condition:
-        """Return all conditions as one."""
-        return reduce(and_, self.conditions)
+    def condition(self) -> Condition | None:
+        """Return all conditions as one, or None without any."""
+        return reduce(and_, self.conditions) if self.conditions else None
 
     @property
     def changes(self) -> dict[str, Any]:

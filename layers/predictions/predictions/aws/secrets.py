@@ -25,7 +25,7 @@ class CachedSecret:
         arn: The secret.
         secretsmanager: The client to read it with; by default the one of this process.
         cache_seconds: For how long a value that was read is used.
-        clock: Seconds that only go forward.
+        clock: The seconds by which the cache expires.
     """
 
     def __init__(

@@ -116,7 +116,8 @@ class Distribution:
     def from_env(cls) -> "Distribution | None":
         """Create from `OUTPUT_URL_DOMAIN`, `…_KEY_ID`, `…_SECRET_ARN`; None if empty."""
         domain, key_id = os.environ["OUTPUT_URL_DOMAIN"], os.environ["OUTPUT_URL_KEY_ID"]
-        secret = CachedSecret(os.environ["OUTPUT_URL_SECRET_ARN"])
+        # Not cached as a text: the key is, once it could be read. Until then each URL reads the secret again.
+        secret = CachedSecret(os.environ["OUTPUT_URL_SECRET_ARN"], cache_seconds=0)
         return cls(domain, key_id, lambda: PrivateKey.from_json(secret.current_value())) if domain else None
 
     def url(self, key: str, expires_seconds: int) -> str:

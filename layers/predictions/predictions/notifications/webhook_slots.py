@@ -44,6 +44,9 @@ LEASE_SECONDS = 30
 """The timeout of the function that delivers."""
 
 _MARKED_ORIGINS = 3
+# An expression has at most 4 KB, and a name in it takes 24 bytes:
+# https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/Constraints.html
+_REMOVED_MOST = 100
 _EXPIRES_SECONDS = 24 * 3600
 
 
@@ -144,7 +147,7 @@ class WebhookSlots:
             if name.startswith("slow_") and name != mark and until <= now * 1000
         ]
         times = {mark: int((now + MARK_SECONDS) * 1000), "expires_at": int(now) + _EXPIRES_SECONDS}
-        self._table.update_item(webhook_slots_key(slot.owner), set=times, remove=ended)
+        self._table.update_item(webhook_slots_key(slot.owner), set=times, remove=ended[:_REMOVED_MOST])
 
     def _times_of(self, owner: str) -> dict[str, int]:
         item = self._table.get_item(webhook_slots_key(owner), consistent=False) or {}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -33,7 +34,9 @@ class Token:
     """The stack's Replicate token, read from Secrets Manager at most once a minute."""
 
     def __init__(self, secret_arn: str) -> None:
-        self._secret = CachedSecret(secret_arn, cache_seconds=_CACHE_SECONDS)
+        # A monotonic clock may stop in a frozen sandbox. A token that was revoked meanwhile would be refused,
+        # which pauses all submissions.
+        self._secret = CachedSecret(secret_arn, cache_seconds=_CACHE_SECONDS, clock=time.time)
 
     def value(self) -> str:
         """Return the token, at most a minute old.
