@@ -1022,6 +1022,7 @@ def test_a_large_input_shows_no_result_before_its_files_are_stored(
     assert (shown["status"], shown["output"]) == ("processing", None)
 
 
+@pytest.mark.slow
 def test_a_page_is_cut_by_the_size_of_what_is_shown_in_both_directions(
     call: Call, table: PredictionsTable, clock: Clock
 ) -> None:

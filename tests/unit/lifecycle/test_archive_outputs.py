@@ -139,6 +139,7 @@ def test_copied_twice_stores_and_ends_once(
     assert table.get(ended.id) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "url", "stored"),
     [(1000, "data:text/plain,a", 1000), (1001, "data:text/plain,a", 1000), (300_000, "data:text/plain;base64,A", 0)],

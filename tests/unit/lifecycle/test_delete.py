@@ -191,6 +191,7 @@ def test_repeated_deletion_changes_nothing(
     assert current(table, prediction.id).deleted == once.deleted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "finished_by"),
     [

@@ -133,6 +133,7 @@ class TestRefused:
 MEGABYTES = 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "piece"),
     [
