@@ -389,6 +389,7 @@ def test_cancel_before_the_start_ends_it_at_once(replicate: LocalReplicate, api:
     assert "started_at" not in canceled
 
 
+@pytest.mark.slow
 def test_deadline_cancels_what_runs_and_aborts_what_has_not_started(
     replicate: LocalReplicate, api: httpx.Client
 ) -> None:

@@ -46,6 +46,7 @@ entries = st.dictionaries(st.sampled_from([*NAMES, "input", "output", "logs", 'o
 
 
 class TestEntries:
+    @pytest.mark.slow
     @given(st.lists(entries, max_size=4), st.none() | st.text(), st.integers(1, 40), st.booleans())
     @settings(max_examples=300, deadline=None)
     def test_fields_and_inputs_of_any_entries_in_pieces_of_any_size_are_those_that_json_has(
