@@ -30,7 +30,7 @@ class Events(Scenario):
 
 
 class Webhooks(Scenario):
-    """Callers who want to be told by webhook, of some of the events; receivers of every kind."""
+    """Callers who ask for webhooks of some of the events; receivers of every kind."""
 
     name = "webhooks"
     foci: ClassVar[tuple[str, ...]] = (

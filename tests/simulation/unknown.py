@@ -389,9 +389,9 @@ class CancelBetween(UnknownCreates):
 
 
 class StaleLists(UnknownCreates):
-    """The list stands still for minutes, and shows nothing that was created since, while predictions run."""
+    """The list is stalled for minutes, and shows nothing that was created since, while predictions run."""
 
-    name = "lists that stand still"
+    name = "stalled lists"
     after_seconds = 8.0
 
     def begin(self) -> None:
@@ -411,7 +411,7 @@ class StaleLists(UnknownCreates):
             plan |= {"queued_seconds": 0.0, "output_seconds": None, "run_seconds": 1200.0}
 
     def patience(self) -> float:
-        """Nothing is decided while the list stands still."""
+        """Nothing is decided while the list is stalled."""
         return super().patience() + self.until - BEGIN
 
     def check(self) -> None:
