@@ -278,8 +278,3 @@ class ModelLookup:
         """Record the model of a version, if inputs are checked; see `ModelSchemas.learn`."""
         if self._schemas:
             self._schemas.learn(version, told)
-
-
-def listed(invalid: list[dict[str, str]]) -> str:
-    """Return violations as one text."""
-    return " ".join(f"{field['field']}: {field['detail']}" for field in invalid)

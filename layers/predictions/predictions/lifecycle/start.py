@@ -18,7 +18,7 @@ from predictions.errors import Problem
 from predictions.intents.model import Attempt, Intent
 from predictions.lifecycle.connections import Connections
 from predictions.lifecycle.create import Creates
-from predictions.lifecycle.model_lookup import ModelLookup, listed
+from predictions.lifecycle.model_lookup import ModelLookup
 from predictions.lifecycle.reservations import Reservations, waits_of
 from predictions.lifecycle.timing import (
     CLAIM_SECONDS,
@@ -36,6 +36,7 @@ from predictions.store.recent_requests import RecentRequests
 from predictions.store.records import AlreadyExists, Prediction, Waits
 from predictions.store.schemas import StoredSchemas
 from predictions.upstream.errors import NotAccepted, OutcomeUnknown, Refused, Unauthorized
+from predictions.validation import fields_refused
 
 # Bounds of `Retry-After`, in seconds, in the refusal of a create that would start too late.
 _REFUSED_WAITS = (10, 300)
@@ -183,7 +184,7 @@ class StartPrediction:
         # A version's schema describes the input of a prediction, not of a training.
         version, schema = self._lookup.find(intent.reference, check=intent.object == "prediction")
         if invalid := self._lookup.violations_of(schema, intent.input_json):
-            raise Problem(422, listed(invalid[:5]), title="Input validation failed", invalid_fields=invalid)
+            raise fields_refused(invalid)
         now = self._now()
         default_seconds = self._lifetimes.training if intent.object == "training" else self._lifetimes.prediction
         deadline = int(now) + (intent.lifetime_seconds or default_seconds)
@@ -373,7 +374,7 @@ class StartPrediction:
         step = _WAIT_STEP_SECONDS
         while True:
             prediction = self._table.get(prediction_id)
-            if prediction is None or (prediction.ended_visibly):
+            if prediction is None or prediction.ended_visibly:
                 return prediction is not None
             remaining = until - self._now()
             if remaining <= 0:

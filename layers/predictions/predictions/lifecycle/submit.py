@@ -13,7 +13,7 @@ from predictions.errors import PredictionThrottled, Problem
 from predictions.intents.model import Reference
 from predictions.lifecycle.connections import Connections
 from predictions.lifecycle.create import Creates
-from predictions.lifecycle.model_lookup import ModelLookup, listed
+from predictions.lifecycle.model_lookup import ModelLookup
 from predictions.lifecycle.orphans import Breaker
 from predictions.lifecycle.reservations import Reservations, lane_of, waits_of
 from predictions.lifecycle.timing import PAUSE_STEP_SECONDS, SOON_SECONDS, START_MARGIN_SECONDS
@@ -26,6 +26,7 @@ from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction
 from predictions.store.schemas import StoredSchemas
 from predictions.upstream.errors import NotAccepted, OutcomeUnknown, Refused, Unauthorized
+from predictions.validation import list_fields
 
 # A prediction that could not start before its deadline asks again after half of the remaining time, until that is less
 # than this.
@@ -151,7 +152,7 @@ class SubmitPrediction:
             self._transitions.end(prediction, Status.FAILED, "Its input had expired before Replicate accepted it.")
             return
         if check and (invalid := self._lookup.violations_of(schema, input_json)):
-            self._transitions.end(prediction, Status.FAILED, listed(invalid))
+            self._transitions.end(prediction, Status.FAILED, list_fields(invalid))
             return
         api_url()
         self._take_turn(prediction, counted=counted)

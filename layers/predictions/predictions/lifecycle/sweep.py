@@ -9,6 +9,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.admission.rate_limiter import Limiter
 from predictions.aws.executions import wake
+from predictions.clock import backoff_seconds
 from predictions.lifecycle.abandonment import Abandonment
 from predictions.lifecycle.binding import Binding
 from predictions.lifecycle.cancel import CancelPrediction
@@ -194,11 +195,10 @@ class SweepPredictions:
 
     def _look_again_at(self, prediction: Prediction, now: float) -> float:
         """Return when to check again if this check crashes: exponential backoff, up to the last check of all."""
-        doubled: int = 2 ** min(prediction.stalled_looks, 10)
         most = _LOOK_AGAIN_UNBOUND_SECONDS if prediction.upstream_id is None else _LOOK_AGAIN_MOST_SECONDS
-        backoff = min(most, _LOOK_AGAIN_SECONDS * doubled)
+        again = now + backoff_seconds(_LOOK_AGAIN_SECONDS, prediction.stalled_looks, most)
         last = self._abandonment.due_at(prediction)
-        return now + backoff if now >= last else min(now + backoff, last)
+        return again if now >= last else min(again, last)
 
     def _resumes_later(self, prediction: Prediction) -> bool:
         """Return whether a dead execution is replaced by the next check only: from the second in a row on.

@@ -84,10 +84,6 @@ class PredictionReads:
 
     # -- many predictions -------------------------------------------------------------------------------------
 
-    def read_many(self, prediction_ids: Sequence[str]) -> Iterator[PredictionDetail]:
-        """Read predictions with their payloads, in this order; those that are not there are left out."""
-        return self._details([prediction_key(id_).pk for id_ in prediction_ids])
-
     def get_many(self, prediction_ids: Iterable[str]) -> dict[str, Prediction]:
         """Read status items consistently, by id; those that are not there are left out."""
         found = self._table.read_items(map(prediction_key, prediction_ids))

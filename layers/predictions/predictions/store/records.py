@@ -79,7 +79,6 @@ class Prediction:
     reserved_start: int | None = None
     turn_ms: int | None = None
     counted: bool = False
-    resubmitted: bool = False
     cancel_requested: int | None = None
     upstream_id: str | None = None
     started_at: str | None = None
