@@ -20,7 +20,7 @@ import pytest
 from predictions.admission.limiter_item import AUTOMATIC, AUTOMATIC_PAUSE_SECONDS, HORIZON_SECONDS, MANUAL
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage
 from predictions.admission.rate_limiter import Limiter
-from predictions.admission.reservations import BURST_SECONDS, AskAgain, Start
+from predictions.admission.schedule import BURST_SECONDS, AskAgain, Start
 
 from tests.reliability import Recorded
 from tests.simulation.functions import FunctionFailed

@@ -11,9 +11,9 @@ from typing import Any
 from unittest import mock
 
 from predictions import status as statuses
-from predictions.admission import reservations
+from predictions.admission import schedule
 from predictions.admission.rate_limiter import Limiter
-from predictions.admission.reservations import Schedule
+from predictions.admission.schedule import Schedule
 from predictions.aws.dynamodb import PRESENT, Condition, Sum
 from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
@@ -333,7 +333,7 @@ def _used_again(_: Any) -> Any:
     """A start that was given back is handed out to everybody who asks for it."""
 
     def plan_free(self: Schedule, lane: str, number: int) -> Any:
-        plan = reservations.Plan("free", 0, number)
+        plan = schedule.Plan("free", 0, number)
         plan.conditions.append(PRESENT)
         plan.set[f"{lane}_at"] = Sum(f"{lane}_at", 0)
         return plan
@@ -424,7 +424,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "one 404 is believed": _all(_value(poll, "NOT_FOUND_LIMIT", 1), _value(orphans, "NOT_FOUND_LIMIT", 1)),
     "the sweep asks before it puts the next look off": _method(PredictionsTable, "begin_look", _looked_at_first),
     "nothing is ended without asking": _method(Abandonment, "is_due", _constant(False)),
-    "owners reserve starts far ahead": _value(reservations, "NEAR_SECONDS", (10**6, 10**6)),
+    "owners reserve starts far ahead": _value(schedule, "NEAR_SECONDS", (10**6, 10**6)),
     "starts are reserved beyond the deadline": _method(Limiter, "_reserve", _without_deadline),
     "a start that was given back is used by many": _method(Schedule, "_plan_free", _used_again),
     "one message takes the others along": _all(

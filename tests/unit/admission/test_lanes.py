@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from predictions.admission.quotas import OwnersUsage
 from predictions.admission.rate_limiter import Limiter
-from predictions.admission.reservations import BURST_SECONDS
+from predictions.admission.schedule import BURST_SECONDS
 from predictions.aws import clients as aws
 from predictions.aws.dynamodb import Table as AwsTable
 from predictions.aws.executions import Executions

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from predictions.admission.quotas import OwnerLimits
 from predictions.admission.rate_limiter import QUIET_SECONDS, Limiter
-from predictions.admission.reservations import BURST_SECONDS, AskAgain, Start, TooLate
+from predictions.admission.schedule import BURST_SECONDS, AskAgain, Start, TooLate
 from predictions.aws import clients
 from predictions.aws.dynamodb import serialize
 from predictions.errors import PredictionThrottled, Problem

@@ -52,7 +52,7 @@ from predictions.admission.limiter_item import (
     Pause,
     read_item,
 )
-from predictions.admission.reservations import (
+from predictions.admission.schedule import (
     BURST_SECONDS,
     FREE_MOST,
     GENERATIONS,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.admission.rate_limiter import Limiter
-from predictions.admission.reservations import TooLate
+from predictions.admission.schedule import TooLate
 from predictions.lifecycle.binding import Binding
 from predictions.lifecycle.connections import Connections
 from predictions.lifecycle.model_lookup import ModelLookup

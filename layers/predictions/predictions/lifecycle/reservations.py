@@ -2,7 +2,7 @@
 
 from predictions.admission.limiter_item import Lane
 from predictions.admission.rate_limiter import Limiter
-from predictions.admission.reservations import AskAgain, Reservation, Start
+from predictions.admission.schedule import AskAgain, Reservation, Start
 from predictions.lifecycle.timing import START_MARGIN_SECONDS
 from predictions.store.records import Prediction, Waits
 

@@ -12,7 +12,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.admission.limiter_item import Pause
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, Slot, refusal_of
 from predictions.admission.rate_limiter import Limiter
-from predictions.admission.reservations import Start, TooLate
+from predictions.admission.schedule import Start, TooLate
 from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.intents.model import Attempt, Intent

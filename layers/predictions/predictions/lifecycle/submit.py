@@ -7,7 +7,7 @@ from typing import Any
 
 from predictions.admission.quotas import LimitReached, OwnersUsage
 from predictions.admission.rate_limiter import Limiter
-from predictions.admission.reservations import AskAgain, Start, TooLate
+from predictions.admission.schedule import AskAgain, Start, TooLate
 from predictions.aws.clients import api_url
 from predictions.errors import PredictionThrottled, Problem
 from predictions.intents.model import Reference

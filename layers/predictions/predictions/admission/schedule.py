@@ -1,4 +1,4 @@
-"""Plan reservations: the write that a request needs, given the limiter's item.
+"""Schedule of the limiter: plan the write that a request needs, given the limiter's item.
 
 Nothing here reads or writes: `rate_limiter.Limiter` does, and the condition of its write says whether what was known
 was right.
@@ -18,7 +18,7 @@ BURST_SECONDS = 10
 
 NEAR_SECONDS = (1, 5)
 """How far ahead an owner's last reserved start may be when it reserves the next one: two starts of the lane, within
-these bounds. Starts a second ahead are not waited for (see `submissions`), so a request whose turn has come mostly
+these bounds. Starts a second ahead are not waited for (see `lifecycle.timing`), so a request whose turn has come mostly
 starts at once; at a slow rate, requests that ask a little late would leave the lane idle with less than two."""
 
 # The queue's share of the rate; with the rest, HTTP callers do not wait behind what is reserved already.
