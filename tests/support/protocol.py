@@ -99,7 +99,16 @@ class Submissions:
         tracking = Tracking(table, executions, now=now)
         abandonment = Abandonment(table, transitions, now=now)
         self.connections = Connections(
-            table, replicate, limiter, reservations, transitions, self.canceling, orphans, binding, registry
+            table,
+            replicate,
+            limiter,
+            reservations,
+            transitions,
+            self.canceling,
+            self.breaker,
+            orphans,
+            binding,
+            registry,
         )
         self.starting = StartPrediction(
             table, limiter, recent, reservations, usage, self.lookup, creates, tracking, transitions,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from predictions.admission.rate_limiter import Limiter
 from predictions.lifecycle.binding import Binding
 from predictions.lifecycle.cancel import CancelPrediction
-from predictions.lifecycle.orphans import Orphans
+from predictions.lifecycle.orphans import Breaker, Orphans
 from predictions.lifecycle.reservations import Reservations
 from predictions.lifecycle.transitions import Transitions
 from predictions.lifecycle.unknown_registry import UnknownRegistry
@@ -26,6 +26,7 @@ class Connections:
     reservations: Reservations
     transitions: Transitions
     canceling: CancelPrediction
+    breaker: Breaker
     orphans: Orphans
     binding: Binding
     registry: UnknownRegistry
@@ -37,7 +38,8 @@ class Connections:
         reservations = Reservations(limiter)
         transitions = Transitions(table, reservations)
         canceling = CancelPrediction(table, replicate, transitions)
-        orphans = Orphans.from_env(table, replicate)
+        breaker = Breaker.from_env()
+        orphans = Orphans.from_env(table, replicate, breaker)
         return cls(
             table,
             replicate,
@@ -45,6 +47,7 @@ class Connections:
             reservations,
             transitions,
             canceling,
+            breaker,
             orphans,
             Binding.from_env(transitions, orphans, canceling),
             UnknownRegistry.from_env(table),

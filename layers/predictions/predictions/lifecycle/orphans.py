@@ -74,9 +74,9 @@ class Orphans:
         self._items = items
 
     @classmethod
-    def from_env(cls, table: PredictionsTable, replicate: Replicate) -> "Orphans":
+    def from_env(cls, table: PredictionsTable, replicate: Replicate, breaker: Breaker) -> "Orphans":
         """Read `TABLE_NAME`."""
-        return cls(table, replicate, Breaker.from_env(), Table.from_env())
+        return cls(table, replicate, breaker, Table.from_env())
 
     def cancel(self, prediction: Prediction) -> None:
         """Cancel the orphans of a prediction; the sweep repeats a cancel that fails."""

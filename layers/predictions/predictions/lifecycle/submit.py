@@ -94,7 +94,7 @@ class SubmitPrediction:
             lookup,
             Creates.over(connections, lookup),
             claims,
-            Breaker.from_env(),
+            connections.breaker,
             connections.transitions,
         )
 

@@ -90,7 +90,7 @@ class UnknownClaims:
             connections.replicate,
             UnknownSubmissions.from_env(connections.table, connections.replicate, connections.registry),
             connections.registry,
-            Breaker.from_env(),
+            connections.breaker,
             connections.binding,
             connections.transitions,
             grace=int(os.environ["SUBMIT_GRACE_SECONDS"]),
