@@ -25,7 +25,7 @@ Kind = Literal["batch", "pipeline"]
 
 
 class KeyHolder(NamedTuple):
-    """What an idempotency key names.
+    """Holder of an idempotency key: the id that it names.
 
     Attributes:
         id: The batch or pipeline; it may still have to be written.

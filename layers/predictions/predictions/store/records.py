@@ -21,7 +21,7 @@ class AlreadyExists(PredictionsError):
 
 
 class Change(Enum):
-    """What a merge changed."""
+    """Change that a merge made."""
 
     UNKNOWN = "no such prediction"
     ORPHAN = "the prediction is bound to another upstream id, or has ended without one"
@@ -155,7 +155,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """What an unclaimed prediction waits for at the rate limiter; see `admission.rate_limiter`.
+    """Start or turn that an unclaimed prediction waits for at the rate limiter; see `admission.rate_limiter`.
 
     Attributes:
         reserved_start: The number of the start that is reserved for it.
@@ -206,7 +206,7 @@ class PredictionDetail:
 
 @dataclass(frozen=True)
 class StoredSchema:
-    """What is stored of a model's version.
+    """Record of a model's version.
 
     Attributes:
         model: The model, `owner/name`.
