@@ -5,6 +5,7 @@ boto3's own layer (resources, sessions, collections) is left out for the same re
 """
 
 import os
+import threading
 import time
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 def _session() -> botocore.session.Session:
     return botocore.session.get_session()
 
+
+# Files are copied by threads, and botocore's session must not create clients for two of them at once:
+# https://docs.aws.amazon.com/boto3/latest/guide/session.html#multithreading-or-multiprocessing-with-sessions
+_creating = threading.Lock()
 
 # The bounds keep one stuck call from eating a function's whole time: API Gateway's callers wait 29 s in all.
 _CONFIG = Config(connect_timeout=2, read_timeout=5, retries={"mode": "standard", "total_max_attempts": 4})
@@ -69,7 +74,8 @@ def client(name: str) -> Any:
     Returns:
         A client whose region, endpoint and credentials come from the environment, as on Lambda.
     """
-    return _client(name)
+    with _creating:
+        return _client(name)
 
 
 @cache
