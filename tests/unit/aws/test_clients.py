@@ -6,7 +6,6 @@ from typing import Any
 
 import botocore.session
 import pytest
-
 from predictions.aws import clients
 
 
