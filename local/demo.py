@@ -26,7 +26,7 @@ REPLICATE_API_URL = "https://api.replicate.com/v1"
 SECONDS = 60.0
 SECONDS_LIVE = 600.0  # a model that has been idle has to start first
 # Functions that run each minute for the whole stack or serve this program: not part of a prediction.
-NOT_COUNTED = {"sweep_predictions", "read_predictions", "manage_recipes"}
+NOT_COUNTED = {"sweep_predictions", "read_prediction", "read_predictions", "manage_recipes"}
 _STREAM_SECONDS = 1.5  # the emulator reads the table's stream each second
 NOT_COUNTED_CALL = "/webhooks/default/secret"  # also the sweep's
 SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp", "image/gif": ".gif"}

@@ -1,12 +1,12 @@
-"""Serve the read routes: predictions, trainings and the API's own document.
+"""Serve the lists of predictions and trainings, and the API's own document.
 
-Predictions and trainings are read from the table only, never from Replicate.
+Lists are read from the table only, never from Replicate.
 """
 
 from typing import Literal
 
 from aws_lambda_powertools.event_handler import Response
-from predictions.api.app import answer_with, json_response, openapi_response, own_prediction, owner_with, resolver
+from predictions.api.app import answer_with, json_response, openapi_response, owner_with, resolver
 from predictions.api.pagination import page_body, read_cursor, read_moment
 from predictions.errors import Problem
 from predictions.store.predictions import PredictionsTable
@@ -17,19 +17,6 @@ PAGE_SIZE = 100
 app = resolver()
 table = PredictionsTable.from_env()
 presenter = Presenter.from_env()
-
-
-@app.get("/predictions/<prediction_id>")
-def get(prediction_id: str) -> Response[str]:
-    """`GET /predictions/{id}`: 404 also for another owner's."""
-    return json_response(200, presenter.show(own_prediction(table, prediction_id, owner_with(app, "read"))))
-
-
-@app.get("/trainings/<training_id>")
-def get_training(training_id: str) -> Response[str]:
-    """`GET /trainings/{id}`: 404 also for another owner's, and for a prediction."""
-    owner = owner_with(app, "read")
-    return json_response(200, presenter.show(own_prediction(table, training_id, owner, "training")))
 
 
 @app.get("/predictions")

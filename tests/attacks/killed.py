@@ -28,7 +28,7 @@ from predictions.store.predictions import PredictionsTable
 
 from tests.support.dynamodb import ConditionFailed, Table
 from tests.support.fixtures import ENVIRONMENT, SECRETS
-from tests.support.template import ROOT, load_template, logical_name, variables
+from tests.support.template import ROOT, load_template, logical_name, timeout_of, variables
 
 _FULL_PROCESSOR_MB = 1769
 """The memory at which a function has a whole processor: https://docs.aws.amazon.com/lambda/latest/dg/configuration-memory.html"""
@@ -109,7 +109,7 @@ class Cloud:
     def invoke(self, function: str, event: Any, **environment: str) -> Run:
         """Runs a function of the template once."""
         properties = load_template()["Resources"][logical_name(function)]["Properties"]
-        memory_mb, timeout_seconds = int(properties["MemorySize"]), int(properties["Timeout"])
+        memory_mb, timeout_seconds = int(properties["MemorySize"]), timeout_of(logical_name(function))
         given = variables(logical_name(function))
         own = {name: value for name, value in ENVIRONMENT.items() if name.startswith("AWS_") or name in given}
         own |= {"REPLICATE_API_URL": f"{self.url}/replicate/v1"} if "REPLICATE_API_URL" in given else {}

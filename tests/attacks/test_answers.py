@@ -30,8 +30,8 @@ pytestmark = pytest.mark.slow
 
 TRIED = {
     "poll_prediction", "cancel_prediction", "sweep_predictions", "submit_prediction", "start_prediction",
-    "receive_webhook", "copy_outputs", "publish_changes", "read_predictions", "run_prediction", "deliver_webhook",
-    "advance_pipeline", "manage_pipelines", "start_from_queue",
+    "receive_webhook", "copy_outputs", "publish_changes", "read_prediction", "read_predictions", "run_prediction",
+    "deliver_webhook", "advance_pipeline", "manage_pipelines", "start_from_queue",
 }  # fmt: skip
 PARSE_NONE = {
     "authorize_request": "reads a token's item",
@@ -194,8 +194,10 @@ def test_output_at_the_bound_is_kept_by_the_poll_and_read_by_everybody(
     runs.append(ended(lambdas.invoke("publish_changes", {"Records": [json.loads(json.dumps(record, default=list))]})))
     assert [each["taskToken"] for each in lambdas.told] == ["token"]
     path = f"/predictions/{mine.id}"
-    runs.append(ended(lambdas.invoke("read_predictions", api_event("GET", "/predictions/{prediction_id}", path))))
+    runs.append(ended(lambdas.invoke("read_prediction", api_event("GET", "/predictions/{prediction_id}", path))))
     assert json.loads(runs[-1].answer["body"])["status"] == "succeeded"
+    runs.append(ended(lambdas.invoke("read_predictions", api_event("GET", "/predictions", "/predictions"))))
+    assert [each["status"] for each in json.loads(runs[-1].answer["body"])["results"]] == ["succeeded"]
     message = Delivery(mine.id, "completed", 1, int(time.time())).message()
     deliver = {"Records": [{"messageId": "m", "receiptHandle": "r", "body": message}]}
     runs.append(ended(lambdas.invoke("deliver_webhook", deliver)))

@@ -4,8 +4,9 @@ import time
 from types import CodeType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from tests.support import template
 from tests.support.scheduler import Died, Process, Scheduler
-from tests.support.template import ROOT, load_template, logical_name
+from tests.support.template import ROOT, logical_name
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -15,8 +16,7 @@ _code: dict[str, CodeType] = {}
 
 def timeout_of(function: str) -> float:
     """A function's timeout in seconds, by the template."""
-    properties = load_template()["Resources"][logical_name(function)]["Properties"]
-    return float(properties.get("Timeout") or load_template()["Globals"]["Function"]["Timeout"])
+    return float(template.timeout_of(logical_name(function)))
 
 
 class Context:

@@ -20,6 +20,7 @@ from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intake import queue as requests
 from predictions.notifications.webhook_sender import Receivers
 from predictions.observability import logger, metrics
+from predictions.upstream import client as upstream
 
 from tests.simulation.verdict import Verdict
 from tests.simulation.world import ENVIRONMENT_HERE, World
@@ -162,6 +163,8 @@ def installed() -> Iterator[Simulation]:
             mock.patch.object(aws, "_client", clients),
             mock.patch.object(aws, "_api_url", None),
             mock.patch.object(copier, "ThreadPoolExecutor", _Inline),
+            # In the thread of the process that the scheduler knows: the upstream itself keeps to the read's time.
+            mock.patch.object(upstream, "run_in_time", lambda call, seconds: call()),
             mock.patch.object(httpx, "Client", Client),
             mock.patch.object(metrics, "add_metric", _count_nothing),
             _clocked(here, own),

@@ -25,11 +25,12 @@ from predictions.intake import redelivery
 from predictions.intake.queue import Requests
 from predictions.intake.redelivery import ReceivedRequests
 from predictions.intents import model as intents
-from predictions.lifecycle import orphans, poll, sweep, transitions, unknown_claims
+from predictions.lifecycle import merging, orphans, poll, sweep, transitions, unknown_claims
 from predictions.lifecycle.abandonment import Abandonment
 from predictions.lifecycle.binding import Binding
 from predictions.lifecycle.cancel import CancelPrediction
 from predictions.lifecycle.evidence import Evidence, told_by
+from predictions.lifecycle.live_reads import LiveReads
 from predictions.lifecycle.orphans import Breaker, Orphans
 from predictions.lifecycle.poll import PollPrediction
 from predictions.lifecycle.readings import Readings
@@ -71,6 +72,7 @@ from tests.simulation.unknown import (
     StaleLists,
     UnknownCreates,
 )
+from tests.simulation.watchers import Watchers
 from tests.simulation.worlds import worlds_of
 
 Sabotage = Callable[[], AbstractContextManager[Any]]
@@ -203,6 +205,16 @@ def _file_given_up(copy: Any) -> Any:
         )
 
     return copied
+
+
+def _shown_as_told(refresh: Any) -> Any:
+    def refreshed(self: LiveReads, detail: Any) -> Any:
+        after = refresh(self, detail)
+        if detail.prediction.terminal or not after.prediction.awaits_copy:
+            return after
+        return replace(after, prediction=replace(after.prediction, visible=after.prediction.status))
+
+    return refreshed
 
 
 def _constant(value: Any) -> Callable[[Any], Any]:
@@ -407,6 +419,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "aborted is shown": _value(table, "visible", lambda word: "starting" if word == "queued" else str(word)),
     "the token is not sent again": _all(
         _method(PredictionsTable, "merge", _without_token_when_closed),
+        _value(merging, "wake", lambda _: False),
         _value(transitions, "wake", lambda _: False),
         _value(sweep, "wake", lambda _: False),
     ),
@@ -457,6 +470,8 @@ SABOTAGES: dict[str, Sabotage] = {
         _method(WebhookSlots, "acquire", lambda _: lambda self, owner, origin, now: Slot(owner, "never_marked", now)),
     ),
     "a training is looked for among predictions": _value(Prediction, "collection", "predictions"),
+    "a GET asks Replicate each time": _method(PredictionsTable, "begin_live_read", _constant(True)),
+    "a GET shows what Replicate says": _method(LiveReads, "refresh", _shown_as_told),
 }
 """By what is taken out."""
 
@@ -482,6 +497,8 @@ ONLY_IN: dict[str, type[Scenario]] = {
     "a webhook is tried once": Webhooks,
     "hanging receivers occupy all consumers": Tarpit,
     "a training is looked for among predictions": Trainings,
+    "a GET asks Replicate each time": Watchers,
+    "a GET shows what Replicate says": Watchers,
     "no look for creates of unknown outcome": UnknownCreates,
     "submitted again without evidence": UnknownCreates,
     "one reading is evidence": LateLists,

@@ -19,6 +19,7 @@ from tests.simulation.unknown import (
     Strangers,
     UnknownCreates,
 )
+from tests.simulation.watchers import Watchers
 
 WORLDS: dict[type[Scenario], float] = {
     Events: 0.06,
@@ -46,6 +47,7 @@ WORLDS: dict[type[Scenario], float] = {
     Outage: 0.02,
     StaleLists: 0.01,
     CancelBetween: 0.01,
+    Watchers: 0.02,
 }
 """The share of the schedules that have each of them."""
 

@@ -272,7 +272,7 @@ class TestEvents:
         bus.of(created["id"], 2)
         time.sleep(1.5)  # the emulator reads the stream each second
         ran = cloud.invocations() - before
-        for others in ("authorize_request", "read_predictions", "sweep_predictions"):
+        for others in ("authorize_request", "read_prediction", "read_predictions", "sweep_predictions"):
             del ran[others]
         assert ran["publish_changes"] == 2
         assert sum(ran.values()) <= 6, ran

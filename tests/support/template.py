@@ -1,6 +1,7 @@
 """The template as data: intrinsic functions in their long form, `{"Ref": …}` and `{"Fn::GetAtt": […]}`."""
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,21 @@ def logical_name(folder: str) -> str:
 def folder_name(function: str) -> str:
     """`CopyOutputsFunction` → `copy_outputs`."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", function.removesuffix("Function")).lower()
+
+
+def mapped(value: Any, parameters: Mapping[str, Any] | None = None) -> Any:
+    """A value, or what `!FindInMap [Map, !Ref Parameter, Name]` finds for parameters, else for their defaults."""
+    if not isinstance(value, dict):
+        return value
+    mapping, parameter, name = value["Fn::FindInMap"]
+    chosen = (parameters or {}).get(parameter["Ref"], load_template()["Parameters"][parameter["Ref"]]["Default"])
+    return load_template()["Mappings"][mapping][str(chosen)][name]
+
+
+def timeout_of(function: str, parameters: Mapping[str, Any] | None = None) -> int:
+    """A function's timeout in seconds."""
+    seconds: int = mapped(load_template()["Resources"][function]["Properties"]["Timeout"], parameters)
+    return seconds
 
 
 def variables(function: str) -> dict[str, Any]:

@@ -30,7 +30,13 @@ from tests.support.protocol import Submissions
 
 Call = Callable[..., dict[str, Any]]
 BODY = {"version": VERSION, "input": {"prompt": "a red fox"}}
-FUNCTIONS = ("start_prediction", "read_predictions", "cancel_prediction")
+FUNCTIONS = {
+    "start_prediction": "version",
+    "read_prediction": "one",
+    "read_predictions": "list",
+    "cancel_prediction": "open",
+}
+"""Each with a sample of its events."""
 
 
 @pytest.fixture
@@ -71,7 +77,7 @@ def start(call: Call, body: Any = BODY, headers: dict[str, str] | None = None, *
 
 def read(call: Call, prediction_id: str, **changes: Any) -> dict[str, Any]:
     """GET /predictions/{id}."""
-    return call("read_predictions", "one", path=f"/predictions/{prediction_id}", **changes)
+    return call("read_prediction", "one", path=f"/predictions/{prediction_id}", **changes)
 
 
 def header(answer: dict[str, Any], name: str) -> Any:
@@ -116,7 +122,7 @@ NOT_THERE: dict[str, dict[str, str]] = {
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("change", NOT_THERE.values(), ids=NOT_THERE)
 def test_an_unknown_route_or_method_is_a_problem(call: Call, function: str, change: dict[str, str]) -> None:
-    case = {"start_prediction": "version", "read_predictions": "list", "cancel_prediction": "open"}[function]
+    case = FUNCTIONS[function]
     calls = AwsCalls()
     problem = problem_of(call(function, case, **change), 404)
     assert len(problem["detail"]) < 300
@@ -262,7 +268,7 @@ AUTHORIZERS: dict[str, Any] = {
 def test_a_token_without_the_scope_is_refused_before_anything_is_asked_or_written(
     call: Call, replicate: ReplicateInMemory, function: str, authorizer: Any
 ) -> None:
-    case = {"start_prediction": "version", "read_predictions": "list", "cancel_prediction": "open"}[function]
+    case = FUNCTIONS[function]
     context = {**without_authorizer(sample(function, case)), "authorizer": authorizer}
     calls = AwsCalls()
     problem = problem_of(call(function, case, requestContext=context), 403)
@@ -273,7 +279,7 @@ def test_a_token_without_the_scope_is_refused_before_anything_is_asked_or_writte
 
 @pytest.mark.parametrize(
     ("function", "case"),
-    [("start_prediction", "version"), ("read_predictions", "one"), ("cancel_prediction", "open")],
+    [("start_prediction", "version"), ("read_prediction", "one"), ("cancel_prediction", "open")],
 )
 def test_a_request_that_no_authorizer_saw_is_refused(call: Call, function: str, case: str) -> None:
     problem_of(call(function, case, requestContext=without_authorizer(sample(function, case))), 403)
@@ -334,7 +340,7 @@ FAULTS: dict[str, Exception] = {
     [
         ("start_prediction", "version"),
         ("start_prediction", "community_model"),
-        ("read_predictions", "one"),
+        ("read_prediction", "one"),
         ("read_predictions", "list"),
         ("cancel_prediction", "open"),
     ],
@@ -701,7 +707,7 @@ def test_a_wait_ends_with_the_prediction(call: Call, replicate: ReplicateInMemor
         ("start_prediction", "version", "read train manage"),
         ("start_prediction", "model_route", "read train manage"),
         ("start_prediction", "deployment_route", "read train manage"),
-        ("read_predictions", "one", "predict train manage"),
+        ("read_prediction", "one", "predict train manage"),
         ("read_predictions", "list", "predict train manage"),
         ("cancel_prediction", "open", "read train manage"),
         ("start_prediction", "training", "predict read"),
@@ -1060,10 +1066,11 @@ def from_a_page(cloud: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
 
     def call(allowed: str, origin: str, case: str = "list", **changes: Any) -> dict[str, Any]:
         monkeypatch.setenv("CORS_ORIGIN", allowed)
-        event = sample("read_predictions", case) | changes
+        function = "read_predictions" if case == "list" else "read_prediction"
+        event = sample(function, case) | changes
         event["headers"] |= {"Origin": origin}
         event["multiValueHeaders"] |= {"Origin": [origin]}
-        answer: dict[str, Any] = load_app("read_predictions", monkeypatch).handler(event, Context())
+        answer: dict[str, Any] = load_app(function, monkeypatch).handler(event, Context())
         return answer
 
     return call

@@ -82,7 +82,7 @@ def test_prediction_without_a_field_that_is_always_there_is_found(missing: str) 
 
 def test_status_that_is_not_described_is_found() -> None:
     with pytest.raises(AssertionError, match="answers 418"):
-        check_answer(sample("read_predictions", "one"), {"statusCode": 418})
+        check_answer(sample("read_prediction", "one"), {"statusCode": 418})
 
 
 def test_document_is_valid() -> None:

@@ -27,7 +27,7 @@ from predictions.notifications.webhook_queue import EVENTS
 from predictions.store.records import Prediction
 
 from tests.support.commands import COMMANDS, GROUPS, stack_of
-from tests.support.template import ROOT, dead_letter_queues, resources, table_properties
+from tests.support.template import ROOT, dead_letter_queues, resources, table_properties, timeout_of
 
 REGION = "us-east-1"
 ENVIRONMENT = (
@@ -749,7 +749,7 @@ def test_function_that_fails_over_one_dead_request_is_said_and_tries_the_others(
 
 def test_function_is_waited_for_as_long_as_it_may_take_and_invoked_once() -> None:
     config = Stack("demo", REGION, None).client("lambda").meta.config
-    longest = max(each["Properties"].get("Timeout", 0) for each in resources("AWS::Serverless::Function").values())
+    longest = max(map(timeout_of, resources("AWS::Serverless::Function")))
     assert config.read_timeout > longest == 900
 
 

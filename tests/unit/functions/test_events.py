@@ -78,6 +78,7 @@ REFUSED = {
     ("start_prediction", "refused_version_on_model_route"): (422, ["version"]),
     ("start_prediction", "refused_training_destination"): (422, ["destination"]),
     ("read_predictions", "refused_cursor"): (422, ["cursor"]),
+    ("read_prediction", "refused_without_scope"): (403, []),
     ("read_predictions", "refused_without_scope"): (403, []),
     ("read_predictions", "refused_openapi_without_scope"): (403, []),
     ("cancel_prediction", "refused_without_scope"): (403, []),
@@ -117,9 +118,9 @@ REFUSED_BY_WHAT_IS_THERE = {
     ("start_prediction", "refused_unknown_model"): 404,
     ("start_prediction", "refused_by_schema"): 422,
     ("start_prediction", "refused_over_limit"): 429,
-    ("read_predictions", "refused_other_owner"): 404,
-    ("read_predictions", "refused_unknown"): 404,
-    ("read_predictions", "refused_training"): 404,
+    ("read_prediction", "refused_other_owner"): 404,
+    ("read_prediction", "refused_unknown"): 404,
+    ("read_prediction", "refused_training"): 404,
     ("cancel_prediction", "refused_training"): 404,
     ("cancel_prediction", "refused_other_owner"): 404,
     ("cancel_prediction", "refused_unknown"): 404,
@@ -150,7 +151,7 @@ ANSWERED = {
     ("start_prediction", "sdk_retry"): 201,
     ("start_prediction", "base64_body"): 201,
     ("start_prediction", "training"): 201,
-    ("read_predictions", "one"): 200,
+    ("read_prediction", "one"): 200,
     ("read_predictions", "trainings"): 200,
     ("read_predictions", "list"): 200,
     ("read_predictions", "list_page"): 200,
@@ -234,6 +235,7 @@ API_FUNCTIONS = {
     "manage_batches",
     "manage_pipelines",
     "manage_recipes",
+    "read_prediction",
     "read_predictions",
     "receive_webhook",
     "serve_files",
@@ -521,7 +523,7 @@ def test_the_sample_with_everything_is_submitted_as_asked(run: Run, replicate: R
 
 def test_the_samples_of_webhooks_tell_a_prediction_to_its_end(run: Run, started: None) -> None:
     def read() -> dict[str, Any]:
-        shown: dict[str, Any] = json.loads(run("read_predictions", sample("read_predictions", "one"))["body"])
+        shown: dict[str, Any] = json.loads(run("read_prediction", sample("read_prediction", "one"))["body"])
         return shown
 
     told = ("start", "unknown_prediction", "succeeded_with_file", "start", "failed", "succeeded")
@@ -627,7 +629,7 @@ def test_the_sample_of_a_submission_leaves_a_submitted_prediction_alone(
 def test_the_sample_of_a_poll_finds_the_end(run: Run, started: None, replicate: ReplicateInMemory) -> None:
     replicate.finish(SAMPLE_UPSTREAM_ID, output="A fox.", logs="done")
     assert run("poll_prediction", sample("poll_prediction", "execution")) == {}
-    shown = json.loads(run("read_predictions", sample("read_predictions", "one"))["body"])
+    shown = json.loads(run("read_prediction", sample("read_prediction", "one"))["body"])
     assert (shown["status"], shown["output"], shown["logs"]) == ("succeeded", "A fox.", "done")
 
 

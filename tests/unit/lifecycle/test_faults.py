@@ -897,8 +897,8 @@ def test_payload_that_cannot_be_read_now_is_no_removed_one(table: PredictionsTab
 def test_id_longer_than_a_key_may_be_is_not_found_and_not_asked_for(
     table: PredictionsTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = load_app("read_predictions", monkeypatch)
+    app = load_app("read_prediction", monkeypatch)
     calls = AwsCalls()
-    event = {**sample("read_predictions", "one"), "path": "/predictions/" + "a" * 4000}
+    event = {**sample("read_prediction", "one"), "path": "/predictions/" + "a" * 4000}
     assert app.handler(event, Context())["statusCode"] == 404
     assert calls.made == []

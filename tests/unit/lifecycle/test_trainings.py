@@ -330,7 +330,7 @@ def test_training_is_shown_as_replicate_shows_it(call: Call) -> None:
     assert (shown["status"], shown["model"], shown["version"]) == ("starting", "stability-ai/sdxl", VERSION)
     assert (shown["destination"], shown["source"]) == ("acme/sdxl-fox", "api")
     assert shown["urls"] == {"get": url, "cancel": f"{url}/cancel", "web": url}
-    again = call("read_predictions", "refused_training", path=f"/trainings/{shown['id']}")
+    again = call("read_prediction", "refused_training", path=f"/trainings/{shown['id']}")
     assert (again["statusCode"], again["body"]) == (200, shown)
 
 
@@ -341,7 +341,7 @@ def test_neither_is_found_under_the_path_of_the_other(call: Call, replicate: Rep
     }
     for collection, other in (("predictions", "trainings"), ("trainings", "predictions")):
         path = f"/{collection}/{ids[other]}"
-        assert call("read_predictions", "one", path=path)["statusCode"] == 404
+        assert call("read_prediction", "one", path=path)["statusCode"] == 404
         assert call("cancel_prediction", "open", path=f"{path}/cancel")["statusCode"] == 404
         listed = call("read_predictions", "list", path=f"/{collection}")["body"]["results"]
         assert [each["id"] for each in listed] == [ids[collection]]
@@ -355,7 +355,7 @@ def test_neither_is_found_under_the_path_of_the_other(call: Call, replicate: Rep
 def test_another_owner_sees_no_training(call: Call) -> None:
     training_id = call("start_prediction", "training")["body"]["id"]
     path = f"/trainings/{training_id}"
-    assert call("read_predictions", "refused_training", owner="bob", path=path)["statusCode"] == 404
+    assert call("read_prediction", "refused_training", owner="bob", path=path)["statusCode"] == 404
     assert call("read_predictions", "trainings", owner="bob")["body"]["results"] == []
     assert call("cancel_prediction", "refused_training", owner="bob", path=f"{path}/cancel")["statusCode"] == 404
 

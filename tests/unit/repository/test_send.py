@@ -32,6 +32,7 @@ KINDS = {
     "call_replicate": Call,
     "cancel_prediction": Call,
     "give_secret": Call,
+    "read_prediction": Call,
     "read_predictions": Call,
     "receive_webhook": Call,
     "serve_files": Call,

@@ -12,12 +12,14 @@ from predictions.batches.dropped import PREFIX
 from predictions.cli.dead_letters import QUEUES as LETTERS
 from predictions.ids import _OWNER, is_owner
 from predictions.intake.redelivery import FAILURES_LIMIT, NEEDED_SECONDS
+from predictions.lifecycle.start import RESPONSE_SECONDS
 from predictions.lifecycle.timing import ABANDON_SECONDS
 from predictions.notifications.stream import NEEDED_SECONDS as CHANGE_NEEDED_SECONDS
 from predictions.notifications.stream_retries import RETRY_SECONDS as CHANGE_RETRY_SECONDS
 from predictions.notifications.webhook_queue import LONGEST_WAIT_SECONDS, RETRY_SECONDS
 from predictions.notifications.webhook_sender import TOTAL_SECONDS
 from predictions.recipes.deployment import NEEDED_SECONDS as NEEDED_FOR_A_FILE_SECONDS
+from predictions.store.predictions import SUBMIT_SECONDS
 
 from tests.support import library
 from tests.support.code_reach import reach
@@ -31,10 +33,12 @@ from tests.support.template import (
     listed,
     load_template,
     logical_name,
+    mapped,
     passes,
     resources,
     statements,
     table_properties,
+    timeout_of,
     variables,
 )
 
@@ -111,6 +115,7 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
     readers = {name for name in FUNCTIONS if any("ReplicateToken" in text(each) for each in statements(name))}
     assert readers == {
         "StartPredictionFunction",
+        "ReadPredictionFunction",  # shows an open prediction as it is now
         "RunPredictionFunction",
         "SubmitPredictionFunction",
         "PollPredictionFunction",
@@ -185,6 +190,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                     "owner#*",
                     "usage#*",
                     "limiter",
+                    "live_reads",
                     "file#*",
                     "recipe#*",
                     "pipeline#*",
@@ -567,7 +573,24 @@ def _machine(arn: Any) -> str:
 def test_functions_behind_the_api_end_before_it_gives_up() -> None:
     for name, function in resources("AWS::Serverless::Function").items():
         if any(event["Type"] == "Api" for event in function["Properties"].get("Events", {}).values()):
-            assert function["Properties"]["Timeout"] <= 29, name
+            assert timeout_of(name) <= 29, name
+
+
+def test_wait_of_a_create_fits_into_its_function_and_its_integration() -> None:
+    allowed = load_template()["Parameters"]["SyncWaitSeconds"]["AllowedValues"]
+    assert load_template()["Mappings"]["SyncWait"].keys() == {str(seconds) for seconds in allowed}
+    events = resources("AWS::Serverless::Function")["StartPredictionFunction"]["Properties"]["Events"].values()
+    waiting = [event["Properties"] for event in events if not event["Properties"]["Path"].endswith("/trainings")]
+    assert len(waiting) == 3
+    for seconds in allowed:
+        chosen = {"SyncWaitSeconds": seconds}
+        timeout = timeout_of("StartPredictionFunction", chosen)
+        # The response gets `RESPONSE_SECONDS`, of which one is the wait's: API Gateway gives 29 s for 25. And the
+        # function is gone before its claim's `submit_until`.
+        assert seconds - 1 + RESPONSE_SECONDS == timeout < seconds + SUBMIT_SECONDS
+        for event in waiting:
+            assert mapped(event["TimeoutInMillis"], chosen) == 1000 * timeout
+    assert max(allowed) == 60  # the most that Replicate takes
 
 
 def test_logs_are_kept_for_a_set_time() -> None:
@@ -599,10 +622,10 @@ def test_api_has_exactly_these_routes() -> None:
         ("POST", "/deployments/{owner}/{name}/predictions"): "StartPredictionFunction",
         ("POST", "/models/{owner}/{name}/versions/{id}/trainings"): "StartPredictionFunction",
         ("GET", "/trainings"): "ReadPredictionsFunction",
-        ("GET", "/trainings/{id}"): "ReadPredictionsFunction",
+        ("GET", "/trainings/{id}"): "ReadPredictionFunction",
         ("POST", "/trainings/{id}/cancel"): "CancelPredictionFunction",
         ("GET", "/predictions"): "ReadPredictionsFunction",
-        ("GET", "/predictions/{id}"): "ReadPredictionsFunction",
+        ("GET", "/predictions/{id}"): "ReadPredictionFunction",
         ("POST", "/predictions/{id}/cancel"): "CancelPredictionFunction",
         ("DELETE", "/predictions/{id}"): "CancelPredictionFunction",
         ("POST", "/webhooks/replicate/{id}"): "ReceiveWebhookFunction",

@@ -24,6 +24,7 @@ FUNCTIONS = {
     "API": ("AuthorizeRequest", "CallReplicate", "StoreFiles", "ServeFiles"),
     "Predictions": (
         "StartPrediction",
+        "ReadPrediction",
         "ReadPredictions",
         "CancelPrediction",
         "SubmitPrediction",

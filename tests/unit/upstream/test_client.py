@@ -638,13 +638,19 @@ def test_a_changed_token_is_seen_after_a_refusal(server: Upstream, status: int) 
     assert server.create().id == TOLD["id"]
 
 
+def test_response_about_another_prediction_is_none(server: Upstream) -> None:
+    server.answer = answering(200, json=TOLD)
+    with pytest.raises(Unavailable, match="another prediction"):
+        server.replicate.get("another")
+
+
 def test_a_changed_token_is_seen_after_a_refused_read(server: Upstream) -> None:
     server.answer = answering(401)
     with pytest.raises(Unavailable):
-        server.replicate.get("ufawq")
+        server.replicate.get(TOLD["id"])
     put_token("r8_new")
     server.answer = answering(200, json=TOLD)
-    server.replicate.get("ufawq")
+    server.replicate.get(TOLD["id"])
     assert server.asked[-1].headers["authorization"] == "Bearer r8_new"
 
 

@@ -23,7 +23,7 @@ from tests.support.fixtures import make_submissions
 from tests.support.hosts import HostileHost, endless, head, hostile_host, silent, whole
 from tests.support.predictions import waiting, wanted
 from tests.support.protocol import Submissions
-from tests.support.template import ROOT, logical_name, resources
+from tests.support.template import ROOT, logical_name, timeout_of
 
 TARGET = Target("version", None, VERSION)
 CREATED = b'{"id": "aaaa", "status": "starting"}'
@@ -233,7 +233,7 @@ def test_function_that_claims_sends_nothing_after_its_window_however_long_it_may
     given: Any = token
     upstream = Replicate(ReplicateInMemory.URL, given, replicate.client())
     submissions = make_submissions(table, replicate, executed, clock, upstream=upstream, schemas=None)
-    token.seconds = resources("AWS::Serverless::Function")[logical_name(folder)]["Properties"]["Timeout"]
+    token.seconds = timeout_of(logical_name(folder))
     assert token.seconds > 10
     with contextlib.suppress(PredictionThrottled, AttributeError):
         CLAIMERS[folder](submissions, table, clock)

@@ -2,9 +2,9 @@
 
 from enum import StrEnum
 
-from predictions.aws.executions import wake
+from predictions.lifecycle.merging import merge
 from predictions.lifecycle.orphan_polls import OrphanPolls
-from predictions.observability import MetricUnit, count_ended, logger, metrics
+from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Change
@@ -25,8 +25,7 @@ def receive(
 ) -> Receipt:
     """Receive one webhook whose signature is verified.
 
-    The table's merge rule ignores duplicate, late and reordered webhooks. The token of a completed prediction is sent
-    again, in case the first receiver crashed between its write and its message.
+    The table's merge rule ignores duplicate, late and reordered webhooks.
 
     Args:
         table: The predictions.
@@ -46,25 +45,19 @@ def receive(
         # Signed for another prediction and sent to this address: it must not bind this one, nor be its orphan.
         logger.warning("a webhook of another prediction", upstream_id=told.id)
         return _unknown()
-    merge = table.merge(prediction_id, told, now)
-    if merge.change is Change.UNKNOWN or merge.prediction is None:
+    outcome = merge(table, prediction_id, told, now)
+    if outcome.change is Change.UNKNOWN or outcome.prediction is None:
         return _unknown()
-    if merge.change is Change.ORPHAN:
-        logger.warning("orphan: a second prediction of the same request", upstream_id=told.id)
-        metrics.add_metric(name="Orphans", unit=MetricUnit.Count, value=1)
-        if told.id in merge.prediction.orphans:
+    if outcome.change is Change.ORPHAN:
+        if told.id in outcome.prediction.orphans:
             if polls is not None:
                 polls.ask(prediction_id)
         elif told.status in (Status.SUCCEEDED, Status.FAILED):
             # The orphan completed before its cancel.
             metrics.add_metric(name="PaidTwice", unit=MetricUnit.Count, value=1)
         return Receipt.ORPHAN
-    if merge.change is Change.ENDED and not merge.prediction.awaits_copy:
-        count_ended(merge.prediction.visible, now - merge.prediction.created)
-    logger.info("webhook verified", upstream_id=told.id, status=told.status, change=merge.change.name)
-    if merge.prediction.terminal:
-        wake(merge.prediction.task_token)
-    return Receipt.MERGED if merge.change in (Change.ENDED, Change.PROGRESS) else Receipt.NOTHING_NEW
+    logger.info("webhook verified", upstream_id=told.id, status=told.status, change=outcome.change.name)
+    return Receipt.MERGED if outcome.change in (Change.ENDED, Change.PROGRESS) else Receipt.NOTHING_NEW
 
 
 def _is_for(table: PredictionsTable, prediction_id: str, told: UpstreamPrediction) -> bool:

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 from predictions.aws.executions import wake
+from predictions.lifecycle.merging import merge
 from predictions.lifecycle.reservations import Reservations, lane_of
-from predictions.observability import MetricUnit, count_ended, logger, metrics
+from predictions.observability import count_ended, logger
 from predictions.status import Status
 from predictions.store.predictions import PredictionsTable
-from predictions.store.records import Change, Prediction, Waits
+from predictions.store.records import Prediction, Waits
 from predictions.upstream.prediction import UpstreamPrediction
 
 
@@ -33,16 +34,8 @@ class Transitions:
         self, prediction: Prediction, told: UpstreamPrediction, *, next_check_at: int | None = None
     ) -> Prediction:
         """Merge what Replicate said of a prediction; return the prediction as it is then."""
-        merge = self._table.merge(prediction.id, told, self._now(), next_check_at=next_check_at)
-        merged = merge.prediction or prediction
-        if merge.change is Change.ORPHAN:
-            logger.warning("orphan: a second prediction of the same request", upstream_id=told.id)
-            metrics.add_metric(name="Orphans", unit=MetricUnit.Count, value=1)
-        if merge.change is Change.ENDED and not merged.awaits_copy:
-            count_ended(merged.visible, self._now() - merged.created)
-        if merge.change in (Change.ENDED, Change.CLOSED):
-            wake(merged.task_token)
-        return merged
+        outcome = merge(self._table, prediction.id, told, self._now(), next_check_at=next_check_at)
+        return outcome.prediction or prediction
 
     def end(
         self, prediction: Prediction, status: Status, error: str | None, *, refusal: dict[str, Any] | None = None

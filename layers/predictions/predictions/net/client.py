@@ -3,6 +3,7 @@
 guarded_client   a client that only talks to public addresses, over TLS
 TimedNetwork     a network in which the time for everything together ends
 read_up_to       a body, or the beginning of one that is too large
+run_in_time      a call that nothing may keep from ending in time
 """
 
 import socket
@@ -12,12 +13,14 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Any
+from typing import Any, TypeVar
 
 import httpcore
 import httpx
 
 from predictions.net.addresses import AddressRefused, is_public
+
+Result = TypeVar("Result")
 
 
 def read_up_to(
@@ -42,6 +45,35 @@ def read_up_to(
     return bytes(received), False
 
 
+def run_in_time(call: Callable[[], Result], seconds: float) -> Result:
+    """Run a call in a thread of its own, and wait for its result a limited time.
+
+    A call that takes longer ends by itself later; its result is discarded.
+
+    Raises:
+        TimeoutError: It took longer.
+        Exception: What the call raised.
+    """
+    found: list[Result] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except Exception as error:  # noqa: BLE001  # raised again below, in the thread that waits
+            failed.append(error)
+
+    # Daemon: a process that ends does not wait for it.
+    thread: threading.Thread = threading.Thread(target=run, name="run_in_time", daemon=True)
+    thread.start()
+    thread.join(min(seconds, threading.TIMEOUT_MAX))
+    if failed:
+        raise failed[0]
+    if not found:
+        raise TimeoutError("the time is over")
+    return found[0]
+
+
 def _resolve(host: str, port: int) -> list[str]:
     """Resolve a name to all its IP addresses, in the system's order.
 
@@ -57,8 +89,7 @@ def _resolve_in_time(
 ) -> Sequence[str]:
     """Resolve a name within a time limit.
 
-    The system's resolver takes no timeout (tens of seconds where a name server is silent), so the lookup runs in a
-    thread of its own. A lookup that is given up ends by itself later; its result is discarded.
+    The system's resolver takes no timeout: tens of seconds where a name server is silent.
 
     Raises:
         httpcore.ConnectTimeout: The name was not resolved in time.
@@ -66,24 +97,10 @@ def _resolve_in_time(
     """
     if timeout is None:
         return resolve(host, port)
-    found: list[Sequence[str]] = []
-    failed: list[Exception] = []
-
-    def look_up() -> None:
-        try:
-            found.append(resolve(host, port))
-        except Exception as error:  # noqa: BLE001  # raised again below, in the thread that waits
-            failed.append(error)
-
-    # Daemon: a process that ends does not wait for a silent name server.
-    thread = threading.Thread(target=look_up, name="resolve", daemon=True)
-    thread.start()
-    thread.join(min(timeout, threading.TIMEOUT_MAX))
-    if failed:
-        raise failed[0]
-    if not found:
-        raise httpcore.ConnectTimeout("the name was not resolved in time")
-    return found[0]
+    try:
+        return run_in_time(lambda: resolve(host, port), timeout)
+    except TimeoutError as error:
+        raise httpcore.ConnectTimeout("the name was not resolved in time") from error
 
 
 def guarded_client(

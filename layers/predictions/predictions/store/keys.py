@@ -1,7 +1,8 @@
 """Every key of the table: the `pk` and `sk` of its items, and the lists of the index `by_owner`.
 
 Packages below this one cannot import from here, and have the keys of their items themselves: `admission.rate_limiter`
-(`limiter`), `admission.quotas` (`owner#{owner}`, `limits`; `usage#{owner}`), and `files.uploads` (`file#{id}`, `file`).
+(`limiter`), `admission.live_budget` (`live_reads`), `admission.quotas` (`owner#{owner}`, `limits`; `usage#{owner}`),
+and `files.uploads` (`file#{id}`, `file`).
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from predictions.aws.dynamodb import Key
 PREDICTION = "prediction#"
 PROGRESS = "progress"
 FILES = "files"
+LIVE = "live"
 CALLER = "caller#"
 
 

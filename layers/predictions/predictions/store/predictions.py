@@ -10,6 +10,7 @@ written once each, or objects in the outputs bucket above `PAYLOAD_LIMIT_BYTES` 
                             for the table's stream
     result#{upstream_id}    output and logs at the end, written before the status turns terminal; the first one stays
     files                   where the outputs are stored, if they are too many for the status item
+    live                    when the last live read began (see `lifecycle.live_reads`)
     caller#{token's hash}   the task token of another state machine that waits for the end (see `store.callers`)
 
 A write that comes twice, late or out of order is refused by its condition, and its caller gets what is there instead.
@@ -25,7 +26,7 @@ from predictions.aws.dynamodb import NEW, PRESENT, Condition, ConditionFailed
 from predictions.clock import timestamp
 from predictions.files.output_references import StoredFile
 from predictions.status import TERMINAL_RANK, Status, rank_of, visible
-from predictions.store.keys import CALLER, input_sk, list_of, prediction_key, upstream_key
+from predictions.store.keys import CALLER, LIVE, input_sk, list_of, prediction_key, upstream_key
 from predictions.store.reads import PredictionReads
 from predictions.store.records import (
     NOTHING_RESERVED,
@@ -33,6 +34,7 @@ from predictions.store.records import (
     Change,
     Merge,
     Prediction,
+    PredictionDetail,
     Waits,
     prediction_of,
 )  # fmt: skip
@@ -387,6 +389,26 @@ class PredictionsTable(PredictionReads):
             condition=PRESENT & Condition("NOT contains(orphans, :id)", id=report.id),
         )
         return Merge(Change.ORPHAN, changed or prediction)
+
+    def is_progress(self, detail: PredictionDetail, report: "UpstreamPrediction") -> bool:
+        """Return whether the output or logs of a report would be shown and are not stored yet."""
+        output = None if self._outputs.holds_files(report.output) else report.output
+        return output != detail.output or (report.logs or "") != (detail.logs or "")
+
+    def begin_live_read(self, prediction: Prediction, latest: int, now: float) -> bool:
+        """Record that a live read of a prediction begins; return False if one has begun after `latest`.
+
+        In an item of its own: a write of the status item is billed by its size, and reaches the table's stream.
+        """
+        try:
+            self._table.update_item(
+                prediction_key(prediction.id, LIVE),
+                set={"read_at": int(now), "expires_at": prediction.expires_at},
+                condition=Condition("attribute_not_exists(read_at) OR read_at <= :latest", latest=latest),
+            )
+        except ConditionFailed:
+            return False
+        return True
 
     def end(
         self,

@@ -13,7 +13,7 @@ from predictions.clock import timestamp
 from predictions.files.output_references import StoredFile
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.status import Status
-from predictions.store.keys import FILES, PREDICTION, PROGRESS, input_sk, list_of, prediction_key, result_sk
+from predictions.store.keys import FILES, LIVE, PREDICTION, PROGRESS, input_sk, list_of, prediction_key, result_sk
 from predictions.store.payloads import Payloads
 from predictions.store.records import Page, Prediction, PredictionDetail, Result, UnreadResult, prediction_of
 
@@ -226,6 +226,7 @@ class PredictionReads:
             files=_files(files_json),
             input_key=asked.get("s3_key") if asked else None,
             result_key=result.get("s3_key") if result else None,
+            live_read_at=items.get(LIVE, {}).get("read_at"),
         )
 
 

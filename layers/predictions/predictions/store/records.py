@@ -193,6 +193,7 @@ class PredictionDetail:
     Attributes:
         input_key: The object that holds the input, where it is too large for the table.
         result_key: The object that holds `{"output", "logs"}`, where they are.
+        live_read_at: When the last live read began (see `lifecycle.live_reads`), in Unix seconds; None without one.
     """
 
     prediction: Prediction
@@ -202,6 +203,7 @@ class PredictionDetail:
     files: Sequence[StoredFile]
     input_key: str | None = None
     result_key: str | None = None
+    live_read_at: int | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
 import httpx
 
 from predictions.clock import parse_rfc3339, rfc3339
-from predictions.net.client import read_up_to
+from predictions.net.client import read_up_to, run_in_time
 from predictions.observability import MetricUnit, metrics
 from predictions.upstream.bounded_json import LIGHT_BYTES, Unscannable, elements, members, read_members
 from predictions.upstream.credentials import Token
@@ -238,10 +238,36 @@ class Replicate:
             Unavailable: Replicate could not be asked.
         """
         response = self._ask("GET", f"/{collection}/{upstream_id}", beginning_will_do=True)
+        return _read_asked(response.content, upstream_id, truncated=_is_truncated(response))
+
+    def glimpse(
+        self, upstream_id: str, collection: Collection = "predictions", *, seconds: float, limit_bytes: int
+    ) -> UpstreamPrediction | None:
+        """Read a prediction or training within a time, whatever a name server, a connection or Replicate does.
+
+        Returns:
+            The prediction, or None if the response is larger than the limit.
+
+        Raises:
+            NotFound: Replicate does not know it.
+            Unavailable: Replicate could not be asked within the time.
+        """
+        end = time.monotonic() + seconds
+
+        def check() -> None:
+            if time.monotonic() >= end:
+                raise httpx.ReadTimeout("the time is over")
+
+        def read() -> tuple[int, bytes, bool]:
+            with self.opened(f"/{collection}/{upstream_id}", timeout_seconds=seconds) as response:
+                return response.status_code, *read_up_to(response.iter_bytes(), limit_bytes, check)
+
         try:
-            return UpstreamPrediction.read(response.content, truncated=_is_truncated(response), upstream_id=upstream_id)
-        except UnreadablePrediction as error:
-            raise Unavailable("Replicate's response is not a prediction") from error
+            status, body, truncated = run_in_time(read, seconds)
+        except TimeoutError as error:
+            raise Unavailable(f"Replicate did not answer within {seconds:g} s") from error
+        _check(httpx.Response(status, content=body))
+        return None if truncated else _read_asked(body, upstream_id)
 
     def cancel(self, upstream_id: str, collection: Collection = "predictions") -> "Canceled":
         """Cancel a prediction or training; a finished one does not change.
@@ -352,14 +378,7 @@ class Replicate:
             raise Unavailable(str(error)) from error
         except (httpx.HTTPError, httpx.InvalidURL, AnswerTooLargeError) as error:
             raise Unavailable(f"Replicate could not be asked ({type(error).__name__})") from error
-        if response.status_code in (404, 410):
-            raise NotFound(_detail(response))
-        if response.status_code in (401, 402, 403):
-            self._token.forget()
-            reason = f"Replicate refuses the stack's token or credit ({response.status_code})"
-            raise Unavailable(reason, response.status_code)
-        if not 200 <= response.status_code < 300:
-            raise Unavailable(f"Replicate answered {response.status_code}", response.status_code)
+        _check(response)
         return response
 
     @contextmanager
@@ -484,6 +503,32 @@ _TRUNCATED = "truncated"
 def _is_truncated(response: httpx.Response) -> bool:
     """Return whether a response was cut off at the limit."""
     return bool(response.extensions.get(_TRUNCATED))
+
+
+def _read_asked(body: bytes, upstream_id: str, *, truncated: bool = False) -> UpstreamPrediction:
+    """Read the prediction that was asked for.
+
+    Raises:
+        Unavailable: It is none, or another one: taken for this one, it would be canceled as its orphan.
+    """
+    try:
+        found = UpstreamPrediction.read(body, truncated=truncated, upstream_id=upstream_id)
+    except UnreadablePrediction as error:
+        raise Unavailable("Replicate's response is not a prediction") from error
+    if found.id != upstream_id:
+        raise Unavailable("Replicate's response is another prediction")
+    return found
+
+
+def _check(response: httpx.Response) -> None:
+    """Raise the error that the status of a read's response means."""
+    if response.status_code in (404, 410):
+        raise NotFound(_detail(response))
+    if response.status_code in (401, 402, 403):
+        reason = f"Replicate refuses the stack's token or credit ({response.status_code})"
+        raise Unavailable(reason, response.status_code)
+    if not 200 <= response.status_code < 300:
+        raise Unavailable(f"Replicate answered {response.status_code}", response.status_code)
 
 
 def not_accepted(response: httpx.Response) -> NotAccepted:

@@ -1,0 +1,42 @@
+"""Merge a report of Replicate: the table's rule, its metrics, and waking the execution that waits."""
+
+from typing import TYPE_CHECKING
+
+from predictions.aws.executions import wake
+from predictions.observability import MetricUnit, count_ended, logger, metrics
+from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Change, Merge
+
+if TYPE_CHECKING:
+    from predictions.upstream.prediction import UpstreamPrediction
+
+
+def merge(
+    table: PredictionsTable,
+    prediction_id: str,
+    report: "UpstreamPrediction",
+    now: float,
+    *,
+    next_check_at: int | None = None,
+) -> Merge:
+    """Merge what Replicate said of a prediction, whichever way it came.
+
+    The token of a completed prediction is sent again, in case an earlier function crashed between its write and its
+    message.
+
+    Args:
+        table: The predictions.
+        prediction_id: Our id.
+        report: What Replicate said.
+        now: The time.
+        next_check_at: When the sweep should look, if the caller knows better than the item.
+    """
+    outcome = table.merge(prediction_id, report, now, next_check_at=next_check_at)
+    if outcome.change is Change.ORPHAN:
+        logger.warning("orphan: a second prediction of the same request", upstream_id=report.id)
+        metrics.add_metric(name="Orphans", unit=MetricUnit.Count, value=1)
+    if outcome.change in (Change.ENDED, Change.CLOSED) and outcome.prediction is not None:
+        if outcome.change is Change.ENDED and not outcome.prediction.awaits_copy:
+            count_ended(outcome.prediction.visible, now - outcome.prediction.created)
+        wake(outcome.prediction.task_token)
+    return outcome
