@@ -135,7 +135,6 @@ LIMITS = {
         1,
         "`max_concurrency`, {} at most",
     ),
-    "`Prefer: wait`": ("functions/start_prediction/app.py", "WAIT_LIMIT_SECONDS", 1, "{} s"),
     "deadline": (
         "layers/predictions/predictions/intents/model.py",
         "LIFETIME_LIMIT_SECONDS",
@@ -189,6 +188,11 @@ def test_table_of_limits_gives_those_of_the_code(what: str) -> None:
     path, name, unit, text = LIMITS[what]
     (limit,) = [row[1] for row in rows(section("docs/limits.md", "Fixed limits")) if row[0] == what]
     assert limit.startswith(text.format(constant(path, name) // unit))
+
+
+def test_table_of_limits_gives_the_wait_of_the_template() -> None:
+    (limit,) = [row[1] for row in rows(section("docs/limits.md", "Fixed limits")) if row[0] == "`Prefer: wait`"]
+    assert limit == f"`SyncWaitSeconds`, {PARAMETERS['SyncWaitSeconds']['Default']} s"
 
 
 def test_table_of_limits_gives_the_throttling_of_the_template() -> None:
