@@ -40,6 +40,8 @@ class FaultName(StrEnum):
     """The prediction stays `starting` for `seconds` (a cold boot)."""
     GET_ERROR = "get_error"
     """`GET /v1/predictions/{id}` responds with `status` (500); 404 looks as if the prediction did not exist."""
+    GET_SILENCE = "get_silence"
+    """`GET /v1/predictions/{id}` sends no response for `seconds` (0: as long as the caller waits)."""
     LIST_ERROR = "list_error"
     """`GET /v1/predictions` responds with `status` (500)."""
     CANCEL_ERROR = "cancel_error"

@@ -506,6 +506,8 @@ class Front:
         """`GET /v1/predictions/{id}`."""
         prediction = self._find(request)
         self._raise_fault(request, FaultName.GET_ERROR, prediction)
+        if found := self._take_fault(request, FaultName.GET_SILENCE, prediction):
+            return Dropped(found.seconds or SILENCE_SECONDS)
         return JSONResponse(prediction.to_json(self._origin))
 
     async def cancel_prediction(self, request: Request) -> Response:
@@ -552,10 +554,14 @@ class Front:
         request.scope["record"]["prediction"] = prediction.id
         return prediction
 
-    def _raise_fault(self, request: Request, name: FaultName, prediction: Prediction) -> None:
+    def _take_fault(self, request: Request, name: FaultName, prediction: Prediction) -> Fault | None:
         found = self._control.take(name, model=prediction.model.path, path=request.url.path, webhook=prediction.webhook)
         if found:
             request.scope["record"]["fault"] = found.fault
+        return found
+
+    def _raise_fault(self, request: Request, name: FaultName, prediction: Prediction) -> None:
+        if found := self._take_fault(request, name, prediction):
             raise not_found() if found.status == 404 else _fault_problem(found)
 
     # Models

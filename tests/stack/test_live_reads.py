@@ -1,0 +1,98 @@
+"""Live reads on the deployed stack: a GET shows what Replicate shows, whatever Replicate does."""
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+from local.cloud import LocalCloud
+from local.replicate.process import LocalReplicate
+from tests.reliability import Recorded
+
+Api = Callable[..., httpx.Client]
+WaitUntil = Callable[..., Any]
+TERMINAL = ("succeeded", "failed", "canceled")
+
+
+def start(client: httpx.Client, model: str, **input_: Any) -> str:
+    body = {"version": f"local/{model}", "input": input_, "webhook_events_filter": ["completed"]}
+    return str(client.post("/predictions", json=body).raise_for_status().json()["id"])
+
+
+def watch(client: httpx.Client, prediction_id: str, seconds: float = 30) -> list[dict[str, Any]]:
+    """What a caller sees until it has ended, about five times a second."""
+    seen, until = [], time.monotonic() + seconds
+    while time.monotonic() < until:
+        seen.append(client.get(f"/predictions/{prediction_id}").raise_for_status().json())
+        if seen[-1]["status"] in TERMINAL:
+            return seen
+        time.sleep(0.2)
+    raise AssertionError(f"not ended within {seconds} s: {seen[-1]}")
+
+
+def upstream_reads(replicate: LocalReplicate) -> int:
+    asked = replicate.record()["requests"]
+    return sum(
+        each["method"] == "GET" and each["path"].startswith("/v1/predictions/") and "stream" not in each["path"]
+        for each in asked
+    )
+
+
+def test_words_and_logs_come_while_the_model_runs(api: Api, replicate: LocalReplicate) -> None:
+    replicate.fault("webhook_lost", times=None, events=["output", "logs"])
+    prediction_id = start(api("alice"), "storyteller", prompt="a lamp", max_tokens=12, delay_seconds=0.5)
+    seen = watch(api("alice"), prediction_id)
+    lengths = [len(each.get("output") or []) for each in seen if each["status"] == "processing"]
+    assert len(set(lengths)) >= 4, lengths
+    assert lengths == sorted(lengths)
+    assert max(lengths) < len(seen[-1]["output"]) == 12
+
+
+def test_no_url_of_replicate_is_shown_while_pictures_come(api: Api, replicate: LocalReplicate) -> None:
+    prediction_id = start(api("alice"), "series", count=4, delay_seconds=0.7)
+    seen = watch(api("alice"), prediction_id)
+    running = [each for each in seen if each["status"] == "processing"]
+    assert any("Picture 2 of 4" in each["logs"] for each in running)
+    assert not any(replicate.origin in json.dumps(each) for each in seen)
+    assert all(each.get("output") is None for each in running)
+    assert len(seen[-1]["output"]) == 4
+
+
+def test_many_readers_of_one_prediction_ask_once_a_second_and_nobody_asks_where_none_looks(
+    api: Api, replicate: LocalReplicate, record_property: Recorded
+) -> None:
+    watched = start(api("alice"), "sleeper", seconds=4)
+    start(api("alice"), "sleeper", seconds=4)  # nobody looks
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: watch(api("alice"), watched), range(4)))
+    reads = upstream_reads(replicate)
+    record_property("reads of Replicate", reads)
+    # One a second, and the polls of both after 5 s, had the end been late.
+    assert 2 <= reads <= 9
+    assert sum(map(len, answers)) > 2 * reads
+
+
+def test_reader_waits_less_than_two_seconds_while_replicate_hangs(
+    api: Api, cloud: LocalCloud, replicate: LocalReplicate, wait_until: WaitUntil, record_property: Recorded
+) -> None:
+    prediction_id = start(api("alice"), "sleeper", seconds=20)
+    wait_until(lambda: api("alice").get(f"/predictions/{prediction_id}").json()["status"] == "processing")
+    replicate.fault("get_silence", times=None, seconds=20)
+    took = []
+    for _ in range(12):
+        began = time.monotonic()
+        assert api("alice").get(f"/predictions/{prediction_id}").json()["status"] == "processing"
+        took.append(time.monotonic() - began)
+        time.sleep(0.3)
+    record_property("longest answer, s", round(max(took), 2))
+    # After three failures in a row nothing is asked for 30 s. The machine of a test is slower than AWS.
+    assert sum(seconds > 1.4 for seconds in took) == 3, took
+    assert sorted(took)[-4] < 1
+    assert max(took) < 3
+    cloud.client("dynamodb").delete_item(
+        TableName=cloud.stack.table_name, Key={"pk": {"S": "live_reads"}, "sk": {"S": "budget"}}
+    )
+    assert api("alice").post(f"/predictions/{prediction_id}/cancel").status_code == 200
