@@ -1,4 +1,4 @@
-"""`make bench`: the import time of a cold start, the steps and cost of a prediction, and the steps of a batch's line.
+"""`make bench`: the import time of a cold start, the cost of a prediction, of a batch's line, and of looking at one.
 
 No time is asserted: the numbers are this machine's. The command fails if a prediction fails, or takes more steps than
 the project promises.
@@ -12,7 +12,7 @@ from statistics import median
 
 from local.cloud import LocalCloudError
 from local.terminal import Terminal
-from tests.benchmarks import batch, figures, imports, prices
+from tests.benchmarks import batch, figures, imports, prices, watched
 from tests.benchmarks.figures import Figures, Run, Sync
 from tests.benchmarks.imports import EMPTY, ONE_CLIENT, OURS, PARTS, Loaded
 from tests.benchmarks.report import BenchmarkFailed, bars, note, table
@@ -52,6 +52,8 @@ def main() -> int:
         _show_costs(terminal, found)
         terminal.title("4. Steps of a batch's line")
         batch.show(terminal, batch.measure(BATCH_LINES, terminal.step))
+        terminal.title("5. A prediction that its caller looks at while it runs")
+        watched.show(terminal, watched.measure(), watched.measure(looks=False))
     except (BenchmarkFailed, LocalCloudError) as error:
         terminal.refuse(str(error))
         return 1
