@@ -306,6 +306,24 @@ PROMISES: Sequence[Promise] = (
         ),
     ),
     Promise(
+        "A caller who looks at a running prediction sees what Replicate shows, at most `LiveReadSeconds` old",
+        (
+            Shown("Logs and output grow while it runs, deployed", ["tests/stack/test_live_reads.py"]),
+            Shown(
+                "Whatever Replicate or the table does, a GET answers in time; no URL of Replicate and no deleted data",
+                ["tests/unit/lifecycle/test_live_reads.py"],
+            ),
+            Shown(
+                "The stack asks no more than its budget, and nothing while Replicate fails",
+                ["tests/unit/admission/test_live_budget.py"],
+            ),
+            Shown(
+                "Reads and writes of a watched prediction of ten seconds and of ten minutes",
+                ["tests/simulation/test_watched.py"],
+            ),
+        ),
+    ),
+    Promise(
         "An operator sees failures and can fix them",
         (
             Shown("The commands of the runbook, on the deployed stack", ["tests/stack/test_commands.py"]),

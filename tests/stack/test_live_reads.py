@@ -87,7 +87,7 @@ def test_reader_waits_less_than_two_seconds_while_replicate_hangs(
         assert api("alice").get(f"/predictions/{prediction_id}").json()["status"] == "processing"
         took.append(time.monotonic() - began)
         time.sleep(0.3)
-    record_property("longest answer, s", round(max(took), 2))
+    record_property("milliseconds of the longest answer", round(1000 * max(took)))
     # After three failures in a row nothing is asked for 30 s. The machine of a test is slower than AWS.
     assert sum(seconds > 1.4 for seconds in took) == 3, took
     assert sorted(took)[-4] < 1
