@@ -21,6 +21,7 @@ from predictions.upstream.client import Replicate
 from predictions.upstream.credentials import Token
 from predictions.views.prediction import Presenter
 
+from tests.reliability import Recorded
 from tests.support.apps import AwsCalls
 from tests.support.fakes import Clock, ReplicateInMemory, Wakes
 from tests.support.predictions import FILE, current, hold_token, put, raw_items, told, waiting
@@ -310,6 +311,47 @@ def test_caller_waits_for_a_hanging_replicate_no_longer_than_the_bound(
         assert 0.15 < time.monotonic() - began < 2
     finally:
         over.set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("predictions", [1, 200])
+def test_two_hundred_readers_wait_less_than_two_seconds_while_replicate_hangs(
+    live: Live, table: PredictionsTable, clock: Clock, predictions: int, record_property: Recorded
+) -> None:
+    over = threading.Event()
+
+    def hang(request: httpx.Request) -> httpx.Response:
+        over.wait(30)
+        return httpx.Response(503)
+
+    started = [put(table, clock) for _ in range(predictions)]
+    for number, prediction in enumerate(started):
+        table.merge(prediction.id, told("processing", f"{number:03d}" + "u" * 23), clock.now())
+    details = [table.read(prediction.id) for prediction in started]
+    http = httpx.Client(transport=httpx.MockTransport(hang))
+    took: list[float] = []
+
+    def look(reader: LiveReads, number: int) -> None:
+        for _ in range(4):
+            began = time.monotonic()
+            detail = details[number % predictions]
+            assert detail is not None
+            assert reader.refresh(detail) == detail
+            took.append(time.monotonic() - began)
+
+    threads = [threading.Thread(target=look, args=(live(http=http), number)) for number in range(200)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        over.set()
+    assert len(took) == 800
+    slow = sum(seconds > 1 for seconds in took)
+    record_property("milliseconds at p95", round(1000 * sorted(took)[int(0.95 * len(took))]))
+    assert sorted(took)[int(0.95 * len(took))] < 2
+    assert slow <= (1 if predictions == 1 else 200 + FAILURES)
 
 
 def test_caller_gets_an_answer_where_the_tables_writes_fail(
