@@ -211,6 +211,17 @@ def test_output_at_the_bound_is_kept_by_the_poll_and_read_by_everybody(
     record_property("answers", len(runs))
 
 
+@pytest.mark.parametrize(("size", "shown"), [(MB - 2000, True), (12 * MB, False), (60 * MB, False)])
+def test_live_read_of_a_large_answer_is_borne_and_shows_what_fits(lambdas: Cloud, size: int, shown: bool) -> None:
+    mine = prediction(lambdas)
+    lambdas.replicate["GET", "/predictions/up1"] = 200, told(filled(EMPTY_LISTS, size), "up1", status="processing")
+    path = f"/predictions/{mine.id}"
+    answer = ended(lambdas.invoke("read_prediction", api_event("GET", "/predictions/{prediction_id}", path))).answer
+    body = json.loads(answer["body"])
+    assert (answer["statusCode"], body["status"], bool(body.get("output"))) == (200, "processing", shown)
+    assert (seen(lambdas, mine.id).visible, body["logs"]) == ("processing", "done" if shown else "")
+
+
 @pytest.mark.parametrize("function", ["submit_prediction", "start_prediction", "run_prediction"])
 @pytest.mark.parametrize("case", ["beyond", "within"])
 def test_create_with_a_large_answer_is_bound_and_its_outcome_not_lost(
