@@ -275,10 +275,11 @@ class TestLostWebhooks:
     def test_poll_finds_the_end_that_no_webhook_told(self, stack: Stack, replicate: LocalReplicate) -> None:
         replicate.fault("webhook_lost", times=None)
         created = create(stack.alice)
+        # Nobody looks at it: a live read would see the end before the poll.
+        assert stack.execution_ended(created["id"]) == "SUCCEEDED"
         prediction = stack.ended(created["id"])
         assert prediction["status"] == "succeeded"
         assert prediction["output_files"][0]["sha256"]
-        assert stack.execution_ended(created["id"]) == "SUCCEEDED"
         assert "PollPrediction" in stack.states(created["id"])
 
     def test_webhook_whose_receiver_died_before_it_sent_the_token_is_repaired_by_the_next_one(
