@@ -70,8 +70,8 @@ class Probe:
 
 
 TOKEN_READERS = {
-    "start_prediction", "cancel_prediction", "manage_batches", "call_replicate", "manage_recipes", "deploy_recipes",
-    "run_prediction", "submit_prediction", "poll_prediction", "sweep_predictions", "manage_pipelines",
+    "start_prediction", "read_prediction", "cancel_prediction", "manage_batches", "call_replicate", "manage_recipes",
+    "deploy_recipes", "run_prediction", "submit_prediction", "poll_prediction", "sweep_predictions", "manage_pipelines",
     "advance_pipeline",
 }  # fmt: skip
 ONLY: dict[str, set[str]] = {
@@ -89,8 +89,8 @@ ONLY: dict[str, set[str]] = {
     "DeleteItem recipe#x": {"manage_recipes", "deploy_recipes"},
     "DeleteItem file#x": {"store_files"},
     "PutItem prediction#x": {
-        "start_prediction", "cancel_prediction", "manage_batches", "receive_webhook", "start_from_queue",
-        "run_prediction", "submit_prediction", "poll_prediction", "copy_outputs", "sweep_predictions",
+        "start_prediction", "read_prediction", "cancel_prediction", "manage_batches", "receive_webhook",
+        "start_from_queue", "run_prediction", "submit_prediction", "poll_prediction", "copy_outputs", "sweep_predictions",
         "manage_pipelines", "advance_pipeline",
     },
     "StartExecution TrackPredictionStateMachine": {
