@@ -136,7 +136,7 @@ class Limiter:
         Raises:
             ClientError: It cannot be read.
         """
-        return self._know(self._table.get_item(_KEY) or {})
+        return self._know(self._table.get_item(_KEY, exact=True) or {})
 
     # -- reserving --------------------------------------------------------------------------------------------
 
@@ -332,7 +332,7 @@ class Limiter:
     def _write(self, condition: Condition | None, **changes: Any) -> bool | None:
         """Do one update; return whether its condition held, None on a failure."""
         try:
-            self._know(self._table.update_item(_KEY, condition=condition, **changes))
+            self._know(self._table.update_item(_KEY, condition=condition, exact=True, **changes))
         except ConditionFailed as failed:
             self._know(failed.item or {})
             return False
