@@ -53,7 +53,7 @@ def test_number_that_is_not_whole_is_read_as_a_whole_one() -> None:
 
 
 def test_number_that_is_not_whole_is_read_exactly_where_a_write_shall_name_it(cloud: None) -> None:
-    typed = {"it": {"N": "1.5"}, "whole": {"N": "2"}, "map": {"M": {"list": {"L": [{"N": "-0.25"}]}}}}
+    typed: Any = {"it": {"N": "1.5"}, "whole": {"N": "2"}, "map": {"M": {"list": {"L": [{"N": "-0.25"}]}}}}
     read = deserialize(typed, exact=True)
     assert read == {"it": Decimal("1.5"), "whole": 2, "map": {"list": [Decimal("-0.25")]}}
     assert type(read["whole"]) is int
