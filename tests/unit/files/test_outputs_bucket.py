@@ -16,7 +16,6 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moto import mock_aws
 from predictions.aws import clients
 from predictions.errors import CopyInterrupted
 from predictions.files import copier
@@ -33,6 +32,7 @@ from predictions.files.output_references import (
 from predictions.files.outputs_bucket import OutputsBucket
 
 from tests.support.library import LIBRARY
+from tests.support.quick_aws import mocked
 
 BUCKET = "outputs"
 PREFIX = "ada/id0/up0"
@@ -47,7 +47,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name, value in {"REGION": "eu-central-1", "ACCESS_KEY_ID": "testing", "SECRET_ACCESS_KEY": "testing"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
-    with mock_aws():
+    with mocked():
         clients._client.cache_clear()
         s3 = clients.client("s3")
         s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
