@@ -94,11 +94,8 @@ class Limiter:
     """The one limiter of a stack.
 
     Args:
-        table_name: The table.
-        dynamodb: The client to use.
         creates_per_minute: The rate.
         max_start_delay_seconds: How far ahead a start may be reserved, or promised to a caller of HTTP.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

@@ -231,12 +231,7 @@ def _conditional(*, exact: bool = False) -> Iterator[None]:
 
 
 class Table:
-    """A table whose items have the keys `pk` and `sk`.
-
-    Args:
-        name: Its name.
-        dynamodb: The client to use.
-    """
+    """A table whose items have the keys `pk` and `sk`."""
 
     def __init__(self, name: str, dynamodb: "DynamoDBClient") -> None:
         self._name = name

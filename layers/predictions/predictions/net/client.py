@@ -307,7 +307,6 @@ class ResponseStream(httpx.SyncByteStream):
     """The body of httpcore's response, as httpx reads it.
 
     Args:
-        response: The response.
         closed: Called once it is closed.
     """
 
