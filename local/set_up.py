@@ -112,8 +112,8 @@ def make_environments(checkout: Path) -> None:
             run([uv, "venv", "--quiet", "--no-project", "--clear", "--python", python, str(checkout / environment)])
         sync = [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", str(interpreter)]
         if environment != ".venv" or sys.dont_write_bytecode:
-            # 200,000 lines that every start would compile again if bytecode is not written later: by the emulator never,
-            # by tests and tools with PYTHONDONTWRITEBYTECODE.
+            # 200,000 lines that every start would compile again if bytecode is not written later: never by the
+            # emulator, nor by tests and tools with PYTHONDONTWRITEBYTECODE.
             sync.append("--compile-bytecode")
         run([*sync, str(checkout / "requirements" / requirements)])
     # The project itself, so that `predictions` is imported from the checkout. uv includes the build backend.
