@@ -111,9 +111,14 @@ def operation_of(event: dict[str, Any]) -> dict[str, Any]:
 
 def complaints(schema: dict[str, Any], value: Any) -> list[str]:
     """What is wrong with a value; a field that the document does not name is wrong too."""
-    whole = {**closed(schema), "components": closed(document()["components"])}
+    whole = {**closed(schema), "components": _closed_components()}
     validator = Draft202012Validator(whole, format_checker=Draft202012Validator.FORMAT_CHECKER)
     return [f"{error.json_path}: {error.message}"[:300] for error in validator.iter_errors(value)]
+
+
+@cache
+def _closed_components() -> Any:
+    return closed(document()["components"])
 
 
 def closed(schema: Any) -> Any:
