@@ -12,6 +12,7 @@ PYTHON := $(IN)python
 
 # Tests with the mark "slow" run in `make slow`, or with SLOW=1.
 QUICK = $(if $(SLOW),,-m "not slow")
+# Unit tests file by file, the longest first: what the tests of a file share is made once, not in each process.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4
 # Three local clouds.
 CLOUDS := --numprocesses 3 --dist loadfile --no-loadscope-reorder
@@ -67,7 +68,7 @@ docs: setup ## Build the site of docs/ into .local/site; a broken link fails
 
 unit: setup ## Run the unit tests
 	$(call heading,unit tests)
-	@$(PYTHON) -m pytest tests/unit $(QUICK) $(SIDE_BY_SIDE)
+	@$(PYTHON) -m pytest tests/unit $(QUICK) $(SIDE_BY_SIDE) --dist loadfile
 
 attacks: setup ## Run the attack tests: hostile webhooks, addresses, files, JSON, schemas, owners
 	$(call heading,attacks)

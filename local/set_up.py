@@ -111,8 +111,9 @@ def make_environments(checkout: Path) -> None:
         if interpreter.resolve() != Path(python).resolve():
             run([uv, "venv", "--quiet", "--no-project", "--clear", "--python", python, str(checkout / environment)])
         sync = [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", str(interpreter)]
-        if environment != ".venv":
-            # 200,000 lines that every start would compile again if bytecode cannot be written later.
+        if environment != ".venv" or sys.dont_write_bytecode:
+            # 200,000 lines that every start would compile again if bytecode is not written later: never by the
+            # emulator, nor by tests and tools with PYTHONDONTWRITEBYTECODE.
             sync.append("--compile-bytecode")
         run([*sync, str(checkout / "requirements" / requirements)])
     # The project itself, so that `predictions` is imported from the checkout. uv includes the build backend.

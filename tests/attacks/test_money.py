@@ -691,6 +691,9 @@ CENTURIES: dict[str, dict[str, Any]] = {
     "all of it": {"http_at": YEARS, "queue_at": YEARS, "blocked_until": YEARS},
     "digits without end": {"http_at": {"N": "9" * 38}, "queue_at": {"N": "9" * 38}},
     "a fraction": {"http_at": {"N": "1750000000000.5"}, "queue_at": {"N": "0.1"}, "blocked_until": {"N": "1E+40"}},
+    "fractions in 20 years": {
+        name: {"N": f"{round((NOW + YEARS) * 1000)}.5"} for name in ("http_at", "queue_at", "blocked_until")
+    },
     "text": {"http_at": {"S": "soon"}, "queue_at": {"S": ""}, "blocked_until": {"S": "x"}, "paused_until": {"S": "9"}},
     "other types": {
         "http_at": {"NULL": True},

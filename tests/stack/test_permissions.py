@@ -90,8 +90,8 @@ ONLY: dict[str, set[str]] = {
     "DeleteItem file#x": {"store_files"},
     "PutItem prediction#x": {
         "start_prediction", "read_prediction", "cancel_prediction", "manage_batches", "receive_webhook",
-        "start_from_queue", "run_prediction", "submit_prediction", "poll_prediction", "copy_outputs", "sweep_predictions",
-        "manage_pipelines", "advance_pipeline",
+        "start_from_queue", "run_prediction", "submit_prediction", "poll_prediction", "copy_outputs",
+        "sweep_predictions", "manage_pipelines", "advance_pipeline",
     },
     "StartExecution TrackPredictionStateMachine": {
         "start_prediction", "start_from_queue", "run_prediction", "sweep_predictions",

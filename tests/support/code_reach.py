@@ -71,8 +71,9 @@ class _Code:
     types: Mapping[str, str]
 
 
+@cache
 def reach(folder: str) -> Reach:
-    """What the handler in `functions/{folder}` needs."""
+    """What the handler in `functions/{folder}` needs; not to be changed by who gets it."""
     app = ROOT / "functions" / folder / "app.py"
     modules = imported(folder)
     functions: dict[tuple[Path, str], _Code] = {}

@@ -8,6 +8,8 @@ The tests of this module, and those of the simulation's table, hold the answers 
 
 import copy
 import json
+import os
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typing import Any
 
 import botocore.retries.quota
 import botocore.session
+import certifi
 import moto
 from botocore.awsrequest import AWSResponse, HTTPHeaders
 from moto.backends import get_backend
@@ -29,6 +32,18 @@ from tests.support.dynamodb import ConditionFailed, Item, NotModelled, Table
 
 # Sessions that tests make share what botocore reads from its files: reading it takes half a second each time.
 botocore.session.create_loader = cache(botocore.session.create_loader)
+
+_create_context = ssl.create_default_context
+_create_shared = cache(_create_context)
+
+
+def _context(*purpose: Any, **options: Any) -> ssl.SSLContext:
+    # Of httpx's clients, which only read it: loading all authorities takes ten milliseconds.
+    shared = not purpose and options in ({"cafile": certifi.where()}, {"cafile": os.environ.get("SSL_CERT_FILE")})
+    return _create_shared(**options) if shared else _create_context(*purpose, **options)
+
+
+ssl.create_default_context = _context
 
 _receive = SQSBackend.receive_message
 

@@ -1,5 +1,7 @@
 """The fixtures that unit tests share."""
 
+import gc
+
 from tests.support.fixtures import (
     clock,
     cloud,
@@ -27,3 +29,9 @@ __all__ = [
     "table_service",
     "wakes",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of the garbage collector's searches: looking through it takes a sixth of the time."""
+    gc.collect()
+    gc.freeze()

@@ -392,6 +392,26 @@ class TestTurns:
         limiter.release("queue", start.number or 0)
         assert reserved(limiter).at == start.at
 
+    @pytest.mark.parametrize("name", ["http_at", "queue_at", "blocked_until"])
+    def test_fraction_that_is_far_ahead_is_replaced(self, limiter: Limiter, clock: Clock, name: str) -> None:
+        years = int(clock.now() + 1e9) * 1000
+        item = {**KEY, name: {"N": f"{years}.5"}}
+        clients.client("dynamodb").put_item(TableName="predictions", Item=item)
+        limiter.limiter_state()
+        if name == "blocked_until":
+            limiter.block(40)
+        else:
+            starts = [(for_caller if name == "http_at" else for_queue)(limiter, other_owner()) for _ in range(3)]
+            assert len(set(starts)) == 3, "all are counted"
+        assert clock.now() * 1000 < int(stored(name)) <= (clock.now() + 60) * 1000
+
+    def test_fraction_of_a_millisecond_counts_without_it(self, limiter: Limiter, clock: Clock) -> None:
+        until = int(clock.now()) * 1000 + 20_000
+        item = {**KEY, "blocked_until": {"N": f"{until}.5"}, "queue_at": {"N": f"{until}.9"}}
+        clients.client("dynamodb").put_item(TableName="predictions", Item=item)
+        state = limiter.limiter_state()
+        assert (state.blocked_until, state.queue_at) == (until, until)
+
     def test_turn_that_no_rule_can_have_written_is_replaced_by_the_next_one(
         self, limiter: Limiter, clock: Clock
     ) -> None:
@@ -405,6 +425,12 @@ class TestTurns:
 
 
 KEY = {"pk": {"S": "limiter"}, "sk": {"S": "creates"}}
+
+
+def stored(name: str) -> str:
+    """A number of the limiter's item, as the table has it."""
+    number: str = clients.client("dynamodb").get_item(TableName="predictions", Key=KEY)["Item"][name]["N"]
+    return number
 
 
 class TestSubmissions:

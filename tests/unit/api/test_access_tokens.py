@@ -3,7 +3,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import moto  # before predictions: it must see every client being made
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +15,8 @@ from predictions.api.access_tokens import (
 )
 from predictions.aws import clients
 
+from tests.support.quick_aws import mocked
+
 TOKEN = "rs_" + "A" * 43
 
 
@@ -23,7 +24,7 @@ TOKEN = "rs_" + "A" * 43
 def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("TABLE_NAME", "predictions")
-    with moto.mock_aws():
+    with mocked():
         clients.client("dynamodb").create_table(
             TableName="predictions",
             BillingMode="PAY_PER_REQUEST",

@@ -1,5 +1,6 @@
 """Items: their form, reads of many that DynamoDB answers in parts, and pages of an owner's list."""
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
 from hypothesis import given
 from hypothesis import strategies as st
 from predictions.aws import clients
-from predictions.aws.dynamodb import Table, deserialize, serialize
+from predictions.aws.dynamodb import Condition, ConditionFailed, Key, Table, deserialize, serialize
 
 from tests.support.apps import AwsCalls
 
@@ -49,6 +50,20 @@ def test_value_without_a_form_is_refused(value: Any) -> None:
 
 def test_number_that_is_not_whole_is_read_as_a_whole_one() -> None:
     assert deserialize({"it": {"N": "1.5"}, "large": {"N": "1E+3"}}) == {"it": 1, "large": 1000}
+
+
+def test_number_that_is_not_whole_is_read_exactly_where_a_write_shall_name_it(cloud: None) -> None:
+    typed: Any = {"it": {"N": "1.5"}, "whole": {"N": "2"}, "map": {"M": {"list": {"L": [{"N": "-0.25"}]}}}}
+    read = deserialize(typed, exact=True)
+    assert read == {"it": Decimal("1.5"), "whole": 2, "map": {"list": [Decimal("-0.25")]}}
+    assert type(read["whole"]) is int
+    assert serialize(read) == typed
+    table, key = Table(TABLE, clients.client("dynamodb")), Key("a", "x")
+    clients.client("dynamodb").put_item(TableName=TABLE, Item={**serialize(key._asdict()), **typed})
+    with pytest.raises(ConditionFailed) as failed:
+        table.update_item(key, set={"n": 1}, condition=Condition("whole = :whole", whole=3), exact=True)
+    assert failed.value.item == table.get_item(key, exact=True) == {**key._asdict(), **read}
+    assert table.update_item(key, set={"n": 1}, exact=True) == {**key._asdict(), **read, "n": 1}
 
 
 def test_keys_that_are_not_there_are_left_out(cloud: None) -> None:

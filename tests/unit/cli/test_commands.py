@@ -4,12 +4,13 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import botocore.session
-import moto  # before predictions: it must see every client being made
 import pytest
 from predictions.admission.quotas import OwnerLimits, OwnersLimits
 from predictions.admission.rate_limiter import Limiter
@@ -27,6 +28,7 @@ from predictions.notifications.webhook_queue import EVENTS
 from predictions.store.records import Prediction
 
 from tests.support.commands import COMMANDS, GROUPS, stack_of
+from tests.support.quick_aws import mocked
 from tests.support.template import ROOT, dead_letter_queues, resources, table_properties, timeout_of
 
 REGION = "us-east-1"
@@ -43,6 +45,16 @@ ENVIRONMENT = (
 )
 
 
+@cache
+def session() -> Any:
+    """One session for the clients of all tests: it takes longer to make than what a test does with it."""
+    return botocore.session.Session()
+
+
+def create_client(name: str, **options: Any) -> Any:
+    return session().create_client(name, **options)
+
+
 def template(outputs: dict[str, str], resources: dict[str, Any] | None = None) -> str:
     return json.dumps(
         {
@@ -55,9 +67,9 @@ def template(outputs: dict[str, str], resources: dict[str, Any] | None = None) -
 @pytest.fixture
 def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[AccessTokens]:
     """A stack named `demo` in REGION and one named `other` that is somebody else's."""
-    monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
-    with moto.mock_aws():
-        create_client: Any = botocore.session.Session().create_client
+    for name, value in {"DEFAULT_REGION": REGION, "ACCESS_KEY_ID": "testing", "SECRET_ACCESS_KEY": "testing"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with mocked():
         cloudformation = create_client("cloudformation", region_name=REGION)
         cloudformation.create_stack(StackName="demo", TemplateBody=template({"ApiUrl": "x", "TableName": "table-1"}))
         cloudformation.create_stack(StackName="other", TemplateBody=template({}))
@@ -326,8 +338,7 @@ def test_the_profile_decides_region_and_credentials(monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def limited() -> Iterator[Any]:
     """A stack with the template's own table."""
-    with moto.mock_aws():
-        create_client: Any = botocore.session.Session().create_client
+    with mocked():
         create_client("cloudformation", region_name=REGION).create_stack(
             StackName="demo", TemplateBody=template({"TableName": "predictions"})
         )
@@ -337,7 +348,8 @@ def limited() -> Iterator[Any]:
 
 
 def test_status_tells_which_owners_wait(limited: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    limiter = Limiter("predictions", limited)
+    began = time.time()  # however long the reservations take
+    limiter = Limiter("predictions", limited, now=lambda: began)
     for _ in range(80):
         limiter.reserve_for_queue("team-a", latest=4e9)
     assert main(["status", "--json", "--stack", "demo", "--region", REGION]) == 0
@@ -441,7 +453,6 @@ FAILED = {"id": ID, "event": "completed", "n": 1, "first_at": 1_750_000_000}
 @pytest.fixture
 def hooks(stack: AccessTokens) -> Any:
     """The stack's queues, and predictions: `a…` has ended, `b…` runs, `c…` has no webhook."""
-    create_client: Any = botocore.session.Session().create_client
     dynamodb, sqs, cloudformation = (
         create_client(name, region_name=REGION) for name in ("dynamodb", "sqs", "cloudformation")
     )
@@ -560,7 +571,6 @@ class Queue:
     """The stack's dead requests, and start_from_queue, which answers what it is told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        create_client: Any = botocore.session.Session().create_client
         self._sqs = create_client("sqs", region_name=REGION)
         self.asked: list[dict[str, Any]] = []
         self.answers: list[tuple[dict[str, Any], str | None]] = []
@@ -589,7 +599,6 @@ class Queue:
 
     def with_bucket(self) -> None:
         """The stack tells of its outputs bucket."""
-        create_client: Any = botocore.session.Session().create_client
         create_client("s3", region_name=REGION).create_bucket(Bucket="outputs")
         self.dead._outputs = lambda: _Bucket("outputs", create_client("s3", region_name=REGION))
         create_client("cloudformation", region_name=REGION).update_stack(
@@ -881,7 +890,6 @@ def test_failed_sweep_cannot_be_redriven(hooks: Any, capsys: pytest.CaptureFixtu
 
 
 def streamed(dynamodb: Any) -> tuple[str, str, list[dict[str, Any]]]:
-    create_client: Any = botocore.session.Session().create_client
     streams = create_client("dynamodbstreams", region_name=REGION)
     (stream,) = streams.list_streams(TableName=dynamodb)["Streams"]
     (shard,) = streams.describe_stream(StreamArn=stream["StreamArn"])["StreamDescription"]["Shards"]
@@ -894,7 +902,6 @@ def streamed(dynamodb: Any) -> tuple[str, str, list[dict[str, Any]]]:
 def test_changes_that_were_given_up_are_read_from_the_stream_again_and_published(
     hooks: Any, invoked: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    create_client: Any = botocore.session.Session().create_client
     dynamodb = create_client("dynamodb", region_name=REGION)
     dynamodb.create_table(TableName="predictions", **table_properties())
     for n, sk in enumerate(("status", "status", "input#1", "status", "status")):
@@ -970,7 +977,6 @@ def told(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
 
 @pytest.fixture
 def payloads(hooks: Any) -> Any:
-    create_client: Any = botocore.session.Session().create_client
     dynamodb = create_client("dynamodb", region_name=REGION)
     for sk, text in (("input#f", '{"prompt": "CANARY"}'), ("progress", '{"output": "CANARY", "logs": "CANARY"}')):
         item = {"pk": {"S": f"prediction#{'b' * 26}"}, "sk": {"S": sk}, "json": {"S": text}, "length": {"N": "20"}}
@@ -1067,7 +1073,6 @@ def test_what_could_not_be_copied_again_is_said(
 
 @pytest.fixture
 def secret_values(hooks: Any) -> Callable[[str], str]:
-    create_client: Any = botocore.session.Session().create_client
     secretsmanager = create_client("secretsmanager", region_name=REGION)
     for name in (*SECRETS, "token", "signing"):
         secretsmanager.create_secret(Name=name, SecretString="old")
@@ -1109,7 +1114,6 @@ def test_new_token_is_stored_as_it_is_and_not_shown(
 def test_secret_without_a_token_is_said_and_not_shown(
     secret_values: Callable[[str], str], capsys: pytest.CaptureFixture[str], stored: str
 ) -> None:
-    create_client: Any = botocore.session.Session().create_client
     secrets = create_client("secretsmanager", region_name=REGION)
     secrets.put_secret_value(SecretId="token", SecretString=stored)
     said = refused(capsys, "secrets", "refresh", "--stack", "hooks")

@@ -16,7 +16,6 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moto import mock_aws
 from predictions.aws import clients
 from predictions.errors import CopyInterrupted
 from predictions.files import copier
@@ -33,6 +32,7 @@ from predictions.files.output_references import (
 from predictions.files.outputs_bucket import OutputsBucket
 
 from tests.support.library import LIBRARY
+from tests.support.quick_aws import QUICK, mocked
 
 BUCKET = "outputs"
 PREFIX = "ada/id0/up0"
@@ -43,16 +43,11 @@ Handler = Callable[[httpx.Request], httpx.Response]
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    for name, value in {"REGION": "eu-central-1", "ACCESS_KEY_ID": "testing", "SECRET_ACCESS_KEY": "testing"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
-    with mock_aws():
-        clients._client.cache_clear()
+def s3() -> Iterator[Any]:
+    with mocked(), QUICK.lent(None):
         s3 = clients.client("s3")
-        s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+        s3.create_bucket(Bucket=BUCKET)
         yield s3
-    clients._client.cache_clear()
 
 
 S3Answer = tuple[SimpleNamespace, dict[str, Any]]
@@ -67,7 +62,7 @@ def s3_fault(s3: Any) -> S3Fault:
         def before_call(params: dict[str, Any], **_: Any) -> S3Answer | None:
             return answer(params)
 
-        s3.meta.events.register_last(f"before-call.s3.{operation}", before_call)  # the client ends with the test
+        s3.meta.events.register_last(f"before-call.s3.{operation}", before_call)  # gone after the test
 
     return register
 

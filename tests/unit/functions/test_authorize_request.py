@@ -7,12 +7,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import moto  # before predictions: it must see every client being made
 import pytest
 from botocore.exceptions import ClientError
 from predictions.admission.quotas import OwnerLimits, OwnersLimits
 from predictions.api.access_tokens import AccessTokens
 from predictions.aws import clients
+
+from tests.support.quick_aws import mocked
 
 EVENTS = Path(__file__).parents[3] / "events" / "authorize_request"
 SAMPLE_TOKEN = "rs_" + "A" * 43
@@ -26,7 +27,7 @@ def handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Handler]:
     """The handler of a function that has just started, with the token of the event samples in its table."""
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("TABLE_NAME", "predictions")
-    with moto.mock_aws():
+    with mocked():
         client = clients.client("dynamodb")
         client.create_table(
             TableName="predictions",

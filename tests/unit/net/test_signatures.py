@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-import moto  # before predictions: it must see every client being made
 import pytest
 from botocore.exceptions import ClientError
 from hypothesis import given
@@ -12,6 +11,8 @@ from hypothesis import strategies as st
 from predictions.aws import clients
 from predictions.net.signatures import SignatureMismatch, SigningSecretUnavailable, WebhookRefused, sign, verify
 from predictions.upstream.signing_secret import SigningSecrets
+
+from tests.support.quick_aws import mocked
 
 NOW = 1_700_000_000
 BODY = b'{"id":"ufawqhfynnddngldkgtslldrkq","status":"succeeded"}'
@@ -104,7 +105,7 @@ class SecretsManager:
 @pytest.fixture
 def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[SecretsManager]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with moto.mock_aws():
+    with mocked():
         client = clients.client("secretsmanager")
         fake = SecretsManager(client.create_secret(Name="signing", SecretString="{}")["ARN"])
         monkeypatch.setenv("SIGNING_SECRET_ARN", fake.arn)

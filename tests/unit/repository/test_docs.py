@@ -158,20 +158,86 @@ def test_page_of_deployment_counts_the_resources_of_the_template(kind: str) -> N
 
 
 def test_cost_of_alarms_is_that_of_the_template() -> None:
-    (count,) = re.findall(r"(\d+) alarms on \d+ metrics", section("docs/cost.md", "Per month"))
-    assert int(count) == len(resources("AWS::CloudWatch::Alarm"))
+    ((alarms, metrics),) = re.findall(r"(\d+) alarms on (\d+) metrics", section("docs/cost.md", "Per month"))
+    found = [alarm["Properties"] for alarm in resources("AWS::CloudWatch::Alarm").values()]
+    assert int(alarms) == len(found)
+    # One with an expression is billed for each metric in it.
+    assert int(metrics) == sum(
+        sum("MetricStat" in each for each in alarm.get("Metrics", [{"MetricStat": {}}])) for alarm in found
+    )
 
 
-def test_readme_gives_the_sums_of_the_page_of_costs() -> None:
-    readme = section("README.md", "Cost")
-    (sum_,) = [row[3].strip("*") for row in rows(section("docs/cost.md", "Per prediction")) if row[0] == "**together**"]
-    assert f"About {sum_} per 1,000" in readme
+TIMES = "\N{MULTIPLICATION SIGN}"
+FIGURE = r"[\d,]+(?:\.\d+)?"
+
+
+def figure(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def test_sum_of_a_prediction_is_that_of_its_rows_and_each_row_is_its_product() -> None:
+    *parts, (_, _, _, together) = rows(section("docs/cost.md", "Per prediction"))
+    assert len(parts) > 8
+    sum_ = 0.0
+    for item, _, price, product in parts:
+        found = re.fullmatch(rf"({FIGURE}) {TIMES} ({FIGURE}) = \$({FIGURE})", product)
+        listed = re.fullmatch(rf"\$({FIGURE}) per (1,000|million|\w+(?:-\w+)?)", price)
+        assert found, item
+        assert listed, item
+        number, each, cost = map(figure, found.groups())
+        assert each == pytest.approx(figure(listed[1]) / {"1,000": 1e3, "million": 1e6}.get(listed[2], 1)), item
+        assert cost == pytest.approx(number * each, abs=0.00005), item
+        sum_ += cost
+    assert together == f"**${sum_:.2f}**"
+
+
+def test_sum_of_a_month_is_that_of_its_rows_and_each_row_is_its_product() -> None:
     page = section("docs/cost.md", "Per month")
-    parts = [float(row[1].strip("$")) for row in rows(page)]
-    assert len(parts) > 4
-    (month,) = re.findall(r"at most about \$(\d+)", page)
-    assert sum(parts) <= float(month)
-    assert f"${month} a month" in readme
+    costs = {item: figure(cost.removeprefix("$")) for item, cost in rows(page)}
+    assert len(costs) > 4
+    products = {item: re.findall(rf"({FIGURE}) (?:\S+ )?{TIMES} \$({FIGURE})( per million)?", item) for item in costs}
+    assert sum(map(len, products.values())) == 4
+    for item, found in products.items():
+        known = sum(figure(number) * figure(each) / (1e6 if million else 1) for number, each, million in found)
+        # Of the secrets, the reads come on top.
+        assert known == pytest.approx(costs[item], abs=0.1 if "their reads" in item else 0.005) or not found, item
+    sum_ = sum(costs.values())
+    (most,) = re.findall(r"at most about \$(\d+)", page)
+    assert int(most) == round(sum_)
+    (idle,) = re.findall(r"An idle stack sends one metric .* without the dashboard, costs about \$(\d+) a month", page)
+    ((own, metric),) = [(costs[item], figure(found[0][1])) for item, found in products.items() if "own metrics" in item]
+    (dashboard,) = [cost for item, cost in costs.items() if "dashboard" in item]
+    assert int(idle) == round(sum_ - own + metric - dashboard)
+
+
+def test_pages_give_the_sums_of_the_page_of_costs() -> None:
+    costs = rows(section("docs/cost.md", "Per prediction"))
+    (sum_,) = [row[3].strip("*") for row in costs if row[0] == "**together**"]
+    page = section("docs/cost.md", "Per month")
+    (month,) = re.findall(r"at most about (\$\d+)", page)
+    (idle,) = re.findall(r"costs about (\$\d+) a month", page)
+    readme = section("README.md", "Cost")
+    assert f"About {sum_} per 1,000" in readme
+    assert f"{idle} (idle) to {month} a month" in readme
+    assert f"About {sum_} per 1,000 predictions, and at most about {month} a month" in section("docs/cost.md", "Cost")
+    (states,) = [row[3] for row in costs if "step-functions" in row[0]]
+    of_states = f"${figure(states.split('$')[1]):.3f}"
+    assert f"{of_states} per 1,000" in (ROOT / "docs/decisions/step-functions.md").read_text()
+    assert f"no state machine: {of_states} less" in section("docs/cost.md", "Variations")
+    (requests,) = [row[2] for row in costs if "api-gateway" in row[0]]
+    assert f"{requests} requests" in (ROOT / "docs/decisions/rest-api.md").read_text()
+
+
+def test_waiting_in_a_function_costs_its_time() -> None:
+    (each,) = [
+        figure(row[2].split()[0][1:])
+        for row in rows(section("docs/cost.md", "Per prediction"))
+        if row[0].endswith(", time")
+    ]
+    waits = re.findall(rf"({FIGURE}) GB-s: \$({FIGURE}) more", section("docs/cost.md", "Variations"))
+    assert len(waits) == 2
+    for gb_seconds, cost in waits:
+        assert figure(cost) == round(figure(gb_seconds) * 1000 * each, 2)
 
 
 def test_steps_that_the_readme_names_are_there() -> None:

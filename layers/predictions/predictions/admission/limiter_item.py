@@ -1,15 +1,19 @@
 """The limiter's item as it is read: lanes, starts, lines, a block and a pause.
 
-A value that no rule can have written (not a whole number, or further ahead than the rules allow), for example from a
-manual edit or an earlier release, is ignored: creates go on at their rate, and the next reservation replaces it. A
-lane then begins with its burst used up, since the earlier reservations are unknown. A pause that is not by Replicate
-counts whatever its end is: an operator who may write the item wants it.
+A value that no rule can have written (not a number, or further ahead than the rules allow), for example from a manual
+edit or an earlier release, is ignored: creates go on at their rate, and the next reservation replaces it. A lane then
+begins with its burst used up, since the earlier reservations are unknown. A pause that is not by Replicate counts
+whatever its end is: an operator who may write the item wants it.
+
+The item is read exactly: the write that replaces such a value names it, fraction included. A fraction of a millisecond
+has no other meaning, and is cut off.
 """
 
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Literal
 
 AUTOMATIC_PAUSE_SECONDS = 300
@@ -121,7 +125,7 @@ def read_item(item: Mapping[str, Any], now: float, max_start_delay_seconds: int)
     """Read the item, and leave out what no rule can have written.
 
     Args:
-        item: As the table has it; empty if it is missing.
+        item: As the table has it, read exactly; empty if it is missing.
         now: The time, in seconds since 1970.
         max_start_delay_seconds: How far ahead a start may be reserved.
     """
@@ -164,7 +168,7 @@ def _read_lanes(item: Mapping[str, Any], now: float, farthest_start: float) -> t
             if number is None or not known or number <= (now - _PASSED_SECONDS) * 1000:
                 removable.append(name)
         elif match := _OF_FREE.fullmatch(name):
-            if not isinstance(item[name], set) or None in map(_whole, item[name]):
+            if not isinstance(item[name], set) or any(type(number) is not int for number in item[name]):
                 removable.append(name)
             else:
                 found[match[2]][match[1]] = frozenset(item[name])
@@ -176,5 +180,5 @@ _NUMBERS = {name for name, field in LimiterState.__dataclass_fields__.items() if
 
 
 def _whole(value: Any) -> int | None:
-    """Return a whole number of the table, or None for anything else."""
-    return value if type(value) is int else None
+    """Return a number of the table without its fraction, or None for anything else."""
+    return int(value) if type(value) in (int, Decimal) else None

@@ -226,13 +226,7 @@ class OwnersLimits:
 
 
 class OwnersUsage:
-    """The usage of owners' limits.
-
-    Args:
-        table_name: The table.
-        dynamodb: The client to use.
-        now: The time, in seconds since 1970.
-    """
+    """The usage of owners' limits."""
 
     def __init__(self, table_name: str, dynamodb: "DynamoDBClient", *, now: Callable[[], float] = time.time) -> None:
         self._table = Table(table_name, dynamodb)

@@ -94,11 +94,8 @@ class Limiter:
     """The one limiter of a stack.
 
     Args:
-        table_name: The table.
-        dynamodb: The client to use.
         creates_per_minute: The rate.
         max_start_delay_seconds: How far ahead a start may be reserved, or promised to a caller of HTTP.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(
@@ -136,7 +133,7 @@ class Limiter:
         Raises:
             ClientError: It cannot be read.
         """
-        return self._know(self._table.get_item(_KEY) or {})
+        return self._know(self._table.get_item(_KEY, exact=True) or {})
 
     # -- reserving --------------------------------------------------------------------------------------------
 
@@ -332,7 +329,7 @@ class Limiter:
     def _write(self, condition: Condition | None, **changes: Any) -> bool | None:
         """Do one update; return whether its condition held, None on a failure."""
         try:
-            self._know(self._table.update_item(_KEY, condition=condition, **changes))
+            self._know(self._table.update_item(_KEY, condition=condition, exact=True, **changes))
         except ConditionFailed as failed:
             self._know(failed.item or {})
             return False

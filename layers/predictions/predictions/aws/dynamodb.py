@@ -55,9 +55,14 @@ def serialize(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _serialized(value) for name, value in values.items()}
 
 
-def deserialize(item: Mapping[str, Any]) -> Item:
-    """Read what `serialize` wrote; numbers are ints, since every number in this table is whole."""
-    return {name: _deserialized(value) for name, value in item.items()}
+def deserialize(item: Mapping[str, Any], *, exact: bool = False) -> Item:
+    """Read what `serialize` wrote; numbers are ints, since every number in this table is whole.
+
+    Args:
+        item: As DynamoDB has it.
+        exact: Whether a number that is not whole, which only a manual edit leaves, is a Decimal and not cut off.
+    """
+    return {name: _deserialized(value, exact=exact) for name, value in item.items()}
 
 
 def _serialized(value: Any) -> dict[str, Any]:
@@ -83,26 +88,25 @@ def _serialized(value: Any) -> dict[str, Any]:
     raise TypeError(f"no item has a value of the type {type(value).__name__}")
 
 
-def _deserialized(typed: Mapping[str, Any]) -> Any:
+def _deserialized(typed: Mapping[str, Any], *, exact: bool) -> Any:
     ((kind, value),) = typed.items()
     match kind:
         case "N":
-            return int(Decimal(value))  # not whole only after a manual edit
+            return _exact(value) if exact else int(Decimal(value))
         case "NULL":
             return None
         case "M":
-            return deserialize(value)
+            return deserialize(value, exact=exact)
         case "L":
-            return [_deserialized(each) for each in value]
+            return [_deserialized(each, exact=exact) for each in value]
         case "SS" | "BS":
             return set(value)
         case "NS":
-            return set(map(_exact, value))
+            return set(map(_exact, value))  # a write names a member exactly
     return value  # S, BOOL and B
 
 
 def _exact(text: str) -> int | Decimal:
-    """Return a member of a set, which a write names exactly."""
     number = Decimal(text)
     return int(number) if number == number.to_integral_value() else number
 
@@ -213,26 +217,21 @@ class _Expressions(dict[str, Any]):
 
 
 @contextmanager
-def _conditional() -> Iterator[None]:
+def _conditional(*, exact: bool = False) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
         if error.response["Error"]["Code"] != "ConditionalCheckFailedException":
             raise
         response: Any = error.response
-        raise ConditionFailed(deserialize(response["Item"]) if "Item" in response else None) from None
+        raise ConditionFailed(deserialize(response["Item"], exact=exact) if "Item" in response else None) from None
 
 
 # -- the table ----------------------------------------------------------------------------------------------------
 
 
 class Table:
-    """A table whose items have the keys `pk` and `sk`.
-
-    Args:
-        name: Its name.
-        dynamodb: The client to use.
-    """
+    """A table whose items have the keys `pk` and `sk`."""
 
     def __init__(self, name: str, dynamodb: "DynamoDBClient") -> None:
         self._name = name
@@ -262,7 +261,7 @@ class Table:
     def update_item(
         self, key: Key, *, set: Mapping[str, Any] | None = None, remove: Iterable[str] = (),  # noqa: A002  # its own word
         add: Mapping[str, Any] | None = None, delete: Mapping[str, Any] | None = None,
-        condition: Condition | None = None, returns: Literal["ALL_NEW", "UPDATED_OLD"] = "ALL_NEW",
+        condition: Condition | None = None, returns: Literal["ALL_NEW", "UPDATED_OLD"] = "ALL_NEW", exact: bool = False,
     ) -> Item:  # fmt: skip
         """Change attributes of an item, which is made if it is not there.
 
@@ -274,6 +273,7 @@ class Table:
             delete: Members to remove from sets.
             condition: Of the item as it is.
             returns: Whether to return the item after the change, or what the changed attributes were before.
+            exact: As for `deserialize`, also for the item of `ConditionFailed`.
 
         Raises:
             ConditionFailed: Nothing was changed.
@@ -281,11 +281,11 @@ class Table:
         request = _Expressions()
         request.change(set or {}, remove, add or {}, delete or {})
         request.require(condition)
-        with _conditional():
+        with _conditional(exact=exact):
             answer = self._dynamodb.update_item(
                 TableName=self._name, Key=serialize(key._asdict()), ReturnValues=returns, **request
             )
-        return deserialize(answer.get("Attributes", {}))
+        return deserialize(answer.get("Attributes", {}), exact=exact)
 
     def delete_item(self, key: Key, condition: Condition | None = None) -> None:
         """Delete an item, if it is there.
@@ -298,10 +298,10 @@ class Table:
         with _conditional():
             self._dynamodb.delete_item(TableName=self._name, Key=serialize(key._asdict()), **request)
 
-    def get_item(self, key: Key, *, consistent: bool = True) -> Item | None:
-        """Read an item, or return None if it is not there."""
+    def get_item(self, key: Key, *, consistent: bool = True, exact: bool = False) -> Item | None:
+        """Read an item, `exact` as for `deserialize`, or return None if it is not there."""
         answer = self._dynamodb.get_item(TableName=self._name, Key=serialize(key._asdict()), ConsistentRead=consistent)
-        return deserialize(answer["Item"]) if "Item" in answer else None
+        return deserialize(answer["Item"], exact=exact) if "Item" in answer else None
 
     def read_items(self, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Item]:
         """Read many items consistently, by key; those that are not there are left out."""

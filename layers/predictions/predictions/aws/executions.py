@@ -11,12 +11,7 @@ if TYPE_CHECKING:
 
 
 class Executions:
-    """The state machine's executions.
-
-    Args:
-        state_machine_arn: The machine.
-        stepfunctions: The client to use.
-    """
+    """The state machine's executions."""
 
     def __init__(self, state_machine_arn: str, stepfunctions: "SFNClient") -> None:
         self._machine_arn = state_machine_arn

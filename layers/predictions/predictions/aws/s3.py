@@ -39,8 +39,6 @@ class MultipartUpload:
     """A multipart upload; the bucket's lifecycle rule removes what a crash leaves.
 
     Args:
-        bucket: The bucket's name.
-        key: The object's key.
         **headers: Of the object, such as `ContentType`.
     """
 

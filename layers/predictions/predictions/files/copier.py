@@ -66,11 +66,9 @@ class Copier:
     """Copies files into a bucket, several at once, in threads of its own.
 
     Args:
-        bucket_name: The bucket.
         file_origins: Origins of files beside Replicate's, as `scheme://host[:port]`.
         open_client: Makes the HTTP client that downloads; None for one that talks to public addresses only.
         clock: Seconds that only go forward.
-        sleep: Waits, in seconds.
     """
 
     def __init__(

@@ -45,7 +45,6 @@ class Links:
     Args:
         buckets: Their names by how links call them: `inputs`, `outputs`, `source`.
         secret_arn: The secret in Secrets Manager that signs.
-        now: The time, in seconds since 1970.
         clock: Seconds that only go forward, for how long the secret is kept in memory.
     """
 

@@ -79,11 +79,9 @@ class OutputsBucket:
     `store` uses several threads of its own.
 
     Args:
-        name: The bucket's name.
         file_origins: Origins of files beside Replicate's, as `scheme://host[:port]`.
         open_client: Makes the HTTP client that downloads; by default one that talks to public addresses only.
         clock: Seconds that only go forward.
-        sleep: Waits, in seconds.
     """
 
     def __init__(

@@ -95,7 +95,6 @@ class Distribution:
         domain: Its domain name.
         key_id: The id of the public key that it trusts.
         private_key: Gives the key that belongs to it; asked once, when the first URL is signed.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

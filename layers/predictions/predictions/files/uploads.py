@@ -97,10 +97,8 @@ class Files:
     """The files of all owners.
 
     Args:
-        table_name: The table.
         bucket_name: The inputs bucket.
         lifetime_seconds: How long a file is kept.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

@@ -134,11 +134,9 @@ class RunJobs:
 
     Args:
         starting: Starts predictions.
-        table: The predictions.
         presenter: Builds the representation of a prediction.
         owner: The owner of the predictions.
         allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
-        sleep: Waits that many seconds.
     """
 
     def __init__(

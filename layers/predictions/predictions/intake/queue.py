@@ -44,15 +44,12 @@ class Requests:
     """Turns messages of the requests queue into tracked intents.
 
     Args:
-        table: The predictions.
         callers: The states that wait for their ends.
-        executions: The state machine.
         lifetime_seconds: The deadline of a request that names none.
         retention_seconds: How long the table stores a prediction.
         queue_owner: The owner of requests from a sender that is not in `sender_owners`.
         sender_owners: Owners by the principal (`SenderId`) that sends for them.
         allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

@@ -84,10 +84,7 @@ class ReceivedRequests:
 
     Args:
         table_name: The table that counts tries.
-        dynamodb: The client to use.
         queue_url: The requests queue.
-        sqs: The client to use.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

@@ -77,8 +77,6 @@ class DeadRequests:
     """The dead-letter queue of the requests queue.
 
     Args:
-        url: The queue.
-        sqs: The client to use.
         outputs: Returns the bucket that stores bodies which leave no room for a reason; called only for those.
     """
 

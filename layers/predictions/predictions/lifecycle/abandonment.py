@@ -20,9 +20,7 @@ class Abandonment:
     """End predictions without asking Replicate.
 
     Args:
-        table: The predictions.
         transitions: Writes the end.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

@@ -19,7 +19,6 @@ class Binding:
         orphans: Cancels second predictions of a request.
         canceling: Passes on a cancel that came before the bind.
         first_poll: Seconds from the beginning of an execution's wait to its first poll.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

@@ -21,10 +21,7 @@ class CancelPrediction:
     """Cancel predictions, here and at Replicate.
 
     Args:
-        table: The predictions.
-        replicate: Replicate.
         transitions: Merges what Replicate said, and ends predictions.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

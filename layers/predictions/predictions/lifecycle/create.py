@@ -36,15 +36,12 @@ class Creates:
     """Create predictions at Replicate for the holders of their claims.
 
     Args:
-        table: The predictions.
-        replicate: Replicate.
         limiter: Holds creates back after a 429, and while the token is refused.
         reservations: Reserves the next start of a create that was not accepted.
         transitions: Ends predictions.
         binding: Binds accepted predictions.
         registry: Registers creates without a clear response.
         lookup: Learns which model a version belongs to.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

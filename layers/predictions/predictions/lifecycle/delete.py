@@ -9,12 +9,7 @@ from predictions.store.records import Prediction
 
 
 class DeletePrediction:
-    """Delete the data of predictions.
-
-    Args:
-        table: The predictions.
-        now: The time, in seconds since 1970.
-    """
+    """Delete the data of predictions."""
 
     def __init__(self, table: PredictionsTable, *, now: Callable[[], float] = time.time) -> None:
         self._table = table

@@ -50,10 +50,7 @@ class Evidence:
     """Judge entries of Replicate's list.
 
     Args:
-        table: The predictions.
         reader: Reads single entries.
-        items: The stack's table.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

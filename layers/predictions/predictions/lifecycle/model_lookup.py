@@ -53,8 +53,6 @@ class ModelSchemas:
 
     Args:
         stored: The schemas by version.
-        replicate: Replicate.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(
@@ -191,9 +189,7 @@ class ModelLookup:
     """Look up which version runs, and by which schema its input is checked.
 
     Args:
-        replicate: Replicate.
         schemas: Finds the schemas by which to check inputs, or None to check none.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

@@ -14,12 +14,7 @@ if TYPE_CHECKING:
 
 
 class OrphanPolls:
-    """Invoke `poll_prediction` without waiting for it.
-
-    Args:
-        function_name: The function's name.
-        lambda_: The client to use.
-    """
+    """Invoke `poll_prediction` without waiting for it."""
 
     def __init__(self, function_name: str, lambda_: "LambdaClient") -> None:
         self._function_name = function_name

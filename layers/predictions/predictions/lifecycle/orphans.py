@@ -22,12 +22,7 @@ STOP_SECONDS = 3600
 
 
 class Breaker:
-    """Stop all resubmission of this stack.
-
-    Args:
-        items: The stack's table.
-        now: The time, in seconds since 1970.
-    """
+    """Stop all resubmission of this stack."""
 
     def __init__(self, items: Table, *, now: Callable[[], float] = time.time) -> None:
         self._items = items
@@ -55,10 +50,7 @@ class Orphans:
     """Cancel orphans.
 
     Args:
-        table: The predictions.
-        replicate: Replicate.
         breaker: Stops resubmission after wrong evidence.
-        items: The stack's table.
     """
 
     def __init__(

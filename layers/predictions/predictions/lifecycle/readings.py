@@ -40,13 +40,9 @@ class Readings:
     """Read Replicate's list as the holder of the lease.
 
     Args:
-        table: The predictions.
         reader: Reads the pages.
-        items: The stack's table.
         grace: How late the list may be, in seconds.
         first_poll: Seconds to the first poll of a bound prediction.
-        now: The time, in seconds since 1970.
-        sleep: Waits that many seconds.
     """
 
     def __init__(

@@ -8,11 +8,7 @@ from predictions.store.records import Prediction, Waits
 
 
 class Reservations:
-    """Reserve starts for predictions, and give back unused ones.
-
-    Args:
-        limiter: The rate limiter.
-    """
+    """Reserve starts for predictions, and give back unused ones."""
 
     def __init__(self, limiter: Limiter) -> None:
         self._limiter = limiter

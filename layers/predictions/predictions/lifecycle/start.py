@@ -73,7 +73,6 @@ class StartPrediction:
     """Start predictions for callers who wait for the response.
 
     Args:
-        table: The predictions.
         limiter: Decides when a create may start.
         recent: Recent requests without a key.
         reservations: Gives back starts that are not used.
@@ -83,8 +82,6 @@ class StartPrediction:
         tracking: Starts the execution.
         transitions: Writes what follows.
         lifetimes: The operator's choices.
-        now: The time, in seconds since 1970.
-        sleep: Waits that many seconds.
     """
 
     def __init__(

@@ -39,7 +39,6 @@ class SubmitPrediction:
     """Submit predictions for their executions.
 
     Args:
-        table: The predictions.
         limiter: Decides when a create may start.
         reservations: Reserves starts, and gives them back.
         usage: Counts what owners use of their limits.
@@ -48,7 +47,6 @@ class SubmitPrediction:
         claims: Resolves claims with an unknown outcome.
         breaker: Stops resubmission after wrong evidence.
         transitions: Writes what follows.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

@@ -38,7 +38,6 @@ class SweepPredictions:
     """Recover stalled predictions.
 
     Args:
-        table: The predictions.
         limiter: Says whether submissions are paused.
         tracking: Starts executions.
         transitions: Ends predictions.
@@ -48,7 +47,6 @@ class SweepPredictions:
         unknown: Reads Replicate's list.
         abandonment: Ends predictions over which functions crash.
         first_poll: Seconds from the beginning of an execution's wait to its first poll.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

@@ -10,13 +10,7 @@ from predictions.store.records import Prediction
 
 
 class Tracking:
-    """Keep an execution running for each open prediction.
-
-    Args:
-        table: The predictions.
-        executions: The state machine.
-        now: The time, in seconds since 1970.
-    """
+    """Keep an execution running for each open prediction."""
 
     def __init__(
         self, table: PredictionsTable, executions: Executions, *, now: Callable[[], float] = time.time

@@ -18,9 +18,7 @@ class Transitions:
     """Change predictions, count completions, and wake the execution that waits.
 
     Args:
-        table: The predictions.
         reservations: Gives back the start of a prediction that ended unsubmitted.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

@@ -42,8 +42,6 @@ class UnknownClaims:
     """Resolve claims whose holders got no clear response to their creates.
 
     Args:
-        table: The predictions.
-        replicate: Replicate.
         unknown: Looks for predictions in Replicate's list.
         registry: Registers resubmitted predictions.
         breaker: Stops resubmission after wrong evidence.
@@ -52,7 +50,6 @@ class UnknownClaims:
         grace: Seconds after the claim in which a submission may still show up by its webhook or in the list.
         resubmit: Whether to submit a prediction again on evidence that Replicate accepted nothing.
         max_unknown_creates: Number of creates with an unknown outcome after which a prediction fails.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

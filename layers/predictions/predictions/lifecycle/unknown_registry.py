@@ -30,10 +30,7 @@ class UnknownRegistry:
     """Register what readings of Replicate's list look for.
 
     Args:
-        table: The predictions.
-        items: The stack's table.
         grace: Seconds after the end of a claim's holder before which the second reading may not begin.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

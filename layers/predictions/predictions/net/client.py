@@ -324,7 +324,6 @@ class ResponseStream(httpx.SyncByteStream):
     """The body of httpcore's response, as httpx reads it.
 
     Args:
-        response: The response.
         closed: Called once it is closed.
     """
 

@@ -118,12 +118,7 @@ def list_files(files: Sequence[StoredFile], bucket: str, limit_bytes: int) -> tu
 
 
 class EventBus:
-    """The stack's event bus.
-
-    Args:
-        name: The bus.
-        eventbridge: The client to use.
-    """
+    """The stack's event bus."""
 
     def __init__(self, name: str, eventbridge: "EventBridgeClient") -> None:
         self._name = name

@@ -139,9 +139,7 @@ class RetryQueue:
     """The queue of effects that failed.
 
     Args:
-        url: The queue.
         dead_letters_url: The queue for effects that are given up.
-        sqs: The client to use.
     """
 
     def __init__(self, url: str, dead_letters_url: str, sqs: "SQSClient") -> None:

@@ -51,7 +51,6 @@ class Receivers:
     """Delivers webhooks to their receivers.
 
     Args:
-        table: The predictions.
         presenter: Builds the API's representation of a prediction.
         secrets: The secrets that sign each owner's webhooks.
         queue: The queue in which a delivery waits for its next try.
@@ -59,7 +58,6 @@ class Receivers:
         slots: Limits the concurrent tries of one owner.
         allow_loopback: Whether a receiver may be on this machine (the local cloud's setting).
         open_client: Opens a guarded HTTP client; see `guarded_client`.
-        now: The time.
         jitter: Returns random numbers from 0 to 1.
         total_seconds: The time limit of one try.
     """

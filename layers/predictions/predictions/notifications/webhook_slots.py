@@ -77,8 +77,6 @@ class WebhookSlots:
     """The slots of all owners.
 
     Args:
-        table_name: The table.
-        dynamodb: The client to use.
         choose: Picks one of several free slots, so that concurrent tries pick different ones.
     """
 

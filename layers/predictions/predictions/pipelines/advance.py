@@ -53,11 +53,8 @@ class Progress:
     """Advances pipelines, one turn at a time.
 
     Args:
-        pipelines: The pipelines.
         canceling: Cancels predictions.
         queue_url: The requests queue.
-        sqs: The client to use.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(
@@ -174,9 +171,7 @@ class PipelineExecutions:
     """Keeps an execution running for every open pipeline.
 
     Args:
-        table: The pipelines.
         executions: The executions of `run_pipeline`.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(self, table: PipelinesTable, executions: Executions, *, now: Callable[[], float] = time.time) -> None:

@@ -38,7 +38,6 @@ class PipelineApi:
     """Implements the routes below `/pipelines`.
 
     Args:
-        table: The pipelines.
         predictions: The predictions of their steps.
         recent: Recent requests without a key.
         lookup: Looks up the schemas of models' inputs.
@@ -46,7 +45,6 @@ class PipelineApi:
         presenter: Builds the representation of outputs.
         retention_seconds: How long the table stores a pipeline.
         usage: The owners' usage; None: limits are not applied.
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

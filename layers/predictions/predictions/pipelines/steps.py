@@ -104,7 +104,6 @@ class Pipelines:
     """Turns due steps into intents.
 
     Args:
-        pipelines: The pipelines.
         predictions: The predictions of their steps.
         outputs: Knows the strings in an output that are files.
         links: Builds URLs of those files.

@@ -119,9 +119,7 @@ class PipelinesTable:
     """The pipelines' part of the table.
 
     Args:
-        name: The table's name.
         outputs: The bucket that stores large definitions.
-        dynamodb: The client to use.
     """
 
     def __init__(self, name: str, outputs: OutputsBucket, dynamodb: "DynamoDBClient") -> None:

@@ -39,7 +39,6 @@ class DeployedRecipes:
     """Updates the stack's recipes to match the files of a deployment.
 
     Args:
-        items: The recipes.
         changes: Puts and deletes them.
         rules: Manages their rules and schedules.
         default_owner: The owner of a recipe whose file names none.

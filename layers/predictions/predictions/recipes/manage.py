@@ -55,14 +55,12 @@ class RecipeChanges:
     """Creates, replaces and deletes recipes.
 
     Args:
-        items: The recipes.
         rules: Manages their rules and schedules.
         replicate: Fetches models' schemas.
         schemas: Looks up schemas by version; None: inputs are not validated.
         source_bucket_name: The team's own bucket; empty if the stack has none.
         outputs_bucket_name: The outputs bucket, which no recipe may name.
         allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

@@ -149,12 +149,7 @@ class Recipe:
 
 
 class RecipeItems:
-    """The recipes in the table.
-
-    Args:
-        table_name: The table.
-        dynamodb: The client to use.
-    """
+    """The recipes in the table."""
 
     def __init__(self, table_name: str, dynamodb: "DynamoDBClient") -> None:
         self._table = Table(table_name, dynamodb)
@@ -279,14 +274,12 @@ class Recipes:
     """Turns messages of recipes' rules and schedules into intents.
 
     Args:
-        items: The recipes.
         links: Builds links to objects.
         inputs_bucket_name: The stack's inputs bucket.
         source_bucket_name: The team's own bucket; empty if the stack has none.
         outputs_bucket_name: The outputs bucket, whose objects a recipe never passes to a model.
         max_origin_depth: The limit of results of this stack that a request may descend from.
         allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
-        now: The time, in seconds since 1970.
     """
 
     def __init__(

@@ -41,8 +41,6 @@ class IdempotencyKeys:
 
     Args:
         kind: The kind that they name.
-        table: The table.
-        now: The time, in Unix seconds.
     """
 
     def __init__(self, kind: Kind, table: Table, *, now: Callable[[], float] = time.time) -> None:

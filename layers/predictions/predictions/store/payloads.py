@@ -33,7 +33,6 @@ class Payloads:
     """The payloads of predictions.
 
     Args:
-        table: The table.
         outputs: The bucket that takes large payloads, and knows which strings in an output are files.
     """
 

@@ -14,7 +14,6 @@ class StoredSchemas:
     """The schemas in the table.
 
     Args:
-        table: The table.
         outputs: The bucket that takes large schemas.
     """
 

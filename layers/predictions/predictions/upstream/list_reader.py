@@ -87,12 +87,7 @@ class _OddError(Exception):
 
 
 class ListReader:
-    """Reads Replicate's lists.
-
-    Args:
-        replicate: Replicate.
-        now: The time, in seconds since 1970.
-    """
+    """Reads Replicate's lists."""
 
     def __init__(self, replicate: Replicate, *, now: Callable[[], float] = time.time) -> None:
         self._replicate = replicate
