@@ -210,7 +210,7 @@ def _of_item(prediction: Prediction) -> Iterator[_Moment]:
     The item has most times in whole seconds. Each is shown no earlier, within its second, than what came before it.
     """
     created = _reported_at(prediction.created_at) or prediction.created
-    yield _Moment(created, "table", f"created by {prediction.owner} ({prediction.origin_kind})")
+    yield _Moment(created, "table", f"created by {prediction.owner} ({prediction.source})")
     if prediction.claimed:
         yield _Moment(_within(prediction.claimed, created), "table", "claimed for submission")
     if prediction.cancel_requested:

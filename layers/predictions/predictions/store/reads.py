@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
 
-EXAMINED_LIMIT = 1000
-"""How many entries of a list a page with filters examines: 10 calls, and about 1,000 read units of consistent reads."""
+EXAMINED_PAGES = 10
+"""How many times its size a page of a list with filters examines: a consistent read of each of 1,000 items for 100."""
 
 
 class PredictionReads:
@@ -110,8 +110,8 @@ class PredictionReads:
         """Read a page of an owner's predictions, or trainings.
 
         The times are bounds of the index's range key: what they leave out is not read. The index has keys only, so
-        `filters` need the status items: of at most `EXAMINED_LIMIT`, read in calls of `size` until the page is full. So
-        a page with filters may be empty and still not be the last one.
+        `filters` need the status items: those of at most `EXAMINED_PAGES` times `size` entries are read, until the page
+        is full. So a page with filters may be empty although more follow.
 
         Args:
             owner: Whose.
@@ -125,7 +125,7 @@ class PredictionReads:
         """
         key = list_of(owner, "trainings" if object == "training" else "predictions")
         after, before = (timestamp(moment) if moment else None for moment in (created_after, created_before))
-        examined = EXAMINED_LIMIT if filters else size
+        examined = size * EXAMINED_PAGES if filters else size
         listed, more = self._table.list_page(key, start, older=older, size=examined, between=(after, before))
         found: list[Prediction] = []
         seen = 0
