@@ -172,7 +172,7 @@ class Receivers:
         if ended and "completed" in prediction.wanted_events and self._now() >= delivery.first_at + FIRST_WAIT_SECONDS:
             return None
         shown = self._presenter.show(whole) | {"status": Status.PROCESSING.value, "error": None}
-        if ended:
+        if prediction.terminal:
             shown |= {"upstream_status": Status.PROCESSING.value, "completed_at": None, "metrics": None}
         if delivery.event == "start":
             shown |= {"output": None, "logs": "", "output_files": []}
