@@ -69,7 +69,7 @@ def put(n: int, listed: str, status: str, model: str | None, source: str, *, bou
         "fingerprint": "f", "source": source, "keyed": False, "kind": "version", "version": VERSION,
         "rank": rank_of(upstream), "status": upstream, "deadline": 1, "execution_n": 1, "expires_at": 4_000_000_000,
         "visible": "processing" if status == "copying" else visible(upstream),
-        "object": "training" if "#" in listed else "prediction", **named,
+        **({"object": "training", "destination": "acme/fox"} if "#" in listed else {}), **named,
     }  # fmt: skip
     Table.from_env().put_item(prediction_key(id_), item)
     return id_
