@@ -141,9 +141,8 @@ class Presenter:
             logger.exception("started, but not shown", prediction_id=prediction.id)
             metrics.add_metric(name="AnswersWithoutOutput", unit=MetricUnit.Count, value=1)
         # Nothing of this has to be signed or read. The input is left out where it leaves no room for the rest.
-        open_ = replace(
-            prediction, status="queued", visible="starting", rank=0, upstream_status=prediction.reported_status
-        )
+        # What Replicate said since the start is not known either.
+        open_ = replace(prediction, status="queued", visible="starting", rank=0, upstream_status=None)
         return self.show(
             PredictionDetail(open_, {} if answer_bytes(asked) > _LARGE_INPUT_BYTES else asked, None, None, [])
         )
