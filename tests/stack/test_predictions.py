@@ -244,7 +244,7 @@ class TestWebhookPath:
         assert answer.json()["status"] == "succeeded"
         assert answer.headers["preference-applied"] == "wait=20"
         answer = stack.alice.post("/predictions", json=sleeper(5), headers={"Prefer": "wait=1"})
-        assert (answer.status_code, answer.json()["status"], answer.json()["output"]) == (201, "starting", None)
+        assert (answer.status_code, answer.json()["status"], "output" in answer.json()) == (201, "starting", False)
         stack.alice.post(f"/predictions/{answer.json()['id']}/cancel")
 
     @pytest.mark.parametrize("fault", ["webhook_duplicated", "webhook_reordered"])

@@ -1,4 +1,4 @@
-"""Ids of predictions and names of owners."""
+"""Ids of predictions, and names of owners and models."""
 
 import base64
 import hashlib
@@ -34,3 +34,12 @@ OWNER_RULE = "1 to 32 of a-z, 0-9 and '-', not '-' first, and not 'payloads'"
 def is_owner(text: str) -> bool:
     """Return whether a string is a valid owner name."""
     return _OWNER.fullmatch(text) is not None
+
+
+NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_])?"
+"""The pattern of both parts of the name of a model or deployment, `owner/name`."""
+
+
+def is_model_name(text: str) -> bool:
+    """Return whether a string can be the name of a model or deployment, without a version."""
+    return re.fullmatch(rf"{NAME}/{NAME}", text, re.ASCII) is not None

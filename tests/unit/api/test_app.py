@@ -507,6 +507,9 @@ KEYS = {
     "id", "model", "version", "input", "output", "logs", "error", "status", "created_at", "started_at", "completed_at",
     "metrics", "data_removed", "source", "deadline", "urls",
 }  # fmt: skip
+WHILE_SET = {"output", "started_at", "completed_at", "metrics"}
+"""The keys of Replicate's responses that an open prediction without such a value does not have."""
+OURS = {"output_files", "origin"}
 
 
 @pytest.fixture
@@ -533,9 +536,14 @@ LOST = StoredFile("/1", 1, error="the file host answered 404: the file is gone")
 
 
 @pytest.mark.parametrize("status", [status.value for status in Status])
-def test_every_key_is_there_in_every_status(presenter: Presenter, status: str) -> None:
+def test_every_key_is_there_in_every_status_but_what_an_open_prediction_does_not_have_yet(
+    presenter: Presenter, status: str
+) -> None:
+    is_open = status in ("queued", "starting", "processing")
     for shown in (presenter.show(whole(status)), presenter.show(whole(status), as_starting=True)):
-        assert shown.keys() == KEYS | {"output_files"}
+        assert shown.keys() == (KEYS - WHILE_SET if is_open else KEYS) | OURS
+        assert [shown.get(name) for name in ("output", "started_at", "completed_at")] == [None, None, None]
+        assert shown.get("metrics") == (None if is_open else {})
         assert shown["status"] in {"starting", "processing", "succeeded", "failed", "canceled"}
         assert shown["urls"] == {
             "get": f"{API_URL}/predictions/{'a' * 26}",
@@ -543,7 +551,7 @@ def test_every_key_is_there_in_every_status(presenter: Presenter, status: str) -
             "web": f"{API_URL}/predictions/{'a' * 26}",
         }
         assert (shown["model"], shown["version"]) == ("stability-ai/sdxl", VERSION)
-        assert (shown["logs"], shown["metrics"], shown["data_removed"]) == ("", {}, False)
+        assert (shown["logs"], shown["error"], shown["data_removed"]) == ("", None, False)
         assert shown["deadline"] == "2025-06-16T15:06:40Z"
         assert shown["output_files"] == []
 
@@ -570,14 +578,22 @@ def test_a_status_is_shown_in_words_that_clients_know(
 def test_a_create_that_has_output_but_no_end_shows_none(presenter: Presenter) -> None:
     running = whole("processing", output=["a ", "red "], logs="1%")
     assert presenter.show(running)["output"] == ["a ", "red "]
-    assert presenter.show(running, as_starting=True)["output"] is None
+    assert "output" not in presenter.show(running, as_starting=True)
+
+
+@pytest.mark.parametrize("output", ["", 0, False, [], {}])
+def test_a_value_that_is_empty_is_no_missing_output(presenter: Presenter, output: Any) -> None:
+    told = {"started_at": "2025-06-15T15:06:41Z", "metrics_json": '{"predict_time": 1}', "completed_at": "x"}
+    shown = presenter.show(whole("processing", output=output, **told))
+    assert (shown["output"], shown["started_at"]) == (output, "2025-06-15T15:06:41Z")
+    assert WHILE_SET - shown.keys() == {"completed_at", "metrics"}
 
 
 def test_what_only_the_end_has_is_not_shown_before(presenter: Presenter) -> None:
     told = {"error": "bad", "completed_at": "2025-06-15T15:06:41Z", "metrics_json": '{"predict_time": 1}'}
     copying = presenter.show(whole("failed", visible="processing", output=[FILE], **told))
-    assert (copying["status"], copying["output"], copying["error"]) == ("processing", None, None)
-    assert (copying["completed_at"], copying["metrics"]) == (None, {})
+    assert (copying["status"], copying["error"]) == ("processing", None)
+    assert not WHILE_SET & copying.keys()
     ended = presenter.show(whole("failed", **told))
     assert (ended["error"], ended["completed_at"]) == ("bad", "2025-06-15T15:06:41Z")
     assert ended["metrics"] == {"predict_time": 1}
@@ -626,7 +642,7 @@ def test_a_url_that_is_not_ours_is_never_shown(presenter: Presenter, status: str
     told = whole(status, output=output)
     for shown in (presenter.show(told), presenter.show(told, as_starting=True)):
         assert "replicate.delivery" not in json.dumps(shown)
-        assert "data:" not in json.dumps(shown["output"])
+        assert "data:" not in json.dumps(shown.get("output"))
 
 
 @pytest.mark.parametrize("output", ["", 0, False, [], {}, "https://example.com/x.png", {"a": [1, None]}])
@@ -675,7 +691,8 @@ def test_a_create_is_answered_201_with_the_prediction(call: Call, replicate: Rep
     assert header(answered, "Content-Type") == "application/json"
     assert header(answered, "Location") == shown["urls"]["get"] == f"{API_URL}/predictions/{shown['id']}"
     assert header(answered, "Preference-Applied") is None
-    assert (shown["status"], shown["input"], shown["output"]) == ("starting", BODY["input"], None)
+    assert (shown["status"], shown["input"]) == ("starting", BODY["input"])
+    assert not WHILE_SET & shown.keys()
     assert len(replicate.creates) == 1
     assert read(call, shown["id"])["body"] == shown
 
@@ -687,7 +704,10 @@ def test_an_aborted_prediction_is_shown_canceled(
     [upstream_id] = replicate.predictions
     replicate.finish(upstream_id, "aborted")
     submissions.poll(prediction_id)
-    assert read(call, prediction_id)["body"]["status"] == "canceled"
+    shown = read(call, prediction_id)["body"]
+    assert (shown["status"], shown["upstream_status"]) == ("canceled", "aborted")
+    [shown] = call("read_predictions", "list")["body"]["results"]
+    assert (shown["status"], shown["upstream_status"]) == ("canceled", "aborted")
 
 
 def test_a_wait_ends_with_the_prediction(call: Call, replicate: ReplicateInMemory) -> None:
@@ -730,7 +750,8 @@ def test_a_wait_that_ends_early_is_answered_starting(call: Call, replicate: Repl
     answered = start(call, headers={"Prefer": "wait"})
     assert answered["statusCode"] == 201
     assert header(answered, "Preference-Applied") == "wait=25"
-    assert (answered["body"]["status"], answered["body"]["output"]) == ("starting", None)
+    assert (answered["body"]["status"], answered["body"]["upstream_status"]) == ("starting", "processing")
+    assert "output" not in answered["body"]
     shown = read(call, answered["body"]["id"])["body"]
     assert (shown["status"], shown["output"]) == ("processing", ["a "])
 
@@ -1013,7 +1034,7 @@ def test_a_large_output_with_files_is_null_and_says_why(
     answered = read(call, prediction_id)
     assert lambda_bytes(answered) <= LAMBDA_ANSWER_BYTES
     assert "replicate.delivery" not in json.dumps([copying, answered])
-    assert (copying["body"]["status"], copying["body"]["output"]) == ("processing", None)
+    assert (copying["body"]["status"], copying["body"].get("output", "left out")) == ("processing", "left out")
     assert (answered["body"]["status"], answered["body"]["output"]) == ("succeeded", None)
     assert "too large" in answered["body"]["error"]
 
@@ -1025,7 +1046,7 @@ def test_a_large_input_shows_no_result_before_its_files_are_stored(
     replicate.finish(next(iter(replicate.predictions)), output=[FILE, "y" * 200_000])
     submissions.poll(prediction_id)
     shown = read(call, prediction_id)["body"]
-    assert (shown["status"], shown["output"]) == ("processing", None)
+    assert (shown["status"], shown.get("output", "left out")) == ("processing", "left out")
 
 
 @pytest.mark.slow

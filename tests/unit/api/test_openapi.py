@@ -39,16 +39,13 @@ PREDICTION: dict[str, Any] = {
     "model": "local/painter",
     "version": "hidden",
     "input": {},
-    "output": None,
     "logs": "",
     "error": None,
     "status": "starting",
     "created_at": "2025-06-15T15:06:40.000000Z",
-    "started_at": None,
-    "completed_at": None,
-    "metrics": {},
     "data_removed": False,
     "source": "api",
+    "origin": "batch",
     "deadline": "2025-06-16T15:06:40Z",
     "urls": {"get": API_URL, "cancel": API_URL, "web": API_URL},
     "output_files": [],
@@ -59,6 +56,8 @@ PREDICTION: dict[str, Any] = {
     "other",
     [
         {"status": "done"},
+        {"upstream_status": None},
+        {"origin": "http"},
         {"id": "PHBIY"},
         {"error": 3},
         {"started_at": 1750000000},
@@ -74,7 +73,7 @@ def test_prediction_that_differs_from_its_schema_is_found(other: dict[str, Any])
     assert complaints(schema, {**PREDICTION, **other})
 
 
-@pytest.mark.parametrize("missing", ["id", "status", "output", "output_files", "urls"])
+@pytest.mark.parametrize("missing", ["id", "status", "origin", "output_files", "urls"])
 def test_prediction_without_a_field_that_is_always_there_is_found(missing: str) -> None:
     value = {name: part for name, part in PREDICTION.items() if name != missing}
     assert complaints({"$ref": "#/components/schemas/Prediction"}, value)
@@ -260,7 +259,9 @@ def test_what_replicate_does_not_have_is_marked() -> None:
         ("POST", "/batches/{id}/retry"),
     }
     parameters = document()["components"]["parameters"]
-    assert {name for name, each in parameters.items() if each.get("x-added")} == {"IdempotencyKey", "RetryCount"}
+    assert {name for name, each in parameters.items() if each.get("x-added")} == {
+        "IdempotencyKey", "RetryCount", "Status", "Model", "Origin",
+        }  # fmt: skip
     fields = {
         f"{schema}.{name}"
         for schema, each in document()["components"]["schemas"].items()

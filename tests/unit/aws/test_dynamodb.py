@@ -95,16 +95,16 @@ def test_more_keys_than_one_call_takes_and_what_dynamodb_leaves_for_later_are_al
 @pytest.mark.parametrize(
     ("start", "older", "expected"),
     [
-        (None, True, (["c", "b"], True)),
-        ("3", True, (["b", "a"], False)),
-        ("2", True, (["a"], False)),
+        (None, True, ([("c", "3"), ("b", "2")], True)),
+        ("3", True, ([("b", "2"), ("a", "1")], False)),
+        ("2", True, ([("a", "1")], False)),
         ("1", True, ([], False)),
-        ("1", False, (["b", "c"], False)),
-        ("0", False, (["a", "b"], True)),
+        ("1", False, ([("b", "2"), ("c", "3")], False)),
+        ("0", False, ([("a", "1"), ("b", "2")], True)),
     ],
 )
 def test_page_begins_beside_its_place_and_says_whether_there_is_more(
-    cloud: None, start: str | None, older: bool, expected: tuple[list[str], bool]
+    cloud: None, start: str | None, older: bool, expected: tuple[list[tuple[str, str]], bool]
 ) -> None:
     for place, pk in enumerate("abc", 1):
         put(pk, owner="alice", listed_at=str(place))

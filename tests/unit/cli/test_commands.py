@@ -16,6 +16,7 @@ from predictions.admission.quotas import OwnerLimits, OwnersLimits
 from predictions.admission.rate_limiter import Limiter
 from predictions.api.access_tokens import AccessTokens
 from predictions.aws.dead_letter_queue import DeadLetterQueue
+from predictions.aws.dynamodb import serialize
 from predictions.cli.__main__ import main
 from predictions.cli.dead_letters import QUEUES
 from predictions.cli.inspect import _of_submissions, waits_for
@@ -1017,6 +1018,89 @@ def test_story_goes_without_a_time_of_replicate_that_is_none(
     assert "created by alice" in out
     assert "the model started" not in out
     assert "\x1b" not in out
+
+
+def set_attributes(dynamodb: Any, **changes: Any) -> None:
+    """Sets attributes of the prediction of these tests."""
+    dynamodb.update_item(
+        TableName="table-1",
+        Key={"pk": {"S": f"prediction#{'b' * 26}"}, "sk": {"S": "status"}},
+        UpdateExpression="SET " + ", ".join(f"#{name} = :{name}" for name in changes),
+        ExpressionAttributeNames={f"#{name}": name for name in changes},
+        ExpressionAttributeValues=serialize({f":{name}": value for name, value in changes.items()}),
+    )
+
+
+def story(capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str]]:
+    """The timeline: minutes and seconds, and what happened."""
+    shown = told(capsys, "show", "b" * 26)
+    assert [each["at"] for each in shown["story"]] == sorted(each["at"] for each in shown["story"])
+    return [(each["at"][14:], f"{each['where']}: {each['what']}") for each in shown["story"]]
+
+
+def test_story_is_ordered_to_the_millisecond_also_where_the_table_has_whole_seconds(
+    payloads: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_attributes(
+        payloads, created_at="2025-06-15T15:06:40.731902Z", claimed=1_750_000_000, upstream_id="u",
+        cancel_requested=1_750_000_002, started_at="2025-06-15T15:06:41.9Z", rank=9, status="succeeded",
+        completed_at="2025-06-15T15:06:43.731Z", ended=1_750_000_003, deleted=1_750_000_009, visible="succeeded",
+    )  # fmt: skip
+    assert story(capsys) == [
+        ("06:40.731Z", "table: created by alice (http)"),
+        ("06:40.731Z", "table: claimed for submission"),
+        ("06:41.900Z", "Replicate: the model started"),
+        ("06:42.000Z", "table: cancellation requested"),
+        ("06:43.731Z", "Replicate: completed: succeeded"),
+        ("06:43.731Z", "table: finished: succeeded"),
+        ("06:49.000Z", "table: data deleted by the owner"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "upstream_status", "ends"),
+    [
+        ({"status": "canceled", "visible": "canceled"}, None, ["table: finished: canceled"]),
+        (
+            {"status": "failed", "visible": "failed", "upstream_id": "u", "upstream_status": "processing"},
+            "processing",
+            ["table: finished: failed"],
+        ),
+        (
+            {"status": "failed", "visible": "failed", "upstream_id": "u", "upstream_status": "succeeded"},
+            "succeeded",
+            ["Replicate: completed: succeeded", "table: finished: failed"],
+        ),
+        (
+            {"status": "aborted", "visible": "canceled", "upstream_id": "u"},
+            "aborted",
+            ["Replicate: completed: aborted", "table: finished: canceled"],
+        ),
+    ],
+    ids=["never submitted", "ended by the stack", "too large", "aborted"],
+)
+def test_story_says_that_replicate_ended_it_only_where_it_did(
+    payloads: Any,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, str],
+    upstream_status: str | None,
+    ends: list[str],
+) -> None:
+    ended = {"rank": 9, "completed_at": "2025-06-15T15:06:43.5Z", "ended": 1_750_000_003}
+    set_attributes(payloads, **ended, **changes)
+    assert [what for _, what in story(capsys) if "completed" in what or "finished" in what] == ends
+    assert told(capsys, "show", "b" * 26)["upstream_status"] == upstream_status
+
+
+def test_origin_is_shown_with_its_names(payloads: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (told(capsys, "show", "b" * 26)["origin"], told(capsys, "show", "b" * 26)["origin_names"]) == ("api", None)
+    set_attributes(payloads, source="batch", origin={"batch": "c" * 26, "line": 3, "attempt": 1})
+    shown = told(capsys, "show", "b" * 26)
+    assert (shown["origin"], shown["origin_names"]) == ("batch", {"batch": "c" * 26, "line": 3, "attempt": 1})
+    assert main(["show", "b" * 26, "--stack", "hooks"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^origin +batch$", out, re.MULTILINE)
+    assert re.search(r'^origin_names +\{.*"line": 3', out, re.MULTILINE)
 
 
 def test_unknown_prediction_is_said(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:

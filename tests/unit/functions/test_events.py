@@ -79,6 +79,7 @@ REFUSED = {
     ("start_prediction", "refused_training_destination"): (422, ["destination"]),
     ("read_predictions", "refused_cursor"): (422, ["cursor"]),
     ("read_prediction", "refused_without_scope"): (403, []),
+    ("read_predictions", "refused_filters"): (422, ["status", "origin", "model"]),
     ("read_predictions", "refused_without_scope"): (403, []),
     ("read_predictions", "refused_openapi_without_scope"): (403, []),
     ("cancel_prediction", "refused_without_scope"): (403, []),
@@ -155,6 +156,7 @@ ANSWERED = {
     ("read_predictions", "trainings"): 200,
     ("read_predictions", "list"): 200,
     ("read_predictions", "list_page"): 200,
+    ("read_predictions", "list_filtered"): 200,
     ("read_predictions", "openapi"): 200,
     ("cancel_prediction", "open"): 200,
     ("store_files", "create"): 201,
@@ -530,7 +532,7 @@ def test_the_samples_of_webhooks_tell_a_prediction_to_its_end(run: Run, started:
     answers = [run("receive_webhook", sample("receive_webhook", case)) for case in told]
     received = [json.loads(answer["body"])["received"] for answer in answers]
     assert received == ["merged", "unknown prediction", "merged", "nothing new", "nothing new", "nothing new"]
-    assert (read()["status"], read()["output"]) == ("processing", None)
+    assert (read()["status"], "output" in read(), read()["upstream_status"]) == ("processing", False, "succeeded")
     assert run("copy_outputs", sample("copy_outputs", "first_execution")) == {}
     shown = read()
     assert shown["status"] == "succeeded"

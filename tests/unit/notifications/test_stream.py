@@ -113,6 +113,7 @@ class TestEvents:
                 "model_version": prediction.version,
                 "destination": None,
                 "upstream_id": "u" * 26,
+                "upstream_status": "failed",
                 "created_at": prediction.created_at,
                 "started_at": "2025-06-15T15:06:41Z",
                 "completed_at": "2025-06-15T15:06:44Z",

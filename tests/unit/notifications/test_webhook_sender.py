@@ -289,13 +289,18 @@ def test_only_the_end_shows_an_end(table: PredictionsTable, clock: Clock, receiv
     prediction_id = ended(table, clock, status="failed", error="no paint")
     for event in ALL:
         assert receivers.deliver(*queued(clock, prediction_id, event))
-    assert [(b["status"], b["output"], b["logs"], b["error"]) for b in sent.bodies] == [
+    assert [(b["status"], b.get("output"), b["logs"], b["error"]) for b in sent.bodies] == [
         ("processing", None, "", None),
         ("processing", "text", "log", None),
         ("processing", "text", "log", None),
         ("failed", "text", "log", "no paint"),
     ]
-    assert [bool(b["completed_at"]) for b in sent.bodies] == [False, False, False, True]
+    assert [bool(b.get("completed_at")) for b in sent.bodies] == [False, False, False, True]
+    # As an open one is shown: without what it does not have yet.
+    ending = {"completed_at", "metrics"}
+    assert [ending & b.keys() for b in sent.bodies] == [set(), set(), set(), ending]
+    assert ["output" in b for b in sent.bodies] == [False, True, True, True]
+    assert [b["upstream_status"] for b in sent.bodies] == ["processing", "processing", "processing", "failed"]
 
 
 @pytest.mark.parametrize(
@@ -324,7 +329,8 @@ def test_end_tells_output_and_logs_that_there_are_to_those_who_want_nothing_else
             assert receivers.deliver(*queued(clock, delivery.id, delivery.event, delivery.n))
     assert [request.headers["webhook-id"].split("-")[1] for request in sent.requests] == expected
     for body in sent.bodies:
-        assert (body["status"], body["output"], body["logs"]) == ("processing", output, logs)
+        assert (body["status"], body.get("output"), body["logs"]) == ("processing", output, logs)
+        assert ("output" in body) == (output is not None)
 
 
 def test_output_of_files_is_told_with_our_urls_only(

@@ -142,6 +142,12 @@ LIMITS = {
         "5 s to {} days",
     ),
     "page of a list": ("functions/read_predictions/app.py", "PAGE_SIZE", 1, "{} predictions"),
+    "entries that a page of a filtered list examines": (
+        "layers/predictions/predictions/store/reads.py",
+        "EXAMINED_PAGES",
+        1,
+        "{} times its size: 1000",
+    ),
     "logs in a response": (
         "layers/predictions/predictions/views/prediction.py",
         "_LOGS_LIMIT_CHARACTERS",

@@ -1,4 +1,4 @@
-"""Paging of lists: opaque cursors that are safe if forged, and time filters.
+"""Paging of lists: opaque cursors that are safe if forged, and filters.
 
 A cursor encodes where a page starts and its direction.
 """
@@ -12,6 +12,15 @@ from urllib.parse import urlencode
 
 from predictions.aws.clients import api_url
 from predictions.errors import Problem
+from predictions.ids import is_model_name
+from predictions.status import Status, visible
+from predictions.store.records import ORIGINS, Filters
+from predictions.validation import fields_refused
+
+FILTERS = ("status", "model", "origin")
+"""The query parameters of `read_filters`."""
+
+_CHOICES = {"status": tuple(dict.fromkeys(map(visible, Status))), "origin": ORIGINS}
 
 
 def cursor_url(path: str, place: str | None, *, older: bool, filters: Mapping[str, str] | None = None) -> str | None:
@@ -99,3 +108,23 @@ def read_moment(name: str, text: str) -> datetime:
         pass  # not a calendar date, or out of range
     detail = "Must be an ISO 8601 date-time, such as 2025-01-31T12:00:00Z. Encode a `+` in a query as %2B."
     raise Problem(422, detail, invalid_fields=[{"field": name, "detail": detail}])
+
+
+def read_filters(query: Mapping[str, str]) -> Filters:
+    """Return the filters in a list's query parameters, all of them in `FILTERS`; others are ignored.
+
+    Raises:
+        Problem: 422 for a status or an origin that no prediction has, or a model without the form of one.
+    """
+    given = {name: query[name] for name in FILTERS if name in query}
+    invalid = []
+    for name, choices in _CHOICES.items():
+        if given.get(name, choices[0]) not in choices:
+            listed = ", ".join(f"`{choice}`" for choice in choices)
+            invalid.append({"field": name, "detail": f"Must be one of {listed} (got {given[name][:50]!a})."})
+    if "model" in given and not is_model_name(given["model"]):
+        detail = f"Must be a model's name, `owner/name`, without a version (got {given['model'][:50]!a})."
+        invalid.append({"field": "model", "detail": detail})
+    if invalid:
+        raise fields_refused(invalid)
+    return Filters(**given)

@@ -360,7 +360,7 @@ class Table:
     def list_page(
         self, owner: str, start: str | None, *, older: bool, size: int,
         between: tuple[str | None, str | None] = (None, None),
-    ) -> tuple[list[str], bool]:  # fmt: skip
+    ) -> tuple[list[tuple[str, str]], bool]:  # fmt: skip
         """Read a page of a list of the index `by_owner`.
 
         Args:
@@ -372,7 +372,8 @@ class Table:
                 second.
 
         Returns:
-            The `pk` of each item, from the start of the page on, away from it, and whether there are further ones.
+            The `pk` and the place of each item, from the start of the page on, away from it, and whether there are
+            further ones.
         """
         # A place is a timestamp, `#` and an id: none of either is a timestamp alone, so both bounds can be inclusive.
         first, last = between[0] or _FIRST_PLACE, between[1] or _LAST_PLACE
@@ -385,10 +386,10 @@ class Table:
             return [], False
         listed = Condition("owner = :owner AND listed_at BETWEEN :first AND :last", owner=owner, first=first, last=last)
         items = self.query_page(listed, index="by_owner", limit=size + 1, ascending=not older)
-        return [str(item["pk"]) for item in items[:size]], len(items) > size
+        return [(str(item["pk"]), str(item["listed_at"])) for item in items[:size]], len(items) > size
 
     def list_items(self, owner: str, start: str | None, *, older: bool, size: int, sk: str) -> tuple[list[Item], bool]:
         """Read a page of a list as `list_page`, and then its items, whose sort key is `sk`, consistently."""
-        pks, more = self.list_page(owner, start, older=older, size=size)
-        found = self.read_items((pk, sk) for pk in pks)
-        return [found[pk, sk] for pk in pks if (pk, sk) in found], more
+        listed, more = self.list_page(owner, start, older=older, size=size)
+        found = self.read_items((pk, sk) for pk, _ in listed)
+        return [found[pk, sk] for pk, _ in listed if (pk, sk) in found], more

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ from predictions.cli.stack import (
     second,
 )
 from predictions.lifecycle.evidence import undecided_ids
+from predictions.status import TERMINAL_RANK, rank_of
 from predictions.store.keys import PREDICTION, prediction_key
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction
@@ -71,7 +72,8 @@ def show(
     timeline = [*_of_item(prediction), *_of_executions(stack, executions, prediction)]
     if not no_log:
         timeline += _of_log(stack, prediction)
-    timeline.sort(key=lambda moment: moment.at)
+    # By the millisecond that is shown: the order of what happened in the same one stays.
+    timeline.sort(key=lambda moment: _milliseconds(moment.at))
     sizes = _sizes(stack, prediction)
     running = executions.status(prediction.id, prediction.execution_n)
     shown: dict[str, Any] = {
@@ -79,11 +81,13 @@ def show(
         "object": prediction.object,
         "owner": prediction.owner,
         "source": prediction.source,
+        "origin": prediction.origin_kind,
+        "origin_names": dict(prediction.origin) or None,
         "model": prediction.model or prediction.name,
         "version": prediction.upstream_version or prediction.version,
         "status": prediction.visible,
         "upstream_id": prediction.upstream_id,
-        "upstream_status": prediction.status,
+        "upstream_status": prediction.reported_status,
         "orphans": sorted(prediction.orphans),
         "execution": f"{prediction.id}-{prediction.execution_n} ({running or 'never started'})",
         "deadline": second(prediction.deadline),
@@ -201,27 +205,30 @@ def _get_many(table: PredictionsTable, ids: list[str]) -> dict[str, Prediction]:
 
 
 def _of_item(prediction: Prediction) -> Iterator[_Moment]:
-    yield _Moment(
-        _reported_at(prediction.created_at) or prediction.created,
-        "table",
-        f"created by {prediction.owner} ({prediction.source})",
-    )
-    for at, what in (
-        (prediction.claimed, "claimed for submission"),
-        (prediction.cancel_requested, "cancellation requested"),
-        (prediction.ended, f"finished: {prediction.visible}"),
-        (prediction.deleted, "data deleted by the owner"),
-    ):
-        if at is not None:
-            yield _Moment(at, "table", what)
-    yield from _of_submissions(prediction)
-    for text, what in (
-        (prediction.started_at, "the model started"),
-        (prediction.completed_at, f"completed: {prediction.status}"),
-    ):
-        # Stored as Replicate sent it, which need not be a time.
-        if text and (moment := _reported_at(text)) is not None:
-            yield _Moment(moment, "Replicate", what)
+    """List what the status item says, in the order in which it happened.
+
+    The item has most times in whole seconds. Each is shown no earlier, within its second, than what came before it.
+    """
+    created = _reported_at(prediction.created_at) or prediction.created
+    yield _Moment(created, "table", f"created by {prediction.owner} ({prediction.source})")
+    if prediction.claimed:
+        yield _Moment(_within(prediction.claimed, created), "table", "claimed for submission")
+    if prediction.cancel_requested:
+        yield _Moment(_within(prediction.cancel_requested, created), "table", "cancellation requested")
+    for moment in _of_submissions(prediction):
+        yield replace(moment, at=_within(moment.at, created))
+    # Stored as Replicate sent it, which need not be a time.
+    if prediction.started_at and (started := _reported_at(prediction.started_at)) is not None:
+        yield _Moment(started, "Replicate", "the model started")
+    completed = _reported_at(prediction.completed_at or "")
+    # The stack itself ends what Replicate never ran, or does not know any more.
+    if completed is not None and rank_of(prediction.reported_status or "") >= TERMINAL_RANK:
+        yield _Moment(completed, "Replicate", f"completed: {prediction.reported_status}")
+    if prediction.ended:
+        ended = _within(prediction.ended, created if completed is None else completed)
+        yield _Moment(ended, "table", f"finished: {prediction.visible}")
+    if prediction.deleted:
+        yield _Moment(_within(prediction.deleted, created), "table", "data deleted by the owner")
 
 
 def _of_submissions(prediction: Prediction) -> Iterator[_Moment]:
@@ -313,8 +320,19 @@ def _reported_at(text: str) -> float | None:
     return None
 
 
+def _within(at: float, after: float) -> float:
+    """Return a time in whole seconds; `after` if that lies in the same second."""
+    return after if int(after) == at else at
+
+
+def _milliseconds(moment: float) -> int:
+    # A float has a time of today to less than a microsecond: rounded down, it would lose a millisecond.
+    return round(moment * 1_000_000) // 1000
+
+
 def _exact(moment: float) -> str:
-    return f"{second(int(moment))[:-1]}.{int(moment % 1 * 1000):03}Z"
+    seconds, milliseconds = divmod(_milliseconds(moment), 1000)
+    return f"{second(seconds)[:-1]}.{milliseconds:03}Z"
 
 
 def _text(value: Any) -> str:

@@ -120,10 +120,11 @@ class InputJob(_Job):
     def answer(shown: dict[str, Any] | None, error: str | None) -> dict[str, Any]:
         """Return the response for a prediction or, without one, for the error."""
         shown = shown or {}
-        names = ("status", "model", "input", "output", "created_at", "completed_at", "metrics")
+        names = ("status", "model", "input", "output", "created_at", "completed_at")
         return {
             "prediction_id": shown.get("id"),
             **{name: shown.get(name) for name in names},
+            "metrics": shown.get("metrics", {}) if shown else None,
             "error": error,
             "urls": _urls(shown),
         }

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from predictions.errors import Problem
-from predictions.ids import derived_id, random_id
+from predictions.ids import NAME, derived_id, is_model_name, random_id
 from predictions.validation import field_problem, fields_refused, input_json_canonical, parse_json
 
 LIFETIME_LIMIT_SECONDS = 3 * 24 * 3600
@@ -28,11 +28,9 @@ Source = Literal["http", "queue", "recipe", "batch", "pipeline", "run_job"]
 pipeline's step, or a direct invocation of `run_prediction`."""
 
 
-_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_])?"
 _REFERENCE = re.compile(
-    rf"(?P<name>{_NAME}/{_NAME})(?::(?P<version>[0-9a-f]{{64}}))?|(?P<bare_version>[0-9a-f]{{64}})", re.ASCII
+    rf"(?P<name>{NAME}/{NAME})(?::(?P<version>[0-9a-f]{{64}}))?|(?P<bare_version>[0-9a-f]{{64}})", re.ASCII
 )
-_MODEL_NAME = re.compile(rf"{_NAME}/{_NAME}", re.ASCII)
 _DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,8})s?)?", re.ASCII)
 _DURATION_DETAIL = "Must be a duration from 5 seconds to 3 days, such as `30`, `30s`, `5m` or `1h30m45s`."
 _PREFER_WAIT = re.compile(r"wait(?:\s*=\s*\"?(?P<seconds>[^\";,\s]*)\"?)?\s*(?:;.*)?", re.IGNORECASE)
@@ -279,7 +277,7 @@ def create_training(
     """
     asked = _read(TrainingBody, body, headers)
     invalid: list[dict[str, str]] = []
-    if not _MODEL_NAME.fullmatch(asked.destination):
+    if not is_model_name(asked.destination):
         detail = "Must be an existing model of yours, as `owner/name`. The training adds a version to it."
         invalid.append({"field": "destination", "detail": detail})
     if asked.webhook is not None:
@@ -332,7 +330,7 @@ def model_reference(kind: Literal["model", "deployment"], owner: str, name: str)
         Problem: 404 if this is not a valid name of a model or deployment.
     """
     full_name = f"{owner}/{name}"
-    if not _MODEL_NAME.fullmatch(full_name):
+    if not is_model_name(full_name):
         raise Problem(404, f"Not found: the {kind}'s owner and name must be letters, digits, '-', '_' and '.'.")
     return Reference(kind, full_name)
 
@@ -413,7 +411,7 @@ def _named_reference(asked: RequestBody, invalid: list[dict[str, str]]) -> Refer
     if asked.deployment is None:
         # `model` may name a version as well: people copy `owner/name:version`.
         return _reference(asked.version if asked.model is None else asked.model, invalid, named[0])
-    if not _MODEL_NAME.fullmatch(asked.deployment):
+    if not is_model_name(asked.deployment):
         invalid.append({"field": "deployment", "detail": "Must be a deployment's name, `owner/name`."})
         return None
     return Reference("deployment", asked.deployment)

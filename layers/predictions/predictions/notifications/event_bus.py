@@ -89,6 +89,7 @@ def event_of_prediction(prediction: Prediction, files: Sequence[StoredFile], buc
         "model_version": prediction.upstream_version or prediction.version,
         "destination": prediction.destination,
         "upstream_id": prediction.upstream_id,
+        "upstream_status": prediction.reported_status,
         "created_at": prediction.created_at,
         "started_at": prediction.started_at,
         "completed_at": prediction.completed_at,

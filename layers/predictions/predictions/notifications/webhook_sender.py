@@ -20,7 +20,7 @@ from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import PredictionDetail
-from predictions.views.prediction import Presenter
+from predictions.views.prediction import Presenter, without_unset
 
 TOTAL_SECONDS = 10.0
 """The time limit of one try, whatever the receiver does."""
@@ -169,12 +169,14 @@ class Receivers:
             return self._presenter.show(whole) if ended else None
         if ended and "completed" in prediction.wanted_events and self._now() >= delivery.first_at + FIRST_WAIT_SECONDS:
             return None
-        shown = self._presenter.show(whole)
-        shown |= {"status": Status.PROCESSING.value, "completed_at": None, "error": None, "metrics": {}}
+        shown = self._presenter.show(whole) | {"status": Status.PROCESSING.value, "error": None}
+        if prediction.terminal:
+            shown |= {"upstream_status": Status.PROCESSING.value, "completed_at": None, "metrics": None}
         if delivery.event == "start":
-            return shown | {"output": None, "logs": "", "output_files": []}
+            shown |= {"output": None, "logs": "", "output_files": []}
+        shown = without_unset(shown)
         # A completion is queued without knowing whether it has an output or logs.
-        nothing = shown["output"] is None if delivery.event == "output" else not shown["logs"]
+        nothing = {"start": False, "output": "output" not in shown, "logs": not shown["logs"]}[delivery.event]
         return None if nothing else shown
 
     def _post(self, url: str, owner: str, delivery: Delivery, shown: dict[str, Any]) -> int:

@@ -321,7 +321,7 @@ class PipelineApi:
             text = self._predictions.result_text(result)
             said = json.loads(text) if text else {"output": None, "logs": None}
             whole = PredictionDetail(result.prediction, {}, said["output"], said["logs"], result.files)
-            outputs.append(self._presenter.show(whole)["output"])
+            outputs.append(self._presenter.show(whole).get("output"))
         output = outputs[0] if state.step.for_each is None else outputs
         size = answer_bytes(output)
         return (output, size) if size <= room else None

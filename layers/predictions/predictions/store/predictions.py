@@ -354,7 +354,11 @@ class PredictionsTable(PredictionReads):
             values["next_check_at"] = int(now)
         if rank >= TERMINAL_RANK:
             metrics_json = json.dumps(report.metrics) if report.metrics else None
+            # One that failed for the size of its output may be reported by a status that is unknown here, or none.
+            known = rank_of(report.reported_status) > 0
+            reported = report.reported_status if known else prediction.reported_status
             values |= {
+                "upstream_status": reported if reported != status else None,
                 "completed_at": report.completed_at or timestamp(now),
                 "error": report.error[:_ERROR_LIMIT_CHARACTERS] if report.error else None,
                 "metrics_json": metrics_json if metrics_json and len(metrics_json) <= _METRICS_LIMIT_BYTES else None,
@@ -434,6 +438,8 @@ class PredictionsTable(PredictionReads):
             "completed_at": timestamp(now),
             "ended": int(now),
         }
+        if prediction.reported_status:
+            values["upstream_status"] = prediction.reported_status
         if error:
             values["error"] = error[:_ERROR_LIMIT_CHARACTERS]
         if refusal:

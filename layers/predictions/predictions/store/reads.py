@@ -15,10 +15,23 @@ from predictions.files.outputs_bucket import OutputsBucket
 from predictions.status import Status
 from predictions.store.keys import FILES, LIVE, PREDICTION, PROGRESS, input_sk, list_of, prediction_key, result_sk
 from predictions.store.payloads import Payloads
-from predictions.store.records import Page, Prediction, PredictionDetail, Result, UnreadResult, prediction_of
+from predictions.store.records import (
+    NO_FILTERS,
+    Filters,
+    Page,
+    Prediction,
+    PredictionDetail,
+    Result,
+    UnreadResult,
+    prediction_of,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
+
+
+EXAMINED_PAGES = 10
+"""How many times its size a page of a list with filters examines: a consistent read of each of 1,000 items for 100."""
 
 
 class PredictionReads:
@@ -50,7 +63,8 @@ class PredictionReads:
     def read(self, prediction_id: str) -> PredictionDetail | None:
         """Read a prediction with its payloads consistently, or return None if it is not there."""
         items = self._table.query(Condition("pk = :pk", pk=prediction_key(prediction_id).pk))
-        return self._detail({item["sk"]: item for item in items})
+        by_sk = {item["sk"]: item for item in items}
+        return self._detail(prediction_of(by_sk["status"]), by_sk) if "status" in by_sk else None
 
     def input_json(self, prediction: Prediction) -> str | None:
         """Read a prediction's input as JSON text, or return None if it has expired."""
@@ -91,11 +105,13 @@ class PredictionReads:
 
     def list(
         self, owner: str, start: str | None, *, older: bool, size: int, object: str = "prediction",  # noqa: A002  # the API's word
-        created_after: datetime | None = None, created_before: datetime | None = None,
+        created_after: datetime | None = None, created_before: datetime | None = None, filters: Filters = NO_FILTERS,
     ) -> Page:  # fmt: skip
         """Read a page of an owner's predictions, or trainings.
 
-        Filters are bounds of the index's range key: what they leave out is not read.
+        The times are bounds of the index's range key: what they leave out is not read. The index has keys only, so
+        `filters` need the status items: those of at most `EXAMINED_PAGES` times `size` entries are read, until the page
+        is full. So a page with filters may be empty although more follow.
 
         Args:
             owner: Whose.
@@ -105,11 +121,27 @@ class PredictionReads:
             object: `prediction` or `training`: each has a list of its own.
             created_after: Only those created then or later.
             created_before: Only those created earlier.
+            filters: Only those that match.
         """
         key = list_of(owner, "trainings" if object == "training" else "predictions")
         after, before = (timestamp(moment) if moment else None for moment in (created_after, created_before))
-        pks, more = self._table.list_page(key, start, older=older, size=size, between=(after, before))
-        return Page(self._details(pks), more=more)
+        examined = size * EXAMINED_PAGES if filters else size
+        listed, more = self._table.list_page(key, start, older=older, size=examined, between=(after, before))
+        found: list[Prediction] = []
+        seen = 0
+        while seen < len(listed) and len(found) < size:
+            part = listed[seen : seen + size]
+            statuses = self._table.read_items((pk, "status") for pk, _ in part)
+            for pk, _ in part:
+                seen += 1
+                item = statuses.get((pk, "status"))
+                if item and filters.match(prediction := prediction_of(item)):
+                    found.append(prediction)
+                if len(found) == size:
+                    break
+        places = [place for _, place in listed[:seen]]
+        first, last = (places[0], places[-1]) if places else (None, None)
+        return Page(self._details(found), more=more or seen < len(listed), first=first, last=last)
 
     def results(self, prediction_ids: Sequence[str], owner: str) -> dict[str, Result]:
         """Read the results of an owner's predictions, by their ids; those that are not there are left out.
@@ -177,12 +209,10 @@ class PredictionReads:
 
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _details(self, pks: Sequence[str]) -> Iterator[PredictionDetail]:
-        """Read predictions with their payloads, in the order of `pks`, in as few calls as the payloads' sizes allow."""
-        statuses = self._table.read_items((pk, "status") for pk in pks)
+    def _details(self, predictions: Sequence[Prediction]) -> Iterator[PredictionDetail]:
+        """Read the payloads of predictions, in this order, in as few calls as the payloads' sizes allow."""
         wanted = []
-        for (pk, _), item in statuses.items():
-            prediction = prediction_of(item)
+        for prediction in predictions:
             if prediction.deleted:
                 continue
             sks = [input_sk(prediction.fingerprint)]
@@ -190,19 +220,13 @@ class PredictionReads:
                 sks.append(result_sk(prediction.upstream_id) if prediction.terminal else PROGRESS)
             if prediction.ended_visibly and not prediction.files_json:
                 sks.append(FILES)
-            wanted += [(pk, sk) for sk in sks]
+            wanted += [prediction_key(prediction.id, sk) for sk in sks]
         payloads = self._table.read_items(wanted)
-        for pk in pks:
-            items = {sk: item for (of, sk), item in payloads.items() if of == pk}
-            if (pk, "status") in statuses:
-                items["status"] = statuses[pk, "status"]
-            if detail := self._detail(items):
-                yield detail
+        for prediction in predictions:
+            pk = prediction_key(prediction.id).pk
+            yield self._detail(prediction, {sk: item for (of, sk), item in payloads.items() if of == pk})
 
-    def _detail(self, items: Mapping[str, Item]) -> PredictionDetail | None:
-        if "status" not in items:
-            return None
-        prediction = prediction_of(items["status"])
+    def _detail(self, prediction: Prediction, items: Mapping[str, Item]) -> PredictionDetail:
         if prediction.deleted:
             # Payloads may still be there, or be written late.
             return PredictionDetail(prediction, input={}, output=None, logs=None, files=[])

@@ -1,7 +1,7 @@
 """Predictions as the table holds them: their items, and what reads and writes return."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
@@ -10,6 +10,12 @@ from predictions.errors import PredictionsError
 from predictions.files.output_references import StoredFile
 from predictions.status import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status
 from predictions.store.keys import owner_of
+
+ORIGINS = ("api", "queue", "invocation", "recipe", "batch", "pipeline")
+"""The entry points that start predictions, as callers see them (`origin`)."""
+
+# `source` of the item; the others have the same name.
+_ORIGIN_OF_SOURCE = {"http": "api", "run_job": "invocation"}
 
 
 class AlreadyExists(PredictionsError):
@@ -97,6 +103,7 @@ class Prediction:
     orphans: frozenset[str] = frozenset()
     orphans_canceled: frozenset[str] = frozenset()
     orphans_not_found: int = 0
+    upstream_status: str | None = None
     copy_until: int | None = None
     copy_by: int | None = None
     data_removed: bool = False
@@ -112,6 +119,26 @@ class Prediction:
     def listed_at(self) -> str:
         """Its position in its owner's list."""
         return f"{self.created_at}#{self.id}"
+
+    @property
+    def origin_kind(self) -> str:
+        """Which entry point started it, one of `ORIGINS`; derived, so that items of every release have it."""
+        return _ORIGIN_OF_SOURCE.get(self.source, self.source)
+
+    @property
+    def shown_model(self) -> str:
+        """The model that callers see, `owner/name`; empty while only a version id is known."""
+        return self.model or self.name or ""
+
+    @property
+    def reported_status(self) -> str | None:
+        """The last status that Replicate itself reported, or None before it reported one.
+
+        It differs from `status` where this stack ended the prediction: the item has it as `upstream_status` then.
+        """
+        if self.upstream_status or self.upstream_id is None or self.status == Status.QUEUED:
+            return self.upstream_status
+        return self.status
 
     @property
     def holder_done_at(self) -> int | None:
@@ -255,11 +282,41 @@ class Page:
 
     Attributes:
         predictions: From the start of the page on, away from it; read one by one, so that a reader may stop early.
-        more: Whether there are further ones beyond the last.
+        more: Whether the list has further entries beyond `last`.
+        first: The place (`Prediction.listed_at`) of the first entry that was examined, or None if the page is empty.
+        last: That of the last one, whether the page holds it or not.
     """
 
     predictions: Iterator[PredictionDetail]
     more: bool
+    first: str | None = None
+    last: str | None = None
+
+
+@dataclass(frozen=True)
+class Filters:
+    """The predictions that a list is narrowed to, by what callers see; None leaves a value open.
+
+    Attributes:
+        status: The status that callers see.
+        model: The model that callers see, `owner/name`.
+        origin: One of `ORIGINS`.
+    """
+
+    status: str | None = None
+    model: str | None = None
+    origin: str | None = None
+
+    def __bool__(self) -> bool:
+        return self != NO_FILTERS
+
+    def match(self, prediction: Prediction) -> bool:
+        """Return whether a prediction is on the list."""
+        seen = (prediction.visible, prediction.shown_model, prediction.origin_kind)
+        return all(wanted in (None, value) for wanted, value in zip(astuple(self), seen, strict=True))
+
+
+NO_FILTERS = Filters()
 
 
 def read_image(image: Mapping[str, Any]) -> Prediction:

@@ -62,11 +62,17 @@ class UpstreamPrediction(BaseModel):
     urls: dict[str, Any] = Field(default_factory=dict)
     # Private, so that no response can say it.
     _too_large: str | None = PrivateAttr(default=None)
+    _reported_status: str | None = PrivateAttr(default=None)
 
     @property
     def too_large(self) -> str | None:
         """Return why its output was not read, or None if it was."""
         return self._too_large
+
+    @property
+    def reported_status(self) -> str:
+        """Return the status that Replicate reported: `status` may be this stack's instead."""
+        return self.status if self._reported_status is None else self._reported_status
 
     @field_validator("logs", "error", mode="before")
     @classmethod
@@ -136,7 +142,9 @@ class UpstreamPrediction(BaseModel):
     def failed_for_its_size(self) -> "UpstreamPrediction":
         """Return this as finished: `failed`, unless Replicate reports another end."""
         status = self.status if self.status in _OTHER_ENDS else Status.FAILED.value
-        return self.model_copy(update={"status": status, "output": None, "error": self.error or self.too_large})
+        failed = self.model_copy(update={"status": status, "output": None, "error": self.error or self.too_large})
+        failed._reported_status = self.reported_status
+        return failed
 
     @classmethod
     def parse(cls, value: Any) -> "UpstreamPrediction":

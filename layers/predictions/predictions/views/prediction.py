@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,8 +27,8 @@ class ShownPage:
 
     Attributes:
         results: Its predictions, from its start on.
-        first: The place in the list of the first one; None on an empty page.
-        beyond: The place of the last one, where there are further ones.
+        first: The place in the list where it begins; None at an end of the list.
+        beyond: The place beside which the next one begins, where there are further entries.
     """
 
     results: list[dict[str, Any]]
@@ -37,7 +37,10 @@ class ShownPage:
 
 
 class Presenter:
-    """Shows predictions as Replicate does, with all keys present.
+    """Shows predictions as Replicate does.
+
+    All keys are present, except those that an open prediction has no value for (see `without_unset`), or that only
+    some predictions have.
 
     Args:
         outputs: Makes the URLs of stored files, where no distribution does.
@@ -78,7 +81,7 @@ class Presenter:
         ended = prediction.ended_visibly
         shown: dict[str, Any] = {
             "id": prediction.id,
-            "model": prediction.model or prediction.name or "",
+            "model": prediction.shown_model,
             "version": prediction.upstream_version or prediction.version or "hidden",
             "input": whole.input,
             "output": output,
@@ -88,13 +91,16 @@ class Presenter:
             "created_at": prediction.created_at,
             "started_at": prediction.started_at,
             "completed_at": prediction.completed_at if ended else None,
-            "metrics": json.loads(prediction.metrics_json) if prediction.metrics_json and ended else {},
+            "metrics": json.loads(prediction.metrics_json or "{}") if ended else None,
             "data_removed": prediction.data_removed,
             "source": "api",
+            "origin": prediction.origin_kind,
             "deadline": rfc3339(prediction.deadline),
             "urls": urls,
             "output_files": [self._file(file) for file in whole.files],
         }
+        if prediction.reported_status:
+            shown["upstream_status"] = prediction.reported_status
         if prediction.destination:
             shown["destination"] = prediction.destination
         if prediction.deployment:
@@ -112,7 +118,7 @@ class Presenter:
             shown |= {"output": link, "output_files": []}
             if link is None:
                 shown["error"] = f"The output with its {len(whole.files)} files is too large for a response."
-        return shown
+        return shown if ended else without_unset(shown)
 
     def show_started(
         self, prediction: Prediction, asked: Any, read: Callable[[], PredictionDetail], *, as_starting: bool = True
@@ -135,7 +141,8 @@ class Presenter:
             logger.exception("started, but not shown", prediction_id=prediction.id)
             metrics.add_metric(name="AnswersWithoutOutput", unit=MetricUnit.Count, value=1)
         # Nothing of this has to be signed or read. The input is left out where it leaves no room for the rest.
-        open_ = replace(prediction, status="starting", visible="starting", rank=0)
+        # What Replicate said since the start is not known either.
+        open_ = replace(prediction, status="queued", visible="starting", rank=0, upstream_status=None)
         return self.show(
             PredictionDetail(open_, {} if answer_bytes(asked) > _LARGE_INPUT_BYTES else asked, None, None, [])
         )
@@ -143,17 +150,15 @@ class Presenter:
     def show_page(self, page: Page) -> "ShownPage":
         """Show as many predictions of a page as fit in one response, but at least one."""
         results: list[dict[str, Any]] = []
-        places: list[str] = []
-        room, more = ANSWER_LIMIT_BYTES, page.more
+        room, shown_last = ANSWER_LIMIT_BYTES, None
         for whole in page.predictions:
             shown = self.show(whole)
             room -= answer_bytes(shown)
             if results and room < 0:
-                more = True
-                break
+                return ShownPage(results, page.first, shown_last)
             results.append(shown)
-            places.append(whole.prediction.listed_at)
-        return ShownPage(results, places[0] if places else None, places[-1] if places and more else None)
+            shown_last = whole.prediction.listed_at
+        return ShownPage(results, page.first, page.last if page.more else None)
 
     def _output(self, whole: PredictionDetail) -> Any:
         if whole.output is None or whole.prediction.awaits_copy:
@@ -179,6 +184,16 @@ class Presenter:
             "sha256": file.sha256,
             "content_type": file.content_type,
         }
+
+
+def without_unset(shown: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what an open prediction does not have yet, as Replicate does: output, times and metrics that are None.
+
+    Replicate's document requires none of them; seen in about 70 recorded responses, replicate-python's cassettes:
+    https://github.com/replicate/replicate-python/tree/main/tests/cassettes
+    """
+    unset = ("output", "started_at", "completed_at", "metrics")
+    return {name: value for name, value in shown.items() if name not in unset or value is not None}
 
 
 def answer_bytes(shown: Any) -> int:
