@@ -9,6 +9,7 @@ number of local clouds can run side by side; the user's AWS configuration is nei
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -44,6 +45,7 @@ LEASH = CHECKOUT / "local" / "leash.py"
 EMULATOR = CHECKOUT / "local" / "emulator.py"
 REGION = "us-east-1"
 STACK_NAME = "replicate-serverless"
+OWNER = "local"  # of the access token and, by QueueOwner, of everything that comes without one
 SECONDS_TO_STOP = 1.0  # no state is kept, so killing loses nothing
 SECONDS_TO_BE_GONE = 10.0  # a killed process is a zombie until init reaps it
 
@@ -85,6 +87,7 @@ class Stack:
 
     api_url: str
     access_token: str
+    owner: str
     endpoint_url: str
     region: str
     table_name: str
@@ -93,6 +96,8 @@ class Stack:
     queue_url: str
     event_bus_name: str
     state_machine_arn: str
+    run_prediction_function_name: str
+    run_prediction_function_arn: str
     replicate_api_url: str
 
     @contextlib.contextmanager
@@ -117,6 +122,7 @@ class LocalCloud:
 
     Attributes:
         stack: Addresses and credentials of the stack.
+        owner: The owner of its access token, and of what the queue and direct invocations start.
         endpoint_url: The emulator: all of AWS.
         replicate_url: The API the stack runs predictions on, ending in ``/v1``.
         replicate: The stand-in behind it; not set with another upstream.
@@ -152,6 +158,7 @@ class LocalCloud:
         self._parameters = dict(parameters or {})
         self._upstream = upstream
         self._directory = directory or local_directory()
+        self.owner = self._parameters.get("QueueOwner", OWNER)
         self._checkout = checkout
         self._say = say
         self._cleanup = contextlib.ExitStack()
@@ -230,7 +237,7 @@ class LocalCloud:
                 run_directory: Path | None = getattr(self, "run_directory", None)
                 if run_directory and keep_logs:
                     shutil.rmtree(logs, ignore_errors=True)
-                    shutil.copytree(run_directory / "logs", logs)
+                    shutil.copytree(self.logs, logs)
                 if run_directory:
                     shutil.rmtree(run_directory, ignore_errors=True)
         if keep_logs and logs.exists():
@@ -288,8 +295,13 @@ class LocalCloud:
             (run_directory / name).mkdir()
         return run_directory
 
+    @property
+    def logs(self) -> Path:
+        """Return the folder of the logs, while the cloud runs."""
+        return self.run_directory / "logs"
+
     def _log(self, name: str) -> Path:
-        return self.run_directory / "logs" / f"{name}.log"
+        return self.logs / f"{name}.log"
 
     def _start_emulator(self) -> None:
         self._say("starting AWS on this machine (MiniStack)")
@@ -368,17 +380,24 @@ class LocalCloud:
         self._cleanup.callback(_stop, process)
         return process
 
-    def _deploy(self) -> None:
-        url = urlsplit(self.replicate_url)
-        parameters = {
-            "ReplicateApiUrl": self.replicate_url,
-            "ReplicateApiToken": self._upstream.token if self._upstream else self.replicate.token,
+    def deployed_parameters(self, replicate_url: str, token: str) -> dict[str, str]:
+        """Return the parameters of the deployment, for an address of Replicate and its token."""
+        url = urlsplit(replicate_url)
+        return {
+            "ReplicateApiUrl": replicate_url,
+            "ReplicateApiToken": token,
             # Replicate's own file hosts are always allowed.
             "FileOrigins": "" if url.hostname == "api.replicate.com" else f"{url.scheme}://{url.netloc}",
             "AllowLoopbackWebhooks": "true",
+            # The token of stack.json shows what the queue and direct invocations start.
+            "QueueOwner": self.owner,
             **self._runtime_parameters(),
             **self._parameters,
         }
+
+    def _deploy(self) -> None:
+        token = self._upstream.token if self._upstream else self.replicate.token
+        parameters = self.deployed_parameters(self.replicate_url, token)
         # A private file, because command lines are visible to every user of the machine.
         overrides = self.run_directory / "parameters.yaml"
         overrides.touch(mode=0o600)
@@ -465,7 +484,8 @@ class LocalCloud:
     def _describe(self) -> Stack:
         return Stack(
             api_url=self.api_url,
-            access_token=self.create_token("local"),
+            access_token=self.create_token(self.owner),
+            owner=self.owner,
             endpoint_url=self.endpoint_url,
             region=REGION,
             table_name=self.outputs["TableName"],
@@ -474,6 +494,8 @@ class LocalCloud:
             queue_url=self.outputs["RequestsQueueUrl"],
             event_bus_name=self.outputs["EventBusName"],
             state_machine_arn=self.outputs["TrackPredictionStateMachineArn"],
+            run_prediction_function_name=self.outputs["RunPredictionFunctionName"],
+            run_prediction_function_arn=self.outputs["RunPredictionFunctionArn"],
             replicate_api_url=self.replicate_url,
         )
 
@@ -579,11 +601,11 @@ def validate(template: Path = CHECKOUT / "template.yaml") -> int:
     return subprocess.run([*_sam("validate", template), "--lint"], cwd=CHECKOUT, env=_sam_variables()).returncode
 
 
-def stack_parameters(text: str) -> dict[str, str]:
+def stack_parameters(text: str, template: Path = CHECKOUT / "template.yaml") -> dict[str, str]:
     """Parse ``STACK_PARAMETERS``: ``Key=Value`` pairs, quoted as in a shell.
 
     Raises:
-        LocalCloudError: The text is not of that form.
+        LocalCloudError: The text is not of that form, or the template has no such parameter.
     """
     try:
         pairs = [word.partition("=") for word in shlex.split(text)]
@@ -592,6 +614,14 @@ def stack_parameters(text: str) -> dict[str, str]:
     for name, equals, _ in pairs:
         if not (name.isalnum() and equals):
             raise LocalCloudError(f'STACK_PARAMETERS must be "Key=Value Key=Value …", but has {name!r}.')
+    known = list(yaml.load(template.read_text(), Loader=_TemplateLoader)["Parameters"]) if pairs else []  # noqa: S506 - a SafeLoader
+    for name, _, _ in pairs:
+        if name not in known:
+            # sam deploy ignores it, and the stack would run with the default.
+            near = {each.lower(): each for each in known}
+            found = [near[each] for each in difflib.get_close_matches(name.lower(), near)]
+            hint = f"Did you mean {' or '.join(found)}?" if found else f"It has {', '.join(sorted(known))}."
+            raise LocalCloudError(f"STACK_PARAMETERS: template.yaml has no parameter {name!r}. {hint}")
     return {name: value for name, _, value in pairs}
 
 
