@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 
+import httpx
 import pytest
 
 from local.cloud import CHECKOUT, LocalCloud
@@ -78,6 +79,15 @@ def test_samples_of_the_queue_and_of_s3_start_what_a_recipe_and_a_message_ask_fo
     told = sent("start_from_queue/s3")
     assert "/postcards/lisbon.json" in told.replace("\n", "")
     assert re.search(r"^ +[0-9.]+ s  succeeded", told, re.MULTILINE), told
+
+
+def test_what_comes_without_a_token_is_shown_to_that_of_the_stack(cloud: LocalCloud, sent: Send) -> None:
+    told = sent("run_prediction/not_waiting", model="local/storyteller") + sent("start_from_queue/request")
+    started = re.findall(r"succeeded +([a-z0-9]{26})$", told, re.MULTILINE)
+    assert len(started) == 2, told
+    headers = {"Authorization": f"Bearer {cloud.stack.access_token}"}
+    answer = httpx.get(f"{cloud.stack.api_url}/predictions", headers=headers, trust_env=False, timeout=30)
+    assert set(started) <= {each["id"] for each in answer.raise_for_status().json()["results"]}
 
 
 def test_command_says_what_went_wrong_and_fails(tmp_path: Path) -> None:

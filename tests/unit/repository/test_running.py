@@ -196,7 +196,7 @@ def test_exports_have_the_operators_command_and_no_other() -> None:
 
 
 def test_environment_without_a_running_stack_is_an_error_beside_the_exports(tmp_path: Path) -> None:
-    done = subprocess.run(  # noqa: S603  # our own command
+    done = subprocess.run(  # our own command
         [sys.executable, "-m", "local", "env"],
         cwd=CHECKOUT,
         env={"PATH": os.defpath, "LOCAL_DIR": str(tmp_path)},
