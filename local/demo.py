@@ -113,10 +113,15 @@ def demonstrate(
                 runs[-1].tell()
         terminal.write()
         terminal.step("stopping")
-    terminal.succeed("all lines were checked")
     files = [file for run in runs for file in run.files]
-    terminal.write(f"  {files[0][0].as_uri()}")
+    conclude(terminal, files[0][0])
     return [content for _, content in files]
+
+
+def conclude(terminal: Terminal, picture: Path) -> None:
+    """Write the last lines: that everything was checked, and a link to the picture, which terminals open."""
+    terminal.succeed("all lines were checked")
+    terminal.write(f"  {picture.as_uri()}")
 
 
 @dataclass
