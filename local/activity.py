@@ -46,11 +46,11 @@ class Activity:
             return
 
     def _lines(self) -> Iterator[tuple[str, str]]:
-        for record in self._requests.records():
-            yield request(record)
         for old, new in self._changes.read():
             if shown := change(old, new):
                 yield "prediction", shown
+        for record in self._requests.records():
+            yield request(record)
         for record in self._functions.records():
             if shown := delivery(record):
                 yield "webhook", shown
