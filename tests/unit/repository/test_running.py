@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from local import activity
+from local import activity, cloud
 from local.__main__ import run
 from local.cloud import CHECKOUT, OWNER, LocalCloud, LocalCloudError, Stack, stack_parameters
 from local.running import exports, reserved, running_stack
@@ -40,6 +40,7 @@ def test_second_stack_in_a_folder_is_refused_before_it_starts_and_leaves_the_fir
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_DIR", str(tmp_path))
+    monkeypatch.setattr(cloud, "EMULATOR_PYTHON", tmp_path / "none")  # one that is not refused ends soon
     with reserved(tmp_path), STACK.file(tmp_path / "stack.json"):
         before = sorted(tmp_path.iterdir())
         with pytest.raises(LocalCloudError) as refused:
@@ -109,6 +110,7 @@ def test_unknown_parameter_is_refused_before_anything_is_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_DIR", str(tmp_path / "new"))
+    monkeypatch.setattr(cloud, "EMULATOR_PYTHON", tmp_path / "none")
     with pytest.raises(LocalCloudError, match="no parameter 'PollSecond'"):
         run(Terminal(StringIO()), {"STACK_PARAMETERS": "PollSecond=5"})
     assert not (tmp_path / "new").exists()
@@ -116,9 +118,9 @@ def test_unknown_parameter_is_refused_before_anything_is_started(
 
 @pytest.mark.parametrize(("parameters", "owner"), [({}, OWNER), ({"QueueOwner": "alice"}, "alice")])
 def test_messages_and_invocations_belong_to_the_owner_of_the_token(parameters: dict[str, str], owner: str) -> None:
-    cloud = LocalCloud(parameters=parameters)
-    assert cloud.owner == owner
-    assert cloud.deployed_parameters("http://127.0.0.1:1/v1", "r8_token")["QueueOwner"] == owner
+    started = LocalCloud(parameters=parameters)
+    assert started.owner == owner
+    assert started.deployed_parameters("http://127.0.0.1:1/v1", "r8_token")["QueueOwner"] == owner
 
 
 # -- for a shell ----------------------------------------------------------------------------------------------------
