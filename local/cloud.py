@@ -17,8 +17,6 @@ import platform
 import re
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,11 +30,11 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import boto3
-import httpx
 import yaml
 from botocore.config import Config
 from predictions.api.access_tokens import AccessTokens, Scope
 
+from local.processes import answers, free_port, is_running, stop, undisturbed
 from local.replicate.process import LocalReplicate
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -46,8 +44,6 @@ EMULATOR = CHECKOUT / "local" / "emulator.py"
 REGION = "us-east-1"
 STACK_NAME = "replicate-serverless"
 OWNER = "local"  # of the access token and, by QueueOwner, of everything that comes without one
-SECONDS_TO_STOP = 1.0  # no state is kept, so killing loses nothing
-SECONDS_TO_BE_GONE = 10.0  # a killed process is a zombie until init reaps it
 
 # The emulator treats this key as the account's root user.
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
@@ -176,7 +172,7 @@ class LocalCloud:
             self._build = _Build(self._checkout, self._runtime_parameters(), self._log("sam-build"))
             building = self._build.start()
             if building:
-                self._cleanup.callback(_stop, building)
+                self._cleanup.callback(stop, building)
             self._start_emulator()
             self._start_replicate()
             if building:
@@ -206,7 +202,7 @@ class LocalCloud:
         """
         self._build = _Build(self._checkout, self._runtime_parameters(), self._log("sam-build"))
         if building := self._build.start():
-            self._cleanup.callback(_stop, building)
+            self._cleanup.callback(stop, building)
             self._build.finish(building)
         self._deploy()
 
@@ -230,7 +226,7 @@ class LocalCloud:
     def stop(self, *, keep_logs: bool = False) -> None:
         """Stop everything, and remove the logs unless `keep_logs` is set."""
         logs = self._directory / "logs"
-        with _undisturbed():
+        with undisturbed():
             try:
                 self._cleanup.close()
             finally:
@@ -288,7 +284,7 @@ class LocalCloud:
     def _make_run_directory(self) -> Path:
         self._directory.mkdir(parents=True, exist_ok=True)
         for abandoned in self._directory.glob("cloud-*-*"):
-            if not _is_running(int(abandoned.name.split("-")[1])):
+            if not is_running(int(abandoned.name.split("-")[1])):
                 shutil.rmtree(abandoned, ignore_errors=True)
         run_directory = Path(tempfile.mkdtemp(prefix=f"cloud-{os.getpid()}-", dir=self._directory))
         for name in ("logs", "tmp"):
@@ -306,7 +302,7 @@ class LocalCloud:
     def _start_emulator(self) -> None:
         self._say("starting AWS on this machine (MiniStack)")
         for _ in range(3):  # a free port may be taken before the emulator binds it
-            port = _free_port()
+            port = free_port()
             log = self._log("emulator")
             with log.open("ab") as output:
                 process = subprocess.Popen(
@@ -319,9 +315,9 @@ class LocalCloud:
                     # A group of its own: Ctrl-C reaches this process only, and leftover processes can be found.
                     start_new_session=True,
                 )
-            self._cleanup.callback(_stop, process)
+            self._cleanup.callback(stop, process)
             self.endpoint_url = f"http://127.0.0.1:{port}"
-            if _answers(f"{self.endpoint_url}/_ministack/health", process, seconds=60):
+            if answers(f"{self.endpoint_url}/_ministack/health", process, seconds=60):
                 return
         raise LocalCloudError(f"The AWS emulator did not start.\n{_tail(log)}")
 
@@ -377,7 +373,7 @@ class LocalCloud:
                 command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 env=_sam_variables() | {"AWS_ENDPOINT_URL": self.endpoint_url}, start_new_session=True,
             )  # fmt: skip
-        self._cleanup.callback(_stop, process)
+        self._cleanup.callback(stop, process)
         return process
 
     def deployed_parameters(self, replicate_url: str, token: str) -> dict[str, str]:
@@ -668,68 +664,6 @@ def _network() -> dict[str, str]:
     variables = {name: value for name, value in os.environ.items() if name in NETWORK_VARIABLES}
     loopback = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]))
     return variables | {"NO_PROXY": loopback, "no_proxy": loopback}
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _answers(url: str, process: subprocess.Popen[bytes], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    with httpx.Client(trust_env=False, timeout=5) as http:
-        while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
-                if http.get(url).is_success:
-                    return process.poll() is None
-            time.sleep(0.1)
-    return False
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process group, and wait until all have ended (workers linger)."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(SECONDS_TO_STOP)
-    # macOS returns EPERM for a group of zombies.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        for number, seconds in ((signal.SIGTERM, SECONDS_TO_STOP), (signal.SIGKILL, SECONDS_TO_BE_GONE)):
-            os.killpg(process.pid, number)
-            deadline = time.monotonic() + seconds
-            while time.monotonic() < deadline:
-                process.poll()
-                os.killpg(process.pid, 0)
-                time.sleep(0.05)
-    process.wait()
-    if process.stdin:
-        process.stdin.close()
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignore a second Ctrl-C while stopping (possible in the main thread only)."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(number, signal.SIG_IGN) for number in signals]
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _tail(log: Path, lines: int = 25) -> str:
