@@ -19,7 +19,7 @@ CLOUDS := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo picture local send test lint types validate audit docs unit attacks simulation sim stack slow faults reliability conformance bench batch lock openapi clean
+.PHONY: help setup demo picture local env send test lint types validate audit docs unit attacks simulation sim stack slow faults reliability conformance bench batch lock openapi clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,14 +27,18 @@ help: ## Show this list
 setup: ## Create the environments (.venv and .local/emulator); quick if nothing changed
 	@python3 local/set_up.py
 
-demo: setup ## Run predictions on a local cloud and show each step (LIVE=1: the real Replicate, costs money)
-	@$(PYTHON) -m local demo $(if $(LIVE),--live)
+demo: setup ## Run predictions on a local cloud and show each step (VERBOSE=1: with figures; LIVE=1: the real Replicate, costs money)
+	@$(PYTHON) -m local demo $(if $(LIVE),--live) $(if $(VERBOSE),--verbose)
 
 picture: setup ## Run the demonstration and draw docs/demo.svg, which the README shows
-	@$(PYTHON) -m local demo --picture docs/demo.svg
+	@$(PYTHON) -m local demo --picture docs/demo.svg $(if $(VERBOSE),--verbose)
 
 local: setup ## Keep a local cloud running; its addresses are in .local/stack.json (LOCAL_DIR=… for a second one)
 	@exec $(PYTHON) -m local run
+
+env: ## Print the variables that the pages use, for the stack of "make local", as exports that a shell evaluates
+	@python3 local/set_up.py >&2
+	@$(PYTHON) -m local env
 
 send: setup ## Send EVENT=events/… to the stack of "make local", and follow its prediction (MODEL=…, FILE=…)
 	@$(PYTHON) -m local send "$(EVENT)" $(if $(MODEL),--model "$(MODEL)") $(if $(FILE),--file "$(FILE)")

@@ -9,6 +9,7 @@ number of local clouds can run side by side; the user's AWS configuration is nei
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -16,8 +17,6 @@ import platform
 import re
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,11 +30,11 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import boto3
-import httpx
 import yaml
 from botocore.config import Config
 from predictions.api.access_tokens import AccessTokens, Scope
 
+from local.processes import answers, free_port, is_running, stop, undisturbed
 from local.replicate.process import LocalReplicate
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -44,8 +43,7 @@ LEASH = CHECKOUT / "local" / "leash.py"
 EMULATOR = CHECKOUT / "local" / "emulator.py"
 REGION = "us-east-1"
 STACK_NAME = "replicate-serverless"
-SECONDS_TO_STOP = 1.0  # no state is kept, so killing loses nothing
-SECONDS_TO_BE_GONE = 10.0  # a killed process is a zombie until init reaps it
+OWNER = "local"  # of the access token and, by QueueOwner, of everything that comes without one
 
 # The emulator treats this key as the account's root user.
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
@@ -85,6 +83,7 @@ class Stack:
 
     api_url: str
     access_token: str
+    owner: str
     endpoint_url: str
     region: str
     table_name: str
@@ -93,6 +92,8 @@ class Stack:
     queue_url: str
     event_bus_name: str
     state_machine_arn: str
+    run_prediction_function_name: str
+    run_prediction_function_arn: str
     replicate_api_url: str
 
     @contextlib.contextmanager
@@ -117,6 +118,7 @@ class LocalCloud:
 
     Attributes:
         stack: Addresses and credentials of the stack.
+        owner: The owner of its access token, and of what the queue and direct invocations start.
         endpoint_url: The emulator: all of AWS.
         replicate_url: The API the stack runs predictions on, ending in ``/v1``.
         replicate: The stand-in behind it; not set with another upstream.
@@ -152,6 +154,7 @@ class LocalCloud:
         self._parameters = dict(parameters or {})
         self._upstream = upstream
         self._directory = directory or local_directory()
+        self.owner = self._parameters.get("QueueOwner", OWNER)
         self._checkout = checkout
         self._say = say
         self._cleanup = contextlib.ExitStack()
@@ -169,7 +172,7 @@ class LocalCloud:
             self._build = _Build(self._checkout, self._runtime_parameters(), self._log("sam-build"))
             building = self._build.start()
             if building:
-                self._cleanup.callback(_stop, building)
+                self._cleanup.callback(stop, building)
             self._start_emulator()
             self._start_replicate()
             if building:
@@ -199,7 +202,7 @@ class LocalCloud:
         """
         self._build = _Build(self._checkout, self._runtime_parameters(), self._log("sam-build"))
         if building := self._build.start():
-            self._cleanup.callback(_stop, building)
+            self._cleanup.callback(stop, building)
             self._build.finish(building)
         self._deploy()
 
@@ -223,14 +226,14 @@ class LocalCloud:
     def stop(self, *, keep_logs: bool = False) -> None:
         """Stop everything, and remove the logs unless `keep_logs` is set."""
         logs = self._directory / "logs"
-        with _undisturbed():
+        with undisturbed():
             try:
                 self._cleanup.close()
             finally:
                 run_directory: Path | None = getattr(self, "run_directory", None)
                 if run_directory and keep_logs:
                     shutil.rmtree(logs, ignore_errors=True)
-                    shutil.copytree(run_directory / "logs", logs)
+                    shutil.copytree(self.logs, logs)
                 if run_directory:
                     shutil.rmtree(run_directory, ignore_errors=True)
         if keep_logs and logs.exists():
@@ -281,20 +284,25 @@ class LocalCloud:
     def _make_run_directory(self) -> Path:
         self._directory.mkdir(parents=True, exist_ok=True)
         for abandoned in self._directory.glob("cloud-*-*"):
-            if not _is_running(int(abandoned.name.split("-")[1])):
+            if not is_running(int(abandoned.name.split("-")[1])):
                 shutil.rmtree(abandoned, ignore_errors=True)
         run_directory = Path(tempfile.mkdtemp(prefix=f"cloud-{os.getpid()}-", dir=self._directory))
         for name in ("logs", "tmp"):
             (run_directory / name).mkdir()
         return run_directory
 
+    @property
+    def logs(self) -> Path:
+        """Return the folder of the logs, while the cloud runs."""
+        return self.run_directory / "logs"
+
     def _log(self, name: str) -> Path:
-        return self.run_directory / "logs" / f"{name}.log"
+        return self.logs / f"{name}.log"
 
     def _start_emulator(self) -> None:
         self._say("starting AWS on this machine (MiniStack)")
         for _ in range(3):  # a free port may be taken before the emulator binds it
-            port = _free_port()
+            port = free_port()
             log = self._log("emulator")
             with log.open("ab") as output:
                 process = subprocess.Popen(
@@ -307,9 +315,9 @@ class LocalCloud:
                     # A group of its own: Ctrl-C reaches this process only, and leftover processes can be found.
                     start_new_session=True,
                 )
-            self._cleanup.callback(_stop, process)
+            self._cleanup.callback(stop, process)
             self.endpoint_url = f"http://127.0.0.1:{port}"
-            if _answers(f"{self.endpoint_url}/_ministack/health", process, seconds=60):
+            if answers(f"{self.endpoint_url}/_ministack/health", process, seconds=60):
                 return
         raise LocalCloudError(f"The AWS emulator did not start.\n{_tail(log)}")
 
@@ -365,20 +373,27 @@ class LocalCloud:
                 command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 env=_sam_variables() | {"AWS_ENDPOINT_URL": self.endpoint_url}, start_new_session=True,
             )  # fmt: skip
-        self._cleanup.callback(_stop, process)
+        self._cleanup.callback(stop, process)
         return process
 
-    def _deploy(self) -> None:
-        url = urlsplit(self.replicate_url)
-        parameters = {
-            "ReplicateApiUrl": self.replicate_url,
-            "ReplicateApiToken": self._upstream.token if self._upstream else self.replicate.token,
+    def deployed_parameters(self, replicate_url: str, token: str) -> dict[str, str]:
+        """Return the parameters of the deployment, for an address of Replicate and its token."""
+        url = urlsplit(replicate_url)
+        return {
+            "ReplicateApiUrl": replicate_url,
+            "ReplicateApiToken": token,
             # Replicate's own file hosts are always allowed.
             "FileOrigins": "" if url.hostname == "api.replicate.com" else f"{url.scheme}://{url.netloc}",
             "AllowLoopbackWebhooks": "true",
+            # The token of stack.json shows what the queue and direct invocations start.
+            "QueueOwner": self.owner,
             **self._runtime_parameters(),
             **self._parameters,
         }
+
+    def _deploy(self) -> None:
+        token = self._upstream.token if self._upstream else self.replicate.token
+        parameters = self.deployed_parameters(self.replicate_url, token)
         # A private file, because command lines are visible to every user of the machine.
         overrides = self.run_directory / "parameters.yaml"
         overrides.touch(mode=0o600)
@@ -465,7 +480,8 @@ class LocalCloud:
     def _describe(self) -> Stack:
         return Stack(
             api_url=self.api_url,
-            access_token=self.create_token("local"),
+            access_token=self.create_token(self.owner),
+            owner=self.owner,
             endpoint_url=self.endpoint_url,
             region=REGION,
             table_name=self.outputs["TableName"],
@@ -474,6 +490,8 @@ class LocalCloud:
             queue_url=self.outputs["RequestsQueueUrl"],
             event_bus_name=self.outputs["EventBusName"],
             state_machine_arn=self.outputs["TrackPredictionStateMachineArn"],
+            run_prediction_function_name=self.outputs["RunPredictionFunctionName"],
+            run_prediction_function_arn=self.outputs["RunPredictionFunctionArn"],
             replicate_api_url=self.replicate_url,
         )
 
@@ -579,11 +597,11 @@ def validate(template: Path = CHECKOUT / "template.yaml") -> int:
     return subprocess.run([*_sam("validate", template), "--lint"], cwd=CHECKOUT, env=_sam_variables()).returncode
 
 
-def stack_parameters(text: str) -> dict[str, str]:
+def stack_parameters(text: str, template: Path = CHECKOUT / "template.yaml") -> dict[str, str]:
     """Parse ``STACK_PARAMETERS``: ``Key=Value`` pairs, quoted as in a shell.
 
     Raises:
-        LocalCloudError: The text is not of that form.
+        LocalCloudError: The text is not of that form, or the template has no such parameter.
     """
     try:
         pairs = [word.partition("=") for word in shlex.split(text)]
@@ -592,6 +610,15 @@ def stack_parameters(text: str) -> dict[str, str]:
     for name, equals, _ in pairs:
         if not (name.isalnum() and equals):
             raise LocalCloudError(f'STACK_PARAMETERS must be "Key=Value Key=Value …", but has {name!r}.')
+    section = re.search(r"^Parameters:\n(.*?)^\w", template.read_text(), re.MULTILINE | re.DOTALL)
+    known = re.findall(r"^  (\w+):$", section[1], re.MULTILINE) if section else []  # parsing YAML takes seconds
+    for name, _, _ in pairs:
+        if name not in known:
+            # sam deploy ignores it, and the stack would run with the default.
+            near = {each.lower(): each for each in known}
+            found = [near[each] for each in difflib.get_close_matches(name.lower(), near)]
+            hint = f"Did you mean {' or '.join(found)}?" if found else f"It has {', '.join(sorted(known))}."
+            raise LocalCloudError(f"STACK_PARAMETERS: template.yaml has no parameter {name!r}. {hint}")
     return {name: value for name, _, value in pairs}
 
 
@@ -637,68 +664,6 @@ def _network() -> dict[str, str]:
     variables = {name: value for name, value in os.environ.items() if name in NETWORK_VARIABLES}
     loopback = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]))
     return variables | {"NO_PROXY": loopback, "no_proxy": loopback}
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _answers(url: str, process: subprocess.Popen[bytes], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    with httpx.Client(trust_env=False, timeout=5) as http:
-        while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
-                if http.get(url).is_success:
-                    return process.poll() is None
-            time.sleep(0.1)
-    return False
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process group, and wait until all have ended (workers linger)."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(SECONDS_TO_STOP)
-    # macOS returns EPERM for a group of zombies.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        for number, seconds in ((signal.SIGTERM, SECONDS_TO_STOP), (signal.SIGKILL, SECONDS_TO_BE_GONE)):
-            os.killpg(process.pid, number)
-            deadline = time.monotonic() + seconds
-            while time.monotonic() < deadline:
-                process.poll()
-                os.killpg(process.pid, 0)
-                time.sleep(0.05)
-    process.wait()
-    if process.stdin:
-        process.stdin.close()
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignore a second Ctrl-C while stopping (possible in the main thread only)."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(number, signal.SIG_IGN) for number in signals]
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _tail(log: Path, lines: int = 25) -> str:

@@ -62,8 +62,12 @@ FAILURE_LIVE = Task(
 DROPPED = Task("A file that is dropped into a bucket", "local/etcher", {"image": "{{ object.url }}"}, "succeeded")
 
 
-def demonstrate(terminal: Terminal, environment: Mapping[str, str], *, live: bool = False) -> list[bytes]:
+def demonstrate(
+    terminal: Terminal, environment: Mapping[str, str], *, live: bool = False, verbose: bool = False
+) -> list[bytes]:
     """Run the predictions on a fresh local cloud; return the output files, in order.
+
+    The last line links to the file of the first one.
 
     The second part is left out on the real Replicate, which could not open a link to this machine.
 
@@ -71,6 +75,7 @@ def demonstrate(terminal: Terminal, environment: Mapping[str, str], *, live: boo
         terminal: The terminal for the output.
         environment: For a live run, ``REPLICATE_API_TOKEN``.
         live: Run them on the real Replicate, which bills them, a cent or less.
+        verbose: Also show the figures of each one: functions, states, writes, calls.
 
     Returns:
         The output files, in the order of their predictions.
@@ -96,18 +101,27 @@ def demonstrate(terminal: Terminal, environment: Mapping[str, str], *, live: boo
         headers = {"Authorization": f"Bearer {cloud.stack.access_token}"}
         with httpx.Client(base_url=cloud.stack.api_url, headers=headers, timeout=30, trust_env=False) as api:
             runs = [
-                _Run(cloud, api, terminal, task, live=live)
+                _Run(cloud, api, terminal, task, live=live, verbose=verbose)
                 for task in ((PICTURE_LIVE, FAILURE_LIVE) if live else (PICTURE, FAILURE))
             ]
             for run in runs:
                 run.tell()
             if not live:
-                runs.append(_DroppedRun(cloud, api, terminal, DROPPED, live=False, content=runs[0].files[0]))
+                runs.append(
+                    _DroppedRun(cloud, api, terminal, DROPPED, live=False, verbose=verbose, content=runs[0].files[0][1])
+                )
                 runs[-1].tell()
         terminal.write()
         terminal.step("stopping")
+    files = [file for run in runs for file in run.files]
+    conclude(terminal, files[0][0])
+    return [content for _, content in files]
+
+
+def conclude(terminal: Terminal, picture: Path) -> None:
+    """Write the last lines: that everything was checked, and a link to the picture, which terminals open."""
     terminal.succeed("all lines were checked")
-    return [file for run in runs for file in run.files]
+    terminal.write(f"  {picture.as_uri()}")
 
 
 @dataclass
@@ -119,9 +133,10 @@ class _Run:
     terminal: Terminal
     task: Task
     live: bool
+    verbose: bool
     id: str = ""
     item: dict[str, Any] = field(default_factory=dict)
-    files: list[bytes] = field(default_factory=list)
+    files: list[tuple[Path, bytes]] = field(default_factory=list)
 
     def tell(self) -> None:
         """Run the prediction, print its timeline and check it.
@@ -130,7 +145,7 @@ class _Run:
             DemoFailed: The prediction did not complete as expected.
         """
         self.terminal.title(self.task.title)
-        ran_before = self.cloud.invocations()
+        ran_before = self.cloud.invocations() if self.verbose else Counter()
         self._asked_before = 0 if self.live else len(self.cloud.replicate.record()["requests"])
         self._began = time.monotonic()
         self._request()
@@ -149,8 +164,12 @@ class _Run:
         else:
             _check(prediction["error"], "it failed without an error")
             self._event("error", prediction["error"])
-        time.sleep(_STREAM_SECONDS)
-        self._figures(prediction, seconds, self.cloud.invocations() - ran_before)
+        if not self.live:
+            created = self._creates()
+            _check(created == 1, f"it was created {created} times upstream")
+        if self.verbose:
+            time.sleep(_STREAM_SECONDS)
+            self._figures(prediction, seconds, self.cloud.invocations() - ran_before)
 
     def _event(self, name: str, text: str) -> None:
         self.terminal.event(name, text, time.monotonic() - self._began)
@@ -216,7 +235,7 @@ class _Run:
         path = local_directory() / "demo" / f"{name}{SUFFIXES.get(file['content_type'], '')}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(downloaded)
-        self.files.append(downloaded)
+        self.files.append((path, downloaded))
         self._event("checked", "its URL and the bucket return the same bytes")
         self._event("saved", _shown(path))
 
@@ -233,8 +252,6 @@ class _Run:
         if not self.live:
             calls = self._upstream_calls()
             figure("upstream calls", str(sum(calls.values())), _counted(calls))
-            created = sum(count for call, count in calls.items() if call.startswith("POST ") and "{id}" not in call)
-            _check(created == 1, f"it was created {created} times upstream")
 
     def _get(self) -> dict[str, Any]:
         answer = self.api.get(f"/predictions/{self.id}")
@@ -276,6 +293,10 @@ class _Run:
         upstream_id = self.item["upstream_id"]
         calls = (f"{request['method']} {request['path'].replace(upstream_id, '{id}')}" for request in asked)
         return Counter(re.sub("/files/.*", "/files/…", call) for call in calls if not call.endswith(NOT_COUNTED_CALL))
+
+    def _creates(self) -> int:
+        calls = self._upstream_calls().items()
+        return sum(count for call, count in calls if call.startswith("POST ") and "{id}" not in call)
 
     def _writes(self) -> int:
         stream = self.cloud.client("dynamodb").describe_table(TableName=self.cloud.stack.table_name)["Table"]

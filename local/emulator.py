@@ -17,6 +17,9 @@ their paths in the input; and it checks whether a function may describe any run 
 A template with an alarm of metric math is rejected: here such an alarm exists, and watches the first of its metrics.
 
 `dynamodb:LeadingKeys`, with which policies limit the items of the table that a function may access, is not supported.
+
+The emulator keeps no log of the API's requests, and its own log lacks the lines of most invocations: here both are
+files in `logs` of the working directory, `requests.log` and `functions.log`.
 """
 
 import functools
@@ -33,7 +36,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from ministack.app import main
+from ministack import app
 from ministack.core import iam_actions, lambda_runtime
 from ministack.services import lambda_svc, stepfunctions
 from ministack.services.cloudformation import provisioners
@@ -45,6 +48,44 @@ RAISED = re.compile(r"^(?:[\w.]+\.)?(\w+)(?::|$)", re.MULTILINE | re.ASCII)
 DIED = "Worker process died"
 
 SECONDS_TO_START = 10
+
+REQUESTS_LOG = Path("logs/requests.log").absolute()
+FUNCTIONS_LOG = Path("logs/functions.log").absolute()
+
+
+def logged(handle: Callable[..., Any]) -> Callable[..., Any]:
+    """Log each request to the API, without its query, which may hold a signature."""
+
+    @functools.wraps(handle)
+    async def run(host: str, path: str, method: str, *others: Any, **options: Any) -> Any:
+        began = time.monotonic()
+        answer = await handle(host, path, method, *others, **options)
+        if answer is not None:
+            below = path.removeprefix("/_aws/execute-api/").partition("/")[2].partition("/")[2]
+            record = {"method": method, "path": f"/{below}", "status": answer[0], "seconds": time.monotonic() - began}
+            append(REQUESTS_LOG, json.dumps(record))
+        return answer
+
+    return run
+
+
+def append(log: Path, text: str) -> None:
+    """Append lines to a log in one write, so that lines of several threads do not mix."""
+    with log.open("a") as file:
+        file.write(f"{text.rstrip()}\n")
+
+
+def with_log(execute: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Log what a function has written."""
+
+    @functools.wraps(execute)
+    def run(*args: Any, **options: Any) -> dict[str, Any]:
+        result = execute(*args, **options)
+        if text := result.get("log"):
+            append(FUNCTIONS_LOG, str(text))
+        return result
+
+    return run
 
 
 def named(execute: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -256,8 +297,9 @@ lambda_runtime.zipfile = types.SimpleNamespace(**{**vars(zipfile), "ZipFile": Ar
 lambda_runtime.Worker._spawn = known_to_start(lambda_runtime.Worker._spawn)
 lambda_runtime.Worker.starting = False
 lambda_svc.acquire_worker = one_at_a_time(lambda_svc.acquire_worker)
-lambda_svc._execute_function_warm = named(lambda_svc._execute_function_warm)
+lambda_svc._execute_function_warm = with_log(named(lambda_svc._execute_function_warm))
 iam_actions.extract_resource_arn = with_map_runs(iam_actions.extract_resource_arn)
 stepfunctions._run_distributed_map = with_paths(stepfunctions._run_distributed_map)
 provisioners._cw_metric_alarm_record = of_one_metric(provisioners._cw_metric_alarm_record)
-main()
+app._handle_execute_api_request = logged(app._handle_execute_api_request)
+app.main()

@@ -65,7 +65,8 @@ class Recorder(io.StringIO):
 def draw_demo(parts: Sequence[Sequence[str]], files: Sequence[bytes]) -> str:
     """Return an SVG of the two parts of the demonstration that make a picture.
 
-    The first one is drawn with its figures.
+    The first one is drawn with its figures, if they were shown. The link below the last line leads to a file of this
+    machine, so it is left out.
 
     Args:
         parts: The terminal's output, as `Recorder.parts`.
@@ -73,11 +74,13 @@ def draw_demo(parts: Sequence[Sequence[str]], files: Sequence[bytes]) -> str:
     """
     titles = [PAINTED.sub(r"\2", part[0]) for part in parts]
     first, dropped = titles.index(PICTURE.title), titles.index(DROPPED.title)
+    figures = ["", *parts[first + 1]] if parts[first + 1][0].startswith(" ") else []
     acts = [
-        ([*parts[first], "", *parts[first + 1]], files[0], "the output file, stored in your bucket"),
+        ([*parts[first], *figures], files[0], "the output file, stored in your bucket"),
         (parts[dropped], files[1], "the same file, redrawn by the recipe"),
     ]
-    return draw(acts, parts[-1][-1], "make demo")
+    (last,) = (line for line in parts[-1] if PAINTED.sub(r"\2", line).startswith("✓"))
+    return draw(acts, last, "make demo")
 
 
 def draw(acts: Sequence[tuple[Sequence[str], bytes, str]], last: str, command: str) -> str:

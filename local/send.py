@@ -24,7 +24,8 @@ from predictions.files.outputs_bucket import OutputsBucket
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction
 
-from local.cloud import STACK_NAME, Stack, aws_client, local_directory
+from local.cloud import STACK_NAME, Stack, aws_client
+from local.running import running_stack
 from local.terminal import Terminal
 
 MODEL = "local/painter"
@@ -164,7 +165,8 @@ def send(terminal: Terminal, sample: Path, *, model: str | None = None, file: Pa
         file: The content of the object in a sample of S3.
 
     Raises:
-        SendFailed: No local stack is running, or this cannot be sent.
+        NotRunning: No local stack is running.
+        SendFailed: This cannot be sent.
     """
     folder, event = read_sample(sample)
     shipments = plan(folder, event)
@@ -205,27 +207,6 @@ def read_sample(sample: Path) -> tuple[str, Any]:
         return sample.resolve().parent.name, json.loads(sample.read_text())
     except ValueError as error:
         raise SendFailed(f"{sample} is not JSON: {error}") from None
-
-
-def running_stack() -> Stack:
-    """Find the running local cloud by its ``stack.json``.
-
-    Raises:
-        SendFailed: No local cloud is running.
-    """
-    path = local_directory() / "stack.json"
-    hint = "Run `make local` and leave it running (with the same LOCAL_DIR, if any)"
-    try:
-        stack = Stack(**json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise SendFailed(f"No local stack is running. {hint}.") from None
-    except (ValueError, TypeError) as error:
-        raise SendFailed(f"{path} was not written by `make local` ({error}). {hint}.") from None
-    try:
-        httpx.get(f"{stack.endpoint_url}/_ministack/health", timeout=5, trust_env=False).raise_for_status()
-    except httpx.HTTPError:
-        raise SendFailed(f"The local stack in {path} does not respond. {hint}.") from None
-    return stack
 
 
 def _call(event: Mapping[str, Any]) -> Call:

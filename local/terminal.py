@@ -22,6 +22,11 @@ class Terminal:
         shown = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self._colours = shown if colours is None else colours
 
+    @property
+    def seconds(self) -> float:
+        """Return the seconds since the creation."""
+        return time.monotonic() - self._began
+
     def write(self, text: str = "") -> None:
         """Write text as it is."""
         print(text, file=self._stream, flush=True)
@@ -33,7 +38,7 @@ class Terminal:
 
     def step(self, text: str) -> None:
         """Write the current step and its time."""
-        seconds = f"{time.monotonic() - self._began:6.1f} s"
+        seconds = f"{self.seconds:6.1f} s"
         self.write(f"{self._paint('2', seconds)}  {text}")
 
     def event(self, name: str, text: str, seconds: float | None = None) -> None:

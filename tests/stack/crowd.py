@@ -62,7 +62,7 @@ class Crowd:
                 base_url=cloud.stack.api_url, headers={"Authorization": f"Bearer {cloud.create_token(owner)}"},
                 timeout=60, trust_env=False,
             )
-            for owner in (OWNER, "queue")
+            for owner in (OWNER, cloud.owner)
         }  # fmt: skip
         self._http = self._owners[OWNER]
         self._unmoved: dict[tuple[str, str], tuple[Any, float]] = {}

@@ -220,11 +220,11 @@ COMMANDS = sorted(
 @pytest.mark.parametrize("text", COMMANDS)
 def test_command_of_the_runbook_runs(run: Run, text: str, request: pytest.FixtureRequest) -> None:
     _, *words = shlex.split(text)
-    assert stack_of(words) == "NAME"
+    assert stack_of(words) == "$STACK"
     if {"rotate", "forget", "redrive"} & set(words):
         return  # those above, and what other tests still need
-    if "ID" in words:
-        words = [request.getfixturevalue("painted") if word == "ID" else word for word in words]
+    if "$ID" in words:
+        words = [request.getfixturevalue("painted") if word == "$ID" else word for word in words]
     del words[words.index("--stack") : words.index("--stack") + 2]
     code, _, err = run(*words)
     # Nothing is missing, and it has no webhook: which is said.

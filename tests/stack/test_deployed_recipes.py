@@ -9,7 +9,7 @@ import httpx
 import pytest
 from predictions.cli.__main__ import main
 
-from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud, LocalCloudError
+from local.cloud import CREDENTIALS, OWNER, REGION, STACK_NAME, LocalCloud, LocalCloudError
 from tests.support.deployment import copy_checkout
 
 Wait = Callable[..., Any]
@@ -53,14 +53,14 @@ def test_recipes_of_files_live_and_go_with_the_stack(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    headers = {owner: {"Authorization": f"Bearer {own.create_token(owner)}"} for owner in ("queue", "team-a")}
+    headers = {owner: {"Authorization": f"Bearer {own.create_token(owner)}"} for owner in (OWNER, "team-a")}
 
-    def call(method: str, path: str, body: Any = None, owner: str = "queue") -> tuple[int, Any]:
+    def call(method: str, path: str, body: Any = None, owner: str = OWNER) -> tuple[int, Any]:
         url = own.api_url + path
         answer = httpx.request(method, url, headers=headers[owner], json=body, timeout=30, trust_env=False)
         return answer.status_code, answer.json() if answer.content else None
 
-    def recipes(owner: str = "queue") -> dict[str, Any]:
+    def recipes(owner: str = OWNER) -> dict[str, Any]:
         return {each["name"]: each for each in call("GET", "/recipes", owner=owner)[1]["results"]}
 
     def started(text: str) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud
+from local.cloud import CREDENTIALS, OWNER, REGION, STACK_NAME, LocalCloud
 from local.replicate.process import LocalReplicate
 
 Api = Callable[..., httpx.Client]
@@ -87,7 +87,7 @@ class Queue:
 
 @pytest.fixture
 def queue(cloud: LocalCloud, api: Api, wait_until: WaitUntil, replicate: LocalReplicate) -> Iterator[Queue]:
-    queue = Queue(cloud, api("queue"), wait_until)
+    queue = Queue(cloud, api(OWNER), wait_until)
     yield queue
     queue.sqs.purge_queue(QueueUrl=queue.dead_url)
 

@@ -9,7 +9,7 @@ import pytest
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.store.predictions import PredictionsTable
 
-from local.cloud import LocalCloud
+from local.cloud import OWNER, LocalCloud
 from local.replicate.process import LocalReplicate
 
 Api = Callable[..., httpx.Client]
@@ -72,7 +72,7 @@ def test_prompt_is_answered_at_once_and_its_owner_reads_the_end(
     # A client that saw no answer asks again.
     again = invoke(**job)
     assert again["prediction_id"] == told["prediction_id"]
-    shown = wait_until(lambda: ended(api("queue"), told["prediction_id"]), 30)
+    shown = wait_until(lambda: ended(api(OWNER), told["prediction_id"]), 30)
     assert (shown["status"], len(shown["output_files"])) == ("succeeded", 1)
     assert api("alice").get(f"/predictions/{told['prediction_id']}").status_code == 404
     assert len(predictions_of(replicate)) == 1
@@ -107,7 +107,7 @@ def test_wait_that_ends_first_is_answered_and_the_prediction_succeeds_later(
     told = invoke(model="local/sleeper", input_data={"seconds": 4}, poll_interval=0.1, max_poll_attempts=2)
     assert told["status"] in ("starting", "processing")
     assert (told["output"], told["error"], told["completed_at"]) == (None, None, None)
-    shown = wait_until(lambda: ended(api("queue"), told["prediction_id"]), 30)
+    shown = wait_until(lambda: ended(api(OWNER), told["prediction_id"]), 30)
     assert (shown["status"], shown["output"]) == ("succeeded", "slept well")
     assert len(predictions_of(replicate)) == 1
 
@@ -126,4 +126,4 @@ def test_event_invocation_that_nobody_waits_for_starts_one(
     )
     item = table.get(prediction_id)
     assert item is not None
-    assert (item.owner, item.source) == ("queue", "run_job")
+    assert (item.owner, item.source) == (OWNER, "run_job")

@@ -6,9 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
+from local.activity import Activity
 from local.cloud import CHECKOUT, LocalCloud
 from local.replicate.process import LocalReplicate
 from local.send import NotSendable, SendFailed, send
@@ -78,6 +81,46 @@ def test_samples_of_the_queue_and_of_s3_start_what_a_recipe_and_a_message_ask_fo
     told = sent("start_from_queue/s3")
     assert "/postcards/lisbon.json" in told.replace("\n", "")
     assert re.search(r"^ +[0-9.]+ s  succeeded", told, re.MULTILINE), told
+
+
+def test_what_comes_without_a_token_is_shown_to_that_of_the_stack(cloud: LocalCloud, sent: Send) -> None:
+    told = sent("run_prediction/not_waiting", model="local/storyteller") + sent("start_from_queue/request")
+    started = re.findall(r"succeeded +([a-z0-9]{26})$", told, re.MULTILINE)
+    assert len(started) == 2, told
+    headers = {"Authorization": f"Bearer {cloud.stack.access_token}"}
+    answer = httpx.get(f"{cloud.stack.api_url}/predictions", headers=headers, trust_env=False, timeout=30)
+    assert set(started) <= {each["id"] for each in answer.raise_for_status().json()["results"]}
+
+
+def test_requests_status_changes_and_webhooks_are_lines(
+    cloud: LocalCloud, replicate: LocalReplicate, wait_until: Callable[..., Any]
+) -> None:
+    told = StringIO()
+    activity = Activity(cloud, Terminal(told))
+    activity.skip()
+    body = {
+        "version": "local/painter",
+        "input": {"prompt": "a lighthouse"},
+        "webhook": "http://127.0.0.1:9/nobody",
+        "webhook_events_filter": ["completed"],
+    }
+    headers = {"Authorization": f"Bearer {cloud.stack.access_token}"}
+    answer = httpx.post(f"{cloud.stack.api_url}/predictions", headers=headers, json=body, trust_env=False, timeout=60)
+    id_ = answer.raise_for_status().json()["id"]
+
+    def lines() -> list[str]:
+        activity.show()
+        return re.findall(rf"^ +[0-9.]+ s  (.*{id_}.*|request .*)$", told.getvalue(), re.MULTILINE)
+
+    wait_until(lambda: [line for line in lines() if "to the caller" in line], 30, "a line of the caller's webhook")
+    kinds = [" ".join(line.split()).partition(f" {id_}") for line in lines()]
+    assert [name for name, _, _ in kinds if name.startswith("request POST /predictions: 201 in ")]
+    assert ("prediction", f" {id_}", " starting: local/painter, of local, from http") in kinds
+    assert ("prediction", f" {id_}", " succeeded") in kinds
+    assert [rest for name, _, rest in kinds if name == "webhook" and rest.startswith(" from Replicate: 200 in")]
+    assert [rest for name, _, rest in kinds if name == "webhook" and rest.startswith("-completed-1 to the caller: ")]
+    assert told.getvalue().count(f"{id_} succeeded") == 1
+    assert (cloud.logs / "functions.log").stat().st_size > 0
 
 
 def test_command_says_what_went_wrong_and_fails(tmp_path: Path) -> None:

@@ -315,8 +315,7 @@ def call(submissions: Submissions, monkeypatch: pytest.MonkeyPatch) -> Call:
 
 # The properties of `schemas_training_response`: https://api.replicate.com/openapi.json
 KEYS = {
-    "completed_at", "created_at", "error", "id", "input", "logs", "metrics", "model", "output", "source", "started_at",
-    "status", "urls", "version",
+    "created_at", "error", "id", "input", "logs", "model", "source", "status", "urls", "version",
 }  # fmt: skip
 
 

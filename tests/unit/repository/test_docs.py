@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from local import docs, picture, site_links
-from local.demo import DROPPED, PICTURE
+from local.demo import DROPPED, PICTURE, conclude
 from local.terminal import Terminal
 from tests.support.library import modules
 from tests.support.pages import BLOCKS, PAGES, code, rows, section
@@ -388,3 +388,23 @@ def test_picture_has_the_lines_of_the_terminal_and_its_files(capsys: pytest.Capt
     assert max(map(len, lines)) == picture.LINE_CHARACTERS
     assert lines[-1] == "✓ done"
     assert "\033" not in svg + capsys.readouterr().out
+
+
+def test_picture_without_figures_shows_none_and_no_link_to_a_file_of_this_machine(tmp_path: Path) -> None:
+    written = io.BytesIO()
+    Image.new("RGB", (60, 40), "red").save(written, "PNG")
+    recorder = picture.Recorder(io.StringIO())
+    terminal = Terminal(recorder, colours=True)
+    for title in (PICTURE.title, "One that fails", DROPPED.title):
+        terminal.title(title)
+        terminal.event("request", f"of {title}", 1.0)
+    terminal.write()
+    terminal.step("stopping")
+    conclude(terminal, tmp_path / "a picture.png")
+    *_, last = recorder.getvalue().splitlines()
+    assert last.strip() == f"file://{tmp_path}/a%20picture.png"
+    svg = picture.draw_demo(recorder.parts, [written.getvalue(), written.getvalue()])
+    lines = ["".join(text.itertext()) for text in ET.fromstring(svg).iter(f"{SVG}text")]  # noqa: S314  # ours
+    assert "One that fails" not in svg
+    assert lines[-1] == "✓ all lines were checked"
+    assert "file://" not in svg

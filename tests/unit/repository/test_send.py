@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from local.running import NotRunning, running_stack
 from local.send import (
     BusEvent,
     Call,
@@ -20,7 +21,6 @@ from local.send import (
     _content,
     plan,
     read_sample,
-    running_stack,
     send,
     with_model,
 )
@@ -92,7 +92,8 @@ def test_sample_that_cannot_be_read_is_refused(tmp_path: Path, text: str | None,
                 dict.fromkeys(
                     (
                         "api_url", "access_token", "region", "table_name", "outputs_bucket", "inputs_bucket",
-                        "queue_url", "event_bus_name", "state_machine_arn", "replicate_api_url",
+                        "queue_url", "event_bus_name", "state_machine_arn", "replicate_api_url", "owner",
+                        "run_prediction_function_name", "run_prediction_function_arn",
                     ),
                     "x",
                 )
@@ -109,9 +110,9 @@ def test_without_a_running_stack_nothing_is_sent(
     monkeypatch.setenv("LOCAL_DIR", str(tmp_path))
     if text is not None:
         (tmp_path / "stack.json").write_text(text)
-    with pytest.raises(SendFailed, match=message):
+    with pytest.raises(NotRunning, match=message):
         running_stack()
-    with pytest.raises(SendFailed, match=message):
+    with pytest.raises(NotRunning, match=message):
         send(Terminal(StringIO()), EVENTS / "start_prediction" / "version.json")
 
 
