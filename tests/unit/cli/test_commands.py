@@ -403,13 +403,13 @@ def test_limits_are_set_listed_and_removed(limited: Any, capsys: pytest.CaptureF
     run("set", "carol", "--open-batches", "3", "--open-pipelines", "0")
     assert json.loads(run("list", "--json")) == [
         {"owner": "alice", "in_flight": None, "per_day": 0, "open_batches": None, "open_pipelines": None},
-        {"owner": "bob", "in_flight": 30, "per_day": None, "open_batches": None, "open_pipelines": None},
+        {"owner": "bob", "in_flight": 30, "per_day": 5000, "open_batches": None, "open_pipelines": None},
         {"owner": "carol", "in_flight": None, "per_day": None, "open_batches": 3, "open_pipelines": 0},
     ]
     # What is not set of batches and pipelines is the default of owners with limits.
     assert [line.split() for line in run("list").splitlines()[1:]] == [
         ["alice", "-", "0", "100", "500"],
-        ["bob", "30", "-", "100", "500"],
+        ["bob", "30", "5000", "100", "500"],
         ["carol", "-", "-", "3", "0"],
     ]
     run("remove", "carol")
@@ -417,6 +417,53 @@ def test_limits_are_set_listed_and_removed(limited: Any, capsys: pytest.CaptureF
     run("remove", "bob")
     assert [each["owner"] for each in json.loads(run("list", "--json"))] == ["alice"]
     assert OwnersLimits("predictions", limited).limits_of("bob") == OwnerLimits()
+
+
+def test_setting_one_limit_keeps_the_others_and_one_can_be_removed(
+    limited: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*argv: str) -> str:
+        assert main(["limits", *argv, "--stack", "demo", "--region", REGION]) == 0
+        return capsys.readouterr().err
+
+    run("set", "bob", "--in-flight", "20", "--open-batches", "7")
+    said = run("set", "bob", "--per-day", "5000")
+    assert "20 in flight, 5000 per day, 7 open batches and 500 open pipelines" in said, "all of them are told"
+    assert "5000 per day, 7 open batches" in run("remove", "bob", "--in-flight")
+    limits = OwnersLimits("predictions", limited)
+    assert limits.limits_of("bob") == OwnerLimits(per_day=5000, open_batches=7)
+    assert "are removed" in run("remove", "bob", "--per-day", "--open-batches")
+    assert "are removed" in run("remove", "bob", "--per-day")
+    assert limited.scan(TableName="predictions")["Items"] == []
+
+
+@pytest.mark.parametrize(
+    ("first", "meanwhile", "left"),
+    [
+        ("set", {"per_day": 9}, OwnerLimits(in_flight=5, per_day=9)),
+        ("remove", {"per_day": 9}, OwnerLimits(per_day=9)),
+    ],
+)
+def test_limit_set_concurrently_is_not_lost(
+    limited: Any, first: str, meanwhile: dict[str, int], left: OwnerLimits
+) -> None:
+    limits = OwnersLimits("predictions", limited)
+    limits.set_limits("bob", OwnerLimits(in_flight=2))
+    calls: list[str] = []
+
+    def other_call(**_: Any) -> None:
+        # Before this call's last write: whatever it has read by then is outdated.
+        calls.append("write")
+        if len(calls) == (1 if first == "set" else 2):
+            limits.set_limits("bob", OwnerLimits(**meanwhile))
+
+    for operation in ("PutItem", "UpdateItem", "DeleteItem"):
+        limited.meta.events.register(f"before-call.dynamodb.{operation}", other_call)
+    if first == "set":
+        limits.set_limits("bob", OwnerLimits(in_flight=5))
+    else:
+        limits.remove_limits("bob", ["in_flight"])
+    assert limits.limits_of("bob") == left
 
 
 # -- webhooks ------------------------------------------------------------------------------------------------------
