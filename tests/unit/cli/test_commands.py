@@ -587,10 +587,7 @@ def test_failed_webhooks_are_listed_and_sent_again(hooks: Any, capsys: pytest.Ca
         ["-", "-", "-", "not a delivery"],
     ]
     assert main(["dead-letters", "list", "webhooks", "--stack", "hooks", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [], "what was listed is hidden for a while"
-    hooks.purge_queue(QueueUrl=dead)
-    hooks.send_message(QueueUrl=dead, MessageBody=json.dumps({**FAILED, "reason": "answered 500"}))
-    hooks.send_message(QueueUrl=dead, MessageBody="[]")
+    assert len(json.loads(capsys.readouterr().out)) == 2, "what was listed can be listed and redriven at once"
     assert main(["dead-letters", "redrive", "webhooks", "--stack", "hooks"]) == 2
     err = capsys.readouterr().err
     assert "Redriven: 1." in err
@@ -686,7 +683,7 @@ def test_dead_requests_are_listed_with_their_reasons_and_no_token(
     assert "secret" not in row
     assert "\x1b" not in row
     assert main([*REQUESTS, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [], "what was listed is hidden for a while"
+    assert [each["id"] for each in json.loads(capsys.readouterr().out)] == ["message-1"], "it can be listed again"
 
 
 def test_dead_requests_as_json_are_whole(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
@@ -815,6 +812,53 @@ def test_look_at_more_letters_than_can_be_seen_before_the_first_come_back_ends()
     sqs: Any = Returning()
     letters = [letter.id for letter in DeadLetterQueue("url", sqs).receive(30)]
     assert sorted(letters) == sorted(f"message-{n}" for n in range(25))
+
+
+def test_list_followed_at_once_by_redrive_redrives_what_was_listed(
+    queue: Queue, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for n in range(12):  # more than one call receives or releases
+        queue.send(f"message-{n}", "{}")
+    assert main(REQUESTS) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 13
+    assert main(PUT_BACK) == 0
+    assert "Redriven: 12." in capsys.readouterr().err
+    assert queue.left == 0
+
+
+def test_redrive_of_one_dead_request_leaves_the_others_to_the_next_command(queue: Queue) -> None:
+    for n in range(3):
+        queue.send(f"message-{n}", "{}")
+    queue.answers = [({"batchItemFailures": [{"itemIdentifier": "message-1"}]}, None)]
+    assert main([*PUT_BACK, "--id", "message-1"]) == 2
+    assert main(PUT_BACK) == 0, "also the one that could not be redriven"
+    assert queue.left == 0
+
+
+@pytest.mark.parametrize("said", ["AccessDenied", "part"])
+def test_list_without_the_right_to_release_says_for_how_long_they_are_hidden(
+    queue: Queue, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    queue.send("message-1", "{}")
+    make: Any = Stack.client
+
+    def answer(**_: Any) -> tuple[Any, dict[str, Any]]:
+        refusal = {"Error": {"Code": said, "Message": ""}} if said == "AccessDenied" else {"Failed": [{"Id": "0"}]}
+        return type("Http", (), {"status_code": 403 if "Error" in refusal else 200})(), refusal
+
+    def client(stack: Stack, service_name: str) -> Any:
+        made = make(stack, service_name)
+        if service_name == "sqs":
+            made.meta.events.register("before-call.sqs.ChangeMessageVisibilityBatch", answer)
+        return made
+
+    monkeypatch.setattr(Stack, "client", client)
+    assert main(REQUESTS) == 0
+    out, err = capsys.readouterr()
+    assert "message-1" in out
+    assert "for 30 seconds" in err
+    assert main([*REQUESTS, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
 
 
 def test_unknown_dead_request_is_said(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
