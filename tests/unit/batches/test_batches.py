@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,9 +15,11 @@ from predictions.batches import files as batch_files
 from predictions.batches.files import get_text, lines_key, new_object, read_jsonl, refused_key, requests_key
 from predictions.batches.prepare import prepare
 from predictions.batches.store import Batch, event_of
+from predictions.batches.view import show_batch
 from predictions.errors import NoLongerWanted, Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.status import Status
+from predictions.views.prediction import Presenter
 
 from tests.support.batches import LLAMA, RETENTION, World, body, plenty, world
 from tests.support.fakes import Clock, ReplicateInMemory, meanwhile, refusing
@@ -445,6 +448,56 @@ def test_batch_whose_lines_are_all_refused_ends(world: World) -> None:
     batch = world.prepared(BAD, BAD)
     world.finish(batch)
     assert [line["status"] for line in world.results(batch)] == ["refused"] * 2
+    ended = world.there(batch)
+    assert (ended.status, ended.error) == ("failed", None)
+    assert ended.reason == "No line of the batch succeeded (2 refused). The results hold the reason of each line."
+
+
+@pytest.mark.parametrize(
+    ("counts", "status"),
+    [
+        ({"succeeded": 1, "failed": 99}, "succeeded"),
+        ({"succeeded": 0, "failed": 1, "canceled": 1}, "failed"),
+        ({"succeeded": 0, "canceled": 3}, "succeeded"),  # one by one, by its owner
+        ({"succeeded": 0}, "succeeded"),  # an empty manifest
+    ],
+)
+def test_batch_fails_if_all_its_lines_did(
+    world: World, monkeypatch: pytest.MonkeyPatch, counts: dict[str, int], status: str
+) -> None:
+    batch = world.prepared(LLAMA)
+    results = [{"n": 1, "status": name} for name, count in counts.items() for _ in range(count)]
+    monkeypatch.setattr("predictions.batches.finish._results", lambda *_: iter(results))
+    world.finish(batch)
+    shown = show_batch(world.there(batch), world.control, Presenter(OutputsBucket("outputs"), 60), ask=False)
+    assert (shown["status"], shown["error"] is not None) == (status, status == "failed")
+
+
+def test_batch_in_which_every_line_failed_can_be_retried_and_succeed(
+    world: World, replicate: ReplicateInMemory
+) -> None:
+    batch = world.prepared(LLAMA, LLAMA)
+    for id_ in world.run(batch).values():
+        world.end(id_, replicate, "failed", error="no")
+    world.finish(batch)
+    assert (world.there(batch).status, "(2 failed)" in (world.there(batch).reason or "")) == ("failed", True)
+    again = world.control.again(world.there(batch))
+    assert (again.attempt, again.reason) == (2, None)
+    prepare(world.batches, batch.id, 2)
+    ids = world.run(again)
+    world.end(ids[1], replicate, output="at last")
+    world.end(ids[2], replicate, "failed", error="no")
+    world.finish(batch)
+    assert (world.there(batch).status, world.there(batch).reason) == ("succeeded", None)
+
+
+def test_batch_that_an_earlier_release_ended_reads_as_before(world: World) -> None:
+    batch = world.prepared(LLAMA)
+    counts = {"succeeded": 0, "failed": 1}
+    earlier = replace(batch, status="succeeded", counts=counts)
+    assert (earlier.ended, earlier.reason) == (True, None)
+    assert replace(batch, status="failed", stop="exceeded", counts=counts).reason is None
+    assert replace(batch, status="failed", error="gone", counts={}).reason == "gone"
 
 
 def test_more_failing_lines_than_tolerated_fail_the_batch_and_cancel_what_runs(
@@ -671,14 +724,14 @@ def test_end_of_a_batch_is_one_event(world: World, replicate: ReplicateInMemory)
             "id": batch.id,
             "object": "batch",
             "owner": "alice",
-            "status": "succeeded",
+            "status": "failed",
             "attempt": 1,
             "recipe": None,
             "manifest": None,
             "total": 2,
             "counts": {"succeeded": 0, "failed": 1, "canceled": 0, "refused": 1},
             "depth": 0,
-            "error": None,
+            "error": "No line of the batch succeeded (1 failed, 1 refused). The results hold the reason of each line.",
             "results": f"s3://outputs/alice/batches/{batch.id}/results-1.jsonl",
             "created_at": batch.created_at,
             "completed_at": world.there(batch).completed_at,
