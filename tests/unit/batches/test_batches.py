@@ -12,17 +12,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from predictions.aws import clients
 from predictions.batches import files as batch_files
+from predictions.batches.checks import CHECK_SECONDS, LineSchema
 from predictions.batches.files import get_text, lines_key, new_object, read_jsonl, refused_key, requests_key
 from predictions.batches.prepare import prepare
 from predictions.batches.store import Batch, event_of
 from predictions.batches.view import show_batch
 from predictions.errors import NoLongerWanted, Problem
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.lifecycle.model_lookup import ModelLookup, ModelSchemas
 from predictions.status import Status
+from predictions.store.schemas import StoredSchemas
+from predictions.upstream.client import Replicate
+from predictions.upstream.credentials import Token
 from predictions.views.prediction import Presenter
 
 from tests.support.batches import LLAMA, RETENTION, World, body, plenty, world
-from tests.support.fakes import Clock, ReplicateInMemory, meanwhile, refusing
+from tests.support.fakes import Clock, ReplicateInMemory, answer, meanwhile, refusing
 from tests.support.stream import Bus
 from tests.support.stream import make as make_changes
 from tests.support.template import passes, resources
@@ -57,6 +62,19 @@ def refused(make: Callable[[], Any]) -> tuple[int, list[str]]:
         ({"requests": [LLAMA], "owner": "bob"}, ["owner"]),
         ({"requests": [LLAMA], "template": {"input": {"prompt": "{{ row. }}"}}}, ["template.input.prompt"]),
         ({"requests": [LLAMA], "template": {"model": "meta/llama"}}, ["template.input"]),
+        ({"requests": [LLAMA], "template": {**LLAMA, "inptu": "{{ row.a }}"}}, ["template.inptu"]),
+        ({"requests": [LLAMA], "template": {"input": {}}}, ["template.model"]),
+        ({"requests": [LLAMA], "template": {**LLAMA, "version": "{{ row.v }}"}}, ["template.model"]),
+        ({"requests": [LLAMA], "template": {**LLAMA, "webhook": "http://10.0.0.1/"}}, ["template.webhook"]),
+        (
+            {"requests": [LLAMA], "template": {**LLAMA, "webhook": "https://x.example/{{ rwo.a }}"}},
+            ["template.webhook"],
+        ),
+        ({"requests": [LLAMA], "template": {**LLAMA, "idempotency_key": "{{ row.a }}"}}, ["template.idempotency_key"]),
+        (
+            {"requests": [LLAMA], "template": {**LLAMA, "input": {"a": "{{ object.url }}", "b": ["{{ rwo.b }}"]}}},
+            ["template.input.a", "template.input.b.0"],
+        ),
         ({"requests": [LLAMA], "recipe": "missing"}, ["recipe"]),
         ({"requests": [LLAMA], "recipe": "of-bob"}, ["recipe"]),
         ({"requests": [LLAMA], "recipe": "going"}, ["recipe"]),
@@ -399,6 +417,88 @@ def test_line_of_an_earlier_attempt_or_an_ended_batch_is_no_longer_wanted(world:
     with pytest.raises(NoLongerWanted):
         world.take(message)
     assert world.results(batch)[0]["status"] == "failed"
+
+
+# -- checks by the model's schema ------------------------------------------------------------------------------------
+
+MODEL = "black-forest-labs/flux-schnell"
+"""`prompt` is required; `num_outputs` is a whole number from 1 to 4."""
+
+
+@pytest.fixture
+def checking(world: World, replicate: ReplicateInMemory, clock: Clock) -> World:
+    """The same stack, in which the schemas of models can be read."""
+    upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
+    schemas = ModelSchemas(StoredSchemas.from_env(), upstream, now=clock.now)
+    world.control._lookup = ModelLookup(upstream, schemas, now=clock.now)
+    return world
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ({"model": MODEL, "input": {"num_outputs": 1}}, ["template.input.prompt"]),
+        ({"model": MODEL, "input": {"prompt": "{{ row.a }}", "num_outputs": 9}}, ["template.input.num_outputs"]),
+        ({"model": MODEL, "input": {"prompt": 1}}, ["template.input.prompt"]),
+        ({"model": "nobody/nothing", "input": {}}, ["template.model"]),
+    ],
+)
+def test_template_that_its_model_refuses_whatever_the_rows_hold_is_refused_and_its_key_is_free(
+    checking: World, template: dict[str, Any], named: list[str]
+) -> None:
+    rows = [{"a": "a fox"}]
+    assert refused(lambda: checking.make(*rows, template=template, key="k")) == (422, named)
+    right = {"model": MODEL, "input": {"prompt": "{{ row.a }}"}}
+    assert checking.make(*rows, template=right, key="k").status == "preparing"
+
+
+def test_key_finds_its_batch_although_the_model_has_gone_since(checking: World, replicate: ReplicateInMemory) -> None:
+    template = {"model": MODEL, "input": {"prompt": "{{ row.a }}"}}
+    batch = checking.make({"a": "x"}, template=template, key="k")
+    checking.control._lookup._models.clear()  # type: ignore[union-attr]
+    replicate.read_faults += [answer(404)] * 4
+    assert checking.make({"a": "x"}, template=template, key="k") == batch
+
+
+def test_lines_that_the_model_would_refuse_are_refused_before_they_start(
+    checking: World, replicate: ReplicateInMemory
+) -> None:
+    template = {"model": MODEL, "input": {"prompt": "{{ row.a }}", "num_outputs": "{{ row.n }}"}}
+    rows = [{"a": "fox", "n": 1}, {"a": "owl", "n": 9}, {"a": "hare", "n": "many"}]
+    batch = checking.prepared(*rows, template=template)
+    assert (batch.total, batch.refused, batch.checked) == (3, 2, True)
+    assert [line["n"] for line in checking.messages(batch)] == [1]
+    told = {line["n"]: line["error"] for line in read_jsonl("outputs", refused_key(batch.id))}
+    assert told == {
+        2: "input.num_outputs: Must be at most 4 (got 9).",
+        3: "input.num_outputs: Must be a whole number, not a string.",
+    }
+    plain = checking.prepared(*({"model": MODEL, "input": {"prompt": p}} for p in ("a", 1)))
+    assert (plain.refused, plain.checked) == (1, True)
+    checking.put_recipe("mine", model=MODEL, input={"prompt": "{{ row.a }}"})
+    by_recipe = checking.prepared({"a": "x"}, {"a": ["x"]}, recipe="mine")
+    assert (by_recipe.refused, by_recipe.checked) == (1, True)
+
+
+def test_lines_of_several_models_and_those_named_by_rows_are_checked_when_they_start(checking: World) -> None:
+    several = checking.prepared({"model": MODEL, "input": {}}, LLAMA)
+    template = {"model": "{{ row.m }}", "input": {}}
+    by_row = checking.prepared({"m": MODEL}, template=template)
+    assert [(batch.refused, batch.checked) for batch in (several, by_row)] == [(0, False)] * 2
+
+
+def test_replicate_that_is_away_refuses_no_batch(checking: World, replicate: ReplicateInMemory) -> None:
+    replicate.read_faults += [answer(503)] * 4
+    batch = checking.prepared({"a": "x"}, template={"model": MODEL, "input": {"num_outputs": "many"}})
+    assert (batch.refused, batch.checked) == (0, False)
+
+
+def test_schema_that_takes_long_is_given_up_for_the_lines_that_follow(replicate: ReplicateInMemory) -> None:
+    text = json.dumps({"Input": {"type": "object", "required": ["prompt"]}})
+    times = iter([0.0, CHECK_SECONDS + 1, 0.0])
+    schema = LineSchema(text, clock=lambda: next(times))
+    assert schema.reason({}) == "input.prompt: This field is required."
+    assert schema.reason({}) is None
 
 
 # -- finishing -----------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ So a line starts one prediction however often it is sent, and a reader of all of
     preparing ─▶ running ─▶ succeeded | failed | canceled     ─ retry ─▶ preparing, attempt + 1
 
 `succeeded` is a batch that has processed its lines, of which at least one succeeded or none was to run; `failed` one
-that could not be read, had more failing lines than it tolerates, or whose lines all failed or were refused. `stop` in the item means that no further line starts (`canceled`, `exceeded`).
-The field is written before running lines are searched for, and a line checks it right before it is submitted, after it
-has been stored: so either of the two sees the other, and no line is left running.
+that could not be read, had more failing lines than it tolerates, or whose lines all failed or were refused. `stop` in
+the item means that no further line starts (`canceled`, `exceeded`). The field is written before running lines are
+searched for, and a line checks it right before it is submitted, after it has been stored: so either of the two sees the
+other, and no line is left running.
 
 `sk` = `key` under `batch#{owner's key, hashed}` holds the id that belongs to an `Idempotency-Key` (see
 `store.idempotency_keys`). Batches' own ids are random, because messages name them without further proof.
@@ -60,6 +61,7 @@ class Batch:
     Attributes:
         manifest: Bucket, key, ETag and format of the manifest.
         templated: Whether a template builds its requests.
+        checked: Whether the schema of their inputs is stored with it.
         recipe: The name of the recipe that builds them.
         attempt: From 1; each retry adds 1.
         execution_n: The number of the current execution of the attempt.
@@ -87,6 +89,7 @@ class Batch:
     execution_n: int
     expires_at: int
     templated: bool = False
+    checked: bool = False
     recipe: str | None = None
     depth: int = 0
     lines: int | None = None

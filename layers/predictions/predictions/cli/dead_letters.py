@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -229,7 +229,7 @@ def _webhooks(stack: Stack) -> Iterator[_Dead]:
             deliveries.send(replace(delivery, first_at=int(time.time())))
 
         row = (delivery.event, second(delivery.first_at)) if delivery else ("-", "-")
-        whole = {**(asdict(delivery) if delivery else {"message": each.body}), "reason": each.reason}
+        whole = {**(delivery.fields() if delivery else {"message": each.body}), "reason": each.reason}
         yield _Dead(delivery.id if delivery else "-", (*row, each.reason), whole, redrive, each.receipt_handle)
 
 
