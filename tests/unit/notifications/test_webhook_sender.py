@@ -424,6 +424,22 @@ def test_completion_that_tells_output_and_logs_does_not_repeat_them(
     assert ids(sent) == ["output-30", "logs-0"]
 
 
+def test_content_that_a_receiver_did_not_accept_is_sent_by_a_later_webhook(
+    table: PredictionsTable, clock: Clock, receivers: Receivers, sent: Sent
+) -> None:
+    prediction_id = running(table, clock, ["output"])
+    grow(table, clock, prediction_id, "all")
+    first = queued(clock, prediction_id, "output", 30)
+    sent.answer = lambda _: httpx.Response(503)
+    assert not receivers.deliver(*first)
+    grow(table, clock, prediction_id, "all", "succeeded")
+    assert not receivers.deliver(*queued(clock, prediction_id, "output", 0))
+    sent.answer = lambda _: httpx.Response(200)
+    assert receivers.deliver(*first), "the later one tells it"
+    assert receivers.deliver(*queued(clock, prediction_id, "output", 0))
+    assert ids(sent) == ["output-30", "output-0", "output-0"]
+
+
 def test_webhooks_in_the_other_order_show_the_output_once(
     table: PredictionsTable, clock: Clock, receivers: Receivers, sent: Sent
 ) -> None:

@@ -92,9 +92,9 @@ class DeadLetterQueue:
     def release(self, receipt_handles: Iterable[str]) -> bool:
         """Make received messages visible again; return whether that worked for all of them.
 
-        Never fails: a message that is not released is hidden no longer than `receive` was told. One whose handle has
-        expired is visible already. A dead-letter queue has no queue of its own behind it, so receives are not counted
-        against a limit.
+        Never fails: a message that is not released stays hidden for the rest of the time given to `receive`, and one
+        whose handle has expired is visible already. No queue is behind a dead-letter queue, so that receives are not
+        counted against a limit.
         """
         done = True
         handles = list(receipt_handles)

@@ -153,6 +153,8 @@ class Receivers:
         try:
             status = self._post(url, whole.prediction.owner, delivery, shown)
         except _NotDelivered as failure:
+            if not resent:
+                self._order.failed(whole.prediction, delivery)
             return self._defer(delivery, receipt_handle, failure)
         logger.info("webhook delivered", webhook_id=delivery.webhook_id, answer=status)
         return True
