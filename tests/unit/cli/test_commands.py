@@ -573,6 +573,7 @@ def test_redelivery_is_queued_under_the_id_of_the_first(hooks: Any, options: lis
     assert main(["webhooks", "redeliver", "--stack", "hooks", ID, *options]) == 0
     (message,) = messages(hooks, "deliveries")
     assert (message["id"], message["event"], message["n"]) == (ID, event, n)
+    assert message["again"] is True, "it is sent whatever was sent before"
 
 
 def test_failed_webhooks_are_listed_and_sent_again(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:
