@@ -12,7 +12,10 @@ from predictions.batches.store import Batch
 from predictions.batches.view import show_batch, show_changed_batch
 from predictions.intents.model import Attempt
 from predictions.lifecycle.cancel import CancelPrediction
+from predictions.lifecycle.model_lookup import ModelLookup
 from predictions.observability import remaining_seconds
+from predictions.store.schemas import StoredSchemas
+from predictions.upstream.client import Replicate
 from predictions.views.prediction import Presenter
 
 PAGE_SIZE = 25
@@ -21,7 +24,7 @@ PAGE_SIZE = 25
 ANSWER_SECONDS = 9
 
 app = resolver()
-control = BatchControl.from_env()
+control = BatchControl.from_env(ModelLookup.from_env(StoredSchemas.from_env(), Replicate.from_env()))
 canceling = CancelPrediction.from_env()
 presenter = Presenter.from_env()
 

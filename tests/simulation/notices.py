@@ -22,6 +22,10 @@ _FILTERS = (
 )  # fmt: skip
 
 
+ABOUT_TO_SECONDS = 1.0
+"""The time between the record of a webhook and its request, with what is read for its signature."""
+
+
 class Events(Scenario):
     """Predictions and the events of each of their changes."""
 
@@ -75,6 +79,7 @@ class Webhooks(Scenario):
                 self.bad(f"{id_}, {item['visible']}: {call.webhook_id} shows {call.told['id']} {call.told['status']}")
             if call.taken:
                 taken.setdefault(call.webhook_id, []).append(call)
+        self._check_order(id_, calls)
         struck = self.world.faults.struck
         again = 1 + struck.get("handed over again", 0) + 2 * struck.get("aws", 0) + struck.get("timed out", 0)
         for webhook_id, each in taken.items():
@@ -88,6 +93,14 @@ class Webhooks(Scenario):
             for event in wanted & {"output", "logs"}:
                 if kept[event] and not any(name.startswith(f"{id_}-{event}-") for name in taken):
                     self.bad(f"{id_}: there is {event!r}, and nobody was told")
+
+    def _check_order(self, id_: str, calls: list[Call]) -> None:
+        """Nothing begins after the end has begun, except a request that was about to."""
+        ends = [call.at for call in calls if call.webhook_id.startswith(f"{id_}-completed-")]
+        for call in calls:
+            event = call.webhook_id.split("-")[1]
+            if event != "completed" and ends and call.at > min(ends) + ABOUT_TO_SECONDS:
+                self.bad(f"{call.webhook_id} came {call.at - min(ends):.0f} s after the end was told")
 
     def _check_completed(self, item: dict[str, Any], kind: str, taken: list[Call], given_up: Counter[str]) -> None:
         id_ = item["id"]

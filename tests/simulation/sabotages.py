@@ -41,6 +41,7 @@ from predictions.lifecycle.unknown_claims import UnknownClaims
 from predictions.notifications import webhook_queue
 from predictions.notifications.stream import Changes
 from predictions.notifications.stream_retries import Effect
+from predictions.notifications.webhook_order import WebhookOrder
 from predictions.notifications.webhook_sender import Receivers
 from predictions.notifications.webhook_slots import NoSlotFree, Slot, WebhookSlots
 from predictions.pipelines.advance import PipelineExecutions
@@ -469,6 +470,7 @@ SABOTAGES: dict[str, Sabotage] = {
         _value(webhook_queue, "_owner_of", lambda _: ""),
         _method(WebhookSlots, "acquire", lambda _: lambda self, owner, origin, now: Slot(owner, "never_marked", now)),
     ),
+    "webhooks are sent in any order": _method(WebhookOrder, "begin", _constant(True)),
     "a training is looked for among predictions": _value(Prediction, "collection", "predictions"),
     "a GET asks Replicate each time": _method(PredictionsTable, "begin_live_read", _constant(True)),
     "a GET shows what Replicate says": _method(LiveReads, "refresh", _shown_as_told),
@@ -481,6 +483,7 @@ ONLY_IN: dict[str, type[Scenario]] = {
     "owners reserve starts far ahead": Backlog,
     "starts are reserved beyond the deadline": Overload,
     "a start that was given back is used by many": Backlog,
+    "webhooks are sent in any order": Webhooks,
     "one message takes the others along": PoisonMessage,
     "a batch that is written down is answered 5xx": Batches,
     "a pipeline that is written down is answered 5xx": Pipelines,

@@ -14,6 +14,8 @@ from PIL import Image
 from local.cloud import LocalCloud
 from local.replicate.process import LocalReplicate
 
+FIXED = {"image": "https://example.com/fox.png", "style": "mosaic"}
+
 Api = Callable[..., httpx.Client]
 Boto = Callable[[str], Any]
 Wait = Callable[..., Any]
@@ -87,7 +89,9 @@ class TestRefusals:
             ({"s3": {"prefix": "p/", "bucket": "outputs"}}, 422, "s3.bucket"),
             ({"s3": {"prefix": "p/", "bucket": "source"}}, 422, "s3.bucket"),
             ({"s3": None, "pattern": {"detail": "no list"}}, 422, "pattern"),
-            ({"s3": None, "schedule": {"expression": "every day"}}, 422, "schedule.expression"),
+            ({"s3": None, "schedule": {"expression": "rate(1 day)"}}, 422, "input.image"),
+            ({"s3": None, "schedule": {"expression": "every day"}, "input": FIXED}, 422, "schedule.expression"),
+            ({"input": {"image": "{{ objct.url }}", "style": "mosaic"}}, 422, "input.image"),
             ({"pattern": {"source": ["a"]}}, 422, "pattern"),
             ({"colour": "red"}, 422, "colour"),
         ],

@@ -9,7 +9,7 @@ from predictions.admission.rate_limiter import Limiter
 from predictions.aws import clients
 from predictions.aws.executions import Executions
 from predictions.files.outputs_bucket import OutputsBucket
-from predictions.lifecycle.model_lookup import ModelSchemas
+from predictions.lifecycle.model_lookup import ModelLookup, ModelSchemas
 from predictions.observability import metrics
 from predictions.recipes.manage import RecipeChanges
 from predictions.recipes.rules import RecipeRules
@@ -231,8 +231,7 @@ def make_recipe_changes(table: PredictionsTable, replicate: ReplicateInMemory, c
     return RecipeChanges(
         RecipeItems.from_env(),
         RecipeRules.from_env(),
-        upstream,
-        ModelSchemas(StoredSchemas.from_env(), upstream, now=clock.now),
+        ModelLookup(upstream, ModelSchemas(StoredSchemas.from_env(), upstream, now=clock.now), now=clock.now),
         source_bucket_name="source",
         outputs_bucket_name="outputs",
         allow_loopback_webhooks=False,

@@ -18,7 +18,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jmespath import functions
@@ -191,6 +192,151 @@ def expressions(template: Any) -> Iterator[tuple[str, str]]:
 def holds_placeholders(value: Any) -> bool:
     """Return whether any text in a value has a placeholder, valid or not."""
     return any(_PLACEHOLDER.search(text) for _, text in _texts(value, "", 1))
+
+
+@dataclass(frozen=True)
+class Use:
+    """A value of the context that an expression uses.
+
+    Attributes:
+        path: Its names, from the context: `("object", "url")`; empty for the context itself.
+        optional: Whether it is left of a `||`, which gives a default.
+    """
+
+    path: tuple[str, ...]
+    optional: bool
+
+
+def uses_of(expression: str, depths: Mapping[str, int]) -> list[Use]:
+    """Return what an expression uses, read from its syntax tree and never guessed from its text.
+
+    Args:
+        expression: From `expressions`.
+        depths: How many names of a path are wanted, by its first name; one name unless given.
+
+    Returns:
+        Each with as many names as the expression gives, up to the wanted number: fewer where it uses a whole object.
+    """
+    walk = _Walk(depths)
+    walk.as_value(walk.visit(Parser().parse(expression).parsed, (), optional=False), optional=False)
+    return walk.uses
+
+
+def unknown_root(root: str, known: Sequence[str]) -> str:
+    """Return why an expression may not begin with a name, for the person who wrote it."""
+    *first, last = (f"`{name}`" for name in known)
+    listed = f"{', '.join(first)} or {last}" if len(first) > 1 else ", ".join((*first, last))
+    return f"An expression must begin with {listed} (got `{root[:32]}`).{_nearest(root, known)}"
+
+
+def check_uses(
+    template: Any,
+    roots: Sequence[str],
+    fields: Mapping[str, Collection[str]] | None = None,
+    elsewhere: Collection[str] = (),
+) -> Iterator[dict[str, str]]:
+    """Yield `{"field", "detail"}` of each expression that uses a value which its context never has.
+
+    Args:
+        template: The template.
+        roots: The names of the context.
+        fields: The names within a root, where they are known. An expression with a default may use others.
+        elsewhere: The names of other contexts, which an expression may use beside those of this one.
+
+    Raises:
+        PlaceholderError: An expression cannot be read.
+    """
+    fields = fields or {}
+    for place, expression in expressions(template):
+        uses = uses_of(expression, dict.fromkeys(fields, 2))
+        tolerated = elsewhere if any(not use.path or use.path[0] in roots for use in uses) else ()
+        for use in uses:
+            root, name = (*use.path, "", "")[:2]
+            if root and root not in roots:
+                if root not in tolerated:
+                    yield {"field": place, "detail": f"`{{{{ {expression} }}}}`: {unknown_root(root, roots)}"}
+            elif name and not use.optional and name not in fields.get(root, (name,)):
+                known = ", ".join(f"`{each}`" for each in sorted(fields[root])) or "none"
+                said = f"`{root}` has no `{name[:32]}`. Its fields are {known}.{_nearest(name, fields[root])}"
+                yield {"field": place, "detail": f"`{{{{ {expression} }}}}`: {said[:500]}"}
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    from difflib import get_close_matches  # only for what is refused
+
+    near = get_close_matches(name[:64], known, 1)
+    return f" Did you mean `{near[0][:32]}`?" if near else ""
+
+
+# The path of values below a named one, of which nothing more is known.
+_BELOW = ("*",)
+
+
+class _Walk:
+    """A walk through the syntax tree of an expression.
+
+    Attributes:
+        uses: What it has found.
+    """
+
+    def __init__(self, depths: Mapping[str, int]) -> None:
+        self.uses: list[Use] = []
+        self._depths = depths
+
+    def visit(self, node: Any, at: tuple[str, ...], *, optional: bool) -> tuple[str, ...]:
+        """Return a node's result as a path from the context; add to `uses` what is used of it.
+
+        Args:
+            node: Of JMESPath's syntax tree.
+            at: The path of the value that it is applied to.
+            optional: Whether its result has a default.
+        """
+        kind, children = node["type"], node["children"]
+        match kind:
+            case "field":
+                return self._field(at, node["value"], optional=optional)
+            case "identity" | "current":
+                return at
+            case "literal":
+                return _BELOW
+            case "subexpression" | "pipe" | "index_expression":
+                for child in children:
+                    if child["type"] in ("index", "slice"):
+                        at = self.as_value(at, optional=optional)
+                    else:
+                        at = self.visit(child, at, optional=optional)
+                return at
+            case "projection" | "value_projection" | "filter_projection":
+                left, *others = children
+                within = self.as_value(self.visit(left, at, optional=optional), optional=optional)
+                for child in others:
+                    self.visit(child, within, optional=optional)
+                return _BELOW
+            case "or_expression":
+                first, *others = children
+                self.as_value(self.visit(first, at, optional=True), optional=True)
+                for child in others:
+                    self.as_value(self.visit(child, at, optional=optional), optional=optional)
+                return _BELOW
+            case "expref":
+                self.visit(children[0], _BELOW, optional=optional)
+                return _BELOW
+            case _:  # functions, comparisons, lists and objects: each part is a value of its own
+                for child in children:
+                    self.as_value(self.visit(child, at, optional=optional), optional=optional)
+                return _BELOW
+
+    def as_value(self, path: tuple[str, ...], *, optional: bool) -> tuple[str, ...]:
+        """Use the value at a path; return the path of what is below it."""
+        if path != _BELOW:
+            self.uses.append(Use(path, optional))
+        return _BELOW
+
+    def _field(self, at: tuple[str, ...], name: str, *, optional: bool) -> tuple[str, ...]:
+        if at == _BELOW:
+            return _BELOW
+        path = (*at, name)
+        return path if len(path) < self._depths.get(path[0], 1) else self.as_value(path, optional=optional)
 
 
 class _Expression:

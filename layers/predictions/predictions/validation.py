@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from predictions.errors import Problem
@@ -70,6 +70,31 @@ def fields_refused(fields: Sequence[Mapping[str, str]]) -> Problem:
 def list_fields(fields: Iterable[Mapping[str, str]]) -> str:
     """Return refused fields as one line of text."""
     return " ".join(f"{each['field']}: {each['detail']}" for each in fields)
+
+
+UNKNOWN_FIELD = "The model does not know this field."
+"""How `upstream.input_schema` begins the detail of a field that a model's schema does not have."""
+
+
+def certain_violations(violations: Iterable[dict[str, str]], open_fields: Collection[str]) -> list[dict[str, str]]:
+    """Return the violations of a model's schema that hold whatever a template's placeholders find.
+
+    The value of a placeholder is not known before it is filled, nor its effect on the values around and below it. A
+    field that the model does not know is wrong with any value.
+
+    Args:
+        violations: Of the template, checked as if it were the input.
+        open_fields: The places of its placeholders, as `input.images.0`.
+    """
+    return [
+        each
+        for each in violations
+        if each["detail"].startswith(UNKNOWN_FIELD) or not any(_overlap(each["field"], field) for field in open_fields)
+    ]
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
 def field_problem(field: str, error: Mapping[str, Any], known: Iterable[str] = ()) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,15 +12,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from predictions.aws import clients
 from predictions.batches import files as batch_files
+from predictions.batches.checks import CHECK_SECONDS, LineSchema
 from predictions.batches.files import get_text, lines_key, new_object, read_jsonl, refused_key, requests_key
 from predictions.batches.prepare import prepare
 from predictions.batches.store import Batch, event_of
+from predictions.batches.view import show_batch
 from predictions.errors import NoLongerWanted, Problem
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.lifecycle.model_lookup import ModelLookup, ModelSchemas
 from predictions.status import Status
+from predictions.store.schemas import StoredSchemas
+from predictions.upstream.client import Replicate
+from predictions.upstream.credentials import Token
+from predictions.views.prediction import Presenter
 
 from tests.support.batches import LLAMA, RETENTION, World, body, plenty, world
-from tests.support.fakes import Clock, ReplicateInMemory, meanwhile, refusing
+from tests.support.fakes import Clock, ReplicateInMemory, answer, meanwhile, refusing
 from tests.support.stream import Bus
 from tests.support.stream import make as make_changes
 from tests.support.template import passes, resources
@@ -54,6 +62,19 @@ def refused(make: Callable[[], Any]) -> tuple[int, list[str]]:
         ({"requests": [LLAMA], "owner": "bob"}, ["owner"]),
         ({"requests": [LLAMA], "template": {"input": {"prompt": "{{ row. }}"}}}, ["template.input.prompt"]),
         ({"requests": [LLAMA], "template": {"model": "meta/llama"}}, ["template.input"]),
+        ({"requests": [LLAMA], "template": {**LLAMA, "inptu": "{{ row.a }}"}}, ["template.inptu"]),
+        ({"requests": [LLAMA], "template": {"input": {}}}, ["template.model"]),
+        ({"requests": [LLAMA], "template": {**LLAMA, "version": "{{ row.v }}"}}, ["template.model"]),
+        ({"requests": [LLAMA], "template": {**LLAMA, "webhook": "http://10.0.0.1/"}}, ["template.webhook"]),
+        (
+            {"requests": [LLAMA], "template": {**LLAMA, "webhook": "https://x.example/{{ rwo.a }}"}},
+            ["template.webhook"],
+        ),
+        ({"requests": [LLAMA], "template": {**LLAMA, "idempotency_key": "{{ row.a }}"}}, ["template.idempotency_key"]),
+        (
+            {"requests": [LLAMA], "template": {**LLAMA, "input": {"a": "{{ object.url }}", "b": ["{{ rwo.b }}"]}}},
+            ["template.input.a", "template.input.b.0"],
+        ),
         ({"requests": [LLAMA], "recipe": "missing"}, ["recipe"]),
         ({"requests": [LLAMA], "recipe": "of-bob"}, ["recipe"]),
         ({"requests": [LLAMA], "recipe": "going"}, ["recipe"]),
@@ -398,6 +419,88 @@ def test_line_of_an_earlier_attempt_or_an_ended_batch_is_no_longer_wanted(world:
     assert world.results(batch)[0]["status"] == "failed"
 
 
+# -- checks by the model's schema ------------------------------------------------------------------------------------
+
+MODEL = "black-forest-labs/flux-schnell"
+"""`prompt` is required; `num_outputs` is a whole number from 1 to 4."""
+
+
+@pytest.fixture
+def checking(world: World, replicate: ReplicateInMemory, clock: Clock) -> World:
+    """The same stack, in which the schemas of models can be read."""
+    upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
+    schemas = ModelSchemas(StoredSchemas.from_env(), upstream, now=clock.now)
+    world.control._lookup = ModelLookup(upstream, schemas, now=clock.now)
+    return world
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ({"model": MODEL, "input": {"num_outputs": 1}}, ["template.input.prompt"]),
+        ({"model": MODEL, "input": {"prompt": "{{ row.a }}", "num_outputs": 9}}, ["template.input.num_outputs"]),
+        ({"model": MODEL, "input": {"prompt": 1}}, ["template.input.prompt"]),
+        ({"model": "nobody/nothing", "input": {}}, ["template.model"]),
+    ],
+)
+def test_template_that_its_model_refuses_whatever_the_rows_hold_is_refused_and_its_key_is_free(
+    checking: World, template: dict[str, Any], named: list[str]
+) -> None:
+    rows = [{"a": "a fox"}]
+    assert refused(lambda: checking.make(*rows, template=template, key="k")) == (422, named)
+    right = {"model": MODEL, "input": {"prompt": "{{ row.a }}"}}
+    assert checking.make(*rows, template=right, key="k").status == "preparing"
+
+
+def test_key_finds_its_batch_although_the_model_has_gone_since(checking: World, replicate: ReplicateInMemory) -> None:
+    template = {"model": MODEL, "input": {"prompt": "{{ row.a }}"}}
+    batch = checking.make({"a": "x"}, template=template, key="k")
+    checking.control._lookup._models.clear()  # type: ignore[union-attr]
+    replicate.read_faults += [answer(404)] * 4
+    assert checking.make({"a": "x"}, template=template, key="k") == batch
+
+
+def test_lines_that_the_model_would_refuse_are_refused_before_they_start(
+    checking: World, replicate: ReplicateInMemory
+) -> None:
+    template = {"model": MODEL, "input": {"prompt": "{{ row.a }}", "num_outputs": "{{ row.n }}"}}
+    rows = [{"a": "fox", "n": 1}, {"a": "owl", "n": 9}, {"a": "hare", "n": "many"}]
+    batch = checking.prepared(*rows, template=template)
+    assert (batch.total, batch.refused, batch.checked) == (3, 2, True)
+    assert [line["n"] for line in checking.messages(batch)] == [1]
+    told = {line["n"]: line["error"] for line in read_jsonl("outputs", refused_key(batch.id))}
+    assert told == {
+        2: "input.num_outputs: Must be at most 4 (got 9).",
+        3: "input.num_outputs: Must be a whole number, not a string.",
+    }
+    plain = checking.prepared(*({"model": MODEL, "input": {"prompt": p}} for p in ("a", 1)))
+    assert (plain.refused, plain.checked) == (1, True)
+    checking.put_recipe("mine", model=MODEL, input={"prompt": "{{ row.a }}"})
+    by_recipe = checking.prepared({"a": "x"}, {"a": ["x"]}, recipe="mine")
+    assert (by_recipe.refused, by_recipe.checked) == (1, True)
+
+
+def test_lines_of_several_models_and_those_named_by_rows_are_checked_when_they_start(checking: World) -> None:
+    several = checking.prepared({"model": MODEL, "input": {}}, LLAMA)
+    template = {"model": "{{ row.m }}", "input": {}}
+    by_row = checking.prepared({"m": MODEL}, template=template)
+    assert [(batch.refused, batch.checked) for batch in (several, by_row)] == [(0, False)] * 2
+
+
+def test_replicate_that_is_away_refuses_no_batch(checking: World, replicate: ReplicateInMemory) -> None:
+    replicate.read_faults += [answer(503)] * 4
+    batch = checking.prepared({"a": "x"}, template={"model": MODEL, "input": {"num_outputs": "many"}})
+    assert (batch.refused, batch.checked) == (0, False)
+
+
+def test_schema_that_takes_long_is_given_up_for_the_lines_that_follow(replicate: ReplicateInMemory) -> None:
+    text = json.dumps({"Input": {"type": "object", "required": ["prompt"]}})
+    times = iter([0.0, CHECK_SECONDS + 1, 0.0])
+    schema = LineSchema(text, clock=lambda: next(times))
+    assert schema.reason({}) == "input.prompt: This field is required."
+    assert schema.reason({}) is None
+
+
 # -- finishing -----------------------------------------------------------------------------------------------------
 
 
@@ -445,6 +548,56 @@ def test_batch_whose_lines_are_all_refused_ends(world: World) -> None:
     batch = world.prepared(BAD, BAD)
     world.finish(batch)
     assert [line["status"] for line in world.results(batch)] == ["refused"] * 2
+    ended = world.there(batch)
+    assert (ended.status, ended.error) == ("failed", None)
+    assert ended.reason == "No line of the batch succeeded (2 refused). The results hold the reason of each line."
+
+
+@pytest.mark.parametrize(
+    ("counts", "status"),
+    [
+        ({"succeeded": 1, "failed": 99}, "succeeded"),
+        ({"succeeded": 0, "failed": 1, "canceled": 1}, "failed"),
+        ({"succeeded": 0, "canceled": 3}, "succeeded"),  # one by one, by its owner
+        ({"succeeded": 0}, "succeeded"),  # an empty manifest
+    ],
+)
+def test_batch_fails_if_all_its_lines_did(
+    world: World, monkeypatch: pytest.MonkeyPatch, counts: dict[str, int], status: str
+) -> None:
+    batch = world.prepared(LLAMA)
+    results = [{"n": 1, "status": name} for name, count in counts.items() for _ in range(count)]
+    monkeypatch.setattr("predictions.batches.finish._results", lambda *_: iter(results))
+    world.finish(batch)
+    shown = show_batch(world.there(batch), world.control, Presenter(OutputsBucket("outputs"), 60), ask=False)
+    assert (shown["status"], shown["error"] is not None) == (status, status == "failed")
+
+
+def test_batch_in_which_every_line_failed_can_be_retried_and_succeed(
+    world: World, replicate: ReplicateInMemory
+) -> None:
+    batch = world.prepared(LLAMA, LLAMA)
+    for id_ in world.run(batch).values():
+        world.end(id_, replicate, "failed", error="no")
+    world.finish(batch)
+    assert (world.there(batch).status, "(2 failed)" in (world.there(batch).reason or "")) == ("failed", True)
+    again = world.control.again(world.there(batch))
+    assert (again.attempt, again.reason) == (2, None)
+    prepare(world.batches, batch.id, 2)
+    ids = world.run(again)
+    world.end(ids[1], replicate, output="at last")
+    world.end(ids[2], replicate, "failed", error="no")
+    world.finish(batch)
+    assert (world.there(batch).status, world.there(batch).reason) == ("succeeded", None)
+
+
+def test_batch_that_an_earlier_release_ended_reads_as_before(world: World) -> None:
+    batch = world.prepared(LLAMA)
+    counts = {"succeeded": 0, "failed": 1}
+    earlier = replace(batch, status="succeeded", counts=counts)
+    assert (earlier.ended, earlier.reason) == (True, None)
+    assert replace(batch, status="failed", stop="exceeded", counts=counts).reason is None
+    assert replace(batch, status="failed", error="gone", counts={}).reason == "gone"
 
 
 def test_more_failing_lines_than_tolerated_fail_the_batch_and_cancel_what_runs(
@@ -671,14 +824,14 @@ def test_end_of_a_batch_is_one_event(world: World, replicate: ReplicateInMemory)
             "id": batch.id,
             "object": "batch",
             "owner": "alice",
-            "status": "succeeded",
+            "status": "failed",
             "attempt": 1,
             "recipe": None,
             "manifest": None,
             "total": 2,
             "counts": {"succeeded": 0, "failed": 1, "canceled": 0, "refused": 1},
             "depth": 0,
-            "error": None,
+            "error": "No line of the batch succeeded (1 failed, 1 refused). The results hold the reason of each line.",
             "results": f"s3://outputs/alice/batches/{batch.id}/results-1.jsonl",
             "created_at": batch.created_at,
             "completed_at": world.there(batch).completed_at,

@@ -416,13 +416,13 @@ def test_limits_are_set_listed_and_removed(limited: Any, capsys: pytest.CaptureF
     run("set", "carol", "--open-batches", "3", "--open-pipelines", "0")
     assert json.loads(run("list", "--json")) == [
         {"owner": "alice", "in_flight": None, "per_day": 0, "open_batches": None, "open_pipelines": None},
-        {"owner": "bob", "in_flight": 30, "per_day": None, "open_batches": None, "open_pipelines": None},
+        {"owner": "bob", "in_flight": 30, "per_day": 5000, "open_batches": None, "open_pipelines": None},
         {"owner": "carol", "in_flight": None, "per_day": None, "open_batches": 3, "open_pipelines": 0},
     ]
     # What is not set of batches and pipelines is the default of owners with limits.
     assert [line.split() for line in run("list").splitlines()[1:]] == [
         ["alice", "-", "0", "100", "500"],
-        ["bob", "30", "-", "100", "500"],
+        ["bob", "30", "5000", "100", "500"],
         ["carol", "-", "-", "3", "0"],
     ]
     run("remove", "carol")
@@ -430,6 +430,53 @@ def test_limits_are_set_listed_and_removed(limited: Any, capsys: pytest.CaptureF
     run("remove", "bob")
     assert [each["owner"] for each in json.loads(run("list", "--json"))] == ["alice"]
     assert OwnersLimits("predictions", limited).limits_of("bob") == OwnerLimits()
+
+
+def test_setting_one_limit_keeps_the_others_and_one_can_be_removed(
+    limited: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*argv: str) -> str:
+        assert main(["limits", *argv, "--stack", "demo", "--region", REGION]) == 0
+        return capsys.readouterr().err
+
+    run("set", "bob", "--in-flight", "20", "--open-batches", "7")
+    said = run("set", "bob", "--per-day", "5000")
+    assert "20 in flight, 5000 per day, 7 open batches and 500 open pipelines" in said, "all of them are told"
+    assert "5000 per day, 7 open batches" in run("remove", "bob", "--in-flight")
+    limits = OwnersLimits("predictions", limited)
+    assert limits.limits_of("bob") == OwnerLimits(per_day=5000, open_batches=7)
+    assert "are removed" in run("remove", "bob", "--per-day", "--open-batches")
+    assert "are removed" in run("remove", "bob", "--per-day")
+    assert limited.scan(TableName="predictions")["Items"] == []
+
+
+@pytest.mark.parametrize(
+    ("first", "meanwhile", "left"),
+    [
+        ("set", {"per_day": 9}, OwnerLimits(in_flight=5, per_day=9)),
+        ("remove", {"per_day": 9}, OwnerLimits(per_day=9)),
+    ],
+)
+def test_limit_set_concurrently_is_not_lost(
+    limited: Any, first: str, meanwhile: dict[str, int], left: OwnerLimits
+) -> None:
+    limits = OwnersLimits("predictions", limited)
+    limits.set_limits("bob", OwnerLimits(in_flight=2))
+    calls: list[str] = []
+
+    def other_call(**_: Any) -> None:
+        # Before this call's last write: whatever it has read by then is outdated.
+        calls.append("write")
+        if len(calls) == (1 if first == "set" else 2):
+            limits.set_limits("bob", OwnerLimits(**meanwhile))
+
+    for operation in ("PutItem", "UpdateItem", "DeleteItem"):
+        limited.meta.events.register(f"before-call.dynamodb.{operation}", other_call)
+    if first == "set":
+        limits.set_limits("bob", OwnerLimits(in_flight=5))
+    else:
+        limits.remove_limits("bob", ["in_flight"])
+    assert limits.limits_of("bob") == left
 
 
 # -- webhooks ------------------------------------------------------------------------------------------------------
@@ -538,6 +585,7 @@ def test_redelivery_is_queued_under_the_id_of_the_first(hooks: Any, options: lis
     assert main(["webhooks", "redeliver", "--stack", "hooks", ID, *options]) == 0
     (message,) = messages(hooks, "deliveries")
     assert (message["id"], message["event"], message["n"]) == (ID, event, n)
+    assert message["again"] is True, "it is sent whatever was sent before"
 
 
 def test_failed_webhooks_are_listed_and_sent_again(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -552,10 +600,7 @@ def test_failed_webhooks_are_listed_and_sent_again(hooks: Any, capsys: pytest.Ca
         ["-", "-", "-", "not a delivery"],
     ]
     assert main(["dead-letters", "list", "webhooks", "--stack", "hooks", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [], "what was listed is hidden for a while"
-    hooks.purge_queue(QueueUrl=dead)
-    hooks.send_message(QueueUrl=dead, MessageBody=json.dumps({**FAILED, "reason": "answered 500"}))
-    hooks.send_message(QueueUrl=dead, MessageBody="[]")
+    assert len(json.loads(capsys.readouterr().out)) == 2, "what was listed can be listed and redriven at once"
     assert main(["dead-letters", "redrive", "webhooks", "--stack", "hooks"]) == 2
     err = capsys.readouterr().err
     assert "Redriven: 1." in err
@@ -649,7 +694,7 @@ def test_dead_requests_are_listed_with_their_reasons_and_no_token(
     assert "secret" not in row
     assert "\x1b" not in row
     assert main([*REQUESTS, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [], "what was listed is hidden for a while"
+    assert [each["id"] for each in json.loads(capsys.readouterr().out)] == ["message-1"], "it can be listed again"
 
 
 def test_dead_requests_as_json_are_whole(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
@@ -778,6 +823,53 @@ def test_look_at_more_letters_than_can_be_seen_before_the_first_come_back_ends()
     sqs: Any = Returning()
     letters = [letter.id for letter in DeadLetterQueue("url", sqs).receive(30)]
     assert sorted(letters) == sorted(f"message-{n}" for n in range(25))
+
+
+def test_list_followed_at_once_by_redrive_redrives_what_was_listed(
+    queue: Queue, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for n in range(12):  # more than one call receives or releases
+        queue.send(f"message-{n}", "{}")
+    assert main(REQUESTS) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 13
+    assert main(PUT_BACK) == 0
+    assert "Redriven: 12." in capsys.readouterr().err
+    assert queue.left == 0
+
+
+def test_redrive_of_one_dead_request_leaves_the_others_to_the_next_command(queue: Queue) -> None:
+    for n in range(3):
+        queue.send(f"message-{n}", "{}")
+    queue.answers = [({"batchItemFailures": [{"itemIdentifier": "message-1"}]}, None)]
+    assert main([*PUT_BACK, "--id", "message-1"]) == 2
+    assert main(PUT_BACK) == 0, "also the one that could not be redriven"
+    assert queue.left == 0
+
+
+@pytest.mark.parametrize("said", ["AccessDenied", "part"])
+def test_list_without_the_right_to_release_says_for_how_long_they_are_hidden(
+    queue: Queue, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    queue.send("message-1", "{}")
+    make: Any = Stack.client
+
+    def answer(**_: Any) -> tuple[Any, dict[str, Any]]:
+        refusal = {"Error": {"Code": said, "Message": ""}} if said == "AccessDenied" else {"Failed": [{"Id": "0"}]}
+        return type("Http", (), {"status_code": 403 if "Error" in refusal else 200})(), refusal
+
+    def client(stack: Stack, service_name: str) -> Any:
+        made = make(stack, service_name)
+        if service_name == "sqs":
+            made.meta.events.register("before-call.sqs.ChangeMessageVisibilityBatch", answer)
+        return made
+
+    monkeypatch.setattr(Stack, "client", client)
+    assert main(REQUESTS) == 0
+    out, err = capsys.readouterr()
+    assert "message-1" in out
+    assert "for 30 seconds" in err
+    assert main([*REQUESTS, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
 
 
 def test_unknown_dead_request_is_said(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:

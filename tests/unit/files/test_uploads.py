@@ -233,3 +233,17 @@ def test_an_upload_is_complete_once_s3_has_it(call: Call) -> None:
     calls = AwsCalls()
     assert get(call, shown["id"])["body"] == found
     assert "s3.HeadObject" not in calls.made
+
+
+def test_list_shows_each_upload_as_its_own_get_does(call: Call) -> None:
+    made = [call("store_files", "upload", body='{"filename": "a.bin", "size": 9}')["body"]["id"] for _ in range(3)]
+    create(call)
+    for file_id in made[:2]:
+        clients.client("s3").put_object(Bucket="inputs", Key=f"files/alice/{file_id}", Body=b"a fox")
+    rows = {row["id"]: row for row in listed(call)["results"]}
+    assert [rows[file_id]["uploaded"] for file_id in made] == [True, True, False]
+    assert {rows[file_id]["etag"] for file_id in made[:2]} == {hashlib.md5(b"a fox").hexdigest()}  # noqa: S324  # an ETag
+    assert all(row == get(call, file_id)["body"] for file_id, row in rows.items())
+    calls = AwsCalls()
+    assert len(listed(call)["results"]) == 4
+    assert calls.made.count("s3.HeadObject") == 1, "S3 is asked only for what has not arrived"

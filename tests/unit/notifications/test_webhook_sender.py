@@ -5,16 +5,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpcore
 import httpx
 import pytest
+from botocore.exceptions import ClientError
 from predictions.aws import clients
 from predictions.files.output_references import StoredFile
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.net.client import guarded_client
 from predictions.notifications.signing_secrets import OwnerSecrets, SecretVersions
+from predictions.notifications.webhook_order import WebhookOrder
 from predictions.notifications.webhook_queue import DeadLetters, DeliveriesQueue, Delivery, deliveries_of
 from predictions.notifications.webhook_sender import Receivers
 from predictions.notifications.webhook_slots import WebhookSlots
@@ -23,7 +26,8 @@ from predictions.store.predictions import PredictionsTable
 from predictions.views.prediction import Presenter
 from standardwebhooks import Webhook
 
-from tests.support.fakes import Clock
+from tests.support.apps import AwsCalls
+from tests.support.fakes import Clock, refusing
 from tests.support.hosts import ENDED, endless, head, hostile_host
 from tests.support.predictions import FILE, put, told
 from tests.support.webhook_queue import hook, stream, waiting
@@ -78,6 +82,7 @@ def make(table: PredictionsTable, outputs: OutputsBucket, secrets: OwnerSecrets,
             DeliveriesQueue.from_env(),
             DeadLetters.from_env(),
             WebhookSlots.from_env(),
+            WebhookOrder.from_env(),
             open_client=open_client,
             now=clock.now,
             jitter=lambda: 0.5,
@@ -348,6 +353,168 @@ def test_output_of_files_is_told_with_our_urls_only(
     assert body["status"] == "processing"
     assert "alice/x/y/0" in body["output"][0]
     assert FILE not in json.dumps(body)
+
+
+# -- their order ---------------------------------------------------------------------------------------------------
+
+
+def running(table: PredictionsTable, clock: Clock, events: list[str] | None = None) -> str:
+    return put(table, clock, webhook=HOOK, webhook_events_filter=events or ALL).id
+
+
+def grow(table: PredictionsTable, clock: Clock, prediction_id: str, output: str, status: str = "processing") -> None:
+    table.merge(prediction_id, told(status, output=output, logs=""), clock.now())
+
+
+def ids(sent: Sent) -> list[str]:
+    """What was sent, by the ends of the webhook-ids."""
+    return [request.headers["webhook-id"].partition("-")[2] for request in sent.requests]
+
+
+@pytest.mark.parametrize("event", ["start", "output", "logs"])
+@pytest.mark.parametrize("n", [0, 4])
+def test_webhook_that_comes_after_the_completion_is_left_out(
+    table: PredictionsTable, clock: Clock, receivers: Receivers, sent: Sent, event: str, n: int
+) -> None:
+    prediction_id = ended(table, clock)
+    late = queued(clock, prediction_id, event, n)
+    assert receivers.deliver(*queued(clock, prediction_id))
+    assert receivers.deliver(*late), "in the same second: the deliveries queue keeps no order"
+    assert ids(sent) == ["completed-1"]
+
+
+def test_retry_that_is_due_after_the_completion_is_left_out_also_if_that_is_not_accepted(
+    table: PredictionsTable, clock: Clock, receivers: Receivers, sent: Sent
+) -> None:
+    prediction_id = running(table, clock)
+    grow(table, clock, prediction_id, "one")
+    sent.answer = lambda _: httpx.Response(500)
+    first = queued(clock, prediction_id, "output", 30)
+    assert not receivers.deliver(*first)
+    grow(table, clock, prediction_id, "one two", "succeeded")
+    completed = queued(clock, prediction_id)
+    assert not receivers.deliver(*completed)
+    clock.advance(1)
+    sent.answer = lambda _: httpx.Response(200)
+    assert receivers.deliver(*first)
+    assert receivers.deliver(*completed)
+    assert ids(sent) == ["output-30", "completed-1", "completed-1"]
+
+
+def test_content_that_was_sent_is_not_sent_by_a_later_webhook(
+    table: PredictionsTable, clock: Clock, receivers: Receivers, sent: Sent
+) -> None:
+    prediction_id = running(table, clock)
+    grow(table, clock, prediction_id, "one")
+    first = queued(clock, prediction_id, "output", 30)
+    grow(table, clock, prediction_id, "one two")
+    second = queued(clock, prediction_id, "output", 34)
+    assert receivers.deliver(*first)
+    assert receivers.deliver(*second)
+    assert [body["output"] for body in sent.bodies] == ["one two"], "the first one has shown it already"
+    grow(table, clock, prediction_id, "one two three")
+    assert receivers.deliver(*queued(clock, prediction_id, "output", 40))
+    assert [body["output"] for body in sent.bodies] == ["one two", "one two three"]
+    assert ids(sent) == ["output-30", "output-40"]
+
+
+def test_completion_that_tells_output_and_logs_does_not_repeat_them(
+    table: PredictionsTable, clock: Clock, receivers: Receivers, sent: Sent
+) -> None:
+    prediction_id = running(table, clock, ["output", "logs"])
+    table.merge(prediction_id, told("processing", output="all", logs="l"), clock.now())
+    assert receivers.deliver(*queued(clock, prediction_id, "output", 30))
+    table.merge(prediction_id, told("succeeded", output="all", logs="logs"), clock.now())
+    for event in ("output", "logs"):
+        assert receivers.deliver(*queued(clock, prediction_id, event, 0))
+    assert ids(sent) == ["output-30", "logs-0"]
+
+
+def test_content_that_a_receiver_did_not_accept_is_sent_by_a_later_webhook(
+    table: PredictionsTable, clock: Clock, receivers: Receivers, sent: Sent
+) -> None:
+    prediction_id = running(table, clock, ["output"])
+    grow(table, clock, prediction_id, "all")
+    first = queued(clock, prediction_id, "output", 30)
+    sent.answer = lambda _: httpx.Response(503)
+    assert not receivers.deliver(*first)
+    grow(table, clock, prediction_id, "all", "succeeded")
+    assert not receivers.deliver(*queued(clock, prediction_id, "output", 0))
+    sent.answer = lambda _: httpx.Response(200)
+    assert receivers.deliver(*first), "the later one tells it"
+    assert receivers.deliver(*queued(clock, prediction_id, "output", 0))
+    assert ids(sent) == ["output-30", "output-0", "output-0"]
+
+
+def test_webhooks_in_the_other_order_show_the_output_once(
+    table: PredictionsTable, clock: Clock, receivers: Receivers, sent: Sent
+) -> None:
+    prediction_id = running(table, clock)
+    grow(table, clock, prediction_id, "one two")
+    assert receivers.deliver(*queued(clock, prediction_id, "output", 34))
+    grow(table, clock, prediction_id, "one two three")
+    assert receivers.deliver(*queued(clock, prediction_id, "output", 30)), "the growth has a webhook of its own"
+    assert receivers.deliver(*queued(clock, prediction_id, "output", 40))
+    assert ids(sent) == ["output-34", "output-40"]
+
+
+def test_retry_is_the_same_webhook_or_none(
+    table: PredictionsTable, clock: Clock, receivers: Receivers, sent: Sent
+) -> None:
+    prediction_id = running(table, clock)
+    grow(table, clock, prediction_id, "one")
+    first = queued(clock, prediction_id, "output", 30)
+    sent.answer = lambda _: httpx.Response(500)
+    assert not receivers.deliver(*first)
+    sent.answer = lambda _: httpx.Response(200)
+    assert receivers.deliver(*first), "also after a crash between the record and the request"
+    assert (ids(sent), sent.bodies[0] == sent.bodies[1]) == (["output-30"] * 2, True)
+    grow(table, clock, prediction_id, "one two")
+    assert receivers.deliver(*first), "a receiver that knows its id would ignore the new content"
+    assert receivers.deliver(*queued(clock, prediction_id, "output", 34))
+    assert ids(sent) == ["output-30"] * 2 + ["output-34"]
+
+
+def test_webhook_whose_record_fails_is_not_sent_and_stays(
+    table: PredictionsTable, clock: Clock, receivers: Receivers, sent: Sent
+) -> None:
+    prediction_id = running(table, clock)
+    grow(table, clock, prediction_id, "one")
+    first = queued(clock, prediction_id, "output", 30)
+    with refusing("UpdateItem", "AccessDeniedException", service="dynamodb"), pytest.raises(ClientError):
+        receivers.deliver(*first)
+    assert sent.requests == []
+    assert receivers.deliver(*first)
+    assert ids(sent) == ["output-30"]
+
+
+def test_webhook_that_an_operator_sends_again_is_sent_after_the_completion(
+    table: PredictionsTable, clock: Clock, receivers: Receivers, sent: Sent
+) -> None:
+    prediction_id = ended(table, clock)
+    assert receivers.deliver(*queued(clock, prediction_id))
+    delivery, handle = queued(clock, prediction_id, "output", 0)
+    assert receivers.deliver(Delivery.read(replace(delivery, again=True).message()), handle)
+    assert ids(sent) == ["completed-1", "output-0"]
+
+
+def test_caller_of_completions_alone_costs_no_write(
+    table: PredictionsTable, clock: Clock, receivers: Receivers, sent: Sent
+) -> None:
+    prediction_id = running(table, clock, ["completed"])
+    grow(table, clock, prediction_id, "one", "succeeded")
+    calls = AwsCalls()
+    assert receivers.deliver(*queued(clock, prediction_id))
+    assert ids(sent) == ["completed-1"]
+    assert "dynamodb.UpdateItem" not in calls.made
+
+
+def test_prediction_of_an_id_that_was_used_before_has_its_own_record(table: PredictionsTable, clock: Clock) -> None:
+    prediction = put(table, clock, webhook=HOOK)
+    order, output = WebhookOrder.from_env(), Delivery(prediction.id, "output", 30, 0)
+    assert order.begin(prediction, replace(output, event="completed"), None, clock.now())
+    assert not order.begin(prediction, output, "one", clock.now())
+    assert order.begin(replace(prediction, created=prediction.created + 9), output, "one", clock.now())
 
 
 # -- receivers that mean no good -----------------------------------------------------------------------------------

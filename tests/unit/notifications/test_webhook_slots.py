@@ -7,9 +7,11 @@ from typing import Any
 import httpx
 import pytest
 from predictions.aws import clients
+from predictions.aws.dynamodb import Table as ItemTable
 from predictions.aws.dynamodb import serialize
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.notifications.signing_secrets import OwnerSecrets, SecretVersions
+from predictions.notifications.webhook_order import WebhookOrder
 from predictions.notifications.webhook_queue import DeadLetters, DeliveriesQueue, Delivery
 from predictions.notifications.webhook_sender import Receivers
 from predictions.notifications.webhook_slots import (
@@ -198,6 +200,7 @@ class Town:
             DeliveriesQueue("deliveries", self.clients("sqs")),
             DeadLetters("dead", self.clients("sqs")),
             WebhookSlots("predictions", dynamodb),
+            WebhookOrder(ItemTable("predictions", dynamodb)),
             allow_loopback=False,
             open_client=lambda **_: httpx.Client(transport=httpx.MockTransport(self._receive)),
             now=lambda: self.scheduler.now,

@@ -82,6 +82,11 @@ class TestRefused:
             ("a.json", json.dumps({**RECIPE, "colour": 1}).encode(), "recipes/a.json: colour: "),
             (
                 "a.json",
+                json.dumps({**RECIPE, "input": {"prompt": "{{ objct.url }}"}}).encode(),
+                "recipes/a.json: input.prompt: `{{ objct.url }}`: An expression must begin with",
+            ),
+            (
+                "a.json",
                 json.dumps({**RECIPE, "model": "no/body"}).encode(),
                 "recipes/a.json: Model no/body not found",
             ),
@@ -98,6 +103,7 @@ class TestRefused:
             "an owner that is kept",
             "nobody",
             "an unknown field",
+            "an unknown root",
             "an unknown model",
         ],
     )

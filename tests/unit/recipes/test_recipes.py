@@ -23,6 +23,7 @@ Call = Callable[..., tuple[int, Any]]
 MODEL = "black-forest-labs/flux-schnell"
 SENT = 1_750_000_000
 RULE = "replicate-serverless-recipe-"
+PLAIN: dict[str, Any] = {"input": {"prompt": "a fox"}}
 RECIPE: dict[str, Any] = {"model": MODEL, "input": {"prompt": "{{ object.url }}"}, "s3": {"prefix": "in/"}}
 
 
@@ -118,13 +119,29 @@ class TestRefused:
             ({"batches": {"tolerated_failure_percentage": 101}}, "batches.tolerated_failure_percentage"),
             ({"batches": {"owner": "bob"}}, "batches.owner"),
             ({"pattern": {"source": ["x"]}}, "pattern"),
-            ({"s3": None, "bus": "stack"}, "bus"),
+            ({"s3": None, "bus": "stack", **PLAIN}, "bus"),
             ({"s3": None, "pattern": {}}, "pattern"),
             ({"s3": None, "pattern": {"source": ["x" * 2100]}}, "pattern"),
             ({"s3": None, "pattern": {"source": "not a list"}}, "pattern"),
-            ({"s3": None, "schedule": {"expression": "rate(0 minutes)"}}, "schedule.expression"),
-            ({"s3": None, "schedule": {"expression": "cron(0 9 * * *)"}}, "schedule.expression"),
+            ({"s3": None, "schedule": {"expression": "rate(0 minutes)"}, **PLAIN}, "schedule.expression"),
+            ({"s3": None, "schedule": {"expression": "cron(0 9 * * *)"}, **PLAIN}, "schedule.expression"),
             ({"s3": None, "schedule": {"expression": "rate(1 day)", "time_zone": "Mars Base"}}, "schedule.time_zone"),
+            ({"input": {"prompt": "{{ objct.url }}"}}, "input.prompt"),
+            ({"input": {"prompt": "{{ objct.url || 'x' }}"}}, "input.prompt"),
+            ({"input": {"prompt": "x", "seeds": ["{{ sum(rows[].n) }}"]}}, "input.seeds.0"),
+            ({"input": {"prompt": "{{ object.ulr }}"}}, "input.prompt"),
+            ({"input": {"prompt": "{{ defaults.style }}"}}, "input.prompt"),
+            ({"input": {"prompt": "{{ schedule.time }}"}}, "input.prompt"),
+            ({"s3": None}, "input.prompt"),
+            ({"s3": None, "schedule": {"expression": "rate(1 day)"}}, "input.prompt"),
+            ({"webhook": "https://hooks.example.com/{{ objct.key }}"}, "webhook"),
+            ({"output_prefix": "{{ evnt.id }}"}, "output_prefix"),
+            ({"defaults": {"num_outputs": "many"}}, "defaults.num_outputs"),
+            (
+                {"input": {"prompt": "x", "num_outputs": "{{ row.n }}"}, "defaults": {"num_outputs": 0}},
+                "defaults.num_outputs",
+            ),
+            ({"input": {"num_outputs": "{{ row.n }}"}}, "input.prompt"),
         ],
         ids=str,
     )
@@ -143,6 +160,39 @@ class TestRefused:
         assert call("PUT", "mine", {**RECIPE, "model": "nobody/nothing"})[0] == 404
         replicate.read_faults += [answer(503)] * 4
         assert call("PUT", "mine", {**RECIPE, "input": {"num_outputs": "many"}})[0] == 201
+
+    def test_unknown_root_is_named_with_the_known_and_the_nearest_ones(self, call: Call) -> None:
+        shown = call("PUT", "mine", {**RECIPE, "input": {"prompt": "{{ objct.url }}"}})[1]
+        assert shown["invalid_fields"] == [
+            {
+                "field": "input.prompt",
+                "detail": "`{{ objct.url }}`: An expression must begin with `event`, `object`, `row`, `recipe` or "
+                "`defaults` (got `objct`). Did you mean `object`?",
+            }
+        ]
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"input": {"prompt": "{{ row.text || object.metadata.title || schedule.time }}"}},
+            {"input": {"prompt": "{{ not_null(schedule.time, row.text) }}"}},
+            {"input": {"prompt": "{{ object.ulr || 'x' }}"}},
+            {"input": {"prompt": "{{ to_string(@) }}"}},
+            {"input": {"prompt": "{{ keys(object)[0] }}"}},
+            {"input": {"prompt": "{{ event.detail.items[?sku == 'a'].name | [0] }}"}},
+            {"input": {"prompt": "{{ defaults.style }} {{ recipe.name }}"}, "defaults": {"style": "mosaic"}},
+            {"input": {"prompt": "x", "num_outputs": "{{ row.n }}"}, "defaults": {"num_outputs": 2}},
+            {"input": {"num_outputs": "{{ row.n }}"}, "defaults": {"prompt": "x"}},
+            {"s3": None, "schedule": {"expression": "rate(1 day)"}, "input": {"prompt": "{{ schedule.time }}"}},
+            {"s3": None, "pattern": {"source": ["aws.s3"]}},
+            {"s3": None, "input": {"prompt": "{{ row.text }}"}},
+        ],
+        ids=str,
+    )
+    def test_expression_that_may_find_something_is_accepted(self, call: Call, changed: dict[str, Any]) -> None:
+        body = {name: part for name, part in (RECIPE | changed).items() if part is not None}
+        status, shown = call("PUT", "mine", body)
+        assert status == 201, shown
 
     @pytest.mark.parametrize(("body", "status"), [("{", 400), ("[]", 422), ("x" * (RECIPE_LIMIT_BYTES + 1), 413)])
     def test_a_body_that_is_no_recipe_is_refused(self, call: Call, body: str, status: int) -> None:
@@ -219,7 +269,7 @@ class TestChanges:
 
     def test_another_source_takes_the_place_of_the_first(self, call: Call) -> None:
         recipe_id = call("PUT", "mine", RECIPE)[1]["id"]
-        without = {name: part for name, part in RECIPE.items() if name != "s3"}
+        without = {name: part for name, part in (RECIPE | PLAIN).items() if name != "s3"}
         call("PUT", "mine", {**without, "pattern": {"source": ["shop"]}, "bus": "stack"})
         assert (rules(), list(rules("bus")), schedules()) == ({}, [recipe_id], [])
         call("PUT", "mine", {**without, "schedule": {"expression": "rate(1 day)", "time_zone": "Europe/Berlin"}})

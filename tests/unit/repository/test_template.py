@@ -137,7 +137,7 @@ def test_token_of_replicate_is_readable_only_by_functions_that_call_replicate() 
 def test_schemas_are_kept_only_by_functions_that_submit_or_are_told_them() -> None:
     keepers = {name for name in FUNCTIONS if any("schema#*" in text(each) for each in statements(name))}
     submitting = {f"{name}PredictionFunction" for name in ("Start", "Run", "Submit", "Poll")}
-    checking = {"ManageRecipesFunction", "DeployRecipesFunction", "ManagePipelinesFunction"}
+    checking = {"ManageRecipesFunction", "DeployRecipesFunction", "ManagePipelinesFunction", "ManageBatchesFunction"}
     assert keepers == {*submitting, *checking, "CallReplicateFunction"}
 
 
@@ -195,6 +195,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                     "recipe#*",
                     "pipeline#*",
                     "batch#*",
+                    "webhooks#*",
                     "unknown",
                     "readings",
                     "listed#*",

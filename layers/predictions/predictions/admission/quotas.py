@@ -17,13 +17,13 @@ that a finish costs no write. A crash in between counts too much for two minutes
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from predictions.aws.clients import client
-from predictions.aws.dynamodb import NEW, Condition, ConditionFailed, Key, Table
+from predictions.aws.dynamodb import NEW, PRESENT, Condition, ConditionFailed, Key, Table
 from predictions.clock import rfc3339
 from predictions.errors import PredictionsError, Problem
 
@@ -109,17 +109,17 @@ class OwnerLimits:
     open_pipelines: int | None = None
 
     def __bool__(self) -> bool:
-        return any(getattr(self, name) is not None for name in _NAMES)
+        return any(getattr(self, name) is not None for name in LIMIT_NAMES)
 
     def context(self) -> dict[str, str]:
         """Return the limits as the authorizer's context; API Gateway takes texts."""
-        found = {f"{name}_limit": getattr(self, name) for name in _NAMES}
+        found = {f"{name}_limit": getattr(self, name) for name in LIMIT_NAMES}
         return {name: str(limit) for name, limit in found.items() if limit is not None}
 
     @classmethod
     def of_context(cls, context: Mapping[str, Any]) -> "OwnerLimits":
         """Read what `context` returned."""
-        found = {name: context.get(f"{name}_limit") for name in _NAMES}
+        found = {name: context.get(f"{name}_limit") for name in LIMIT_NAMES}
         return cls(**{name: int(limit) for name, limit in found.items() if limit})
 
     def open_allowed(self, kind: Kind) -> int | None:
@@ -131,7 +131,8 @@ class OwnerLimits:
         return default if given is None else given
 
 
-_NAMES = ("in_flight", "per_day", "open_batches", "open_pipelines")
+LIMIT_NAMES = ("in_flight", "per_day", "open_batches", "open_pipelines")
+"""The limits, by their attributes."""
 
 
 class _Slots(NamedTuple):
@@ -191,31 +192,55 @@ class OwnersLimits:
 
     def limits_of(self, owner: str) -> OwnerLimits:
         """Return an owner's limits, read consistently."""
-        item = self._table.get_item(_limits_key(owner)) or {}
-        return OwnerLimits(**{name: item[name] for name in _NAMES if name in item})
+        return _limits_of(self._table.get_item(_limits_key(owner)) or {})
 
-    def set_limits(self, owner: str, limits: OwnerLimits) -> None:
-        """Set an owner's limits, replacing all earlier ones.
+    def set_limits(self, owner: str, limits: OwnerLimits) -> OwnerLimits:
+        """Set the given limits of an owner; limits that are not given stay as they are.
+
+        One update of these attributes alone: a concurrent call that sets another limit loses nothing.
+
+        Returns:
+            All limits of the owner after it.
 
         Raises:
             LimitInvalid: Nothing was written.
         """
         if not limits:
-            given_by = ", ".join(f"--{name.replace('_', '-')}" for name in _NAMES)
+            given_by = ", ".join(f"--{name.replace('_', '-')}" for name in LIMIT_NAMES)
             raise LimitInvalid(f"Give at least one of {given_by}; `limits remove` takes limits away.")
-        item: dict[str, Any] = {"owner": _LIST, "listed_at": owner}
-        for name, most in zip(_NAMES, (IN_FLIGHT_MAX, PER_DAY_MAX, OPEN_MAX, OPEN_MAX), strict=True):
+        changed: dict[str, Any] = {"owner": _LIST, "listed_at": owner}
+        for name, most in zip(LIMIT_NAMES, (IN_FLIGHT_MAX, PER_DAY_MAX, OPEN_MAX, OPEN_MAX), strict=True):
             limit = getattr(limits, name)
             if limit is None:
                 continue
             if not 0 <= limit <= most:
                 raise LimitInvalid(f"--{name.replace('_', '-')} must be 0 to {most} (got {limit}).")
-            item[name] = limit
-        self._table.put_item(_limits_key(owner), item)
+            changed[name] = limit
+        return _limits_of(self._table.update_item(_limits_key(owner), set=changed))
 
-    def remove_limits(self, owner: str) -> None:
-        """Remove an owner's limits. Idempotent."""
-        self._table.delete_item(_limits_key(owner))
+    def remove_limits(self, owner: str, names: Collection[str] = ()) -> OwnerLimits:
+        """Remove limits of an owner. Idempotent.
+
+        Args:
+            owner: The owner.
+            names: The limits to remove, of `LIMIT_NAMES`; none for all of them.
+
+        Returns:
+            The limits that are left.
+        """
+        key = _limits_key(owner)
+        if names:
+            with contextlib.suppress(ConditionFailed):
+                left = _limits_of(self._table.update_item(key, remove=names, condition=PRESENT))
+                if left:
+                    return left
+        # If the function crashes before this, the item without a limit counts as no item.
+        nothing = " AND ".join(f"attribute_not_exists({name})" for name in LIMIT_NAMES)
+        try:
+            self._table.delete_item(key, Condition(nothing) if names else None)
+        except ConditionFailed:  # another call has just set one
+            return self.limits_of(owner)
+        return OwnerLimits()
 
     def list_limits(self) -> Iterator[tuple[str, OwnerLimits]]:
         """List the owners that have limits, by name, as the index has them."""
@@ -424,6 +449,10 @@ def _day_is_full(owner: str, limit: int, now: float) -> LimitReached:
 
 def _day_sk(now: float) -> str:
     return f"day#{rfc3339(now)[:10]}"
+
+
+def _limits_of(item: Mapping[str, Any]) -> OwnerLimits:
+    return OwnerLimits(**{name: item[name] for name in LIMIT_NAMES if name in item})
 
 
 def _limits_key(owner: str) -> Key:

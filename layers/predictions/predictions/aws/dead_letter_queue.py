@@ -1,11 +1,16 @@
 """Dead-letter queues: send, receive and delete messages that cannot be processed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import BotoCoreError, ClientError
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
+
+# https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_ChangeMessageVisibilityBatch.html
+_BATCH_LIMIT = 10
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,27 @@ class DeadLetterQueue:
                     },
                     receipt_handle=message["ReceiptHandle"],
                 )
+
+    def release(self, receipt_handles: Iterable[str]) -> bool:
+        """Make received messages visible again; return whether that worked for all of them.
+
+        Never fails: a message that is not released stays hidden for the rest of the time given to `receive`, and one
+        whose handle has expired is visible already. No queue is behind a dead-letter queue, so that receives are not
+        counted against a limit.
+        """
+        done = True
+        handles = list(receipt_handles)
+        for start in range(0, len(handles), _BATCH_LIMIT):
+            entries: Any = [
+                {"Id": str(n), "ReceiptHandle": handle, "VisibilityTimeout": 0}
+                for n, handle in enumerate(handles[start : start + _BATCH_LIMIT])
+            ]
+            try:
+                answer = self._sqs.change_message_visibility_batch(QueueUrl=self._url, Entries=entries)
+            except (ClientError, BotoCoreError):
+                return False
+            done = done and not answer.get("Failed")
+        return done
 
     def delete(self, receipt_handle: str) -> None:
         """Delete a message that was received."""

@@ -5,6 +5,7 @@ In the outputs bucket, each in JSONL, sorted by `n`, the line number in the mani
     payloads/batches/{id}/manifest.jsonl           requests from the body of the call
     payloads/batches/{id}/template.json            the template that turns rows into requests
     payloads/batches/{id}/recipe.json              or the recipe that does, as it was
+    payloads/batches/{id}/schema.json              the schema of the model that all lines run, if it could be read
     payloads/batches/{id}/requests.jsonl           {"n", "request"} (and "output_prefix"), of the valid lines
     payloads/batches/{id}/refused.jsonl            {"n", "error"}, of the invalid lines
     payloads/batches/{id}/lines-{attempt}.jsonl    {"n", "offset", "length"} in requests.jsonl: the lines of an attempt
@@ -42,6 +43,11 @@ def template_key(batch_id: str) -> str:
 def recipe_key(batch_id: str) -> str:
     """Return the key of the recipe as it was when the batch was created."""
     return f"payloads/batches/{batch_id}/recipe.json"
+
+
+def schema_key(batch_id: str) -> str:
+    """Return the key of the schema by which the lines' inputs are checked."""
+    return f"payloads/batches/{batch_id}/schema.json"
 
 
 def requests_key(batch_id: str) -> str:

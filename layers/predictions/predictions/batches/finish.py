@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from predictions.batches.files import lines_key, new_object, read_jsonl, refused_key, results_key
-from predictions.batches.store import Batch, Batches
+from predictions.batches.store import Batch, Batches, all_lines_failed
 from predictions.clock import backoff_seconds
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction, Result
@@ -59,7 +59,9 @@ def finish(
         if batch.stop:
             _cancel(table, found.predictions, batches.now())
         return {"open": found.count, "lap": lap + 1, "wait_seconds": backoff_seconds(5, lap, _LONGEST_WAIT_SECONDS)}
-    status = {"canceled": "canceled", "exceeded": "failed"}.get(batch.stop or "", "succeeded")
+    # With an `error` it has no lines, and `stop` tells what its owner or the tolerance decided, whatever the counts.
+    unstopped = "failed" if all_lines_failed(counts) else "succeeded"
+    status = {"canceled": "canceled", "exceeded": "failed"}.get(batch.stop or "", unstopped)
     ended = batches.end(batch, status="failed" if batch.error else status, counts=counts, results_key=key)
     # A cancel that is stored while the results are written shows in the status: the next call completes it.
     stopped = ended is None and (there := batches.find(batch_id)) and there.stop != batch.stop

@@ -12,6 +12,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, refusal_of
 from predictions.aws.clients import api_url, client
+from predictions.batches.checks import check_template, schema_of_lines
 from predictions.batches.files import (
     etag_of,
     lines_key,
@@ -20,6 +21,7 @@ from predictions.batches.files import (
     put_text,
     read_jsonl,
     recipe_key,
+    schema_key,
     template_key,
 )
 from predictions.batches.manifest import MANIFEST_LIMIT_BYTES
@@ -32,13 +34,13 @@ from predictions.intents.model import LIFETIME_LIMIT_SECONDS, Attempt, idempoten
 from predictions.observability import logger
 from predictions.recipes.store import Recipe, RecipeItems
 from predictions.store.recent_requests import RecentRequests
-from predictions.templating import PlaceholderError, expressions
 from predictions.validation import fields_refused, input_json_canonical, parse_json
 
 if TYPE_CHECKING:
     from mypy_boto3_stepfunctions import SFNClient
 
     from predictions.lifecycle.cancel import CancelPrediction
+    from predictions.lifecycle.model_lookup import ModelLookup
 
 _CHUNK = 100
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
@@ -62,6 +64,7 @@ class BatchControl:
         stepfunctions: The client to use.
         usage: The owners' usage; None: limits are not applied.
         recent: Recent requests without a key; None: retries of those are not detected.
+        lookup: Looks up the schemas of models' inputs; None: inputs are checked only when their predictions start.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class BatchControl:
         *,
         usage: OwnersUsage | None = None,
         recent: RecentRequests | None = None,
+        lookup: "ModelLookup | None" = None,
     ) -> None:
         self.batches = batches
         self.recipes = recipes
@@ -84,9 +88,10 @@ class BatchControl:
         self._stepfunctions = stepfunctions
         self._usage = usage
         self._recent = recent
+        self._lookup = lookup
 
     @classmethod
-    def from_env(cls) -> "BatchControl":
+    def from_env(cls, lookup: "ModelLookup | None" = None) -> "BatchControl":
         """Build from the environment.
 
         Reads `BATCH_STATE_MACHINE_ARN`, `INPUTS_BUCKET_NAME`, `RETENTION_DAYS` and the environment of `Batches`.
@@ -100,6 +105,7 @@ class BatchControl:
             client("stepfunctions"),
             usage=OwnersUsage.from_env(),
             recent=RecentRequests.from_env(),
+            lookup=lookup,
         )
 
     # -- create -------------------------------------------------------------------------------------------------------
@@ -126,23 +132,29 @@ class BatchControl:
             limits: The owner's limits; None: no limits.
 
         Raises:
-            Problem: 400, 413, 415, 422, or 429 if one of the owner's limits is reached.
+            Problem: 400, 413, 415; 422, with every violation in `invalid_fields`; 429 if one of the owner's limits is
+                reached.
         """
         asked = read_body(parse_json(body, headers.get("content-type")))
-        invalid: list[dict[str, str]] = []
         key = idempotency_key(headers)
+        fingerprint = hashlib.sha256(input_json_canonical(asked.model_dump()).encode()).hexdigest()
+        if there := self._sent_before(owner, key, fingerprint, attempt):
+            return there
+        invalid: list[dict[str, str]] = []
         place = self._place(asked, owner, invalid)
         recipe = self._recipe(asked, owner, invalid)
         if invalid:
             raise fields_refused(invalid)
-        fingerprint = hashlib.sha256(input_json_canonical(asked.model_dump()).encode()).hexdigest()
+        schema = None
+        if self._lookup is not None:
+            schema = schema_of_lines(self._lookup, template=asked.template, recipe=recipe, requests=asked.requests)
         batch_id = random_id()
         if key:
+            # Only now: a body that was refused can be corrected and sent with its key again.
             keys = self.batches.idempotency_keys
             batch_id, known = keys.take_key(owner, key, batch_id, fingerprint, self.expires)
             if known != fingerprint:
-                detail = "This key belongs to another batch. Use a new key for a new batch."
-                raise fields_refused([{"field": "Idempotency-Key", "detail": detail}])
+                raise _of_another()
             if there := self.batches.find(batch_id):
                 return there
             # The batch may be written now, long after its key.
@@ -163,6 +175,8 @@ class BatchControl:
             raise
         if asked.template is not None:
             put_text(self.batches.bucket_name, template_key(batch_id), json.dumps(asked.template))
+        if schema is not None:
+            put_text(self.batches.bucket_name, schema_key(batch_id), schema.to_json())
         return self.launch(
             batch_id,
             owner,
@@ -170,9 +184,26 @@ class BatchControl:
             fingerprint=fingerprint,
             manifest=manifest,
             templated=asked.template is not None,
+            checked=schema is not None,
             max_concurrency=asked.max_concurrency,
             tolerated_failure_percentage=asked.tolerated_failure_percentage,
         )
+
+    def _sent_before(self, owner: str, key: str | None, fingerprint: str, attempt: Attempt | None) -> Batch | None:
+        """Return the batch of an earlier call with this request, which is not validated again, or None.
+
+        Raises:
+            Problem: 422 if the key belongs to another batch.
+        """
+        if key:
+            holder = self.batches.idempotency_keys.key_holder(owner, key)
+            if holder and holder.fingerprint != fingerprint:
+                raise _of_another()
+            return self.batches.find(holder.id) if holder else None
+        if attempt is None or not attempt.number or self._recent is None:
+            return None
+        noted = self._recent.find(owner, f"batch#{fingerprint}", attempt)
+        return self.batches.find(noted) if noted else None
 
     def _acquire_slot(self, owner: str, batch_id: str, limits: OwnerLimits | None) -> int | None:
         """Check the owner's daily limit, and acquire a slot among the open batches.
@@ -246,12 +277,7 @@ class BatchControl:
             )
             invalid.append({"field": "requests", "detail": detail})
         if asked.template is not None:
-            try:
-                list(expressions(asked.template))
-            except PlaceholderError as error:
-                invalid.append({"field": f"template.{error.field}"[:200], "detail": error.detail})
-            if not isinstance(asked.template.get("input"), dict):
-                invalid.append({"field": "template.input", "detail": "This field is required and must be an object."})
+            invalid += check_template(asked.template, allow_loopback_webhooks=self.batches.allow_loopback_webhooks)
         if asked.manifest is None:
             return ""
         if re.fullmatch(r"[a-z0-9]{26}", asked.manifest, re.ASCII):
@@ -529,6 +555,11 @@ class BatchControl:
 
     def _execution_arn(self, batch: Batch) -> str:
         return f"{self._machine_arn.replace(':stateMachine:', ':execution:')}:{batch.execution_name}"
+
+
+def _of_another() -> Problem:
+    detail = "This key belongs to another batch. Use a new key for a new batch."
+    return fields_refused([{"field": "Idempotency-Key", "detail": detail}])
 
 
 def _format(asked: BatchBody, key: str) -> str:

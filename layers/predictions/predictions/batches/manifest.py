@@ -31,7 +31,8 @@ MANIFEST_LIMIT_BYTES = 1024**3
 
 # A line's step budget takes half a second: prepare_batch has minutes, and only its own batch waits for it.
 _FILL_SECONDS = 20.0
-_REASON_LIMIT = 1000
+REASON_LIMIT = 1000
+"""The longest reason of a refused line, in characters."""
 
 Format = Literal["jsonl", "csv"]
 
@@ -87,7 +88,7 @@ def request_of(value: Any, template: Mapping[str, Any] | None) -> dict[str, Any]
     try:
         made = fill(template, {"row": row}, Allowance(seconds=_FILL_SECONDS))
     except (PlaceholderError, TooSlow) as error:
-        raise LineRefused(str(error)[:_REASON_LIMIT]) from None
+        raise LineRefused(str(error)[:REASON_LIMIT]) from None
     return dict(made)
 
 
@@ -103,7 +104,7 @@ def request_by(recipe: "Recipe", value: Any) -> tuple[dict[str, Any], str | None
     try:
         return recipe.request(context, allowance), recipe.output_prefix(context, allowance)
     except (PlaceholderError, TooSlow) as error:
-        raise LineRefused(str(error)[:_REASON_LIMIT]) from None
+        raise LineRefused(str(error)[:REASON_LIMIT]) from None
 
 
 def _row(value: Any) -> dict[str, Any]:
@@ -236,4 +237,4 @@ _TOO_LONG = f"The line exceeds the limit of {LINE_LIMIT_BYTES} bytes. Pass large
 
 
 def _of_a_line(detail: str) -> str:
-    return detail.replace("The body", "The line")[:_REASON_LIMIT]
+    return detail.replace("The body", "The line")[:REASON_LIMIT]

@@ -9,6 +9,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
+from predictions.batches.checks import LineSchema
 from predictions.batches.files import (
     get_text,
     lines_key,
@@ -18,10 +19,12 @@ from predictions.batches.files import (
     recipe_key,
     refused_key,
     requests_key,
+    schema_key,
     template_key,
 )
 from predictions.batches.manifest import (
     LINES_LIMIT,
+    REASON_LIMIT,
     LineRefused,
     ManifestUnreadable,
     check_request,
@@ -110,6 +113,7 @@ def _first_lines(batches: Batches, batch: Batch, remaining_seconds: Callable[[],
         )
     bucket = batches.bucket_name
     request = _requests(bucket, batch)
+    schema = LineSchema(get_text(bucket, schema_key(batch.id))) if batch.checked else None
     manifest = batch.manifest
     read = read_pieces(manifest["bucket"], manifest["key"], etag=manifest["etag"])
     # Checked at two places: a piece may have thousands of lines, and empty ones are not yielded.
@@ -132,6 +136,8 @@ def _first_lines(batches: Batches, batch: Batch, remaining_seconds: Callable[[],
                         raise LineRefused(line.error)
                     made, output_prefix = request(line.value)
                     check_request(made, allow_loopback_webhooks=batches.allow_loopback_webhooks)
+                    if schema and (wrong := schema.reason(made["input"])):
+                        raise LineRefused(wrong[:REASON_LIMIT])
                 except LineRefused as reason:
                     refused.write_json({"n": line.n, "error": str(reason)})
                     refused_count += 1

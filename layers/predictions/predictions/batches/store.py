@@ -6,10 +6,11 @@ So a line starts one prediction however often it is sent, and a reader of all of
 
     preparing ─▶ running ─▶ succeeded | failed | canceled     ─ retry ─▶ preparing, attempt + 1
 
-`succeeded` is a batch that has processed its lines, whatever their results; `failed` one that could not be read, or
-had more failing lines than it tolerates. `stop` in the item means that no further line starts (`canceled`, `exceeded`).
-The field is written before running lines are searched for, and a line checks it right before it is submitted, after it
-has been stored: so either of the two sees the other, and no line is left running.
+`succeeded` is a batch that has processed its lines, of which at least one succeeded or none was to run; `failed` one
+that could not be read, had more failing lines than it tolerates, or whose lines all failed or were refused. `stop` in
+the item means that no further line starts (`canceled`, `exceeded`). The field is written before running lines are
+searched for, and a line checks it right before it is submitted, after it has been stored: so either of the two sees the
+other, and no line is left running.
 
 `sk` = `key` under `batch#{owner's key, hashed}` holds the id that belongs to an `Idempotency-Key` (see
 `store.idempotency_keys`). Batches' own ids are random, because messages name them without further proof.
@@ -60,6 +61,7 @@ class Batch:
     Attributes:
         manifest: Bucket, key, ETag and format of the manifest.
         templated: Whether a template builds its requests.
+        checked: Whether the schema of their inputs is stored with it.
         recipe: The name of the recipe that builds them.
         attempt: From 1; each retry adds 1.
         execution_n: The number of the current execution of the attempt.
@@ -87,6 +89,7 @@ class Batch:
     execution_n: int
     expires_at: int
     templated: bool = False
+    checked: bool = False
     recipe: str | None = None
     depth: int = 0
     lines: int | None = None
@@ -105,6 +108,19 @@ class Batch:
     def ended(self) -> bool:
         """Return whether the batch has completed."""
         return self.status in ENDED
+
+    @property
+    def reason(self) -> str | None:
+        """Return why the batch failed, as far as it is known; None if it did not.
+
+        Only `error` is stored. The text of a batch without a succeeded line follows from its counts, and such a batch
+        can be retried, which one with an `error` cannot.
+        """
+        if self.error or self.status != "failed" or self.stop is not None or not all_lines_failed(self.counts or {}):
+            return self.error
+        counts = self.counts or {}
+        shown = ", ".join(f"{counts[name]} {name}" for name in ("failed", "refused", "canceled") if counts.get(name))
+        return f"No line of the batch succeeded ({shown}). The results hold the reason of each line."
 
     @property
     def is_canceling(self) -> bool:
@@ -391,6 +407,11 @@ def _this_attempt(batch: Batch) -> Condition:
     return Condition("attempt = :attempt", attempt=batch.attempt)
 
 
+def all_lines_failed(counts: Mapping[str, int]) -> bool:
+    """Return whether lines failed or were refused, and none succeeded."""
+    return not counts.get("succeeded") and counts.get("failed", 0) + counts.get("refused", 0) > 0
+
+
 def event_of(change: Mapping[str, Any], bucket_name: str) -> tuple[str, dict[str, Any]] | None:
     """Return the event of a change of a batch: `Batch Completed`, after an attempt.
 
@@ -418,7 +439,7 @@ def event_of(change: Mapping[str, Any], bucket_name: str) -> tuple[str, dict[str
         "total": batch.total,
         "counts": dict(batch.counts or {}),
         "depth": batch.depth,
-        "error": batch.error,
+        "error": batch.reason,
         "results": f"s3://{bucket_name}/{batch.results_key}" if batch.results_key else None,
         "created_at": batch.created_at,
         "completed_at": batch.completed_at,

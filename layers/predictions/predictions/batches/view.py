@@ -43,7 +43,7 @@ def show_batch(batch: Batch, control: BatchControl, presenter: Presenter, *, ask
         "max_concurrency": batch.max_concurrency,
         "tolerated_failure_percentage": batch.tolerated_failure_percentage,
         "cancel_requested": batch.stop == "canceled",
-        "error": batch.error,
+        "error": batch.reason,
         "results": results,
         "created_at": batch.created_at,
         "completed_at": batch.completed_at,

@@ -11,6 +11,7 @@ import typer
 from predictions.admission.limiter_item import LANES
 from predictions.admission.quotas import (
     IN_FLIGHT_MAX,
+    LIMIT_NAMES,
     OPEN_BATCHES_DEFAULT,
     OPEN_MAX,
     OPEN_PIPELINES_DEFAULT,
@@ -115,10 +116,13 @@ def set_limits(
         typer.Option(help=f"Maximum number of open pipelines, 0 to {OPEN_MAX} (default: {OPEN_PIPELINES_DEFAULT})."),
     ] = None,
 ) -> None:
-    """Replace the limits of an owner."""
+    """Set limits of an owner.
+
+    Limits that are not named stay as they are.
+    """
     given = OwnerLimits(in_flight, per_day, open_batches, open_pipelines)
-    _owners_limits(stack).set_limits(_checked(owner), given)
-    print(f"The limits of {owner} are {_limits_text(given)}, within a minute.", file=sys.stderr)
+    whole = _owners_limits(stack).set_limits(_checked(owner), given)
+    print(f"The limits of {owner} are {_limits_text(whole)}, within a minute.", file=sys.stderr)
 
 
 @command(limits, "list", example="limits list --stack NAME")
@@ -136,10 +140,19 @@ def list_limits(stack: Stack, as_json: JsonList = False) -> None:
 
 
 @command(limits, "remove", example="limits remove alice --stack NAME")
-def remove_limits(stack: Stack, owner: _Owner) -> None:
-    """Remove all limits of an owner."""
-    _owners_limits(stack).remove_limits(_checked(owner))
-    print(f"The limits of {owner} are removed, within a minute.", file=sys.stderr)
+def remove_limits(
+    stack: Stack,
+    owner: _Owner,
+    in_flight: Annotated[bool, typer.Option("--in-flight", help="Remove only this limit.")] = False,
+    per_day: Annotated[bool, typer.Option("--per-day", help="Remove only this limit.")] = False,
+    open_batches: Annotated[bool, typer.Option("--open-batches", help="Remove only this limit.")] = False,
+    open_pipelines: Annotated[bool, typer.Option("--open-pipelines", help="Remove only this limit.")] = False,
+) -> None:
+    """Remove limits of an owner: the named ones, or all of them."""
+    named = zip(LIMIT_NAMES, (in_flight, per_day, open_batches, open_pipelines), strict=True)
+    left = _owners_limits(stack).remove_limits(_checked(owner), [name for name, chosen in named if chosen])
+    now = f"are {_limits_text(left)}" if left else "are removed"
+    print(f"The limits of {owner} {now}, within a minute.", file=sys.stderr)
 
 
 def _limits_text(given: OwnerLimits) -> str:

@@ -3,8 +3,9 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -32,7 +33,7 @@ from predictions.notifications.webhook_queue import DeadLetters, DeliveriesQueue
 app = group("Count, list, redrive and delete dead letters.")
 
 LOOK_SECONDS = 30
-"""How long a dead letter that was listed or redriven stays hidden from the next command."""
+"""How long a dead letter that a command has received is hidden from others, unless the command releases it."""
 
 
 class Queue(StrEnum):
@@ -115,13 +116,13 @@ def count_letters(stack: Stack, as_json: JsonObject = False) -> None:
 def list_letters(stack: Stack, queue: _QueueName, as_json: JsonList = False) -> None:
     """List the dead letters of a queue with their reasons.
 
-    Each one listed is then hidden for 30 seconds.
+    The next command receives them again at once.
     """
-    letters = list(_RECEIVE[queue](stack))
-    if as_json:
-        print(json.dumps([letter.whole for letter in letters], indent=2))
-        return
-    print_table(("ID", *_COLUMNS[queue]), [(letter.id, *letter.row) for letter in letters])
+    with _received(stack, queue) as letters:
+        if as_json:
+            print(json.dumps([letter.whole for letter in letters], indent=2))
+            return
+        print_table(("ID", *_COLUMNS[queue]), [(letter.id, *letter.row) for letter in letters])
 
 
 @command(app, "redrive", example="dead-letters redrive webhooks --stack NAME")
@@ -130,22 +131,24 @@ def redrive_letters(stack: Stack, queue: _QueueName, letter_id: _LetterId = None
 
     Each is processed as what it was: nothing is started or sent twice.
     """
-    dead = DeadLetterQueue(stack.resource(QUEUES[queue]), stack.client("sqs"))
+    dead = _queue(stack, queue)
     count, left = 0, []
-    for letter in _chosen(stack, queue, letter_id):
-        try:
-            letter.redrive()
-        except (_Left, NotDone) as reason:  # the others are still redriven
-            left.append(f"{letter.id}: {reason}")
-            continue
-        # In this order: after a crash in between it is redriven twice, which starts and sends nothing twice.
-        dead.delete(letter.receipt_handle)
-        count += 1
+    with _received(stack, queue) as letters:
+        for letter in _chosen(letters, letter_id):
+            try:
+                letter.redrive()
+            except (_Left, NotDone) as reason:  # the others are still redriven
+                left.append(f"{letter.id}: {reason}")
+                continue
+            # In this order: after a crash in between it is redriven twice, which starts and sends nothing twice.
+            dead.delete(letter.receipt_handle)
+            letters.remove(letter)
+            count += 1
     print(f"Redriven: {count}. Those that fail again are listed again.", file=sys.stderr)
     for why in left:
         print(f"Left in the queue: {line(why, 500)}", file=sys.stderr)
     if left:
-        raise NotDone(f"{len(left)} could not be redriven, and can be listed again in {LOOK_SECONDS} seconds.")
+        raise NotDone(f"{len(left)} could not be redriven, and can be listed again.")
 
 
 @command(app, "forget", example="dead-letters forget invocations --all --stack NAME")
@@ -158,23 +161,43 @@ def forget_letters(
     """Delete one dead letter, or all dead letters of a queue."""
     if (letter_id is None) is not every:
         raise NotDone("Give either --id or --all: a deleted dead letter cannot be redriven.")
-    dead = DeadLetterQueue(stack.resource(QUEUES[queue]), stack.client("sqs"))
+    dead = _queue(stack, queue)
     count = 0
-    for letter in _chosen(stack, queue, letter_id):
-        dead.delete(letter.receipt_handle)
-        count += 1
+    with _received(stack, queue) as letters:
+        for letter in _chosen(letters, letter_id):
+            dead.delete(letter.receipt_handle)
+            letters.remove(letter)
+            count += 1
     print(f"Deleted: {count}.", file=sys.stderr)
 
 
-def _chosen(stack: Stack, queue: Queue, letter_id: str | None) -> list[_Dead]:
-    # All are received before the first is redriven: one that fails again comes back as a new dead letter.
+@contextmanager
+def _received(stack: Stack, queue: Queue) -> Iterator[list[_Dead]]:
+    """Receive all dead letters of a queue, and release those that are still in the list on exit.
+
+    All are received before the first is redriven: one that fails again comes back as a new dead letter. After a crash,
+    those that were not released are hidden for at most `LOOK_SECONDS`.
+    """
     letters = list(_RECEIVE[queue](stack))
+    try:
+        yield letters
+    finally:
+        if not _queue(stack, queue).release(letter.receipt_handle for letter in letters):
+            print(f"Some of them are hidden from the next command for {LOOK_SECONDS} seconds.", file=sys.stderr)
+
+
+def _chosen(letters: Sequence[_Dead], letter_id: str | None) -> list[_Dead]:
     chosen = [letter for letter in letters if letter_id in (None, letter.id)]
     if letter_id is not None and not chosen:
         raise NotDone(
-            f"Found no dead letter {letter_id[:100]!r}. One that was listed is hidden for {LOOK_SECONDS} seconds."
+            f"Found no dead letter {letter_id[:100]!r}. One that another command is reading is hidden for up to"
+            f" {LOOK_SECONDS} seconds."
         )
     return chosen
+
+
+def _queue(stack: Stack, queue: Queue) -> DeadLetterQueue:
+    return DeadLetterQueue(_url(stack, queue), stack.client("sqs"))
 
 
 # -- by queue ------------------------------------------------------------------------------------------------------
@@ -206,7 +229,7 @@ def _webhooks(stack: Stack) -> Iterator[_Dead]:
             deliveries.send(replace(delivery, first_at=int(time.time())))
 
         row = (delivery.event, second(delivery.first_at)) if delivery else ("-", "-")
-        whole = {**(asdict(delivery) if delivery else {"message": each.body}), "reason": each.reason}
+        whole = {**(delivery.fields() if delivery else {"message": each.body}), "reason": each.reason}
         yield _Dead(delivery.id if delivery else "-", (*row, each.reason), whole, redrive, each.receipt_handle)
 
 
@@ -285,7 +308,7 @@ def _url(stack: Stack, queue: Queue) -> str:
 
 def _records(stack: Stack, queue: Queue) -> Iterator[tuple[DeadMessage, dict[str, Any]]]:
     """Receive dead letters that AWS itself wrote, with their parsed bodies."""
-    for letter in DeadLetterQueue(_url(stack, queue), stack.client("sqs")).receive(LOOK_SECONDS):
+    for letter in _queue(stack, queue).receive(LOOK_SECONDS):
         try:
             body = json.loads(letter.body)
         except ValueError:

@@ -38,7 +38,7 @@ def redeliver(
         raise NotDone(f"The prediction {prediction.id} has not completed: its webhook is sent when it does.")
     # Numbered like the first delivery, or for repeatable events like the last: the receiver can recognize a duplicate.
     number = 1 if event in (Event.START, Event.COMPLETED) else 0
-    delivery = Delivery(prediction.id, event.value, number, int(time.time()))
+    delivery = Delivery(prediction.id, event.value, number, int(time.time()), again=True)
     DeliveriesQueue(stack.output("DeliveriesQueueUrl"), stack.client("sqs")).send(delivery)
     print(f"Queued with the webhook-id {delivery.webhook_id}.", file=sys.stderr)
 

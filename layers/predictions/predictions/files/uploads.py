@@ -18,6 +18,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -36,6 +37,7 @@ UPLOAD_URL_SECONDS = 3600
 """How long an upload may begin; one that has begun may take longer."""
 
 _DOWNLOAD_URL_SECONDS = 300
+_CHECKS_AT_ONCE = 10
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,10 @@ class Files:
         file = self._read(file_id)
         if file is None or file.owner != owner:
             return None
-        if not file.uploaded and (found := self._uploaded(file)):
-            file = found
-            self._note_upload(file)
-        return file
+        return self._as_it_is(file)
 
     def list(self, owner: str, start: str | None, *, older: bool, size: int) -> tuple[list[File], bool]:
-        """List a page of an owner's files.
+        """List a page of an owner's files, each as `find` returns it.
 
         Args:
             owner: Whose.
@@ -175,8 +174,14 @@ class Files:
         """
         key = _listed_owner(owner)
         items, more = self._table.list_items(key, start, older=older, size=size, sk="file")
-        kept = map(self._kept, items)
-        return [file for file in kept if file], more
+        files = [file for file in map(self._kept, items) if file]
+        announced = [file for file in files if not file.uploaded]
+        if announced:
+            # One after the other, a page of uploads that S3 has to be asked for would take seconds.
+            with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
+                current = {file.id: file for file in pool.map(self._as_it_is, announced)}
+            files = [current.get(file.id, file) for file in files]
+        return files, more
 
     def delete(self, owner: str, file_id: str) -> bool:
         """Delete one of an owner's files; return whether it existed.
@@ -261,6 +266,13 @@ class Files:
         values = {name: item[name] for name in File.__dataclass_fields__ if name in item}
         file = File(**{**values, "owner": item["owner"].removeprefix("files#")})
         return file if self._now() < file.expires_at else None
+
+    def _as_it_is(self, file: File) -> File:
+        """Return a file with what S3 has of it, if its upload was not known; record the upload."""
+        if file.uploaded or not (found := self._uploaded(file)):
+            return file
+        self._note_upload(found)
+        return found
 
     def _uploaded(self, file: File) -> File | None:
         """Return an announced file as S3 has it, or None if it was not uploaded."""

@@ -15,7 +15,7 @@ first create, and from a version that a caller reads through `api.proxy`, which 
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -24,6 +24,7 @@ from predictions.errors import PredictionsError, Problem
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.upstream.client import is_model_name
 from predictions.upstream.errors import NotFound, Unavailable, UpstreamError
+from predictions.validation import certain_violations
 
 if TYPE_CHECKING:
     from predictions.intents.model import Reference
@@ -215,6 +216,36 @@ class ModelLookup:
             Problem: 404 (model not found), 422 (it has no version), 503 (Replicate is unavailable).
         """
         return self.violations_of(self.find(reference).schema, json.dumps(asked))
+
+    def template_violations(
+        self, reference: "Reference", template: Any, open_fields: Collection[str]
+    ) -> tuple["InputSchema | None", list[dict[str, str]]]:
+        """Return what is wrong in an input with placeholders, whatever they find, by its model's schema.
+
+        Nothing is wrong if the schema cannot be read, since Replicate is unavailable or shows none: a template is
+        accepted then, and each input that it makes is checked when its prediction starts.
+
+        Args:
+            reference: The model, version or deployment.
+            template: The input.
+            open_fields: The places of its placeholders, as `input.images.0`.
+
+        Returns:
+            The schema, if it can be read, and the violations.
+
+        Raises:
+            Problem: 404 (model not found), 422 (it has no version).
+        """
+        if self._schemas is None:
+            return None, []
+        try:
+            schema = self.find(reference).schema
+        except Problem as problem:
+            if problem.status < 500:
+                raise
+            logger.warning("template not checked: no schema", model=reference.name, reason=problem.detail)
+            return None, []
+        return schema, certain_violations(self.violations_of(schema, json.dumps(template)), open_fields)
 
     def find(self, reference: "Reference", *, check: bool = True) -> "FoundModel":
         """Return the version that runs a reference, and the schema of its input.

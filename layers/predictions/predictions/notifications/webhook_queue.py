@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from predictions.aws.clients import client
@@ -51,12 +51,14 @@ class Delivery:
         event: One of `EVENTS`.
         n: Distinguishes deliveries of one event; the same for a stream record that arrives twice.
         first_at: When it was first due, in Unix seconds: retries are counted from there.
+        again: Whether an operator sends it again, whatever was sent before.
     """
 
     id: str
     event: str
     n: int
     first_at: int
+    again: bool = False
 
     @property
     def webhook_id(self) -> str:
@@ -82,7 +84,11 @@ class Delivery:
 
     def message(self) -> str:
         """Return the message's body."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return json.dumps(self.fields(), separators=(",", ":"))
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of its message."""
+        return {name: value for name, value in asdict(self).items() if name != "again" or value}
 
     @classmethod
     def read(cls, body: str) -> "Delivery":
@@ -94,11 +100,12 @@ class Delivery:
         try:
             message = json.loads(body)
             delivery = cls(str(message["id"]), str(message["event"]), int(message["n"]), int(message["first_at"]))
+            again = message.get("again") is True
         except (KeyError, TypeError, ValueError):
             raise UnreadableDelivery("not a delivery: id, event, n and first_at are needed") from None
         if not _ID.fullmatch(delivery.id) or delivery.event not in EVENTS:
             raise UnreadableDelivery("not a delivery: the id or the event is unknown")
-        return delivery
+        return replace(delivery, again=again)
 
 
 def deliveries_of(record: Mapping[str, Any]) -> Iterator[Delivery]:
@@ -243,7 +250,7 @@ class DeadLetters:
 
     def send(self, delivery: Delivery, reason: str) -> None:
         """Send a given-up delivery to the DLQ, with the reason."""
-        self._queue.send(json.dumps({**asdict(delivery), "reason": reason}, separators=(",", ":")))
+        self._queue.send(json.dumps({**delivery.fields(), "reason": reason}, separators=(",", ":")))
 
     def receive(self, hidden_seconds: int) -> Iterator[DeadLetter]:
         """Receive all dead letters, each hidden for a while so that it is returned once."""

@@ -14,6 +14,7 @@ from predictions.net.addresses import AddressRefused
 from predictions.net.client import TimedNetwork, guarded_client, read_up_to
 from predictions.net.signatures import sign
 from predictions.notifications.signing_secrets import OwnerSecrets
+from predictions.notifications.webhook_order import WebhookOrder
 from predictions.notifications.webhook_queue import FIRST_WAIT_SECONDS, DeadLetters, DeliveriesQueue, Delivery
 from predictions.notifications.webhook_slots import NoSlotFree, WebhookSlots
 from predictions.observability import MetricUnit, logger, metrics
@@ -56,6 +57,7 @@ class Receivers:
         queue: The queue in which a delivery waits for its next try.
         dead_letters: The queue for deliveries that are given up.
         slots: Limits the concurrent tries of one owner.
+        order: Records what is sent, so that nothing follows `completed`.
         allow_loopback: Whether a receiver may be on this machine (the local cloud's setting).
         open_client: Opens a guarded HTTP client; see `guarded_client`.
         jitter: Returns random numbers from 0 to 1.
@@ -70,6 +72,7 @@ class Receivers:
         queue: DeliveriesQueue,
         dead_letters: DeadLetters,
         slots: WebhookSlots,
+        order: WebhookOrder,
         *,
         allow_loopback: bool,
         open_client: Callable[..., httpx.Client] = guarded_client,
@@ -83,6 +86,7 @@ class Receivers:
         self._queue = queue
         self._dead_letters = dead_letters
         self._slots = slots
+        self._order = order
         self._allow_loopback = allow_loopback
         self._open_client = open_client
         self._now = now
@@ -99,6 +103,7 @@ class Receivers:
             DeliveriesQueue.from_env(),
             DeadLetters.from_env(),
             WebhookSlots.from_env(),
+            WebhookOrder.from_env(),
             allow_loopback=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
         )
 
@@ -137,9 +142,17 @@ class Receivers:
         if whole is None or shown is None:
             logger.info("not delivered: outdated", webhook_event=delivery.event)
             return True
+        content = {"output": whole.output, "logs": whole.logs}.get(delivery.event)
+        # Right before the request. A webhook that an operator sends again is sent whatever was sent before.
+        resent = delivery.again and delivery.event != "completed"
+        if not resent and not self._order.begin(whole.prediction, delivery, content, self._now()):
+            logger.info("not delivered: a later webhook told it", webhook_id=delivery.webhook_id)
+            return True
         try:
             status = self._post(url, whole.prediction.owner, delivery, shown)
         except _NotDelivered as failure:
+            if not resent:
+                self._order.failed(whole.prediction, delivery)
             return self._defer(delivery, receipt_handle, failure)
         logger.info("webhook delivered", webhook_id=delivery.webhook_id, answer=status)
         return True
@@ -167,7 +180,8 @@ class Receivers:
         ended = prediction.ended_visibly
         if delivery.event == "completed":
             return self._presenter.show(whole) if ended else None
-        if ended and "completed" in prediction.wanted_events and self._now() >= delivery.first_at + FIRST_WAIT_SECONDS:
+        late = self._now() >= delivery.first_at + FIRST_WAIT_SECONDS and not delivery.again
+        if ended and "completed" in prediction.wanted_events and late:
             return None
         shown = self._presenter.show(whole) | {"status": Status.PROCESSING.value, "error": None}
         if prediction.terminal:

@@ -17,13 +17,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jmespath.parser import Parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from predictions.errors import Problem
 from predictions.intents.model import Reference, create_requested_intent
-from predictions.templating import Allowance, PlaceholderError, TooSlow, expressions, fill, holds_placeholders
-from predictions.validation import fields_refused, input_json_canonical
+from predictions.templating import (
+    Allowance,
+    PlaceholderError,
+    TooSlow,
+    Use,
+    expressions,
+    fill,
+    holds_placeholders,
+    unknown_root,
+    uses_of,
+)
+from predictions.validation import certain_violations, fields_refused, input_json_canonical
 
 STEPS_LIMIT = 50
 """The limit of steps of a pipeline."""
@@ -52,7 +61,8 @@ _CHECK_STEPS = 1_000_000
 _CHECK_SECONDS = 5.0
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
-_UNKNOWN_FIELD = "The model does not know this field."  # as `upstream.input_schema` reports it
+# How many names of a path tell what an expression depends on.
+_DEPTHS = {"input": 2, "steps": 3}
 
 Violations = list[dict[str, str]]
 Check = Callable[[Reference, Mapping[str, Any]], Violations]
@@ -155,22 +165,6 @@ class Definition:
         value = json.loads(text)
         steps = tuple(Step(**{**step, "needs": tuple(step["needs"])}) for step in value["steps"])
         return cls(value["input"], steps)
-
-
-@dataclass(frozen=True)
-class _Use:
-    """A reference in an expression: `("input", "prompt")`, `("steps", "image", "output")`, `("item",)`.
-
-    Attributes:
-        optional: Whether it is left of a `||`, which gives a default.
-    """
-
-    path: tuple[str, ...]
-    optional: bool
-
-
-class _Unclear(Exception):
-    """An expression does not name its reference."""
 
 
 def fingerprint(value: Any) -> str:
@@ -323,7 +317,7 @@ def _step(asked: PipelineBody, number: int, invalid: Violations, filling: _Filli
     return Step(body.name, request, body.input, body.for_each, tuple(needs))
 
 
-def _uses(name: str, template: Any) -> Iterator[tuple[str, list[_Use], str | None]]:
+def _uses(name: str, template: Any) -> Iterator[tuple[str, list[Use], str | None]]:
     """Yield the place, the references and the error of each expression in a template."""
     parts = template.items() if isinstance(template, dict) else [("", template)]
     for key, part in parts:
@@ -334,87 +328,15 @@ def _uses(name: str, template: Any) -> Iterator[tuple[str, list[_Use], str | Non
             yield error.field, [], error.detail
             continue
         for place, expression in found:
-            uses: list[_Use] = []
-            try:
-                _as_value(_walk(Parser().parse(expression).parsed, (), uses, optional=False))
-            except _Unclear as error:
-                yield place, [], f"`{expression}`: {error}"
+            uses = uses_of(expression, _DEPTHS)
+            if any(use.path == () or (use.path[0] == "steps" and len(use.path) < 3) for use in uses):
+                # It reaches steps that it does not name.
+                yield place, [], f"`{expression}`: Name the step and its output, as in `steps.image.output`."
             else:
                 yield place, uses, None
 
 
-# The path of values below a named one: they add no dependency.
-_BELOW = ("*",)
-
-
-def _walk(node: Any, at: tuple[str, ...], uses: list[_Use], *, optional: bool) -> tuple[str, ...]:
-    """Return a node's result as a path from the context; add its references to `uses`.
-
-    Args:
-        node: Of JMESPath's syntax tree.
-        at: The path of the value that it is applied to.
-        uses: The expression's references.
-        optional: Whether its result has a default.
-
-    Raises:
-        _Unclear: The expression reaches steps that it does not name.
-    """
-    kind, children = node["type"], node["children"]
-    match kind:
-        case "field":
-            return _field((*at, node["value"]), uses, optional=optional)
-        case "identity" | "current":
-            return at
-        case "literal":
-            return _BELOW
-        case "subexpression" | "pipe" | "index_expression":
-            for child in children:
-                at = _below(at) if child["type"] in ("index", "slice") else _walk(child, at, uses, optional=optional)
-            return at
-        case "projection" | "value_projection" | "filter_projection":
-            left, *others = children
-            within = _below(_walk(left, at, uses, optional=optional))
-            for child in others:
-                _walk(child, within, uses, optional=optional)
-            return _BELOW
-        case "or_expression":
-            first, *others = children
-            _as_value(_walk(first, at, uses, optional=True))
-            for child in others:
-                _as_value(_walk(child, at, uses, optional=optional))
-            return _BELOW
-        case "expref":
-            _walk(children[0], _BELOW, uses, optional=optional)
-            return _BELOW
-        case _:  # functions, comparisons, lists and objects: each part is a value of its own
-            for child in children:
-                _as_value(_walk(child, at, uses, optional=optional))
-            return _BELOW
-
-
-def _field(path: tuple[str, ...], uses: list[_Use], *, optional: bool) -> tuple[str, ...]:
-    if path[0] == "*":
-        return _BELOW
-    if path[0] == "steps" and len(path) < 3:
-        return path
-    if path == ("input",):
-        uses.append(_Use(path, optional))
-        return path
-    uses.append(_Use(path, optional))
-    return _BELOW
-
-
-def _below(path: tuple[str, ...]) -> tuple[str, ...]:
-    return _as_value(path) and _BELOW
-
-
-def _as_value(path: tuple[str, ...]) -> tuple[str, ...]:
-    if path == () or path[0] == "steps":
-        raise _Unclear("Name the step and its output, as in `steps.image.output`.")
-    return path
-
-
-def _wrong(use: _Use, asked: PipelineBody, step: StepBody, *, within_for_each: bool) -> str | None:
+def _wrong(use: Use, asked: PipelineBody, step: StepBody, *, within_for_each: bool) -> str | None:
     """Return why a reference is invalid in a step, or None if it is valid."""
     root, *rest = use.path
     if root == "steps":
@@ -430,8 +352,7 @@ def _wrong(use: _Use, asked: PipelineBody, step: StepBody, *, within_for_each: b
         return f"The pipeline's input has no `{rest[0][:32]}`."
     if root in ("item", "index"):
         return None if step.for_each is not None and not within_for_each else f"`{root}` needs `for_each`."
-    known = "`input`, `steps`" + (", `item` or `index`" if step.for_each is not None else "")
-    return f"An expression must begin with {known} (got `{root[:32]}`)."
+    return unknown_root(root, ("input", "steps", *(("item", "index") if step.for_each is not None else ())))
 
 
 def _for_each(step: StepBody, pipeline_input: Mapping[str, Any], filling: _Filling) -> Violations:
@@ -540,15 +461,7 @@ def _by_schema(step: Step, pipeline_input: Mapping[str, Any], check: Check, fill
             raise
         kind = next(name for name in ("model", "version", "deployment") if name in step.request)
         return [*found, {"field": kind, "detail": problem.detail}]
-    return found + [
-        each
-        for each in violations
-        if each["detail"].startswith(_UNKNOWN_FIELD) or not any(_overlap(each["field"], field) for field in open_fields)
-    ]
-
-
-def _overlap(one: str, other: str) -> bool:
-    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+    return found + certain_violations(violations, open_fields)
 
 
 def _reference(request: Mapping[str, Any]) -> Reference:

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -21,19 +21,14 @@ from predictions.clock import timestamp
 from predictions.errors import Problem
 from predictions.ids import random_id
 from predictions.intents.model import Reference, create_requested_intent
-from predictions.lifecycle.model_lookup import ModelSchemas
-from predictions.observability import logger
+from predictions.lifecycle.model_lookup import ModelLookup
 from predictions.recipes.rules import RecipeRules, RuleRefused
 from predictions.recipes.schema import NAME, RecipeBody
-from predictions.recipes.store import KEPT_APART, Recipe, RecipeItems
+from predictions.recipes.store import ANY_ROOTS, KEPT_APART, OBJECT_FIELDS, SOURCE_ROOTS, Recipe, RecipeItems
 from predictions.store.schemas import StoredSchemas
-from predictions.templating import PlaceholderError, expressions, holds_placeholders
+from predictions.templating import PlaceholderError, check_uses, expressions, holds_placeholders
 from predictions.upstream.client import Replicate
-from predictions.upstream.errors import NotFound, UpstreamError
-from predictions.validation import field_problem, fields_refused, parse_json
-
-if TYPE_CHECKING:
-    from predictions.upstream.input_schema import InputSchema
+from predictions.validation import certain_violations, field_problem, fields_refused, parse_json
 
 RECIPE_LIMIT_BYTES = 64 * 1024
 """The largest recipe, as JSON: an item holds 400 KB, and a page of a list must hold many."""
@@ -56,8 +51,7 @@ class RecipeChanges:
 
     Args:
         rules: Manages their rules and schedules.
-        replicate: Fetches models' schemas.
-        schemas: Looks up schemas by version; None: inputs are not validated.
+        lookup: Looks up the schemas of models' inputs.
         source_bucket_name: The team's own bucket; empty if the stack has none.
         outputs_bucket_name: The outputs bucket, which no recipe may name.
         allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
@@ -67,8 +61,7 @@ class RecipeChanges:
         self,
         items: RecipeItems,
         rules: RecipeRules,
-        replicate: Replicate,
-        schemas: ModelSchemas | None,
+        lookup: ModelLookup,
         *,
         source_bucket_name: str,
         outputs_bucket_name: str,
@@ -77,8 +70,7 @@ class RecipeChanges:
     ) -> None:
         self._items = items
         self._rules = rules
-        self._replicate = replicate
-        self._schemas = schemas
+        self._lookup = lookup
         self._source_bucket_name = source_bucket_name
         self._outputs_bucket_name = outputs_bucket_name
         self._allow_loopback_webhooks = allow_loopback_webhooks
@@ -87,13 +79,10 @@ class RecipeChanges:
     @classmethod
     def from_env(cls) -> "RecipeChanges":
         """Build from the environment of manage_recipes and deploy_recipes."""
-        replicate = Replicate.from_env()
-        schemas = ModelSchemas(StoredSchemas.from_env(), replicate)
         return cls(
             RecipeItems.from_env(),
             RecipeRules.from_env(),
-            replicate,
-            schemas if os.environ["VALIDATE_INPUT"] == "true" else None,
+            ModelLookup.from_env(StoredSchemas.from_env(), Replicate.from_env()),
             source_bucket_name=os.environ["SOURCE_BUCKET_NAME"],
             outputs_bucket_name=os.environ["OUTPUTS_BUCKET_NAME"],
             allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
@@ -280,47 +269,31 @@ class RecipeChanges:
             return None
 
     def _check_input(self, asked: RecipeBody, reference: Reference) -> None:
-        """Validate the constant parts of the input by the model's schema, if available.
+        """Validate the constant parts of `input` and `defaults` by the model's schema, if available.
+
+        A required field that is in neither of them is invalid too: no event and no row can fill it.
 
         Raises:
-            Problem: 404 if the model does not exist; 422 if the input does not match its schema.
+            Problem: 404 if the model does not exist; 422 if it cannot run, or the input does not match its schema.
         """
-        schema = self._schema(reference)
-        if schema is None:
-            return
-        from predictions.upstream.input_schema import NotChecked
-
-        value = {**(asked.defaults or {}), **asked.input}
-        open_places = [place for place, _ in expressions({"input": asked.input})]
+        defaults = asked.defaults or {}
+        open_fields = [place for place, _ in expressions({"input": asked.input})]
         try:
-            found = schema.violations(value)
-        except NotChecked as error:
-            logger.info("recipe not validated", reason=str(error))
-            return
-        # The value of a placeholder is not known yet, nor its effect on the values around it.
-        invalid = [
-            each
-            for each in found
-            if not any(place == each["field"] or place.startswith(f"{each['field']}.") for place in open_places)
-        ]
+            schema, invalid = self._lookup.template_violations(reference, {**defaults, **asked.input}, open_fields)
+            used = {name: part for name, part in defaults.items() if holds_placeholders(asked.input.get(name))}
+            if used and schema is not None:
+                # A default is used where the placeholder of the same name finds nothing.
+                found = self._lookup.violations_of(schema, json.dumps({**defaults, **asked.input, **used}))
+                others = [place for place in open_fields if _name_of(place) not in used]
+                invalid += [each for each in certain_violations(found, others) if each not in invalid]
+        except Problem as problem:
+            if problem.status == 404:
+                detail = f"Model {reference.name} not found, or not accessible with this stack's Replicate token."
+                raise Problem(404, detail) from None
+            kind = next(name for name in ("model", "version", "deployment") if getattr(asked, name) is not None)
+            raise fields_refused([{"field": kind, "detail": problem.detail}]) from None
         if invalid:
-            raise fields_refused(invalid)
-
-    def _schema(self, reference: Reference) -> "InputSchema | None":
-        if self._schemas is None or reference.name is None:
-            return None
-        if reference.kind == "deployment":
-            return self._schemas.of_deployment(reference.name)
-        if reference.version is not None:
-            return self._schemas.of_version(reference.name, reference.version)
-        try:
-            return self._schemas.of_model(reference.name, self._replicate.model(reference.name).openapi_schema)
-        except NotFound:
-            detail = f"Model {reference.name} not found, or not accessible with this stack's Replicate token."
-            raise Problem(404, detail) from None
-        except UpstreamError as error:
-            logger.warning("recipe not validated: no schema", reason=str(error))
-            return None
+            raise fields_refused([_in_defaults(each, asked) for each in invalid])
 
 
 def is_name(text: str) -> bool:
@@ -367,15 +340,37 @@ def _check_source(asked: RecipeBody) -> list[dict[str, str]]:
 
 
 def _check_placeholders(asked: RecipeBody) -> list[dict[str, str]]:
+    kind = next((kind for kind in SOURCE_ROOTS if getattr(asked, kind) is not None), None)
+    roots = (*(SOURCE_ROOTS[kind] if kind else ()), *ANY_ROOTS)
+    fields = {
+        "object": OBJECT_FIELDS,
+        "schedule": ("time",),
+        "recipe": ("id", "name"),
+        "defaults": asked.defaults or (),
+    }
+    elsewhere = {root for each in SOURCE_ROOTS.values() for root in each}
     invalid: list[dict[str, str]] = []
     for name in ("input", "webhook", "output_prefix"):
         try:
-            list(expressions({name: getattr(asked, name)}))
+            invalid += check_uses({name: getattr(asked, name)}, roots, fields, elsewhere)
         except PlaceholderError as error:
             invalid.append({"field": error.field, "detail": error.detail})
     if holds_placeholders(asked.defaults):
         invalid.append({"field": "defaults", "detail": "Must not have placeholders."})
     return invalid
+
+
+def _name_of(field: str) -> str:
+    """Return the name of the model's field in a place such as `input.images.0`."""
+    return field.split(".")[1] if "." in field else ""
+
+
+def _in_defaults(violation: dict[str, str], asked: RecipeBody) -> dict[str, str]:
+    """Name the place of a violation in the recipe: a constant of `defaults` is no part of `input`."""
+    name = _name_of(violation["field"])
+    if name not in (asked.defaults or {}) or (name in asked.input and not holds_placeholders(asked.input[name])):
+        return violation
+    return {**violation, "field": f"defaults{violation['field'].removeprefix('input')}"}
 
 
 def _changed_meanwhile(name: str) -> Problem:

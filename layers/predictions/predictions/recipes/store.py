@@ -53,6 +53,22 @@ KEPT_APART = ("files/", "batches/")
 """Prefixes of the inputs bucket that recipes may not use: owners' uploads, and manifests."""
 
 Kind = Literal["s3", "pattern", "schedule"]
+
+SOURCE_ROOTS: Mapping[Kind, tuple[str, ...]] = {
+    "s3": ("event", "object"),
+    "pattern": ("event", "object"),
+    "schedule": ("event", "schedule"),
+}
+"""The names that an expression finds at an event of each source. An S3 event may match a pattern as well."""
+
+ANY_ROOTS = ("row", "recipe", "defaults")
+"""The names that an expression may use in any recipe: each can be named by a batch."""
+
+OBJECT_FIELDS = (
+    "bucket", "key", "name", "size", "etag", "version_id", "sequencer", "content_type", "metadata", "url",
+)  # fmt: skip
+"""The names in `object`."""
+
 State = Literal["pending", "active", "deleting"]
 
 # Longer than a prediction's lifetime plus the days that its message may wait.

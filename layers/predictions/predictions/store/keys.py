@@ -127,6 +127,14 @@ def webhook_slots_key(owner: str) -> Key:
     return Key(f"owner#{owner}", "webhook_slots")
 
 
+def webhook_order_key(prediction_id: str, created: int) -> Key:
+    """Name what was sent of a prediction; see `notifications.webhook_order`.
+
+    With the time of its creation: a key that is used again after the retention names another prediction.
+    """
+    return Key(f"webhooks#{prediction_id}", str(created))
+
+
 def response_key(path: str) -> Key:
     """Name a response of Replicate that does not change; see `api.proxy`."""
     return Key(f"forwarded#{path}", "answer")

@@ -28,6 +28,7 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from predictions.errors import PredictionsError
+from predictions.validation import UNKNOWN_FIELD
 
 VIOLATIONS_LIMIT = 50
 """The most violations that one response names."""
@@ -323,9 +324,7 @@ class _Check:
                 continue
             known = ", ".join(f"`{each[:_SHOWN_CHARACTERS]}`" for each in islice(properties, _SHOWN_CHOICES))
             more = f" and {len(properties) - _SHOWN_CHOICES} more" if len(properties) > _SHOWN_CHOICES else ""
-            self._add(
-                found, (*path, name), f"The model does not know this field. Its fields are {known or 'none'}{more}."
-            )
+            self._add(found, (*path, name), f"{UNKNOWN_FIELD} Its fields are {known or 'none'}{more}.")
 
     def _check_alternatives(
         self, nodes: Sequence[_Node | bool], value: Any, path: tuple[str, ...], found: list[Violation], depth: int
