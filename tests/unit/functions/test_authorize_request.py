@@ -132,6 +132,7 @@ def test_limits_of_the_owner_are_passed_on_as_texts(handler: Handler) -> None:
         (OwnerLimits(per_day=7), {"per_day_limit": "7"}),
         (OwnerLimits(open_batches=0, open_pipelines=9), {"open_batches_limit": "0", "open_pipelines_limit": "9"}),
     ):
+        limits.remove_limits("alice")
         limits.set_limits("alice", given)
         context = handler(sample("bearer_token"), None)["context"]
         assert context.items() >= passed.items()
