@@ -1,8 +1,8 @@
 """Write the lock files: ``python -m local.lock [--upgrade | --check]``, ``make lock``.
 
-Five files, each package with its version and hashes, for every platform and Python that the project runs on; the package
-index is configured on the machine that installs them. The layer's file holds the project's own dependencies in the
-versions of ``dev.txt``, so that the tested versions are the deployed ones.
+Five files, each package with its version and hashes, for every platform and Python that the project runs on; the
+package index is configured on the machine that installs them. The layer's file holds the project's own dependencies in
+the versions of ``dev.txt``, so that the tested versions are the deployed ones.
 """
 
 import argparse

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from cog import BaseRunner, ConcatenateIterator, Input, streaming
 
-WORDS = "the tide comes in and the tide goes out and the lamp is lit".split()
+WORDS = ["the", "tide", "comes", "in", "and", "the", "tide", "goes", "out", "and", "the", "lamp", "is", "lit"]
 
 
 def pause(seconds: float) -> None:
