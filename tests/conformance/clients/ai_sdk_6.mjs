@@ -22,9 +22,15 @@ const keyed = (prompt, key) => {
   // docs:end
 };
 
+// It reads nothing but the output of the create, which has to be there.
 const slow = async (generated) => {
-  await assert.rejects(generated);
+  await assert.rejects(generated, /Invalid JSON response/);
   return "fails: takes a create that is answered `starting` for an error, instead of polling";
 };
 
-await runFlows({ generateImage, createReplicate, replicate, keyed, slow });
+const failed = async (generated) => {
+  await assert.rejects(generated, /Invalid JSON response/);
+  return "fails without the model's error: takes the answer for an invalid one";
+};
+
+await runFlows({ generateImage, createReplicate, replicate, keyed, slow, failed });

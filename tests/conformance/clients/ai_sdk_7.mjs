@@ -26,4 +26,6 @@ const slow = async (generated) => {
   assert.equal((await generated).length, 1);
 };
 
-await runFlows({ generateImage, createReplicate, replicate, keyed, slow });
+const failed = (generated) => assert.rejects(generated, /failed: .*no paint/);
+
+await runFlows({ generateImage, createReplicate, replicate, keyed, slow, failed });
