@@ -101,7 +101,7 @@ faults: setup ## Run PREDICTIONS=200 on a local cloud with all kinds of faults (
 reliability: setup ## Run all tests and write docs/reliability.md: each promise, its tests, their figures and times
 	@$(PYTHON) -m tests.reliability
 
-conformance: setup ## Run the official clients' flows (needs node) and write docs/conformance.md
+conformance: setup ## Run the clients' flows (needs node) and write docs/conformance.md
 	@$(PYTHON) -m tests.conformance
 
 bench: setup ## Measure import times, and the steps and cost of a prediction and of a batch

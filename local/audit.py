@@ -37,6 +37,7 @@ ENVIRONMENT = CHECKOUT / ".local" / "audit"
 LOCKED = (
     "layers/predictions/requirements.txt",
     *(f"requirements/{name.name}" for name in sorted(FOLDER.glob("*.txt"))),
+    "tests/conformance/locks/python2.txt",
 )
 DATABASE = "api.osv.dev"
 

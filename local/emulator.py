@@ -16,6 +16,8 @@ Of a Distributed Map the emulator supports `MaxConcurrency` and `ToleratedFailur
 their paths in the input; and it checks whether a function may describe any run of a Map, not this one.
 A template with an alarm of metric math is rejected: here such an alarm exists, and watches the first of its metrics.
 
+Of an OpenAPI definition of an API the emulator does not import the names of the operations.
+
 `dynamodb:LeadingKeys`, with which policies limit the items of the table that a function may access, is not supported.
 
 The emulator keeps no log of the API's requests, and its own log lacks the lines of most invocations: here both are
@@ -38,7 +40,7 @@ from typing import Any
 
 from ministack import app
 from ministack.core import iam_actions, lambda_runtime
-from ministack.services import lambda_svc, stepfunctions
+from ministack.services import apigateway_v1, lambda_svc, stepfunctions
 from ministack.services.cloudformation import provisioners
 
 # The last line of a traceback: `package.module.ClassName: message`.
@@ -290,6 +292,18 @@ def addressed(find: Callable[..., str]) -> Callable[..., str]:
     return resource
 
 
+def with_operation_names(import_operation: Callable[..., None]) -> Callable[..., None]:
+    """Name each method of an API as its operation."""
+
+    @functools.wraps(import_operation)
+    def run(api_id: str, resource_id: str, method: str, operation: dict[str, Any], *others: Any) -> None:
+        import_operation(api_id, resource_id, method, operation, *others)
+        resource = apigateway_v1._resources[api_id][resource_id]
+        resource["resourceMethods"][method]["operationName"] = operation.get("operationId", "")
+
+    return run
+
+
 iam_actions.extract_resource_arn = addressed(iam_actions.extract_resource_arn)
 iam_actions.dynamodb_service_context = with_leading_keys(iam_actions.dynamodb_service_context)
 iam_actions.dynamodb_transaction_checks = with_leading_keys_of_items(iam_actions.dynamodb_transaction_checks)
@@ -301,5 +315,6 @@ lambda_svc._execute_function_warm = with_log(named(lambda_svc._execute_function_
 iam_actions.extract_resource_arn = with_map_runs(iam_actions.extract_resource_arn)
 stepfunctions._run_distributed_map = with_paths(stepfunctions._run_distributed_map)
 provisioners._cw_metric_alarm_record = of_one_metric(provisioners._cw_metric_alarm_record)
+apigateway_v1._import_operation = with_operation_names(apigateway_v1._import_operation)
 app._handle_execute_api_request = logged(app._handle_execute_api_request)
 app.main()

@@ -1,8 +1,8 @@
 """Write the lock files: ``python -m local.lock [--upgrade | --check]``, ``make lock``.
 
-Six files, each package with its version and hashes, for every platform and Python that the project runs on; the package
-index is configured on the machine that installs them. The layer's file holds the project's own dependencies in the
-versions of ``dev.txt``, so that the tested versions are the deployed ones.
+Five files, each package with its version and hashes, for every platform and Python that the project runs on; the
+package index is configured on the machine that installs them. The layer's file holds the project's own dependencies in
+the versions of ``dev.txt``, so that the tested versions are the deployed ones.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEV = "requirements/dev.txt"
 EMULATOR = "requirements/emulator.txt"
-PYTHON2_CLIENT = "requirements/python2-client.txt"
 AUDIT = "requirements/audit.txt"
 DOCS = "requirements/docs.txt"
 LAYER = "layers/predictions/requirements.txt"
@@ -45,7 +44,7 @@ def main() -> int:
 
 
 def lock(checkout: Path, *, upgrade: bool) -> None:
-    """Write the six files, keeping their versions unless they are to be upgraded.
+    """Write the five files, keeping their versions unless they are to be upgraded.
 
     Raises:
         subprocess.CalledProcessError: uv found no compatible versions, and printed the reason.
@@ -54,7 +53,6 @@ def lock(checkout: Path, *, upgrade: bool) -> None:
     sources = {
         DEV: ["pyproject.toml", "--group", "dev"],
         EMULATOR: ["--group", "emulator"],
-        PYTHON2_CLIENT: ["--group", "python2-client"],
         AUDIT: ["--group", "audit"],
         DOCS: ["--group", "docs"],
     }
@@ -87,7 +85,7 @@ def check(checkout: Path) -> list[str]:
     """Return the errors in the files, none if they are as `lock` writes them."""
     header = HEADER.format(digest=digest(checkout))
     found = []
-    for name in (DEV, EMULATOR, PYTHON2_CLIENT, AUDIT, DOCS, LAYER):
+    for name in (DEV, EMULATOR, AUDIT, DOCS, LAYER):
         text = (checkout / name).read_text()
         if not text.startswith(header):
             found.append(f"{name} is not up to date with pyproject.toml. Run make lock")

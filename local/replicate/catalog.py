@@ -112,6 +112,7 @@ models = {
     for model in (
         Model("painter", "Paints a landscape from a prompt: text to image.", official=True),
         Model("storyteller", "Tells a small story, word by word: streaming text.", official=True),
+        Model("narrator", "Words at a pace, with its progress in the logs: streaming text.", official=True),
         Model("etcher", "Redraws a picture that it is given by URL: image to image."),
         Model("series", "Several pictures, one after the other: a list of files that grows."),
         Model("album", "An object with files at several depths."),

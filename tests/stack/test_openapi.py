@@ -104,6 +104,20 @@ def check(folder: Path, document: dict[str, Any], url: str, *options: str, known
     return Report(found, told["operations"]["tested"], told["test_cases"]["generated"], done.stdout)
 
 
+def test_stage_is_exported_with_the_name_of_each_operation(cloud: LocalCloud, document: dict[str, Any]) -> None:
+    # As an MCP gateway reads it: https://docs.aws.amazon.com/apigateway/latest/developerguide/mcp-server.html
+    gateway = cloud.client("apigateway")
+    export = gateway.get_export(restApiId=cloud.resources["Api"], stageName="v1", exportType="oas30")
+    names = {
+        operation.get("operationId")
+        for operations in json.loads(export["body"].read())["paths"].values()
+        for method, operation in operations.items()
+        if method != "options"
+    }
+    operations = [operation for path in document["paths"].values() for operation in path.values()]
+    assert names == {each["operationId"].replace(".", "_") for each in operations if "operationId" in each}
+
+
 def test_document_needs_a_token(cloud: LocalCloud) -> None:
     assert httpx.get(f"{cloud.stack.api_url}/openapi.json", trust_env=False).status_code == 401
 

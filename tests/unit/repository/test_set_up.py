@@ -211,7 +211,7 @@ class TestPinned:
 class TestLock:
     @pytest.fixture
     def checkout(self, tmp_path: Path) -> Path:
-        for name in ("pyproject.toml", lock.DEV, lock.EMULATOR, lock.PYTHON2_CLIENT, lock.AUDIT, lock.DOCS, lock.LAYER):
+        for name in ("pyproject.toml", lock.DEV, lock.EMULATOR, lock.AUDIT, lock.DOCS, lock.LAYER):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(CHECKOUT / name, tmp_path / name)
         return tmp_path
@@ -221,7 +221,7 @@ class TestLock:
         [
             ("pyproject.toml", '"httpx==', '"httpx>=', "not up to date with pyproject.toml"),
             (lock.EMULATOR, "# Made", "# made", f"{lock.EMULATOR} is not up to date with pyproject.toml"),
-            (lock.PYTHON2_CLIENT, "# Made", "# made", f"{lock.PYTHON2_CLIENT} is not up to date with pyproject.toml"),
+            (lock.DOCS, "# Made", "# made", f"{lock.DOCS} is not up to date with pyproject.toml"),
             (lock.LAYER, "httpx==", "httpx==9.", f"{lock.LAYER} does not have the httpx"),
             (lock.DEV, "\nhttpx==", "\nhttpx==9.", f"{lock.LAYER} does not have the httpx"),
             (lock.DEV, "\nanyio==", "\n--index-url https://index.example\nanyio==", f"{lock.DEV} contains an address"),

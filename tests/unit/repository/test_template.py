@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from predictions.api.access_tokens import parse_authorization
@@ -21,6 +22,7 @@ from predictions.notifications.webhook_sender import TOTAL_SECONDS
 from predictions.recipes.deployment import NEEDED_SECONDS as NEEDED_FOR_A_FILE_SECONDS
 from predictions.store.predictions import SUBMIT_SECONDS
 
+from local.audit import translated
 from tests.support import library
 from tests.support.code_reach import reach
 from tests.support.template import (
@@ -654,6 +656,26 @@ def test_api_has_exactly_these_routes() -> None:
         ("POST", "/batches/{id}/cancel"): "ManageBatchesFunction",
         ("POST", "/batches/{id}/retry"): "ManageBatchesFunction",
     }
+
+
+def test_every_method_of_the_deployed_api_has_the_name_of_its_operation() -> None:
+    # SAM merges the routes of the events into the definition that has the names.
+    paths = translated(ROOT / "template.yaml")["Resources"]["Api"]["Properties"]["Body"]["paths"]
+    deployed = {
+        (method, path): operation.get("operationId")
+        for path, operations in paths.items()
+        for method, operation in operations.items()
+        if method != "options"  # preflight requests, which SAM adds
+    }
+    described = yaml.safe_load((ROOT / "layers/predictions/predictions/api/openapi.yaml").read_text())["paths"]
+    assert deployed == {
+        (method, path): operations[method]["operationId"].replace(".", "_")
+        for path, operations in described.items()
+        for method in operations.keys() & {"get", "post", "put", "patch", "delete"}
+    }
+    # What models and MCP clients take as the name of a tool, an MCP gateway's prefix included.
+    assert all(re.fullmatch(r"[a-z_]{1,40}", name) for name in deployed.values())
+    assert len(set(deployed.values())) == len(deployed)
 
 
 def test_api_asks_for_a_token_unless_a_route_says_otherwise() -> None:

@@ -174,7 +174,8 @@ def test_template_of_a_commit_is_compared_with_the_one_of_the_checkout(capsys: p
 
 # -- since the release before --------------------------------------------------------------------------------------
 
-# openapi.json is a route of read_predictions, and describe_api is gone with what was its own.
+# openapi.json is a route of read_predictions, and describe_api is gone with what was its own. The API's methods have
+# names, from which MCP gateways name tools.
 ROUTE_MOVED = {
     Change("Api", "changed"),
     Change("DescribeApiFunction", "removed"),

@@ -1,27 +1,35 @@
-"""The real flows of the official Python client 1, unmodified, against a deployed stack: how it spells them."""
+"""The official Python client, version 1: how it spells the flows of support/official.py."""
+
+# /// client
+# title = "Python"
+# packages = ["replicate==1.0.7"]
+# official = true
+# ///
 
 import hashlib
 import io
 import json
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from urllib.error import HTTPError
 
-import httpx
-from flows_python import (
+from flows import (
     ACCESS_TOKEN,
     API_URL,
+    NARRATION,
     NOT_OFFERED,
-    TRAIN_DATA,
     WEAK_TOKEN,
-    Flows,
-    ended,
     fetched,
     flow,
+    grew,
+    growing,
+    opened,
     picture,
     raised,
+    stream_reader,
 )
+from official import TRAIN_DATA, Flows, ended
 from replicate.client import Client
 from replicate.exceptions import ModelError, ReplicateError
 from replicate.pagination import paginate
@@ -29,6 +37,9 @@ from replicate.webhook import InvalidSignatureError, Webhooks
 
 # This version adds /v1 itself.
 BASE_URL = API_URL.removesuffix("/v1")
+# docs:point
+client = Client(api_token=ACCESS_TOKEN, base_url=API_URL.removesuffix("/v1"))
+# docs:end
 
 
 class Client1(Flows):
@@ -59,6 +70,12 @@ class Client1(Flows):
     def pages(self):
         return paginate(self.client.predictions.list)
 
+    def painted_once(self, prompt, key):
+        # docs:key
+        client = Client(api_token=ACCESS_TOKEN, base_url=API_URL.removesuffix("/v1"), headers={"Idempotency-Key": key})
+        return client.predictions.create(version="local/painter", input={"prompt": prompt})
+        # docs:end
+
     def link(self, what):
         return what.urls["get"]
 
@@ -85,6 +102,46 @@ class Client1(Flows):
         assert events[-1].event.value == "done"
         assert len("".join(str(event) for event in events if event.event.value == "output").split()) == 12
         return "from Replicate's own address, not through the stack"
+
+    @flow
+    def stream_link(self):
+        created = self.client.predictions.create(version="local/storyteller", input={"prompt": "a fox"})
+        assert len(opened(created.urls["stream"]).split()) == 24
+
+    @flow
+    def stream_token(self):
+        told = stream_reader(lambda: list(self.client.stream("local/storyteller", input={"prompt": "a fox"})))
+        assert told == "wrong", told
+        return "sends it the stack's access token"
+
+    def narrated(self):
+        return self.client.models.predictions.create(("local", "narrator"), NARRATION)
+
+    def watched(self, look):
+        created, seen = self.narrated(), []
+        while created.status not in ("succeeded", "failed", "canceled"):
+            time.sleep(0.3)
+            created.reload()
+            if created.status == "processing":
+                seen.append(look(created))
+        assert created.status == "succeeded", created.error
+        return seen
+
+    @flow
+    def live_logs(self):
+        growing(self.watched(lambda prediction: prediction.logs))
+
+    @flow
+    def live_progress(self):
+        seen = [each.current for each in self.watched(lambda prediction: prediction.progress) if each]
+        assert seen == sorted(seen)
+        assert len(set(seen)) >= 3, seen
+        assert min(seen) < 10, seen
+
+    @flow
+    def live_output(self):
+        growing(self.watched(lambda prediction: prediction.output))
+        assert len(grew(self.narrated().output_iterator()).split()) == 10
 
     @flow
     def create_and_wait(self):
@@ -237,7 +294,7 @@ class Client1(Flows):
     def files_delete(self):
         file = self.upload(b"fox four")
         assert self.client.files.delete(file.id)
-        assert httpx.get(file.urls["get"]).status_code == 404
+        assert raised(HTTPError, fetched, file.urls["get"]).code == 404
 
     @flow
     def webhooks(self):
@@ -297,4 +354,4 @@ class Client1(Flows):
 
 
 if __name__ == "__main__":
-    Client1(Client(api_token=ACCESS_TOKEN, base_url=BASE_URL)).run(sys.argv[1:])
+    Client1(client).run()

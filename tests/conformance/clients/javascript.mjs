@@ -1,43 +1,48 @@
-// The real flows of the official JavaScript client, unmodified, against a deployed stack.
-//
-// node flows.mjs [FLOW …], in the folder whose node_modules has the client, with
-//     API_URL        of the stack, with /v1
-//     ACCESS_TOKEN   of an owner with every scope
-//     WEAK_TOKEN     of the same owner, with the scope `read` only
-//
-// Prints a line of JSON for each flow: {flow, ok, detail}. `detail` is why it failed, or, of one that went well, in
-// what it differs from Replicate. "–" is what the client has no method for.
+// The official JavaScript client.
+
+// /// client
+// title = "JavaScript"
+// packages = ["replicate@1.4.0"]
+// official = true
+// ///
 
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { once } from "node:events";
 import { createServer } from "node:http";
-import { createRequire } from "node:module";
+import Replicate, { parseProgressFromLogs } from "replicate";
+import {
+  ACCESS_TOKEN,
+  API_URL,
+  NARRATION,
+  NOT_OFFERED,
+  WEAK_TOKEN,
+  assertPicture,
+  creates,
+  ended,
+  fetched,
+  growing,
+  run,
+  streamReader,
+  unique,
+} from "../support/flows.mjs";
 
-const Replicate = createRequire(`${process.cwd()}/package.json`)("replicate");
-const { API_URL, ACCESS_TOKEN, WEAK_TOKEN } = process.env;
-assert(API_URL && ACCESS_TOKEN && WEAK_TOKEN, "API_URL, ACCESS_TOKEN and WEAK_TOKEN must be set");
-
-const NOT_OFFERED = "–";
 const TEXT = "the sea is calm and the sea is deep and the night is calm and the night is long";
 const DEPLOYMENT = { model: "local/painter", hardware: "gpu-t4", min_instances: 0, max_instances: 2 };
+// docs:point
 const replicate = new Replicate({ auth: ACCESS_TOKEN, baseUrl: API_URL });
+// docs:end
 
 const versionOf = async (name) => (await replicate.models.get("local", name)).latest_version.id;
 const sha256 = (bytes) => createHash("sha256").update(bytes).digest("hex");
 
-async function fetched(url) {
-  const answer = await fetch(url);
-  assert.equal(answer.status, 200, `${url} is answered ${answer.status}`);
-  return Buffer.from(await answer.arrayBuffer());
-}
-
-async function assertPicture(url) {
-  // On AWS a FileOutput; the local cloud's URLs are http, which this client leaves as text.
-  const bytes = await fetched(String(url));
-  assert.deepEqual([...bytes.subarray(1, 4)], [...Buffer.from("PNG")], `${url} is no PNG`);
-  return bytes;
-}
+// docs:key
+const keyed = (key) => (url, init) => {
+  const headers = new Headers(init.headers);
+  headers.set("Idempotency-Key", key);
+  return fetch(url, { ...init, headers });
+};
+// docs:end
 
 async function refusal(promise) {
   const error = await promise.then(
@@ -47,15 +52,6 @@ async function refusal(promise) {
   assert.equal(error.name, "ApiError", `${error.name}: ${error.message}`);
   const body = error.message.slice(error.message.indexOf("{"), error.message.lastIndexOf("}") + 1);
   return { status: error.response.status, problem: JSON.parse(body) };
-}
-
-async function ended(get, id) {
-  for (const deadline = Date.now() + 60_000; Date.now() < deadline; ) {
-    const found = await get(id);
-    if (["succeeded", "failed", "canceled"].includes(found.status)) return found;
-    await new Promise((resolve) => setTimeout(resolve, 300));
-  }
-  return assert.fail(`${id} did not end within 60 s`);
 }
 
 const picture = async () => assertPicture(await replicate.run("local/painter", { input: { prompt: "a fox" } }));
@@ -121,6 +117,51 @@ const flows = {
     assert.equal(events.at(-1).event, "done");
     assert.equal(events.map(String).join("").trim().split(/\s+/).length, 12);
     return "from Replicate's own address, not through the stack";
+  },
+  async stream_link() {
+    const created = await replicate.predictions.create({ model: "local/storyteller", input: { prompt: "a fox" } });
+    const answer = await fetch(created.urls.stream, { headers: { accept: "text/event-stream" } });
+    assert.equal((await answer.text()).match(/^event: output$/gm).length, 24);
+  },
+  async stream_token() {
+    const told = await streamReader(async () => {
+      for await (const _ of replicate.stream("local/storyteller", { input: { prompt: "a fox" } }));
+    });
+    assert.equal(told, "missing");
+    return "sends it no token";
+  },
+  async no_output_yet() {
+    const created = await replicate.predictions.create({ model: "local/sleeper", input: { seconds: 20 } });
+    const found = await replicate.predictions.get(created.id);
+    for (const open of [created, found]) {
+      assert(["starting", "processing"].includes(open.status), open.status);
+      assert.deepEqual([open.output ?? null, open.error], [null, null]);
+    }
+    await replicate.predictions.cancel(created.id);
+  },
+  async idempotency_key() {
+    const prompt = unique();
+    const asked = (key) => {
+      // docs:key
+      const replicate = new Replicate({ auth: ACCESS_TOKEN, baseUrl: API_URL, fetch: keyed(key) });
+      return replicate.predictions.create({ model: "local/painter", input: { prompt } });
+      // docs:end
+    };
+    const [first, second] = [await asked(prompt), await asked(prompt)];
+    assert.equal(first.id, second.id);
+    assert.equal((await creates(prompt)).length, 1);
+    assert.notEqual((await asked(`other-${prompt}`)).id, first.id);
+  },
+  async live_logs() {
+    growing((await watched()).map(({ logs }) => logs));
+  },
+  async live_progress() {
+    const seen = (await watched()).map((prediction) => parseProgressFromLogs(prediction)?.current).filter(Boolean);
+    assert.deepEqual(seen, seen.toSorted((a, b) => a - b));
+    assert(new Set(seen).size >= 3 && seen[0] < 10, `seen: ${seen}`);
+  },
+  async live_output() {
+    growing((await watched()).map(({ output }) => output));
   },
 
   async create_by_version_id() {
@@ -399,6 +440,15 @@ const flows = {
 const deploy = async (name) =>
   replicate.deployments.create({ ...DEPLOYMENT, name: `js-${name}`, version: await versionOf("painter") });
 
+// What run()'s callback sees of a model while it runs.
+async function watched() {
+  const seen = [];
+  const options = { input: NARRATION, wait: { mode: "poll", interval: 300 } };
+  const words = await replicate.run("local/narrator", options, (prediction) => seen.push({ ...prediction }));
+  assert.equal(words.join("").split(" ").length, 10);
+  return seen.filter(({ status }) => status === "processing");
+}
+
 const upload = (text) => replicate.files.create(new File([text], "fox.txt", { type: "text/plain" }), { take: 2 });
 
 async function train(more = {}) {
@@ -407,14 +457,4 @@ async function train(more = {}) {
   return replicate.trainings.create("local", "tuner", await versionOf("tuner"), options);
 }
 
-for (const flow of process.argv.length > 2 ? process.argv.slice(2) : Object.keys(flows)) {
-  let ok = true;
-  let detail;
-  try {
-    detail = (await flows[flow]()) ?? "";
-  } catch (error) {
-    ok = false;
-    detail = String(error?.stack ?? error);
-  }
-  process.stdout.write(`${JSON.stringify({ flow, ok, detail })}\n`);
-}
+await run(flows);

@@ -1,30 +1,44 @@
-"""The real flows of the official Python client 2, unmodified, against a deployed stack: how it spells them.
+"""The official Python client, version 2 (beta): how it spells the flows of support/official.py."""
 
-Runs in an environment of its own, because two versions of one package cannot be in one.
-"""
+# /// client
+# title = "Python"
+# packages = ["replicate==2.0.0b4"]
+# official = true
+# ///
 
 import hashlib
 import os
-import sys
 import time
 import warnings
 
-import httpx
+from urllib.error import HTTPError
+
 import replicate as package
-from flows_python import (
+from flows import (
     ACCESS_TOKEN,
     API_URL,
-    TRAIN_DATA,
+    NARRATION,
+    NOT_OFFERED,
     WEAK_TOKEN,
-    Flows,
-    ended,
     fetched,
     flow,
+    grew,
+    growing,
+    opened,
     picture,
     raised,
+    stream_reader,
 )
+from official import TRAIN_DATA, Flows, ended
 from replicate import Replicate
 from replicate.exceptions import ModelError
+
+
+# docs:point
+replicate = Replicate(bearer_token=ACCESS_TOKEN, base_url=API_URL)
+# docs:end
+# Whatever client they are called on, `stream` and `use` make themselves another one from the environment.
+os.environ |= {"REPLICATE_API_TOKEN": ACCESS_TOKEN, "REPLICATE_BASE_URL": API_URL}
 
 
 class Client2(Flows):
@@ -54,6 +68,13 @@ class Client2(Flows):
     def pages(self):
         return self.client.predictions.list().iter_pages()
 
+    def painted_once(self, prompt, key):
+        # docs:key
+        return replicate.predictions.create(
+            version="local/painter", input={"prompt": prompt}, extra_headers={"Idempotency-Key": key}
+        )
+        # docs:end
+
     def link(self, what):
         return what.urls.get
 
@@ -75,15 +96,46 @@ class Client2(Flows):
         assert "processing" in [prediction.status for prediction in seen]
         assert "Picture 3 of 3" in seen[-1].logs
 
-    @flow
-    def stream(self):
-        # Whatever client it is called on, it makes itself another one from the environment.
-        os.environ |= {"REPLICATE_API_TOKEN": ACCESS_TOKEN, "REPLICATE_BASE_URL": API_URL}
+    def streamed(self, model, input_):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            events = list(self.client.stream("local/storyteller", input={"prompt": "a fox", "max_tokens": 12}))
+            yield from self.client.stream(model, input=input_)
+
+    @flow
+    def stream(self):
+        events = list(self.streamed("local/storyteller", {"prompt": "a fox", "max_tokens": 12}))
         assert len("".join(map(str, events)).split()) == 12
         return "needs `REPLICATE_API_TOKEN` and `REPLICATE_BASE_URL` in the environment; polls this stack"
+
+    @flow
+    def stream_link(self):
+        created = self.client.predictions.create(version="local/storyteller", input={"prompt": "a fox"})
+        assert len(opened(created.urls.stream).split()) == 24
+
+    @flow
+    def stream_token(self):
+        told = stream_reader(lambda: list(self.streamed("local/storyteller", {"prompt": "a fox"})))
+        assert told is None, told
+        return "does not connect to it"
+
+    @flow
+    def live_logs(self):
+        run, seen = package.use("local/narrator").create(**NARRATION), []
+        while (found := self.get(run._prediction.id)).status not in ("succeeded", "failed", "canceled"):
+            time.sleep(0.3)
+            if found.status == "processing":
+                seen.append(run.logs())
+        growing(seen)
+
+    @flow
+    def live_progress(self):
+        return NOT_OFFERED
+
+    @flow
+    def live_output(self):
+        narrator = package.use("local/narrator", streaming=True)
+        assert len(grew(narrator(**NARRATION)).split()) == 10
+        assert len(grew(self.streamed("local/narrator", NARRATION)).split()) == 10
 
     @flow
     def create_and_wait(self):
@@ -241,7 +293,7 @@ class Client2(Flows):
     def files_delete(self):
         file = self.upload(b"fox four")
         self.client.files.delete(file_id=file.id)
-        assert httpx.get(file.urls.get).status_code == 404
+        assert raised(HTTPError, fetched, file.urls.get).code == 404
 
     @flow
     def webhooks(self):
@@ -275,4 +327,4 @@ class Client2(Flows):
 
 
 if __name__ == "__main__":
-    Client2(Replicate(bearer_token=ACCESS_TOKEN, base_url=API_URL)).run(sys.argv[1:])
+    Client2(replicate).run()

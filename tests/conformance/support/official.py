@@ -1,54 +1,17 @@
-"""The flows of the official Python client that its versions 1 and 2 spell alike; the other ones are the subclasses'.
-
-The two versions cannot be in one environment: so flows_python1.py and flows_python2.py are programs of their own, each
-beside this module. Variables and output are those of flows.mjs: ``API_URL``, ``ACCESS_TOKEN``, ``WEAK_TOKEN``; a line
-of JSON for each flow.
-"""
+"""The flows of the official Python client that its versions 1 and 2 spell alike; the other ones are the subclasses'."""
 
 import base64
 import hashlib
 import io
-import json
-import os
-import sys
 import time
-import traceback
 
-import httpx
+from flows import API_URL, NOT_OFFERED, creates, fetched, flow, picture, raised, unique
+from flows import run as run_flows
 
-API_URL, ACCESS_TOKEN, WEAK_TOKEN = (os.environ[name] for name in ("API_URL", "ACCESS_TOKEN", "WEAK_TOKEN"))
-NOT_OFFERED = "–"  # noqa: RUF001 - what the table shows
 TRAIN_DATA = (
     "data:text/plain;base64,"
     + base64.b64encode(b"the sea is calm and the sea is deep and the night is calm and the night is long").decode()
 )
-
-
-def flow(method):
-    """Marks a flow; what it returns is in what it differs."""
-    method.is_flow = True
-    return method
-
-
-def fetched(url):
-    answer = httpx.get(str(url), follow_redirects=True)
-    assert answer.status_code == 200, f"{url} is answered {answer.status_code}"
-    return answer.content
-
-
-def picture(url):
-    # On AWS a FileOutput; the local cloud's URLs are http, which this client leaves as text.
-    data = fetched(getattr(url, "url", url))
-    assert data[1:4] == b"PNG", f"{url} is no PNG"
-    return data
-
-
-def raised(kind, function, *arguments, **named):
-    try:
-        function(*arguments, **named)
-    except kind as error:
-        return error
-    raise AssertionError("it did not fail")
 
 
 def ended(get, *which, **named):
@@ -64,24 +27,18 @@ class Flows:
 
     Beside the flows that it spells otherwise, a subclass has ``ModelError``, ``prefix`` (of what it makes), and its own
     words for what these flows need: ``version_of(name)``, ``slept(**input)``, ``waited(prediction)``, ``get(id)``,
-    ``cancel(id)``, ``pages()`` of predictions, ``link(what)``, ``upload(content)``, ``undeploy(name)``.
+    ``cancel(id)``, ``painted_once(prompt, key)``, ``pages()`` of predictions, ``link(what)``, ``upload(content)``,
+    ``undeploy(name)``.
     """
 
     def __init__(self, client):
         self.client = client
 
-    def run(self, names):
+    def run(self):
         """Run the flows that are named, or all."""
         kinds = reversed(type(self).__mro__)
-        flows = [name for kind in kinds for name, member in vars(kind).items() if hasattr(member, "is_flow")]
-        for name in names or flows:
-            ok = True
-            try:
-                detail = getattr(self, name)() or ""
-            except Exception:  # noqa: BLE001 - it is told as the flow's failure
-                ok, detail = False, traceback.format_exc()
-            sys.stdout.write(json.dumps({"flow": name, "ok": ok, "detail": detail}) + "\n")
-            sys.stdout.flush()
+        names = [name for kind in kinds for name, member in vars(kind).items() if hasattr(member, "is_flow")]
+        run_flows({name: getattr(self, name) for name in names})
 
     def painted(self):
         return picture(self.client.run("local/painter", input={"prompt": "a fox"}))
@@ -213,3 +170,20 @@ class Flows:
     @flow
     def files_list(self):
         assert self.upload(b"fox three").id in [file.id for file in self.client.files.list()]
+
+    @flow
+    def no_output_yet(self):
+        created = self.slept(seconds=20)
+        found = self.get(created.id)
+        for open_ in (created, found):
+            assert open_.status in ("starting", "processing")
+            assert (open_.output, open_.error) == (None, None)
+        self.cancel(created.id)
+
+    @flow
+    def idempotency_key(self):
+        prompt = unique()
+        ids = {self.painted_once(prompt, prompt).id for _ in range(2)}
+        assert (len(ids), len(creates(prompt))) == (1, 1)
+        other = self.painted_once(prompt, f"other-{prompt}")
+        assert other.id not in ids
