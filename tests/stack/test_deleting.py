@@ -72,6 +72,7 @@ def test_data_of_what_has_ended_is_removed_from_table_and_bucket(
 ) -> None:
     alice = api("alice")
     prompt = "a lighthouse " * 12_000  # large enough to be an object itself
+    replicate.fault("start_late", seconds=5)  # still open when its deletion is asked for, also on a busy machine
     prediction_id = create(alice, "painter", prompt=prompt)
     assert alice.delete(f"/predictions/{prediction_id}").status_code == 409
 
