@@ -45,8 +45,8 @@ def changes(table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock)
 
 
 @pytest.fixture
-def deployed(items: RecipeItems, changes: RecipeChanges) -> DeployedRecipes:
-    return DeployedRecipes(items, changes, RecipeRules.from_env(), default_owner="queue")
+def deployed(items: RecipeItems, changes: RecipeChanges, clock: Clock) -> DeployedRecipes:
+    return DeployedRecipes(items, changes, RecipeRules.from_env(sleep=clock.advance), default_owner="queue")
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from secrets import choice
 from typing import Annotated, Any
@@ -21,6 +21,7 @@ from predictions.cli.stack import (
     line,
     print_table,
 )
+from predictions.ids import is_id
 from predictions.upstream.signing_secret import SigningSecrets
 
 app = group()
@@ -52,6 +53,7 @@ _GENERATED: Mapping[Secret, tuple[str, str]] = {
 
 _LARGEST_CHARACTERS = 512
 _KEPT_TYPES = ("AWS::DynamoDB::Table", "AWS::S3::Bucket")
+_LOG_GROUP, _BUS, _RULE = "AWS::Logs::LogGroup", "AWS::Events::EventBus", "AWS::Events::Rule"
 
 
 @command(outputs, "archive", example="outputs archive yyys72zxolexwjthl2aalbmehp --stack NAME")
@@ -146,7 +148,8 @@ def refresh(stack: Stack) -> None:
 def kept(stack: Stack, as_json: JsonList = False) -> None:
     """List what remains after the stack is deleted.
 
-    These are the table and the buckets. Works before and after the deletion.
+    These are the table and the buckets, and log groups that an upgrade replaced. Before the deletion it also lists
+    rules of others on the stack's bus, with which the bus cannot be deleted. Works before and after the deletion.
     """
     cloudformation = stack.client("cloudformation")
     stacks = [
@@ -173,12 +176,37 @@ def kept(stack: Stack, as_json: JsonList = False) -> None:
         found_here = {
             (resource["ResourceType"], str(resource["PhysicalResourceId"]), each["StackStatus"])
             for resource in resources
-            if resource["ResourceType"] in _KEPT_TYPES
+            if (
+                resource["ResourceType"] in _KEPT_TYPES
+                or (resource["ResourceType"] == _LOG_GROUP and resource["ResourceStatus"] == "DELETE_SKIPPED")
+            )
             and resource.get("PhysicalResourceId")
             and resource["ResourceStatus"] != "DELETE_COMPLETE"
         }
+        found_here |= {(_RULE, name, each["StackStatus"]) for name in _rules_of_others(stack, resources)}
         rows += sorted(found_here)
     if as_json:
         print(json.dumps([{"type": kind, "name": name, "stack": status} for kind, name, status in rows], indent=2))
         return
     print_table(("TYPE", "NAME", "STACK"), rows)
+
+
+def _rules_of_others(stack: Stack, resources: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Find the rules on the bus of a stack that exists, which are not those of its recipes."""
+    events = stack.client("events")
+    prefix = f"{stack.name}-recipe-"
+    for bus in {
+        str(each["PhysicalResourceId"])
+        for each in resources
+        if each["ResourceType"] == _BUS and each["ResourceStatus"] not in ("DELETE_COMPLETE", "DELETE_SKIPPED")
+    }:
+        try:
+            for page in events.get_paginator("list_rules").paginate(EventBusName=bus):
+                names = [str(rule["Name"]) for rule in page["Rules"]]
+                yield from (
+                    f"{bus}/{name}"
+                    for name in names
+                    if not (name.startswith(prefix) and is_id(name.removeprefix(prefix)))
+                )
+        except events.exceptions.ResourceNotFoundException:
+            continue
