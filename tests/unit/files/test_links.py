@@ -118,3 +118,21 @@ def test_a_link_leads_to_its_object(
     assert signed.get("versionId") == ([version_id] if version_id else None)
     assert signed["X-Amz-Expires"] == ["300"]
     assert urlencode({"": signed["response-content-disposition"][0]}) == "=attachment"
+
+
+@pytest.mark.parametrize("version_id", [None, "v1"])
+def test_link_that_is_opened_with_head_leads_to_a_url_that_s3_takes_for_head(
+    links: Links, version_id: str | None
+) -> None:
+    link = parts(links.url("inputs", "in/fox.png", version_id=version_id, expires=2_000_000_000))
+    link["version_id"] = version_id
+    get, head = links.open(**link), links.open(**link, for_head=True)
+    assert get
+    assert head
+    # S3 signs the method: what is signed for GET is refused for HEAD, whose response has no disposition to set.
+    asked = {name: parse_qs(urlsplit(url).query) for name, url in (("get", get), ("head", head))}
+    assert asked["get"]["X-Amz-Signature"] != asked["head"]["X-Amz-Signature"]
+    assert "response-content-disposition" in asked["get"]
+    assert "response-content-disposition" not in asked["head"]
+    assert asked["head"].get("versionId") == ([version_id] if version_id else None)
+    assert links.open(**{**link, "signature": "0" * 64}, for_head=True) is None

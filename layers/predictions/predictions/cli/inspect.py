@@ -277,7 +277,7 @@ def _of_log(stack: Stack, prediction: Prediction) -> Iterator[_Moment]:
             pages = logs.get_paginator("filter_log_events").paginate(
                 logGroupName=name,
                 filterPattern=f'"{prediction.id}"',
-                startTime=(prediction.created - 60) * 1000,
+                startTime=max(0, prediction.created - 60) * 1000,
                 PaginationConfig={"MaxItems": _LOG_LINES_LIMIT},
             )
             for event in (event for page in pages for event in page["events"]):

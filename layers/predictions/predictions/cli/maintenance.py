@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from secrets import choice
 from typing import Annotated, Any
@@ -53,7 +53,7 @@ _GENERATED: Mapping[Secret, tuple[str, str]] = {
 
 _LARGEST_CHARACTERS = 512
 _KEPT_TYPES = ("AWS::DynamoDB::Table", "AWS::S3::Bucket")
-_LOG_GROUP, _BUS, _RULE = "AWS::Logs::LogGroup", "AWS::Events::EventBus", "AWS::Events::Rule"
+_LOG_GROUP, _RULE = "AWS::Logs::LogGroup", "AWS::Events::Rule"
 
 
 @command(outputs, "archive", example="outputs archive yyys72zxolexwjthl2aalbmehp --stack NAME")
@@ -183,7 +183,8 @@ def kept(stack: Stack, as_json: JsonList = False) -> None:
             and resource.get("PhysicalResourceId")
             and resource["ResourceStatus"] != "DELETE_COMPLETE"
         }
-        found_here |= {(_RULE, name, each["StackStatus"]) for name in _rules_of_others(stack, resources)}
+        if each["StackStatus"] != "DELETE_COMPLETE":
+            found_here |= {(_RULE, name, each["StackStatus"]) for name in _rules_of_others(stack)}
         rows += sorted(found_here)
     if as_json:
         print(json.dumps([{"type": kind, "name": name, "stack": status} for kind, name, status in rows], indent=2))
@@ -191,22 +192,14 @@ def kept(stack: Stack, as_json: JsonList = False) -> None:
     print_table(("TYPE", "NAME", "STACK"), rows)
 
 
-def _rules_of_others(stack: Stack, resources: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Find the rules on the bus of a stack that exists, which are not those of its recipes."""
-    events = stack.client("events")
-    prefix = f"{stack.name}-recipe-"
-    for bus in {
-        str(each["PhysicalResourceId"])
-        for each in resources
-        if each["ResourceType"] == _BUS and each["ResourceStatus"] not in ("DELETE_COMPLETE", "DELETE_SKIPPED")
-    }:
-        try:
-            for page in events.get_paginator("list_rules").paginate(EventBusName=bus):
-                names = [str(rule["Name"]) for rule in page["Rules"]]
-                yield from (
-                    f"{bus}/{name}"
-                    for name in names
-                    if not (name.startswith(prefix) and is_id(name.removeprefix(prefix)))
-                )
-        except events.exceptions.ResourceNotFoundException:
-            continue
+def _rules_of_others(stack: Stack) -> list[str]:
+    """Find the rules on the stack's bus, which has its name, that are not those of its recipes."""
+    events, prefix = stack.client("events"), f"{stack.name}-recipe-"
+    try:
+        pages = [*events.get_paginator("list_rules").paginate(EventBusName=stack.name)]
+    except events.exceptions.ResourceNotFoundException:
+        return []
+    names = [str(rule["Name"]) for page in pages for rule in page["Rules"]]
+    return [
+        f"{stack.name}/{name}" for name in names if not (name.startswith(prefix) and is_id(name.removeprefix(prefix)))
+    ]

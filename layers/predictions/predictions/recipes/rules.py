@@ -37,7 +37,8 @@ _RETRY: Any = {"MaximumRetryAttempts": 185, "MaximumEventAgeInSeconds": 86400}
 # names that action (https://github.com/aws/aws-sdk-js-v3/issues/6494, and for the delay
 # https://docs.aws.amazon.com/IAM/latest/UserGuide/troubleshoot.html#troubleshoot_general_eventual-consistency).
 _ROLE_UNKNOWN = "assume the role"
-_WAITS_SECONDS = (1, 2, 4, 8)
+# A recipe that is refused puts its earlier schedule again: both fit into the 29 s of a request.
+_WAITS_SECONDS = (1, 2, 4)
 _SHOWN_RULES = 20
 _REFUSALS = {
     "InvalidEventPatternException",
