@@ -258,3 +258,30 @@ def test_alarms_and_descriptions_are_within_their_limits() -> None:
         assert len(alarm["Properties"]["AlarmDescription"]) <= 1024
     for function in of_type("AWS::Lambda::Function").values():
         assert len(function["Properties"]["Description"]) <= 256
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+def test_commands_that_deploy_name_parameters_of_the_template_and_all_that_a_first_deployment_needs() -> None:
+    commands = [line.replace("\\\n", "") for line in re.findall(r"^\$ (sam deploy(?:.*\\\n)*.*)", PAGE, re.MULTILINE)]
+    guided, *others = commands
+    # SAM's prompt for a hidden parameter takes no empty answer, so a guided deployment cannot take a secret's ARN.
+    assert guided == "sam deploy --guided"
+    assert load_template()["Parameters"]["ReplicateApiToken"]["NoEcho"] is True
+    assert len(others) == 2
+    for command in others:
+        assert {"--stack-name", "--resolve-s3", "--capabilities", "CAPABILITY_IAM"} <= set(command.split())
+    given = dict(each.split("=", 1) for each in others[0].partition("--parameter-overrides ")[2].split())
+    for name, value in given.items():
+        assert re.fullmatch(load_template()["Parameters"][name]["AllowedPattern"], value)
+    assert given.keys() == {"ReplicateTokenSecretArn"}
+
+
+def test_page_says_how_a_new_account_gets_the_concurrency_that_a_stack_needs() -> None:
+    section = PAGE.partition("### Concurrency")[2].partition("\n## ")[0]
+    assert "--service-code lambda --quota-code L-B99A9384" in section
+    deliveries = load_template()["Parameters"]["DeliveriesConcurrency"]
+    assert f"leave `DeliveriesConcurrency` at {deliveries['Default']}" in section
+    # Half of a new account's ten, whatever the receivers do.
+    assert deliveries["Default"] <= 10 // 2

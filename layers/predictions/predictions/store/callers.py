@@ -38,8 +38,8 @@ class WaitingCallers:
             prediction_id: The prediction.
             task_token: The state's token.
             expires: When the item expires.
-            brief: Whether the state is told no more than the status, as a line of a batch is: Step Functions writes
-                what a line was told to the bucket, where it would outlive a deleted prediction.
+            brief: Whether the state gets no more than the status, as a line of a batch does: Step Functions writes
+                what a line gets to the bucket, where it would outlive a deleted prediction.
         """
         item = {"task_token": task_token, "expires_at": expires} | ({"brief": True} if brief else {})
         self._table.put_item(caller_key(prediction_id, task_token), item)
