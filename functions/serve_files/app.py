@@ -12,20 +12,24 @@ files = Files.from_env()
 links = Links.from_env()
 
 
-@app.get("/files/<file_id>/download")
+@app.route("/files/<file_id>/download", method=["GET", "HEAD"])
 def download(file_id: str) -> Response[str]:
     """`GET /files/{id}/download?owner=&expiry=&signature=`: 302 to S3; the same 404 for every error."""
     asked = {name: app.current_event.get_query_string_value(name, "") for name in ("owner", "expiry", "signature")}
-    return _redirect(files.download_url(file_id, **asked) if is_id(file_id) and all(asked.values()) else None)
+    complete = is_id(file_id) and all(asked.values())
+    return _redirect(files.download_url(file_id, **asked, for_head=_is_head()) if complete else None)
 
 
-@app.get("/objects/<bucket>/<name>")
+@app.route("/objects/<bucket>/<name>", method=["GET", "HEAD"])
 def open_object(bucket: str, name: str) -> Response[str]:  # noqa: ARG001  # the name is for readers of the URL
     """`GET /objects/{bucket}/{name}?key=&expires=&signature=`, and `version_id`: as above."""
     query = app.current_event.get_query_string_value
     asked = {name: query(name, "") for name in ("key", "expires", "signature")}
-    url = links.open(bucket, version_id=query("version_id"), **asked)
-    return _redirect(url)
+    return _redirect(links.open(bucket, version_id=query("version_id"), **asked, for_head=_is_head()))
+
+
+def _is_head() -> bool:
+    return app.current_event.http_method == "HEAD"
 
 
 def _redirect(url: str | None) -> Response[str]:

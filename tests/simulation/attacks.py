@@ -154,7 +154,7 @@ class Tarpit(Webhooks):
         world.faults.calm()
         queue = world.queues["DeliveriesQueue"]
         queue.settings = replace(queue.settings, concurrency=self.concurrency)
-        for n in range(6):
+        for n in range(20):
             wanted = Wanted(600 + n, "queue", f"hangs {n}", "", None, None, owner="mallory")
             wanted.also["webhook"] = world.receivers.url("hangs", f"mallory-{n}")
             wanted.also["webhook_events_filter"] = ["start", "logs", "completed"]

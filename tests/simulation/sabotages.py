@@ -288,7 +288,7 @@ def _looked_at_first(_: Any) -> Any:
 
 def _callers_deleted(delete: Any) -> Any:
     def delete_data(self: PredictionsTable, prediction: Any, now: float) -> None:
-        for sk, _ in list(WaitingCallers.from_env().callers_of(prediction.id)):
+        for sk, *_ in list(WaitingCallers.from_env().callers_of(prediction.id)):
             self._table.delete_item(prediction_key(prediction.id, sk))
         delete(self, prediction, now)
 

@@ -189,7 +189,9 @@ def test_secrets_are_refreshed_and_changed(
 
 
 def test_what_a_deletion_leaves_is_named(run: Run, cloud: LocalCloud) -> None:
-    kept = {each["name"] for each in json.loads(run("kept", "--json")[1])}
+    found = json.loads(run("kept", "--json")[1])
+    # A rule on the stack's bus, such as the one with which these tests listen, keeps the bus from being deleted.
+    kept = {each["name"] for each in found if each["type"] != "AWS::Events::Rule"}
     assert kept == {cloud.stack.table_name, cloud.stack.outputs_bucket, cloud.stack.inputs_bucket}
 
 

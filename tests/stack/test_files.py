@@ -92,6 +92,8 @@ class TestFiles:
         assert made in client.files.list()
         opened = fetched(made.urls["get"])
         assert (opened.content, opened.headers["content-type"]) == (picture, "image/png")
+        asked = httpx.head(made.urls["get"], follow_redirects=True, timeout=30, trust_env=False)
+        assert (asked.status_code, asked.headers["content-length"]) == (200, str(len(picture)))
         assert client.files.delete(made.id)
         assert fetched(made.urls["get"]).status_code == 404
 

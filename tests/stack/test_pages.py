@@ -40,7 +40,8 @@ curl() { command curl -w '%{stderr}<%{http_code}>\\n' "$@"; }
 """
 # What a reader sees before going on.
 SUCCEEDED = """
-until curl -s "$API/predictions/$ID" -H "Authorization: Bearer $TOKEN" | grep -q '"status":"succeeded"'; do sleep 0.3; done
+until curl -s "$API/predictions/$ID" -H "Authorization: Bearer $TOKEN" |
+  grep -q '"status":"succeeded"'; do sleep 0.3; done
 """
 
 

@@ -50,6 +50,7 @@ ENVIRONMENT = {
     "SOURCE_BUCKET_NAME": "source",
     "DELIVERIES_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/deliveries",
     "DELIVERIES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-deliveries",
+    "DELIVERIES_CONCURRENCY": "20",
     "CHANGES_RETRY_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/changes-retry",
     "CHANGES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-changes",
     "REQUESTS_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-requests",
@@ -230,7 +231,7 @@ def make_recipe_changes(table: PredictionsTable, replicate: ReplicateInMemory, c
     upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), replicate.client())
     return RecipeChanges(
         RecipeItems.from_env(),
-        RecipeRules.from_env(),
+        RecipeRules.from_env(sleep=clock.advance),
         ModelLookup(upstream, ModelSchemas(StoredSchemas.from_env(), upstream, now=clock.now), now=clock.now),
         source_bucket_name="source",
         outputs_bucket_name="outputs",

@@ -181,6 +181,14 @@ def test_a_body_whose_bytes_were_replaced_on_their_way_is_a_problem_before_anyth
     assert replicate.asked == []
 
 
+def test_a_body_whose_bytes_api_gateway_replaced_is_read_as_it_came(call: Call, table: PredictionsTable) -> None:
+    # Its events have no Content-Length, so that these characters may be the caller's own: docs/api.md says so.
+    sent = json.dumps(BODY).encode().replace(b"red", b"\xff\xfe")
+    created = start(call, sent.decode("utf-8", "replace"))
+    assert created["statusCode"] == 201
+    assert "\ufffd\ufffd" in created["body"]["input"]["prompt"]
+
+
 @pytest.mark.parametrize("length", ["", "many", "-1", "9" * 5000, None])
 def test_a_body_is_read_whatever_else_its_length_is_said_to_be(call: Call, length: str | None) -> None:
     body = json.dumps({**BODY, "input": {"prompt": "Füchse 🦊"}}, ensure_ascii=False)

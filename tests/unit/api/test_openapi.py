@@ -247,6 +247,8 @@ def test_what_replicate_does_not_have_is_marked() -> None:
         ("DELETE", "/predictions/{id}"),
         ("POST", "/webhooks/replicate/{id}"),
         ("GET", "/objects/{bucket}/{name}"),
+        ("HEAD", "/objects/{bucket}/{name}"),
+        ("HEAD", "/files/{id}/download"),
         ("POST", "/recipes"),
         ("GET", "/recipes"),
         ("GET", "/recipes/{name}"),

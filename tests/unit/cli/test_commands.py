@@ -484,6 +484,7 @@ def test_limit_set_concurrently_is_not_lost(
 ID = "a" * 26
 FUNCTIONS = ("StartFromQueue", "PublishChanges", "RunPrediction", "CopyOutputs")
 SECRETS = ("WebhookMasterSecret", "LinkSecret")
+LOG_GROUP = "hooks-FunctionsLogGroup-1A2B3C"
 
 
 def queue_named(name: str) -> dict[str, Any]:
@@ -520,6 +521,7 @@ def hooks(stack: AccessTokens) -> Any:
                 **{name: queue_named(name) for name in (*QUEUES.values(), "ChangesRetryQueue")},
                 **{f"{function}Function": named(function) for function in FUNCTIONS},
                 **{secret: named(secret) for secret in SECRETS},
+                "FunctionsLogGroup": named(LOG_GROUP),
             },
         ),
     )
@@ -1088,6 +1090,42 @@ def test_story_is_told_in_its_order_without_input_and_output(capsys: pytest.Capt
     assert shown["characters"] == {"input": 20, "progress": 20}
     assert "hooks.example.com" not in out + json.dumps(shown)
     assert "CANARY" not in out + json.dumps(shown)
+
+
+@pytest.mark.parametrize("group", [LOG_GROUP, "/aws/lambda/hooks"], ids=["the stack's", "of an earlier release"])
+@pytest.mark.usefixtures("payloads")
+def test_story_has_what_the_functions_logged_whatever_their_group_is_called(
+    capsys: pytest.CaptureFixture[str], group: str
+) -> None:
+    logs = create_client("logs", region_name=REGION)
+    if group != LOG_GROUP:
+        logs.create_log_group(logGroupName=group)
+    logs.create_log_stream(logGroupName=group, logStreamName="a")
+    entry = {"level": "INFO", "message": "told by the log", "correlation_id": "b" * 26, "function_name": "x"}
+    event: Any = {"timestamp": int(time.time() * 1000), "message": json.dumps(entry)}
+    logs.put_log_events(logGroupName=group, logStreamName="a", logEvents=[event])
+    assert "told by the log" in json.dumps(told(capsys, "show", "b" * 26)["story"])
+
+
+def test_rules_of_others_on_the_bus_of_the_stack_are_named_before_it_is_deleted(
+    stack: AccessTokens, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cloudformation, events = (create_client(name, region_name=REGION) for name in ("cloudformation", "events"))
+    bus = {"Type": "AWS::Events::EventBus", "Properties": {"Name": "kept"}}
+    cloudformation.create_stack(StackName="kept", TemplateBody=template({}, {"EventBus": bus}))
+    for rule in ("alerts", f"kept-recipe-{ID}", f"kept-recipe-x-recipe-{ID}"):
+        events.put_rule(Name=rule, EventBusName="kept", EventPattern='{"source": ["x"]}')
+
+    def named_rules() -> list[str]:
+        assert main(["kept", "--json", "--stack", "kept", "--region", REGION]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        return [row["name"] for row in rows if row["type"] == "AWS::Events::Rule"]
+
+    # Those of the stack's own recipes go with it.
+    assert named_rules() == ["kept/alerts", f"kept/kept-recipe-x-recipe-{ID}"]
+    for rule in ("alerts", f"kept-recipe-x-recipe-{ID}"):
+        events.delete_rule(Name=rule, EventBusName="kept")
+    assert named_rules() == []
 
 
 @pytest.mark.usefixtures("payloads")

@@ -1,7 +1,9 @@
 """Links to objects: what opens nothing, and what leads to the right bytes."""
 
+import hashlib
+import hmac
 from typing import Any
-from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, urlencode, urlsplit
 
 import pytest
 from predictions.aws import clients
@@ -118,3 +120,42 @@ def test_a_link_leads_to_its_object(
     assert signed.get("versionId") == ([version_id] if version_id else None)
     assert signed["X-Amz-Expires"] == ["300"]
     assert urlencode({"": signed["response-content-disposition"][0]}) == "=attachment"
+
+
+def signature_of(method: str, url: str) -> str:
+    """The signature of a presigned URL for a method, as S3 computes it.
+
+    https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html
+    """
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    del query["X-Amz-Signature"]
+    canonical = "&".join(f"{quote(name, safe='')}={quote(value, safe='')}" for name, value in sorted(query.items()))
+    request = "\n".join([method, parts.path, canonical, f"host:{parts.netloc}", "", "host", "UNSIGNED-PAYLOAD"])
+    scope = query["X-Amz-Credential"].partition("/")[2]
+    digest = hashlib.sha256(request.encode()).hexdigest()
+    signed = "\n".join(["AWS4-HMAC-SHA256", query["X-Amz-Date"], scope, digest])
+    key = b"AWS4testing"
+    for part in scope.split("/"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return hmac.digest(key, signed.encode(), "sha256").hex()
+
+
+@pytest.mark.parametrize("version_id", [None, "v1"])
+def test_link_that_is_opened_with_head_leads_to_a_url_that_s3_takes_for_head(
+    links: Links, version_id: str | None
+) -> None:
+    link = parts(links.url("inputs", "in/fox.png", version_id=version_id, expires=2_000_000_000))
+    link["version_id"] = version_id
+    get, head = links.open(**link), links.open(**link, for_head=True)
+    assert get
+    assert head
+    # The signature is over the method: S3 refuses what is signed for GET to HEAD, whose response has no disposition.
+    asked = {name: parse_qs(urlsplit(url).query) for name, url in (("get", get), ("head", head))}
+    assert [asked["get"]["X-Amz-Signature"], asked["head"]["X-Amz-Signature"]] == [
+        [signature_of("GET", get)], [signature_of("HEAD", head)],
+    ]  # fmt: skip
+    assert "response-content-disposition" in asked["get"]
+    assert "response-content-disposition" not in asked["head"]
+    assert asked["head"].get("versionId") == ([version_id] if version_id else None)
+    assert links.open(**{**link, "signature": "0" * 64}, for_head=True) is None

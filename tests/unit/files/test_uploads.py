@@ -74,6 +74,16 @@ def download(call: Call, url: str, **changes: str) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def head(call: Call, url: str) -> dict[str, Any]:
+    parts = urlsplit(url)
+    query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+    many = {name: [value] for name, value in query.items()}
+    return call(
+        "serve_files", "refused_head_of_unknown", path=parts.path.removeprefix("/v1"), queryStringParameters=query,
+        multiValueQueryStringParameters=many,
+    )  # fmt: skip
+
+
 def keys() -> list[str]:
     return [each["Key"] for each in clients.client("s3").list_objects_v2(Bucket="inputs").get("Contents", [])]
 
@@ -247,3 +257,14 @@ def test_list_shows_each_upload_as_its_own_get_does(call: Call) -> None:
     calls = AwsCalls()
     assert len(listed(call)["results"]) == 4
     assert calls.made.count("s3.HeadObject") == 1, "S3 is asked only for what has not arrived"
+
+
+def test_link_that_is_asked_for_headers_leads_to_a_url_for_them(call: Call) -> None:
+    link = create(call)["urls"]["get"]
+    got, asked = download(call, link), head(call, link)
+    assert (got["status"], asked["status"], asked["body"]) == (302, 302, None)
+    # Only that for GET sets a header of the response, and each is signed for its own method.
+    locations = [urlsplit(each["headers"]["Location"]) for each in (got, asked)]
+    assert locations[0].path == locations[1].path
+    assert ["response-content-disposition" in each.query for each in locations] == [True, False]
+    assert head(call, link.replace("signature=", "signature=x"))["status"] == 404

@@ -132,6 +132,8 @@ REFUSED_BY_WHAT_IS_THERE = {
     ("store_files", "refused_delete_unknown"): 404,
     ("serve_files", "refused_unknown"): 404,
     ("serve_files", "refused_forged_object"): 404,
+    ("serve_files", "refused_head_of_unknown"): 404,
+    ("serve_files", "refused_head_of_forged_object"): 404,
     ("manage_recipes", "refused_unknown"): 404,
     ("manage_recipes", "refused_delete_unknown"): 404,
     ("cancel_prediction", "refused_delete_open"): 409,

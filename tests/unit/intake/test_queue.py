@@ -12,11 +12,12 @@ from predictions.aws import clients
 from predictions.aws.dynamodb import serialize
 from predictions.intake.queue import Requests, _source_of, task_token_of
 from predictions.intake.refused import MESSAGE_LIMIT_BYTES, DeadRequest, DeadRequests
+from predictions.intents.model import Source, create_requested_intent
 from predictions.intents.sources import Message, RequestRefused
 from predictions.notifications.stream import Changes
 from predictions.observability import logger
 from predictions.status import Status
-from predictions.store.callers import CALLERS_LIMIT
+from predictions.store.callers import CALLERS_LIMIT, WaitingCallers
 from predictions.store.payloads import PAYLOAD_LIMIT_BYTES
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction
@@ -160,6 +161,17 @@ class TestTaken:
         assert [(item["pk"], item["task_token"]) for item in items("caller#")] == [
             (f"prediction#{prediction.id}", "token")
         ]
+
+    @pytest.mark.parametrize(("source", "brief"), [("queue", False), ("batch", True)])
+    def test_line_of_a_batch_waits_for_no_more_than_the_status(
+        self, requests: Requests, source: Source, brief: bool
+    ) -> None:
+        asked = create_requested_intent(
+            BODY, owner="alice", source=source, source_key="1", allow_loopback_webhooks=False
+        )
+        requests.start(asked, "token")
+        (caller,) = WaitingCallers.from_env().callers_of(asked.id)
+        assert (caller.task_token, caller.brief) == ("token", brief)
 
 
 class TestTokenOfARefused:

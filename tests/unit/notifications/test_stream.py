@@ -472,6 +472,19 @@ class TestCallers:
             assert "output" not in said
             assert len(cause) <= 32768
 
+    @pytest.mark.parametrize("status", ["succeeded", "failed"])
+    def test_line_of_a_batch_is_told_no_more_than_its_status_whoever_else_waits(
+        self, news: Any, table: PredictionsTable, clock: Clock, status: str
+    ) -> None:
+        # Step Functions writes it to the bucket, where it would outlive a prediction that its owner deletes.
+        prediction = put(table, clock)
+        WaitingCallers.from_env().add_caller(prediction.id, "line", 1, brief=True)
+        WaitingCallers.from_env().add_caller(prediction.id, "other", 1)
+        table.merge(prediction.id, told(status, error="PRIVATE", output="PRIVATE"), clock.now())
+        found = {token: said if status == "succeeded" else json.loads(said[1]) for token, said in news()}
+        assert found["line"] == {"id": prediction.id, "status": status}
+        assert "PRIVATE" in json.dumps(found["other"])
+
     def test_every_state_that_waits_is_told_and_stale_ones_are_no_error(
         self, news: Any, table: PredictionsTable, clock: Clock, wakes: Wakes
     ) -> None:

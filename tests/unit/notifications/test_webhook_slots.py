@@ -17,7 +17,7 @@ from predictions.notifications.webhook_sender import Receivers
 from predictions.notifications.webhook_slots import (
     LEASE_SECONDS,
     MARK_SECONDS,
-    SLOTS,
+    SHARE,
     SLOW_SECONDS,
     NoSlotFree,
     Slot,
@@ -32,17 +32,18 @@ from tests.support.aws_clients import AwsError, Clients, raise_client_error
 from tests.support.dynamodb import ConditionFailed, Table
 from tests.support.fakes import API_URL, Clock, refusing
 from tests.support.scheduler import Scheduler
-from tests.support.template import resources
+from tests.support.template import resources, variables
 
 ORIGIN = "https://hooks.example.com"
 CONSUMERS = 20
+SLOTS = CONSUMERS // SHARE
 EXPRESSION_LIMIT_BYTES = 4096
 """https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/Constraints.html, which moto does not know."""
 
 
 @pytest.fixture
 def slots(cloud: None) -> WebhookSlots:
-    return WebhookSlots("predictions", clients.client("dynamodb"), choose=min)
+    return WebhookSlots("predictions", clients.client("dynamodb"), SLOTS, choose=min)
 
 
 def slow(slots: WebhookSlots, clock: Clock, *, owner: str = "mallory", origin: str = ORIGIN) -> None:
@@ -154,10 +155,24 @@ class TestSlots:
         (item,) = clients.client("dynamodb").scan(TableName="predictions")["Items"]
         assert len([name for name in item if name.startswith("slow_")]) == 1
 
+    @pytest.mark.parametrize(("consumers", "wanted"), [("2", 1), ("5", 1), ("20", 5), ("1000", 250)])
+    def test_one_owner_has_a_quarter_of_the_consumers_that_are_deployed_and_at_least_one(
+        self, cloud: None, clock: Clock, monkeypatch: pytest.MonkeyPatch, consumers: str, wanted: int
+    ) -> None:
+        monkeypatch.setenv("DELIVERIES_CONCURRENCY", consumers)
+        slots = WebhookSlots.from_env()
+        assert slots._slots == wanted
+        slow(slots, clock)
+        for _ in range(min(wanted, 5)):
+            slots.acquire("mallory", ORIGIN, clock.now())
+        if wanted <= 5:
+            with pytest.raises(NoSlotFree):
+                slots.acquire("mallory", ORIGIN, clock.now())
+
     def test_limit_leaves_most_consumers_to_others_and_a_lease_outlives_the_function(self) -> None:
         source = resources("AWS::Lambda::EventSourceMapping")["DeliveriesEventSource"]["Properties"]
-        assert source["ScalingConfig"] == {"MaximumConcurrency": CONSUMERS}
-        assert CONSUMERS >= 4 * SLOTS
+        assert source["ScalingConfig"] == {"MaximumConcurrency": {"Ref": "DeliveriesConcurrency"}}
+        assert variables("DeliverWebhookFunction")["DELIVERIES_CONCURRENCY"] == {"Ref": "DeliveriesConcurrency"}
         function = resources("AWS::Serverless::Function")["DeliverWebhookFunction"]["Properties"]
         assert function["Timeout"] <= LEASE_SECONDS
 
@@ -199,7 +214,7 @@ class Town:
             OwnerSecrets(SecretVersions("predictions", dynamodb), "master", self.clients("secretsmanager")),
             DeliveriesQueue("deliveries", self.clients("sqs")),
             DeadLetters("dead", self.clients("sqs")),
-            WebhookSlots("predictions", dynamodb),
+            WebhookSlots("predictions", dynamodb, SLOTS),
             WebhookOrder(ItemTable("predictions", dynamodb)),
             allow_loopback=False,
             open_client=lambda **_: httpx.Client(transport=httpx.MockTransport(self._receive)),

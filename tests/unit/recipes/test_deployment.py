@@ -45,8 +45,8 @@ def changes(table: PredictionsTable, replicate: ReplicateInMemory, clock: Clock)
 
 
 @pytest.fixture
-def deployed(items: RecipeItems, changes: RecipeChanges) -> DeployedRecipes:
-    return DeployedRecipes(items, changes, RecipeRules.from_env(), default_owner="queue")
+def deployed(items: RecipeItems, changes: RecipeChanges, clock: Clock) -> DeployedRecipes:
+    return DeployedRecipes(items, changes, RecipeRules.from_env(sleep=clock.advance), default_owner="queue")
 
 
 @pytest.fixture
@@ -142,6 +142,35 @@ class TestRefused:
         assert rules() == set()
         deployed.apply(packed(mine=RECIPE), plenty)
         assert names(items) == ["mine"]
+
+    def test_role_that_scheduler_does_not_know_yet_is_waited_for_and_other_refusals_are_not(
+        self, items: RecipeItems, changes: RecipeChanges, clock: Clock, deployed: DeployedRecipes
+    ) -> None:
+        scheduled = {"model": MODEL, "input": {"prompt": "x"}, "schedule": {"expression": "rate(1 day)"}}
+        began = clock.now()
+        refusals = iter([True, True, False])
+        message = "The execution role you provide must allow AWS EventBridge Scheduler to assume the role."
+        with refusing(
+            "CreateSchedule", "ValidationException", lambda _: next(refusals), service="scheduler", message=message
+        ):
+            deployed.apply(packed(a=scheduled), plenty)
+        assert clock.now() - began == 1 + 2
+        assert items.deployed() == {("queue", "a")}
+        wrong = {**scheduled, "schedule": {"expression": "rate(2 days)"}}
+        with (
+            refusing(
+                "UpdateSchedule", "ValidationException", service="scheduler", message="Invalid Schedule Expression"
+            ),
+            pytest.raises(DeploymentRefused, match="Invalid Schedule Expression"),
+        ):
+            deployed.apply(packed(a=wrong), plenty)
+        assert clock.now() - began == 1 + 2
+        with (
+            refusing("UpdateSchedule", "ValidationException", service="scheduler", message=message),
+            pytest.raises(DeploymentRefused, match="assume the role"),
+        ):
+            deployed.apply(packed(a=wrong), plenty)
+        assert clock.now() - began == 3 + 2 * 7, "once for the change, and once for what was there"
 
     def test_more_files_than_fit_are_refused(self, deployed: DeployedRecipes) -> None:
         many = {f"r{number}.json": b"{}" for number in range(FILES_LIMIT + 1)}
@@ -246,6 +275,45 @@ class TestDeleting:
         with refusing("DeleteRule", "InternalException", lambda body: body["Name"] == kept, service="events"):
             deployed.remove(stack_id, plenty)
         assert rules() == {kept}
+
+    @pytest.mark.parametrize(("service", "operation"), [("events", "DeleteRule"), ("events", "ListRules")])
+    def test_what_could_not_be_removed_is_tried_again_for_some_seconds_and_rules_of_others_stay(
+        self,
+        items: RecipeItems,
+        changes: RecipeChanges,
+        clock: Clock,
+        stack_id: str,
+        caplog: pytest.LogCaptureFixture,
+        service: str,
+        operation: str,
+    ) -> None:
+        pattern = {"model": MODEL, "input": {"prompt": "x"}, "pattern": {"source": ["shop"]}, "bus": "stack"}
+        changes.put("alice", json.dumps(pattern).encode(), None, name="by-api")
+        clients.client("events").put_rule(Name="theirs", EventBusName="bus", EventPattern='{"source": ["x"]}')
+        clients.client("cloudformation").delete_stack(StackName=stack_id)
+        refused: Any = refusing(operation, "InternalException", service=service)
+        waited: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            waited.append(seconds)
+            if len(waited) == 2:
+                refused.__exit__(None, None, None)
+
+        deployed = DeployedRecipes(items, changes, RecipeRules.from_env(sleep=sleep), default_owner="queue")
+        refused.__enter__()
+        deployed.remove(stack_id, plenty)
+        assert rules("bus") == {"theirs"}, "which a person has to delete: the bus cannot be deleted before"
+        assert waited == [1, 2]
+
+    def test_rules_that_stay_are_given_up_after_some_seconds(
+        self, deployed: DeployedRecipes, clock: Clock, stack_id: str
+    ) -> None:
+        deployed.apply(packed(a=RECIPE), plenty)
+        clients.client("cloudformation").delete_stack(StackName=stack_id)
+        began = clock.now()
+        with refusing("DeleteRule", "InternalException", service="events"):
+            deployed.remove(stack_id, plenty)
+        assert clock.now() - began == 7
 
     def test_where_the_stack_stays_only_what_came_with_it_goes(
         self, deployed: DeployedRecipes, changes: RecipeChanges, items: RecipeItems, stack_id: str

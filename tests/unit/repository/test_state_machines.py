@@ -29,6 +29,7 @@ AWS_ERRORS = {
     *(
         f"Lambda.{name}"
         for name in (
+            "ClientExecutionTimeoutException",
             "ServiceException",
             "AWSLambdaException",
             "SdkClientException",
@@ -40,6 +41,8 @@ AWS_ERRORS = {
         f"DynamoDb.{name}"
         for name in (
             "ConditionalCheckFailedException",
+            # The SDK's own, for what has no class: https://docs.aws.amazon.com/step-functions/latest/dg/supported-services-awssdk.html
+            "DynamoDbException",
             "InternalServerErrorException",
             "ProvisionedThroughputExceededException",
             "RequestLimitExceededException",
@@ -292,6 +295,19 @@ def total_wait_seconds(retry: dict[str, Any]) -> int:
     return int(sum(min(wait, retry.get("MaxDelaySeconds", wait)) for wait in waits))
 
 
+@every_task
+def test_task_retries_every_fault_of_aws_that_passes(path: Path, name: str, state: dict[str, Any]) -> None:
+    # https://docs.aws.amazon.com/step-functions/latest/dg/bp-lambda-serviceexception.html
+    retried = {error for rule in state["Retry"] for error in rule["ErrorEquals"]}
+    if state["Resource"].endswith(":lambda:invoke"):
+        names = ("ClientExecutionTimeout", "Service", "AWSLambda", "SdkClient", "TooManyRequests")
+        assert {f"Lambda.{each}Exception" for each in names} <= retried
+    elif "dynamodb" in state["Resource"]:
+        assert {"DynamoDb.DynamoDbException", "DynamoDb.SdkClientException"} <= retried
+    else:
+        assert {"SQS.SdkClientException", "SQS.AmazonSQSException"} <= retried
+
+
 @every_state
 def test_expressions_are_whole_values(path: Path, name: str, state: dict[str, Any]) -> None:
     # `a {% b %}` is not evaluated and would be sent as it stands.
@@ -368,6 +384,14 @@ def test_interrupted_copy_is_tried_until_replicate_removes_the_files(states: dic
     (retry,) = [rule for rule in states["CopyOutputs"]["Retry"] if "CopyInterrupted" in rule["ErrorEquals"]]
     assert 45 * 60 <= total_wait_seconds(retry) <= 60 * 60
     assert "JitterStrategy" not in retry  # full jitter would halve that time
+
+
+def test_throttled_copy_is_tried_until_replicate_removes_the_files(states: dict[str, Any]) -> None:
+    (retry,) = [
+        rule for rule in states["CopyOutputs"]["Retry"] if "Lambda.TooManyRequestsException" in rule["ErrorEquals"]
+    ]
+    assert retry["ErrorEquals"] == ["Lambda.TooManyRequestsException"], "the other faults are tried less long"
+    assert 45 * 60 <= total_wait_seconds(retry) <= 60 * 60
 
 
 def test_functions_are_given_ids_only(states: dict[str, Any]) -> None:

@@ -148,8 +148,8 @@ def body_of(app: APIGatewayRestResolver) -> bytes:
     """Return the current request's body, as sent.
 
     Raises:
-        Problem: 415 if the body is declared as compressed or otherwise encoded; 400 if invalid UTF-8 was replaced in
-            transit, or if the base64 from API Gateway is invalid.
+        Problem: 415 if the body is declared as compressed or otherwise encoded; 400 if it has another length than the
+            header says, since invalid UTF-8 was replaced in transit, or if the base64 from API Gateway is invalid.
     """
     event, headers = app.current_event, headers_of(app)
     coding = headers.get("content-encoding", "").strip().lower()
@@ -163,6 +163,8 @@ def body_of(app: APIGatewayRestResolver) -> bytes:
         except ValueError:
             raise Problem(400, "The body is not valid base64.") from None
     body = (event.body or "").encode("utf-8", "surrogatepass")
+    # API Gateway hands on no Content-Length (https://github.com/aws/aws-lambda-dotnet/issues/559), and bytes that are
+    # not UTF-8 as U+FFFD, which a text may have too: there such a body is read as it came. Other gateways name it.
     length, media_type = headers.get("content-length", ""), headers.get("content-type", "application/json")
     # Other media types are rejected as unsupported, whatever their bytes.
     is_read = re.match(r"\s*(application/([^;]*\+)?json|multipart/form-data)\s*(;|$)", media_type, re.IGNORECASE)

@@ -40,7 +40,18 @@ _creating = threading.Lock()
 _CONFIG = Config(connect_timeout=2, read_timeout=5, retries={"mode": "standard", "total_max_attempts": 4})
 # Signature version 4 is what KMS-encrypted buckets and newer regions demand of presigned URLs; connections are kept for
 # several copies at once, and a part of one takes longer than an item.
-_S3_CONFIG = _CONFIG.merge(Config(signature_version="s3v4", max_pool_connections=16, read_timeout=20))
+# Without an addressing style botocore signs URLs for the host of all regions, `{bucket}.s3.amazonaws.com`, which has no
+# buckets of regions that opened since March 2019, and redirects for a day after a bucket of another region was created:
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/VirtualHosting.html#VirtualHostingBackwardsCompatibility
+# (https://github.com/boto/boto3/issues/2187). An endpoint that is an IP address, as the emulator's, gets paths anyway.
+_S3_CONFIG = _CONFIG.merge(
+    Config(
+        signature_version="s3v4",
+        s3={"addressing_style": "virtual", "us_east_1_regional_endpoint": "regional"},
+        max_pool_connections=16,
+        read_timeout=20,
+    )
+)
 
 
 @overload

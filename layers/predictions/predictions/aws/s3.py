@@ -35,6 +35,25 @@ def head(bucket: str, key: str) -> "HeadObjectOutputTypeDef | None":
         raise
 
 
+def download_url(bucket: str, key: str, seconds: int, *, version_id: str | None = None, for_head: bool = False) -> str:
+    """Return a presigned URL that makes browsers save an object, not show it.
+
+    Args:
+        bucket: The object's bucket.
+        key: Its key.
+        seconds: How long the URL works.
+        version_id: Its version; None for the current one.
+        for_head: Whether the URL is for HEAD instead of GET: the signature covers the method.
+    """
+    s3 = client("s3")
+    asked: dict[str, Any] = {"Bucket": bucket, "Key": key}
+    if version_id is not None:
+        asked["VersionId"] = version_id
+    if not for_head:
+        asked["ResponseContentDisposition"] = "attachment"
+    return s3.generate_presigned_url("head_object" if for_head else "get_object", Params=asked, ExpiresIn=seconds)
+
+
 class MultipartUpload:
     """A multipart upload; the bucket's lifecycle rule removes what a crash leaves.
 

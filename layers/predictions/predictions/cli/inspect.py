@@ -275,16 +275,16 @@ def _of_executions(stack: Stack, executions: Executions, prediction: Prediction)
 def _of_log(stack: Stack, prediction: Prediction) -> Iterator[_Moment]:
     """Read what the functions logged about a prediction."""
     logs = stack.client("logs")
-    group = f"/aws/lambda/{stack.name}"
+    # Earlier releases named the group after the stack; an upgrade leaves it with what was logged before.
+    before = f"/aws/lambda/{stack.name}"
     try:
-        groups = [each["logGroupName"] for each in logs.describe_log_groups(logGroupNamePrefix=group)["logGroups"]]
-        for name in groups:
-            if name != group and not name.startswith(f"{group}-"):
-                continue
+        found = [each["logGroupName"] for each in logs.describe_log_groups(logGroupNamePrefix=before)["logGroups"]]
+        groups = {name for name in found if name == before or name.startswith(f"{before}-")}
+        for name in sorted(groups | {stack.resource("FunctionsLogGroup")}):
             pages = logs.get_paginator("filter_log_events").paginate(
                 logGroupName=name,
                 filterPattern=f'"{prediction.id}"',
-                startTime=(prediction.created - 60) * 1000,
+                startTime=max(0, prediction.created - 60) * 1000,
                 PaginationConfig={"MaxItems": _LOG_LINES_LIMIT},
             )
             for event in (event for page in pages for event in page["events"]):

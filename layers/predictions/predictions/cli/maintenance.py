@@ -21,6 +21,7 @@ from predictions.cli.stack import (
     line,
     print_table,
 )
+from predictions.ids import is_id
 from predictions.upstream.signing_secret import SigningSecrets
 
 app = group()
@@ -52,6 +53,7 @@ _GENERATED: Mapping[Secret, tuple[str, str]] = {
 
 _LARGEST_CHARACTERS = 512
 _KEPT_TYPES = ("AWS::DynamoDB::Table", "AWS::S3::Bucket")
+_LOG_GROUP, _RULE = "AWS::Logs::LogGroup", "AWS::Events::Rule"
 
 
 @command(outputs, "archive", example="outputs archive yyys72zxolexwjthl2aalbmehp --stack NAME")
@@ -146,7 +148,8 @@ def refresh(stack: Stack) -> None:
 def kept(stack: Stack, as_json: JsonList = False) -> None:
     """List what remains after the stack is deleted.
 
-    These are the table and the buckets. Works before and after the deletion.
+    These are the table and the buckets, and log groups that an upgrade replaced. Before the deletion it also lists
+    rules of others on the stack's bus, with which the bus cannot be deleted. Works before and after the deletion.
     """
     cloudformation = stack.client("cloudformation")
     stacks = [
@@ -173,12 +176,30 @@ def kept(stack: Stack, as_json: JsonList = False) -> None:
         found_here = {
             (resource["ResourceType"], str(resource["PhysicalResourceId"]), each["StackStatus"])
             for resource in resources
-            if resource["ResourceType"] in _KEPT_TYPES
+            if (
+                resource["ResourceType"] in _KEPT_TYPES
+                or (resource["ResourceType"] == _LOG_GROUP and resource["ResourceStatus"] == "DELETE_SKIPPED")
+            )
             and resource.get("PhysicalResourceId")
             and resource["ResourceStatus"] != "DELETE_COMPLETE"
         }
+        if each["StackStatus"] != "DELETE_COMPLETE":
+            found_here |= {(_RULE, name, each["StackStatus"]) for name in _rules_of_others(stack)}
         rows += sorted(found_here)
     if as_json:
         print(json.dumps([{"type": kind, "name": name, "stack": status} for kind, name, status in rows], indent=2))
         return
     print_table(("TYPE", "NAME", "STACK"), rows)
+
+
+def _rules_of_others(stack: Stack) -> list[str]:
+    """Find the rules on the stack's bus, which has its name, that are not those of its recipes."""
+    events, prefix = stack.client("events"), f"{stack.name}-recipe-"
+    try:
+        pages = [*events.get_paginator("list_rules").paginate(EventBusName=stack.name)]
+    except events.exceptions.ResourceNotFoundException:
+        return []
+    names = [str(rule["Name"]) for page in pages for rule in page["Rules"]]
+    return [
+        f"{stack.name}/{name}" for name in names if not (name.startswith(prefix) and is_id(name.removeprefix(prefix)))
+    ]

@@ -17,15 +17,12 @@ import os
 import re
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from predictions.aws.clients import api_url, client
+from predictions.aws.clients import api_url
+from predictions.aws.s3 import download_url
 from predictions.aws.secrets import CachedSecret
 from predictions.errors import PredictionsError
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
 
 _REDIRECT_SECONDS = 300
 # Large results and inputs of predictions are no files that a model reads.
@@ -92,7 +89,9 @@ class Links:
             query["version_id"] = version_id
         return f"{api_url()}/objects/{name}/{_shown(key)}?{urlencode(query)}"
 
-    def open(self, bucket: str, key: str, version_id: str | None, expires: str, signature: str) -> str | None:
+    def open(
+        self, bucket: str, key: str, version_id: str | None, expires: str, signature: str, *, for_head: bool = False
+    ) -> str | None:
         """Return a presigned S3 URL for the holder of a link.
 
         Args:
@@ -101,6 +100,7 @@ class Links:
             version_id: As in the link; None where it has none.
             expires: As in the link.
             signature: As in the link.
+            for_head: Whether the URL is for HEAD.
 
         Returns:
             The URL, which works for five minutes and makes browsers save the object, not show it, or None if any part
@@ -114,18 +114,8 @@ class Links:
             return None
         if self._now() >= int(expires):
             return None
-        asked: dict[str, Any] = {
-            "Bucket": self._buckets[bucket],
-            "Key": key,
-            "ResponseContentDisposition": "attachment",
-        }
-        if version_id is not None:
-            asked["VersionId"] = version_id
-        return self._s3.generate_presigned_url("get_object", Params=asked, ExpiresIn=_REDIRECT_SECONDS)
-
-    @property
-    def _s3(self) -> "S3Client":
-        return client("s3")
+        real = self._buckets[bucket]
+        return download_url(real, key, _REDIRECT_SECONDS, version_id=version_id, for_head=for_head)
 
     def _signature(self, bucket: str, key: str, version_id: str | None, expires: int) -> str:
         # As JSON, so that no two links give one text, whatever characters a key has.

@@ -25,7 +25,7 @@ from urllib.parse import urlencode
 
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import PRESENT, ConditionFailed, Key, Table
-from predictions.aws.s3 import head
+from predictions.aws.s3 import download_url, head
 from predictions.clock import rfc3339, timestamp
 
 if TYPE_CHECKING:
@@ -195,8 +195,10 @@ class Files:
         self._table.delete_item(_key(file_id))
         return True
 
-    def download_url(self, file_id: str, owner: str, expiry: str, signature: str) -> str | None:
-        """Return a presigned S3 URL for the holder of a file's `urls.get`.
+    def download_url(
+        self, file_id: str, owner: str, expiry: str, signature: str, *, for_head: bool = False
+    ) -> str | None:
+        """Return a presigned S3 URL for the holder of a file's `urls.get`; for HEAD, if `for_head`.
 
         Returns:
             The URL, which works for five minutes and makes browsers save the file, not show it, or None if any part
@@ -209,11 +211,7 @@ class Files:
             return None
         if not file.uploaded and self._uploaded(file) is None:
             return None
-        return self._s3.generate_presigned_url(
-            "get_object",
-            Params={"Bucket": self._bucket_name, "Key": file.key, "ResponseContentDisposition": "attachment"},
-            ExpiresIn=_DOWNLOAD_URL_SECONDS,
-        )
+        return download_url(self._bucket_name, file.key, _DOWNLOAD_URL_SECONDS, for_head=for_head)
 
     @property
     def _s3(self) -> "S3Client":

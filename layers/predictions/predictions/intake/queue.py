@@ -183,7 +183,8 @@ class Requests:
         if task_token is not None:
             # Only after it is known to be the same request. If the prediction has completed, publish_changes sees both
             # records, this one and the completion, and notifies the state at the later one.
-            self._callers.add_caller(prediction.id, task_token, int(now) + self._retention_seconds)
+            expires, brief = int(now) + self._retention_seconds, intent.source == "batch"
+            self._callers.add_caller(prediction.id, task_token, expires, brief=brief)
         if prediction.execution_n == 1 and not prediction.terminal:
             # The function that stored it may have crashed right after. The sweep handles a taken execution name.
             self._executions.start(prediction.id, 1, submit=True)

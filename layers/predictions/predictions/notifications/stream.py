@@ -33,7 +33,7 @@ from predictions.notifications.stream_retries import Effect, Retry, RetryQueue, 
 from predictions.notifications.webhook_queue import DeliveriesQueue
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
-from predictions.store.callers import WaitingCallers
+from predictions.store.callers import Caller, WaitingCallers
 from predictions.store.payloads import PayloadTooLong
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction, read_image
@@ -306,11 +306,11 @@ class Changes:
         if not coming and (ended is None or ended.visible not in _ENDED):
             return ()
         if coming and "task_token" in change["NewImage"]:
-            waiting = [(sk, str(change["NewImage"]["task_token"]["S"]))]
+            waiting = [Caller(sk, str(change["NewImage"]["task_token"]["S"]), "brief" in change["NewImage"])]
         else:
-            known = dict(self._callers.callers_of(id_))
+            known = {caller.sk: caller for caller in self._callers.callers_of(id_)}
             wanted = [sk] if coming else known if only is None else only
-            waiting = [(key, known[key]) for key in wanted if key in known]
+            waiting = [known[key] for key in wanted if key in known]
         if not waiting:
             return ()
         # The current state, read after the callers: it may have been deleted since, and then its output is not sent.
@@ -318,38 +318,38 @@ class Changes:
         prediction = self._table.get(id_)
         if prediction is None or prediction.visible not in _ENDED:
             return ()
-        tell = self._teller(prediction)
+        tellers: dict[bool, Callable[[str], None]] = {}
         failed: list[str] = []
         in_a_row = 0
-        for n, (key, token) in enumerate(waiting):
+        for brief in {caller.brief for caller in waiting}:
+            tellers[brief] = self._teller(prediction, brief=brief)
+        for n, caller in enumerate(waiting):
             if in_a_row == _FAILURES_IN_A_ROW or (n and remaining_seconds() < NEEDED_SECONDS):
-                return (*(key for key, _ in waiting[n:]), *failed)
+                return (*(rest.sk for rest in waiting[n:]), *failed)
             try:
-                tell(token)
+                tellers[caller.brief](caller.task_token)
             except (ClientError, BotoCoreError):
-                logger.exception("caller not notified", caller=key)
-                failed.append(key)
+                logger.exception("caller not notified", caller=caller.sk)
+                failed.append(caller.sk)
                 in_a_row += 1
             else:
                 in_a_row = 0
         return tuple(failed)
 
-    def _teller(self, prediction: Prediction) -> Callable[[str], None]:
+    def _teller(self, prediction: Prediction, *, brief: bool) -> Callable[[str], None]:
         """Return the function that notifies a token; the task result is built once."""
-        stored = self._table.stored_files(prediction)
-        files, truncated = list_files(stored, self._outputs.name, _FILES_LIMIT_BYTES)
-        result: dict[str, Any] = {
-            "id": prediction.id,
-            "status": prediction.visible,
-            "error": prediction.error,
-            "output_files": files,
-            "output_files_truncated": truncated,
-        }
+        result: dict[str, Any] = {"id": prediction.id, "status": prediction.visible}
+        stored = [] if brief else self._table.stored_files(prediction)
+        if not brief:
+            files, truncated = list_files(stored, self._outputs.name, _FILES_LIMIT_BYTES)
+            result |= {"error": prediction.error, "output_files": files, "output_files_truncated": truncated}
         if prediction.visible != Status.SUCCEEDED:
-            error = prediction.error[:_CAUSE_ERROR_CHARACTERS] if prediction.error else None
-            cause = json.dumps(result | {"error": error}, ensure_ascii=False)
+            if error := result.get("error"):
+                result["error"] = error[:_CAUSE_ERROR_CHARACTERS]
+            cause = json.dumps(result, ensure_ascii=False)
             return lambda token: tell_failure(token, f"Prediction{prediction.visible.capitalize()}", cause)
-        result |= self._output(prediction, stored)
+        if not brief:
+            result |= self._output(prediction, stored)
         return lambda token: tell_success(token, result)
 
     def _output(self, prediction: Prediction, files: Iterable[StoredFile]) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 All owners share the consumers of the deliveries queue, and a receiver that hangs occupies one for the 10 seconds of
 each try. So an origin whose receiver was slow is marked for two minutes, and while a mark lasts, a try to that origin
-needs one of `SLOTS` slots of its owner. If three origins of an owner are marked, all of its tries need one: a new host
-name costs nothing and could hang each time. SQS fair queues do the same in the service if they detect it; this limit
-works without them.
+needs one of a few slots of its owner, a quarter of the consumers. If three origins of an owner are marked, all of its
+tries need one: a new host name costs nothing and could hang each time. SQS fair queues do the same in the service if
+they detect it; this limit works without them.
 
 A healthy owner costs a read for each try and no write: only a slow try writes its mark, and only tries under a mark
 acquire and release a slot. A slot is a lease: a function that crashes with it loses it after `LEASE_SECONDS`.
@@ -33,8 +33,8 @@ from predictions.store.keys import webhook_slots_key
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
-SLOTS = 5
-"""Of the 20 consumers of the queue (`MaximumConcurrency`)."""
+SHARE = 4
+"""One slot for so many consumers of the queue (`DeliveriesConcurrency`), and at least one."""
 
 SLOW_SECONDS = 2.0
 """The duration from which a try counts as slow, whatever its outcome."""
@@ -77,6 +77,7 @@ class WebhookSlots:
     """The slots of all owners.
 
     Args:
+        slots: How many slots an owner has.
         choose: Picks one of several free slots, so that concurrent tries pick different ones.
     """
 
@@ -84,15 +85,18 @@ class WebhookSlots:
         self,
         table_name: str,
         dynamodb: "DynamoDBClient",
+        slots: int,
         choose: Callable[[list[str]], str] = random.choice,
     ) -> None:
         self._table = Table(table_name, dynamodb)
+        self._slots = slots
         self._choose = choose
 
     @classmethod
     def from_env(cls) -> "WebhookSlots":
-        """Use the table named by `TABLE_NAME`."""
-        return cls(os.environ["TABLE_NAME"], client("dynamodb"))
+        """Use the table named by `TABLE_NAME`, and a share of `DELIVERIES_CONCURRENCY`."""
+        slots = max(1, int(os.environ["DELIVERIES_CONCURRENCY"]) // SHARE)
+        return cls(os.environ["TABLE_NAME"], client("dynamodb"), slots)
 
     def acquire(self, owner: str, origin: str, now: float) -> Slot:
         """Acquire the permission for a try. Return it with `release`.
@@ -111,7 +115,7 @@ class WebhookSlots:
         marked = {name for name in lasting if name.startswith("slow_")}
         if f"slow_{slot.origin}" not in marked and len(marked) < _MARKED_ORIGINS:
             return slot
-        free = [name for name in (f"slot_{n}" for n in range(SLOTS)) if name not in lasting]
+        free = [name for name in (f"slot_{n}" for n in range(self._slots)) if name not in lasting]
         if not free:
             raise NoSlotFree
         name, until = self._choose(free), int((now + LEASE_SECONDS) * 1000)

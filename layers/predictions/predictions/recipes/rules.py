@@ -7,6 +7,8 @@ putting it twice has no further effect, and functions and queue can be limited t
 
 import json
 import os
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -31,6 +33,13 @@ _SCHEDULED_EVENT = {
     "time": "<aws.scheduler.scheduled-time>",
 }
 _RETRY: Any = {"MaximumRetryAttempts": 185, "MaximumEventAgeInSeconds": 86400}
+# CloudFormation has just made the role, and IAM needs seconds until Scheduler may assume it: the refusal of such a role
+# names that action (https://github.com/aws/aws-sdk-js-v3/issues/6494, and for the delay
+# https://docs.aws.amazon.com/IAM/latest/UserGuide/troubleshoot.html#troubleshoot_general_eventual-consistency).
+_ROLE_UNKNOWN = "assume the role"
+# A recipe that is refused puts its earlier schedule again: both fit into the 29 s of a request.
+_WAITS_SECONDS = (1, 2, 4)
+_SHOWN_RULES = 20
 _REFUSALS = {
     "InvalidEventPatternException",
     "ValidationException",
@@ -54,6 +63,7 @@ class RecipeRules:
         queue_arn: The requests queue.
         dead_letter_queue_arn: The queue for messages that could not be sent there.
         buckets: Names of the buckets by their names in recipes, `inputs` and `source`.
+        sleep: Waits some seconds.
     """
 
     def __init__(
@@ -66,6 +76,7 @@ class RecipeRules:
         queue_arn: str,
         dead_letter_queue_arn: str,
         buckets: dict[str, str],
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._name_prefix = name_prefix
         self._buses = {"default": "default", "stack": bus_name}
@@ -74,9 +85,10 @@ class RecipeRules:
         self._queue_arn = queue_arn
         self._dead_letter_queue_arn = dead_letter_queue_arn
         self._buckets = buckets
+        self._sleep = sleep
 
     @classmethod
-    def from_env(cls) -> "RecipeRules":
+    def from_env(cls, *, sleep: Callable[[float], None] = time.sleep) -> "RecipeRules":
         """Build from the environment of manage_recipes and deploy_recipes."""
         return cls(
             name_prefix=os.environ["RECIPE_NAME_PREFIX"],
@@ -86,6 +98,7 @@ class RecipeRules:
             queue_arn=os.environ["REQUESTS_QUEUE_ARN"],
             dead_letter_queue_arn=os.environ["REQUESTS_DEAD_LETTER_QUEUE_ARN"],
             buckets={"inputs": os.environ["INPUTS_BUCKET_NAME"], "source": os.environ["SOURCE_BUCKET_NAME"]},
+            sleep=sleep,
         )
 
     def put(self, recipe: Recipe) -> None:
@@ -105,7 +118,7 @@ class RecipeRules:
             if bus is not None:
                 self._put_rule(name, bus, recipe)
             elif recipe.kind == "schedule":
-                self._put_schedule(name, recipe)
+                self._put_schedule_of_new_role(name, recipe)
         except ClientError as error:
             if error.response["Error"]["Code"] not in _REFUSALS:
                 raise
@@ -119,19 +132,39 @@ class RecipeRules:
     def withdraw_all(self) -> None:
         """Remove the rules of all recipes before the stack is deleted.
 
-        Its schedules are deleted with their group. An error with one rule is logged and does not stop the others.
+        Its schedules are deleted with their group. An error with one rule is logged and does not stop the others. What
+        is left is tried again for some seconds: a bus with a rule cannot be deleted. Rules of others are not touched,
+        and only logged.
         """
+        for seconds in (*_WAITS_SECONDS, None):
+            left = self._withdraw_all_once()
+            if not left or seconds is None:
+                break
+            self._sleep(seconds)
+        bus = self._buses["stack"]
+        try:
+            others = self._rules_on(bus)
+        except (BotoCoreError, ClientError):
+            logger.exception("rules not listed", bus=bus)
+            return
+        if others:
+            # https://docs.aws.amazon.com/eventbridge/latest/APIReference/API_DeleteEventBus.html
+            logger.warning("rules keep the bus from being deleted", bus=bus, rules=others[:_SHOWN_RULES])
+
+    def _rules_on(self, bus: str, prefix: str | None = None) -> list[str]:
+        asked: dict[str, Any] = {"EventBusName": bus} | ({"NamePrefix": prefix} if prefix else {})
+        pages = self._events.get_paginator("list_rules").paginate(**asked)
+        return [rule["Name"] for page in pages for rule in page["Rules"]]
+
+    def _withdraw_all_once(self) -> bool:
+        """Remove the rules of all recipes, and return whether any may be left."""
+        left = False
         for bus in self._buses.values():
             try:
-                found = [
-                    rule["Name"]
-                    for page in self._events.get_paginator("list_rules").paginate(
-                        NamePrefix=self._name_prefix, EventBusName=bus
-                    )
-                    for rule in page["Rules"]
-                ]
+                found = self._rules_on(bus, self._name_prefix)
             except (BotoCoreError, ClientError):
                 logger.exception("rules not listed", bus=bus)
+                left = True
                 continue
             for name in found:
                 # A stack `a-recipe-b` has rules with the same name prefix as a stack `a`.
@@ -141,6 +174,8 @@ class RecipeRules:
                     self._remove_rule(name, bus)
                 except (BotoCoreError, ClientError):
                     logger.exception("rule not removed", rule=name, bus=bus)
+                    left = True
+        return left
 
     def pattern(self, recipe: Recipe) -> dict[str, Any]:
         """Return the event pattern of a recipe for objects or events."""
@@ -191,6 +226,18 @@ class RecipeRules:
             raise RuleRefused(
                 f"EventBridge rejected the rule's target: {answer['FailedEntries'][0].get('ErrorMessage', '')}"
             )
+
+    def _put_schedule_of_new_role(self, name: str, recipe: Recipe) -> None:
+        """Put a schedule, again for some seconds while Scheduler may not assume its role yet."""
+        for seconds in _WAITS_SECONDS:
+            try:
+                return self._put_schedule(name, recipe)
+            except ClientError as error:
+                if _ROLE_UNKNOWN not in error.response["Error"].get("Message", ""):
+                    raise
+                logger.info("the schedules' role is not known yet", seconds=seconds)
+                self._sleep(seconds)
+        return self._put_schedule(name, recipe)
 
     def _put_schedule(self, name: str, recipe: Recipe) -> None:
         schedule = recipe.definition["schedule"]
