@@ -18,6 +18,8 @@ A template with an alarm of metric math is rejected: here such an alarm exists, 
 
 Of an OpenAPI definition of an API the emulator does not import the names of the operations.
 
+A number that comes from a template's parameter stays a text in the emulator; the concurrency of a queue is read as one.
+
 `dynamodb:LeadingKeys`, with which policies limit the items of the table that a function may access, is not supported.
 
 The emulator keeps no log of the API's requests, and its own log lacks the lines of most invocations: here both are
@@ -304,12 +306,25 @@ def with_operation_names(import_operation: Callable[..., None]) -> Callable[...,
     return run
 
 
+def with_whole_number(limit_of: Callable[..., int]) -> Callable[..., int]:
+    """Read the concurrency of an event source as a number, as AWS does; a text ends the emulator's polling."""
+
+    @functools.wraps(limit_of)
+    def limit(mapping: dict[str, Any], *others: Any, **options: Any) -> int:
+        scaling = mapping.get("ScalingConfig") or {}
+        scaling |= {name: int(value) for name, value in scaling.items() if name == "MaximumConcurrency"}
+        return limit_of(mapping, *others, **options)
+
+    return limit
+
+
 iam_actions.extract_resource_arn = addressed(iam_actions.extract_resource_arn)
 iam_actions.dynamodb_service_context = with_leading_keys(iam_actions.dynamodb_service_context)
 iam_actions.dynamodb_transaction_checks = with_leading_keys_of_items(iam_actions.dynamodb_transaction_checks)
 lambda_runtime.zipfile = types.SimpleNamespace(**{**vars(zipfile), "ZipFile": Archive})
 lambda_runtime.Worker._spawn = known_to_start(lambda_runtime.Worker._spawn)
 lambda_runtime.Worker.starting = False
+lambda_svc._sqs_esm_concurrency = with_whole_number(lambda_svc._sqs_esm_concurrency)
 lambda_svc.acquire_worker = one_at_a_time(lambda_svc.acquire_worker)
 lambda_svc._execute_function_warm = with_log(named(lambda_svc._execute_function_warm))
 iam_actions.extract_resource_arn = with_map_runs(iam_actions.extract_resource_arn)
