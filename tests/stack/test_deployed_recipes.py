@@ -105,7 +105,8 @@ def test_recipes_of_files_live_and_go_with_the_stack(
     # Those of the two recipes, and that of manifests.
     assert (recipes("team-a"), len(rules())) == ({}, 3)
     schedules = own.client("scheduler").list_schedules(GroupName=STACK_NAME)["Schedules"]
-    assert len(schedules) == 1, "that of the parameters"
+    names = sorted(schedule["Name"] for schedule in schedules)
+    assert ["RequestSchedule" in names[0], "SweepPredictions" in names[1]] == [True, True], names
 
     # The schedule of the parameters sends its request, of QueueOwner; its key has it run once.
     (scheduled,) = wait_until(lambda: started("the story of"), 90, "the scheduled prediction")
