@@ -343,7 +343,8 @@ def _item(body: bytes) -> str:
 
 
 def _kind(key: str) -> str:
-    return key.partition("#")[0]
+    # A moment is another one in each run.
+    return "moment" if key.isdecimal() else key.partition("#")[0]
 
 
 # -- HTTP ---------------------------------------------------------------------------------------------------------
