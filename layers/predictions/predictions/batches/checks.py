@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from predictions.errors import Problem
-from predictions.intents.model import Reference, RequestBody, create_requested_intent
+from predictions.intents.model import REFERENCE_FIELDS, Reference, RequestBody, create_requested_intent
 from predictions.templating import PlaceholderError, check_uses, expressions, holds_placeholders
 from predictions.validation import fields_refused, list_fields
 
@@ -23,7 +23,6 @@ CHECK_SECONDS = 120.0
 """The time that the schema checks of a batch may take in all, of the 15 minutes of `prepare_batch`. The lines after it
 are checked when their predictions start: a hostile schema takes half a second for each."""
 
-_REFERENCES = ("model", "version", "deployment")
 # A valid name, in place of one that a row gives.
 _ANY_NAME = "owner/name"
 
@@ -49,7 +48,7 @@ def check_template(template: Mapping[str, Any], *, allow_loopback_webhooks: bool
     request: dict[str, Any] = {
         name: part for name, part in template.items() if name not in known or not holds_placeholders(part)
     }
-    request |= {name: _ANY_NAME for name in _REFERENCES if name in template and name not in request}
+    request |= {name: _ANY_NAME for name in REFERENCE_FIELDS if name in template and name not in request}
     request.pop("idempotency_key", None)
     try:
         _reference(request, allow_loopback_webhooks=allow_loopback_webhooks)
@@ -82,13 +81,13 @@ def schema_of_lines(
     """
     if template is not None:
         request: Mapping[str, Any] = (
-            {} if holds_placeholders([template.get(name) for name in _REFERENCES]) else template
+            {} if holds_placeholders([template.get(name) for name in REFERENCE_FIELDS]) else template
         )
     elif recipe is not None:
         request = recipe.definition
     else:
         request = _common_request(requests or ())
-    named = {name: request[name] for name in _REFERENCES if request.get(name) is not None}
+    named = {name: request[name] for name in REFERENCE_FIELDS if request.get(name) is not None}
     try:
         reference = _reference(named, allow_loopback_webhooks=False)
     except Problem:
@@ -139,8 +138,8 @@ class LineSchema:
 
 def _common_request(requests: Sequence[Any]) -> Mapping[str, Any]:
     """Return a request that names the model of all of them, or an empty one."""
-    found = {json.dumps([each.get(name) for name in _REFERENCES]) for each in requests if isinstance(each, dict)}
-    return dict(zip(_REFERENCES, json.loads(found.pop()), strict=True)) if len(found) == 1 else {}
+    found = {json.dumps([each.get(name) for name in REFERENCE_FIELDS]) for each in requests if isinstance(each, dict)}
+    return dict(zip(REFERENCE_FIELDS, json.loads(found.pop()), strict=True)) if len(found) == 1 else {}
 
 
 def _reference(request: Mapping[str, Any], *, allow_loopback_webhooks: bool) -> Reference:

@@ -83,7 +83,7 @@ def show(
         "source": prediction.source,
         "origin": prediction.origin_kind,
         "origin_names": dict(prediction.origin) or None,
-        "model": prediction.model or prediction.name,
+        "model": prediction.shown_model or None,
         "version": prediction.upstream_version or prediction.version,
         "status": prediction.visible,
         "upstream_id": prediction.upstream_id,

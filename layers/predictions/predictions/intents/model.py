@@ -36,6 +36,10 @@ _DURATION_DETAIL = "Must be a duration from 5 seconds to 3 days, such as `30`, `
 _PREFER_WAIT = re.compile(r"wait(?:\s*=\s*\"?(?P<seconds>[^\";,\s]*)\"?)?\s*(?:;.*)?", re.IGNORECASE)
 
 
+REFERENCE_FIELDS = ("model", "version", "deployment")
+"""The fields of a request that name what to run."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """The model, version or deployment that a caller wants to run, not yet looked up.

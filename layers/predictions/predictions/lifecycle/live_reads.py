@@ -9,6 +9,7 @@ protects these reads too.
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 from predictions.admission.live_budget import LiveBudget
@@ -38,7 +39,7 @@ class LiveReads:
 
     Args:
         table: The predictions.
-        replicate: Gives Replicate's client; called with the first read.
+        replicate: Gives Replicate's client, the same each time; not called before the first read.
         budget: The stack's budget of live reads.
         period: Seconds between two reads of one prediction, at least; 0 turns live reads off.
         now: The time, in seconds since 1970.
@@ -54,8 +55,7 @@ class LiveReads:
         now: Callable[[], float] = time.time,
     ) -> None:
         self._table = table
-        self._make_replicate = replicate
-        self._made: Replicate | None = None
+        self._replicate = replicate
         self._budget = budget
         self._period = period
         self._now = now
@@ -64,6 +64,7 @@ class LiveReads:
     def from_env(cls, table: PredictionsTable) -> "LiveReads":
         """Read `LIVE_READ_SECONDS` and what `LiveBudget` and `Replicate` read."""
 
+        @cache
         def replicate() -> "Replicate":
             # Loaded with the first live read: finished predictions are read without an HTTP client.
             from predictions.upstream.client import Replicate
@@ -115,7 +116,7 @@ class LiveReads:
     def _ask(self, prediction: Prediction) -> "UpstreamPrediction | None":
         metrics.add_metric(name="LiveReads", unit=MetricUnit.Count, value=1)
         try:
-            report = self._replicate.glimpse(
+            report = self._replicate().glimpse(
                 prediction.upstream_id or "", prediction.collection, seconds=READ_SECONDS, limit_bytes=READ_LIMIT_BYTES
             )
         except NotFound:
@@ -136,9 +137,3 @@ class LiveReads:
         return rank > detail.prediction.rank or (
             rank == detail.prediction.rank and self._table.is_progress(detail, report)
         )
-
-    @property
-    def _replicate(self) -> "Replicate":
-        if self._made is None:
-            self._made = self._make_replicate()
-        return self._made

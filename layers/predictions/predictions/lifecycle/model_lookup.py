@@ -22,7 +22,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.errors import PredictionsError, Problem
 from predictions.observability import MetricUnit, logger, metrics
-from predictions.upstream.client import is_model_name
+from predictions.upstream.client import is_model_path
 from predictions.upstream.errors import NotFound, Unavailable, UpstreamError
 from predictions.validation import certain_violations
 
@@ -95,7 +95,7 @@ class ModelSchemas:
 
         Writes only if `of_version` knew nothing of it: once for a version, not for each prediction.
         """
-        if version not in self._nameless or told.version != version or not is_model_name(told.model):
+        if version not in self._nameless or told.version != version or not is_model_path(told.model):
             return
         del self._nameless[version]
         now = self._now()

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from predictions.errors import Problem
-from predictions.intents.model import Reference, create_requested_intent
+from predictions.intents.model import REFERENCE_FIELDS, Reference, create_requested_intent
 from predictions.templating import (
     Allowance,
     PlaceholderError,
@@ -459,7 +459,7 @@ def _by_schema(step: Step, pipeline_input: Mapping[str, Any], check: Check, fill
     except Problem as problem:
         if problem.status >= 500:
             raise
-        kind = next(name for name in ("model", "version", "deployment") if name in step.request)
+        kind = next(name for name in REFERENCE_FIELDS if name in step.request)
         return [*found, {"field": kind, "detail": problem.detail}]
     return found + certain_violations(violations, open_fields)
 

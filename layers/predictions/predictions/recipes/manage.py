@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from predictions.clock import timestamp
 from predictions.errors import Problem
 from predictions.ids import random_id
-from predictions.intents.model import Reference, create_requested_intent
+from predictions.intents.model import REFERENCE_FIELDS, Reference, create_requested_intent
 from predictions.lifecycle.model_lookup import ModelLookup
 from predictions.recipes.rules import RecipeRules, RuleRefused
 from predictions.recipes.schema import NAME, RecipeBody
@@ -290,7 +290,7 @@ class RecipeChanges:
             if problem.status == 404:
                 detail = f"Model {reference.name} not found, or not accessible with this stack's Replicate token."
                 raise Problem(404, detail) from None
-            kind = next(name for name in ("model", "version", "deployment") if getattr(asked, name) is not None)
+            kind = next(name for name in REFERENCE_FIELDS if getattr(asked, name) is not None)
             raise fields_refused([{"field": kind, "detail": problem.detail}]) from None
         if invalid:
             raise fields_refused([_in_defaults(each, asked) for each in invalid])

@@ -355,7 +355,7 @@ class Replicate:
         """
         current = self._describe(f"/deployments/{deployment}").get("current_release")
         model, version = (current.get("model"), current.get("version")) if isinstance(current, dict) else (None, None)
-        return (model, version) if is_model_name(model) and _is_version(version) else None
+        return (model, version) if is_model_path(model) and _is_version(version) else None
 
     def _describe(self, path: str) -> dict[str, Any]:
         return self._json(self._ask("GET", path, timeout=_SCHEMA_TIMEOUT_SECONDS, limit_bytes=SCHEMA_LIMIT_BYTES))
@@ -454,7 +454,7 @@ class Replicate:
         return value
 
 
-def is_model_name(value: Any) -> TypeGuard[str]:
+def is_model_path(value: Any) -> TypeGuard[str]:
     """Return whether a value is a valid `owner/name`, which becomes part of a path."""
     return (
         isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]{0,127}/[\w-][\w.-]{0,127}", value, re.ASCII) is not None
