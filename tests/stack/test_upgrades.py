@@ -164,7 +164,8 @@ def test_new_version_over_a_working_stack_loses_nothing_and_a_deletion_keeps_the
     assert answer.status_code == 201, answer.text
     batch = answer.json()["id"]
     wait_until(lambda: alice.get(f"/predictions/{quick}")["status"] == "succeeded", 60, "an end in the earlier version")
-    assert last_state(own, quick) == "KeepOutputs"
+    # Whoever learns of an end writes it at once; the execution hears of it later.
+    wait_until(lambda: last_state(own, quick) == "KeepOutputs", 60, "the last state of the earlier version")
     # The emulator ends the functions that a deployment changes; a message that one of them had would come again after
     # three minutes.
     wait_until(lambda: len(own.replicate.creates()) == len([*slow, quick]) + 2 + len(lines), 60, "all creates")
@@ -189,8 +190,8 @@ def test_new_version_over_a_working_stack_loses_nothing_and_a_deletion_keeps_the
     assert Counter(alice.ended(f"/predictions/{each}", wait_until)["status"] for each in mine) == {
         "succeeded": len(mine)
     }
-    assert last_state(own, slow[-1]) == "KeepOutputs"
-    assert last_state(own, after) == "CopyOutputs"
+    wait_until(lambda: last_state(own, slow[-1]) == "KeepOutputs", 60, "the last state of the earlier version")
+    wait_until(lambda: last_state(own, after) == "CopyOutputs", 60, "the last state of the new version")
     ended = alice.ended(f"/batches/{batch}", wait_until)
     assert (ended["status"], ended["counts"]["succeeded"]) == ("succeeded", 4)
 
