@@ -210,7 +210,7 @@ def test_commands_are_these() -> None:
         "show", "stuck", "dead-letters count", "dead-letters list", "dead-letters redrive", "dead-letters forget",
         "outputs archive", "webhooks redeliver", "webhooks rotate", "secrets rotate", "secrets refresh",
         "tokens create", "tokens list", "tokens revoke", "limits set", "limits list", "limits remove",
-        "pause", "resume", "status", "urls keys", "kept",
+        "pause", "resume", "status", "urls keys", "kept", "doctor",
     }  # fmt: skip
 
 

@@ -1,12 +1,14 @@
 """The command `replicate-serverless`: operate a deployed stack.
 
     replicate-serverless tokens create --stack NAME --owner alice
+    replicate-serverless doctor --stack NAME
     replicate-serverless show ID --stack NAME
     replicate-serverless dead-letters list requests --stack NAME
     replicate-serverless pause --stack NAME --reason "The model is being changed."
 
 Results go to stdout and everything else to stderr, so that `TOKEN=$(replicate-serverless tokens create …)` works.
-Exit codes: 0 if the command succeeded; 2 if it did not, and stderr says why and what to do.
+Exit codes: 0 if the command succeeded; 2 if it did not, and stderr says why and what to do; 1 if `doctor` has found
+a fault.
 """
 
 import sys
@@ -14,12 +16,13 @@ from collections.abc import Sequence
 
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError
 
-from predictions.cli import admission, dead_letters, inspect, maintenance, tokens, url_keys, webhooks
+from predictions.cli import admission, dead_letters, doctor, inspect, maintenance, tokens, url_keys, webhooks
 from predictions.cli.stack import PROGRAM, group
 from predictions.errors import PredictionsError
 
 app = group("Operate a deployed replicate-serverless stack.")
-app.add_typer(inspect.app)  # without a name: its commands are top-level ones
+app.add_typer(doctor.app)  # without a name: its commands are top-level ones
+app.add_typer(inspect.app)
 app.add_typer(dead_letters.app, name="dead-letters")
 app.add_typer(maintenance.outputs, name="outputs")
 app.add_typer(webhooks.app, name="webhooks")

@@ -125,11 +125,15 @@ class Stack:
         """
         return self._described("Output", key)
 
-    def _described(self, kind: str, key: str) -> str:
-        """Return a parameter or output from CloudFormation's description of the stack."""
+    def description(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return CloudFormation's description of the stack, and the metadata of its response.
+
+        Raises:
+            StackUnusable: The stack does not exist.
+        """
         cloudformation = self.client("cloudformation")
         try:
-            stack = cloudformation.describe_stacks(StackName=self.name)["Stacks"][0]
+            response: dict[str, Any] = cloudformation.describe_stacks(StackName=self.name)
         except ClientError as error:
             if "does not exist" not in error.response["Error"].get("Message", ""):
                 raise
@@ -137,6 +141,11 @@ class Stack:
                 f"Found no stack {self.name!r} in {cloudformation.meta.region_name}."
                 " Check the name, --region and --profile."
             ) from error
+        return response["Stacks"][0], response.get("ResponseMetadata", {})
+
+    def _described(self, kind: str, key: str) -> str:
+        """Return a parameter or output of the stack."""
+        stack, _ = self.description()
         for each in stack.get(f"{kind}s", []):
             if each[f"{kind}Key"] == key:
                 return str(each[f"{kind}Value"])
