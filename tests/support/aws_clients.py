@@ -1,6 +1,6 @@
 """Clients of botocore that one object answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import botocore.session
@@ -16,13 +16,13 @@ class Answering(Protocol):
 
 
 class Clients:
-    """The clients that the library gets; `world` is who answers them."""
+    """The clients that the library gets, or those of other services; `world` is who answers them."""
 
-    def __init__(self) -> None:
+    def __init__(self, services: Sequence[str] = SERVICES) -> None:
         self.world: Answering | None = None
         session = botocore.session.Session()
         self._clients: dict[str, Any] = {}
-        for name in SERVICES:
+        for name in services:
             client: Any = session.create_client(
                 name, region_name="us-east-1", aws_access_key_id="testing", aws_secret_access_key="testing"
             )

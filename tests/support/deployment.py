@@ -13,6 +13,7 @@ QUICK = {
     "SubmitGraceSeconds": "30",
     "LogLevel": "DEBUG",
     "CorsOrigin": "https://app.example.com",
+    "AlarmTopicArn": "arn:aws:sns:us-east-1:000000000000:alarms",
 }
 
 

@@ -202,8 +202,8 @@ class EndpointChecks:
                 f"{self._deployed.command('secrets refresh')}; then see replicate.token.",
             )
         action = (
-            "This is not the stack's webhook route, or it accepts unsigned webhooks: check what is deployed at it"
-            f" in front of it (a custom domain, a WAF). {_DEPLOY}"
+            "This is not the stack's webhook route, or it accepts unsigned webhooks: check the custom domain or the WAF"
+            f" in front of the API. {_DEPLOY}"
         )
         seen = _expect(response, 401, action)
         if "not a webhook that Replicate signed" not in _detail(response):

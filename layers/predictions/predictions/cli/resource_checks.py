@@ -340,7 +340,7 @@ class ResourceChecks:
             which = [names[alarm["AlarmName"]] for alarm in ringing]
             raise CheckFailed(
                 f"in ALARM: {', '.join(which)}",
-                f"docs/runbook.md#{which[0].lower()}. A new stack may be in SweepStoppedAlarm for its first ten minutes.",
+                f"docs/runbook.md#{which[0].lower()}. SweepStoppedAlarm may fire in a new stack's first ten minutes.",
             )  # fmt: skip
         return f"none of {len(alarms)} is in ALARM"
 
