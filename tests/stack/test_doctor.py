@@ -36,6 +36,7 @@ NOT_KNOWN = {
     "prediction.recognizable",  # the stand-in, as Replicate's documents, shows no webhook
 }
 TOPIC = QUICK["AlarmTopicArn"]
+SUBSCRIBER = TOPIC.replace(":sns:", ":sqs:")
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +50,8 @@ def repaired(cloud: LocalCloud) -> Iterator[list[Finding]]:
     """The stack as on AWS: what the emulator ignores is set by the commands that the checks print."""
     boto = cloud.client
     boto("sns").create_topic(Name=TOPIC.rpartition(":")[2])
-    queue = boto("sqs").get_queue_attributes(QueueUrl=cloud.stack.queue_url, AttributeNames=["QueueArn"])
-    boto("sns").subscribe(TopicArn=TOPIC, Protocol="sqs", Endpoint=queue["Attributes"]["QueueArn"])
+    boto("sqs").create_queue(QueueName="alarms")
+    boto("sns").subscribe(TopicArn=TOPIC, Protocol="sqs", Endpoint=SUBSCRIBER)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": cloud.endpoint_url}.items():
             patch.setenv(name, value)
@@ -282,8 +283,7 @@ def test_topic_without_a_confirmed_subscription_or_without_existence_is_found(cl
         assert (found.result, "does not exist" in found.seen) == (Result.FAILED, True)
     finally:
         sns.create_topic(Name=TOPIC.rpartition(":")[2])
-        queue = cloud.stack.queue_url.rpartition("/")[2]
-        sns.subscribe(TopicArn=TOPIC, Protocol="sqs", Endpoint=f"arn:aws:sqs:{REGION}:000000000000:{queue}")
+        sns.subscribe(TopicArn=TOPIC, Protocol="sqs", Endpoint=SUBSCRIBER)
 
 
 def test_token_that_replicate_refuses_is_found(cloud: LocalCloud, find: Find) -> None:

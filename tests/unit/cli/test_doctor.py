@@ -25,7 +25,7 @@ from predictions.cli.stack import NotDone, Stack
 from tests.support.aws_clients import AwsError, Clients, raise_client_error
 from tests.support.commands import call_of
 from tests.support.pages import code, rows, section
-from tests.support.template import load_template
+from tests.support.template import ROOT, load_template
 
 NOW = datetime(2026, 12, 1, 12, tzinfo=UTC).timestamp()
 API = "https://api.example.com/v1"
@@ -462,6 +462,13 @@ def test_what_cannot_be_known_is_unknown_with_what_to_do(name: str, answers: dic
     assert (finding.result, bool(finding.action)) == (Result.UNKNOWN, True), finding
 
 
+def test_response_that_cannot_be_read_is_unknown_and_the_other_checks_run() -> None:
+    findings = found(World(GetAccountSettings={}, DescribeTable={"Table": {}}, GetBucketPolicy={"Policy": "{"}))
+    unread = {name for name, each in findings.items() if "could not be read" in each.seen}
+    assert unread == {"quotas.concurrency", "table", "outputs-bucket.tls", "inputs-bucket.tls"}
+    assert {findings[name].result for name in unread} == {Result.UNKNOWN}
+
+
 def test_what_the_caller_may_not_see_is_unknown_and_the_other_checks_run() -> None:
     described = {"DescribeStacks", "ListStackResources"}
     denied = {name: AwsError("AccessDenied") for name in HEALTHY if name not in described}
@@ -800,6 +807,16 @@ def test_exit_code_is_1_if_a_check_failed_and_0_if_some_are_unknown(
     report = json.loads(out)
     assert (code, report["stack"], report["checks"][0]["result"]) == (1, "demo", "failed")
     assert report["ok"] + report["failed"] + report["unknown"] == len(report["checks"])
+
+
+def test_pages_that_actions_name_have_these_sections() -> None:
+    sources = "".join(source.read_text() for source in (ROOT / "layers/predictions/predictions/cli").glob("*checks.py"))
+    named = set(re.findall(r"docs/[a-z]+\.md(?:#[a-z-]+)?", sources))
+    assert len(named) > 4
+    for name in named:
+        path, _, anchor = name.partition("#")
+        headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.MULTILINE)
+        assert anchor in {"", *(heading.lower().replace(" ", "-") for heading in headings)}, name
 
 
 PREFIXES = {"lambda": "lambda", "service-quotas": "servicequotas", "stepfunctions": "states"}

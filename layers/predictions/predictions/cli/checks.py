@@ -17,6 +17,7 @@ from predictions.errors import PredictionsError
 # https://docs.aws.amazon.com/IAM/latest/UserGuide/troubleshoot_access-denied.html
 _DENIED = frozenset(
     {
+        "403",
         "AccessDenied",
         "AccessDeniedException",
         "AuthorizationError",
@@ -132,6 +133,9 @@ def _result_of(find: Callable[[], str]) -> tuple[Result, str, str]:
         return Result.UNKNOWN, str(error), "Check the network and the region, then try again."
     except PredictionsError as error:
         return Result.FAILED, str(error), _REDEPLOY
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        seen = f"a response could not be read ({type(error).__name__}: {error})"
+        return Result.UNKNOWN, seen, "Check that this command has the version of the stack."
 
 
 def code_of(error: ClientError) -> str:

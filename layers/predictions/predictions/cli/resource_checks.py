@@ -448,9 +448,9 @@ class _Bucket:
         found = self._read("get_bucket_encryption", "ServerSideEncryptionConfigurationNotFoundError")
         rules = found.get("ServerSideEncryptionConfiguration", {}).get("Rules", [])
         defaults = [each.get("ApplyServerSideEncryptionByDefault", {}) for each in rules]
+        shown = [f"{each.get('SSEAlgorithm')} {each.get('KMSMasterKeyID', '')}".strip() for each in defaults]
         return expect(
-            ", ".join(" ".join(map(str, each.values())) for each in defaults) or "not set",
-            " ".join(by_default.values()), "encryption",
+            ", ".join(shown) or "not set", f"aws:kms {key}" if key else "AES256", "encryption",
             _aws(
                 "s3api", "put-bucket-encryption", bucket=self._name,
                 server_side_encryption_configuration={"Rules": [rule]},
@@ -501,7 +501,9 @@ class _Bucket:
         origin = self._deployed.parameter("CorsOrigin")
         methods = ["GET", "HEAD"] if self._logical_id == "OutputsBucket" else ["GET", "PUT"]
         rules = self._read("get_bucket_cors", "NoSuchCORSConfiguration").get("CORSRules", [])
-        seen = "; ".join(" ".join([*rule.get("AllowedOrigins", []), *rule.get("AllowedMethods", [])]) for rule in rules)
+        seen = "; ".join(
+            " ".join([*rule.get("AllowedOrigins", []), *sorted(rule.get("AllowedMethods", []))]) for rule in rules
+        )
         if not origin:
             return expect(seen or "off", "off", "CORS", _aws("s3api", "delete-bucket-cors", bucket=self._name))
         rule = {"AllowedOrigins": [origin], "AllowedMethods": methods, "AllowedHeaders": ["*"], "MaxAgeSeconds": 600}
