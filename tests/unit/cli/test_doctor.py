@@ -327,6 +327,9 @@ KEY = "arn:aws:kms:eu-central-1:123456789012:key/11111111-2222-3333-4444-5555555
 OWN_KEY = stack_with(parameters={"KmsKeyArn": KEY})
 WITH_ORIGIN = stack_with(parameters={"CorsOrigin": "https://app.example.com"})
 FAULTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("functions", "no functions", {"ListStackResources": {"StackResourceSummaries": []}}),
+    ("event-sources", "no event sources", {"ListStackResources": {"StackResourceSummaries": []}}),
+    ("alarms.state", "no alarms", {"ListStackResources": {"StackResourceSummaries": []}}),
     ("stack", "UPDATE_ROLLBACK_COMPLETE", {"DescribeStacks": stack_with(StackStatus="UPDATE_ROLLBACK_COMPLETE")}),
     ("functions", "Failed", {"GetFunctionConfiguration": FUNCTION | {"State": "Failed", "StateReason": "no image"}}),
     ("functions", "InProgress", {"GetFunctionConfiguration": FUNCTION | {"LastUpdateStatus": "InProgress"}}),
