@@ -633,6 +633,9 @@ class Trial:
         self.error: str | None = None
         self.files = [SimpleNamespace(key="k", bytes=4, sha256=hashlib.sha256(FILE).hexdigest(), error=None)]
         self.served = FILE
+        self.served_status = 200
+        self.output: Any = ["https://files.example.com/1"]
+        self.posts = 0
         self.polls: list[float] = []
         self.grace = "45"
         self.bound = True
@@ -656,6 +659,9 @@ class Trial:
         url = str(request.url)
         dated = {"date": formatdate(self.at, usegmt=True)}
         if request.method == "POST":
+            self.posts += 1
+            if not self.status:
+                raise httpx.ReadTimeout("too late")
             return httpx.Response(self.status, json={"id": ID, "detail": "no such field"})
         if url == f"{REPLICATE}/predictions":
             there = [self._entry(self.list_shows)] if self.at - NOW >= self.lag else []
@@ -663,8 +669,10 @@ class Trial:
         if url == f"{REPLICATE}/predictions/{UPSTREAM}":
             return httpx.Response(200, json=self._entry(self.get_shows), headers=dated)
         if url == f"{API}/predictions/{ID}":
-            return httpx.Response(200, json={"output": ["https://files.example.com/1"]})
-        return httpx.Response(200, content=self.served)
+            return httpx.Response(200, json={"output": self.output})
+        if not self.served_status:
+            raise httpx.ConnectError("no route")
+        return httpx.Response(self.served_status, content=self.served)
 
     def _wait(self, seconds: float) -> None:
         self.at += seconds
@@ -688,6 +696,7 @@ class Trial:
             deployed, endpoints, wanted, token, http, say=said.append, now=lambda: self.at, sleep=self._wait
         )
         findings = {each.name: run(each, lambda: 0.0) for each in checks.checks()}
+        assert self.posts == 1  # a create is never repeated
         assert said or self.status != 201
         return findings
 
@@ -715,6 +724,10 @@ def test_prediction_runs_to_its_stored_file_and_each_step_is_timed() -> None:
 NEITHER: dict[str, Any] = {"input": None}
 TRIALS: list[tuple[str, Result, str, dict[str, Any]]] = [
     ("prediction.accepted", Result.FAILED, "422", {"status": 422}),
+    ("prediction.accepted", Result.FAILED, "may have been accepted", {"status": 0}),
+    ("prediction.link", Result.FAILED, "no URL of a file", {"output": None}),
+    ("prediction.link", Result.FAILED, "gets 403", {"served_status": 403}),
+    ("prediction.link", Result.FAILED, "could not be fetched", {"served_status": 0}),
     ("prediction.listed", Result.FAILED, "SubmitGraceSeconds=65 follows", {"lag": 20.0, "runs": 30.0}),
     ("prediction.listed", Result.FAILED, "does not show it within 300 s", {"lag": 1000.0}),
     ("prediction.listed", Result.FAILED, "ended without Replicate", {"bound": False, "end": "failed", "error": "x"}),
