@@ -8,17 +8,19 @@ Each operation's check is made once, from the parts of its model that have such 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import botocore.validate
 import regex
 
-Path = tuple[str | int, ...]
-Check = Callable[[Any, Path], Iterator[str]]
+Check = Callable[[Any], str | None]
+"""Tells what is wrong with a value, after the path to it, or None."""
 
-# Bounds of AWS's models that AWS itself does not keep, by operation or shape, each with its reason.
-NOT_KEPT: dict[str, str] = {}
+# Shapes whose bound is far beyond what a call can carry, in values of which a call has many.
+UNREACHABLE = {
+    "AttributeName": "a name within an item may have 65,535 characters, the whole item 400 KB",
+}
 
 
 class RefusedByAws(AssertionError):
@@ -31,27 +33,34 @@ refused: list[str] = []
 _checks: dict[tuple[str, str], Check | None] = {}
 
 
-def check_call(operation_model: Any, parameters: dict[str, Any]) -> None:
+def check_call(client: Any, operation: str, parameters: dict[str, Any]) -> None:
     """Refuse parameters beyond the bounds of their model.
 
     Raises:
-        RefusedByAws: Which ones, with the value and the bound.
+        RefusedByAws: Which one, with the value and the bound.
     """
-    key = operation_model.service_model.service_name, operation_model.name
+    check_parameters(client.meta.service_model, operation, parameters)
+
+
+def check_parameters(service: Any, operation: str, parameters: dict[str, Any]) -> None:
+    """Refuse parameters beyond the bounds of a service's model.
+
+    Raises:
+        RefusedByAws: Which one, with the value and the bound.
+    """
+    key = service.service_name, operation
     if key not in _checks:
-        shape = operation_model.input_shape
+        shape = service.operation_model(operation).input_shape
         _checks[key] = _made(shape, {}) if shape is not None else None
     check = _checks[key]
-    if check is not None and (found := list(check(parameters, ()))):
-        refused.append(f"{':'.join(key)}: {'; '.join(found)}")
+    if check is not None and (wrong := check(parameters)) is not None:
+        refused.append(f"{service.service_name}:{operation}: {wrong.lstrip('.')}")
         raise RefusedByAws(refused[-1])
 
 
 def install() -> None:
     """Check each call of each client of botocore in this process."""
     decorator: Any = botocore.validate.ParamValidationDecorator
-    if decorator.serialize_to_request is _strict:
-        return
     decorator.serialize_to_request = _strict
 
 
@@ -61,98 +70,129 @@ _serialize_to_request: Any = botocore.validate.ParamValidationDecorator.serializ
 def _strict(self: Any, parameters: dict[str, Any], operation_model: Any) -> Any:
     # First, as far as botocore itself goes: names, types, what is missing.
     request = _serialize_to_request(self, parameters, operation_model)
-    check_call(operation_model, parameters)
+    check_parameters(operation_model.service_model, operation_model.name, parameters)
     return request
 
 
-def _made(shape: Any, within: dict[str, Any]) -> Check | None:
-    """The check of values of a shape, or None if it has no bound; `within` are the checks that are being made."""
+def _made(shape: Any, within: dict[str, Check | None]) -> Check | None:
+    """The check of values of a shape, or None if it has no bound; `within` are those of the shapes around it."""
     if shape.name in within:
-        # A shape within itself, such as a list of attribute values: looked up when it is met.
-        return lambda value, path: checks(value, path) if (checks := within[shape.name]) else iter(())
+        # A shape within itself, such as a list of attribute values: its check is looked up when it is met.
+        return (lambda value: again(value) if (again := within[shape.name]) else None) if _bounded(shape) else None
     within[shape.name] = None
-    members: dict[str, Check] = {}
-    if shape.type_name == "structure":
+    kind, own = shape.type_name, _bounds(shape)
+    inner: Check | None = None
+    if kind == "structure":
         members = {name: made for name, each in shape.members.items() if (made := _made(each, within))}
-    elif shape.type_name == "list":
-        members = {"": made} if (made := _made(shape.member, within)) else {}
-    elif shape.type_name == "map":
-        pair = (("key", shape.key), ("value", shape.value))
-        members = {name: made for name, each in pair if (made := _made(each, within))}
-    own = _bounds(shape)
-    if not own and not members:
-        return None
-    of_type: dict[str, Callable[[Any, Path], Iterator[str]]] = {
-        "structure": lambda value, path: _structure(members, value, path),
-        "list": lambda value, path: _list(members, value, path),
-        "map": lambda value, path: _map(members, value, path),
-    }
-    inner = of_type.get(shape.type_name)
+        inner = _of_structure(members) if members else None
+    elif kind == "list" and (each := _made(shape.member, within)):
+        inner = _of_list(each)
+    elif kind == "map":
+        keys, values = _made(shape.key, within), _made(shape.value, within)
+        inner = _of_map(keys, values) if keys or values else None
+    checks = [*own, *([inner] if inner else [])]
+    if len(checks) > 1:
 
-    def check(value: Any, path: Path) -> Iterator[str]:
-        for bound in own:
-            if reason := bound(value):
-                yield f"{'.'.join(map(str, path))} {reason}"
-        if inner is not None:
-            yield from inner(value, path)
+        def check(value: Any) -> str | None:
+            for each in checks:
+                if (wrong := each(value)) is not None:
+                    return wrong
+            return None
 
-    within[shape.name] = check
-    return check
+        within[shape.name] = check
+    elif checks:
+        within[shape.name] = checks[0]
+    # Only the shapes around one are within it.
+    return within[shape.name] if _recursive(shape) else within.pop(shape.name)
 
 
-def _structure(members: dict[str, Check], value: Any, path: Path) -> Iterator[str]:
-    for name, check in members.items():
-        if value.get(name) is not None:
-            yield from check(value[name], (*path, name))
+def _parts(shape: Any) -> list[Any]:
+    if shape.type_name == "structure":
+        return list(shape.members.values())
+    if shape.type_name == "list":
+        return [shape.member]
+    return [shape.key, shape.value] if shape.type_name == "map" else []
 
 
-def _list(members: dict[str, Check], value: Any, path: Path) -> Iterator[str]:
-    if members:
-        for index, each in enumerate(value):
-            yield from members[""](each, (*path, index))
-
-
-def _map(members: dict[str, Check], value: Any, path: Path) -> Iterator[str]:
-    for name, each in value.items():
-        if "key" in members:
-            yield from members["key"](name, (*path, name))
-        if "value" in members:
-            yield from members["value"](each, (*path, name))
-
-
-def _bounds(shape: Any) -> list[Callable[[Any], str | None]]:
-    """What the model says of a shape's own value; each tells what is wrong, or None."""
-    if shape.name in NOT_KEPT:
-        return []
-    found: list[Callable[[Any], str | None]] = []
-    least, most = shape.metadata.get("min"), shape.metadata.get("max")
-    kind = shape.type_name
-    if kind in ("integer", "long", "float", "double"):
-        if least is not None or most is not None:
-            found.append(lambda value: _outside("is", value, value, least, most))
-    elif (least is not None or most is not None) and kind in ("string", "blob", "list", "map"):
-        unit = {"string": "characters", "blob": "bytes"}.get(kind, "entries")
-        found.append(lambda value: _outside(f"has {unit}:", _length(value), value, least, most))
-    if kind == "string":
-        if shape.enum:
-            found.append(lambda value: None if value in shape.enum else f"is none of {shape.enum}: {value!r}")
-        if pattern := shape.metadata.get("pattern"):
-            matches = _compiled(pattern).fullmatch
-            found.append(lambda value: None if matches(value) else f"does not match {pattern}: {_short(value)}")
+def _all_parts(shape: Any) -> dict[str, Any]:
+    """The shapes within a shape, by name; itself only if it is one of them."""
+    found: dict[str, Any] = {}
+    waiting = _parts(shape)
+    while waiting:
+        part = waiting.pop()
+        if part.name not in found:
+            found[part.name] = part
+            waiting += _parts(part)
     return found
 
 
-def _outside(what: str, amount: Any, value: Any, least: Any, most: Any) -> str | None:
-    if least is not None and amount < least:
-        return f"{what} {amount}, must be at least {least}: {_short(value)}"
-    if most is not None and amount > most:
-        return f"{what} {amount}, must be at most {most}: {_short(value)}"
-    return None
+def _recursive(shape: Any) -> bool:
+    return shape.name in _all_parts(shape)
 
 
-def _length(value: Any) -> int:
-    # A stream's length is not known before it is read.
-    return len(value) if hasattr(value, "__len__") else 0
+def _bounded(shape: Any) -> bool:
+    return any(_bounds(part) for part in (shape, *_all_parts(shape).values()))
+
+
+def _of_structure(members: dict[str, Check]) -> Check:
+    pairs = list(members.items())
+
+    def check(value: Any) -> str | None:
+        for name, each in pairs:
+            if (part := value.get(name)) is not None and (wrong := each(part)) is not None:
+                return f"{name}{wrong}" if wrong[0] in " .[" else f"{name} {wrong}"
+        return None
+
+    return lambda value: f".{wrong}" if (wrong := check(value)) is not None else None
+
+
+def _of_list(member: Check) -> Check:
+    def check(value: Any) -> str | None:
+        for index, part in enumerate(value):
+            if (wrong := member(part)) is not None:
+                return f"[{index}]{wrong}" if wrong[0] in ".[" else f"[{index}] {wrong}"
+        return None
+
+    return check
+
+
+def _of_map(keys: Check | None, values: Check | None) -> Check:
+    def check(value: Any) -> str | None:
+        for name, part in value.items():
+            wrong = (keys(name) if keys else None) or (values(part) if values else None)
+            if wrong is not None:
+                return f"[{name!r}]{wrong}" if wrong[0] in ".[" else f"[{name!r}] {wrong}"
+        return None
+
+    return check
+
+
+def _bounds(shape: Any) -> list[Check]:
+    """What the model says of a shape's own value."""
+    if shape.name in UNREACHABLE:
+        return []
+    found: list[Check] = []
+    # botocore itself refuses what is less than the model's `min`.
+    most, kind = shape.metadata.get("max"), shape.type_name
+    if most is not None and kind in ("integer", "long", "float", "double"):
+        found.append(lambda value: f"is {value}, must be at most {most}" if value > most else None)
+    elif most is not None and kind in ("string", "blob", "list", "map"):
+        unit = {"string": "characters", "blob": "bytes"}.get(kind, "entries")
+
+        def too_long(value: Any) -> str | None:
+            # A stream's length is not known before it is read.
+            length = len(value) if hasattr(value, "__len__") else 0
+            return f"has {length} {unit}, must have at most {most}: {_short(value)}" if length > most else None
+
+        found.append(too_long)
+    if kind == "string":
+        if shape.enum:
+            allowed = frozenset(shape.enum)
+            found.append(lambda value: f"is none of {sorted(allowed)}: {value!r}" if value not in allowed else None)
+        if pattern := shape.metadata.get("pattern"):
+            matches = _compiled(pattern).fullmatch
+            found.append(lambda value: f"does not match {pattern}: {_short(value)}" if not matches(value) else None)
+    return found
 
 
 def _compiled(pattern: str) -> Any:
