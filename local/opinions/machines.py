@@ -17,7 +17,7 @@ from typing import Any
 
 from local.concrete import EVERYTHING, Stack
 from local.findings import AuditError, Finding
-from local.opinions.templates import PLACEHOLDER, definition
+from local.opinions.templates import definition, replaced
 
 HERE = Path(__file__).resolve().parent
 READER = HERE / "machines.mjs"
@@ -75,9 +75,7 @@ def expression_cases() -> Iterator[dict[str, Any]]:
     """Yield each case of expressions.json: `text`, `states`, perhaps `millis`, and the `value` that it must have."""
     for each in json.loads(EXPRESSIONS.read_text()):
         for case in each["cases"]:
-            given = case.get("placeholders", {})
-            text = PLACEHOLDER.sub(lambda match, given=given: given[match[1]], each["expression"])
-            yield {"states": {}, **case, "text": text}
+            yield {"states": {}, **case, "text": replaced(each["expression"], case.get("placeholders", {}))}
 
 
 def installed(folder: Path = ENVIRONMENT, lock: Path = LOCK) -> Path:

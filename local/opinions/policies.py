@@ -23,7 +23,7 @@ NOTICED = {"UNKNOWN_ACTION", "RESOURCE_MISMATCH sqs:SendMessage"}
 
 
 def opinions(tools: Path, template: Mapping[str, Any]) -> list[Finding]:
-    """Return what parliament says of the policies of a translated template: its issue with the action, and the resource.
+    """Return what parliament says of each policy of a translated template: issue and action, and the resource.
 
     Raises:
         AuditError: parliament did not read all of them, or did not notice a fault.

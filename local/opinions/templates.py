@@ -65,7 +65,11 @@ def with_definitions(template: dict[str, Any]) -> dict[str, Any]:
 def definition(logical: str, given: Mapping[str, Any]) -> str:
     """Return the definition of a state machine with its placeholders replaced: `RunBatchStateMachine`."""
     name = re.sub(r"(?<!^)(?=[A-Z])", "_", logical.removesuffix("StateMachine")).lower()
-    text = (MACHINES / f"{name}.asl.json").read_text()
+    return replaced((MACHINES / f"{name}.asl.json").read_text(), given)
+
+
+def replaced(text: str, given: Mapping[str, Any]) -> str:
+    """Return a text with the placeholders of a definition, such as `${PollSeconds}`, replaced."""
     return PLACEHOLDER.sub(lambda match: str(given[match[1]]), text)
 
 
