@@ -63,7 +63,7 @@ class Simulation:
         try:
             verdict = world.run()
             # A function that catches everything must not hide a call that AWS would refuse.
-            assert strict_parameters.refused == []
+            assert not strict_parameters.refused, strict_parameters.refused
             return verdict
         finally:
             os.environ.update(kept)

@@ -50,12 +50,17 @@ def check_parameters(service: Any, operation: str, parameters: dict[str, Any]) -
     """
     key = service.service_name, operation
     if key not in _checks:
-        shape = service.operation_model(operation).input_shape
-        _checks[key] = _made(shape, {}) if shape is not None else None
+        _checks[key] = make_check(service, operation)
     check = _checks[key]
     if check is not None and (wrong := check(parameters)) is not None:
         refused.append(f"{service.service_name}:{operation}: {wrong.lstrip('.')}")
         raise RefusedByAws(refused[-1])
+
+
+def make_check(service: Any, operation: str) -> Check | None:
+    """The check of an operation's parameters, or None if its model has no bound."""
+    shape = service.operation_model(operation).input_shape
+    return _made(shape, {}) if shape is not None else None
 
 
 def install() -> None:

@@ -9,9 +9,12 @@ from botocore.session import Session
 from predictions.aws import clients
 
 from tests.attacks.stack import QuickClients
+from tests.simulation.installed import installed
+from tests.support import strict_parameters
 from tests.support.aws_clients import Clients
 from tests.support.fixtures import ENVIRONMENT
-from tests.support.strict_parameters import RefusedByAws, check_call, refused
+from tests.support.strict_parameters import RefusedByAws, check_call, make_check, refused
+from tests.support.template import FUNCTIONS, actions
 
 MACHINE = ENVIRONMENT["STATE_MACHINE_ARN"]
 QUEUE = ENVIRONMENT["REQUESTS_QUEUE_URL"]
@@ -101,3 +104,29 @@ def test_value_within_values_of_its_own_kind_is_read_to_its_end(cloud: None) -> 
     events = of_session("events")
     with pytest.raises(RefusedByAws, match=r"Entries has 101 entries"):
         check_call(events, "PutEvents", {"Entries": [{"Source": "s"}] * 101})
+
+
+SERVICES = {"states": "stepfunctions"}
+OPERATIONS = {"InvokeFunction": "Invoke"}
+
+
+def test_every_call_that_the_functions_may_make_has_a_check_that_can_be_made() -> None:
+    # A pattern that Python cannot read would be found only by the test that makes the call.
+    allowed = {action for name in FUNCTIONS for action in actions(name)}  # the calls of their code: test_template.py
+    made = 0
+    for prefix, name in (action.split(":") for action in allowed):
+        if prefix not in ("s3", "iam"):
+            model = Session().get_service_model(SERVICES.get(prefix, prefix))
+            operation = OPERATIONS.get(name, name)
+            # A stream is read by Lambda itself.
+            if operation in model.operation_names:
+                made += make_check(model, operation) is not None
+    assert made > 25
+
+
+def test_schedule_of_the_simulation_in_which_a_call_is_refused_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whatever the function makes of it, and the world of the function.
+    name = "stepfunctions", "StartExecution"
+    monkeypatch.setitem(strict_parameters._checks, name, lambda parameters: ".name is not to AWS's liking")
+    with installed() as simulation, pytest.raises(AssertionError, match="name is not to AWS's liking"):
+        simulation.run(1)
