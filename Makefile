@@ -62,7 +62,7 @@ validate: setup ## Check template.yaml with SAM and cfn-lint
 	$(call heading,validate)
 	@$(PYTHON) -m local validate
 
-audit: setup ## Check the template with checkov, and the locked packages for known vulnerabilities (AUDIT=strict: fail if unknown)
+audit: setup ## Check template, policies and state machines with tools of others, and packages for vulnerabilities (AUDIT=strict: fail if unknown)
 	$(call heading,audit)
 	@$(PYTHON) -m local.audit
 

@@ -1,32 +1,34 @@
 """Check the template and the installed packages: ``python -m local.audit``, ``make audit``.
 
-checkov reads the template as CloudFormation gets it, after SAM's transform: it finds more there than in the file. Each
-finding must be explained in the table "Exceptions" of docs/security.md, and each explanation must have a finding; so no
-exception outlives its reason.
+checkov reads the template as CloudFormation gets it, after SAM's transform: it finds more there than in the file. So
+does cfn-lint, and also what the services get of it; parliament reads each policy, asl-validator and jsonata the state
+machines (see `local.opinions`). Each finding must be explained in the table "Exceptions" of docs/security.md, and each
+explanation must have a finding; so no exception outlives its reason.
 
 pip-audit queries the database https://osv.dev for known vulnerabilities of every locked version. If the database cannot
 be reached, nothing is known, and the output says so. With ``AUDIT=strict`` that is a failure.
 
-checkov and pip-audit have an environment of their own, ``.local/audit``, filled from requirements/audit.txt, checked by
-hash; if it cannot be created, the audit fails.
+checkov, parliament and pip-audit have an environment of their own, ``.local/audit``, filled from
+requirements/audit.txt, checked by hash; if it cannot be created, the audit fails. asl-validator and jsonata have
+``.local/opinions``, and need node; without it the output says that they were left out.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import logging
 import os
-import re
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from local.findings import AuditError, Finding, explained, judge
+from local.opinions import machines, policies, templates
 from local.set_up import environment_of
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -61,39 +63,12 @@ PACKAGED = {
 }
 
 
-class AuditError(Exception):
-    """The audit cannot run; the message says why."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A check that a resource fails."""
-
-    check: str
-    resource: str
-    title: str = ""
-
-
-@dataclass(frozen=True)
-class Explained:
-    """A row of the page: a check, the resources that may fail it (`*` for any part of a name), and the reason."""
-
-    check: str
-    resources: tuple[str, ...]
-    why: str
-
-    def covers(self, finding: Finding) -> bool:
-        """Return whether this row explains a finding."""
-        return self.check == finding.check and any(
-            fnmatch.fnmatchcase(finding.resource, name) for name in self.resources
-        )
-
-
 def main() -> int:
     """Audit the template and the locked packages; return the exit status."""
     try:
         tools = environment()
-        complaints = judge(scan(tools, translated(CHECKOUT / "template.yaml")), explained(PAGE.read_text()))
+        template = translated(CHECKOUT / "template.yaml")
+        complaints = judge([*scan(tools, template), *opinions(tools, template)], explained(PAGE.read_text()))
     except AuditError as error:
         print(f"NOT AUDITED: {error}", file=sys.stderr)
         return FAILED
@@ -104,7 +79,7 @@ def main() -> int:
     vulnerable, unknown = dependencies(tools)
     if complaints or vulnerable:
         return FAILED
-    return NOT_AUDITED if unknown and os.environ.get("AUDIT") == "strict" else 0
+    return NOT_AUDITED if (unknown or not has_node()) and os.environ.get("AUDIT") == "strict" else 0
 
 
 def environment(folder: Path = ENVIRONMENT, requirements: Path = REQUIREMENTS) -> Path:
@@ -176,43 +151,22 @@ def scan(tools: Path, template: Mapping[str, Any]) -> list[Finding]:
     return [Finding(each["check_id"], each["resource"].rpartition(".")[2], each["check_name"]) for each in failed]
 
 
-def explained(page: str) -> list[Explained]:
-    """Return the rows of the table of exceptions.
+def opinions(tools: Path, template: Mapping[str, Any]) -> list[Finding]:
+    """Return what the other tools find in a translated template; print which of them were left out.
 
     Raises:
-        AuditError: The page has no table, or a row without a reason.
+        AuditError: One of them did not run, or did not notice a fault that it was given.
     """
-    section = re.search(r"^#+ Exceptions\n(.*?)(?=^#+ |\Z)", page, re.MULTILINE | re.DOTALL)
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in (section[1].splitlines() if section else [])
-        if line.startswith("| `")
-    ]
-    if not rows:
-        raise AuditError(f"{PAGE.name} has no table of exceptions")
-    for row in rows:
-        if len(row) != 3 or not all(row):
-            raise AuditError(f"{PAGE.name}: this exception must have a check, resources and a reason: {row}")
-    return [
-        Explained(check.strip("`"), tuple(re.findall(r"`([^`]+)`", resources)), why) for check, resources, why in rows
-    ]
+    found = [*templates.opinions(template), *policies.opinions(tools, template)]
+    if has_node():
+        return [*found, *machines.opinions(template)]
+    print("NOT AUDITED: state machines by asl-validator and jsonata: node is not installed", file=sys.stderr)
+    return found
 
 
-def judge(findings: Iterable[Finding], exceptions: Sequence[Explained]) -> list[str]:
-    """Return the errors: unexplained findings, and explanations without a finding."""
-    found = list(findings)
-    unexplained = [
-        f"{each.check} {each.resource}: {each.title}. Fix it, or explain it in docs/security.md"
-        for each in found
-        if not any(exception.covers(each) for exception in exceptions)
-    ]
-    stale = [
-        f"{exception.check} {name}: docs/security.md explains a finding that no longer exists. Remove it"
-        for exception in exceptions
-        for name in exception.resources
-        if not any(Explained(exception.check, (name,), "").covers(each) for each in found)
-    ]
-    return unexplained + stale
+def has_node() -> bool:
+    """Return whether the tools that need node can run."""
+    return shutil.which("node") is not None
 
 
 def dependencies(tools: Path, files: Sequence[str] = LOCKED, database: str = DATABASE) -> tuple[bool, bool]:

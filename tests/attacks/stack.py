@@ -28,6 +28,7 @@ from tests.support.aws_clients import AwsError
 from tests.support.dynamodb import Item, Table
 from tests.support.fakes import API_URL, Clock, ReplicateInMemory
 from tests.support.fixtures import ENVIRONMENT
+from tests.support.strict_parameters import check_call
 from tests.support.template import folder_name, resources
 
 SERVICES = ("dynamodb", "events", "lambda", "s3", "scheduler", "secretsmanager", "sqs", "ssm", "stepfunctions")
@@ -207,6 +208,7 @@ class QuickClients:
 
             def answer(operation: str, asked: dict[str, Any], client: Any = client, name: str = name) -> Any:
                 assert self.stack is not None
+                check_call(client, operation, asked)
                 return self.stack.call(name, operation, asked, client)
 
             client._make_api_call = answer

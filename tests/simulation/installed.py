@@ -25,7 +25,7 @@ from predictions.upstream import client as upstream
 from tests.simulation.verdict import Verdict
 from tests.simulation.world import ENVIRONMENT_HERE, World
 from tests.simulation.worlds import worlds_of
-from tests.support import library
+from tests.support import library, strict_parameters
 from tests.support.aws_clients import Clients
 
 
@@ -59,8 +59,12 @@ class Simulation:
             getattr(requests, name).cache_clear()
         kept = {name: os.environ[name] for name in world.environment}
         os.environ.update(world.environment)
+        strict_parameters.refused.clear()
         try:
-            return world.run()
+            verdict = world.run()
+            # A function that catches everything must not hide a call that AWS would refuse.
+            assert not strict_parameters.refused, strict_parameters.refused
+            return verdict
         finally:
             os.environ.update(kept)
             self._clients.world = None

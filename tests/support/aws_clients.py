@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 import botocore.session
 
+from tests.support.strict_parameters import check_call
+
 SERVICES = ("dynamodb", "s3", "stepfunctions", "sqs", "ssm", "secretsmanager", "events", "lambda")
 
 
@@ -38,6 +40,7 @@ class Clients:
     def _answer(self, service: str, client: Any) -> Callable[[str, dict[str, Any]], Any]:
         def make_api_call(operation: str, asked: dict[str, Any]) -> Any:
             assert self.world is not None
+            check_call(client, operation, asked)
             return self.world.call(service, operation, asked, client)
 
         return make_api_call

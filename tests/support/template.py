@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from local.audit import translated
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -41,6 +43,12 @@ def load_template() -> dict[str, Any]:
     """The whole of `template.yaml`; not to be changed by who gets it."""
     template: dict[str, Any] = yaml.load((ROOT / "template.yaml").read_text(), _Loader)  # noqa: S506  # a SafeLoader
     return template
+
+
+@cache
+def translated_template() -> dict[str, Any]:
+    """The template after SAM's transform, as CloudFormation gets it; not to be changed by who gets it."""
+    return translated(ROOT / "template.yaml")
 
 
 def resources(kind: str) -> dict[str, Any]:

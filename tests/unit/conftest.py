@@ -1,7 +1,11 @@
 """The fixtures that unit tests share."""
 
 import gc
+from collections.abc import Iterator
 
+import pytest
+
+from tests.support import strict_parameters
 from tests.support.fixtures import (
     clock,
     cloud,
@@ -29,6 +33,16 @@ __all__ = [
     "table_service",
     "wakes",
 ]
+
+strict_parameters.install()
+
+
+@pytest.fixture(autouse=True)
+def no_call_that_aws_refuses() -> Iterator[None]:
+    """Fail a test in which a call was refused, also if the code caught the error and went on."""
+    strict_parameters.refused.clear()
+    yield
+    assert strict_parameters.refused == []
 
 
 def pytest_collection_finish() -> None:

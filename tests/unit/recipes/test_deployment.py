@@ -258,11 +258,11 @@ class TestDeleting:
         pattern = {"model": MODEL, "input": {"prompt": "x"}, "pattern": {"source": ["shop"]}, "bus": "stack"}
         changes.put("alice", json.dumps(pattern).encode(), None, name="by-api")
         events = clients.client("events")
-        for other in (f"{RULE}other-recipe-{'a' * 26}", f"other-recipe-{'a' * 26}"):
+        for other in (f"{RULE}o-recipe-{'a' * 26}", f"o-recipe-{'a' * 26}"):
             events.put_rule(Name=other, EventPattern='{"source": ["x"]}')
         clients.client("cloudformation").delete_stack(StackName=stack_id)
         deployed.remove(stack_id, plenty)
-        assert rules() == {f"{RULE}other-recipe-{'a' * 26}", f"other-recipe-{'a' * 26}"}
+        assert rules() == {f"{RULE}o-recipe-{'a' * 26}", f"o-recipe-{'a' * 26}"}
         assert rules("bus") == set()
         deployed.remove(stack_id, plenty)
 

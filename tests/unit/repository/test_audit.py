@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from local import audit
-from local.audit import AuditError, Explained, Finding
+from local import audit, findings
+from local.findings import AuditError, Explained, Finding
 
 PAGE = """
 ### Exceptions
@@ -44,11 +44,11 @@ def program(path: Path, output: str, status: int = 0) -> Path:
 )
 def test_page_without_reasons_is_refused(page: str, reason: str) -> None:
     with pytest.raises(AuditError, match=reason):
-        audit.explained(page)
+        findings.explained(page)
 
 
 def test_exceptions_are_those_of_their_section() -> None:
-    assert audit.explained(PAGE) == [
+    assert findings.explained(PAGE) == [
         Explained("CKV_1", ("*Function",), "No."),
         Explained("CKV_2", ("Table", "Bucket"), "It is so."),
     ]
@@ -58,7 +58,7 @@ EXPLAINED = [Finding("CKV_1", "AFunction"), Finding("CKV_2", "Table"), Finding("
 
 
 @pytest.mark.parametrize(
-    ("findings", "complaints"),
+    ("found", "complaints"),
     [
         (EXPLAINED, []),
         ([*EXPLAINED, Finding("CKV_1", "OtherFunction")], []),
@@ -69,8 +69,8 @@ EXPLAINED = [Finding("CKV_1", "AFunction"), Finding("CKV_2", "Table"), Finding("
         ([], ["CKV_1 *Function", "CKV_2 Table", "CKV_2 Bucket"]),
     ],
 )
-def test_findings_and_explanations_have_to_be_the_same(findings: list[Finding], complaints: list[str]) -> None:
-    told = audit.judge(findings, audit.explained(PAGE))
+def test_findings_and_explanations_have_to_be_the_same(found: list[Finding], complaints: list[str]) -> None:
+    told = findings.judge(found, findings.explained(PAGE))
     assert [line.partition(":")[0] for line in told] == complaints
 
 
@@ -182,6 +182,7 @@ def test_status_tells_failure_from_not_knowing(
         "environment": lambda: Path("/none"),
         "translated": lambda template: {},
         "scan": lambda tools, template: [],
+        "opinions": lambda tools, template: [],
         "judge": lambda findings, exceptions: complaints,
         "dependencies": lambda tools: known,
     }

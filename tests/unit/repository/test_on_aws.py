@@ -5,13 +5,12 @@ as CloudFormation gets it.
 import json
 import re
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import pytest
 
-from local.audit import translated
 from tests.support.template import ROOT, load_template
+from tests.support.template import translated_template as template
 
 # The longest name that docs/deploy.md allows, and what is left of it with rules or with CloudFront.
 LONGEST_NAME = 63
@@ -59,12 +58,6 @@ NAMES: dict[str, tuple[str, int] | None] = {
     "Custom::DeployedRecipes": None,
 }
 GLOBAL = {kind for kind in NAMES if kind.startswith("AWS::CloudFront::")}
-
-
-@cache
-def template() -> dict[str, Any]:
-    """The template after SAM's transform; not to be changed by who gets it."""
-    return translated(ROOT / "template.yaml")
 
 
 def of_type(kind: str) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from local import audit
+from local import findings
 from tests.support.library import LIBRARY, modules
 from tests.support.pages import BLOCKS, code, rows
 from tests.support.template import ROOT, folder_name, load_template, resources
@@ -87,7 +87,7 @@ def test_readers_of_secrets_are_those_that_the_policies_let() -> None:
 
 
 def test_exceptions_of_the_page_are_those_that_the_audit_reads() -> None:
-    exceptions = audit.explained(PAGE)
+    exceptions = findings.explained(PAGE)
     assert len(exceptions) == len(rows(section("Exceptions")))
     assert len({each.check for each in exceptions}) == len(exceptions)
     assert all(each.resources and each.why.endswith(".") for each in exceptions)
