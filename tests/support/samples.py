@@ -1,5 +1,6 @@
 """The samples of docs/samples, as tests read them."""
 
+import importlib.util
 import re
 from typing import Any
 
@@ -40,3 +41,13 @@ def worker_template() -> dict[str, Any]:
     """The template beside the worker."""
     found: dict[str, Any] = yaml.load(text("worker/template.yaml"), _Loader)  # noqa: S506  # a SafeLoader
     return found
+
+
+def load_worker() -> Any:
+    """The worker as a module of its own: docs/ is no package."""
+    spec = importlib.util.spec_from_file_location("worker", SAMPLES / "worker" / "worker.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

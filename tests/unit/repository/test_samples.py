@@ -1,7 +1,6 @@
 """The samples of docs/samples: they parse, name what the template has, and do what their first lines say."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from tests.conformance.suite import CLIENTS
 from tests.support.fakes import Clock, ReplicateInMemory
 from tests.support.fixtures import make_recipe_changes
 from tests.support.pages import section
-from tests.support.samples import SAMPLES, terraform, text, worker_template, workflow
+from tests.support.samples import SAMPLES, load_worker, terraform, text, worker_template, workflow
 from tests.support.template import ROOT, load_template
 
 PARAMETERS: dict[str, dict[str, Any]] = load_template()["Parameters"]
@@ -321,16 +320,6 @@ def test_page_uses_the_versions_of_the_conformance_tests() -> None:
 
 
 # -- the worker ----------------------------------------------------------------------------------------------------
-
-
-def load_worker() -> Any:
-    """The worker as a module of its own: docs/ is no package."""
-    spec = importlib.util.spec_from_file_location("worker", SAMPLES / "worker" / "worker.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 WORKER = load_worker()
