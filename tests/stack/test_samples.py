@@ -331,7 +331,6 @@ def test_mcp_configuration_starts_a_server_of_the_stack(cloud: LocalCloud, name:
         found = call(process.stdout, process.stdin, 2, "tools/call", **invoked)
         assert json.loads(found["content"][0]["text"])["output"] == "by name"
     finally:
-        for pipe in (process.stdin, process.stdout):
-            if pipe:
-                pipe.close()
         stop(process)  # type: ignore[arg-type]  # waits and signals only, whatever its pipes carry
+        with process:
+            pass  # closes its pipes
