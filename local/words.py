@@ -31,7 +31,7 @@ ROOTS = (
     "statemachine",
     "template.yaml",
 )
-SUFFIXES = frozenset({"", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"})
+SUFFIXES = frozenset({"", ".json", ".md", ".py", ".tf", ".toml", ".ts", ".tsx", ".txt", ".yaml", ".yml"})
 # This file lists the words.
 ITSELF = "local/words.py"
 # By pattern: the plain words instead. A space matches any white space, also in a wrapped comment.

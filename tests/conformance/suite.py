@@ -198,15 +198,15 @@ class Client:
             "LIVE": "1" if has_live_reads() else "",
             "PYTHONPATH": str(HERE / "support"),
         }
-        folder, command = self._installed()
+        folder, command = self.installed()
         done = subprocess.run(  # noqa: S603 - a program of this folder
-            [*command, *flows], cwd=folder, env=_environment() | tokens, stdin=subprocess.DEVNULL,
+            [*command, *flows], cwd=folder, env=environment() | tokens, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, check=True, text=True, timeout=SECONDS,
         )  # fmt: skip
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"flow":')]
         return {line["flow"]: Told(line["ok"], line["detail"]) for line in lines}
 
-    def _installed(self) -> tuple[Path, list[str]]:
+    def installed(self) -> tuple[Path, list[str]]:
         """Install what is locked into a folder below ``.local/conformance``, checked by hash; once.
 
         Returns:
@@ -222,15 +222,8 @@ class Client:
             environment_of(self.lock, folder)
             # -P: a client's file may be named as its package.
             return folder, [str(folder / "bin" / "python"), "-P", str(self.path)]
-        digest = hashlib.sha256(self.lock.read_bytes()).hexdigest()
-        finished = folder / "finished"
-        if not finished.exists() or finished.read_text() != digest:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            (folder / "package.json").write_text(self._package_json())
-            shutil.copy(self.lock, folder / "package-lock.json")
-            _npm("ci", folder)
-            finished.write_text(digest)
+        # Peers are what the header names: those of LangChain would be a hundred others.
+        install(folder, self._package_json(), self.lock, "--legacy-peer-deps")
         # Node finds packages above a program's own folder only.
         for part in (self.path.parent, HERE / "support"):
             shutil.rmtree(folder / part.name, ignore_errors=True)
@@ -247,7 +240,9 @@ class Client:
                 self.lock.write_text(f"# Made by `make conformance` from the header of {self.path.name}.\n{locked}")
             else:
                 (scratch / "package.json").write_text(self._package_json())
-                _npm("install", scratch, "--package-lock-only", "--omit-lockfile-registry-resolved")
+                _npm(
+                    "install", scratch, "--legacy-peer-deps", "--package-lock-only", "--omit-lockfile-registry-resolved"
+                )
                 shutil.copy(scratch / "package-lock.json", self.lock)
 
     def _dependencies(self) -> dict[str, str]:
@@ -257,14 +252,31 @@ class Client:
         return json.dumps({"name": "conformance", "private": True, "dependencies": self._dependencies()})
 
 
+def install(folder: Path, package_json: str, lock: Path, *options: str) -> None:
+    """Install what a lock of npm holds into a folder, checked by hash; once.
+
+    Raises:
+        subprocess.CalledProcessError: npm failed, and said why.
+    """
+    digest = hashlib.sha256(lock.read_bytes()).hexdigest()
+    finished = folder / "finished"
+    if finished.exists() and finished.read_text() == digest:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "package.json").write_text(package_json)
+    shutil.copy(lock, folder / "package-lock.json")
+    _npm("ci", folder, *options)
+    finished.write_text(digest)
+
+
 def _npm(command: str, folder: Path, *more: str) -> None:
-    # Peers are what the header names: those of LangChain would be a hundred others.
-    options = ["--legacy-peer-deps", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
     subprocess.run(["npm", command, *options, *more], cwd=folder, stdin=subprocess.DEVNULL, check=True)  # noqa: S603, S607
 
 
-def _environment() -> dict[str, str]:
-    # A client must find nothing but the stack: no token of the person who runs this, and no proxy on the way.
+def environment() -> dict[str, str]:
+    """Return the environment of a client: no token of the person who runs this, and no proxy to the stack."""
     hidden = re.compile(r"REPLICATE_.*|(https?|all)_proxy", re.IGNORECASE)
     return {name: value for name, value in os.environ.items() if not hidden.fullmatch(name)}
 

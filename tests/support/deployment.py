@@ -20,7 +20,9 @@ QUICK = {
 def copy_checkout(factory: pytest.TempPathFactory) -> Path:
     """What is deployed of this checkout, to be changed and deployed."""
     folder = factory.mktemp("checkout")
-    shutil.copy(CHECKOUT / "template.yaml", folder)
+    # The metadata of the template names the other two, and sam deploy uploads them.
+    for name in ("template.yaml", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, folder)
     for name in ("functions", "layers", "recipes", "statemachine"):
         shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder

@@ -1,0 +1,11 @@
+// The frame of the page, which Next.js needs.
+
+import type { ReactNode } from "react";
+
+export default function Layout({ children }: { children: ReactNode }) {
+  return (
+    <html lang="en">
+      <body>{children}</body>
+    </html>
+  );
+}
