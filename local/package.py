@@ -1,8 +1,8 @@
 """Build a release: ``python -m local.package [--tag v0.1.0]``, ``make package``.
 
-`dist/` gets the stack as a zip that `sam deploy` deploys without Python and without a build, the command line as a wheel,
-an SBOM of the layer, and the digests of all three. The layer holds the compiled modules of both architectures, so there is
-one zip for both values of the parameter Architecture; its bytecode is that of the template's default PythonRuntime.
+`dist/` gets the stack as a zip that `sam deploy` deploys without Python and without a build, the command line as a
+wheel, an SBOM of the layer, and the digests of all three. The layer holds the compiled modules of both architectures,
+so there is one zip for both values of the parameter Architecture; its bytecode is that of the default PythonRuntime.
 
 Two builds of one commit, with the same locked packages, give the same bytes: every zip has its files in order, with one
 time and one mode, and bytecode is checked by no time (see layers/predictions/Makefile).
@@ -32,6 +32,8 @@ from local import lock
 CHECKOUT = Path(__file__).resolve().parent.parent
 DIST = CHECKOUT / "dist"
 NAME = "replicate-serverless"
+# For `make publish`.
+NOTES = CHECKOUT / ".local" / "release-notes.md"
 README = CHECKOUT / "local" / "package.md"
 # The first time that a zip can hold.
 TIME = (1980, 1, 1, 0, 0, 0)
@@ -58,7 +60,9 @@ def main() -> int:
     if complaints:
         return 1
     try:
-        for file in package(CHECKOUT, DIST):
+        files = package(CHECKOUT, DIST)
+        NOTES.write_text(notes((CHECKOUT / "CHANGELOG.md").read_text()))
+        for file in files:
             print(f"dist/{file.name}: {file.stat().st_size:,} bytes")
     except PackageError as error:
         print(f"NOT PACKAGED: {error}", file=sys.stderr)
@@ -109,6 +113,13 @@ def version_of(checkout: Path) -> str:
 def unreleased(changelog: str) -> str:
     """Return the changes that belong to no version yet, or an empty text."""
     return changelog.partition(UNRELEASED)[2].partition("\n## ")[0].strip()
+
+
+def notes(changelog: str) -> str:
+    """Return the changes of the newest version, for a page on which links of this repository lead nowhere."""
+    newest = RELEASED.search(changelog)
+    section = changelog[newest.end() :].partition("\n## ")[0].strip() if newest else ""
+    return re.sub(r"\[([^\]]+)\]\((?!https://)[^)]+\)", r"\1", section) + "\n"
 
 
 def package(checkout: Path, dist: Path, *, runtime: str | None = None, platforms: str | None = None) -> list[Path]:
@@ -206,7 +217,9 @@ def contents(checkout: Path, built: Path) -> dict[str, bytes]:
         return f"{indent}{name}: {target}"
 
     template = PROPERTY.sub(packed, (built / "template.yaml").read_text())
-    if strange := re.search(r"^.*(?:\.\./|Uri: (?!functions/|layers/|statemachine/)[^!\s{]).*$", template, re.MULTILINE):
+    if strange := re.search(
+        r"^.*(?:\.\./|Uri: (?!functions/|layers/|statemachine/)[^!\s{]).*$", template, re.MULTILINE
+    ):
         raise PackageError(f"the built template names a file that is not in the zip: {strange[0].strip()}")
     return files | {"template.yaml": template.encode()}
 
@@ -240,9 +253,9 @@ def zipped(files: Mapping[str, bytes]) -> bytes:
 def sbom(version: str, layer: Path, locked: Mapping[str, str]) -> dict[str, Any]:
     """Return the software bill of materials of a built layer, in CycloneDX 1.5 (https://cyclonedx.org/docs/1.5/json/).
 
-    Read from what the layer holds. `uv export --format cyclonedx1.5`, which is experimental, reads a lock file of its own
-    instead: it lists botocore, which the layer leaves out, and writes the time, a random number and the address of the
-    package index. No `serialNumber` and no `timestamp`, both optional: they would be the only bytes that differ.
+    Read from what the layer holds. `uv export --format cyclonedx1.5`, which is experimental, reads a lock file of its
+    own instead: it lists botocore, which the layer leaves out, and writes the time, a random number and the address of
+    the package index. No `serialNumber` and no `timestamp`, both optional: no other bytes would differ.
 
     Args:
         version: The version of the release.

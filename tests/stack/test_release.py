@@ -1,4 +1,4 @@
-"""A release, unpacked in an empty folder and deployed from there: `sam deploy` with its own samconfig.toml, no build."""
+"""A release, unpacked in an empty folder and deployed from there: `sam deploy` with its own samconfig.toml."""
 
 import hashlib
 import sys
