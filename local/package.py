@@ -151,7 +151,7 @@ def package(checkout: Path, dist: Path, *, runtime: str | None = None, platforms
         made = sorted(new.iterdir())
         digests = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in made]
         (new / "SHA256SUMS").write_text("".join(digests))
-        # If the process is stopped here, the next run begins anew: nothing is half new.
+        # If the process is stopped here, the next run builds all of it again.
         shutil.rmtree(dist, ignore_errors=True)
         shutil.move(new, dist)
     return sorted(dist.iterdir())

@@ -277,7 +277,7 @@ def test_local_cloud_reads_another_samconfig() -> None:
 
 
 def test_metadata_of_the_repository_is_what_it_takes() -> None:
-    shape = botocore.session.get_session().get_service_model("serverlessrepo").shape_for("CreateApplicationRequest")
+    shape: Any = botocore.session.get_session().get_service_model("serverlessrepo").shape_for("CreateApplicationRequest")
     assert METADATA.keys() <= shape.members.keys()
     assert {"Name", "Author", "Description"} == set(shape.required_members) <= METADATA.keys()
 
