@@ -19,7 +19,7 @@ CLOUDS := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo picture local env send test lint types validate audit docs unit attacks simulation sim stack slow faults reliability conformance bench batch lock openapi clean
+.PHONY: help setup demo picture local env send test lint types validate audit docs unit attacks simulation sim stack slow faults reliability conformance bench batch lock openapi package publish clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -116,6 +116,18 @@ lock: setup ## Update requirements/ and the layer's from pyproject.toml (UPGRADE
 openapi: setup ## Write openapi.json, which the layer ships, from openapi.yaml
 	@$(PYTHON) -m local.openapi
 
+package: setup ## Build dist/: the stack as a zip that deploys without a build, with SBOM and SHA256SUMS (TAG=v0.1.0: only for that version)
+	$(call heading,package)
+	@$(PYTHON) -m local.package $(if $(TAG),--tag "$(TAG)")
+
+publish: setup ## Make the GitHub release TAG=v0.1.0 with the files of dist/ (needs gh); a second time it replaces them
+	@$(PYTHON) -m local.package --tag "$$TAG"
+	@if gh release view "$$TAG" >/dev/null 2>&1; then \
+		gh release upload "$$TAG" dist/* --clobber && gh release edit "$$TAG" --draft=false; \
+	else \
+		gh release create "$$TAG" dist/* --verify-tag --title "$$TAG" --notes-file .local/release-notes.md; \
+	fi
+
 clean: ## Remove everything that these commands created
-	rm -rf .venv .local .aws-sam .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .local .aws-sam dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,7 +3,8 @@
 checkov reads the template as CloudFormation gets it, after SAM's transform: it finds more there than in the file. So
 does cfn-lint, and also what the services get of it; parliament reads each policy, asl-validator and jsonata the state
 machines (see `local.opinions`). Each finding must be explained in the table "Exceptions" of docs/security.md, and each
-explanation must have a finding; so no exception outlives its reason.
+explanation must have a finding; so no exception outlives its reason. In the workflows of .github checkov must find
+nothing.
 
 pip-audit queries the database https://osv.dev for known vulnerabilities of every locked version. If the database cannot
 be reached, nothing is known, and the output says so. With ``AUDIT=strict`` that is a failure.
@@ -69,6 +70,7 @@ def main() -> int:
         tools = environment()
         template = translated(CHECKOUT / "template.yaml")
         complaints = judge([*scan(tools, template), *opinions(tools, template)], explained(PAGE.read_text()))
+        complaints += workflows(tools)
     except AuditError as error:
         print(f"NOT AUDITED: {error}", file=sys.stderr)
         return FAILED
@@ -149,6 +151,27 @@ def scan(tools: Path, template: Mapping[str, Any]) -> list[Finding]:
     if wrong or looked_at != len(template["Resources"]):
         raise AuditError(f"checkov checked only {looked_at} of {len(template['Resources'])} resources")
     return [Finding(each["check_id"], each["resource"].rpartition(".")[2], each["check_name"]) for each in failed]
+
+
+def workflows(tools: Path, checkout: Path = CHECKOUT) -> list[str]:
+    """Return checkov's findings in the workflows of `.github`; each must be fixed.
+
+    Raises:
+        AuditError: checkov did not check them.
+    """
+    command = [str(tools / "checkov"), "--directory", str(checkout / ".github"), "--framework", "github_actions"]
+    done = subprocess.run(
+        [*command, "--output", "json", "--compact", "--skip-download"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=checkout,
+    )  # fmt: skip
+    try:
+        report = json.loads(done.stdout)
+        failed, passed = report["results"]["failed_checks"], report["summary"]["passed"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise AuditError(f"checkov wrote no report of .github: {done.stderr[-2000:] or done.stdout[-2000:]}") from error
+    if report["summary"]["parsing_errors"] or not passed + len(failed):
+        raise AuditError("checkov checked no workflow of .github")
+    return [f"{each['check_id']} {each['resource']}: {each['check_name']}. Fix it" for each in failed]
 
 
 def opinions(tools: Path, template: Mapping[str, Any]) -> list[Finding]:

@@ -169,7 +169,7 @@ class LocalCloud:
         began = time.monotonic()
         try:
             self.run_directory = self._make_run_directory()
-            self._build = _Build(self._checkout, self._runtime_parameters(), self._log("sam-build"))
+            self._build = self._new_build()
             building = self._build.start()
             if building:
                 self._cleanup.callback(stop, building)
@@ -200,7 +200,7 @@ class LocalCloud:
         Raises:
             LocalCloudError: The build or the deployment failed.
         """
-        self._build = _Build(self._checkout, self._runtime_parameters(), self._log("sam-build"))
+        self._build = self._new_build()
         if building := self._build.start():
             self._cleanup.callback(stop, building)
             self._build.finish(building)
@@ -366,6 +366,9 @@ class LocalCloud:
             "Architecture": self._parameters.get("Architecture", architecture),
         }
 
+    def _new_build(self) -> _Build:
+        return _Build(self._checkout, self._runtime_parameters(), self._log("sam-build"))
+
     def _start_sam(self, command: Sequence[str], folder: Path, log: Path) -> subprocess.Popen[bytes]:
         """Start a SAM command on this cloud's AWS, stopped with this cloud at the latest."""
         with log.open("wb") as output:
@@ -399,12 +402,7 @@ class LocalCloud:
         overrides.touch(mode=0o600)
         overrides.write_text(json.dumps(parameters))  # JSON is YAML
         log = self._log("sam-deploy")
-        command = [
-            *_sam("deploy", self._build.template),
-            *("--stack-name", STACK_NAME, "--resolve-s3", "--no-confirm-changeset", "--no-progressbar"),
-            *("--capabilities", "CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"),
-            *("--parameter-overrides", f"file://{overrides}"),
-        ]
+        command = [*self._deploy_command(), "--parameter-overrides", f"file://{overrides}"]
         if self._start_sam(command, self._checkout, log).wait() != 0:
             raise LocalCloudError(f"sam deploy failed.\n{_tail(log)}")
         cloudformation = self.client("cloudformation")
@@ -413,6 +411,13 @@ class LocalCloud:
         pages = cloudformation.get_paginator("list_stack_resources").paginate(StackName=STACK_NAME)
         resources = [resource for page in pages for resource in page["StackResourceSummaries"]]
         self.resources = {r["LogicalResourceId"]: r.get("PhysicalResourceId", "") for r in resources}
+
+    def _deploy_command(self) -> list[str]:
+        return [
+            *_sam("deploy", self._build.template),
+            *("--stack-name", STACK_NAME, "--resolve-s3", "--no-confirm-changeset", "--no-progressbar"),
+            *("--capabilities", "CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"),
+        ]
 
     def _complete(self) -> None:
         """Add what the emulator ignores in the template, and run the first sweep."""

@@ -319,6 +319,7 @@ EVERYTHING: dict[str, str] = {
     "StartReservedConcurrency": "10",
     "DeletionProtection": "true",
     "KmsKeyArn": f"arn:{PARTITION}:kms:{REGION}:{ACCOUNT}:key/{_UUID}",
+    "PermissionsBoundaryArn": f"arn:{PARTITION}:iam::{ACCOUNT}:policy/{'b' * 128}",
     "QueueSenders": ",".join(f"AROAEXAMPLE{n:05d}=team-{n:04d}" for n in range(56)),
 }
 # And those that turn every condition off.

@@ -13,6 +13,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 # Tests are left out: their names and docstrings are checked by readers.
 ROOTS = (
     ".ci",
+    ".github",
     "AGENTS.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
@@ -28,6 +29,7 @@ ROOTS = (
     "mkdocs.yml",
     "pyproject.toml",
     "recipes",
+    "samconfig.toml",
     "statemachine",
     "template.yaml",
 )

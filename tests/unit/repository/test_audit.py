@@ -164,6 +164,36 @@ def test_vulnerabilities_are_told_and_silence_is_no_verdict(
     assert told in "".join(capsys.readouterr())
 
 
+def report(tmp_path: Path, text: str) -> Path:
+    """The folder of a checkov that writes a text."""
+    program = tmp_path / "checkov"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+    program.chmod(0o755)
+    return tmp_path
+
+
+def test_finding_in_a_workflow_is_a_complaint(tmp_path: Path) -> None:
+    finding = {"check_id": "CKV2_GHA_1", "resource": "on(test)", "check_name": "Be modest"}
+    written = {"results": {"failed_checks": [finding]}, "summary": {"passed": 3, "parsing_errors": 0}}
+    assert audit.workflows(report(tmp_path, json.dumps(written)), tmp_path) == [
+        "CKV2_GHA_1 on(test): Be modest. Fix it"
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no report",
+        '{"passed": 0, "failed": 0}',  # what checkov writes if it finds no file
+        '{"results": {"failed_checks": []}, "summary": {"passed": 0, "parsing_errors": 0}}',
+        '{"results": {"failed_checks": []}, "summary": {"passed": 5, "parsing_errors": 1}}',
+    ],
+)
+def test_workflows_that_are_not_read_are_not_audited(text: str, tmp_path: Path) -> None:
+    with pytest.raises(AuditError, match=r"\.github"):
+        audit.workflows(report(tmp_path, text), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("complaints", "known", "strict", "status"),
     [
@@ -184,6 +214,7 @@ def test_status_tells_failure_from_not_knowing(
         "scan": lambda tools, template: [],
         "opinions": lambda tools, template: [],
         "judge": lambda findings, exceptions: complaints,
+        "workflows": lambda tools: [],
         "dependencies": lambda tools: known,
     }
     for name, value in given.items():

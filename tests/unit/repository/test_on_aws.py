@@ -4,6 +4,7 @@ as CloudFormation gets it.
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from typing import Any
 
@@ -256,19 +257,24 @@ def test_alarms_and_descriptions_are_within_their_limits() -> None:
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
-def test_commands_that_deploy_name_parameters_of_the_template_and_all_that_a_first_deployment_needs() -> None:
+def test_commands_that_deploy_name_parameters_of_the_template_and_need_no_more_than_samconfig() -> None:
     commands = [line.replace("\\\n", "") for line in re.findall(r"^\$ (sam deploy(?:.*\\\n)*.*)", PAGE, re.MULTILINE)]
     guided, *others = commands
     # SAM's prompt for a hidden parameter takes no empty answer, so a guided deployment cannot take a secret's ARN.
     assert guided == "sam deploy --guided"
     assert load_template()["Parameters"]["ReplicateApiToken"]["NoEcho"] is True
-    assert len(others) == 2
+    # What a first deployment needs is in samconfig.toml.
+    config = tomllib.loads((ROOT / "samconfig.toml").read_text())["default"]
+    assert config["global"]["parameters"].keys() == {"stack_name"}
+    assert config["deploy"]["parameters"]["resolve_s3"] is True
+    assert config["deploy"]["parameters"]["capabilities"] == "CAPABILITY_IAM"
+    given = []
     for command in others:
-        assert {"--stack-name", "--resolve-s3", "--capabilities", "CAPABILITY_IAM"} <= set(command.split())
-    given = dict(each.split("=", 1) for each in others[0].partition("--parameter-overrides ")[2].split())
-    for name, value in given.items():
+        assert set(re.findall(r"--[a-z-]+", command)) <= {"--guided", "--parameter-overrides", "--stack-name", "--tags"}
+        given += [each.split("=", 1) for each in command.partition("--parameter-overrides ")[2].split()]
+    for name, value in given:
         assert re.fullmatch(load_template()["Parameters"][name]["AllowedPattern"], value)
-    assert given.keys() == {"ReplicateTokenSecretArn"}
+    assert [name for name, _ in given] == ["ReplicateTokenSecretArn", "PermissionsBoundaryArn"]
 
 
 def test_page_says_how_a_new_account_gets_the_concurrency_that_a_stack_needs() -> None:

@@ -45,7 +45,7 @@ def test_every_kind_of_file_is_seen_and_only_the_list_of_words_is_left_out() -> 
         "pyproject.toml", "docs/runbook.md", "docs/decisions/README.md", "events/run_prediction/prompt.json",
         "functions/start_prediction/app.py", "layers/predictions/Makefile", "statemachine/track_prediction.asl.json",
         "layers/predictions/predictions/api/openapi.yaml", "layers/predictions/predictions/errors.py",
-        "local/demo.py", "local/replicate/front.py", "template.yaml",
+        "local/demo.py", "local/replicate/front.py", "template.yaml", "samconfig.toml", ".github/workflows/test.yml",
     ):  # fmt: skip
         assert name in seen, name
     library = {path.relative_to(ROOT).as_posix() for path in (ROOT / "layers/predictions/predictions").rglob("*.py")}
