@@ -277,7 +277,8 @@ def test_local_cloud_reads_another_samconfig() -> None:
 
 
 def test_metadata_of_the_repository_is_what_it_takes() -> None:
-    shape: Any = botocore.session.get_session().get_service_model("serverlessrepo").shape_for("CreateApplicationRequest")
+    service = botocore.session.get_session().get_service_model("serverlessrepo")
+    shape: Any = service.shape_for("CreateApplicationRequest")
     assert METADATA.keys() <= shape.members.keys()
     assert {"Name", "Author", "Description"} == set(shape.required_members) <= METADATA.keys()
 
