@@ -257,6 +257,7 @@ def test_audit_without_node_fails_only_if_it_is_strict(
         "scan": lambda tools, template: [],
         "opinions": lambda tools, template: [],
         "judge": lambda findings, exceptions: [],
+        "workflows": lambda tools: [],
         "dependencies": lambda tools: (False, False),
         "has_node": lambda: False,
     }
