@@ -45,6 +45,9 @@ REGION = "us-east-1"
 STACK_NAME = "replicate-serverless"
 OWNER = "local"  # of the access token and, by QueueOwner, of everything that comes without one
 
+# https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html; new accounts can have less.
+CONCURRENCY = 1000
+
 # The emulator treats this key as the account's root user.
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 NO_USER_CONFIGURATION = {
@@ -138,6 +141,7 @@ class LocalCloud:
         *,
         parameters: Mapping[str, str] | None = None,
         upstream: Upstream | None = None,
+        concurrency: int = CONCURRENCY,
         directory: Path | None = None,
         checkout: Path = CHECKOUT,
         say: Callable[[str], None] = lambda _: None,
@@ -147,12 +151,14 @@ class LocalCloud:
         Args:
             parameters: Template parameters that differ from those of a local deployment.
             upstream: The Replicate to use; without one a stand-in is started.
+            concurrency: The account's limit of function calls at the same time; a new account's can be 10.
             directory: The directory for state and logs while it runs, by default `local_directory`.
             checkout: The folder with ``template.yaml``.
             say: Called with each line of progress.
         """
         self._parameters = dict(parameters or {})
         self._upstream = upstream
+        self._concurrency = concurrency
         self._directory = directory or local_directory()
         self.owner = self._parameters.get("QueueOwner", OWNER)
         self._checkout = checkout
@@ -329,6 +335,7 @@ class LocalCloud:
             **CREDENTIALS,
             **NO_USER_CONFIGURATION,
             "AUTH": "true",
+            "LAMBDA_ACCOUNT_CONCURRENCY": str(self._concurrency),
             "BIND_HOST": "127.0.0.1",
             "GATEWAY_PORT": str(port),
             "MINISTACK_HOST": "127.0.0.1",

@@ -22,6 +22,10 @@ A number that comes from a template's parameter stays a text in the emulator; th
 
 `dynamodb:LeadingKeys`, with which policies limit the items of the table that a function may access, is not supported.
 
+The account's concurrency is limited by `LAMBDA_ACCOUNT_CONCURRENCY`. A call beyond the limit fails at once in the
+emulator, also for an event that nobody repeats. Here, as on AWS, events are kept and tried again, an API answers 500,
+and a state machine sees `Lambda.TooManyRequestsException`.
+
 The emulator keeps no log of the API's requests, and its own log lacks the lines of most invocations: here both are
 files in `logs` of the working directory, `requests.log` and `functions.log`.
 """
@@ -42,7 +46,7 @@ from typing import Any
 
 from ministack import app
 from ministack.core import iam_actions, lambda_runtime
-from ministack.services import apigateway_v1, lambda_svc, stepfunctions
+from ministack.services import apigateway_v1, eventbridge, lambda_svc, stepfunctions
 from ministack.services.cloudformation import provisioners
 
 # The last line of a traceback: `package.module.ClassName: message`.
@@ -318,6 +322,130 @@ def with_whole_number(limit_of: Callable[..., int]) -> Callable[..., int]:
     return limit
 
 
+# Until when an event waits for concurrency, in seconds since 1970; 0 for a call that somebody waits for.
+PATIENT_UNTIL: ContextVar[float] = ContextVar("PATIENT_UNTIL", default=0)
+DEFAULT_EVENT_AGE_SECONDS = 6 * 3600
+
+
+def patient(execute: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Try an event again while the account's concurrency is used up.
+
+    An asynchronous event stays in Lambda's queue, with exponential backoff from one second; attempts that were
+    throttled do not count as retries: https://docs.aws.amazon.com/lambda/latest/dg/invocation-async-error-handling.html
+    The poller of an SQS queue tries a batch again until its visibility timeout ends:
+    https://docs.aws.amazon.com/lambda/latest/dg/services-sqs-errorhandling.html
+    """
+
+    @functools.wraps(execute)
+    def run(*args: Any, **options: Any) -> dict[str, Any]:
+        pause = lambda_svc._LAMBDA_ASYNC_RETRY_BASE_SECONDS
+        while True:
+            result = execute(*args, **options)
+            if not result.get("throttle") or time.time() + pause > PATIENT_UNTIL.get():
+                return result
+            time.sleep(pause)
+            pause = min(pause * 2, lambda_svc._LAMBDA_ASYNC_RETRY_MAX_SECONDS)
+
+    return run
+
+
+def patient_for_its_age(invoke: Callable[..., None]) -> Callable[..., None]:
+    """Let an asynchronous event wait for concurrency as long as it may get old."""
+
+    @functools.wraps(invoke)
+    def run(function: dict[str, Any], event: Any) -> None:
+        settings = function.get("event_invoke_config") or (function.get("event_invoke_configs") or {}).get("$LATEST")
+        age = int((settings or {}).get("MaximumEventAgeInSeconds") or DEFAULT_EVENT_AGE_SECONDS)
+        before = PATIENT_UNTIL.set(time.time() + age)
+        try:
+            invoke(function, event)  # starts a thread that copies the context
+        finally:
+            PATIENT_UNTIL.reset(before)
+
+    return run
+
+
+def patient_for_its_visibility(run_batch: Callable[..., None]) -> Callable[..., None]:
+    """Let a batch of messages wait for concurrency until their visibility timeout."""
+
+    @functools.wraps(run_batch)
+    def run(mapping: Any, function: Any, event: Any, batch: list[dict[str, Any]], *others: Any) -> None:
+        before = PATIENT_UNTIL.set(min(float(message["visible_at"]) for message in batch))
+        try:
+            run_batch(mapping, function, event, batch, *others)
+        finally:
+            PATIENT_UNTIL.reset(before)
+
+    return run
+
+
+def invoke_by_event(arn: str, payload: str) -> None:
+    """Invoke the target of a rule or a schedule asynchronously, as EventBridge does.
+
+    https://docs.aws.amazon.com/lambda/latest/dg/with-eventbridge-scheduler.html
+    """
+    function, config, name = lambda_svc._get_func_record_for_ref(arn)
+    if not function or not config:
+        eventbridge.logger.warning("EventBridge: function %s not found", name)
+        return
+    record = lambda_svc._execution_record_for_config(function, config)
+    lambda_svc.invoke_async_with_retry(record, json.loads(payload))
+
+
+class Throttled(Exception):
+    """Lambda has refused to run the function of an API."""
+
+
+def refused(response_of: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell a refusal by Lambda apart from an answer of the function."""
+
+    @functools.wraps(response_of)
+    def read(result: dict[str, Any]) -> Any:
+        if result.get("throttle"):
+            raise Throttled
+        return response_of(result)
+
+    return read
+
+
+def as_server_error(invoke: Callable[..., Any]) -> Callable[..., Any]:
+    """Answer 500 where Lambda refused a call for want of concurrency, or as the API customizes integration failures.
+
+    https://docs.aws.amazon.com/lambda/latest/dg/services-apigateway-errors.html
+    https://docs.aws.amazon.com/apigateway/latest/developerguide/supported-gateway-response-types.html
+    """
+
+    @functools.wraps(invoke)
+    async def run(integration: Any, api_id: str, name: str, stage: dict[str, Any], *others: Any, **more: Any) -> Any:
+        try:
+            return await invoke(integration, api_id, name, stage, *others, **more)
+        except Throttled:
+            customized = apigateway_v1._deployed_gateway_responses.get(api_id, {}).get(stage.get("deploymentId")) or {}
+            kind = "INTEGRATION_FAILURE" if "INTEGRATION_FAILURE" in customized else "DEFAULT_5XX"
+            return apigateway_v1._gw_error(kind, "Internal server error")
+
+    return run
+
+
+def named_as_throttled(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Name the error of a state whose function was throttled.
+
+    https://docs.aws.amazon.com/step-functions/latest/dg/sfn-best-practices.html#bp-lambda-serviceexception
+    """
+
+    @functools.wraps(call)
+    def run(*args: Any, **options: Any) -> Any:
+        try:
+            return call(*args, **options)
+        except stepfunctions._ExecutionError as error:
+            if error.error == "Lambda.Unknown" and '"TooManyRequestsException"' in error.cause:
+                message = json.loads(error.cause)["message"]
+                raise stepfunctions._ExecutionError("Lambda.TooManyRequestsException", message) from error
+            raise
+
+    return run
+
+
 iam_actions.extract_resource_arn = addressed(iam_actions.extract_resource_arn)
 iam_actions.dynamodb_service_context = with_leading_keys(iam_actions.dynamodb_service_context)
 iam_actions.dynamodb_transaction_checks = with_leading_keys_of_items(iam_actions.dynamodb_transaction_checks)
@@ -326,6 +454,13 @@ lambda_runtime.Worker._spawn = known_to_start(lambda_runtime.Worker._spawn)
 lambda_runtime.Worker.starting = False
 lambda_svc._sqs_esm_concurrency = with_whole_number(lambda_svc._sqs_esm_concurrency)
 lambda_svc.acquire_worker = one_at_a_time(lambda_svc.acquire_worker)
+lambda_svc._execute_function = patient(lambda_svc._execute_function)
+lambda_svc.invoke_async_with_retry = patient_for_its_age(lambda_svc.invoke_async_with_retry)
+lambda_svc._run_sqs_batch = patient_for_its_visibility(lambda_svc._run_sqs_batch)
+eventbridge._dispatch_to_lambda = invoke_by_event
+apigateway_v1._lambda_proxy_response = refused(apigateway_v1._lambda_proxy_response)
+apigateway_v1._invoke_lambda_proxy_v1 = as_server_error(apigateway_v1._invoke_lambda_proxy_v1)
+stepfunctions._call_lambda = named_as_throttled(stepfunctions._call_lambda)
 lambda_svc._execute_function_warm = with_log(named(lambda_svc._execute_function_warm))
 iam_actions.extract_resource_arn = with_map_runs(iam_actions.extract_resource_arn)
 stepfunctions._run_distributed_map = with_paths(stepfunctions._run_distributed_map)
