@@ -30,7 +30,6 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import boto3
-import yaml
 from botocore.config import Config
 from predictions.api.access_tokens import AccessTokens, Scope
 
@@ -40,7 +39,7 @@ from local.replicate.process import LocalReplicate
 CHECKOUT = Path(__file__).resolve().parent.parent
 EMULATOR_PYTHON = CHECKOUT / ".local" / "emulator" / "bin" / "python"
 LEASH = CHECKOUT / "local" / "leash.py"
-EMULATOR = CHECKOUT / "local" / "emulator.py"
+EMULATOR = CHECKOUT / "local" / "emulator" / "__main__.py"
 REGION = "us-east-1"
 STACK_NAME = "replicate-serverless"
 OWNER = "local"  # of the access token and, by QueueOwner, of everything that comes without one
@@ -251,11 +250,6 @@ class LocalCloud:
             self._clients[service] = aws_client(self.endpoint_url, service)
         return self._clients[service]
 
-    def _unchecked_client(self, service: str) -> Any:
-        session: Any = boto3.session.Session("test", "test", region_name=REGION)
-        config = Config(parameter_validation=False, proxies={})
-        return session.client(service, endpoint_url=self.endpoint_url, config=config)
-
     def create_token(self, owner: str, scopes: Sequence[str] = tuple(Scope)) -> str:
         """Create an access token of the API."""
         tokens = AccessTokens(self.outputs["TableName"], self.client("dynamodb"))
@@ -428,28 +422,6 @@ class LocalCloud:
         name = self.outputs["ApiUrlParameterName"]
         self.client("ssm").put_parameter(Name=name, Value=self.api_url, Type="String", Overwrite=True)
 
-        api = yaml.load(self._build.template.read_text(), Loader=_TemplateLoader)["Resources"]["Api"]["Properties"]  # noqa: S506 - a SafeLoader
-        gateway = self.client("apigateway")
-        for kind, response in api.get("GatewayResponses", {}).items():
-            parameters = response.get("ResponseParameters", {})
-            headers = {k: v for k, v in parameters.get("Headers", {}).items() if isinstance(v, str)}
-            if origin := self._parameters.get("CorsOrigin"):
-                headers["Access-Control-Allow-Origin"] = f"'{origin}'"
-            headers = {f"gatewayresponse.header.{k}": v for k, v in headers.items()}
-            status = {"statusCode": str(response["StatusCode"])} if "StatusCode" in response else {}
-            templates = response.get("ResponseTemplates", {})
-            gateway.put_gateway_response(
-                restApiId=api_id, responseType=kind, responseParameters=headers, responseTemplates=templates, **status
-            )
-        kinds = [kind.replace("~1", "/") for kind in api.get("BinaryMediaTypes", [])]
-        if kinds:
-            # AWS accepts /binaryMediaTypes/multipart~1form-data. The emulator does not support ~1, but accepts the list
-            # as a value, which boto3 would reject.
-            operation = {"op": "replace", "path": "/binaryMediaTypes", "value": kinds}
-            self._unchecked_client("apigateway").update_rest_api(restApiId=api_id, patchOperations=[operation])
-        self._complete_preflight(api.get("Cors") or {})
-        gateway.create_deployment(restApiId=api_id, stageName="v1")
-
         # All functions share a log group, in which AWS names each stream after its function. The emulator does not.
         functions = self.client("lambda")
         for function in self.functions.values():
@@ -460,29 +432,6 @@ class LocalCloud:
         answer = functions.invoke(FunctionName=self.resources["SweepPredictionsFunction"], Payload=b"{}")
         if "FunctionError" in answer:
             raise LocalCloudError(f"The first sweep failed: {answer['Payload'].read().decode()[:2000]}")
-
-    def _complete_preflight(self, cors: Mapping[str, Any]) -> None:
-        """Add headers to OPTIONS responses, which the emulator imports without them."""
-        origin = self._parameters.get("CorsOrigin")
-        if not origin:
-            return
-        values = {
-            "Access-Control-Allow-Origin": f"'{origin}'",
-            "Access-Control-Allow-Headers": cors["AllowHeaders"],
-            "Access-Control-Allow-Methods": cors["AllowMethods"],
-            "Access-Control-Max-Age": cors["MaxAge"],
-        }
-        gateway = self.client("apigateway")
-        for page in gateway.get_paginator("get_resources").paginate(restApiId=self.resources["Api"]):
-            for resource in page["items"]:
-                if "OPTIONS" in resource.get("resourceMethods", {}):
-                    gateway.put_integration_response(
-                        restApiId=self.resources["Api"],
-                        resourceId=resource["id"],
-                        httpMethod="OPTIONS",
-                        statusCode="200",
-                        responseParameters={f"method.response.header.{name}": value for name, value in values.items()},
-                    )
 
     def _describe(self) -> Stack:
         return Stack(
@@ -569,17 +518,6 @@ class _Build:
                 digest.update(f"{source.relative_to(self._checkout)}\0{source.stat().st_mode}\0".encode())
                 digest.update(hashlib.sha256(source.read_bytes()).digest())
         return digest.hexdigest()[:16]
-
-
-class _TemplateLoader(yaml.SafeLoader):
-    """Reads a template; intrinsic functions (`!Ref`, `!Sub`, …) become None."""
-
-
-def _unresolved(_loader: yaml.SafeLoader, _suffix: str, _node: yaml.Node) -> None:
-    return None
-
-
-_TemplateLoader.add_multi_constructor("!", _unresolved)
 
 
 def aws_client(endpoint_url: str, service: str) -> Any:

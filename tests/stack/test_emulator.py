@@ -11,8 +11,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
+import boto3
 import httpx
 import pytest
+from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from local.cloud import REGION, LocalCloud
@@ -207,7 +209,7 @@ def throttles(account: Account) -> float:
         Period=86400,
         Statistics=["Sum"],
     )
-    return sum(each["Sum"] for each in found["Datapoints"])
+    return float(sum(each["Sum"] for each in found["Datapoints"]))
 
 
 def runs_later(account: Account, name: str, send: Callable[[dict[str, str]], Any]) -> None:
@@ -227,7 +229,7 @@ def test_invoke_beyond_the_concurrency_is_refused_with_429(used_up: Account) -> 
         functions.invoke(FunctionName="quick", Payload=b"{}")
     assert refused.value.response["Error"]["Code"] == "TooManyRequestsException"
     assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] == 429
-    assert refused.value.response["Reason"] == "ConcurrentInvocationLimitExceeded"
+    assert dict(refused.value.response)["Reason"] == "ConcurrentInvocationLimitExceeded"
 
 
 def test_asynchronous_event_beyond_the_concurrency_runs_later_and_needs_no_retry(used_up: Account) -> None:
@@ -318,3 +320,361 @@ def test_state_beyond_the_concurrency_fails_with_the_name_of_the_error(used_up: 
     )
     assert error == "Lambda.TooManyRequestsException"
     assert cause.startswith("Rate Exceeded")
+
+
+# -- REST APIs ------------------------------------------------------------------------------------------------------
+
+ECHO = """
+import json
+def handle(event, context):
+    return {"statusCode": 200, "body": json.dumps({name: event[name] for name in ("headers", "multiValueHeaders")})}
+"""
+
+
+@pytest.fixture(scope="module")
+def echo(emulator: Emulator) -> str:
+    """A function that returns the headers of its event."""
+    return emulator.function("echo", ECHO)
+
+
+def test_event_of_an_api_has_no_content_length(emulator: Emulator, http: httpx.Client, echo: str) -> None:
+    api = Api(emulator, echo)
+    api.put("POST", echo)
+    api.deploy()
+    event = http.post(api.url, json={}, headers={"X-Kept": "yes"}).json()
+    for part in event.values():
+        assert {"x-kept", "content-type"} <= {name.lower() for name in part}
+        assert "content-length" not in {name.lower() for name in part}
+
+
+def test_stage_serves_its_deployment_until_the_next_one(emulator: Emulator, http: httpx.Client, echo: str) -> None:
+    api = Api(emulator, echo)
+    api.deploy()
+    api.put("POST", echo)
+    api.gateway.delete_method(**api.root, httpMethod="GET")
+    answers = [http.request(method, api.url).status_code for method in ("GET", "POST")]
+    assert answers == [200, 403]
+    first = api.gateway.get_stage(restApiId=api.id, stageName="v1")["deploymentId"]
+    api.deploy()
+    answers = [http.request(method, api.url).status_code for method in ("GET", "POST")]
+    assert answers == [403, 200]
+    back = [{"op": "replace", "path": "/deploymentId", "value": first}]
+    api.gateway.update_stage(restApiId=api.id, stageName="v1", patchOperations=back)
+    assert http.get(api.url).status_code == 200
+
+
+def defined(function: str, path: str, origin: str) -> dict[str, Any]:
+    """Return a definition of an API, as SAM writes it."""
+    uri = f"arn:aws:apigateway:{REGION}:lambda:path/2015-03-31/functions/{function}/invocations"
+    allowed = {"method.response.header.Access-Control-Allow-Origin": f"'{origin}'"}
+    return {
+        "openapi": "3.0.1",
+        "info": {"title": "defined", "version": "1"},
+        "paths": {
+            path: {
+                "get": {
+                    "operationId": "echo",
+                    "x-amazon-apigateway-integration": {"type": "aws_proxy", "httpMethod": "POST", "uri": uri},
+                },
+                "options": {
+                    "x-amazon-apigateway-integration": {
+                        "type": "mock",
+                        "requestTemplates": {JSON: '{"statusCode": 200}'},
+                        "responses": {"default": {"statusCode": "200", "responseParameters": allowed}},
+                    }
+                },
+            }
+        },
+        "x-amazon-apigateway-binary-media-types": ["multipart/form-data"],
+        "x-amazon-apigateway-gateway-responses": {
+            "MISSING_AUTHENTICATION_TOKEN": {"statusCode": 404, "responseTemplates": {JSON: json.dumps(origin)}}
+        },
+    }
+
+
+def template(body: dict[str, Any], *deployments: str) -> dict[str, Any]:
+    """Return a template of an API with deployments; the stage is at the last one."""
+    api = {"Ref": "Api"}
+    stage = {"RestApiId": api, "DeploymentId": {"Ref": deployments[-1]}, "StageName": "v1"}
+    return {
+        "Api": {"Type": "AWS::ApiGateway::RestApi", "Properties": {"Body": body}},
+        **{each: {"Type": "AWS::ApiGateway::Deployment", "Properties": {"RestApiId": api}} for each in deployments},
+        "Stage": {"Type": "AWS::ApiGateway::Stage", "Properties": stage},
+    }
+
+
+def test_changed_definition_keeps_the_api_and_is_served_by_a_new_deployment_only(
+    emulator: Emulator, http: httpx.Client, echo: str
+) -> None:
+    def served(path: str) -> tuple[int, str, int, str]:
+        preflight = http.options(f"{url}{path}")
+        missing = http.get(f"{url}/none")
+        origin = preflight.headers.get("Access-Control-Allow-Origin", "")
+        return http.get(f"{url}{path}").status_code, origin, missing.status_code, missing.text
+
+    stack = Deployed(emulator, "defined", template(defined(echo, "/old", "https://old"), "First"))
+    api_id = stack.resources()["Api"]
+    url = f"{emulator.endpoint_url}/_aws/execute-api/{api_id}/v1"
+    assert served("/old") == (200, "https://old", 404, '"https://old"')
+    assert emulator.client("apigateway").get_rest_api(restApiId=api_id)["binaryMediaTypes"] == ["multipart/form-data"]
+    listed = emulator.client("apigateway").get_resources(restApiId=api_id, embed=["methods"])["items"]
+    assert [each["resourceMethods"]["GET"]["operationName"] for each in listed if each["path"] == "/old"] == ["echo"]
+
+    # A template whose deployment stays the same: the stage, too.
+    new = defined(echo, "/new", "https://new")
+    assert stack.update(template(new, "First")) == "UPDATE_COMPLETE"
+    assert stack.resources()["Api"] == api_id
+    assert served("/old") == (200, "https://old", 404, '"https://old"')
+    assert http.get(f"{url}/new").status_code == 404
+
+    assert stack.update(template(new, "Second")) == "UPDATE_COMPLETE"
+    assert stack.resources()["Api"] == api_id
+    assert served("/new") == (200, "https://new", 404, '"https://new"')
+    assert http.get(f"{url}/old").status_code == 404
+
+
+# -- CloudFormation, buses and schedules ----------------------------------------------------------------------------
+
+
+class Deployed:
+    """A stack of resources."""
+
+    def __init__(self, emulator: Emulator, name: str, resources: dict[str, Any]) -> None:
+        self.cloudformation = emulator.client("cloudformation")
+        self.id = self.cloudformation.create_stack(StackName=name, TemplateBody=self.body(resources))["StackId"]
+        self.status = self.settled()
+
+    @staticmethod
+    def body(resources: dict[str, Any]) -> str:
+        return json.dumps({"Resources": resources})
+
+    def settled(self) -> str:
+        """Wait until the stack does not change any more, and return its status."""
+
+        def status() -> str:
+            found = str(self.cloudformation.describe_stacks(StackName=self.id)["Stacks"][0]["StackStatus"])
+            return "" if found.endswith("IN_PROGRESS") else found
+
+        return str(wait(status))
+
+    def update(self, resources: dict[str, Any]) -> str:
+        self.cloudformation.update_stack(StackName=self.id, TemplateBody=self.body(resources))
+        return self.settled()
+
+    def delete(self) -> str:
+        self.cloudformation.delete_stack(StackName=self.id)
+        return self.settled()
+
+    def resources(self) -> dict[str, str]:
+        found = self.cloudformation.describe_stack_resources(StackName=self.id)["StackResources"]
+        return {each["LogicalResourceId"]: each["PhysicalResourceId"] for each in found}
+
+    def reasons(self) -> str:
+        events = self.cloudformation.describe_stack_events(StackName=self.id)["StackEvents"]
+        return " ".join(each.get("ResourceStatusReason", "") for each in events)
+
+
+def schedule(function: str) -> dict[str, Any]:
+    return {
+        "ScheduleExpression": "rate(1 hour)",
+        "FlexibleTimeWindow": {"Mode": "OFF"},
+        "Target": {"Arn": function, "RoleArn": f"arn:aws:iam::{ACCOUNT}:role/none"},
+    }
+
+
+def test_schedule_with_a_taken_name_is_refused(emulator: Emulator, echo: str) -> None:
+    scheduler = emulator.client("scheduler")
+    scheduler.create_schedule(Name="taken", **schedule(echo))
+    with pytest.raises(ClientError) as refused:
+        scheduler.create_schedule(Name="taken", **schedule(echo))
+    assert refused.value.response["Error"]["Code"] == "ConflictException"
+    assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] == 409
+    scheduler.create_schedule_group(Name="another")
+    scheduler.create_schedule(Name="taken", GroupName="another", **schedule(echo))
+
+    wanted = {"Type": "AWS::Scheduler::Schedule", "Properties": {"Name": "taken", **schedule(echo)}}
+    stack = Deployed(emulator, "schedules", {"Schedule": wanted})
+    assert stack.status == "ROLLBACK_COMPLETE"
+    assert "Schedule taken already exists in group default" in stack.reasons()
+    scheduler.get_schedule(Name="taken")  # the other one's
+
+
+def test_bus_with_rules_cannot_be_deleted(emulator: Emulator) -> None:
+    events = emulator.client("events")
+    stack = Deployed(emulator, "buses", {"Bus": {"Type": "AWS::Events::EventBus", "Properties": {"Name": "bus"}}})
+    events.put_rule(Name="mine", EventBusName="bus", EventPattern='{"source": ["test"]}')
+    with pytest.raises(ClientError, match=r"EventBus can't be deleted since it has rules\.") as refused:
+        events.delete_event_bus(Name="bus")
+    assert refused.value.response["Error"]["Code"] == "ValidationException"
+    assert stack.delete() == "DELETE_FAILED"
+    assert "EventBus can't be deleted since it has rules." in stack.reasons()
+    assert events.list_rules(EventBusName="bus")["Rules"]
+
+    events.delete_rule(Name="mine", EventBusName="bus")
+    assert stack.delete() == "DELETE_COMPLETE"
+
+
+# -- roles of state machines ----------------------------------------------------------------------------------------
+
+
+class Tasks:
+    """A state for each service, the statement that allows it, and the error without it."""
+
+    def __init__(self, emulator: Emulator, function: str) -> None:
+        dynamodb, key = emulator.client("dynamodb"), {"pk": {"S": "mine#1"}}
+        dynamodb.create_table(
+            TableName="items",
+            KeySchema=[{"AttributeName": "pk", "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": "pk", "AttributeType": "S"}],
+            BillingMode="PAY_PER_REQUEST",
+        )
+        queue = emulator.client("sqs").create_queue(QueueName="asked")["QueueUrl"]
+        emulator.client("s3").create_bucket(Bucket="lines")
+        emulator.client("s3").put_object(Bucket="lines", Key="in/all.jsonl", Body=b'{"n": 1}')
+        children = f"arn:aws:states:{REGION}:{ACCOUNT}:stateMachine:*"
+        table = f"arn:aws:dynamodb:{REGION}:{ACCOUNT}:table/items"
+        put = {"TableName": "items", "Item": key}
+        started, read, written = (
+            {"Action": "states:StartExecution", "Resource": children},
+            {"Action": "s3:GetObject", "Resource": "arn:aws:s3:::lines/in/*"},
+            {"Action": "s3:PutObject", "Resource": "arn:aws:s3:::lines/out/*"},
+        )
+        self.others = [started, read, written]
+        run_lines = {
+            "Type": "Map",
+            "ItemReader": {
+                "Resource": "arn:aws:states:::s3:getObject",
+                "ReaderConfig": {"InputType": "JSONL"},
+                "Parameters": {"Bucket": "lines", "Key": "in/all.jsonl"},
+            },
+            "ItemProcessor": {
+                "ProcessorConfig": {"Mode": "DISTRIBUTED", "ExecutionType": "STANDARD"},
+                "StartAt": "Line",
+                "States": {"Line": {"Type": "Pass", "End": True}},
+            },
+            "ResultWriter": {
+                "Resource": "arn:aws:states:::s3:putObject",
+                "Parameters": {"Bucket": "lines", "Prefix": "out/runs"},
+            },
+        }
+        leading = {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": "mine#*"}}
+        self.each: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+            "function": (
+                self.task("lambda:invoke", {"FunctionName": function}),
+                {"Action": "lambda:InvokeFunction", "Resource": function},
+                "Lambda.AWSLambdaException",
+            ),
+            "table": (
+                self.task("dynamodb:putItem", put),
+                {"Action": "dynamodb:PutItem", "Resource": table},
+                "DynamoDB.AmazonDynamoDBException",
+            ),
+            "table by SDK": (
+                self.task("aws-sdk:dynamodb:putItem", put),
+                {"Action": "dynamodb:PutItem", "Resource": table, "Condition": leading},
+                "DynamoDb.DynamoDbException",
+            ),
+            "queue": (
+                self.task("sqs:sendMessage", {"QueueUrl": queue, "MessageBody": {"n": 1}}),
+                {"Action": "sqs:SendMessage", "Resource": f"arn:aws:sqs:{REGION}:{ACCOUNT}:asked"},
+                "SQS.AmazonSQSException",
+            ),
+            "children of a map": (run_lines, started, "States.Permissions"),
+            "lines of a map": (run_lines, read, "States.ItemReaderFailed"),
+            "results of a map": (run_lines, written, "States.ResultWriterFailed"),
+        }
+
+    @staticmethod
+    def task(resource: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        return {"Type": "Task", "Resource": f"arn:aws:states:::{resource}", "Parameters": parameters}
+
+
+@pytest.fixture(scope="module")
+def tasks(emulator: Emulator, echo: str) -> Tasks:
+    return Tasks(emulator, emulator.function("invoked", "def handle(event, context): return {}"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "function",
+        "table",
+        "table by SDK",
+        "queue",
+        "children of a map",
+        "lines of a map",
+        "results of a map",
+    ],
+)
+def test_state_whose_role_lacks_its_action_fails_as_on_aws(emulator: Emulator, tasks: Tasks, name: str) -> None:
+    state, allowed, refusal = tasks.each[name]
+    others = [each for each in tasks.others if each != allowed]
+    lacking = emulator.role("states", *others, name=f"lacking-{next(NUMBERS)}")
+    error, cause = ended(emulator, lacking, state)
+    assert error == refusal
+    assert f"is not authorized to perform: {allowed['Action']} on resource: " in cause
+    having = emulator.role("states", allowed, *others, name=f"having-{next(NUMBERS)}")
+    assert ended(emulator, having, state) == ("", "")
+
+
+def test_state_that_waits_for_a_token_fails_where_its_role_lacks_its_action(emulator: Emulator, tasks: Tasks) -> None:
+    state, _, refusal = tasks.each["queue"]
+    waiting = state | {"Resource": f"{state['Resource']}.waitForTaskToken", "TimeoutSeconds": 30}
+    role = emulator.role("states", name=f"lacking-{next(NUMBERS)}")
+    assert ended(emulator, role, waiting)[0] == refusal
+
+
+# -- presigned URLs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["account", "role"])
+def url(emulator: Emulator, request: pytest.FixtureRequest) -> str:
+    """A presigned URL of an object, by the account itself and with the credentials of a role, as functions have."""
+    s3, name = emulator.client("s3"), f"signed-{request.param}"
+    s3.create_bucket(Bucket=name)
+    s3.put_object(Bucket=name, Key="object", Body=b"content")
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+    if request.param == "role":
+        both = {"Action": ["s3:GetObject", "s3:PutObject"], "Resource": f"arn:aws:s3:::{name}/*"}
+        role = emulator.role("lambda", both, name=name)
+        given = emulator.client("sts").assume_role(RoleArn=role, RoleSessionName="test")["Credentials"]
+        keys = {
+            "aws_access_key_id": given["AccessKeyId"],
+            "aws_secret_access_key": given["SecretAccessKey"],
+            "aws_session_token": given["SessionToken"],
+        }
+    config = Config(signature_version="s3v4", s3={"addressing_style": "path"})
+    session: Any = boto3.session.Session
+    signer = session(**keys, region_name=REGION).client("s3", endpoint_url=emulator.endpoint_url, config=config)
+    return str(signer.generate_presigned_url("get_object", {"Bucket": name, "Key": "object"}))
+
+
+def code(answer: httpx.Response) -> tuple[int, str]:
+    """Return the status and the code of an error of S3."""
+    return answer.status_code, answer.text.partition("<Code>")[2].partition("</Code>")[0]
+
+
+def test_presigned_url_is_served(http: httpx.Client, url: str) -> None:
+    assert http.get(url).content == b"content"
+
+
+def test_presigned_url_with_another_signature_is_refused(http: httpx.Client, url: str) -> None:
+    before, _, signature = url.partition("X-Amz-Signature=")
+    other = "0" if signature[0] != "0" else "1"
+    assert code(http.get(f"{before}X-Amz-Signature={other}{signature[1:]}")) == (403, "SignatureDoesNotMatch")
+    assert code(http.get(url.replace("/object?", "/another?"))) == (403, "SignatureDoesNotMatch")
+    assert code(http.put(url)) == (403, "SignatureDoesNotMatch")
+
+
+def test_expired_presigned_url_is_refused(http: httpx.Client, url: str) -> None:
+    signed_at = url.partition("X-Amz-Date=")[2][:16]
+    answer = http.get(url.replace(signed_at, "20200101T000000Z"))
+    assert code(answer) == (403, "AccessDenied")
+    assert "Request has expired" in answer.text
+
+
+@pytest.mark.parametrize("authorization", ["Bearer rs_token", "AWS4-HMAC-SHA256 Credential=test/x", "Basic dTpw"])
+def test_presigned_url_with_other_credentials_is_refused(http: httpx.Client, url: str, authorization: str) -> None:
+    answer = http.get(url, headers={"Authorization": authorization})
+    assert code(answer) == (400, "InvalidArgument")
+    assert "Only one auth mechanism allowed" in answer.text
