@@ -1,7 +1,7 @@
 """The local cloud: AWS, emulated on this machine, with the project's own template deployed to it.
 
 `LocalCloud` starts the MiniStack emulator (IAM enforced) and the Replicate stand-in, builds and deploys
-``template.yaml`` with the real ``sam build`` and ``sam deploy``, adds what the emulator does not support in a template,
+``template.yaml`` with the real ``sam build`` and ``sam deploy``, adds the API's address and the groups of logs,
 and stops every process again. All servers listen on loopback only, at free ports, in a directory of their own, so any
 number of local clouds can run side by side; the user's AWS configuration is neither read nor written.
 """
@@ -30,7 +30,6 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import boto3
-import yaml
 from botocore.config import Config
 from predictions.api.access_tokens import AccessTokens, Scope
 
@@ -40,10 +39,13 @@ from local.replicate.process import LocalReplicate
 CHECKOUT = Path(__file__).resolve().parent.parent
 EMULATOR_PYTHON = CHECKOUT / ".local" / "emulator" / "bin" / "python"
 LEASH = CHECKOUT / "local" / "leash.py"
-EMULATOR = CHECKOUT / "local" / "emulator.py"
+EMULATOR = CHECKOUT / "local" / "emulator" / "__main__.py"
 REGION = "us-east-1"
 STACK_NAME = "replicate-serverless"
 OWNER = "local"  # of the access token and, by QueueOwner, of everything that comes without one
+
+# https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html; new accounts can have less.
+CONCURRENCY = 1000
 
 # The emulator treats this key as the account's root user.
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
@@ -138,6 +140,7 @@ class LocalCloud:
         *,
         parameters: Mapping[str, str] | None = None,
         upstream: Upstream | None = None,
+        concurrency: int = CONCURRENCY,
         directory: Path | None = None,
         checkout: Path = CHECKOUT,
         say: Callable[[str], None] = lambda _: None,
@@ -147,12 +150,14 @@ class LocalCloud:
         Args:
             parameters: Template parameters that differ from those of a local deployment.
             upstream: The Replicate to use; without one a stand-in is started.
+            concurrency: The account's limit of function calls at the same time; a new account's can be 10.
             directory: The directory for state and logs while it runs, by default `local_directory`.
             checkout: The folder with ``template.yaml``.
             say: Called with each line of progress.
         """
         self._parameters = dict(parameters or {})
         self._upstream = upstream
+        self._concurrency = concurrency
         self._directory = directory or local_directory()
         self.owner = self._parameters.get("QueueOwner", OWNER)
         self._checkout = checkout
@@ -245,11 +250,6 @@ class LocalCloud:
             self._clients[service] = aws_client(self.endpoint_url, service)
         return self._clients[service]
 
-    def _unchecked_client(self, service: str) -> Any:
-        session: Any = boto3.session.Session("test", "test", region_name=REGION)
-        config = Config(parameter_validation=False, proxies={})
-        return session.client(service, endpoint_url=self.endpoint_url, config=config)
-
     def create_token(self, owner: str, scopes: Sequence[str] = tuple(Scope)) -> str:
         """Create an access token of the API."""
         tokens = AccessTokens(self.outputs["TableName"], self.client("dynamodb"))
@@ -329,6 +329,7 @@ class LocalCloud:
             **CREDENTIALS,
             **NO_USER_CONFIGURATION,
             "AUTH": "true",
+            "LAMBDA_ACCOUNT_CONCURRENCY": str(self._concurrency),
             "BIND_HOST": "127.0.0.1",
             "GATEWAY_PORT": str(port),
             "MINISTACK_HOST": "127.0.0.1",
@@ -426,28 +427,6 @@ class LocalCloud:
         name = self.outputs["ApiUrlParameterName"]
         self.client("ssm").put_parameter(Name=name, Value=self.api_url, Type="String", Overwrite=True)
 
-        api = yaml.load(self._build.template.read_text(), Loader=_TemplateLoader)["Resources"]["Api"]["Properties"]  # noqa: S506 - a SafeLoader
-        gateway = self.client("apigateway")
-        for kind, response in api.get("GatewayResponses", {}).items():
-            parameters = response.get("ResponseParameters", {})
-            headers = {k: v for k, v in parameters.get("Headers", {}).items() if isinstance(v, str)}
-            if origin := self._parameters.get("CorsOrigin"):
-                headers["Access-Control-Allow-Origin"] = f"'{origin}'"
-            headers = {f"gatewayresponse.header.{k}": v for k, v in headers.items()}
-            status = {"statusCode": str(response["StatusCode"])} if "StatusCode" in response else {}
-            templates = response.get("ResponseTemplates", {})
-            gateway.put_gateway_response(
-                restApiId=api_id, responseType=kind, responseParameters=headers, responseTemplates=templates, **status
-            )
-        kinds = [kind.replace("~1", "/") for kind in api.get("BinaryMediaTypes", [])]
-        if kinds:
-            # AWS accepts /binaryMediaTypes/multipart~1form-data. The emulator does not support ~1, but accepts the list
-            # as a value, which boto3 would reject.
-            operation = {"op": "replace", "path": "/binaryMediaTypes", "value": kinds}
-            self._unchecked_client("apigateway").update_rest_api(restApiId=api_id, patchOperations=[operation])
-        self._complete_preflight(api.get("Cors") or {})
-        gateway.create_deployment(restApiId=api_id, stageName="v1")
-
         # All functions share a log group, in which AWS names each stream after its function. The emulator does not.
         functions = self.client("lambda")
         for function in self.functions.values():
@@ -458,29 +437,6 @@ class LocalCloud:
         answer = functions.invoke(FunctionName=self.resources["SweepPredictionsFunction"], Payload=b"{}")
         if "FunctionError" in answer:
             raise LocalCloudError(f"The first sweep failed: {answer['Payload'].read().decode()[:2000]}")
-
-    def _complete_preflight(self, cors: Mapping[str, Any]) -> None:
-        """Add headers to OPTIONS responses, which the emulator imports without them."""
-        origin = self._parameters.get("CorsOrigin")
-        if not origin:
-            return
-        values = {
-            "Access-Control-Allow-Origin": f"'{origin}'",
-            "Access-Control-Allow-Headers": cors["AllowHeaders"],
-            "Access-Control-Allow-Methods": cors["AllowMethods"],
-            "Access-Control-Max-Age": cors["MaxAge"],
-        }
-        gateway = self.client("apigateway")
-        for page in gateway.get_paginator("get_resources").paginate(restApiId=self.resources["Api"]):
-            for resource in page["items"]:
-                if "OPTIONS" in resource.get("resourceMethods", {}):
-                    gateway.put_integration_response(
-                        restApiId=self.resources["Api"],
-                        resourceId=resource["id"],
-                        httpMethod="OPTIONS",
-                        statusCode="200",
-                        responseParameters={f"method.response.header.{name}": value for name, value in values.items()},
-                    )
 
     def _describe(self) -> Stack:
         return Stack(
@@ -567,17 +523,6 @@ class _Build:
                 digest.update(f"{source.relative_to(self._checkout)}\0{source.stat().st_mode}\0".encode())
                 digest.update(hashlib.sha256(source.read_bytes()).digest())
         return digest.hexdigest()[:16]
-
-
-class _TemplateLoader(yaml.SafeLoader):
-    """Reads a template; intrinsic functions (`!Ref`, `!Sub`, …) become None."""
-
-
-def _unresolved(_loader: yaml.SafeLoader, _suffix: str, _node: yaml.Node) -> None:
-    return None
-
-
-_TemplateLoader.add_multi_constructor("!", _unresolved)
 
 
 def aws_client(endpoint_url: str, service: str) -> Any:
