@@ -30,7 +30,6 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import boto3
-import yaml
 from botocore.config import Config
 from predictions.api.access_tokens import AccessTokens, Scope
 
@@ -119,6 +118,8 @@ class LocalCloud:
     Attributes:
         stack: Addresses and credentials of the stack.
         owner: The owner of its access token, and of what the queue and direct invocations start.
+        stack_name: Its name.
+        region: Its region.
         endpoint_url: The emulator: all of AWS.
         replicate_url: The API the stack runs predictions on, ending in ``/v1``.
         replicate: The stand-in behind it; not set with another upstream.
@@ -140,6 +141,9 @@ class LocalCloud:
         upstream: Upstream | None = None,
         directory: Path | None = None,
         checkout: Path = CHECKOUT,
+        stack_name: str = STACK_NAME,
+        region: str = REGION,
+        beside: LocalCloud | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Prepare a local cloud; entering the context starts it.
@@ -149,6 +153,9 @@ class LocalCloud:
             upstream: The Replicate to use; without one a stand-in is started.
             directory: The directory for state and logs while it runs, by default `local_directory`.
             checkout: The folder with ``template.yaml``.
+            stack_name: The name of the stack.
+            region: Its region.
+            beside: A running cloud whose emulator and Replicate are used, instead of others; it must outlive this one.
             say: Called with each line of progress.
         """
         self._parameters = dict(parameters or {})
@@ -156,6 +163,9 @@ class LocalCloud:
         self._directory = directory or local_directory()
         self.owner = self._parameters.get("QueueOwner", OWNER)
         self._checkout = checkout
+        self.stack_name = stack_name
+        self.region = region
+        self._beside = beside
         self._say = say
         self._cleanup = contextlib.ExitStack()
         self._clients: dict[str, Any] = {}
@@ -173,8 +183,11 @@ class LocalCloud:
             building = self._build.start()
             if building:
                 self._cleanup.callback(stop, building)
-            self._start_emulator()
-            self._start_replicate()
+            if self._beside:
+                self._join(self._beside)
+            else:
+                self._start_emulator()
+                self._start_replicate()
             if building:
                 self._say("building the functions and the layer (sam build)")
                 self._build.finish(building)
@@ -194,12 +207,16 @@ class LocalCloud:
         """Stop every started process, and wait until it has ended."""
         self.stop(keep_logs=error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)))
 
-    def deploy_again(self) -> None:
+    def deploy_again(self, **parameters: str) -> None:
         """Build and deploy the changes in the checkout.
+
+        Args:
+            parameters: Template parameters that change.
 
         Raises:
             LocalCloudError: The build or the deployment failed.
         """
+        self._parameters |= parameters
         self._build = _Build(self._checkout, self._runtime_parameters(), self._log("sam-build"))
         if building := self._build.start():
             self._cleanup.callback(stop, building)
@@ -214,8 +231,9 @@ class LocalCloud:
         """
         log = self._log("sam-delete")
         cloudformation = self.client("cloudformation")
-        stack_id = cloudformation.describe_stacks(StackName=STACK_NAME)["Stacks"][0]["StackId"]
-        command = [_sam_program(), "delete", "--stack-name", STACK_NAME, "--no-prompts", *_sam_options()]
+        stack_id = cloudformation.describe_stacks(StackName=self.stack_name)["Stacks"][0]["StackId"]
+        named = ("--stack-name", self.stack_name, "--no-prompts")
+        command = [_sam_program(), "delete", *named, *_sam_options(self.region)]
         deleting = self._start_sam(command, self.run_directory, log)
         # Deleting the stack is the last step of `sam delete`, which checks its progress only every 30 seconds.
         while cloudformation.describe_stacks(StackName=stack_id)["Stacks"][0]["StackStatus"] != "DELETE_COMPLETE":
@@ -242,13 +260,8 @@ class LocalCloud:
     def client(self, service: str) -> Any:
         """Return a client of an AWS service of this cloud, with all rights."""
         if service not in self._clients:
-            self._clients[service] = aws_client(self.endpoint_url, service)
+            self._clients[service] = aws_client(self.endpoint_url, service, self.region)
         return self._clients[service]
-
-    def _unchecked_client(self, service: str) -> Any:
-        session: Any = boto3.session.Session("test", "test", region_name=REGION)
-        config = Config(parameter_validation=False, proxies={})
-        return session.client(service, endpoint_url=self.endpoint_url, config=config)
 
     def create_token(self, owner: str, scopes: Sequence[str] = tuple(Scope)) -> str:
         """Create an access token of the API."""
@@ -347,6 +360,12 @@ class LocalCloud:
             "PYTHONNOUSERSITE": "1",
         }
 
+    def _join(self, other: LocalCloud) -> None:
+        self.endpoint_url, self.replicate_url = other.endpoint_url, other.replicate_url
+        self._upstream = other._upstream
+        if not self._upstream:
+            self.replicate = other.replicate
+
     def _start_replicate(self) -> None:
         if self._upstream:
             self.replicate_url = self._upstream.url
@@ -371,7 +390,7 @@ class LocalCloud:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=_sam_variables() | {"AWS_ENDPOINT_URL": self.endpoint_url}, start_new_session=True,
+                env=_sam_variables(self.region) | {"AWS_ENDPOINT_URL": self.endpoint_url}, start_new_session=True,
             )  # fmt: skip
         self._cleanup.callback(stop, process)
         return process
@@ -400,48 +419,25 @@ class LocalCloud:
         overrides.write_text(json.dumps(parameters))  # JSON is YAML
         log = self._log("sam-deploy")
         command = [
-            *_sam("deploy", self._build.template),
-            *("--stack-name", STACK_NAME, "--resolve-s3", "--no-confirm-changeset", "--no-progressbar"),
+            *_sam("deploy", self._build.template, self.region),
+            *("--stack-name", self.stack_name, "--resolve-s3", "--no-confirm-changeset", "--no-progressbar"),
             *("--capabilities", "CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"),
             *("--parameter-overrides", f"file://{overrides}"),
         ]
         if self._start_sam(command, self._checkout, log).wait() != 0:
             raise LocalCloudError(f"sam deploy failed.\n{_tail(log)}")
         cloudformation = self.client("cloudformation")
-        stack = cloudformation.describe_stacks(StackName=STACK_NAME)["Stacks"][0]
+        stack = cloudformation.describe_stacks(StackName=self.stack_name)["Stacks"][0]
         self.outputs = {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
-        pages = cloudformation.get_paginator("list_stack_resources").paginate(StackName=STACK_NAME)
+        pages = cloudformation.get_paginator("list_stack_resources").paginate(StackName=self.stack_name)
         resources = [resource for page in pages for resource in page["StackResourceSummaries"]]
         self.resources = {r["LogicalResourceId"]: r.get("PhysicalResourceId", "") for r in resources}
 
     def _complete(self) -> None:
         """Add what the emulator ignores in the template, and run the first sweep."""
-        api_id = self.resources["Api"]
-        self.api_url = f"{self.endpoint_url}/_aws/execute-api/{api_id}/v1"
+        self.api_url = f"{self.endpoint_url}/_aws/execute-api/{self.resources['Api']}/v1"
         name = self.outputs["ApiUrlParameterName"]
         self.client("ssm").put_parameter(Name=name, Value=self.api_url, Type="String", Overwrite=True)
-
-        api = yaml.load(self._build.template.read_text(), Loader=_TemplateLoader)["Resources"]["Api"]["Properties"]  # noqa: S506 - a SafeLoader
-        gateway = self.client("apigateway")
-        for kind, response in api.get("GatewayResponses", {}).items():
-            parameters = response.get("ResponseParameters", {})
-            headers = {k: v for k, v in parameters.get("Headers", {}).items() if isinstance(v, str)}
-            if origin := self._parameters.get("CorsOrigin"):
-                headers["Access-Control-Allow-Origin"] = f"'{origin}'"
-            headers = {f"gatewayresponse.header.{k}": v for k, v in headers.items()}
-            status = {"statusCode": str(response["StatusCode"])} if "StatusCode" in response else {}
-            templates = response.get("ResponseTemplates", {})
-            gateway.put_gateway_response(
-                restApiId=api_id, responseType=kind, responseParameters=headers, responseTemplates=templates, **status
-            )
-        kinds = [kind.replace("~1", "/") for kind in api.get("BinaryMediaTypes", [])]
-        if kinds:
-            # AWS accepts /binaryMediaTypes/multipart~1form-data. The emulator does not support ~1, but accepts the list
-            # as a value, which boto3 would reject.
-            operation = {"op": "replace", "path": "/binaryMediaTypes", "value": kinds}
-            self._unchecked_client("apigateway").update_rest_api(restApiId=api_id, patchOperations=[operation])
-        self._complete_preflight(api.get("Cors") or {})
-        gateway.create_deployment(restApiId=api_id, stageName="v1")
 
         # All functions share a log group, in which AWS names each stream after its function. The emulator does not.
         functions = self.client("lambda")
@@ -454,36 +450,13 @@ class LocalCloud:
         if "FunctionError" in answer:
             raise LocalCloudError(f"The first sweep failed: {answer['Payload'].read().decode()[:2000]}")
 
-    def _complete_preflight(self, cors: Mapping[str, Any]) -> None:
-        """Add headers to OPTIONS responses, which the emulator imports without them."""
-        origin = self._parameters.get("CorsOrigin")
-        if not origin:
-            return
-        values = {
-            "Access-Control-Allow-Origin": f"'{origin}'",
-            "Access-Control-Allow-Headers": cors["AllowHeaders"],
-            "Access-Control-Allow-Methods": cors["AllowMethods"],
-            "Access-Control-Max-Age": cors["MaxAge"],
-        }
-        gateway = self.client("apigateway")
-        for page in gateway.get_paginator("get_resources").paginate(restApiId=self.resources["Api"]):
-            for resource in page["items"]:
-                if "OPTIONS" in resource.get("resourceMethods", {}):
-                    gateway.put_integration_response(
-                        restApiId=self.resources["Api"],
-                        resourceId=resource["id"],
-                        httpMethod="OPTIONS",
-                        statusCode="200",
-                        responseParameters={f"method.response.header.{name}": value for name, value in values.items()},
-                    )
-
     def _describe(self) -> Stack:
         return Stack(
             api_url=self.api_url,
             access_token=self.create_token(self.owner),
             owner=self.owner,
             endpoint_url=self.endpoint_url,
-            region=REGION,
+            region=self.region,
             table_name=self.outputs["TableName"],
             outputs_bucket=self.outputs["OutputsBucketName"],
             inputs_bucket=self.outputs["InputsBucketName"],
@@ -564,22 +537,11 @@ class _Build:
         return digest.hexdigest()[:16]
 
 
-class _TemplateLoader(yaml.SafeLoader):
-    """Reads a template; intrinsic functions (`!Ref`, `!Sub`, …) become None."""
-
-
-def _unresolved(_loader: yaml.SafeLoader, _suffix: str, _node: yaml.Node) -> None:
-    return None
-
-
-_TemplateLoader.add_multi_constructor("!", _unresolved)
-
-
-def aws_client(endpoint_url: str, service: str) -> Any:
+def aws_client(endpoint_url: str, service: str, region: str = REGION) -> Any:
     """Create a client of an AWS service of a local cloud, with all permissions."""
     # More attempts would hide errors of the emulator.
     config = Config(retries={"total_max_attempts": 2}, proxies={}, s3={"addressing_style": "path"})
-    session: Any = boto3.session.Session("test", "test", region_name=REGION)
+    session: Any = boto3.session.Session("test", "test", region_name=region)
     return session.client(service, endpoint_url=endpoint_url, config=config)
 
 
@@ -622,17 +584,17 @@ def stack_parameters(text: str, template: Path = CHECKOUT / "template.yaml") -> 
     return {name: value for name, _, value in pairs}
 
 
-def _sam(command: str, template: Path) -> list[str]:
-    return [_sam_program(), command, "--template-file", str(template), *_sam_options()]
+def _sam(command: str, template: Path, region: str = REGION) -> list[str]:
+    return [_sam_program(), command, "--template-file", str(template), *_sam_options(region)]
 
 
 def _sam_program() -> str:
     return str(Path(sys.executable).parent / "sam")
 
 
-def _sam_options() -> list[str]:
+def _sam_options(region: str) -> list[str]:
     # A samconfig.toml for the real AWS must not apply here.
-    return ["--config-file", str(_sam_directory() / "samconfig.toml"), "--region", REGION]
+    return ["--config-file", str(_sam_directory() / "samconfig.toml"), "--region", region]
 
 
 def _sam_directory() -> Path:
@@ -642,7 +604,7 @@ def _sam_directory() -> Path:
     return directory
 
 
-def _sam_variables() -> dict[str, str]:
+def _sam_variables(region: str = REGION) -> dict[str, str]:
     # SAM stores its weekly version check and the consent to telemetry in this file.
     metadata = {"telemetryEnabled": False, "lastVersionCheck": time.time()}
     (_sam_directory() / "metadata.json").write_text(json.dumps(metadata))
@@ -650,7 +612,7 @@ def _sam_variables() -> dict[str, str]:
         **_network(),
         **CREDENTIALS,
         **NO_USER_CONFIGURATION,
-        "AWS_DEFAULT_REGION": REGION,
+        "AWS_DEFAULT_REGION": region,
         "SAM_CLI_TELEMETRY": "0",
         "SAM_CLI_POLL_DELAY": "0.3",
         "__SAM_CLI_APP_DIR": str(_sam_directory()),

@@ -16,7 +16,11 @@ Of a Distributed Map the emulator supports `MaxConcurrency` and `ToleratedFailur
 their paths in the input; and it checks whether a function may describe any run of a Map, not this one.
 A template with an alarm of metric math is rejected: here such an alarm exists, and watches the first of its metrics.
 
-Of an OpenAPI definition of an API the emulator does not import the names of the operations.
+Of an OpenAPI definition of an API the emulator does not import the names of the operations, the responses of mocks
+(preflights), gateway responses and binary media types; and a changed definition makes another API, with another URL.
+
+The emulator derives the name of a resource from its stack's and its own: a stack of the same name in another region,
+or after a deletion, would meet the names of the first.
 
 A number that comes from a template's parameter stays a text in the emulator; the concurrency of a queue is read as one.
 
@@ -34,6 +38,7 @@ import tempfile
 import threading
 import time
 import types
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -43,7 +48,7 @@ from typing import Any
 from ministack import app
 from ministack.core import iam_actions, lambda_runtime
 from ministack.services import apigateway_v1, lambda_svc, stepfunctions
-from ministack.services.cloudformation import provisioners
+from ministack.services.cloudformation import provisioners, stacks
 
 # The last line of a traceback: `package.module.ClassName: message`.
 RAISED = re.compile(r"^(?:[\w.]+\.)?(\w+)(?::|$)", re.MULTILINE | re.ASCII)
@@ -294,16 +299,77 @@ def addressed(find: Callable[..., str]) -> Callable[..., str]:
     return resource
 
 
-def with_operation_names(import_operation: Callable[..., None]) -> Callable[..., None]:
-    """Name each method of an API as its operation."""
+def whole_operation(import_operation: Callable[..., None]) -> Callable[..., None]:
+    """Name each method of an API as its operation, and import the responses of its integration.
+
+    https://docs.aws.amazon.com/apigateway/latest/developerguide/api-gateway-swagger-extensions-integration-responses.html
+    """
 
     @functools.wraps(import_operation)
     def run(api_id: str, resource_id: str, method: str, operation: dict[str, Any], *others: Any) -> None:
         import_operation(api_id, resource_id, method, operation, *others)
-        resource = apigateway_v1._resources[api_id][resource_id]
-        resource["resourceMethods"][method]["operationName"] = operation.get("operationId", "")
+        imported = apigateway_v1._resources[api_id][resource_id]["resourceMethods"][method]
+        imported["operationName"] = operation.get("operationId", "")
+        integration = operation.get("x-amazon-apigateway-integration") or {}
+        for pattern, response in integration.get("responses", {}).items():
+            status, chosen = str(response["statusCode"]), "" if pattern == "default" else pattern
+            data = {**response, "selectionPattern": chosen}
+            apigateway_v1._put_integration_response(api_id, resource_id, method, status, data)
 
     return run
+
+
+def whole_definition(import_api: Callable[..., str]) -> Callable[..., str]:
+    """Import the gateway responses and the binary media types of an API's definition.
+
+    https://docs.aws.amazon.com/apigateway/latest/developerguide/api-gateway-swagger-extensions.html
+    """
+
+    @functools.wraps(import_api)
+    def run(spec: dict[str, Any], *others: Any) -> str:
+        api_id = import_api(spec, *others)
+        for kind, response in spec.get("x-amazon-apigateway-gateway-responses", {}).items():
+            apigateway_v1._put_gateway_response(api_id, kind, response)
+        if kinds := spec.get("x-amazon-apigateway-binary-media-types"):
+            apigateway_v1._rest_apis[api_id]["binaryMediaTypes"] = kinds
+        return api_id
+
+    return run
+
+
+def in_place(update: Callable[..., tuple[str, Any]]) -> Callable[..., tuple[str, Any]]:
+    """Import a changed definition into the API that exists, whose id and URL stay.
+
+    https://docs.aws.amazon.com/AWSCloudFormation/latest/TemplateReference/aws-resource-apigateway-restapi.html
+    """
+
+    @functools.wraps(update)
+    def run(api_id: str, before: Any, after: dict[str, Any], stack: str, logical_id: str) -> tuple[str, Any]:
+        if before.get("Body") == after.get("Body"):
+            return update(api_id, before, after, stack, logical_id)
+        other, _ = provisioners._apigw_rest_api_create(logical_id, after, stack)
+        for kept in (
+            apigateway_v1._rest_apis, apigateway_v1._resources, apigateway_v1._authorizers_v1,
+            apigateway_v1._models, apigateway_v1._gateway_responses,
+        ):  # fmt: skip
+            kept[api_id] = kept.pop(other)
+        apigateway_v1._rest_apis[api_id]["id"] = api_id
+        apigateway_v1._delete_rest_api(other)
+        return api_id, provisioners._apigw_rest_api_attrs(api_id)
+
+    return run
+
+
+def with_a_name_of_its_own(*of_the_resource: Any) -> tuple[Any, str]:
+    """Create a resource of a stack, with a random suffix in its name, and return the suffix's seed with it.
+
+    https://docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/resources-section-structure.html
+    """
+    token = provisioners._NAME_SEED.set(uuid.uuid4().hex)
+    try:
+        return stacks._provision_resource(*of_the_resource), provisioners._NAME_SEED.get()
+    finally:
+        provisioners._NAME_SEED.reset(token)
 
 
 def with_whole_number(limit_of: Callable[..., int]) -> Callable[..., int]:
@@ -330,6 +396,10 @@ lambda_svc._execute_function_warm = with_log(named(lambda_svc._execute_function_
 iam_actions.extract_resource_arn = with_map_runs(iam_actions.extract_resource_arn)
 stepfunctions._run_distributed_map = with_paths(stepfunctions._run_distributed_map)
 provisioners._cw_metric_alarm_record = of_one_metric(provisioners._cw_metric_alarm_record)
-apigateway_v1._import_operation = with_operation_names(apigateway_v1._import_operation)
+apigateway_v1._import_operation = whole_operation(apigateway_v1._import_operation)
+apigateway_v1._import_rest_api = whole_definition(apigateway_v1._import_rest_api)
+of_apis = provisioners._RESOURCE_HANDLERS["AWS::ApiGateway::RestApi"]
+of_apis["update"] = in_place(of_apis["update"])
+stacks._provision_keeping_seed = with_a_name_of_its_own
 app._handle_execute_api_request = logged(app._handle_execute_api_request)
 app.main()
