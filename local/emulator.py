@@ -16,8 +16,8 @@ Of a Distributed Map the emulator supports `MaxConcurrency` and `ToleratedFailur
 their paths in the input; and it checks whether a function may describe any run of a Map, not this one.
 A template with an alarm of metric math is rejected: here such an alarm exists, and watches the first of its metrics.
 
-Of an OpenAPI definition of an API the emulator does not import the names of the operations, the responses of mocks
-(preflights), gateway responses and binary media types; and a changed definition makes another API, with another URL.
+Of an OpenAPI definition of an API the emulator does not import the names of the operations, the timeouts of
+integrations, the responses of mocks (preflights), gateway responses and binary media types; and a changed definition makes another API, with another URL.
 
 The emulator derives the name of a resource from its stack's and its own: a stack of the same name in another region,
 or after a deletion, would meet the names of the first.
@@ -311,6 +311,8 @@ def whole_operation(import_operation: Callable[..., None]) -> Callable[..., None
         imported = apigateway_v1._resources[api_id][resource_id]["resourceMethods"][method]
         imported["operationName"] = operation.get("operationId", "")
         integration = operation.get("x-amazon-apigateway-integration") or {}
+        if "timeoutInMillis" in integration:
+            imported["methodIntegration"]["timeoutInMillis"] = int(integration["timeoutInMillis"])
         for pattern, response in integration.get("responses", {}).items():
             status, chosen = str(response["statusCode"]), "" if pattern == "default" else pattern
             data = {**response, "selectionPattern": chosen}

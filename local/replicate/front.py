@@ -489,7 +489,7 @@ class Front:
             await self._predictions.wait(prediction, wait_seconds)
         if found := fault(FaultName.CREATE_ANSWER_LATE):
             with contextlib.suppress(TimeoutError):
-                late = prediction.webhook_done.wait() if found.until_webhook else asyncio.sleep(found.seconds)
+                late = prediction.webhook_done.wait() if found.until_webhook else self._control.pause(found.seconds)
                 await asyncio.wait_for(late, found.seconds or SILENCE_SECONDS)
         shown = prediction.to_json(self._origin)
         headers = {"location": shown["urls"]["get"]}

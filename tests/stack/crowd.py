@@ -76,6 +76,7 @@ class Crowd:
         answer = httpx.post(
             f"{self.cloud.endpoint_url}/_ministack/config",
             json={"stepfunctions._SFN_WAIT_SCALE": WAIT_SCALE}, trust_env=False,
+            timeout=60,
         )  # fmt: skip
         assert answer.json()["applied"], answer.text
         sqs, events = self.cloud.client("sqs"), self.cloud.client("events")
@@ -380,7 +381,7 @@ class Crowd:
     def _files(self, run: dict[str, Any]) -> list[str]:
         """The digests of a run's output files, as Replicate serves them."""
         urls = list(_urls(run.get("output"), f"{self.cloud.replicate.origin}/files/"))
-        return [_digest(httpx.get(url, trust_env=False).raise_for_status().content)[1] for url in urls]
+        return [_digest(httpx.get(url, trust_env=False, timeout=60).raise_for_status().content)[1] for url in urls]
 
     def _changes(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         streams = self.cloud.client("dynamodbstreams")
