@@ -39,10 +39,13 @@ from local.replicate.process import LocalReplicate
 CHECKOUT = Path(__file__).resolve().parent.parent
 EMULATOR_PYTHON = CHECKOUT / ".local" / "emulator" / "bin" / "python"
 LEASH = CHECKOUT / "local" / "leash.py"
-EMULATOR = CHECKOUT / "local" / "emulator.py"
+EMULATOR = CHECKOUT / "local" / "emulator" / "__main__.py"
 REGION = "us-east-1"
 STACK_NAME = "replicate-serverless"
 OWNER = "local"  # of the access token and, by QueueOwner, of everything that comes without one
+
+# https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html; new accounts can have less.
+CONCURRENCY = 1000
 
 # The emulator treats this key as the account's root user.
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
@@ -139,6 +142,7 @@ class LocalCloud:
         *,
         parameters: Mapping[str, str] | None = None,
         upstream: Upstream | None = None,
+        concurrency: int = CONCURRENCY,
         directory: Path | None = None,
         checkout: Path = CHECKOUT,
         stack_name: str = STACK_NAME,
@@ -151,6 +155,7 @@ class LocalCloud:
         Args:
             parameters: Template parameters that differ from those of a local deployment.
             upstream: The Replicate to use; without one a stand-in is started.
+            concurrency: The account's limit of function calls at the same time; a new account's can be 10.
             directory: The directory for state and logs while it runs, by default `local_directory`.
             checkout: The folder with ``template.yaml``.
             stack_name: The name of the stack.
@@ -160,6 +165,7 @@ class LocalCloud:
         """
         self._parameters = dict(parameters or {})
         self._upstream = upstream
+        self._concurrency = concurrency
         self._directory = directory or local_directory()
         self.owner = self._parameters.get("QueueOwner", OWNER)
         self._checkout = checkout
@@ -342,6 +348,7 @@ class LocalCloud:
             **CREDENTIALS,
             **NO_USER_CONFIGURATION,
             "AUTH": "true",
+            "LAMBDA_ACCOUNT_CONCURRENCY": str(self._concurrency),
             "BIND_HOST": "127.0.0.1",
             "GATEWAY_PORT": str(port),
             "MINISTACK_HOST": "127.0.0.1",

@@ -329,7 +329,7 @@ def test_stack_in_another_region_has_everything_there_and_commands_find_it_by_th
         code, out, error = run("show", prediction_id, "--stack", NEIGHBOUR, "--json", *option, region=region)
         assert (code, json.loads(out or "{}").get("id")) == (0, prediction_id), error
     code, _, error = run("show", prediction_id, "--stack", NEIGHBOUR, region=OTHER_REGION)
-    assert (code, f"no stack {NEIGHBOUR!r} in {OTHER_REGION}" in error) == (1, True), error
+    assert (code, f"no stack {NEIGHBOUR!r} in {OTHER_REGION}" in error) == (2, True), error
 
 
 def upstream_id(cloud: LocalCloud, prediction_id: str) -> str:
@@ -362,7 +362,6 @@ def settings_of(cloud: LocalCloud) -> dict[str, Any]:
     (mapping,) = functions.list_event_source_mappings(FunctionName=cloud.functions["deliver_webhook"])[
         "EventSourceMappings"
     ]
-    rules = cloud.client("s3").get_bucket_lifecycle_configuration(Bucket=cloud.stack.outputs_bucket)["Rules"]
     group = cloud.outputs["FunctionsLogGroupName"]
     start = functions.get_function_configuration(FunctionName=cloud.functions["start_prediction"])
     dashboards = cloud.client("cloudwatch").list_dashboards()["DashboardEntries"]
@@ -375,7 +374,7 @@ def settings_of(cloud: LocalCloud) -> dict[str, Any]:
             "throttlingRateLimit"
         ],
         "DeliveriesConcurrency": int(mapping["ScalingConfig"]["MaximumConcurrency"]),
-        "RetentionDays": next(each["Expiration"]["Days"] for each in rules if each["ID"] == "expire-results"),
+        "RetentionDays": int(start["Environment"]["Variables"]["RETENTION_DAYS"]),
         "LogRetentionDays": cloud.client("logs").describe_log_groups(logGroupNamePrefix=group)["logGroups"][0][
             "retentionInDays"
         ],
