@@ -1,8 +1,8 @@
 """REST APIs of API Gateway.
 
 The emulator imports the methods of an OpenAPI definition only: not the names of the operations, the gateway responses,
-the binary media types, the timeouts, nor the responses to preflight requests. A changed definition makes another API, with another
-address; on AWS the API stays, and so do its deployments.
+the binary media types, the timeouts, nor the responses to preflight requests. A changed definition makes another API,
+with another address; on AWS the API stays, and so do its deployments.
 
 A stage serves what was imported last. On AWS it serves the snapshot that its deployment took.
 

@@ -6,6 +6,8 @@ The emulator derives the name of a resource from its stack's name and its own. S
 region or after a deletion that kept a table, would meet the resources of the first. AWS draws a part of each name.
 
 A log group whose name is taken is replaced by a new one. AWS refuses it.
+
+A deleted stack is forgotten when there is another one of its name. AWS lists it for 90 days, with its events.
 """
 
 import functools
@@ -13,8 +15,25 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from ministack.services import cloudwatch_logs
+from ministack.core.responses import AccountRegionScopedDict
+from ministack.services import cloudformation, cloudwatch_logs
 from ministack.services.cloudformation import provisioners, stacks
+
+
+class Stacks(AccountRegionScopedDict):  # type: ignore[misc] # has no types
+    """All stacks by name; an earlier one of a name by its id.
+
+    https://docs.aws.amazon.com/AWSCloudFormation/latest/APIReference/API_ListStacks.html
+    """
+
+    __slots__ = ()
+
+    def __setitem__(self, name: str, stack: dict[str, Any]) -> None:
+        """Store a stack, and keep an earlier one of that name."""
+        before = self.get(name)
+        if before and before["StackId"] != stack["StackId"]:
+            super().__setitem__(before["StackId"], before)
+        super().__setitem__(name, stack)
 
 
 def of_one_metric(record: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -72,6 +91,7 @@ def with_kept_name(update: Callable[..., Any]) -> Callable[..., Any]:
 
 def patch() -> None:
     """Change the emulator."""
+    cloudformation._stacks = Stacks()
     stacks._provision_keeping_seed = with_drawn_name
     groups = provisioners._RESOURCE_HANDLERS["AWS::Logs::LogGroup"]
     groups["create"] = with_free_name(groups["create"])

@@ -341,10 +341,11 @@ def upstream_id(cloud: LocalCloud, prediction_id: str) -> str:
 
 def allowed_origins(caller: Caller) -> list[str | None]:
     """The origin that a preflight, a function and the API itself allow."""
+    page = {"Origin": AFTER["CorsOrigin"]}
     answers = (
-        caller.call("OPTIONS", "/predictions", headers={}),
-        caller.call("GET", "/predictions"),
-        caller.call("GET", "/predictions", headers={}),
+        caller.call("OPTIONS", "/predictions", headers=page),
+        caller.call("GET", "/predictions", headers=page | caller.headers),
+        caller.call("GET", "/predictions", headers=page),
     )
     assert [each.status_code for each in answers] == [200, 200, 401]
     return [each.headers.get("Access-Control-Allow-Origin") for each in answers]
