@@ -35,11 +35,11 @@ class FaultName(StrEnum):
     CREATE_ACCEPTED_THEN_SILENCE = "create_accepted_then_silence"
     """The prediction is created and runs; no response for `seconds` (0: as long as the caller waits)."""
     CREATE_ANSWER_LATE = "create_answer_late"
-    """The response is sent after `seconds` or a `reset`; by `until_webhook`, when the terminal webhook is delivered."""
+    """The response is sent after `seconds` or a `release`; by `until_webhook`, after the terminal webhook."""
     CREATE_DATA_URLS = "create_data_urls"
     """The response to a create that waits is `processing` with the full output, its files as `data:` URLs."""
     START_LATE = "start_late"
-    """The prediction stays `starting` for `seconds` (a cold boot), or until a `reset`."""
+    """The prediction stays `starting` for `seconds` (a cold boot), or until a `release`."""
     GET_ERROR = "get_error"
     """`GET /v1/predictions/{id}` responds with `status` (500); 404 looks as if the prediction did not exist."""
     GET_SILENCE = "get_silence"
@@ -57,7 +57,7 @@ class FaultName(StrEnum):
     WEBHOOK_LOST = "webhook_lost"
     """Never sent, not even again."""
     WEBHOOK_LATE = "webhook_late"
-    """Sent after `seconds` or a `reset`; those behind it overtake it."""
+    """Sent after `seconds` or a `release`; those behind it overtake it."""
     WEBHOOK_DUPLICATED = "webhook_duplicated"
     """Sent twice, with the same `webhook-id`."""
     WEBHOOK_REORDERED = "webhook_reordered"
@@ -160,7 +160,7 @@ class Control:
     def __init__(self, settings: Settings) -> None:
         self._at_start = settings
         self._faults: list[Fault] = []
-        self._reset = asyncio.Event()
+        self._released = asyncio.Event()
         self.requests: deque[JsonObject] = deque(maxlen=RECORDED)
         self.webhooks: deque[JsonObject] = deque(maxlen=RECORDED)
         self.settings = settings
@@ -173,18 +173,22 @@ class Control:
         self.others = Bucket(settings.others_per_minute)
 
     def reset(self) -> None:
-        """Remove all faults, end their pauses, clear the record and restore the initial settings."""
+        """Remove all faults, clear the record and restore the initial settings."""
         self._faults.clear()
-        self._reset.set()
-        self._reset = asyncio.Event()
         self.requests.clear()
         self.webhooks.clear()
         self.apply(self._at_start)
 
+    def release(self) -> None:
+        """Remove all faults, and end what they hold up."""
+        self._faults.clear()
+        self._released.set()
+        self._released = asyncio.Event()
+
     async def pause(self, seconds: float) -> None:
-        """Wait some seconds, or until the next `reset`."""
+        """Wait some seconds, or until the next `release`."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._reset.wait(), seconds)
+            await asyncio.wait_for(self._released.wait(), seconds)
 
     def add(self, faults: Iterable[Fault]) -> None:
         """Add faults after the active ones."""

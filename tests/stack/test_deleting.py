@@ -75,7 +75,7 @@ def test_data_of_what_has_ended_is_removed_from_table_and_bucket(
     replicate.fault("start_late", seconds=600)  # still open when its deletion is asked for
     prediction_id = create(alice, "painter", prompt=prompt)
     assert alice.delete(f"/predictions/{prediction_id}").status_code == 409
-    replicate.reset()
+    replicate.release()
 
     def shown() -> dict[str, Any]:
         found: dict[str, Any] = alice.get(f"/predictions/{prediction_id}").raise_for_status().json()

@@ -137,7 +137,7 @@ def command(cloud: LocalCloud, *arguments: str) -> subprocess.CompletedProcess[s
 
 
 def hold_ends(replicate: LocalReplicate) -> None:
-    """Keep the end of what runs from the stack until `reset`: `completed` would overtake webhooks on a busy machine."""
+    """Keep all ends from the stack until `release`: `completed` would overtake webhooks on a busy machine."""
     replicate.fault("webhook_late", times=None, events=["completed"], seconds=600)
     replicate.fault("get_error", times=None)
 
@@ -198,7 +198,7 @@ class TestDelivered:
             hold_ends(replicate)
             prediction_id = alice.create({"version": "local/series", "input": {"delay_seconds": 1}}, EVERY_EVENT)
             alice.heard(prediction_id, {"start", "logs"})
-            replicate.reset()
+            replicate.release()
             body = alice.completed(prediction_id)
             told = receiver.told(prediction_id)
             outputs = [shown for event, shown in told if event == "output"]
@@ -226,7 +226,7 @@ class TestDelivered:
         hold_ends(replicate)
         prediction_id = alice.create({"version": "local/storyteller", "input": story})
         alice.heard(prediction_id, {"output"})
-        replicate.reset()
+        replicate.release()
         end = "".join(alice.completed(prediction_id)["output"])
         told = receiver.told(prediction_id)
         growing = ["".join(body["output"]) for event, body in told if event == "output"]

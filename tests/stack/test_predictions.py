@@ -329,7 +329,7 @@ class TestCancel:
             creating = pool.submit(create, stack.alice, sleeper(60), **key)
             prediction_id = stack.wait(lambda: open_intent(stack), what="the intent to be written")
             assert stack.alice.post(f"/predictions/{prediction_id}/cancel").status_code == 200
-            replicate.reset()  # Replicate answers now
+            replicate.release()  # Replicate answers now
             assert creating.result()["id"] == prediction_id
         assert stack.ended(prediction_id)["status"] == "canceled"
         assert [c["status"] for c in replicate.record()["predictions"] if c["id"] == stack.bound(prediction_id)] == [
