@@ -197,10 +197,7 @@ class LocalCloud:
             if building:
                 self._say("building the functions and the layer (sam build)")
                 self._build.finish(building)
-            self._say("deploying template.yaml (sam deploy)")
-            self._deploy()
-            self._complete()
-            self.stack = self._describe()
+            self.deploy()
         except BaseException:
             self.stop(keep_logs=True)
             raise
@@ -212,6 +209,17 @@ class LocalCloud:
     ) -> None:
         """Stop every started process, and wait until it has ended."""
         self.stop(keep_logs=error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)))
+
+    def deploy(self) -> None:
+        """Deploy the built template as a new stack, also after `delete`.
+
+        Raises:
+            LocalCloudError: The deployment failed.
+        """
+        self._say("deploying template.yaml (sam deploy)")
+        self._deploy()
+        self._complete()
+        self.stack = self._describe()
 
     def deploy_again(self, **parameters: str) -> None:
         """Build and deploy the changes in the checkout.

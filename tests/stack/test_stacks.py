@@ -3,7 +3,7 @@ deployed again; and one whose parameters change while predictions run.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -84,7 +84,7 @@ class Caller:
 
     def __init__(self, cloud: LocalCloud, wait_until: Wait, owner: str = OWNER) -> None:
         self.cloud = cloud
-        self._wait_until = wait_until
+        self.wait_until = wait_until
         self.headers = {"Authorization": f"Bearer {cloud.create_token(owner)}"}
 
     def call(self, method: str, path: str, **options: Any) -> httpx.Response:
@@ -105,7 +105,7 @@ class Caller:
     def ended(self, prediction_id: str, status: str = "succeeded") -> Any:
         """Waits for the end of a prediction, and returns it."""
         path = f"/predictions/{prediction_id}"
-        self._wait_until(lambda: self.get(path)["status"] not in ("starting", "processing"), 90, f"the end of {path}")
+        self.wait_until(lambda: self.get(path)["status"] not in ("starting", "processing"), 90, f"the end of {path}")
         shown = self.get(path)
         assert shown["status"] == status, shown
         return shown
@@ -115,22 +115,19 @@ class Caller:
         return found
 
 
-STORY = "the story of two"
-
-
 def a_blob(name: str) -> dict[str, Any]:
     return {"size_bytes": 3000, "name": f"{name}.bin"}
 
 
-def start_by_every_way(caller: Caller, receiver: Receiver) -> dict[str, str]:
+def start_by_every_way(caller: Caller, receiver: Receiver, mark: str) -> dict[str, str]:
     """Starts a prediction by HTTP, by a message and by an event; returns what else was made, by its kind."""
-    cloud, input_ = caller.cloud, a_blob(STORY)
+    cloud, input_ = caller.cloud, a_blob(mark)
     for recipe, trigger in (
         ("shop", {"pattern": {"source": ["shop"]}, "bus": "stack"}),
         ("nightly", {"schedule": {"expression": "cron(0 3 * * ? *)"}}),
     ):
         made = caller.call("PUT", f"/recipes/{recipe}", json={"model": "local/blob", "input": input_, **trigger})
-        assert made.status_code == 201, made.text
+        assert made.is_success, made.text
     file = caller.call("POST", "/files", files={"content": cloud.stack_name.encode()})
     assert file.status_code == 201, file.text
     http = caller.create("blob", input=input_, webhook=receiver.url)
@@ -215,15 +212,15 @@ def execution_of(cloud: LocalCloud, prediction_id: str) -> Any:
     return cloud.client("stepfunctions").describe_execution(executionArn=f"{executions}:{prediction_id}-1")
 
 
-def assert_complete(caller: Caller, own: dict[str, str], receiver: Receiver, wait_until: Wait) -> set[str]:
+def assert_complete(caller: Caller, own: dict[str, str], receiver: Receiver, mark: str) -> set[str]:
     """Everything that was asked of a stack has run there, once; returns the ids of its predictions."""
     cloud, machine = caller.cloud, caller.cloud.stack.state_machine_arn
     own_url = f"{cloud.api_url}/webhooks/replicate/"
 
     def started() -> list[str]:
-        return [each["id"] for each in caller.listed() if STORY in json.dumps(each["input"])]
+        return [each["id"] for each in caller.listed() if mark in json.dumps(each["input"])]
 
-    wait_until(lambda: len(started()) == 3, 60, f"a prediction of each way in {cloud.stack_name}")
+    caller.wait_until(lambda: len(started()) == 3, 60, f"a prediction of each way in {cloud.stack_name}")
     ids = set(started())
     for shown in map(caller.ended, ids):
         (file,) = shown["output_files"]
@@ -231,13 +228,13 @@ def assert_complete(caller: Caller, own: dict[str, str], receiver: Receiver, wai
         (signed_for,) = parse_qs(urlsplit(shown["output"]).query)["X-Amz-Credential"]
         assert signed_for.split("/")[2:] == [REGION, "s3", "aws4_request"]
         assert len(httpx.get(shown["output"], trust_env=False, timeout=60).content) == 3000
-    wait_until(lambda: own["http"] in [told[0] for told in receiver.told], 60, "the caller's webhook")
+    caller.wait_until(lambda: own["http"] in [told[0] for told in receiver.told], 60, "the caller's webhook")
     # Each of the other's runs names the other's API.
-    runs = [each["body"]["webhook"] for each in cloud.replicate.creates() if STORY in json.dumps(each["body"])]
+    runs = [each["body"]["webhook"] for each in cloud.replicate.creates() if mark in json.dumps(each["body"])]
     own_runs = [url.removeprefix(own_url).partition("?")[0] for url in runs if url.startswith(own_url)]
     assert sorted(own_runs) == sorted(ids)
     assert {execution_of(cloud, prediction_id)["stateMachineArn"] for prediction_id in ids} == {machine}
-    assert [each["id"] for each in caller.get("/files")["results"]] == [own["file"]]
+    assert own["file"] in [each["id"] for each in caller.get("/files")["results"]]
     assert (
         httpx.get(own["link"], follow_redirects=True, trust_env=False, timeout=60).content == cloud.stack_name.encode()
     )
@@ -257,61 +254,73 @@ def assert_works(caller: Caller) -> None:
     assert list(targets.values()) == [[cloud.outputs["RequestsQueueArn"]]]
 
 
-def test_two_stacks_in_one_account_share_nothing_and_one_is_deleted_and_deployed_again(
-    team: LocalCloud, neighbour: LocalCloud, receiver: Receiver, run: Run, wait_until: Wait
+def run_by_every_way(callers: Sequence[Caller], receiver: Receiver, mark: str) -> tuple[list[set[str]], list[str]]:
+    """Runs predictions on both stacks at the same time; returns the ids of each one's, and of its file."""
+    with ThreadPoolExecutor() as pool:
+        made = list(pool.map(lambda caller: start_by_every_way(caller, receiver, mark), callers))
+        ids = list(pool.map(lambda caller, own: assert_complete(caller, own, receiver, mark), callers, made))
+    return ids, [own["file"] for own in made]
+
+
+def test_two_stacks_in_one_account_run_side_by_side_and_share_nothing(
+    team: LocalCloud, neighbour: LocalCloud, receiver: Receiver, wait_until: Wait
 ) -> None:
     callers = Caller(team, wait_until), Caller(neighbour, wait_until)
-    with ThreadPoolExecutor() as pool:
-        made = list(pool.map(start_by_every_way, callers, [receiver] * 2))
-        ids = list(pool.map(assert_complete, callers, made, [receiver] * 2, [wait_until] * 2))
-    assert sum(STORY in json.dumps(each["body"]) for each in team.replicate.creates()) == 6
-
-    # Neither shows or holds anything of the other.
-    for caller, other, others_ids, others in zip(callers, callers[::-1], ids[::-1], made[::-1], strict=True):
+    mark = "side by side"
+    ids, files = run_by_every_way(callers, receiver, mark)
+    assert sum(mark in json.dumps(each["body"]) for each in team.replicate.creates()) == 6
+    for caller, other, others_ids, others_file in zip(callers, callers[::-1], ids[::-1], files[::-1], strict=True):
         assert caller.call("GET", "/predictions", headers=other.headers).status_code == 401
-        for path in (*(f"/predictions/{each}" for each in others_ids), f"/files/{others['file']}"):
+        for path in (*(f"/predictions/{each}" for each in others_ids), f"/files/{others_file}"):
             assert caller.call("GET", path).status_code == 404
         held = items_of(caller.cloud) + "".join(keys_of(caller.cloud, caller.cloud.stack.outputs_bucket))
-        assert not [each for each in (*others_ids, others["file"]) if each in held]
+        assert not [each for each in (*others_ids, others_file) if each in held]
         assert_works(caller)
 
-    # A stack whose name begins the other's is deleted: the other loses nothing.
-    kept = {team.stack.table_name, team.stack.outputs_bucket, team.stack.inputs_bucket}
-    log_group, api_url = team.outputs["FunctionsLogGroupName"], team.api_url
-    team.delete()
-    assert_works(callers[1])
-    assert httpx.get(
-        callers[0].cloud.api_url + "/predictions", headers=callers[0].headers, trust_env=False, timeout=60
-    ).is_error
-    assert set(named_by(run, NAME)) == kept
 
-    # Its name is free, also if its functions still logged when their group was gone: AWS makes that group again.
+@pytest.mark.slow  # two more deployments
+def test_stack_that_is_deleted_harms_no_other_and_its_name_can_be_deployed_again_at_once(
+    team: LocalCloud, neighbour: LocalCloud, receiver: Receiver, run: Run, wait_until: Wait
+) -> None:
+    callers = earlier, other = Caller(team, wait_until), Caller(neighbour, wait_until)
+    (ids, _), _ = run_by_every_way(callers, receiver, "deleted")
+    before, log_group = team.stack, team.outputs["FunctionsLogGroupName"]
+    kept = {before.table_name, before.outputs_bucket, before.inputs_bucket}
+
+    team.delete()
+    assert_works(other)
+    assert earlier.call("GET", "/predictions").is_error
+    assert named_by(run, NAME) == kept
+
+    # Functions that still log when their group is deleted make it again, on AWS.
     logs = team.client("logs")
     logs.create_log_group(logGroupName=log_group)
     logs.create_log_stream(logGroupName=log_group, logStreamName="late")
-    with LocalCloud(stack_name=NAME, region=REGION, beside=team) as again:
-        new = {again.stack.table_name, again.stack.outputs_bucket, again.stack.inputs_bucket}
-        assert not kept & new
-        assert (again.api_url == api_url, again.outputs["FunctionsLogGroupName"] == log_group) == (False, False)
-        caller = Caller(again, wait_until)
-        # It begins empty, without the access tokens of the earlier one, whose data stays.
-        assert caller.call("GET", "/predictions", headers=callers[0].headers).status_code == 401
-        assert caller.listed() == []
-        shown = caller.ended(caller.blob())
-        assert [file["bucket"] for file in shown["output_files"]] == [again.stack.outputs_bucket]
-        assert set(named_by(run, NAME)) == kept | new
-        assert [each for each in ids[0] if each in items_of(team)] == [*ids[0]]
-        assert len(keys_of(team, team.stack.outputs_bucket)) >= 3
-        assert logs.describe_log_streams(logGroupName=log_group)["logStreams"][0]["logStreamName"] == "late"
-        again.delete()
-    assert_works(callers[1])
+    team.deploy()
+
+    # It begins empty, without the access tokens of the earlier one, whose data stays.
+    new = {team.stack.table_name, team.stack.outputs_bucket, team.stack.inputs_bucket}
+    assert not kept & new
+    assert team.stack.api_url != before.api_url
+    assert team.outputs["FunctionsLogGroupName"] != log_group
+    again = Caller(team, wait_until)
+    assert again.call("GET", "/predictions", headers=earlier.headers).status_code == 401
+    assert (again.listed(), again.get("/recipes")["results"]) == ([], [])
+    shown = again.ended(again.blob())
+    assert [file["bucket"] for file in shown["output_files"]] == [team.stack.outputs_bucket]
+    assert named_by(run, NAME) == kept | new
+    held = json.dumps(team.client("dynamodb").scan(TableName=before.table_name)["Items"], default=str)
+    assert [each for each in ids if each not in held] == []
+    assert len(keys_of(team, before.outputs_bucket)) >= len(ids)
+    assert logs.describe_log_streams(logGroupName=log_group)["logStreams"][0]["logStreamName"] == "late"
+    assert_works(other)
 
 
-def named_by(run: Run, stack: str) -> list[str]:
+def named_by(run: Run, stack: str) -> set[str]:
     """What `replicate-serverless kept` names."""
     code, out, error = run("kept", "--stack", stack, "--json")
     assert code == 0, error
-    return [each["name"] for each in json.loads(out)]
+    return {each["name"] for each in json.loads(out)}
 
 
 def test_stack_in_another_region_has_everything_there_and_commands_find_it_by_the_region(
@@ -384,6 +393,7 @@ def settings_of(cloud: LocalCloud) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow  # another deployment
 def test_changed_parameters_take_effect_and_running_predictions_go_on(neighbour: LocalCloud, wait_until: Wait) -> None:
     cloud, caller = neighbour, Caller(neighbour, wait_until, "changes")
 
