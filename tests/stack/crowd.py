@@ -380,7 +380,11 @@ class Crowd:
         )
 
     def _show(self, item: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        answer = self._owners[item["owner"]].get(f"/predictions/{item['id']}")
+        for _ in range(50):
+            answer = self._owners[item["owner"]].get(f"/predictions/{item['id']}")
+            if answer.status_code < 500:  # else Lambda throttled it
+                break
+            time.sleep(0.2)
         return item["id"], answer.json() if answer.status_code == 200 else {}
 
     def _files(self, run: dict[str, Any]) -> list[str]:

@@ -191,7 +191,7 @@ def main() -> int:
                 proxy.arm(Call(function, operation, *item), arguments.fault)
                 one_round(crowd)
             else:
-                took = everything_at_once(crowd, arguments.predictions, say, 30 + arguments.predictions / 4)
+                took = everything_at_once(crowd, arguments.predictions, say, 60 + arguments.predictions)
                 print(f"{took:>8,.0f}  seconds until all had ended")
         except AssertionError as error:
             print(str(error).partition("\n")[0])

@@ -20,9 +20,8 @@ from local.cloud import CREDENTIALS, REGION, STACK_NAME, LocalCloud
 from local.replicate.process import LocalReplicate
 
 SLEEPER = {"version": "local/sleeper", "input": {"seconds": 0}}
-STEPS_AHEAD = 6
-"""How many times longer the starts are ahead than one prediction takes from the queue to its end: two functions that
-begin, on this machine as it is. All of them must be there before the first one's time has come."""
+QUEUED = 8
+"""As many processes of a function may have to begin, one after the other, before the first start's time has come."""
 CACHED_SECONDS = 1.2
 """Longer than a function keeps what it has read of the limiter."""
 
@@ -115,9 +114,11 @@ def stack(cloud: LocalCloud, replicate: LocalReplicate, wait_until: Callable[...
 @pytest.fixture
 def ahead_seconds(stack: Stack) -> int:
     """How far ahead the starts of a test have to be, on this machine as it is."""
+    submit = stack.cloud.functions["submit_prediction"]
+    stack.cloud.client("lambda").update_function_configuration(FunctionName=submit, Description="")  # a new process
     began = time.monotonic()
     assert stack.ended(stack.queue(f"measured-{time.time()}")) == "succeeded"
-    return max(10, round(STEPS_AHEAD * (time.monotonic() - began)))
+    return max(16, round(QUEUED * (time.monotonic() - began)))
 
 
 def test_queued_predictions_are_created_at_their_reserved_times_and_wait_once(
@@ -128,7 +129,7 @@ def test_queued_predictions_are_created_at_their_reserved_times_and_wait_once(
     stack.put(queue_at=int((began + ahead_seconds) * 1000))
     run = hex(int(began * 1000))
     ids = []
-    for n in range(8):
+    for n in range(QUEUED):
         # Of an owner each: one alone reserves the next start only when its last one is near.
         ids.append(stack.queue(f"limited-{run}-{n}", f"limited-{n}"))
         time.sleep(0.2)  # or the emulator starts a process for each
