@@ -1,7 +1,7 @@
 """The local cloud: AWS, emulated on this machine, with the project's own template deployed to it.
 
 `LocalCloud` starts the MiniStack emulator (IAM enforced) and the Replicate stand-in, builds and deploys
-``template.yaml`` with the real ``sam build`` and ``sam deploy``, adds what the emulator does not support in a template,
+``template.yaml`` with the real ``sam build`` and ``sam deploy``, adds the API's address and the groups of logs,
 and stops every process again. All servers listen on loopback only, at free ports, in a directory of their own, so any
 number of local clouds can run side by side; the user's AWS configuration is neither read nor written.
 """

@@ -579,10 +579,23 @@ class Tasks:
                 {"Action": "sqs:SendMessage", "Resource": f"arn:aws:sqs:{REGION}:{ACCOUNT}:asked"},
                 "SQS.AmazonSQSException",
             ),
+            "another machine": (
+                self.task("states:startExecution", {"StateMachineArn": self.machine(emulator), "Input": {}}),
+                started,
+                "StepFunctions.AWSStepFunctionsException",
+            ),
             "children of a map": (run_lines, started, "States.Permissions"),
             "lines of a map": (run_lines, read, "States.ItemReaderFailed"),
             "results of a map": (run_lines, written, "States.ResultWriterFailed"),
         }
+
+    @staticmethod
+    def machine(emulator: Emulator) -> str:
+        definition = json.dumps({"StartAt": "Only", "States": {"Only": {"Type": "Succeed"}}})
+        made = emulator.client("stepfunctions").create_state_machine(
+            name="another", definition=definition, roleArn=emulator.role("states", name="another-machine")
+        )
+        return str(made["stateMachineArn"])
 
     @staticmethod
     def task(resource: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -601,6 +614,7 @@ def tasks(emulator: Emulator, echo: str) -> Tasks:
         "table",
         "table by SDK",
         "queue",
+        "another machine",
         "children of a map",
         "lines of a map",
         "results of a map",

@@ -136,7 +136,7 @@ class TestFilesAsInputs:
 
 
 class TestOutputUrls:
-    def test_link_of_an_output_opens_its_bytes_and_not_with_the_access_token_as_well(
+    def test_link_of_an_output_opens_its_bytes_but_not_with_a_token_as_well(
         self, client: Client, cloud: LocalCloud
     ) -> None:
         prediction = client.predictions.create(version="local/painter", input={"prompt": "a harbour"})
