@@ -94,9 +94,9 @@ slow: setup ## Run the slow tests, which "make test" leaves out (SLOW=1 with one
 	@$(PYTHON) -m pytest tests/unit tests/attacks tests/simulation -m slow $(SIDE_BY_SIDE)
 	@$(PYTHON) -m pytest tests/stack -m slow $(CLOUDS)
 
-faults: setup ## Run PREDICTIONS=200 on a local cloud with all kinds of faults (SEED=n; or CALL="…" FAULT="killed after")
+faults: setup ## Run PREDICTIONS=200 on a local cloud with all kinds of faults (SEED=n; CONCURRENCY=10: as in a new account; or CALL="…" FAULT="killed after")
 	@$(PYTHON) -m tests.stack.faults $(if $(PREDICTIONS),--predictions $(PREDICTIONS)) $(if $(SEED),--seed $(SEED)) \
-		$(if $(CALL),--call "$(CALL)") $(if $(FAULT),--fault "$(FAULT)")
+		$(if $(CONCURRENCY),--concurrency $(CONCURRENCY)) $(if $(CALL),--call "$(CALL)") $(if $(FAULT),--fault "$(FAULT)")
 
 reliability: setup ## Run all tests and write docs/reliability.md: each promise, its tests, their figures and times
 	@$(PYTHON) -m tests.reliability

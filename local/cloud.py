@@ -121,6 +121,8 @@ class LocalCloud:
     Attributes:
         stack: Addresses and credentials of the stack.
         owner: The owner of its access token, and of what the queue and direct invocations start.
+        stack_name: Its name.
+        region: Its region.
         endpoint_url: The emulator: all of AWS.
         replicate_url: The API the stack runs predictions on, ending in ``/v1``.
         replicate: The stand-in behind it; not set with another upstream.
@@ -143,6 +145,9 @@ class LocalCloud:
         concurrency: int = CONCURRENCY,
         directory: Path | None = None,
         checkout: Path = CHECKOUT,
+        stack_name: str = STACK_NAME,
+        region: str = REGION,
+        beside: LocalCloud | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Prepare a local cloud; entering the context starts it.
@@ -153,6 +158,9 @@ class LocalCloud:
             concurrency: The account's limit of function calls at the same time; a new account's can be 10.
             directory: The directory for state and logs while it runs, by default `local_directory`.
             checkout: The folder with ``template.yaml``.
+            stack_name: The name of the stack.
+            region: Its region.
+            beside: A running cloud whose emulator and Replicate are used, instead of others; it must outlive this one.
             say: Called with each line of progress.
         """
         self._parameters = dict(parameters or {})
@@ -161,6 +169,9 @@ class LocalCloud:
         self._directory = directory or local_directory()
         self.owner = self._parameters.get("QueueOwner", OWNER)
         self._checkout = checkout
+        self.stack_name = stack_name
+        self.region = region
+        self._beside = beside
         self._say = say
         self._cleanup = contextlib.ExitStack()
         self._clients: dict[str, Any] = {}
@@ -178,15 +189,15 @@ class LocalCloud:
             building = self._build.start()
             if building:
                 self._cleanup.callback(stop, building)
-            self._start_emulator()
-            self._start_replicate()
+            if self._beside:
+                self._join(self._beside)
+            else:
+                self._start_emulator()
+                self._start_replicate()
             if building:
                 self._say("building the functions and the layer (sam build)")
                 self._build.finish(building)
-            self._say("deploying template.yaml (sam deploy)")
-            self._deploy()
-            self._complete()
-            self.stack = self._describe()
+            self.deploy()
         except BaseException:
             self.stop(keep_logs=True)
             raise
@@ -199,12 +210,27 @@ class LocalCloud:
         """Stop every started process, and wait until it has ended."""
         self.stop(keep_logs=error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)))
 
-    def deploy_again(self) -> None:
+    def deploy(self) -> None:
+        """Deploy the built template as a new stack, also after `delete`.
+
+        Raises:
+            LocalCloudError: The deployment failed.
+        """
+        self._say("deploying template.yaml (sam deploy)")
+        self._deploy()
+        self._complete()
+        self.stack = self._describe()
+
+    def deploy_again(self, **parameters: str) -> None:
         """Build and deploy the changes in the checkout.
+
+        Args:
+            parameters: Template parameters that change.
 
         Raises:
             LocalCloudError: The build or the deployment failed.
         """
+        self._parameters |= parameters
         self._build = self._new_build()
         if building := self._build.start():
             self._cleanup.callback(stop, building)
@@ -219,8 +245,9 @@ class LocalCloud:
         """
         log = self._log("sam-delete")
         cloudformation = self.client("cloudformation")
-        stack_id = cloudformation.describe_stacks(StackName=STACK_NAME)["Stacks"][0]["StackId"]
-        command = [_sam_program(), "delete", "--stack-name", STACK_NAME, "--no-prompts", *_sam_options()]
+        stack_id = cloudformation.describe_stacks(StackName=self.stack_name)["Stacks"][0]["StackId"]
+        named = ("--stack-name", self.stack_name, "--no-prompts")
+        command = [_sam_program(), "delete", *named, *_sam_options(self.region)]
         deleting = self._start_sam(command, self.run_directory, log)
         # Deleting the stack is the last step of `sam delete`, which checks its progress only every 30 seconds.
         while cloudformation.describe_stacks(StackName=stack_id)["Stacks"][0]["StackStatus"] != "DELETE_COMPLETE":
@@ -247,7 +274,7 @@ class LocalCloud:
     def client(self, service: str) -> Any:
         """Return a client of an AWS service of this cloud, with all rights."""
         if service not in self._clients:
-            self._clients[service] = aws_client(self.endpoint_url, service)
+            self._clients[service] = aws_client(self.endpoint_url, service, self.region)
         return self._clients[service]
 
     def create_token(self, owner: str, scopes: Sequence[str] = tuple(Scope)) -> str:
@@ -348,6 +375,12 @@ class LocalCloud:
             "PYTHONNOUSERSITE": "1",
         }
 
+    def _join(self, other: LocalCloud) -> None:
+        self.endpoint_url, self.replicate_url = other.endpoint_url, other.replicate_url
+        self._upstream = other._upstream
+        if not self._upstream:
+            self.replicate = other.replicate
+
     def _start_replicate(self) -> None:
         if self._upstream:
             self.replicate_url = self._upstream.url
@@ -375,7 +408,7 @@ class LocalCloud:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=_sam_variables() | {"AWS_ENDPOINT_URL": self.endpoint_url}, start_new_session=True,
+                env=_sam_variables(self.region) | {"AWS_ENDPOINT_URL": self.endpoint_url}, start_new_session=True,
             )  # fmt: skip
         self._cleanup.callback(stop, process)
         return process
@@ -407,23 +440,22 @@ class LocalCloud:
         if self._start_sam(command, self._checkout, log).wait() != 0:
             raise LocalCloudError(f"sam deploy failed.\n{_tail(log)}")
         cloudformation = self.client("cloudformation")
-        stack = cloudformation.describe_stacks(StackName=STACK_NAME)["Stacks"][0]
+        stack = cloudformation.describe_stacks(StackName=self.stack_name)["Stacks"][0]
         self.outputs = {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
-        pages = cloudformation.get_paginator("list_stack_resources").paginate(StackName=STACK_NAME)
+        pages = cloudformation.get_paginator("list_stack_resources").paginate(StackName=self.stack_name)
         resources = [resource for page in pages for resource in page["StackResourceSummaries"]]
         self.resources = {r["LogicalResourceId"]: r.get("PhysicalResourceId", "") for r in resources}
 
     def _deploy_command(self) -> list[str]:
         return [
-            *_sam("deploy", self._build.template),
-            *("--stack-name", STACK_NAME, "--resolve-s3", "--no-confirm-changeset", "--no-progressbar"),
+            *_sam("deploy", self._build.template, self.region),
+            *("--stack-name", self.stack_name, "--resolve-s3", "--no-confirm-changeset", "--no-progressbar"),
             *("--capabilities", "CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"),
         ]
 
     def _complete(self) -> None:
         """Add what the emulator ignores in the template, and run the first sweep."""
-        api_id = self.resources["Api"]
-        self.api_url = f"{self.endpoint_url}/_aws/execute-api/{api_id}/v1"
+        self.api_url = f"{self.endpoint_url}/_aws/execute-api/{self.resources['Api']}/v1"
         name = self.outputs["ApiUrlParameterName"]
         self.client("ssm").put_parameter(Name=name, Value=self.api_url, Type="String", Overwrite=True)
 
@@ -444,7 +476,7 @@ class LocalCloud:
             access_token=self.create_token(self.owner),
             owner=self.owner,
             endpoint_url=self.endpoint_url,
-            region=REGION,
+            region=self.region,
             table_name=self.outputs["TableName"],
             outputs_bucket=self.outputs["OutputsBucketName"],
             inputs_bucket=self.outputs["InputsBucketName"],
@@ -525,11 +557,11 @@ class _Build:
         return digest.hexdigest()[:16]
 
 
-def aws_client(endpoint_url: str, service: str) -> Any:
+def aws_client(endpoint_url: str, service: str, region: str = REGION) -> Any:
     """Create a client of an AWS service of a local cloud, with all permissions."""
     # More attempts would hide errors of the emulator.
     config = Config(retries={"total_max_attempts": 2}, proxies={}, s3={"addressing_style": "path"})
-    session: Any = boto3.session.Session("test", "test", region_name=REGION)
+    session: Any = boto3.session.Session("test", "test", region_name=region)
     return session.client(service, endpoint_url=endpoint_url, config=config)
 
 
@@ -572,17 +604,17 @@ def stack_parameters(text: str, template: Path = CHECKOUT / "template.yaml") -> 
     return {name: value for name, _, value in pairs}
 
 
-def _sam(command: str, template: Path) -> list[str]:
-    return [_sam_program(), command, "--template-file", str(template), *_sam_options()]
+def _sam(command: str, template: Path, region: str = REGION) -> list[str]:
+    return [_sam_program(), command, "--template-file", str(template), *_sam_options(region)]
 
 
 def _sam_program() -> str:
     return str(Path(sys.executable).parent / "sam")
 
 
-def _sam_options() -> list[str]:
+def _sam_options(region: str) -> list[str]:
     # A samconfig.toml for the real AWS must not apply here.
-    return ["--config-file", str(_sam_directory() / "samconfig.toml"), "--region", REGION]
+    return ["--config-file", str(_sam_directory() / "samconfig.toml"), "--region", region]
 
 
 def _sam_directory() -> Path:
@@ -592,7 +624,7 @@ def _sam_directory() -> Path:
     return directory
 
 
-def _sam_variables() -> dict[str, str]:
+def _sam_variables(region: str = REGION) -> dict[str, str]:
     # SAM stores its weekly version check and the consent to telemetry in this file.
     metadata = {"telemetryEnabled": False, "lastVersionCheck": time.time()}
     (_sam_directory() / "metadata.json").write_text(json.dumps(metadata))
@@ -600,7 +632,7 @@ def _sam_variables() -> dict[str, str]:
         **_network(),
         **CREDENTIALS,
         **NO_USER_CONFIGURATION,
-        "AWS_DEFAULT_REGION": REGION,
+        "AWS_DEFAULT_REGION": region,
         "SAM_CLI_TELEMETRY": "0",
         "SAM_CLI_POLL_DELAY": "0.3",
         "__SAM_CLI_APP_DIR": str(_sam_directory()),

@@ -1,8 +1,8 @@
 """REST APIs of API Gateway.
 
 The emulator imports the methods of an OpenAPI definition only: not the names of the operations, the gateway responses,
-the binary media types, nor the responses to preflight requests. A changed definition makes another API, with another
-address; on AWS the API stays, and so do its deployments.
+the binary media types, the timeouts, nor the responses to preflight requests. A changed definition makes another API,
+with another address; on AWS the API stays, and so do its deployments.
 
 A stage serves what was imported last. On AWS it serves the snapshot that its deployment took.
 
@@ -143,6 +143,8 @@ def with_details(import_operation: Callable[..., None]) -> Callable[..., None]:
         for name in ("requestTemplates", "passthroughBehavior"):
             if name in integration:
                 made["methodIntegration"][name] = integration[name]
+        if "timeoutInMillis" in integration:
+            made["methodIntegration"]["timeoutInMillis"] = int(integration["timeoutInMillis"])
         for pattern, response in (integration.get("responses") or {}).items():
             selected = response | {"selectionPattern": "" if pattern == "default" else pattern}
             status = str(response["statusCode"])

@@ -1,6 +1,8 @@
 """Control of the local Replicate by tests: faults, settings, and the record of its requests."""
 
+import asyncio
 import base64
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -33,11 +35,11 @@ class FaultName(StrEnum):
     CREATE_ACCEPTED_THEN_SILENCE = "create_accepted_then_silence"
     """The prediction is created and runs; no response for `seconds` (0: as long as the caller waits)."""
     CREATE_ANSWER_LATE = "create_answer_late"
-    """The response is sent after `seconds`; with `until_webhook` after the terminal webhook is delivered."""
+    """The response is sent after `seconds` or a `release`; by `until_webhook`, after the terminal webhook."""
     CREATE_DATA_URLS = "create_data_urls"
     """The response to a create that waits is `processing` with the full output, its files as `data:` URLs."""
     START_LATE = "start_late"
-    """The prediction stays `starting` for `seconds` (a cold boot)."""
+    """The prediction stays `starting` for `seconds` (a cold boot), or until a `release`."""
     GET_ERROR = "get_error"
     """`GET /v1/predictions/{id}` responds with `status` (500); 404 looks as if the prediction did not exist."""
     GET_SILENCE = "get_silence"
@@ -55,7 +57,7 @@ class FaultName(StrEnum):
     WEBHOOK_LOST = "webhook_lost"
     """Never sent, not even again."""
     WEBHOOK_LATE = "webhook_late"
-    """Sent after `seconds`; those behind it overtake it."""
+    """Sent after `seconds` or a `release`; those behind it overtake it."""
     WEBHOOK_DUPLICATED = "webhook_duplicated"
     """Sent twice, with the same `webhook-id`."""
     WEBHOOK_REORDERED = "webhook_reordered"
@@ -158,6 +160,7 @@ class Control:
     def __init__(self, settings: Settings) -> None:
         self._at_start = settings
         self._faults: list[Fault] = []
+        self._released = asyncio.Event()
         self.requests: deque[JsonObject] = deque(maxlen=RECORDED)
         self.webhooks: deque[JsonObject] = deque(maxlen=RECORDED)
         self.settings = settings
@@ -175,6 +178,17 @@ class Control:
         self.requests.clear()
         self.webhooks.clear()
         self.apply(self._at_start)
+
+    def release(self) -> None:
+        """Remove all faults, and end what they hold up."""
+        self._faults.clear()
+        self._released.set()
+        self._released = asyncio.Event()
+
+    async def pause(self, seconds: float) -> None:
+        """Wait some seconds, or until the next `release`."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._released.wait(), seconds)
 
     def add(self, faults: Iterable[Fault]) -> None:
         """Add faults after the active ones."""

@@ -7,6 +7,7 @@ Under `/v1` it responds like https://replicate.com/docs/reference/http. Further 
     GET  /_control/record        {"requests": […], "webhooks": […], "predictions": […]}, oldest first
     POST /_control/faults        one `Fault` of `local.replicate.faults` or a list; GET shows the remaining ones
     POST /_control/settings      some of `Settings`; GET shows all
+    POST /_control/release       removes the faults, and ends what they hold up
     POST /_control/reset         clears record and faults, restores the settings, models and deployments;
                                  predictions stay
 
@@ -365,6 +366,7 @@ class Front:
                 route("/_control/faults", self.add_faults, "POST"),
                 route("/_control/settings", self.get_settings),
                 route("/_control/settings", self.change_settings, "POST"),
+                route("/_control/release", self.release, "POST"),
                 route("/_control/reset", self.reset, "POST"),
             ],
             middleware=[
@@ -489,7 +491,7 @@ class Front:
             await self._predictions.wait(prediction, wait_seconds)
         if found := fault(FaultName.CREATE_ANSWER_LATE):
             with contextlib.suppress(TimeoutError):
-                late = prediction.webhook_done.wait() if found.until_webhook else asyncio.sleep(found.seconds)
+                late = prediction.webhook_done.wait() if found.until_webhook else self._control.pause(found.seconds)
                 await asyncio.wait_for(late, found.seconds or SILENCE_SECONDS)
         shown = prediction.to_json(self._origin)
         headers = {"location": shown["urls"]["get"]}
@@ -840,6 +842,11 @@ class Front:
         merged = self._control.settings.model_dump() | body
         self._control.apply(_validated(TypeAdapter(Settings), merged))
         return JSONResponse(self._control.settings.model_dump())
+
+    async def release(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
+        """`POST /_control/release`."""
+        self._control.release()
+        return JSONResponse({})
 
     async def reset(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
         """`POST /_control/reset`."""

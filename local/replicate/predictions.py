@@ -257,7 +257,7 @@ class Predictions:
             if late := self._control.take(
                 FaultName.START_LATE, model=prediction.model.path, webhook=prediction.webhook
             ):
-                await asyncio.sleep(late.seconds)
+                await self._control.pause(late.seconds)
             async with server.slots:
                 # Shielded, because others wait for the same start when this prediction is canceled.
                 await asyncio.shield(self._spawn(server.ready()))

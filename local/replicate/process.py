@@ -144,6 +144,10 @@ class LocalReplicate:
         """Change settings and return all of them; see `local.replicate.faults.Settings`."""
         return self._control("POST", "settings", options)
 
+    def release(self) -> None:
+        """Remove the faults, and end what they hold up: late answers, starts and webhooks."""
+        self._control("POST", "release")
+
     def reset(self) -> None:
         """Clear record and faults and restore the settings; predictions stay."""
         self._control("POST", "reset")

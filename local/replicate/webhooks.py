@@ -138,7 +138,7 @@ class Webhooks:
             await self._deliver(held)
 
     async def _deliver_later(self, webhook: Webhook, seconds: float) -> None:
-        await asyncio.sleep(seconds)
+        await self._control.pause(seconds)
         await self._deliver(webhook)
 
     async def _release_later(self, webhook: Webhook) -> None:

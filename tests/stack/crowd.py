@@ -14,6 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -32,8 +33,9 @@ CALLERS = 6
 PARAMETERS = {"FirstPollSeconds": "3", "PollSeconds": "2", "SubmitGraceSeconds": "30"}
 UNMOVED_SECONDS = 2.0
 """An item that nobody has moved for so long is due for the sweep: on AWS after a minute or two."""
-UNKNOWN_SECONDS = 12.0
-"""A submission whose outcome nobody knows for so long is past its grace: on AWS after `SubmitGraceSeconds`."""
+UNKNOWN_SECONDS = 20.0
+"""A submission whose outcome nobody knows for so long is past its grace, and whoever made it dead, also on a busy
+machine: on AWS after `SubmitGraceSeconds`."""
 LEASE_SECONDS = 8.0
 """Whoever has had the lease on copying for so long is dead: on AWS after 17 minutes."""
 WAIT_SCALE = 0.2
@@ -76,6 +78,7 @@ class Crowd:
         answer = httpx.post(
             f"{self.cloud.endpoint_url}/_ministack/config",
             json={"stepfunctions._SFN_WAIT_SCALE": WAIT_SCALE}, trust_env=False,
+            timeout=60,
         )  # fmt: skip
         assert answer.json()["applied"], answer.text
         sqs, events = self.cloud.client("sqs"), self.cloud.client("events")
@@ -206,7 +209,10 @@ class Crowd:
         while not self._over.wait(0.7):
             self._let_time_pass()
             # One that is killed is followed by the next one, as on AWS in a minute.
-            functions.invoke(FunctionName=self.cloud.functions["sweep_predictions"], Payload=b"{}")
+            try:
+                functions.invoke(FunctionName=self.cloud.functions["sweep_predictions"], Payload=b"{}")
+            except functions.exceptions.TooManyRequestsException:
+                continue  # as the schedule's next event
             self.sweeps += 1
 
     def _let_time_pass(self) -> None:
@@ -374,13 +380,17 @@ class Crowd:
         )
 
     def _show(self, item: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        answer = self._owners[item["owner"]].get(f"/predictions/{item['id']}")
+        for _ in range(50):
+            answer = self._owners[item["owner"]].get(f"/predictions/{item['id']}")
+            if answer.status_code < 500:  # else Lambda throttled it
+                break
+            time.sleep(0.2)
         return item["id"], answer.json() if answer.status_code == 200 else {}
 
     def _files(self, run: dict[str, Any]) -> list[str]:
         """The digests of a run's output files, as Replicate serves them."""
         urls = list(_urls(run.get("output"), f"{self.cloud.replicate.origin}/files/"))
-        return [_digest(httpx.get(url, trust_env=False).raise_for_status().content)[1] for url in urls]
+        return [_digest(httpx.get(url, trust_env=False, timeout=60).raise_for_status().content)[1] for url in urls]
 
     def _changes(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         streams = self.cloud.client("dynamodbstreams")
@@ -526,6 +536,19 @@ REPLICATES_FAULTS: Sequence[dict[str, Any]] = (
 """What goes wrong at Replicate, one of them with about every second request."""
 
 
+def throttled(cloud: LocalCloud) -> int:
+    """How many invocations were refused because all of the account's concurrency was in use."""
+    now, total = datetime.now(UTC), 0.0
+    for name in cloud.functions.values():
+        found = cloud.client("cloudwatch").get_metric_statistics(
+            Namespace="AWS/Lambda", MetricName="Throttles", Statistics=["Sum"], Period=86400,
+            Dimensions=[{"Name": "FunctionName", "Value": name}],
+            StartTime=now - timedelta(days=1), EndTime=now + timedelta(days=1),
+        )  # fmt: skip
+        total += sum(each["Sum"] for each in found["Datapoints"])
+    return round(total)
+
+
 def figures(crowd: Crowd, evidence: Evidence) -> dict[str, int]:
     """What happened, counted."""
     counted: Counter[str] = Counter()
@@ -536,6 +559,7 @@ def figures(crowd: Crowd, evidence: Evidence) -> dict[str, int]:
     counted["executions"] = len(evidence.executions)
     counted["executions that failed"] = sum(status == "FAILED" for status in evidence.executions.values())
     counted["sweeps"] = crowd.sweeps
+    counted["invocations that Lambda throttled"] = throttled(crowd.cloud)
     counted["calls of AWS"] = sum(crowd.proxy.seen.values())
     counted["webhooks told"] = len(evidence.told)
     counted["events told"] = len(evidence.events)

@@ -1,6 +1,7 @@
 """The deployed stack under faults: ``python -m tests.stack.faults``, ``make faults``.
 
 --predictions N      so many, mixed, with everything wrong at once; figures to standard output
+--concurrency N      how many functions the account runs at once: 10 in a new one
 --seed N             decides what is asked for and what goes wrong
 --call "…" --fault … one call of a function struck by one fault, in a stack where nothing else goes wrong
 """
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from local.cloud import LocalCloud
+from local.cloud import CONCURRENCY, LocalCloud
 from tests.stack.audit import Request, verdict
 from tests.stack.crowd import (
     PARAMETERS,
@@ -45,9 +46,11 @@ ON_THE_WAY = {
 
 
 @contextmanager
-def faulty_stack(say: Callable[[str], None] = lambda _: None) -> Iterator[tuple[LocalCloud, AwsProxy]]:
-    """A deployed stack with a proxy at its AWS."""
-    with LocalCloud(parameters=PARAMETERS, say=say) as cloud, proxied(cloud) as proxy:
+def faulty_stack(
+    say: Callable[[str], None] = lambda _: None, concurrency: int = CONCURRENCY
+) -> Iterator[tuple[LocalCloud, AwsProxy]]:
+    """A deployed stack with a proxy at its AWS, in an account with that concurrency."""
+    with LocalCloud(parameters=PARAMETERS, concurrency=concurrency, say=say) as cloud, proxied(cloud) as proxy:
         yield cloud, proxy
 
 
@@ -90,7 +93,7 @@ def situations(crowd: Crowd, number: int) -> Iterator[Request]:
         yield keyed(album(crowd.mark()))
 
 
-def one_round(crowd: Crowd, number: int = 0, *, seconds: float = 180) -> None:
+def one_round(crowd: Crowd, number: int = 0, *, seconds: float = 600) -> None:
     """Asks for predictions on each way through the stack, and waits until all have ended."""
     first = len(crowd.requests)
     for request in situations(crowd, number):
@@ -132,8 +135,8 @@ FAULTS_GO_ON_SECONDS = 45
 
 
 def everything_at_once(
-    crowd: Crowd, predictions: int, say: Callable[[str], None] = lambda _: None, seconds: float = 300
-) -> None:
+    crowd: Crowd, predictions: int, say: Callable[[str], None] = lambda _: None, seconds: float = 900
+) -> float:
     """Asks for so many predictions while everything is wrong, and waits until all have ended.
 
     Args:
@@ -141,7 +144,11 @@ def everything_at_once(
         predictions: How many.
         say: Called with progress.
         seconds: How long all may take to end when the faults have ceased, a while after the last one was asked for.
+
+    Returns:
+        The seconds until all had ended.
     """
+    began = time.monotonic()
     crowd.proxy.disturb(SHARES, crowd.seed)
     for number in range(predictions):
         if crowd._random.random() < 0.5:
@@ -156,12 +163,14 @@ def everything_at_once(
     crowd.proxy.calm()
     crowd.cloud.replicate.reset()
     crowd.settle(seconds, say)
+    return time.monotonic() - began
 
 
 def main() -> int:
     """Run; return 1 where a promise was broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.stack.faults", description=__doc__)
     parser.add_argument("--predictions", type=int, default=200)
+    parser.add_argument("--concurrency", type=int, default=CONCURRENCY)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--call")
     parser.add_argument("--fault", type=Fault, choices=list(Fault), default=Fault.KILLED_AFTER)
@@ -175,14 +184,15 @@ def main() -> int:
             said[0] = time.monotonic()
             print(f"{said[0] - began:6.1f} s  {text[:110]}", flush=True)
 
-    with faulty_stack(say) as (cloud, proxy), Crowd(cloud, proxy, arguments.seed) as crowd:
+    with faulty_stack(say, arguments.concurrency) as (cloud, proxy), Crowd(cloud, proxy, arguments.seed) as crowd:
         try:
             if arguments.call:
                 function, operation, *item = arguments.call.split(" ")
                 proxy.arm(Call(function, operation, *item), arguments.fault)
                 one_round(crowd)
             else:
-                everything_at_once(crowd, arguments.predictions, say, 30 + arguments.predictions / 4)
+                took = everything_at_once(crowd, arguments.predictions, say, 60 + arguments.predictions)
+                print(f"{took:>8,.0f}  seconds until all had ended")
         except AssertionError as error:
             print(str(error).partition("\n")[0])
         evidence = crowd.evidence()

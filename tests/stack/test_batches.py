@@ -60,7 +60,7 @@ class Owner:
     def results(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         bucket, _, key = batch["results"]["uri"].removeprefix("s3://").partition("/")
         text = self._cloud.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read().decode()
-        by_url = httpx.get(batch["results"]["url"], trust_env=False).raise_for_status().text
+        by_url = httpx.get(batch["results"]["url"], trust_env=False, timeout=60).raise_for_status().text
         assert by_url == text
         return [json.loads(line) for line in text.splitlines()]
 
@@ -75,6 +75,7 @@ def test_batch_of_another_owner_is_not_found(alice: Owner, api: Api) -> None:
     for method, path in (("GET", ""), ("POST", "/cancel"), ("POST", "/retry")):
         assert api("bob").request(method, f"/batches/{batch_id}{path}").status_code == 404
     assert batch_id not in api("bob").get("/batches").text
+    alice.ended(batch_id)  # the next test counts creates
 
 
 def test_rows_of_a_csv_become_requests_and_a_bad_one_is_refused_alone(

@@ -109,6 +109,14 @@ class Caller:
         body: dict[str, Any] = self._wait_until(found, seconds, f"the completed webhook of {prediction_id}")
         return body
 
+    def heard(self, prediction_id: str, events: set[str]) -> None:
+        """Waits until webhooks of these events have come."""
+
+        def found() -> bool:
+            return events <= {event for event, _ in self._receiver.told(prediction_id)}
+
+        self._wait_until(found, 30, f"webhooks {events} of {prediction_id}")
+
     def secret(self) -> str:
         answer = self._client.get("/webhooks/default/secret").raise_for_status().json()
         assert answer.keys() == {"key"}
@@ -126,6 +134,12 @@ def command(cloud: LocalCloud, *arguments: str) -> subprocess.CompletedProcess[s
         [sys.executable, "-m", "predictions", *arguments, "--stack", STACK_NAME],
         env=environment, check=True, capture_output=True, text=True,
     )  # fmt: skip
+
+
+def hold_ends(replicate: LocalReplicate) -> None:
+    """Keep all ends from the stack until `release`: `completed` would overtake webhooks on a busy machine."""
+    replicate.fault("webhook_late", times=None, events=["completed"], seconds=600)
+    replicate.fault("get_error", times=None)
 
 
 def sleeper(seconds: float) -> dict[str, Any]:
@@ -147,8 +161,8 @@ class TestRefused:
     def test_secret_needs_a_token_with_the_scope_predict(self, cloud: LocalCloud) -> None:
         url = f"{cloud.stack.api_url}/webhooks/default/secret"
         headers = {"Authorization": f"Bearer {cloud.create_token('carol', ['read'])}"}
-        assert httpx.get(url, trust_env=False).status_code == 401
-        assert httpx.get(url, headers=headers, trust_env=False).status_code == 403
+        assert httpx.get(url, trust_env=False, timeout=60).status_code == 401
+        assert httpx.get(url, headers=headers, trust_env=False, timeout=60).status_code == 403
 
     def test_redirect_is_not_followed_and_tried_again_later(
         self, alice: Caller, receiver: Receiver, replicate: LocalReplicate
@@ -162,11 +176,13 @@ class TestRefused:
         self, cloud: LocalCloud, alice: Caller, receiver: Receiver, replicate: LocalReplicate
     ) -> None:
         receiver.answers = [(410, {}, b"")]
-        alice.completed(alice.create(sleeper(0), ["completed"]))
         queue = cloud.outputs["DeliveriesQueueUrl"]
+        # Those to receivers of other tests, which are gone, are tried again for a day.
+        cloud.client("sqs").purge_queue(QueueUrl=queue)
+        alice.completed(alice.create(sleeper(0), ["completed"]))
 
         def empty() -> bool:
-            names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+            names = [f"ApproximateNumberOfMessages{which}" for which in ("", "NotVisible", "Delayed")]
             counts = cloud.client("sqs").get_queue_attributes(QueueUrl=queue, AttributeNames=names)["Attributes"]
             return set(counts.values()) == {"0"}
 
@@ -178,9 +194,17 @@ class TestDelivered:
     def test_start_comes_first_and_the_end_once_the_files_are_stored(
         self, cloud: LocalCloud, alice: Caller, receiver: Receiver, replicate: LocalReplicate
     ) -> None:
-        prediction_id = alice.create({"version": "local/series", "input": {"delay_seconds": 0.5}}, EVERY_EVENT)
-        body = alice.completed(prediction_id)
-        told = receiver.told(prediction_id)
+        for _ in range(3):
+            hold_ends(replicate)
+            prediction_id = alice.create({"version": "local/series", "input": {"delay_seconds": 1}}, EVERY_EVENT)
+            alice.heard(prediction_id, {"start", "logs"})
+            replicate.release()
+            body = alice.completed(prediction_id)
+            told = receiver.told(prediction_id)
+            outputs = [shown for event, shown in told if event == "output"]
+            if outputs:
+                break
+            # `completed` is sent a second later; on a busy machine it overtakes `output`, and tells the same.
         assert told[0][0] == "start"
         assert (told[0][1]["status"], "output" in told[0][1], told[0][1]["output_files"]) == ("processing", False, [])
         assert told[-1][0] == "completed"
@@ -189,7 +213,6 @@ class TestDelivered:
             stored = cloud.client("s3").head_object(Bucket=file["bucket"], Key=file["key"])
             assert stored["ContentLength"] == file["bytes"]
         assert len(body["output_files"]) == len(body["output"]) == 3
-        outputs = [shown for event, shown in told if event == "output"]
         assert [(shown["status"], len(shown["output"])) for shown in outputs] == [("processing", 3)]
         assert "logs" in {event for event, _ in told}
         assert replicate.origin not in json.dumps([shown for _, shown in told])
@@ -200,7 +223,10 @@ class TestDelivered:
 
     def test_text_is_told_as_it_grows(self, alice: Caller, receiver: Receiver, replicate: LocalReplicate) -> None:
         story = {"prompt": "a whale", "max_tokens": 12, "delay_seconds": 0.2}
+        hold_ends(replicate)
         prediction_id = alice.create({"version": "local/storyteller", "input": story})
+        alice.heard(prediction_id, {"output"})
+        replicate.release()
         end = "".join(alice.completed(prediction_id)["output"])
         told = receiver.told(prediction_id)
         growing = ["".join(body["output"]) for event, body in told if event == "output"]
@@ -234,7 +260,7 @@ class TestDelivered:
         assert moments[2] - moments[1] > moments[1] - moments[0]
 
     def test_prediction_without_a_webhook_runs_no_function_of_webhooks(
-        self, cloud: LocalCloud, api: Api, wait_until: WaitUntil, replicate: LocalReplicate
+        self, cloud: LocalCloud, api: Api, wait_until: WaitUntil, replicate: LocalReplicate, quiet: None
     ) -> None:
         before: Counter[str] = cloud.invocations()
         created = api("alice").post("/predictions", json=sleeper(0)).json()["id"]

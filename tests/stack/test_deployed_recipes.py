@@ -108,9 +108,10 @@ def test_recipes_of_files_live_and_go_with_the_stack(
     names = sorted(schedule["Name"] for schedule in schedules)
     assert ["RequestSchedule" in names[0], "SweepPredictions" in names[1]] == [True, True], names
 
-    # The schedule of the parameters sends its request, of QueueOwner; its key has it run once.
-    (scheduled,) = wait_until(lambda: started("the story of"), 90, "the scheduled prediction")
-    assert scheduled["source"] == "api"
+    # The schedule of the parameters sends its request, of QueueOwner; its key has it run once for each minute.
+    scheduled = wait_until(lambda: started("the story of"), 90, "the scheduled prediction")
+    assert {each["source"] for each in scheduled} == {"api"}
+    assert len({each["input"]["prompt"] for each in scheduled}) == len(scheduled)
 
     # A stack that is deleted leaves no rules, of whichever recipes.
     cloudformation.delete_stack(StackName=STACK_NAME)

@@ -145,6 +145,7 @@ class TestOutputUrls:
             f"{cloud.stack.api_url}/predictions/{prediction.id}",
             headers={"Authorization": f"Bearer {cloud.create_token('alice')}"},
             trust_env=False,
+            timeout=60,
         ).json()
         (file,) = shown["output_files"]
         stored = cloud.client("s3").get_object(Bucket=file["bucket"], Key=file["key"])["Body"].read()
@@ -161,7 +162,7 @@ class TestBrowsers:
     def test_a_preflight_needs_no_token(self, cloud: LocalCloud) -> None:
         asked = {"Origin": self.PAGE, "Access-Control-Request-Method": "POST"}
         for path in ("/predictions", "/files", "/predictions/x/cancel"):
-            answer = httpx.options(cloud.stack.api_url + path, headers=asked, trust_env=False)
+            answer = httpx.options(cloud.stack.api_url + path, headers=asked, trust_env=False, timeout=60)
             assert answer.status_code == 200
             assert answer.headers["access-control-allow-origin"] == self.PAGE
             assert "Authorization" in answer.headers["access-control-allow-headers"]
@@ -172,7 +173,7 @@ class TestBrowsers:
             api("alice").get("/predictions", headers=page),
             api("alice").get("/files/x", headers=page),
             api("alice").get("/nothing", headers=page),
-            httpx.get(cloud.stack.api_url + "/predictions", headers=page, trust_env=False),
+            httpx.get(cloud.stack.api_url + "/predictions", headers=page, trust_env=False, timeout=60),
         ]
         assert [answer.status_code for answer in answers] == [200, 404, 404, 401]
         assert {answer.headers.get("access-control-allow-origin") for answer in answers} == {self.PAGE}

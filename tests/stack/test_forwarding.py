@@ -56,7 +56,9 @@ def test_a_change_with_a_token_that_may_not_manage_is_refused_and_not_passed_on(
     cloud: LocalCloud, replicate: LocalReplicate, method: str, path: str
 ) -> None:
     headers = {"Authorization": f"Bearer {cloud.create_token('bob', ['predict', 'read'])}"}
-    answer = httpx.request(method, f"{cloud.stack.api_url}{path}", json=DEPLOYMENT, headers=headers, trust_env=False)
+    answer = httpx.request(
+        method, f"{cloud.stack.api_url}{path}", json=DEPLOYMENT, headers=headers, trust_env=False, timeout=60
+    )
     assert (answer.status_code, answer.json()["status"]) == (403, 403)
     assert "manage" in answer.json()["detail"]
     assert asked(replicate) == []

@@ -17,6 +17,7 @@ def version_of(replicate: LocalReplicate, model: str) -> str:
         f"{replicate.origin}/v1/models/{model}",
         headers={"Authorization": f"Bearer {replicate.token}"},
         trust_env=False,
+        timeout=60,
     )
     version: str = answer.raise_for_status().json()["latest_version"]["id"]
     return version

@@ -63,11 +63,19 @@ def test_a_link_that_is_forged_or_expired_opens_nothing(link: Callable[..., str]
     assert fetched(str(good)).content == picture
 
 
-def test_a_link_is_the_input_of_a_model(link: Callable[..., str], picture: bytes, api: Api) -> None:
+def test_a_link_is_the_input_of_a_model(
+    link: Callable[..., str], picture: bytes, api: Api, wait_until: Callable[..., Any]
+) -> None:
     url = link("inputs", "links/a fox.png")
     assert "X-Amz-Signature" not in dict(parse_qsl(urlsplit(url).query))
     body = {"version": "local/etcher", "input": {"image": url, "style": "mosaic"}}
-    shown = api("alice").post("/predictions", json=body, headers={"Prefer": "wait=20"}).json()
+    created = api("alice").post("/predictions", json=body).json()["id"]
+
+    def ended() -> Any:
+        found = api("alice").get(f"/predictions/{created}").json()
+        return found if found["status"] in ("succeeded", "failed", "canceled") else None
+
+    shown = wait_until(ended, 20, "its end")
     assert shown["status"] == "succeeded", shown
     with Image.open(io.BytesIO(fetched(shown["output"]).content)) as opened:
         assert opened.size == (96, 64)

@@ -119,7 +119,7 @@ def test_stage_is_exported_with_the_name_of_each_operation(cloud: LocalCloud, do
 
 
 def test_document_needs_a_token(cloud: LocalCloud) -> None:
-    assert httpx.get(f"{cloud.stack.api_url}/openapi.json", trust_env=False).status_code == 401
+    assert httpx.get(f"{cloud.stack.api_url}/openapi.json", trust_env=False, timeout=60).status_code == 401
 
 
 def test_document_describes_this_stack(cloud: LocalCloud, document: dict[str, Any]) -> None:
@@ -285,12 +285,13 @@ def test_a_body_that_breaks_parsers_is_a_problem_of_every_operation_and_starts_n
 
 
 def test_what_is_there_is_shown_as_the_document_says(
-    api: Api, document: dict[str, Any], compare: Callable[..., Report]
+    api: Api, document: dict[str, Any], compare: Callable[..., Report], wait_until: Callable[..., Any]
 ) -> None:
     client = api("mallory")
     body = {"version": "local/painter", "input": {"prompt": "a red fox"}}
     prediction = client.post("/predictions", json=body, headers={"Prefer": "wait=20"}).json()
-    assert prediction["status"] == "succeeded", prediction
+    path = f"/predictions/{prediction['id']}"
+    wait_until(lambda: client.get(path).json()["status"] == "succeeded", 20, "its end")
     file = client.post("/files", files={"content": ("fox.txt", b"a red fox", "text/plain")}).json()
     version = client.get("/models/local/painter/versions").json()["results"][0]
     known = f"""

@@ -73,7 +73,7 @@ def test_commands_of_the_pages_work_as_they_are_pasted(
                 env={k: v for k, v in os.environ.items() if "MAKE" not in k} | {"LOCAL_DIR": str(tmp_path / "stack")},
                 capture_output=True,
                 text=True,
-                timeout=240,
+                timeout=900,
                 check=False,
             )
             assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -60,7 +60,7 @@ def pipelines(cloud: LocalCloud, api: Api, wait_until: WaitUntil, replicate: Loc
 
 def picture_at(url: str) -> tuple[int, int]:
     """The size of a picture that is served."""
-    answer = httpx.get(url, follow_redirects=True, trust_env=False).raise_for_status()
+    answer = httpx.get(url, follow_redirects=True, trust_env=False, timeout=60).raise_for_status()
     return Image.open(io.BytesIO(answer.content)).size
 
 

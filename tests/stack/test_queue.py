@@ -88,6 +88,8 @@ class Queue:
 @pytest.fixture
 def queue(cloud: LocalCloud, api: Api, wait_until: WaitUntil, replicate: LocalReplicate) -> Iterator[Queue]:
     queue = Queue(cloud, api(OWNER), wait_until)
+    queue.handled()
+    queue.sqs.purge_queue(QueueUrl=queue.dead_url)  # of tests of other files
     yield queue
     queue.sqs.purge_queue(QueueUrl=queue.dead_url)
 
@@ -147,6 +149,8 @@ class TestQueue:
         with variable(queue.cloud, "ALLOW_LOOPBACK_WEBHOOKS", "false"):
             message_id = queue.send(hook)
             queue.wait_until(lambda: queue.dead() == 1, 30, "a dead letter")
+            # A function that is changed before it has done with a message leaves it hidden for three minutes.
+            queue.handled()
         assert queue.started() == []
         assert "Redriven: 1." in queue.command("redrive", "requests", "--id", message_id).stderr
         (ended,) = queue.ended()
@@ -263,10 +267,8 @@ class TestEvents:
         assert bool(ended["detail"]["error"]) is (status == "failed")
 
     def test_prediction_of_a_webhook_runs_six_functions_at_most(
-        self, cloud: LocalCloud, api: Api, bus: Bus, wait_until: WaitUntil
+        self, cloud: LocalCloud, api: Api, bus: Bus, quiet: None
     ) -> None:
-        wait_until(lambda: api("alice").get("/predictions").status_code == 200)  # the authorizer's answer is kept
-        time.sleep(2.5)
         before: Counter[str] = cloud.invocations()
         created = api("alice").post("/predictions", json={"version": "local/painter", "input": {"prompt": "x"}}).json()
         bus.of(created["id"], 2)
@@ -274,7 +276,7 @@ class TestEvents:
         ran = cloud.invocations() - before
         for others in ("authorize_request", "read_prediction", "read_predictions", "sweep_predictions"):
             del ran[others]
-        assert ran["publish_changes"] == 2
+        assert 1 <= ran["publish_changes"] <= 2, "for the events of its start and end, at once or one by one"
         assert sum(ran.values()) <= 6, ran
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -63,6 +62,13 @@ def started(api: Api) -> Callable[..., list[dict[str, Any]]]:
         return [each for each in listed if text in json.dumps(each["input"])]
 
     return started
+
+
+def queued(cloud: LocalCloud) -> int:
+    """How many messages the requests queue holds, with those that are being handled."""
+    names: list[Any] = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+    counts = cloud.client("sqs").get_queue_attributes(QueueUrl=cloud.stack.queue_url, AttributeNames=names)
+    return sum(int(counts["Attributes"][name]) for name in names)
 
 
 def dead(cloud: LocalCloud, boto: Boto, text: str) -> list[dict[str, Any]]:
@@ -228,7 +234,7 @@ class TestObjects:
         )
         # The sequencer of the first one is S3's; the two that were sent by hand are one more.
         wait_until(lambda: len(started("one.png")) == 2, 30, "the one sent twice")
-        time.sleep(2)
+        wait_until(lambda: queued(cloud) == 0, 30, "all notifications to be handled")
         assert len(started("one.png")) == 2
         assert started("two.png") == started("secret.png") == []
         assert one["id"] in {each["id"] for each in started("one.png")}
@@ -315,7 +321,7 @@ class TestEvents:
         (refused,) = wait_until(lambda: dead(cloud, boto, "looper"), 60, "the end of the chain")
         assert "descends from 4 results" in refused["MessageAttributes"]["reason"]["StringValue"]
         assert "exceeds MaxOriginDepth (3). Recipe chain probably starts itself" in json.dumps(refused)
-        time.sleep(3)  # whatever else it might start
+        wait_until(lambda: queued(cloud) == 0, 30, "whatever else it might start")
         links = started("a link of the chain", "looper")
         assert [each["status"] for each in links] == ["succeeded"] * 4
         # Each but the first after the one before it, the newest first.

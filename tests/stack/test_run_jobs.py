@@ -88,7 +88,7 @@ def test_input_is_answered_at_its_end_with_files_of_ours(
     assert told["metrics"]["predict_time"] > 0
     assert told["completed_at"] > told["created_at"]
     assert cloud.stack.outputs_bucket in str(told["output"])
-    content = httpx.get(told["output"], trust_env=False).content
+    content = httpx.get(told["output"], trust_env=False, timeout=60).content
     assert content.startswith(b"\x89PNG")
     assert len(predictions_of(replicate)) == 1
 
@@ -104,7 +104,7 @@ def test_model_that_fails_is_answered_with_its_error(invoke: Callable[..., Any],
 def test_wait_that_ends_first_is_answered_and_the_prediction_succeeds_later(
     api: Api, wait_until: Callable[..., Any], invoke: Callable[..., Any], replicate: LocalReplicate
 ) -> None:
-    told = invoke(model="local/sleeper", input_data={"seconds": 4}, poll_interval=0.1, max_poll_attempts=2)
+    told = invoke(model="local/sleeper", input_data={"seconds": 8}, poll_interval=0.1, max_poll_attempts=2)
     # Its own shape has every field, also those that the API leaves out of an open prediction.
     assert told.keys() == INPUT_ANSWER
     assert told["status"] in ("starting", "processing")

@@ -1,5 +1,6 @@
 """`Prefer: wait` on the deployed stack: Replicate's own sync mode, through the claim."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,10 +30,13 @@ def test_end_without_files_is_replicates_own_answer_and_needs_no_execution(
     cloud: LocalCloud, api: Api, replicate: LocalReplicate
 ) -> None:
     replicate.fault("webhook_lost", times=None)
+    began = time.monotonic()
     shown = create(api("alice"), 15, "sleeper", seconds=1)
     assert (shown["status"], shown["output"]) == ("succeeded", "slept well")
     [asked] = replicate.creates(shown["id"])
-    assert asked["headers"]["prefer"] in ("wait=15", "wait=14")
+    # What is left of the caller's time when Replicate is asked.
+    spent = time.monotonic() - began - asked["seconds"]
+    assert 15 - spent - 1 <= int(asked["headers"]["prefer"].removeprefix("wait=")) <= 15
     assert asked["seconds"] >= 1
     assert executions(cloud, shown["id"]) == 0
 

@@ -24,7 +24,9 @@ GOOD: dict[str, Any] = {"destination": "local/tuner", "input": {"train_data": DA
 @pytest.fixture(scope="session")
 def route(cloud: LocalCloud) -> str:
     """The create route of trainings of the one model that has `train`."""
-    answer = httpx.get(f"{cloud.replicate.url}/models/local/tuner", headers=cloud.replicate.headers, trust_env=False)
+    answer = httpx.get(
+        f"{cloud.replicate.url}/models/local/tuner", headers=cloud.replicate.headers, trust_env=False, timeout=60
+    )
     return f"/models/local/tuner/versions/{answer.json()['latest_version']['id']}/trainings"
 
 

@@ -76,7 +76,7 @@ class Caller:
     def call(self, method: str, path: str, body: Any = None, key: str = "") -> httpx.Response:
         headers = self._headers | ({"Idempotency-Key": key} if key else {})
         url = self._cloud.api_url + path
-        return httpx.request(method, url, headers=headers, json=body, timeout=30, trust_env=False)
+        return httpx.request(method, url, headers=headers, json=body, timeout=60, trust_env=False)
 
     def get(self, path: str) -> Any:
         return self.call("GET", path).raise_for_status().json()
@@ -84,8 +84,10 @@ class Caller:
     def sleep(self, seconds: float, key: str = "") -> str:
         body = {"version": "local/sleeper", "input": {"seconds": seconds}}
         answer = self.call("POST", "/predictions", body, key)
-        if key and answer.status_code >= 500:  # what keys are for
-            answer = self.call("POST", "/predictions", body, key)
+        for _ in range(5):
+            if not key or answer.status_code < 500:
+                break
+            answer = self.call("POST", "/predictions", body, key)  # what keys are for
         assert answer.status_code == 201, answer.text
         return str(answer.json()["id"])
 
@@ -147,9 +149,11 @@ def test_new_version_over_a_working_stack_loses_nothing_and_a_deletion_keeps_the
     own: LocalCloud, checkout: Path, wait_until: Wait
 ) -> None:
     alice = Caller(own)
-    with httpx.Client(base_url=own.replicate_url, headers=own.replicate.headers, trust_env=False) as replicate:
+    with httpx.Client(
+        base_url=own.replicate_url, headers=own.replicate.headers, trust_env=False, timeout=60
+    ) as replicate:
         version = replicate.get("/models/local/sleeper").json()["latest_version"]["id"]
-        running = replicate.post("/predictions", json={"version": version, "input": {"seconds": 300}}).json()
+        running = replicate.post("/predictions", json={"version": version, "input": {"seconds": 3600}}).json()
     own.replicate.reset()
     put_old_items(own, running)
 
@@ -179,6 +183,7 @@ def test_new_version_over_a_working_stack_loses_nothing_and_a_deletion_keeps_the
     calling.start()
     try:
         own.deploy_again()
+        wait_until(lambda: len(during) > 5, 60, "callers that go on")
     finally:
         stopped.set()
         calling.join()
@@ -198,7 +203,7 @@ def test_new_version_over_a_working_stack_loses_nothing_and_a_deletion_keeps_the
     # Items of the first release are read, listed, canceled and swept.
     shown = {name: alice.get(f"/predictions/{OLD[name]}") for name in OLD}
     assert shown["text"]["output"][:3] == ["It", " began", " with"]
-    assert httpx.get(shown["files"]["output"], trust_env=False).content == PICTURE
+    assert httpx.get(shown["files"]["output"], trust_env=False, timeout=60).content == PICTURE
     assert (shown["failed"]["status"], shown["failed"]["error"][:12]) == ("failed", "RuntimeError")
     assert shown["canceled"]["status"] == "canceled"
     assert {shown[name]["status"] for name in ("running", "written")} <= {"starting", "processing", "succeeded"}

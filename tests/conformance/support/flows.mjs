@@ -44,12 +44,12 @@ export async function assertPicture(url) {
 }
 
 export async function ended(get, id) {
-  for (const deadline = Date.now() + 60_000; Date.now() < deadline; ) {
+  for (const deadline = Date.now() + 240_000; Date.now() < deadline; ) {
     const found = await get(id);
     if (["succeeded", "failed", "canceled"].includes(found.status)) return found;
     await pause(300);
   }
-  return assert.fail(`${id} did not end within 60 s`);
+  return assert.fail(`${id} did not end within 240 s`);
 }
 
 // The requests that the stand-in for Replicate got, oldest first.

@@ -59,7 +59,7 @@ class Receiver:
         self._thread.start()
 
     def next(self) -> tuple[httpx.Headers, JsonObject]:
-        headers, body = self.received.get(timeout=10)
+        headers, body = self.received.get(timeout=60)
         return headers, json.loads(body)
 
     def statuses_received(self, count: int) -> list[str]:
@@ -85,7 +85,7 @@ def replicate(running: LocalReplicate) -> LocalReplicate:
 
 @pytest.fixture(scope="module")
 def client(running: LocalReplicate) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=running.url, headers=running.headers, timeout=20, trust_env=False) as client:
+    with httpx.Client(base_url=running.url, headers=running.headers, timeout=120, trust_env=False) as client:
         yield client
 
 
@@ -110,7 +110,7 @@ def run(api: httpx.Client, model: str, input_: JsonObject, **body: Any) -> JsonO
     return dict(created.json())
 
 
-def until(condition: Callable[[], bool], seconds: float = 10) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 60) -> bool:
     """Whether `condition` became true in time."""
     end = time.monotonic() + seconds
     pause = threading.Event()
@@ -626,7 +626,7 @@ def test_webhooks_are_signed_and_carry_the_prediction(
     done = run(api, "blob", {}, webhook=receiver.url, webhook_events_filter=["start", "completed"])
     _, started = receiver.next()
     assert (started["id"], started["status"], started["output"]) == (done["id"], "processing", None)
-    headers, body = receiver.received.get(timeout=10)
+    headers, body = receiver.received.get(timeout=60)
     assert json.loads(body) == api.get(done["urls"]["get"]).json()
     key = base64.b64decode(replicate.signing_secret.removeprefix("whsec_"))
     signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
@@ -689,6 +689,19 @@ def test_webhook_fault_does_what_it_says(
     assert status_of(api, done) == "succeeded"
     assert until(lambda: len(attempts(replicate, done)) == len(statuses))
     assert receiver.received.empty()
+
+
+def test_release_ends_what_faults_hold_up(replicate: LocalReplicate, api: httpx.Client, receiver: Receiver) -> None:
+    replicate.fault("start_late", seconds=3600)
+    replicate.fault("webhook_late", seconds=3600, events=["completed"])
+    replicate.fault("get_error", times=None)
+    body = {"version": version["sleeper"], "input": {"seconds": 0}, "webhook": receiver.url}
+    prediction = api.post("/predictions", json={**body, "webhook_events_filter": ["completed"]}).json()
+    path = f"/predictions/{prediction['id']}"
+    assert api.get(path).status_code == 500
+    replicate.release()
+    assert receiver.next()[1]["status"] == "succeeded"
+    assert api.get(path).json()["status"] == "succeeded"
 
 
 def test_signing_secret_can_be_changed(replicate: LocalReplicate) -> None:
