@@ -219,7 +219,9 @@ class TestWebhookPath:
         assert replicate.origin not in json.dumps(prediction["output"])
         assert httpx.get(shown, trust_env=False, timeout=60).content == stored
         assert stack.execution_ended(created["id"]) == "SUCCEEDED"
-        assert stack.states(created["id"]) == ["Start", "AwaitWebhook", "CopyOutputs"]
+        # On a busy machine a poll may come before the webhook.
+        entered = [each for each in stack.states(created["id"]) if each not in ("PollPrediction", "AwaitWebhookAgain")]
+        assert entered == ["Start", "AwaitWebhook", "CopyOutputs"]
         assert len(replicate.creates(created["id"])) == 1
 
     @pytest.mark.parametrize("model", ["album", "series", "storyteller", "blob"])
@@ -343,7 +345,8 @@ class TestCancel:
 
 class TestSubmission:
     def test_throttled_create_runs_at_its_time(self, stack: Stack, replicate: LocalReplicate) -> None:
-        replicate.fault("create_throttled", retry_after_seconds=6, header=True)
+        # Longer than until the execution submits, also on a busy machine.
+        replicate.fault("create_throttled", retry_after_seconds=12, header=True)
         created = create(stack.alice, sleeper(0))
         assert created["status"] == "starting"
         assert stack.ended(created["id"])["status"] == "succeeded"
