@@ -193,9 +193,10 @@ def put_streamed(bucket: str, key: str, body: StreamedBody, **headers: Any) -> N
         botocore.exceptions.UnseekableStreamError: S3 broke the request off, after some of the body was read.
     """
     s3 = client("s3")
+    hooks: Any = s3.meta.events
     with _registering:  # a second registration of the same id is ignored
-        s3.meta.events.register("before-call.s3.PutObject", _checksum_behind, unique_id="checksum behind the body")
-        s3.meta.events.register("before-sign.s3.PutObject", _frame, unique_id="frames of the body")
+        hooks.register("before-call.s3.PutObject", _checksum_behind, unique_id="checksum behind the body")
+        hooks.register("before-sign.s3.PutObject", _frame, unique_id="frames of the body")
     with _errors_of_source():
         s3.put_object(Bucket=bucket, Key=key, Body=body, ChecksumAlgorithm="SHA256", **headers)  # type: ignore[arg-type]  # a file in all but typing
 

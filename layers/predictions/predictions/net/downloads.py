@@ -84,6 +84,7 @@ class DownloadClient:
         with self._lock:
             idle = [stream for streams in self._idle.values() for stream, _ in streams]
             self._idle.clear()
+        stream: TimedStream
         for stream in idle:
             stream.close()
 
