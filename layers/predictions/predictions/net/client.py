@@ -215,7 +215,7 @@ class TimedStream(httpcore.NetworkStream):
             connection.settimeout(self._network.limited(timeout))
             received = connection.recv_into(buffer)
             connection.settimeout(0)
-            with suppress(BlockingIOError, ssl.SSLWantReadError):
+            with suppress(BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 while 0 < received < len(buffer):
                     more = connection.recv_into(buffer[received:])
                     if not more:
