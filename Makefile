@@ -104,7 +104,7 @@ reliability: setup ## Run all tests and write docs/reliability.md: each promise,
 conformance: setup ## Run the clients' flows (needs node) and write docs/conformance.md
 	@$(PYTHON) -m tests.conformance
 
-bench: setup ## Measure import times, and the steps and cost of a prediction and of a batch
+bench: setup ## Measure imports, the steps and cost of a prediction and of a batch, copying, webhooks
 	@$(PYTHON) -m tests.benchmarks
 
 batch: setup ## Run a batch of LINES=1000 lines on the local cloud, with its progress, and measure it

@@ -25,6 +25,7 @@ from predictions.net.signatures import sign
 from tests.simulation.account import Account
 from tests.support.apps import Context, load_app
 from tests.support.aws_clients import AwsError
+from tests.support.downloads import downloads_of
 from tests.support.dynamodb import Item, Table
 from tests.support.fakes import API_URL, Clock, ReplicateInMemory
 from tests.support.fixtures import ENVIRONMENT
@@ -257,7 +258,9 @@ class Stack:
         monkeypatch.setattr(aws, "_client", clients)
         monkeypatch.setattr(aws, "_api_url", None)
         made: Any = outputs_bucket.OutputsBucket.__init__
-        monkeypatch.setattr(made, "__kwdefaults__", {**made.__kwdefaults__, "open_client": replicate.client})
+        monkeypatch.setattr(
+            made, "__kwdefaults__", {**made.__kwdefaults__, "open_client": downloads_of(replicate.client)}
+        )
         monkeypatch.setenv("CREATES_PER_MINUTE", "6000")
         requests._source.cache_clear()
         requests._dropped_manifests.cache_clear()

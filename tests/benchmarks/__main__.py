@@ -1,4 +1,5 @@
-"""`make bench`: the import time of a cold start, the cost of a prediction, of a batch's line, and of looking at one.
+"""`make bench`: the import time of a cold start, the cost of a prediction, of a batch's line, of looking at one, of
+copying its files, of its webhooks, and how soon its completion is visible.
 
 No time is asserted: the numbers are this machine's. The command fails if a prediction fails, or takes more steps than
 the project promises.
@@ -12,7 +13,7 @@ from statistics import median
 
 from local.cloud import LocalCloudError
 from local.terminal import Terminal
-from tests.benchmarks import batch, figures, imports, prices, watched
+from tests.benchmarks import batch, copying, figures, imports, prices, visible, watched, webhook
 from tests.benchmarks.figures import Figures, Run, Sync
 from tests.benchmarks.imports import EMPTY, ONE_CLIENT, OURS, PARTS, Loaded
 from tests.benchmarks.report import BenchmarkFailed, bars, note, table
@@ -54,6 +55,12 @@ def main() -> int:
         batch.show(terminal, batch.measure(BATCH_LINES, terminal.step))
         terminal.title("5. A prediction that its caller looks at while it runs")
         watched.show(terminal, watched.measure(), watched.measure(looks=False))
+        terminal.title("6. Copying a file over TLS")
+        copying.show(terminal, copying.measure(terminal.step))
+        terminal.title("7. From completion to visible")
+        visible.show(terminal, visible.measure(terminal.step))
+        terminal.title("8. A webhook on a warm function")
+        webhook.show(terminal, webhook.measure(terminal.step))
     except (BenchmarkFailed, LocalCloudError) as error:
         terminal.refuse(str(error))
         return 1

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import ReadTimeoutError
+from botocore.exceptions import ReadTimeoutError, UnseekableStreamError
 from botocore.response import StreamingBody
+from predictions.aws.s3 import SourceFailed
 
 from tests.simulation.machine import Refused, Told
 from tests.simulation.queues import names_by_url
@@ -99,11 +100,16 @@ class Account:
     # -- S3 ---------------------------------------------------------------------------------------------------
 
     def _s3_PutObject(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        if asked.get("IfNoneMatch") and asked["Key"] in self.objects:
-            raise AwsError("PreconditionFailed")
         body = asked["Body"]
         if not isinstance(body, bytes):
-            body.seek(0)
+            try:
+                body.seek(0)
+            except io.UnsupportedOperation:
+                # As botocore, before it repeats a request whose body came from a connection.
+                raise UnseekableStreamError(stream_object=body) from None
+        if asked.get("IfNoneMatch") and asked["Key"] in self.objects:
+            raise AwsError("PreconditionFailed")
+        if not isinstance(body, bytes):
             body = body.read()
         self._world.stored(asked["Key"], body)
         self.objects[asked["Key"]] = body, asked["ContentType"]
@@ -230,6 +236,8 @@ def call(world: "World", service: str, operation: str, asked: dict[str, Any], cl
         if fault == "died after":
             world.die()
         raise_client_error(client, operation, error)
+    except (SourceFailed, UnseekableStreamError):
+        raise  # the file host broke off, or the upload would have been repeated
     except Exception as error:
         # The library would take it for a fault of AWS's, and bear it.
         world.broken = error

@@ -27,6 +27,7 @@ from tests.simulation.world import ENVIRONMENT_HERE, World
 from tests.simulation.worlds import worlds_of
 from tests.support import library, strict_parameters
 from tests.support.aws_clients import Clients
+from tests.support.downloads import HttpxDownloads
 
 
 class _Inline:
@@ -156,7 +157,7 @@ def installed() -> Iterator[Simulation]:
     )
     here = {time.time: now, time.monotonic: now, time.sleep: sleep, random.random: chance}
     own: dict[type, dict[str, Any]] = {
-        OutputsBucket: {"open_client": lambda: nullcontext(files)},
+        OutputsBucket: {"open_client": lambda: HttpxDownloads(files)},
         Receivers: {"open_client": lambda **_: nullcontext(receivers)},
     }
     level = logger.log_level

@@ -18,7 +18,7 @@ from predictions.aws.dynamodb import PRESENT, Condition, Sum
 from predictions.aws.executions import Executions
 from predictions.batches.manage import BatchControl
 from predictions.files import copier, output_references
-from predictions.files.copier import Copier
+from predictions.files.copier import Copier, _Announced
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.ids import random_id
 from predictions.intake import redelivery
@@ -413,6 +413,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "a cancel is not passed on": _method(CancelPrediction, "pass_on", lambda _: lambda self, prediction: prediction),
     "ExecutionAlreadyExists is taken for success": _method(Executions, "start", _started_whatever_is_there),
     "a file's size is not checked": _value(copier, "_length", lambda _: None),
+    "an upload takes a file that broke off": _method(_Announced, "read", lambda _: lambda self, size: self._read(size)),
     "a file that broke off is given up": _method(Copier, "_copy", _file_given_up),
     "a copy without a lease": _method(PredictionsTable, "lease_copy", _constant(True)),
     "files are not waited for": _method(OutputsBucket, "holds_files", _constant(False)),

@@ -20,6 +20,7 @@ from predictions.store.schemas import StoredSchemas
 from predictions.upstream.client import Replicate
 from predictions.upstream.credentials import Token
 
+from tests.support.downloads import downloads_of
 from tests.support.fakes import API_URL, Clock, Executed, ReplicateInMemory, Wakes
 from tests.support.protocol import Submissions, Timing
 from tests.support.quick_aws import QUICK, QuickTable, account, mocked
@@ -155,7 +156,7 @@ def replicate(clock: Clock) -> Iterator[ReplicateInMemory]:
 @pytest.fixture
 def outputs(cloud: None, clock: Clock, replicate: ReplicateInMemory) -> OutputsBucket:
     """The outputs bucket, whose files come from the Replicate in this process."""
-    return OutputsBucket("outputs", open_client=replicate.client, clock=clock.now, sleep=clock.sleep)
+    return OutputsBucket("outputs", open_client=downloads_of(replicate.client), clock=clock.now, sleep=clock.sleep)
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from predictions.upstream.credentials import Token
 
 from tests.reliability import Recorded
 from tests.support.aws_clients import AwsError, Clients, raise_client_error
+from tests.support.downloads import downloads_of
 from tests.support.dynamodb import ConditionFailed, Table
 from tests.support.fakes import API_URL, Clock, ReplicateInMemory
 from tests.support.fixtures import TIMING
@@ -84,7 +85,7 @@ class Stack:
         self._order = itertools.count()
         dynamodb = aws.client("dynamodb")
         upstream = Replicate(ReplicateInMemory.URL, Token("replicate-token"), self.replicate.client())
-        outputs = OutputsBucket("outputs", open_client=self.replicate.client, clock=self.clock.now)
+        outputs = OutputsBucket("outputs", open_client=downloads_of(self.replicate.client), clock=self.clock.now)
         self.predictions = PredictionsTable("predictions", outputs, dynamodb)
         self.functions = [
             Submissions(

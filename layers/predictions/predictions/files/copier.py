@@ -3,9 +3,13 @@
 An object is visible only when all of its bytes are there, and is never written twice (`If-None-Match: *`), so an
 object that exists is a finished copy: of an earlier attempt that crashed afterwards, or of one that runs now.
 
-Memory while storing: four files at once, each with one part of 5 MiB, plus the pieces that botocore and TLS hold of
-it: below 32 MiB whatever the size of the files. A `data:` URL's text is in memory anyway, as part of the output; what
-it decodes to comes on top.
+A file whose length its host announces is one PUT, which takes its bytes as they come: no more than one read is in
+memory, and S3 verifies the SHA-256 that is recorded. A PUT that does not get all of its bytes makes no object.
+All others, and what is above S3's limit for one PUT, are sent in parts.
+
+Memory while storing: four files at once, each with 256 KiB, or one part of 5 MiB, plus the pieces that botocore and TLS
+hold of it: below 32 MiB whatever the size of the files. A `data:` URL's text is in memory anyway, as part of the
+output; what it decodes to comes on top.
 """
 
 import binascii
@@ -14,7 +18,7 @@ import io
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
@@ -22,16 +26,17 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, UnseekableStreamError
 
 from predictions.aws.clients import client
-from predictions.aws.s3 import MultipartUpload, error_code, head
+from predictions.aws.s3 import PUT_MAX_BYTES, MultipartUpload, StreamedBody, error_code, head, put_streamed
 from predictions.errors import CopyInterrupted
 from predictions.files.output_references import ORIGIN_DEPTH, OutputFile, StoredFile, is_file_url
 
 if TYPE_CHECKING:
-    import httpx
     from mypy_boto3_s3 import S3Client
+
+    from predictions.net.downloads import Download, DownloadClient
 
 FILE_MAX_BYTES = 5 * 1024**3
 """The largest file that is copied: 5 GiB."""
@@ -75,7 +80,7 @@ class Copier:
         self,
         bucket_name: str,
         file_origins: Sequence[str],
-        open_client: "Callable[[], AbstractContextManager[httpx.Client]] | None",
+        open_client: "Callable[[], AbstractContextManager[DownloadClient]] | None",
         clock: Callable[[], float],
         sleep: Callable[[float], None],
     ) -> None:
@@ -115,18 +120,17 @@ class Copier:
     def _s3(self) -> "S3Client":
         return client("s3")
 
-    def _guarded_client(self) -> "httpx.Client":
-        # Imported here, since functions that only read outputs must not pay for httpx at their cold start.
-        from predictions.net.client import TimedNetwork, guarded_client
+    def _guarded_client(self) -> "DownloadClient":
+        # Imported here, since functions that only read outputs must not pay for an HTTP client at their cold start.
+        from predictions.net.downloads import DownloadClient
 
-        network = TimedNetwork(lambda: self._thread.left())
-        return guarded_client(allowed_origins=self._file_origins, timeout=15, network=network)
+        return DownloadClient(allowed_origins=self._file_origins, left=lambda: self._thread.left())
 
     def _copy(
         self,
         file: OutputFile,
         key: str,
-        http: "httpx.Client",
+        http: "DownloadClient",
         remaining_seconds: Callable[[], float],
         depth: int,
     ) -> "StoredFile | _Interrupted":
@@ -159,12 +163,14 @@ class Copier:
             except ClientError as error:
                 # The stack's own fault, also if a permission is missing: the file itself is not to blame.
                 reason = f"the outputs bucket answered {error_code(error)}"
+            except UnseekableStreamError:
+                reason = "the outputs bucket broke the upload off"
             except BotoCoreError as error:
                 reason = f"the outputs bucket could not be reached ({type(error).__name__})"
         return _Interrupted(f"{reason}, {_ATTEMPTS} times")
 
     def _copy_once(
-        self, file: OutputFile, key: str, http: "httpx.Client", check_time: Callable[[], None], depth: int
+        self, file: OutputFile, key: str, http: "DownloadClient", check_time: Callable[[], None], depth: int
     ) -> StoredFile:
         if file.source[:5].lower() == "data:":
             return self._upload(file, key, _open_data_url(file.source), check_time, depth)
@@ -185,15 +191,47 @@ class Copier:
     def _upload(
         self, file: OutputFile, key: str, body: "_Body", check_time: Callable[[], None], depth: int
     ) -> StoredFile:
-        """Write one object: in one request, or in parts, invisible until completed."""
+        """Write one object: as its bytes come, or in parts, invisible until it is complete."""
         headers: dict[str, Any] = {**_served_as(body.content_type), "Metadata": {ORIGIN_DEPTH: str(depth)}}
+        if body.framed and body.length is not None and body.length <= PUT_MAX_BYTES:
+            size, sha256, is_there = self._put(key, body, body.length, check_time, headers)
+        else:
+            size, sha256, is_there = self._upload_parts(key, body, check_time, headers)
+        if is_there:
+            stored = self._stored(file, key, check_time)
+            if (stored.bytes, stored.sha256) != (size, sha256):
+                raise _Refused(_OTHER_OBJECT)
+            return stored
+        return StoredFile(file.path, file.index, key, size, sha256, headers["ContentType"])
+
+    def _put(
+        self, key: str, body: "_Body", length: int, check_time: Callable[[], None], headers: dict[str, Any]
+    ) -> tuple[int, str, bool]:
+        """Send a body of a known length in one request; return its size, hash, and whether an object was there."""
+        source = _Announced(body.read, length, check_time)
+        sent = StreamedBody(source.read, length)
+        check_time()
+        try:
+            put_streamed(self._bucket_name, key, sent, IfNoneMatch="*", **headers)
+        except ClientError as error:
+            if not _is_there(error):
+                raise
+            # S3 answers so before it has all of the body, too: its hash needs the rest.
+            sent.drain()
+            return length, sent.sha256.hexdigest(), True
+        return length, sent.sha256.hexdigest(), False
+
+    def _upload_parts(
+        self, key: str, body: "_Body", check_time: Callable[[], None], headers: dict[str, Any]
+    ) -> tuple[int, str, bool]:
+        """Send a body in parts, or at once if it is smaller than one; return as `_put`."""
         sha256 = hashlib.sha256()
         size = 0
         part = self._thread.part
         part.clear()
         upload: MultipartUpload | None = None
         try:
-            for piece in _pieces(body.chunks):
+            while piece := memoryview(body.read(_PIECE_BYTES)):
                 check_time()
                 size += len(piece)
                 if size > FILE_MAX_BYTES:
@@ -217,17 +255,13 @@ class Copier:
                 else:
                     self._s3.put_object(Bucket=self._bucket_name, Key=key, Body=part, IfNoneMatch="*", **headers)  # type: ignore[arg-type]  # a file in all but typing
             except ClientError as error:
-                # NoSuchUpload: a complete of which the response was lost, repeated by botocore.
-                if error_code(error) not in ("PreconditionFailed", "412", "NoSuchUpload"):
+                if not _is_there(error):
                     raise
-                stored = self._stored(file, key, check_time)
-                if (stored.bytes, stored.sha256) != (size, sha256.hexdigest()):
-                    raise _Refused(_OTHER_OBJECT) from None
-                return stored
+                return size, sha256.hexdigest(), True
         finally:
             if upload:
                 upload.abort()
-        return StoredFile(file.path, file.index, key, size, sha256.hexdigest(), headers["ContentType"])
+        return size, sha256.hexdigest(), False
 
     def _stored(self, file: OutputFile, key: str, check_time: Callable[[], None]) -> StoredFile:
         """Describe the stored object by reading it: its checksum is not stored elsewhere."""
@@ -242,32 +276,32 @@ class Copier:
         return StoredFile(file.path, file.index, key, size, sha256.hexdigest(), response["ContentType"])
 
     @contextmanager
-    def _open_url(self, url: str, http: "httpx.Client") -> "Iterator[_Body]":
+    def _open_url(self, url: str, http: "DownloadClient") -> "Iterator[_Body]":
         """Open the body at a URL, through at most five redirects to allowed origins."""
-        import httpx  # see _guarded_client
-
-        from predictions.net.addresses import AddressRefused
+        from predictions.net.addresses import AddressRefused  # see _guarded_client
+        from predictions.net.downloads import DownloadFailed, UrlInvalid
 
         # Without compression, lengths are those of the file.
         headers = {"Accept-Encoding": "identity", "User-Agent": "replicate-serverless"}
         try:
             for _ in range(_MAX_REDIRECTS + 1):
-                with http.stream("GET", url, headers=headers) as response:
-                    if response.status_code in (301, 302, 303, 307, 308):
-                        url = str(response.url.join(response.headers.get("Location", "")))
+                with http.open(url, headers) as response:
+                    if response.status in (301, 302, 303, 307, 308):
+                        url = response.redirect()
                         if not is_file_url(url, self._file_origins):
                             raise _Refused("the file host redirected to where files may not come from")
                         continue
                     _check_answer(response)
-                    yield _Body(response.headers.get("Content-Type", ""), _length(response), response.iter_raw())
+                    content_type = response.headers.get("Content-Type", "")
+                    yield _Body(content_type, _length(response), response.length is not None, response.read)
                     return
             raise _Refused(f"the file host redirected more than {_MAX_REDIRECTS} times")
-        except httpx.InvalidURL:
+        except UrlInvalid:
             raise _Refused("the file's URL, or one that it redirects to, is not valid") from None
         except AddressRefused as error:
             raise _Refused(f"the file's address {error}") from None
-        except httpx.HTTPError as error:
-            raise _Interrupted(f"the connection to the file host failed ({type(error).__name__})") from None
+        except DownloadFailed as error:
+            raise _Interrupted(f"the connection to the file host failed ({error})") from None
 
 
 class _OfThread(threading.local):
@@ -308,9 +342,39 @@ _OTHER_OBJECT = "another file is stored in its place"
 
 @dataclass(frozen=True, slots=True)
 class _Body:
+    """A file on its way.
+
+    Attributes:
+        length: As its host announced it.
+        framed: Whether nothing but the length ends it.
+        read: Returns at least one byte and at most as many as it is asked for, in memory that the next call may
+            overwrite; none at the end.
+    """
+
     content_type: str
     length: int | None
-    chunks: Iterable[bytes]
+    framed: bool
+    read: Callable[[int], bytes | memoryview]
+
+
+class _Announced:
+    """A source of exactly as many bytes as were announced; of any other, it is an error."""
+
+    def __init__(self, read: Callable[[int], bytes | memoryview], length: int, check_time: Callable[[], None]) -> None:
+        self._read = read
+        self._length = self._left = length
+        self._check_time = check_time
+
+    def read(self, size: int) -> bytes | memoryview:
+        self._check_time()
+        piece = self._read(size)
+        self._left -= len(piece)
+        if not piece:
+            raise _Interrupted(f"the file ended after {self._length - self._left} of {self._length} bytes")
+        # Nothing is received for this where the host's length ends the body, so the piece is not overwritten.
+        if not self._left and self._read(1):
+            raise _Interrupted(f"the file went on after the {self._length} bytes that were announced")
+        return piece
 
 
 class _UploadPart(io.RawIOBase):
@@ -372,11 +436,17 @@ def _open_data_url(url: str) -> _Body:
             content = binascii.a2b_base64(text, strict_mode=True)
         except binascii.Error:
             raise _Refused("the data: URL is not valid base64") from None
-    return _Body(header, len(content), (content,))
+    return _Body(header, len(content), True, io.BytesIO(content).read)
 
 
-def _check_answer(response: "httpx.Response") -> None:
-    status = response.status_code
+def _is_there(error: ClientError) -> bool:
+    """Return whether an upload failed because there is an object."""
+    # NoSuchUpload: a complete of which the response was lost, repeated by botocore.
+    return error_code(error) in ("PreconditionFailed", "412", "NoSuchUpload")
+
+
+def _check_answer(response: "Download") -> None:
+    status = response.status
     if status in (403, 404, 410):
         raise _Gone(f"the file host answered {status}: the file is gone")
     if status in (408, 425, 429) or status >= 500:
@@ -387,7 +457,7 @@ def _check_answer(response: "httpx.Response") -> None:
         raise _Refused("the file host compressed the file, although it was asked not to")
 
 
-def _length(response: "httpx.Response") -> int | None:
+def _length(response: "Download") -> int | None:
     text = response.headers.get("Content-Length")
     if text is None:
         return None
@@ -396,13 +466,6 @@ def _length(response: "httpx.Response") -> int | None:
     if int(text) > FILE_MAX_BYTES:
         raise _Refused(_TOO_LARGE)
     return int(text)
-
-
-def _pieces(chunks: Iterable[bytes]) -> Iterator[memoryview]:
-    for chunk in chunks:
-        view = memoryview(chunk)
-        for start in range(0, len(view), _PIECE_BYTES):
-            yield view[start : start + _PIECE_BYTES]
 
 
 def _served_as(content_type: str) -> dict[str, str]:

@@ -30,9 +30,10 @@ from predictions.files.output_references import (
 )
 
 if TYPE_CHECKING:
-    import httpx
     from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
+
+    from predictions.net.downloads import DownloadClient
 
 # One owner's files are below one segment; a segment is what our own ids are made of, and cannot climb.
 _PREFIX = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._@+=-]*(?:/[A-Za-z0-9_-][A-Za-z0-9._@+=-]*)*")
@@ -89,7 +90,7 @@ class OutputsBucket:
         name: str,
         file_origins: Sequence[str] = (),
         *,
-        open_client: "Callable[[], AbstractContextManager[httpx.Client]] | None" = None,
+        open_client: "Callable[[], AbstractContextManager[DownloadClient]] | None" = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
