@@ -39,6 +39,20 @@ TOPIC = QUICK["AlarmTopicArn"]
 SUBSCRIBER = TOPIC.replace(":sns:", ":sqs:")
 
 
+@pytest.fixture(scope="module")
+def cloud() -> Iterator[LocalCloud]:
+    """A stack of its own: what other tests leave behind is what the checks find, and no poll comes before a webhook."""
+    with LocalCloud(parameters=QUICK | {"FirstPollSeconds": "120"}) as started:
+        yield started
+
+
+@pytest.fixture
+def replicate(cloud: LocalCloud) -> Iterator[LocalReplicate]:
+    """The stand-in for Replicate, without faults."""
+    yield cloud.replicate
+    cloud.replicate.reset()
+
+
 @pytest.fixture(autouse=True)
 def environment(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**CREDENTIALS, "AWS_REGION": REGION, "AWS_ENDPOINT_URL": cloud.endpoint_url}.items():
@@ -46,7 +60,7 @@ def environment(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def repaired(cloud: LocalCloud) -> Iterator[list[Finding]]:
+def repaired(cloud: LocalCloud) -> list[Finding]:
     """The stack as on AWS: what the emulator ignores is set by the commands that the checks print."""
     boto = cloud.client
     boto("sns").create_topic(Name=TOPIC.rpartition(":")[2])
@@ -60,13 +74,7 @@ def repaired(cloud: LocalCloud) -> Iterator[list[Finding]]:
     for finding in findings:
         if finding.name in IGNORED:
             paste(finding.action, boto)
-    yield findings
-    boto("sns").delete_topic(TopicArn=TOPIC)
-    # The emulator would now remove expired items, which other tests still read.
-    off = {"Enabled": False, "AttributeName": "expires_at"}
-    boto("dynamodb").update_time_to_live(TableName=cloud.stack.table_name, TimeToLiveSpecification=off)
-    for bucket in (cloud.stack.outputs_bucket, cloud.stack.inputs_bucket):
-        boto("s3").delete_bucket_lifecycle(Bucket=bucket)
+    return findings
 
 
 @pytest.fixture
