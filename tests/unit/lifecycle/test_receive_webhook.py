@@ -78,7 +78,7 @@ def test_late_webhook_changes_nothing_but_sends_the_token_again(
     before = raw_items(prediction.id)
     assert receive(table, prediction.id, body(late, output="other", logs="x" * 99), clock.now()) is Receipt.NOTHING_NEW
     assert raw_items(prediction.id) == before
-    assert wakes.tokens == ["token-1", "token-1"]
+    assert (wakes.tokens, wakes.copies) == ([], ["token-1", "token-1"])
 
 
 def test_stale_token_is_expected(table: PredictionsTable, clock: Clock, wakes: Wakes) -> None:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from predictions.aws.executions import wake
+from predictions.lifecycle.tracking import wake
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Change, Merge
@@ -38,5 +38,5 @@ def merge(
     if outcome.change in (Change.ENDED, Change.CLOSED) and outcome.prediction is not None:
         if outcome.change is Change.ENDED and not outcome.prediction.awaits_copy:
             count_ended(outcome.prediction.visible, now - outcome.prediction.created)
-        wake(outcome.prediction.task_token)
+        wake(outcome.prediction)
     return outcome

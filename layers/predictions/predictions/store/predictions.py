@@ -525,16 +525,29 @@ class PredictionsTable(PredictionReads):
             return False
         return True
 
-    def next_execution(self, prediction: Prediction, execution_arn: str, now: float) -> Prediction | None:
-        """Count up the execution that tracks a prediction; return None if another writer did so first."""
+    def next_execution(
+        self, prediction: Prediction, execution_arn: str, now: float, *, takes_copy: bool = False, unbound: bool = False
+    ) -> Prediction | None:
+        """Count up the execution that tracks a prediction; return None if another writer did so first.
+
+        Args:
+            prediction: The prediction.
+            execution_arn: The next execution: `{id}-{n+1}`, in the state machine whose first state it needs.
+            now: The time.
+            takes_copy: Whether the next execution takes over the lease to copy that this one was granted.
+            unbound: Whether only while the prediction is unbound.
+        """
+        n = prediction.execution_n + 1
+        counted = _OPEN & _as_read(prediction, "execution_n")
         return self._change(
             prediction.id,
             set={
-                "execution_n": prediction.execution_n + 1,
+                "execution_n": n,
                 "execution_arn": execution_arn,
                 **_check_after(int(now)),
+                **({"copy_by": n} if takes_copy else {}),
             },
-            condition=_OPEN & _as_read(prediction, "execution_n"),
+            condition=counted & _UNBOUND if unbound else counted,
         )
 
     def orphan_canceled(self, prediction: Prediction, upstream_id: str) -> None:
