@@ -5,6 +5,7 @@ The earlier version is this one with the state machine as the first release had 
 runs at Replicate and whose execution is gone, and one that was only written down.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -174,6 +175,21 @@ def put_old_items(cloud: LocalCloud, running: Any) -> None:
     dynamodb.put_item(TableName=cloud.stack.table_name, Item=token)
 
 
+def make_due(cloud: LocalCloud, *prediction_ids: str) -> None:
+    """Lets the sweep look at once: an earlier one may have started what the deployment has killed."""
+    dynamodb = cloud.client("dynamodb")
+    for id_ in prediction_ids:
+        with contextlib.suppress(dynamodb.exceptions.ConditionalCheckFailedException):  # it has ended
+            dynamodb.update_item(
+                TableName=cloud.stack.table_name,
+                Key={"pk": {"S": f"prediction#{id_}"}, "sk": {"S": "status"}},
+                UpdateExpression="SET next_check_at = :then",
+                ConditionExpression="attribute_exists(#open)",
+                ExpressionAttributeNames={"#open": "open"},
+                ExpressionAttributeValues={":then": {"N": "1"}},
+            )
+
+
 def last_state(cloud: LocalCloud, prediction_id: str) -> str:
     """The last state that a prediction's execution has entered, by which the versions differ."""
     key = {"pk": {"S": f"prediction#{prediction_id}"}, "sk": {"S": "status"}}
@@ -261,6 +277,7 @@ def test_new_version_over_a_working_stack_loses_nothing_and_a_deletion_keeps_the
         "succeeded",
     }
     assert set(OLD.values()) <= {each["id"] for each in alice.get("/predictions")["results"]}
+    make_due(own, OLD["written"], OLD["running"])
     own.client("lambda").invoke(FunctionName=own.resources["SweepPredictionsFunction"], Payload=b"{}")
     assert alice.call("POST", f"/predictions/{OLD['running']}/cancel").status_code == 200
     for name, status in (("written", "succeeded"), ("started", "succeeded"), ("running", "canceled")):

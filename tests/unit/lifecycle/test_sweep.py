@@ -20,6 +20,7 @@ from predictions.upstream.prediction import PARSED_LIMIT_BYTES, UpstreamPredicti
 from tests.support.batches import LLAMA, World, plenty
 from tests.support.batches import world as batch_world  # noqa: F401  # a fixture
 from tests.support.fakes import VERSION, Clock, Died, Executed, ReplicateInMemory, accept_then, answer, refusing
+from tests.support.predictions import hold_token
 from tests.support.protocol import Submissions
 
 HOUR = 3600
@@ -76,6 +77,7 @@ class TestDeadLooks:
         table.request_cancel(first.id, clock.now())
         clock.advance(1)
         second = start(submissions, source="hare")
+        hold_token(table, second.id, "token", next_check_at=clock.now() + 180)
         executed.stop(f"{second.id}-1")
         clock.advance(181)
         replicate.read_faults = [dies]

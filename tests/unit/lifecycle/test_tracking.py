@@ -186,14 +186,20 @@ def test_create_without_a_clear_answer_that_a_webhook_has_bound_needs_no_other_m
     assert executed.inputs == {f"{started.id}-1": {"id": started.id, "submit": False}}
 
 
+@pytest.mark.parametrize("create", [THROTTLED, answer(500)], ids=["throttled", "unknown"])
 def test_function_whose_item_moved_on_to_the_other_machine_starts_nothing(
-    submissions: Submissions, replicate: ReplicateInMemory, table: PredictionsTable, executed: Executed, clock: Clock
+    submissions: Submissions,
+    replicate: ReplicateInMemory,
+    table: PredictionsTable,
+    executed: Executed,
+    clock: Clock,
+    create: Answer,
 ) -> None:
     def swept_meanwhile(request: httpx.Request, replicate: ReplicateInMemory) -> httpx.Response:
         # The function was frozen: the sweep takes its claim for one of unknown outcome.
         clock.advance(31)
         submissions.sweep(10, lambda: 300)
-        return THROTTLED(request, replicate)
+        return create(request, replicate)
 
     replicate.faults = [swept_meanwhile]
     started = submissions.start(wanted(key="k"))
@@ -218,6 +224,14 @@ def test_request_whose_function_died_before_any_execution_is_failed_and_not_subm
     submissions.sweep(10, lambda: 300)
     assert current(table, intent.id).visible == "failed"
     assert replicate.predictions == {}
+
+
+def test_bind_leaves_the_check_of_its_claim_which_is_sooner_than_any_that_it_would_set(
+    submissions: Submissions, table: PredictionsTable, clock: Clock
+) -> None:
+    bound = current(table, submissions.start(wanted()).id)
+    assert bound.upstream_id
+    assert bound.next_check_at == int(clock.now()) + 30
 
 
 def test_item_of_an_earlier_release_stays_with_its_machine(

@@ -29,10 +29,18 @@ class Transitions:
         self._now = now
 
     def merge(
-        self, prediction: Prediction, told: UpstreamPrediction, *, next_check_at: int | None = None
+        self, prediction: Prediction, told: UpstreamPrediction, *, next_check_at: int | None = None, fresh: bool = False
     ) -> Prediction:
-        """Merge what Replicate said of a prediction; return the prediction as it is then."""
-        outcome = merge(self._table, prediction.id, told, self._now(), next_check_at=next_check_at)
+        """Merge what Replicate said of a prediction; return the prediction as it is then.
+
+        Args:
+            prediction: The prediction.
+            told: What Replicate said.
+            next_check_at: When the sweep should look, if the caller knows better than the item.
+            fresh: Whether the caller has just read or written the prediction: then it is not read again.
+        """
+        known = prediction if fresh else None
+        outcome = merge(self._table, prediction.id, told, self._now(), next_check_at=next_check_at, known=known)
         return outcome.prediction or prediction
 
     def end(
