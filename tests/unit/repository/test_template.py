@@ -1342,6 +1342,7 @@ def test_outputs_are_those_that_users_and_tools_rely_on() -> None:
         "RunJobsDeadLetterQueueUrl",
         "EventBusName",
         "TrackPredictionStateMachineArn",
+        "TrackSubmittedStateMachineArn",
         "ReplicateTokenSecretArn",
         "ApiUrlParameterName",
         "SigningSecretArn",
@@ -1354,6 +1355,7 @@ def test_names_that_replace_references_agree() -> None:
     # Functions get the machines' ARNs and the parameter's name as text, since a reference would be circular.
     machines = {
         "STATE_MACHINE_ARN": load_template()["Resources"]["TrackPredictionStateMachine"]["Properties"]["Name"],
+        "SUBMITTED_STATE_MACHINE_ARN": load_template()["Resources"]["TrackSubmittedStateMachine"]["Properties"]["Name"],
         "PIPELINE_STATE_MACHINE_ARN": load_template()["Resources"]["RunPipelineStateMachine"]["Properties"]["Name"],
         "BATCH_STATE_MACHINE_ARN": load_template()["Resources"]["RunBatchStateMachine"]["Properties"]["Name"],
     }
