@@ -56,7 +56,7 @@ MANAGED = {
         ("AWSXRayDaemonWriteAccess", "AWSXRayDaemonWriteAccess"),
     )
 }
-# Placeholders for packages after `sam build` and `sam package`; the checks do not read them.
+# Placeholders for packages after `sam build` and `sam package`.
 PACKAGED = {
     "AWS::Serverless::Function": "CodeUri",
     "AWS::Serverless::LayerVersion": "ContentUri",
@@ -116,7 +116,10 @@ def translated(template: Path) -> dict[str, Any]:
     source = yaml_parse(template.read_text())
     for resource in source["Resources"].values():
         if resource["Type"] in PACKAGED:
-            resource["Properties"][PACKAGED[resource["Type"]]] = "s3://packages/package"
+            name = PACKAGED[resource["Type"]]
+            # The checks read definitions of state machines, by their file's name.
+            key = resource["Properties"][name] if name == "DefinitionUri" else "package"
+            resource["Properties"][name] = f"s3://packages/{key}"
     try:
         result: dict[str, Any] = transform(source, {}, Managed())
     except InvalidDocumentException as error:

@@ -58,7 +58,7 @@ FAULTY_CASE: dict[str, Any] = {"text": "$states.input.seen & ''", "states": {"in
 def deployed(template: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the definitions of the state machines as Step Functions gets them, by logical id."""
     return {
-        logical: json.loads(definition(logical, resource["Properties"]["DefinitionSubstitutions"]))
+        logical: json.loads(definition(resource["Properties"]))
         for logical, resource in Stack(template, "replicate-serverless", EVERYTHING).resources().items()
         if resource["Type"] == "AWS::StepFunctions::StateMachine"
     }

@@ -183,7 +183,7 @@ def test_error_of_a_machine_and_another_value_are_findings(tmp_path: Path, monke
         answer["values"][1] = {"error": "Unknown function"}
 
     found = machines.opinions(template(), node(tmp_path, monkeypatch, change))
-    text = "$states.input.submit = true"
+    text = "$states.input.done = true"
     assert [(each.check, each.resource) for each in found] == [
         ("asl-validator", "RunBatchStateMachine"),
         ("jsonata", text),
