@@ -46,8 +46,8 @@ OUTPUTS = {
     "ReplicateTokenSecretArn": "arn:token",
     "SigningSecretArn": "arn:signing",
     "TableName": "table-1",
-    "TrackPredictionStateMachineArn": "arn:aws:states:eu-central-1:123456789012:stateMachine:demo-track-prediction",
 }
+EXECUTION = f"arn:aws:states:eu-central-1:123456789012:execution:demo-track-submitted:{ID}-1"
 KINDS = {"AWS::Serverless::Function": "AWS::Lambda::Function"}
 DEPLOYED = {
     **{name: KINDS.get(each["Type"], each["Type"]) for name, each in load_template()["Resources"].items()},
@@ -644,7 +644,7 @@ class Trial:
         assert prediction_id == ID
         over = self.at - NOW >= self.runs
         return SimpleNamespace(
-            id=ID, visible=self.end if over else "processing", ended_visibly=over, error=self.error, execution_n=1,
+            id=ID, visible=self.end if over else "processing", ended_visibly=over, error=self.error, execution_arn=EXECUTION,
             upstream_id=UPSTREAM if self.bound else None, completed_at=datetime.fromtimestamp(NOW + 1, UTC).isoformat(),
         )  # fmt: skip
 
