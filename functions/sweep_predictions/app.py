@@ -8,7 +8,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from predictions.aws.clients import client
 from predictions.batches.manage import BatchControl
 from predictions.lifecycle.connections import Connections
-from predictions.lifecycle.fan_out import FanOut, for_a_run, handed_over
+from predictions.lifecycle.fan_out import FanOut, handed_over
 from predictions.lifecycle.sweep import SweepPredictions
 from predictions.observability import MetricUnit, handler_of, logger, metrics, remaining_seconds
 from predictions.pipelines.advance import PipelineExecutions
@@ -47,7 +47,7 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
 
     def sweep(shards: Sequence[str], *, shared: bool) -> int:
         others = {"batch": sweep_batch, "pipeline": pipeline_executions.restart}
-        found = sweeping.sweep(SWEEP_LIMIT, for_a_run(left) if shared else left, others, shards)
+        found = sweeping.sweep(SWEEP_LIMIT, fan_out.for_a_run(left) if shared else left, others, shards)
         metrics.add_metric(name="SweepFound", unit=MetricUnit.Count, value=found)
         return found
 

@@ -10,7 +10,7 @@ from botocore.exceptions import ClientError
 from predictions.aws import clients
 from predictions.ids import random_id
 from predictions.intents.model import create_intent
-from predictions.lifecycle.fan_out import ITEMS_OF_A_RUN, RUNS_AT_ONCE, FanOut, for_a_run, groups_of, handed_over
+from predictions.lifecycle.fan_out import ITEMS_OF_A_RUN, RUNS_AT_ONCE, FanOut, groups_of, handed_over
 from predictions.lifecycle.sweep import SweepPredictions
 from predictions.store.keys import OPEN_SHARDS, shard_of
 
@@ -70,7 +70,8 @@ def sweep_once(table: Due, runs: Runs, now: float, *, dies: Iterable[int] = (), 
     looked = 0
     for part in parts + parts[1:] * twice:
         seconds = 0.0
-        lasted = for_a_run(lambda: 300 - seconds, clock=lambda: seconds)  # noqa: B023  # called within this turn
+        run = FanOut(cast(Any, table), cast(Any, runs), clock=lambda: seconds)  # noqa: B023  # called within this turn
+        lasted = run.for_a_run(lambda: 300 - seconds)  # noqa: B023
 
         def look(id_: str) -> None:
             nonlocal seconds, looked

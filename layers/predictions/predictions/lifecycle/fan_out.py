@@ -46,11 +46,17 @@ class FanOut:
     """
 
     def __init__(
-        self, table: PredictionReads, lambda_: "LambdaClient", *, now: Callable[[], float] = time.time
+        self,
+        table: PredictionReads,
+        lambda_: "LambdaClient",
+        *,
+        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._table = table
         self._lambda = lambda_
         self._now = now
+        self._clock = clock
 
     def share(self, function_name: str) -> tuple[Sequence[str], bool]:
         """Count what is open, and hand over what this run does not check itself.
@@ -76,6 +82,11 @@ class FanOut:
         left = [shard for group in others if group not in handed for shard in group]
         return [*own, *left], bool(handed)
 
+    def for_a_run(self, remaining_seconds: Callable[[], float]) -> Callable[[], float]:
+        """Return what says how much time is left to a run of shared shards: none after `RUN_SECONDS` from now."""
+        until = self._clock() + RUN_SECONDS
+        return lambda: remaining_seconds() if self._clock() < until else 0
+
     def _hand(self, function_name: str, shards: Sequence[str]) -> bool:
         payload = json.dumps({"shards": shards}).encode()
         try:
@@ -95,14 +106,6 @@ def groups_of(due: Mapping[str, int]) -> list[list[str]]:
         least = min(range(number), key=lambda n: groups[n][0])
         groups[least] = groups[least][0] + count, [*groups[least][1], shard]
     return [shards for _, shards in groups]
-
-
-def for_a_run(
-    remaining_seconds: Callable[[], float], *, clock: Callable[[], float] = time.monotonic
-) -> Callable[[], float]:
-    """Return what says how much time is left to a run of shared shards: none after `RUN_SECONDS` from now."""
-    until = clock() + RUN_SECONDS
-    return lambda: remaining_seconds() if clock() < until else 0
 
 
 def handed_over(event: Mapping[str, Any]) -> list[str]:
