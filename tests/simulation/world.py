@@ -254,7 +254,7 @@ class World:
         fault = self.faults.of_state()
         queue = self.queues[names_by_url()[given["QueueUrl"]]]
         if fault is None or self.rng.random() < 0.5:  # it may be sent all the same
-            queue.send(json.dumps(given["MessageBody"]))
+            queue.send(json.dumps(given["MessageBody"]), group=given.get("MessageGroupId"))
         if fault:
             raise TaskError("SQS.SdkClientException")
 

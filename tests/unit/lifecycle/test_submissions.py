@@ -10,6 +10,7 @@ from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import Attempt, create_intent, model_reference
+from predictions.lifecycle.fan_out import FanOut
 from predictions.observability import metrics
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
@@ -1023,12 +1024,15 @@ class TestMeasured:
     def test_what_is_open_is_counted_and_a_pause_noted_where_there_is_any(
         self, submissions: Submissions, table: PredictionsTable, clock: Clock
     ) -> None:
+        fan_out = FanOut(table, clients.client("lambda"))
         self.measured()
+        fan_out.share("function")
         submissions.measure()
         assert self.measured() == {}
         for key in ("a", "b"):
             waiting(table, clock, key=key)
         submissions.limiter.pause_by_command("Moving.")  # the table's, as the command writes it
+        fan_out.share("function")
         submissions.measure()
         assert self.measured() == {"OpenItems": [2], "Paused": [1]}
 

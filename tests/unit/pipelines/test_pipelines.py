@@ -146,6 +146,13 @@ class TestRun:
         world.turn(pipeline_id)
         assert world.sent() == []
 
+    def test_messages_are_in_the_group_of_the_pipelines_owner(self, world: World) -> None:
+        world.create(EACH)
+        found = clients.client("sqs").receive_message(
+            QueueUrl=world.queue_url, MaxNumberOfMessages=10, MessageSystemAttributeNames=["MessageGroupId"]
+        )["Messages"]
+        assert [each["Attributes"]["MessageGroupId"] for each in found] == ["alice"] * 2
+
     def test_message_gives_the_same_input_however_late_it_comes_again(self, world: World) -> None:
         world.replicate.files[FILE] = served(PNG)
         pipeline_id = world.create(IMAGE, LARGE)

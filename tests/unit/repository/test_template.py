@@ -1172,8 +1172,8 @@ def test_parameters_take_the_owners_that_the_code_takes(owner: str) -> None:
 
 
 def test_code_makes_no_asynchronous_hop_without_a_queue_that_keeps_what_fails() -> None:
-    # Of poll_prediction, by receive_webhook.
-    assert SOURCES_OF_METRICS.count("InvocationType") == 1
+    # Of poll_prediction, by receive_webhook, and of sweep_predictions, by itself.
+    assert SOURCES_OF_METRICS.count("InvocationType") == 2
     for made in ("put_targets(", "create_schedule("):
         assert SOURCES_OF_METRICS.count(made) <= 1
     # The target of recipes' rules and that of their schedules, which are put there and nowhere else.

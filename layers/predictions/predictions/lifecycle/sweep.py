@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -20,6 +20,7 @@ from predictions.lifecycle.tracking import Tracking, measure_age, wake
 from predictions.lifecycle.transitions import Transitions
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
+from predictions.store.keys import OPEN_SHARDS
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction
 
@@ -96,6 +97,7 @@ class SweepPredictions:
         limit: int,
         remaining_seconds: Callable[[], float],
         others: Mapping[str, Callable[[str], None]] | None = None,
+        shards: Iterable[str] = OPEN_SHARDS,
     ) -> int:
         """Check every prediction whose check is due, as far as the time allows: the next sweep continues.
 
@@ -104,13 +106,14 @@ class SweepPredictions:
             remaining_seconds: The time left to the function.
             others: Functions that check items of other kinds, such as `pipeline`, by the id that follows in their key.
                 Each defers the next check before anything else.
+            shards: Where to look for them.
 
         Returns:
             The number of checked items.
         """
         looked_at = 0
         sweepers = {"prediction": self._sweep, **(others or {})}
-        for pk in self._table.due(self._now(), limit):
+        for pk in self._table.due(self._now(), limit, shards):
             if remaining_seconds() < _STEP_SECONDS:
                 break
             looked_at += 1
@@ -219,12 +222,10 @@ class SweepPredictions:
         return self._unknown.look_again(self._orphans.cancel, self._binding.bind)
 
     def measure(self) -> None:
-        """Emit the metrics of open items and of a pause of submissions; none if nothing is open or paused.
+        """Emit the metric of a pause of submissions; none if they are not paused.
 
         Raises:
             ClientError, BotoCoreError: AWS failed.
         """
-        if open_ := self._table.count_open():
-            metrics.add_metric(name="OpenItems", unit=MetricUnit.Count, value=open_)
         if self._limiter.limiter_state().pause(self._now()):
             metrics.add_metric(name="Paused", unit=MetricUnit.Count, value=1)

@@ -131,7 +131,10 @@ class Progress:
                 continue
             for index in state.missing:
                 message = {"pipeline_id": stored.pipeline.id, "step": name, "index": index}
-                self._sqs.send_message(QueueUrl=self._queue_url, MessageBody=json.dumps(message))
+                # SQS prefers the messages of owners whose messages do not occupy the consumers (fair queues).
+                self._sqs.send_message(
+                    QueueUrl=self._queue_url, MessageBody=json.dumps(message), MessageGroupId=stored.pipeline.owner
+                )
             # Recorded afterwards: if the function crashes here, the next turn sends them again, which starts nothing
             # twice.
             self._pipelines.table.note_sent(stored.pipeline, name, self._now())

@@ -22,11 +22,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from predictions.aws.dynamodb import NEW, PRESENT, Condition, ConditionFailed
+from predictions.aws.dynamodb import NEW, PRESENT, Condition, ConditionFailed, IfNotExists
 from predictions.clock import timestamp
 from predictions.files.output_references import StoredFile
 from predictions.status import TERMINAL_RANK, Status, rank_of, visible
-from predictions.store.keys import CALLER, LIVE, input_sk, list_of, prediction_key, upstream_key
+from predictions.store.keys import CALLER, LIVE, input_sk, list_of, prediction_key, shard_of, upstream_key
 from predictions.store.reads import PredictionReads
 from predictions.store.records import (
     NOTHING_RESERVED,
@@ -159,7 +159,7 @@ class PredictionsTable(PredictionReads):
             "written_by": secrets.token_hex(8),
             "execution_n": 1,
             "execution_arn": execution_arn,
-            "open": "open",
+            "open": shard_of(intent.id),
             "expires_at": expires,
         }
         item = {name: value for name, value in values.items() if value is not None}
@@ -401,7 +401,7 @@ class PredictionsTable(PredictionReads):
             return Merge(Change.ORPHAN, prediction)
         changed = self._change(
             prediction.id,
-            set={"open": "open", "next_check_at": int(now)},
+            set={**_reopened(prediction.id), "next_check_at": int(now)},
             add={"orphans": {report.id}},
             condition=PRESENT & Condition("NOT contains(orphans, :id)", id=report.id),
         )
@@ -594,7 +594,7 @@ class PredictionsTable(PredictionReads):
             set={
                 "deleted": int(now),
                 "data_removed": True,
-                "open": "open",
+                **_reopened(prediction_id),
                 **_check_after(int(now)),
             },
             # They lead to data: places in the bucket, and Replicate's stream.
@@ -688,6 +688,11 @@ def _lease(now: float, wait_seconds: int) -> dict[str, int]:
     submit_until = int(now) + wait_seconds + SUBMIT_SECONDS
     next_check_at = submit_until + _AFTER_SUBMIT_SECONDS
     return {"claimed": int(now), "submit_until": submit_until, "next_check_at": next_check_at}
+
+
+def _reopened(prediction_id: str) -> dict[str, Any]:
+    """Return what puts an item on the sweep's list, if it is not there: an item stays in the shard that it is in."""
+    return {"open": IfNotExists(shard_of(prediction_id))}
 
 
 def _check_after(moment: int) -> dict[str, int]:
