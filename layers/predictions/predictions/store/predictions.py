@@ -551,15 +551,11 @@ class PredictionsTable(PredictionReads):
             unbound: Whether only while the prediction is unbound.
         """
         n = prediction.execution_n + 1
+        lease = {"copy_by": n} if takes_copy else {}
         counted = _OPEN & _as_read(prediction, "execution_n")
         return self._change(
             prediction.id,
-            set={
-                "execution_n": n,
-                "execution_arn": execution_arn,
-                **_check_after(int(now)),
-                **({"copy_by": n} if takes_copy else {}),
-            },
+            set={"execution_n": n, "execution_arn": execution_arn, **_check_after(int(now)), **lease},
             condition=counted & _UNBOUND if unbound else counted,
         )
 
