@@ -18,7 +18,6 @@ from predictions.aws import clients as aws
 from predictions.files import copier
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intake import queue as requests
-from predictions.lifecycle import fan_out
 from predictions.notifications.webhook_sender import Receivers
 from predictions.observability import logger, metrics
 from predictions.upstream import client as upstream
@@ -173,8 +172,6 @@ def installed() -> Iterator[Simulation]:
             mock.patch.object(upstream, "run_in_time", lambda call, seconds: call()),
             mock.patch.object(httpx, "Client", Client),
             mock.patch.object(metrics, "add_metric", _count_nothing),
-            # So the few predictions of a schedule are shared among runs of the sweep.
-            mock.patch.object(fan_out, "ITEMS_OF_A_RUN", 2),
             _clocked(here, own),
         ):
             stack.enter_context(patched)
