@@ -95,6 +95,17 @@ def find(cloud: LocalCloud, repaired: object) -> Iterator[Find]:
         yield one
 
 
+def tokens_of(cloud: LocalCloud) -> int:
+    """How many access tokens there are."""
+    count: int = cloud.client("dynamodb").query(
+        TableName=cloud.stack.table_name,
+        KeyConditionExpression="pk = :pk",
+        ExpressionAttributeValues={":pk": {"S": "tokens"}},
+        ConsistentRead=True,
+    )["Count"]
+    return count
+
+
 def test_faults_that_the_emulator_makes_itself_are_found_and_no_others(repaired: list[Finding]) -> None:
     assert {each.name for each in repaired if each.result is Result.FAILED} == IGNORED
     assert {each.name for each in repaired if each.result is Result.UNKNOWN} <= NOT_KNOWN
@@ -104,12 +115,7 @@ def test_faults_that_the_emulator_makes_itself_are_found_and_no_others(repaired:
 def test_healthy_stack_runs_a_prediction_to_its_stored_file_and_all_checks_are_ok(
     cloud: LocalCloud, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokens = cloud.client("dynamodb").query(
-        TableName=cloud.stack.table_name,
-        KeyConditionExpression="pk = :pk",
-        ExpressionAttributeValues={":pk": {"S": "tokens"}},
-        ConsistentRead=True,
-    )["Count"]
+    tokens = tokens_of(cloud)
     checks, prediction = (
         [word.replace("$STACK", STACK_NAME) for word in shlex.split(line)[1:]]
         for line in re.findall(r"^ *(replicate-serverless .*)$", (ROOT / "docs/aws.md").read_text(), re.MULTILINE)
@@ -130,13 +136,7 @@ def test_healthy_stack_runs_a_prediction_to_its_stored_file_and_all_checks_are_o
     # Progress is shown, and neither of the tokens; the token that was made is revoked.
     assert "processing" in err
     assert cloud.replicate.token not in out + err
-    left = cloud.client("dynamodb").query(
-        TableName=cloud.stack.table_name,
-        KeyConditionExpression="pk = :pk",
-        ExpressionAttributeValues={":pk": {"S": "tokens"}},
-        ConsistentRead=True,
-    )["Count"]
-    assert left == tokens
+    assert tokens_of(cloud) == tokens
 
 
 @pytest.mark.slow
