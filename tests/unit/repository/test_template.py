@@ -191,7 +191,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                     "schema#*",
                     "owner#*",
                     "usage#*",
-                    "limiter",
+                    "limiter*",
                     "live_reads",
                     "file#*",
                     "recipe#*",
