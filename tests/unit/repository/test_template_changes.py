@@ -366,8 +366,8 @@ TWO_MACHINES = {
 SWEEP_SHARED = {Change("ShareSweepPolicy", "added")}
 # Owners that wait at the limiter have items of their own, which those use that use the limiter's; and a rate of up to
 # 30,000 creates a minute.
-RELEASES_LINES = ("05d9fb39ae",)
-SUBMITS_LINES = ("05d9fb39ae", "1cef9cd6b1", "7133a554f5", "e06845d4e0")
+RELEASES_LINES = ("c3890fca5e",)
+SUBMITS_LINES = ("98a1f25649", "aa21d41460", "c3890fca5e", "e83cdb56f0")
 OWNERS_LINES = {
     Change("Parameters.CreatesPerMinute", "changed"),
     *(
@@ -378,13 +378,13 @@ OWNERS_LINES = {
         Change(
             f"{name}FunctionRole",
             "grants added",
-            ("05d3391eca", "0a1da43b87", "3236a61eea", "6e71443022", "e0575e24f9"),
+            ("111afa01a6", "114cca994d", "1b76c1e039", "28a2b2f259", "586267abc9"),
         )
         for name in ("PollPrediction", "RunPrediction")
     ),
-    Change("StartPredictionFunctionRole", "grants added", (*SUBMITS_LINES, "93ea858b62")),
+    Change("StartPredictionFunctionRole", "grants added", (*SUBMITS_LINES, "f4fc70c228")),
     Change("SubmitPredictionFunctionRole", "grants added", SUBMITS_LINES),
-    Change("SweepPredictionsFunctionRole", "grants added", ("05d3391eca", "e0575e24f9")),
+    Change("SweepPredictionsFunctionRole", "grants added", ("1b76c1e039", "28a2b2f259")),
 }
 # Roles that may do less: which statements, test_template.py holds against the code.
 NARROWER_ROLES: set[str] = set()
