@@ -470,6 +470,59 @@ class TestTurns:
         assert clock.now() + 60 <= turns[0].at < turns[1].at
 
 
+class TestLines:
+    """The items of owners that wait."""
+
+    @pytest.fixture
+    def ahead(self, limiter: Limiter, clock: Clock) -> Limiter:
+        """A limiter whose next start is 20 s ahead: only an owner's first one is reserved."""
+        item = {**KEY, **serialize({"queue_at": int(clock.now() * 1000) + 20_000})}
+        clients.client("dynamodb").put_item(TableName="predictions", Item=item)
+        limiter.limiter_state()
+        return limiter
+
+    def test_two_functions_of_one_owner_at_once_reserve_one_start(self, ahead: Limiter, clock: Clock) -> None:
+        other = limiter_of(clock)
+        others: list[Any] = []
+
+        # Right before the first write, which is that of the owner's line.
+        with meanwhile("UpdateItem", lambda: others.append(other.reserve_for_queue("alice", latest=LONG))):
+            answer = ahead.reserve_for_queue("alice", latest=LONG)
+        assert others == [Start(clock.now() + 20, int(clock.now() + 20) * 10**6)]
+        assert isinstance(answer, AskAgain)
+        assert answer.at >= others[0].at
+        assert for_queue(ahead, "bob") == pytest.approx(clock.now() + 20.111, abs=0.001)
+
+    def test_crash_between_the_two_writes_wastes_no_start(self, ahead: Limiter, clock: Clock) -> None:
+        last = serialize({"last_at": int(clock.now() + 20) * 1000})
+        clients.client("dynamodb").put_item(TableName="predictions", Item={**line_of("alice"), **last})
+        assert isinstance(ahead.reserve_for_queue("alice", latest=LONG), AskAgain)
+        assert for_queue(ahead, "bob") == clock.now() + 20
+        clock.advance(19.5)
+        assert isinstance(ahead.reserve_for_queue("alice", latest=LONG, turn_at=clock.now()), Start)
+
+    @pytest.mark.parametrize("operation", ["GetItem", "UpdateItem"])
+    def test_line_that_cannot_be_reached_holds_no_create_back(
+        self, ahead: Limiter, clock: Clock, operation: str
+    ) -> None:
+        with refusing(operation, "InternalServerError", lambda a: "limiter#" in str(a["Key"]), service="dynamodb"):
+            start = ahead.reserve_for_queue("alice", latest=LONG)
+        # The start is free; only who has it last is unknown.
+        assert start == (Start(clock.now()) if operation == "UpdateItem" else Start(clock.now() + 20, start.number))  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize("value", [{"S": "x"}, {"N": "1E+40"}, {"N": "9" * 38}, {"M": {}}, {"NS": ["1.5"]}])
+    @pytest.mark.parametrize("name", ["last_at", "turn_at"])
+    def test_value_that_no_rule_can_have_written_is_replaced(
+        self, ahead: Limiter, clock: Clock, name: str, value: Any
+    ) -> None:
+        clients.client("dynamodb").put_item(TableName="predictions", Item={**line_of("alice"), name: value})
+        answers = [ahead.reserve_for_queue("alice", latest=LONG) for _ in range(4)]
+        assert [type(each) for each in answers] == [Start, AskAgain, AskAgain, AskAgain]
+        assert [each.at for each in answers] == sorted({each.at for each in answers})
+        assert answers[-1].at < clock.now() + 21
+        assert item_of(line_of("alice"))[name].keys() == {"N"}
+
+
 KEY = {"pk": {"S": "limiter"}, "sk": {"S": "creates"}}
 
 

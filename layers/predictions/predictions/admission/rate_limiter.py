@@ -299,7 +299,11 @@ class Limiter:
         if schedule.next_start(lane) > schedule.now_ms:
             line = self._read_line(lane, owner)
             schedule = self._schedule()
-        return schedule.plan(lane, owner, line, latest, turn, free=free, granted=granted)
+        others = sum(
+            of == lane and other != owner and each.turn > schedule.now_ms
+            for (of, other), (_, each) in self._lines.items()
+        )
+        return schedule.plan(lane, owner, line, latest, turn, others=others, free=free, granted=granted)
 
     def _done(self, plan: Plan, lane: Lane, owner: str) -> Start | AskAgain:
         """Return what a write has brought, by the item as it is after it."""

@@ -170,6 +170,7 @@ class Schedule:
         latest: int,
         turn: int | None,
         *,
+        others: int,
         free: bool,
         granted: bool = False,
     ) -> Plan | AskAgain | TooLate:
@@ -181,6 +182,7 @@ class Schedule:
             line: The owner's line; of no effect while the lane is idle.
             latest: The last moment at which it may start or have its turn.
             turn: Its turn, where it has one.
+            others: How many other owners are known to wait in the lane.
             free: Whether to take a released start.
             granted: Whether the owner's line already has this start as its last one.
         """
@@ -213,8 +215,9 @@ class Schedule:
                 return plan
         if max(start, end) > latest_turn:
             return TooLate(float(max(start, end)) / 1000)
-        # As many owners as this press for starts: each of them is ahead of what is near by one.
-        owners = 1 + Fraction(max(0, start - near)) / Fraction(self._step(lane))
+        # Each owner that presses for starts is ahead of what is near by one: so many they are at most. Too low a number
+        # has requests ask more often, too high a one would leave the lane idle.
+        owners = 1 + min(Fraction(others), Fraction(max(0, start - near)) / Fraction(self._step(lane)))
         return self._plan_turn(lane, line, begin, latest_turn, owners)
 
     def _plan_start(self, lane: Lane, *, bound: Milliseconds) -> Plan:
