@@ -28,8 +28,8 @@ ACCOUNT = "000000000000"
 DENIED = {"AccessDenied", "AccessDeniedException"}
 NEVER = "attribute_exists(pk) AND attribute_not_exists(pk)"
 LEADING_KEYS = (
-    "batch#x", "file#x", "forwarded#x", "limiter", "owner#x", "pipeline#x", "prediction#x", "recent#x", "recipe#x",
-    "schema#x", "tokens", "upstream#x", "usage#x", "x",
+    "batch#x", "file#x", "forwarded#x", "limiter", "limiter#x", "owner#x", "pipeline#x", "prediction#x", "recent#x",
+    "recipe#x", "schema#x", "tokens", "upstream#x", "usage#x", "x",
 )  # fmt: skip
 SECRETS = ("ReplicateTokenSecret", "SigningSecret", "WebhookMasterSecret", "LinkSecret")
 QUEUES = (

@@ -526,13 +526,13 @@ class TestAgain:
             intent, version=VERSION, deadline=int(clock.now()) + 86400, expires=int(clock.now()) + 864000, claim=False,
             execution_arn="arn:x", now=clock.now(),
         )  # fmt: skip
-        lanes: list[int] = []
+        lanes: list[float] = []
         for seconds in (1, 600):
             execute(submissions, clock, started.id, seconds=seconds)
             limiter = clients.client("dynamodb").get_item(
                 TableName="predictions", Key={"pk": {"S": "limiter"}, "sk": {"S": "creates"}}
             )
-            lanes.append(int(limiter["Item"]["queue_at"]["N"]))
+            lanes.append(float(limiter["Item"]["queue_at"]["N"]))
         assert len(replicate.creates) == 2
         assert current(table, started.id).upstream_id in replicate.predictions
         assert lanes[0] < lanes[1]

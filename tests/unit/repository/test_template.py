@@ -192,6 +192,7 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                     "owner#*",
                     "usage#*",
                     "limiter",
+                    "limiter#*",
                     "live_reads",
                     "file#*",
                     "recipe#*",

@@ -5,16 +5,22 @@ edit or an earlier release, is ignored: creates go on at their rate, and the nex
 begins with its burst used up, since the earlier reservations are unknown. A pause that is not by Replicate counts
 whatever its end is: an operator who may write the item wants it.
 
-The item is read exactly: the write that replaces such a value names it, fraction included. A fraction of a millisecond
-has no other meaning, and is cut off.
+The item is read exactly: the write that replaces such a value names it, fraction included. A lane has nanoseconds, as
+fractions of a millisecond, so that its rate is exact; elsewhere a fraction has no meaning, and is cut off.
+
+Each owner that waits has an item of its own in each lane (`line_key`): this one stays below a kilobyte, and its writes
+at one unit each, however many owners wait.
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal
+
+from predictions.aws.dynamodb import Key
 
 AUTOMATIC_PAUSE_SECONDS = 300
 """For how long a 401 or 402 of Replicate pauses all submissions; then one of them tries again."""
@@ -49,6 +55,13 @@ Lane = Literal["http", "queue"]
 
 LANES: tuple[Lane, ...] = ("http", "queue")
 
+Milliseconds = int | Decimal
+"""A time since 1970, or a step, with nanoseconds."""
+
+# Owners' lines are spread over so many partition keys: enough for DynamoDB's 1,000 writes a second and key, and few
+# enough for the command `status` to read them all.
+_LINE_KEYS = 16
+
 
 @dataclass(frozen=True)
 class Pause:
@@ -76,14 +89,14 @@ class LimiterState:
     """The limiter's item; times are milliseconds since 1970, 0 if absent.
 
     Attributes:
-        last: The last reserved start, by lane and owner.
-        turns: The end of the line, by lane and owner.
+        last: The last reserved start, by lane and owner, as the release before kept it here.
+        turns: The end of the line, likewise.
         free: Numbers of starts that were given back, by lane.
         taken: Those that were reserved again, by lane.
     """
 
-    http_at: int = 0
-    queue_at: int = 0
+    http_at: Milliseconds = 0
+    queue_at: Milliseconds = 0
     blocked_until: int = 0
     paused_until: int = 0
     paused_at: int = 0
@@ -94,7 +107,7 @@ class LimiterState:
     free: Mapping[str, frozenset[int]] = field(default_factory=dict)
     taken: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
-    def end(self, lane: Lane) -> int:
+    def end(self, lane: Lane) -> Milliseconds:
         """Return a lane's end."""
         return self.http_at if lane == "http" else self.queue_at
 
@@ -121,6 +134,46 @@ class Known:
     removable: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class OwnersLine:
+    """What one owner has in a lane, as its item says; times are milliseconds since 1970, 0 if absent.
+
+    Attributes:
+        last: The last start that it has reserved, if that was not near.
+        turn: The end of its line: when its next request asks for a start.
+        absurd: Values that no rule can have written, as they are in the table.
+    """
+
+    last: Milliseconds = 0
+    turn: Milliseconds = 0
+    absurd: Mapping[str, Any] = field(default_factory=dict)
+
+
+def line_key(lane: Lane, owner: str) -> Key:
+    """Return the key of an owner's line."""
+    return Key(f"limiter#{zlib.crc32(owner.encode()) % _LINE_KEYS:x}", f"{lane}#{owner}")
+
+
+def line_partitions() -> Iterator[str]:
+    """Return the partition keys of all lines."""
+    return (f"limiter#{n:x}" for n in range(_LINE_KEYS))
+
+
+def read_line(item: Mapping[str, Any], state: LimiterState, now: float, max_start_delay_seconds: int) -> OwnersLine:
+    """Read an owner's line, and leave out what no rule can have written; the arguments are those of `read_item`."""
+    ahead = max((now + max_start_delay_seconds) * 1000, state.blocked_until)
+    farthest = {"last_at": ahead + _LANE_SECONDS * 1000, "turn_at": (now + HORIZON_SECONDS + _BLOCK_SECONDS) * 1000}
+    read: dict[str, Milliseconds] = {}
+    absurd: dict[str, Any] = {}
+    for name, limit in farthest.items():
+        value = item.get(name, 0)
+        if type(value) in (int, Decimal) and value <= limit:
+            read[name] = value
+        else:
+            absurd[name] = value
+    return OwnersLine(read.get("last_at", 0), read.get("turn_at", 0), absurd)
+
+
 def read_item(item: Mapping[str, Any], now: float, max_start_delay_seconds: int) -> Known:
     """Read the item, and leave out what no rule can have written.
 
@@ -138,17 +191,18 @@ def read_item(item: Mapping[str, Any], now: float, max_start_delay_seconds: int)
         return float(ahead + _LANE_SECONDS * 1000)
 
     # Lanes last: how far ahead they may be is up to the block.
-    for name in sorted(_NUMBERS & item.keys(), key=lambda name: name.endswith("_at")):
-        number, farthest = _whole(item[name]), _FARTHEST_SECONDS.get(name)
+    for name in sorted(_NUMBERS & item.keys(), key=lambda name: name in _LANE_ENDS):
+        number: Milliseconds | None = _whole(item[name])
+        farthest = _FARTHEST_SECONDS.get(name)
         if name == "paused_until" and read.get("paused_by") != AUTOMATIC:
             farthest = None
         limit = math.inf if farthest is None else (now + farthest + _CLOCKS_SECONDS) * 1000
-        if name in ("http_at", "queue_at"):
+        if name in _LANE_ENDS:
             limit = farthest_start()
         if number is None or number > limit:
             absurd[name] = item[name]
         else:
-            read[name] = number
+            read[name] = item[name] if name in _LANE_ENDS else number
     lanes, removable = _read_lanes(item, now, farthest_start())
     return Known(LimiterState(**read, **lanes), absurd, removable)
 
@@ -176,7 +230,8 @@ def _read_lanes(item: Mapping[str, Any], now: float, farthest_start: float) -> t
 
 
 _TEXTS = {name for name, field in LimiterState.__dataclass_fields__.items() if field.type is str}
-_NUMBERS = {name for name, field in LimiterState.__dataclass_fields__.items() if field.type is int}
+_LANE_ENDS = frozenset(f"{lane}_at" for lane in LANES)
+_NUMBERS = {name for name, field in LimiterState.__dataclass_fields__.items() if field.type is int} | _LANE_ENDS
 
 
 def _whole(value: Any) -> int | None:

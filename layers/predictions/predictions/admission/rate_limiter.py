@@ -3,10 +3,8 @@
 Both are one item (`pk` = `limiter`, `sk` = `creates`), so that one read is enough. Its times are milliseconds
 since 1970. Of each lane, `http` and `queue`:
 
-    {lane}_at                   the lane's end: for `http` when it is used up, at the full rate; for `queue` the next
-                                free start, at nine tenths of the rate
-    {lane}_last_{owner}         the last start that an owner has reserved, while it is ahead
-    {lane}_turn_{owner}         the end of an owner's line: when its next request asks for a start
+    {lane}_at                   the lane's end, with nanoseconds: for `http` when it is used up, at the full rate; for
+                                `queue` the next free start, at nine tenths of the rate
     {lane}_free, {lane}_taken   released starts, and those of them that were reserved again
 
 and of both:
@@ -14,15 +12,23 @@ and of both:
     blocked_until   when Replicate takes creates again, after it said 429
     paused_until    until when nothing is submitted; `paused_by` and `pause_reason` say on whose behalf, and why
 
+Each owner that waits has an item of its own in each lane (`pk` = `limiter#0` to `limiter#f`, `sk` = `{lane}#{owner}`):
+
+    last_at   the last start that it has reserved, if that was not near
+    turn_at   the end of its line: when its next request asks for a start
+
+So a start is one write of one unit, however many owners wait: DynamoDB takes 1,000 a second for one partition key.
+
 A create reserves its start by moving a lane on by one interval, in one write without a read before it (the generic
 cell rate algorithm), so any number of functions do it at once and no lock is waited for. Each HTTP create moves the
 other lane too: later reservations start behind it. A lane only moves forward, and no start time is handed out twice.
 
-Starts are reserved at the last moment. An owner reserves the next start only while its last one is at most
-`NEAR_SECONDS` ahead: so the lane stays about as short as that, owners alternate, and the single request of one owner
-waits seconds whatever the backlog of another is. A request that is refused gets a turn: a time in its owner's own line
-at which to ask again. A turn holds no start, so a line may be long, may move back when requests are canceled, and may
-be wrong: a request that finds the lane idle takes the start, whatever turns are ahead.
+Starts are reserved at the last moment. A start that is at most `NEAR_SECONDS` ahead is anybody's. An owner reserves a
+later one only while its last one is not further ahead than that, and its own item is written first: so the lane stays
+about as short as that, owners alternate, and the single request of one owner waits seconds whatever the backlog of
+another is. A request that is refused gets a turn: a time in its owner's own line at which to ask again. A turn holds
+no start, so a line may be long, may move back when requests are canceled, and may be wrong: a request that finds the
+lane idle takes the start, whatever turns are ahead.
 
 A reserved start that is not used is released into a bounded set, from which another request takes that very start. The
 set holds numbers (the start's milliseconds, and how often it was released), so that a write that AWS repeats cannot
@@ -49,8 +55,13 @@ from predictions.admission.limiter_item import (
     Known,
     Lane,
     LimiterState,
+    Milliseconds,
+    OwnersLine,
     Pause,
+    line_key,
+    line_partitions,
     read_item,
+    read_line,
 )
 from predictions.admission.schedule import (
     BURST_SECONDS,
@@ -62,6 +73,8 @@ from predictions.admission.schedule import (
     Schedule,
     Start,
     TooLate,
+    Update,
+    step_of,
 )
 from predictions.aws.clients import client
 from predictions.aws.dynamodb import Condition, ConditionFailed, Key, Sum, Table
@@ -80,6 +93,9 @@ MAX_START_DELAY_SECONDS = 3600
 
 
 _CACHE_SECONDS = 1.0
+# Of what decides about a start that lies ahead.
+_FRESH_SECONDS = 0.1
+_LINES_MOST = 1000
 _ATTEMPTS = 5
 # A released start goes to the first request that takes it. After so many lost races, the lane is advanced instead.
 _FREE_ATTEMPTS = 2
@@ -110,9 +126,9 @@ class Limiter:
         self.creates_per_minute = creates_per_minute
         self.max_start_delay_seconds = max_start_delay_seconds
         self._table = Table(table_name, dynamodb)
-        self._interval = 60_000 / creates_per_minute
         self._now = now
         self._known = Known()
+        self._lines: dict[tuple[Lane, str], tuple[float, OwnersLine]] = {}
         self._known_at = float("-inf")
         self._last_create = float("-inf")
         self._uncounted = 0
@@ -135,6 +151,23 @@ class Limiter:
         """
         return self._know(self._table.get_item(_KEY, exact=True) or {})
 
+    def lines(self) -> dict[tuple[str, str], float]:
+        """Read the ends of all owners' lines that are ahead, by lane and owner, in seconds since 1970.
+
+        Raises:
+            ClientError: They cannot be read.
+        """
+        state, now = self.limiter_state(), self._now()
+        ends: dict[tuple[str, str], Milliseconds] = {
+            (lane, owner.replace("_", "-").removeprefix("-")): at for (lane, owner), at in state.turns.items()
+        }
+        for pk in line_partitions():
+            for item in self._table.query(Condition("pk = :pk", pk=pk)):
+                lane, _, owner = item["sk"].partition("#")
+                line = read_line(item, state, now, self.max_start_delay_seconds)
+                ends[lane, owner] = max(line.turn, ends.get((lane, owner), 0))
+        return {key: float(at) / 1000 for key, at in sorted(ends.items()) if at > now * 1000}
+
     # -- reserving --------------------------------------------------------------------------------------------
 
     def reserve_for_caller(self, owner: str, *, latest: float, turn_at: float | None = None) -> Reservation:
@@ -154,7 +187,7 @@ class Limiter:
         state = self._read_state()
         quiet = now - self._last_create >= QUIET_SECONDS
         self._last_create = now
-        if quiet and state.http_at <= (now + BURST_SECONDS) * 1000 - self._interval:
+        if quiet and state.http_at <= round((now + BURST_SECONDS) * 1000) - step_of(self.creates_per_minute):
             self._uncounted = 1
             return Start(now)
         return self._reserve("http", owner, latest, turn_at)
@@ -172,14 +205,14 @@ class Limiter:
     def too_late(self, owner: str, latest: float) -> TooLate | None:
         """Return the refusal of `reserve_for_caller`, or None; write nothing."""
         self._read_state()
-        schedule = self._schedule()
-        plan = schedule.plan("http", schedule.slot("http", owner), round(latest * 1000), None, free=True)
+        plan = self._plan("http", owner, round(latest * 1000), None, free=True)
         return plan if isinstance(plan, TooLate) else None
 
     def expected_start(self, lane: Lane, owner: str) -> float:
         """Estimate when a request made now would start, in seconds since 1970."""
-        state, schedule = self._read_state(), self._schedule()
-        return max(schedule.next_start(lane), state.turns.get((lane, schedule.slot(lane, owner)), 0)) / 1000
+        self._read_state()
+        line = self._read_line(lane, owner)
+        return float(max(self._schedule().next_start(lane), line.turn)) / 1000
 
     def is_idle(self, lane: Lane) -> bool:
         """Return whether a start is available now, as far as is known."""
@@ -206,9 +239,9 @@ class Limiter:
 
     def release_turn(self, lane: Lane, owner: str, step_ms: int) -> None:
         """Shorten an owner's line by a request that left it, if the write succeeds."""
-        turn = f"{lane}_turn_{self._schedule().slot(lane, owner)}"
-        now = round(self._now() * 1000)
-        self._write(Condition(f"{turn} >= :least", least=now + step_ms), set={turn: Sum(turn, -step_ms)})
+        update = Update(set={"turn_at": Sum("turn_at", -step_ms)})
+        update.require("turn_at >= :least", least=round(self._now() * 1000) + step_ms)
+        self._write_line(lane, owner, update)
 
     def is_reserved(self, start: float) -> bool:
         """Return whether a reservation for `start`, a second that has come, still counts.
@@ -229,40 +262,60 @@ class Limiter:
             self._replace(name, earlier, set={name: value}, remove=free)
 
     def _reserve(self, lane: Lane, owner: str, latest: float, turn_at: float | None) -> Reservation:
-        """Reserve a start or a turn in one write; start now if the table fails.
+        """Reserve a start or a turn; start now if the table fails.
 
         The known state selects the write, and the write's condition verifies that state. So the first attempt succeeds
         unless a lane has just run out or begun, an owner's start was just reserved, or a released start was just taken.
         """
         turn_ms = None if turn_at is None else round(turn_at * 1000)
+        granted = False
         for attempt in range(_ATTEMPTS):
-            schedule = self._schedule()
-            slot = schedule.slot(lane, owner)
-            plan = schedule.plan(lane, slot, round(latest * 1000), turn_ms, free=attempt < _FREE_ATTEMPTS)
+            free = attempt < _FREE_ATTEMPTS
+            plan = self._plan(lane, owner, round(latest * 1000), turn_ms, free=free, granted=granted)
             if not isinstance(plan, Plan):
                 return plan
-            held = self._write(plan.condition, **plan.changes)
+            held: bool | None = True
+            if plan.line:
+                # If the function crashes after this, the owner has its next start a little later, and nothing is lost.
+                held = self._write_line(lane, owner, plan.line)
+                granted = granted or (held is True and plan.kind == "start")
+            if held and plan.kind != "turn":
+                held = self._write(plan.condition, **plan.changes)
             if held is None:
                 self._uncounted = 0
                 return Start(self._now())
             if held:
-                return self._done(plan, lane, slot, schedule.now_ms)
+                return self._done(plan, lane, owner)
         logger.warning("the limiter is contended: a create goes uncounted")
         self._uncounted = 0
         return Start(self._now())
 
-    def _done(self, plan: Plan, lane: Lane, slot: str, now: int) -> Start | AskAgain:
+    def _plan(
+        self, lane: Lane, owner: str, latest: int, turn: int | None, *, free: bool, granted: bool = False
+    ) -> Plan | AskAgain | TooLate:
+        """Plan by what is known; the owner's line is read only if its request cannot start now."""
+        schedule = self._schedule()
+        line = OwnersLine()
+        if schedule.next_start(lane) > schedule.now_ms:
+            line = self._read_line(lane, owner)
+            schedule = self._schedule()
+        others = sum(
+            of == lane and other != owner and each.turn > schedule.now_ms
+            for (of, other), (_, each) in self._lines.items()
+        )
+        return schedule.plan(lane, owner, line, latest, turn, others=others, free=free, granted=granted)
+
+    def _done(self, plan: Plan, lane: Lane, owner: str) -> Start | AskAgain:
         """Return what a write has brought, by the item as it is after it."""
-        state = self._known.state
+        now = self._now()
         if plan.kind == "turn":
-            return AskAgain((state.turns.get((lane, slot), now) - plan.step) / 1000, plan.step)
+            _, line = self._lines[lane, owner]
+            return AskAgain(int(line.turn - plan.step) / 1000, max(1, round(plan.step)))
         if plan.kind == "free":
             return Start(plan.number // GENERATIONS / 1000, plan.number)
+        at = self._schedule().start_of(lane, plan.step)
         self._uncounted = 0
-        at = state.end(lane) - plan.step
-        if lane == "http":
-            at = state.http_at - round(self._interval) - BURST_SECONDS * 1000
-        return Start(at / 1000, at * GENERATIONS) if at > now else Start(self._now())
+        return Start(at / 1000, at * GENERATIONS) if at > round(now * 1000) else Start(now)
 
     # -- pausing ----------------------------------------------------------------------------------------------
 
@@ -305,7 +358,7 @@ class Limiter:
         return Schedule(
             self._known,
             self._now(),
-            interval=self._interval,
+            creates_per_minute=self.creates_per_minute,
             max_start_delay_seconds=self.max_start_delay_seconds,
             uncounted=self._uncounted,
         )
@@ -337,6 +390,42 @@ class Limiter:
             logger.exception("the limiter cannot be written")
             return None
         return True
+
+    def _read_line(self, lane: Lane, owner: str) -> OwnersLine:
+        """Return an owner's line, and know the limiter's item, both just read; an empty line if the table fails."""
+        now = self._now()
+        try:
+            if now - self._known_at > _FRESH_SECONDS:
+                self.limiter_state()
+            read_at, line = self._lines.get((lane, owner), (float("-inf"), OwnersLine()))
+            if now - read_at > _FRESH_SECONDS:
+                line = self._know_line(lane, owner, self._table.get_item(line_key(lane, owner), exact=True) or {})
+        except (ClientError, BotoCoreError):
+            logger.exception("an owner's line cannot be read")
+            return OwnersLine()
+        return line
+
+    def _write_line(self, lane: Lane, owner: str, update: Update) -> bool | None:
+        """Update an owner's line; return whether the condition held, None on a failure."""
+        key = line_key(lane, owner)
+        try:
+            item = self._table.update_item(key, condition=update.condition, exact=True, **update.changes)
+        except ConditionFailed as failed:
+            self._know_line(lane, owner, failed.item or {})
+            return False
+        except (ClientError, BotoCoreError):
+            logger.exception("an owner's line cannot be written")
+            return None
+        self._know_line(lane, owner, item)
+        return True
+
+    def _know_line(self, lane: Lane, owner: str, item: Mapping[str, Any]) -> OwnersLine:
+        now = self._now()
+        line = read_line(item, self._known.state, now, self.max_start_delay_seconds)
+        if len(self._lines) >= _LINES_MOST:
+            self._lines.clear()
+        self._lines[lane, owner] = now, line
+        return line
 
     def _know(self, item: Mapping[str, Any]) -> LimiterState:
         now = self._now()

@@ -56,11 +56,11 @@ def serialize(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def deserialize(item: Mapping[str, Any], *, exact: bool = False) -> Item:
-    """Read what `serialize` wrote; numbers are ints, since every number in this table is whole.
+    """Read what `serialize` wrote; numbers are ints, since those in this table are whole, except the limiter's.
 
     Args:
         item: As DynamoDB has it.
-        exact: Whether a number that is not whole, which only a manual edit leaves, is a Decimal and not cut off.
+        exact: Whether a number that is not whole is a Decimal and not cut off.
     """
     return {name: _deserialized(value, exact=exact) for name, value in item.items()}
 
@@ -160,7 +160,7 @@ class Sum(NamedTuple):
     """The value of an attribute, which must be there, plus a number."""
 
     path: str
-    addend: int
+    addend: int | Decimal
 
 
 class _Expressions(dict[str, Any]):

@@ -56,17 +56,11 @@ def resume(stack: Stack) -> None:
 def show_status(stack: Stack, as_json: JsonObject = False) -> None:
     """Show whether submissions are paused, and what is waiting."""
     now = time.time()
-    state = _limiter(stack).limiter_state()
+    limiter = _limiter(stack)
+    state = limiter.limiter_state()
     pause = state.pause(now)
-    # Owners as the attributes of the limiter's item name them; owners that share a line are `other`.
-    lines = {
-        lane: {
-            owner.replace("_", "-").removeprefix("-"): round(at / 1000 - now)
-            for (of, owner), at in sorted(state.turns.items())
-            if of == lane and at / 1000 > now
-        }
-        for lane in LANES
-    }
+    ends = limiter.lines()
+    lines = {lane: {owner: round(at - now) for (of, owner), at in ends.items() if of == lane} for lane in LANES}
     shown = {
         "paused": pause is not None,
         "paused_by": pause.by if pause else None,
@@ -74,8 +68,8 @@ def show_status(stack: Stack, as_json: JsonObject = False) -> None:
         "paused_since": second(int(pause.since)) if pause else None,
         "paused_until": second(int(pause.until)) if pause and pause.until else None,
         "throttled_seconds": max(0, round(state.blocked_until / 1000 - now)),
-        "queue_reserved_seconds": max(0, round(state.queue_at / 1000 - now)),
-        "http_reserved_seconds": max(0, round(state.http_at / 1000 - now)),
+        "queue_reserved_seconds": max(0, round(float(state.queue_at) / 1000 - now)),
+        "http_reserved_seconds": max(0, round(float(state.http_at) / 1000 - now)),
         **{f"{lane}_waiting_seconds": waiting for lane, waiting in lines.items()},
     }
     if as_json:

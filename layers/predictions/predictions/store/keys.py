@@ -1,7 +1,8 @@
 """Every key of the table: the `pk` and `sk` of its items, and the lists of the index `by_owner`.
 
 Packages below this one cannot import from here, and have the keys of their items themselves: `admission.rate_limiter`
-(`limiter`), `admission.live_budget` (`live_reads`), `admission.quotas` (`owner#{owner}`, `limits`; `usage#{owner}`),
+(`limiter`; `limiter#{0-f}`), `admission.live_budget` (`live_reads`),
+`admission.quotas` (`owner#{owner}`, `limits`; `usage#{owner}`),
 and `files.uploads` (`file#{id}`, `file`).
 """
 
