@@ -68,7 +68,7 @@ def test_stalled_predictions_are_replaced_by_the_first_sweeps(
 ) -> None:
     # Of the same quota a second as 10,000 in five minutes.
     with _with(taken_out):
-        result = stalled(simulation, predictions=1960, within=75)
+        result = stalled(simulation, predictions=1400, within=75)
     assert_kept(result, kept=kept)
 
 
