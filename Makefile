@@ -19,7 +19,7 @@ CLOUDS := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo picture local env send test lint types validate audit docs unit attacks simulation sim stack slow faults reliability conformance bench batch lock openapi package publish clean
+.PHONY: help setup demo picture local env send test lint types validate audit docs unit attacks simulation sim scale stack slow faults reliability conformance bench batch lock openapi package publish clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ simulation: setup ## Run 5,000 schedules of faults (SLOW=1: also with sabotaged 
 
 sim: setup ## Run SCHEDULES=100000 schedules of faults and write docs/simulation.md; SEED=n shows one step by step
 	@$(PYTHON) -m tests.simulation $(if $(SEED),--seed $(SEED),--schedules $(or $(SCHEDULES),100000) --write)
+
+scale: setup ## Run 280 predictions a second for SECONDS_OF_LOAD=600 and other large loads in virtual time (an hour), and write docs/scale.md
+	@$(PYTHON) -m tests.simulation.scale_report $(if $(SECONDS_OF_LOAD),--seconds $(SECONDS_OF_LOAD)) $(if $(LINES),--lines $(LINES))
 
 stack: setup ## Run the stack tests, on three local clouds side by side
 	$(call heading,stack tests)

@@ -53,7 +53,10 @@ class Simulation:
 
     def run(self, seed: int, **options: Any) -> Verdict:
         """Runs one schedule, in the worlds that its seed has."""
-        world = World(seed, **{"scenarios": worlds_of(seed), **options})
+        return self.run_in(World(seed, **{"scenarios": worlds_of(seed), **options}))
+
+    def run_in(self, world: World) -> Verdict:
+        """Runs the schedule of a world."""
         self._clients.world = world
         aws._api_url = None
         for name in ("_source", "_pipelines", "_dropped_manifests"):

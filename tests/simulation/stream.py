@@ -77,14 +77,14 @@ class Stream:
         worst_seconds: The longest time from a change to its being dealt with.
     """
 
-    def __init__(self, world: "World") -> None:
+    def __init__(self, world: "World", shards: int = SHARDS) -> None:
         self.dead: list[dict[str, Any]] = []
         self.records = 0
         self.worst_seconds = 0.0
         self._world = world
         self._number = 0
-        self._shards: list[list[dict[str, Any]]] = [[] for _ in range(SHARDS)]
-        self._busy = [False] * SHARDS
+        self._shards: list[list[dict[str, Any]]] = [[] for _ in range(shards)]
+        self._busy = [False] * shards
 
     def written(self, before: Item | None, after: Item | None) -> None:
         """A change of the table."""
@@ -107,7 +107,7 @@ class Stream:
         record = {"eventID": str(self._number), "eventName": name, "eventSource": "aws:dynamodb", "dynamodb": change}
         if any(matches(pattern, record) for pattern in _patterns()):
             self.records += 1
-            shard = zlib.crc32(item["pk"]["S"].encode()) % SHARDS
+            shard = zlib.crc32(item["pk"]["S"].encode()) % len(self._shards)
             self._shards[shard].append({"at": now, "record": record})
             self._world.scheduler.at(now + self._world.faults.stream_lag(), lambda: self._pump(shard))
 

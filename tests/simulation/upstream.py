@@ -75,6 +75,8 @@ class Upstream:
     def __init__(self, world: "World") -> None:
         self._world = world
         self.runs: dict[str, Run] = {}
+        self.removed = 0
+        """How many of them are not there any more."""
         self.hides = {"webhook in list"}
         """What answers do not show: `webhook in list`, `webhook in get`, `input`, `redacted input`, `deployment`."""
 
@@ -166,7 +168,8 @@ class Upstream:
     def accept(self, body: dict[str, Any], request: httpx.Request, path: str) -> Run:
         """Makes the prediction that a create asks for, and lets it run."""
         world = self._world
-        run = Run(f"{len(self.runs):02d}" + "u" * 22 + f"{len(self.runs):02d}", body, world.scheduler.now)
+        number = len(self.runs) + self.removed
+        run = Run(f"{number:02d}" + "u" * 22 + f"{number:02d}", body, world.scheduler.now)
         run.listed_at = run.created + world.faults.list_lag_seconds()
         self.runs[run.id] = run
         match = re.fullmatch(r"(\d+)s", request.headers.get("cancel-after", ""))

@@ -9,7 +9,6 @@ import bisect
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 from predictions.admission.rate_limiter import Limiter
@@ -25,36 +24,14 @@ from predictions.upstream.prediction import UpstreamPrediction
 from tests.support.dynamodb import Item
 from tests.support.fakes import VERSION, Clock, Executed, ReplicateInMemory, Wakes
 from tests.support.fixtures import make_submissions
+from tests.support.partition_limits import OWN, WRITE_UNITS_PER_SECOND, write_units
 from tests.support.predictions import put
 from tests.support.protocol import Submissions
 from tests.support.quick_aws import QUICK
 
 PER_SECOND = 280
-UNITS_PER_SECOND = 1000
 COUNTED = 64
-INDEXES = {"by_owner": ("owner", "listed_at"), "due": ("open", "next_check_at"), "by_upstream_id": ("upstream_id",)}
-OWN = ("prediction#", "upstream#", "listed#", "webhooks#")
-"""Partitions of one prediction each."""
-
 Units = Counter[tuple[str, str]]
-
-
-def size_of(item: Item | None) -> int:
-    """About what DynamoDB counts: the names and values, a number as half its digits."""
-    return len(json.dumps(item or {}, separators=(",", ":"))) - 8 * len(item or {})
-
-
-def units_of(before: Item | None, after: Item | None) -> Iterator[tuple[tuple[str, str], int]]:
-    """The write units of one write, by index and partition key."""
-    pk = (after or before or {})["pk"]["S"]
-    yield ("table", pk), max(1, -(-max(size_of(before), size_of(after)) // 1024))
-    for index, names in INDEXES.items():
-        # Keys only: an entry is below 1 KB. One whose key changes is deleted and put.
-        entries = [[item[name] for name in names] if item and all(n in item for n in names) else None
-                   for item in (before, after)]  # fmt: skip
-        if entries[0] != entries[1]:
-            for entry in filter(None, entries):
-                yield (index, next(iter(entry[0].values()))), 1
 
 
 @pytest.fixture
@@ -64,7 +41,7 @@ def units(table: PredictionsTable, monkeypatch: pytest.MonkeyPatch) -> Units:
     written = QUICK.table._written
 
     def count(before: Item | None, after: Item | None) -> None:
-        for key, each in units_of(before, after):
+        for key, each in write_units(before, after):
             counted[key] += each
         written(before, after)
 
@@ -102,11 +79,11 @@ def assert_below_the_limit(units: Units) -> None:
     shared = {key: count for key, count in units.items() if not key[1].startswith(OWN) and key[0] != "by_upstream_id"}
     a_second = {key: PER_SECOND * count / COUNTED for key, count in shared.items()}
     assert {key[0] for key in a_second} == {"table", "by_owner", "due"}
-    over = {key: rate for key, rate in a_second.items() if rate >= UNITS_PER_SECOND}
+    over = {key: rate for key, rate in a_second.items() if rate >= WRITE_UNITS_PER_SECOND}
     assert not over
     assert max(units[key] for key in units.keys() - shared.keys()) < 50
     # Together, the shards take what would be too much for one.
-    assert sum(rate for (index, _), rate in a_second.items() if index == "due") > UNITS_PER_SECOND
+    assert sum(rate for (index, _), rate in a_second.items() if index == "due") > WRITE_UNITS_PER_SECOND
 
 
 def test_creates_over_http_stay_below_the_limit_of_every_partition_key(
