@@ -32,10 +32,13 @@ FULL_PROCESSOR_MB = 1769
 
 https://docs.aws.amazon.com/lambda/latest/dg/configuration-memory.html
 """
-SIZES_MB = (256, 512, 1024, 1769)
+SIZES_MB = (256, 352, 384, 512, 1024)
+COPY_SIZES_MB = (128, 256, 352, 512, 1024)
+COPY_LIMIT_SECONDS = 900
+"""The timeout of copy_outputs."""
+TOKEN_CHARACTERS = 1024
+"""Of a task token: those that AWS's documentation and samples show have up to 750, and the longest allowed 2,048."""
 PEER_MB = 512
-
-PAINTED_BYTES = 875_760
 
 # What is assumed of others: milliseconds until they have answered.
 CREATE_MS, GET_MS, FILE_MS, AWS_MS = 500, 100, 1000, 10
@@ -70,49 +73,40 @@ class Used:
 
 @dataclass(frozen=True)
 class Function:
-    """What one function needs: peak of its resident memory, MiB, and CPU milliseconds of its import."""
+    """What one function needs.
+
+    Attributes:
+        peak_mb: Peak of its resident memory in the cases, MiB.
+        import_ms: CPU milliseconds of its import.
+        largest_mb: Peak of its memory with the largest answer of Replicate that is accepted, MiB; 0 if it reads none.
+    """
 
     peak_mb: int
     import_ms: int
+    largest_mb: int = 0
 
 
 @dataclass(frozen=True)
 class Counted:
-    """All that was counted: by case or peer, and by function."""
+    """All that was counted: by case or peer, and by function; and the CPU of copying 500 MiB over TLS, in seconds."""
 
     cases: Mapping[str, Used]
     functions: Mapping[str, Function]
+    copy_seconds: float = 0.0
 
     @classmethod
     def load(cls, path: Path = COUNTED) -> "Counted":
         """Read what was stored."""
         stored = json.loads(path.read_text())
         return cls(
-            {name: _of_its_length(name, Used(**each)) for name, each in stored["cases"].items()},
+            {name: Used(**each) for name, each in stored["cases"].items()},
             {name: Function(**each) for name, each in stored["functions"].items()},
+            stored.get("copy_seconds", 0.0),
         )
 
     def store(self, path: Path) -> None:
         """Store it."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
-
-
-def _of_its_length(name: str, used: Used) -> Used:
-    """Return a peer or a `run()` without what a busy machine adds to the length of its model, and without retries."""
-    length = next((each for each in LENGTHS if f" {each}" in name), None)
-    if length is None:
-        return used
-    functions = {each: {**of, "held_seconds": min(of["held_seconds"], length)} for each, of in used.functions.items()}
-    counts = dict(used.counts)
-    if get := functions.get(f"{name} get"):
-        asked = min(get["runs"], length // 5 + 1)
-        share = asked / get["runs"]
-        functions[f"{name} get"] = {**{key: value * share for key, value in get.items()}, "runs": asked, "gets": asked}
-        counts["states"] -= 3 * (get["runs"] - asked)
-    if " run() " not in name:
-        # One file of the painter, once: the rest are retries of a busy machine.
-        counts |= {"s3_writes": 1, "stored_bytes": min(counts["stored_bytes"], PAINTED_BYTES)}
-    return Used(counts, functions)
 
 
 @cache
@@ -244,6 +238,7 @@ def sizes(counted: Counted) -> list[tuple[str, ...]]:
             used = one_call(counted, function)
         except LookupError:
             continue
+        needed = max(needs.peak_mb, needs.largest_mb)
         at = [(megabytes, billed_ms(used, megabytes)) for megabytes in SIZES_MB]
         cold = needs.import_ms * max(1.0, FULL_PROCESSOR_MB / memory_mb(function))
         rows.append(
@@ -251,7 +246,13 @@ def sizes(counted: Counted) -> list[tuple[str, ...]]:
                 function,
                 f"{used['cpu_ms']:.0f}",
                 f"{needs.peak_mb}",
-                *(f"{ms:,.0f} ms, ${1e6 * ms / 1000 * megabytes / 1024 * price / 1000:.4f}" for megabytes, ms in at),
+                f"{needs.largest_mb or '-'}",
+                *(
+                    f"{ms:,.0f} ms, ${1e6 * ms / 1000 * megabytes / 1024 * price / 1000:.4f}"
+                    if megabytes > needed
+                    else "too small"
+                    for megabytes, ms in at
+                ),
                 f"{memory_mb(function)}",
                 f"{cold:,.0f}" if needs.import_ms else "",
             )
@@ -260,7 +261,15 @@ def sizes(counted: Counted) -> list[tuple[str, ...]]:
 
 
 HEADS = ("for 1,000 predictions", *SHOWN, "together")
-SIZE_HEADS = ("function", "CPU ms", "peak MiB", *(f"{each} MB" for each in SIZES_MB), "chosen", "cold start, ms")
+SIZE_HEADS = (
+    "function",
+    "CPU ms",
+    "peak MiB",
+    "with the largest answer",
+    *(f"{each} MB" for each in SIZES_MB),
+    "chosen",
+    "cold start, ms",
+)
 
 
 def show(terminal: Terminal, counted: Counted) -> None:
@@ -348,6 +357,26 @@ def per_prediction(counted: Counted) -> list[tuple[str, ...]]:
     return [*rows, ("**together**", "", "", f"**${together:.2f}**")]
 
 
+def copying_sizes(counted: Counted) -> list[tuple[str, ...]]:
+    """Return the rows of what copying 500 MiB takes at each size: seconds of its share, and the file that fits."""
+    rows: list[tuple[str, ...]] = []
+    for megabytes in COPY_SIZES_MB:
+        seconds = counted.copy_seconds * max(1.0, FULL_PROCESSOR_MB / megabytes)
+        fits = 500 / 1024 * COPY_LIMIT_SECONDS / seconds
+        rows.append((f"{megabytes}", f"{seconds:,.1f}", f"{500 / seconds:,.0f}", f"{fits:,.0f}"))
+    return rows
+
+
+COPY_HEADS = ("MB", "seconds of its processor for 500 MiB", "MiB a second at most", "GiB within its 900 s")
+
+
+def without_read(used: Used) -> Used:
+    """Return what a prediction takes whose caller is told of the end, and does not GET it."""
+    counts = {**used.counts, "api_requests": used.counts["api_requests"] - 1}
+    counts["read_units"] -= 1
+    return Used(counts, {name: each for name, each in used.functions.items() if name != "read_prediction"})
+
+
 def blocks(counted: Counted) -> dict[str, str]:
     """Return the generated blocks of the page, by name."""
     return {
@@ -355,6 +384,7 @@ def blocks(counted: Counted) -> dict[str, str]:
         "assumed": ASSUMED,
         "compared": _markdown(HEADS, compared(counted)),
         "sizes": _markdown(SIZE_HEADS, sizes(counted)),
+        "copying": _markdown(COPY_HEADS, copying_sizes(counted)),
     }
 
 

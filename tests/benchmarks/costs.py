@@ -2,19 +2,25 @@
 
     python -m tests.benchmarks.costs [--write]
 
-What is counted is independent of the machine, but for the CPU time of functions; `tests.benchmarks.cost_page` makes
-dollars of it. With `--write` the counts are stored in `counted.json`, and docs/cost.md is written from them.
+What is counted is independent of the machine, but for the CPU time of functions: a model runs until the stand-in is
+told to release it, which is when its prediction is waited for, and not for a time that a busy machine makes longer.
+`tests.benchmarks.cost_page` makes dollars of it. With `--write` the counts are stored in `counted.json`, and
+docs/cost.md is written from them.
 """
 
 import argparse
 import json
 import os
 import re
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +37,7 @@ from tests.benchmarks.cost_page import (
     ONE_FILE,
     POLLED,
     QUEUE,
+    TOKEN_CHARACTERS,
     Counted,
     Function,
     Used,
@@ -40,13 +47,17 @@ from tests.benchmarks.figures import PAINTER, SECONDS, Bench, report, write_unit
 from tests.benchmarks.imports import Loaded
 from tests.benchmarks.peers import deploy
 from tests.benchmarks.report import BenchmarkFailed
+from tests.support.template import ROOT, load_template
 
 # A poll of a prediction whose webhooks were lost; the longest model that a client waits for completes before it.
-FIRST_POLL_SECONDS = 75
+FIRST_POLL_SECONDS = 120
 POLL_SECONDS = 0.5  # of `run()` of an official client
+SYNC_WAIT_SECONDS = int(load_template()["Parameters"]["SyncWaitSeconds"]["Default"])
+HELD: dict[str, Any] = {"seconds": 3600, "times": None}  # until it is released
 ASKED_WAIT_SECONDS = 60  # by `run()`; the stack waits as long as it lets callers wait
 REPEATED = 3
 LINES = 10
+LINE_SECONDS = 3  # long enough for an execution to wait before the model of its line has run
 PAINTED: dict[str, Any] = {"model": "local/painter", "input": PAINTER}
 SLEPT: dict[str, Any] = {"model": "local/sleeper", "input": {"seconds": 0.1}}
 TERMINAL = ("succeeded", "failed", "canceled")
@@ -54,12 +65,21 @@ _Processes = Mapping[tuple[str, int], float]
 _TICKS_MS = 1000 / os.sysconf("SC_CLK_TCK")
 
 
-def measure(say: Callable[[str], None], loaded: Mapping[str, Loaded] | None = None) -> Counted:
+def measure(
+    say: Callable[[str], None],
+    loaded: Mapping[str, Loaded] | None = None,
+    *,
+    copy_seconds: float | None = None,
+    largest: Mapping[str, int] | None = None,
+) -> Counted:
     """Deploy to a local cloud of its own, and count every case and every peer.
 
     Args:
         say: Called with each line of progress.
-        loaded: The imports of functions, which take minutes to measure; those stored before if they are not given.
+        loaded: The imports of functions; as the two below it takes minutes to measure, and is the one stored before if
+            it is not given.
+        copy_seconds: The CPU of copying a file of `copying.FILE_MIB`.
+        largest: The peak of each function with the largest answer that is accepted (`with_the_largest_answers`).
 
     Raises:
         BenchmarkFailed: A prediction did not end as it must.
@@ -71,18 +91,41 @@ def measure(say: Callable[[str], None], loaded: Mapping[str, Loaded] | None = No
         ours = dict(bench.functions)
         with recorded(cloud, ours) as bench.calls:
             cases = dict(bench.cases(say))
-        say(f"counting: the peers, of models of {' and '.join(map(str, LENGTHS))} s")
         bench.functions |= peers.functions
         with recorded(cloud, peers.functions) as bench.calls:
-            cases |= bench.peers(peers)
+            cases |= bench.peers(peers, say)
         say("stopping")
+    before = Counted.load() if COUNTED.exists() else Counted({}, {})
     import_ms = {name: round(each.import_ms) for name, each in (loaded or {}).items()}
-    if not loaded and COUNTED.exists():
-        import_ms = {name: each.import_ms for name, each in Counted.load().functions.items()}
+    if not loaded:
+        import_ms = {name: each.import_ms for name, each in before.functions.items()}
+    if largest is None:
+        largest = {name: each.largest_mb for name, each in before.functions.items()}
     functions = {
-        name: Function(round(bench.peaks[name] / 1024), import_ms.get(name, 0)) for name in ours if name in bench.peaks
+        name: Function(round(bench.peaks[name] / 1024), import_ms.get(name, 0), largest.get(name, 0))
+        for name in sorted(ours)
+        if name in bench.peaks
     }
-    return Counted(cases, functions)
+    return Counted(cases, functions, before.copy_seconds if copy_seconds is None else round(copy_seconds, 2))
+
+
+def with_the_largest_answers(say: Callable[[str], None]) -> dict[str, int]:
+    """Measure the peak of each function, in MiB, with the largest answer that is accepted, by tests/attacks.
+
+    Raises:
+        BenchmarkFailed: A function does not bear it in the memory that it has.
+    """
+    say("measuring the memory of functions with the largest answers, for minutes")
+    with tempfile.NamedTemporaryFile("r", prefix="peaks-") as peaks:
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/attacks/test_answers.py"]
+        environment = {**os.environ, "MEMORY_PEAKS": peaks.name}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+        if done.returncode:
+            raise BenchmarkFailed(f"a function does not bear the largest answer: {done.stdout[-2000:]}")
+        found: dict[str, int] = {}
+        for function, mib in map(str.split, peaks):
+            found[function] = max(found.get(function, 0), int(mib))
+    return found
 
 
 class _Costs(Bench):
@@ -95,6 +138,8 @@ class _Costs(Bench):
     def cases(self, say: Callable[[str], None]) -> Iterator[tuple[str, Used]]:
         """Count the cases of the stack."""
         say("warming the functions")
+        poll = self.functions["poll_prediction"]
+        self._cloud.client("lambda").invoke(FunctionName=poll, Payload=json.dumps({"id": "a" * 26}).encode())
         self._batch(2)
         for warm in (self._post, self._queue, self._post):
             warm(PAINTED)
@@ -106,41 +151,50 @@ class _Costs(Bench):
             say(f"counting: {name}, {REPEATED} times")
             yield name, _middle([self._counted(work) for _ in range(REPEATED)])
         say(f"counting: {BATCH}, of {LINES}")
-        yield BATCH, self._counted(self._batch, predictions=LINES)
-        say(f"counting: {POLLED}, in {FIRST_POLL_SECONDS} s")
-        yield POLLED, self._counted(lambda: self._post(PAINTED), webhook_lost={"times": None})
+        start_late = {"seconds": LINE_SECONDS, "times": None}
+        yield BATCH, self._counted(self._batch, predictions=LINES, start_late=start_late)
         for length in LENGTHS:
-            say(f"counting: {run_of(length)}")
-            yield (
-                run_of(length),
-                self._counted(lambda: self._run(PAINTED), holds="start_prediction", start_late={"seconds": length}),
-            )
+            say(f"counting: {run_of(length)}, {_times(length)}")
+            held = {"start_prediction": min(length, SYNC_WAIT_SECONDS)}
+            runs = [
+                self._counted(partial(self._run, PAINTED, length), held=held, start_late=HELD)
+                for _ in range(_times(length))
+            ]
+            yield run_of(length), _middle(runs)
+        say(f"counting: {POLLED}, in {FIRST_POLL_SECONDS} s")
+        yield POLLED, self._counted(lambda: self._post(PAINTED, held=False), webhook_lost={"times": None})
 
-    def peers(self, peers: deploy.Peers) -> dict[str, Used]:
-        """Count the peers, of each length, all at once on warm functions."""
+    def peers(self, peers: deploy.Peers, say: Callable[[str], None]) -> dict[str, Used]:
+        """Count the peers, one length after the other on warm functions."""
         self._cloud.replicate.reset()
         deploy.warm(self._cloud, peers, PAINTED["model"], PAINTER)
-        before = self._before()
-        executions = deploy.run(self._cloud, peers, PAINTED["model"], PAINTER)
-        time.sleep(1.7)
         found = {}
         for length in LENGTHS:
+            say(f"counting: the peers, of a model of {length} s")
+            before = self._before()
+            execution = deploy.run(self._cloud, peers, length, PAINTED["model"], PAINTER)
+            time.sleep(1.7)
             for peer in (deploy.WAIT, deploy.LOOP):
                 names = {name for name in peers.functions if name.startswith(f"{peer} {length} ")}
-                states = self._entered([executions[length]]) if peer == deploy.LOOP else 0
-                holds = f"{deploy.WAIT} {length} wait" if peer == deploy.WAIT else None
-                found[f"{peer} {length}"] = self._used(before, names=names, states=states, holds=holds)
+                states = self._entered([execution]) if peer == deploy.LOOP else 0
+                held = {f"{deploy.WAIT} {length} wait": length} if peer == deploy.WAIT else {}
+                found[f"{peer} {length}"] = self._used(before, names=names, states=states, held=held)
         return found
 
     def _counted(
-        self, work: Callable[[], int], *, predictions: int = 1, holds: str | None = None, **faults: Mapping[str, Any]
+        self,
+        work: Callable[[], int],
+        *,
+        predictions: int = 1,
+        held: Mapping[str, float] | None = None,
+        **faults: Mapping[str, Any],
     ) -> Used:
         """Count what a piece of work takes, until nothing of it runs any more.
 
         Args:
             work: Returns the requests that it made to the API.
             predictions: How many predictions it is; the counts are of one.
-            holds: The function that waits for the model, if there is one.
+            held: The seconds for which a function waits for the model, if one does.
             faults: Of the stand-in.
         """
         self._cloud.replicate.reset()
@@ -160,7 +214,7 @@ class _Costs(Bench):
             states=states,
             api=requests + webhooks,
             predictions=predictions,
-            holds=holds,
+            held=held or {},
         )
 
     def _before(self) -> dict[str, Any]:
@@ -178,7 +232,7 @@ class _Costs(Bench):
         states: int,
         api: int = 0,
         predictions: int = 1,
-        holds: str | None = None,
+        held: Mapping[str, float],
     ) -> Used:
         cpu = self._cpu()
         self._note_peaks()
@@ -194,28 +248,26 @@ class _Costs(Bench):
             if message.startswith("REPORT RequestId"):
                 runs[function].append(report(message)[0])
         upstream = self._upstream({name: len(billed) for name, billed in runs.items()})
-        functions = {}
+        functions, ours = {}, set(self._cloud.functions)
         for name, billed in sorted(runs.items()):
             used_ms = self._cpu_ms(name, before["cpu"], cpu)
-            held = (sum(billed) - used_ms) / 1000 if name == holds else 0.0
             functions[name] = {
                 "runs": round(len(billed) / predictions, 2),
                 "cpu_ms": round(used_ms / predictions, 1),
                 "requests": round(sum(call.function == name for call in calls) / predictions, 2),
                 **{kind: round(upstream[kind, name] / predictions, 2) for kind in ("creates", "gets", "files")},
-                "held_seconds": round(held * 2) / 2,
+                "held_seconds": held.get(name, 0),
             }
-            if name == holds:
+            if name in held and name not in ours:
                 functions[name]["gets"] = 0  # while the model runs
         stored = sum(size for key, size in self._objects().items() if key not in before["objects"])
-        if not api:  # a peer's: files of other peers are stored at the same time
-            stored = stored // (2 * len(LENGTHS))
-        ours = api > 0
+        if not api:  # a peer's: that of the other peer is stored at the same time
+            stored //= 2
         counts = {
             "api_requests": api,
             "states": states,
-            "write_units": sum(map(write_units, written)) + refused if ours else 0,
-            "items_written": len(written) if ours else 0,
+            "write_units": sum(map(_write_units, written)) + refused if api else 0,
+            "items_written": len(written) if api else 0,
             "read_units": sum(call.read_units for call in calls),
             "s3_writes": len(s3) - reads,
             "s3_reads": reads,
@@ -251,19 +303,42 @@ class _Costs(Bench):
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
-    def _post(self, body: Mapping[str, Any]) -> int:
-        """POST, completion, and one GET of its result."""
+    def _post(self, body: Mapping[str, Any], *, held: bool = True) -> int:
+        """POST, completion, and one GET of its result.
+
+        Args:
+            body: The model and its input.
+            held: Whether the model starts only once its execution waits, as the models do that are not there already.
+        """
+        if held:
+            self._cloud.replicate.fault("start_late", **HELD)
         with self._api() as api:
             answer = api.post(f"/models/{body['model']}/predictions", json={"input": body["input"]})
             if answer.status_code != 201:
                 raise BenchmarkFailed(f"POST answered {answer.status_code}: {answer.text[:500]}")
             id_ = answer.json()["id"]
+            if held:
+                self._release_once_waited_for(id_)
             self._ended(id_)
             api.get(f"/predictions/{id_}").raise_for_status()
         return 2
 
-    def _run(self, body: Mapping[str, Any]) -> int:
-        """`run()` of an official client: a create that waits, then a GET every half a second."""
+    def _release_once_waited_for(self, id_: str) -> None:
+        deadline = time.monotonic() + SECONDS
+        while "task_token" not in self._item(id_):
+            if time.monotonic() > deadline:
+                raise BenchmarkFailed(f"no execution waits for {id_}")
+            time.sleep(0.1)
+        self._cloud.replicate.release()
+
+    def _run(self, body: Mapping[str, Any], length: int) -> int:
+        """`run()` of an official client: a create that waits, then a GET every half a second.
+
+        The model is released during the create if that waits as long, else after as many GETs as fit into the rest.
+        """
+        looks = int((length - SYNC_WAIT_SECONDS) / POLL_SECONDS)
+        if looks <= 0:
+            threading.Thread(target=self._release_once_created, daemon=True).start()
         with self._api() as api:
             shown = api.post(
                 f"/models/{body['model']}/predictions",
@@ -272,6 +347,8 @@ class _Costs(Bench):
             ).json()
             requests = 1
             while shown["status"] not in TERMINAL:
+                if requests == looks + 1:
+                    self._cloud.replicate.release()
                 time.sleep(POLL_SECONDS)
                 shown = api.get(f"/predictions/{shown['id']}").json()
                 requests += 1
@@ -279,8 +356,17 @@ class _Costs(Bench):
             raise BenchmarkFailed(f"run() ended {shown['status']}: {shown['error']}")
         return requests
 
+    def _release_once_created(self) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not any(each["method"] == "POST" for each in self._cloud.replicate.record()["requests"]):
+            if time.monotonic() > deadline:
+                return  # the create has failed, and says why
+            time.sleep(0.1)
+        self._cloud.replicate.release()
+
     def _queue(self, body: Mapping[str, Any]) -> int:
         """One message, completion, and one GET of its result."""
+        self._cloud.replicate.fault("start_late", **HELD)
         known = self._changes()
         self._cloud.client("sqs").send_message(QueueUrl=self._cloud.stack.queue_url, MessageBody=json.dumps(body))
         deadline = time.monotonic() + SECONDS
@@ -298,6 +384,7 @@ class _Costs(Bench):
                 raise BenchmarkFailed("a message of the queue started no prediction")
             time.sleep(0.2)
         (id_,) = ids
+        self._release_once_waited_for(id_)
         self._ended(id_)
         with self._api() as api:
             api.get(f"/predictions/{id_}").raise_for_status()
@@ -401,14 +488,23 @@ class _Costs(Bench):
             self.peaks[name] = max(self.peaks.get(name, 0), int(found[1]) if found else 0)
 
 
+def _write_units(change: Mapping[str, Any]) -> int:
+    return write_units(change, TOKEN_CHARACTERS)
+
+
+def _times(length: int) -> int:
+    """Return how often a `run()` is counted: its create races with the webhook, and one that polls takes a minute."""
+    return REPEATED if length <= SYNC_WAIT_SECONDS else 1
+
+
 def _middle(found: list[Used]) -> Used:
-    """The first run's counts, with the median CPU of each function in all of them."""
-    first = found[0]
+    """Return the dearest of some runs, with the median CPU of each function in all of them."""
+    dearest = max(found, key=lambda used: sum(cost_page.dollars(cost_page.units(used)).values()))
     functions = {
         name: {**used, "cpu_ms": median(each.functions.get(name, used)["cpu_ms"] for each in found)}
-        for name, used in first.functions.items()
+        for name, used in dearest.functions.items()
     }
-    return Used(first.counts, functions)
+    return Used(dearest.counts, functions)
 
 
 @contextmanager
@@ -424,10 +520,12 @@ def main() -> None:
     """Count, show, and write if asked for."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.costs", description=__doc__)
     parser.add_argument("--write", action="store_true", help="write counted.json, docs/cost.md and docs/cost.svg")
-    write = parser.parse_args().write
+    parser.add_argument("--memory", action="store_true", help="measure the memory that the largest answers take")
+    options = parser.parse_args()
+    write = options.write
     terminal = Terminal(sys.stdout)
     with _refusing(terminal):
-        found = measure(terminal.step)
+        found = measure(terminal.step, largest=with_the_largest_answers(terminal.step) if options.memory else None)
         cost_page.show(terminal, found)
         if write:
             found.store(COUNTED)

@@ -381,13 +381,13 @@ def _value_size(value: Mapping[str, Any]) -> int:
     return 1  # true, false, null
 
 
-def write_units(change: Mapping[str, Any]) -> int:
+def write_units(change: Mapping[str, Any], token_characters: int = TASK_TOKEN_CHARACTERS) -> int:
     """1 KB each for the item, and for each index that changes: one when a key comes or goes, two when it changes.
 
-    A task token counts as long as AWS's may be; the emulator's are short.
+    The emulator's task tokens are short: one counts as long as AWS's may be, or as the caller says.
     """
     old, new = (
-        image | ({"task_token": {"S": "x" * TASK_TOKEN_CHARACTERS}} if "task_token" in image else {})
+        image | ({"task_token": {"S": "x" * token_characters}} if "task_token" in image else {})
         for image in (change.get("OldImage", {}), change.get("NewImage", {}))
     )
     units = math.ceil(max(_size(old), _size(new)) / 1024)

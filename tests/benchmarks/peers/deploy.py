@@ -25,6 +25,8 @@ MEMORY_MB = 512
 """Of every function of a peer: what one writes who has not measured."""
 WAIT, LOOP = "wait", "loop"
 STEPS = ("create", "get", "store")
+LOOP_SECONDS = 5
+"""Of the wait in `loop.asl.json`."""
 _TRUST = "2012-10-17"
 # As long as the longest model takes, on a busy machine.
 _SECONDS = 180
@@ -64,33 +66,42 @@ def deployed(cloud: LocalCloud, lengths: tuple[int, ...]) -> Iterator[Peers]:
     yield Peers(functions, machines)
 
 
-def run(cloud: LocalCloud, peers: Peers, model: str, given: Mapping[str, Any]) -> dict[int, str]:
-    """Run each peer once for each length, all at once; return the executions of the machines, by length.
+def run(cloud: LocalCloud, peers: Peers, length: int, model: str, given: Mapping[str, Any]) -> str:
+    """Run each peer once, both at once; return the execution of the machine.
+
+    The models have run once the machine has asked as often as it asks within `length` seconds, on any machine.
 
     Raises:
         BenchmarkFailed: One did not store its file.
     """
     event = {"model": model, "input": dict(given)}
     states = cloud.client("stepfunctions")
-    executions, answers = {}, []
-    with ThreadPoolExecutor(len(peers.machines)) as pool:
-        for length, machine in peers.machines.items():
-            with _created(cloud, length):
-                answers.append(pool.submit(_invoke, cloud, peers.functions[f"{WAIT} {length} wait"], event))
-            with _created(cloud, length):
-                started = states.start_execution(stateMachineArn=machine, input=json.dumps(event))
-                executions[length] = started["executionArn"]
-        found = [answer.result() for answer in answers]
-    deadline = time.monotonic() + _SECONDS
-    for execution in executions.values():
-        while (shown := states.describe_execution(executionArn=execution))["status"] == "RUNNING":
-            if time.monotonic() > deadline:
-                break
+    cloud.replicate.fault("start_late", seconds=3600, times=None)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(_invoke, cloud, peers.functions[f"{WAIT} {length} wait"], event)
+        execution: str = states.start_execution(stateMachineArn=peers.machines[length], input=json.dumps(event))[
+            "executionArn"
+        ]
+        deadline = time.monotonic() + _SECONDS
+        while _asked(cloud, execution) < length // LOOP_SECONDS and time.monotonic() < deadline:
             time.sleep(0.2)
-        found.append(json.loads(shown.get("output") or "{}"))
+        cloud.replicate.release()
+        found = [waiting.result()]
+    while (shown := states.describe_execution(executionArn=execution))["status"] == "RUNNING":
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    found.append(json.loads(shown.get("output") or "{}"))
     if any("bytes" not in each for each in found):
         raise BenchmarkFailed(f"a peer has not stored its file: {found}")
-    return executions
+    return execution
+
+
+def _asked(cloud: LocalCloud, execution: str) -> int:
+    """Return how often a machine has asked."""
+    pages = cloud.client("stepfunctions").get_paginator("get_execution_history").paginate(executionArn=execution)
+    events = [event for page in pages for event in page["events"]]
+    return sum(event.get("stateExitedEventDetails", {}).get("name") == "Get" for event in events)
 
 
 def warm(cloud: LocalCloud, peers: Peers, model: str, given: Mapping[str, Any]) -> None:
@@ -101,23 +112,6 @@ def warm(cloud: LocalCloud, peers: Peers, model: str, given: Mapping[str, Any]) 
         for step in ("create", "get"):
             _invoke(cloud, peers.functions[f"{LOOP} {length} {step}"], event | {"id": done["id"]})
         _invoke(cloud, peers.functions[f"{LOOP} {length} store"], done)
-
-
-@contextmanager
-def _created(cloud: LocalCloud, length: int) -> Iterator[None]:
-    """Have the next prediction take so long, and wait until it is created."""
-    cloud.replicate.fault("start_late", seconds=length)
-    before = _creates(cloud)
-    yield
-    deadline = time.monotonic() + 30
-    while _creates(cloud) == before:
-        if time.monotonic() > deadline:
-            raise BenchmarkFailed("a peer has not created its prediction")
-        time.sleep(0.05)
-
-
-def _creates(cloud: LocalCloud) -> int:
-    return sum(each["method"] == "POST" for each in cloud.replicate.record()["requests"])
 
 
 def _invoke(cloud: LocalCloud, name: str, event: Mapping[str, Any]) -> dict[str, Any]:
