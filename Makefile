@@ -107,8 +107,8 @@ reliability: setup ## Run all tests and write docs/reliability.md: each promise,
 conformance: setup ## Run the clients' flows (needs node) and write docs/conformance.md
 	@$(PYTHON) -m tests.conformance
 
-bench: setup ## Measure imports, the steps and cost of a prediction and of a batch, copying, webhooks
-	@$(PYTHON) -m tests.benchmarks
+bench: setup ## Measure imports, the steps and cost of a prediction and of a batch, copying, webhooks (WRITE=1: write docs/cost.md)
+	@$(PYTHON) -m tests.benchmarks $(if $(WRITE),--write)
 
 batch: setup ## Run a batch of LINES=1000 lines on the local cloud, with its progress, and measure it
 	@$(PYTHON) -m tests.benchmarks.batch $(if $(LINES),--lines $(LINES))

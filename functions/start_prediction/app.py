@@ -1,6 +1,5 @@
 """Create routes of the API: check a request, submit it once, and respond with the prediction."""
 
-import json
 import os
 
 from aws_lambda_powertools.event_handler import Response
@@ -90,7 +89,7 @@ def _answer(intent: Intent, seconds: int | None = None) -> Response[str]:
     def read() -> PredictionDetail:
         return own_prediction(table, started.prediction.id, intent.owner, intent.object)
 
-    shown = presenter.show_started(started.prediction, json.loads(intent.input_json), read)
+    shown = presenter.show_started(started.prediction, intent.input_json, read)
     applied = {"Preference-Applied": f"wait={seconds}"} if started.waited else {}
     return json_response(201, shown, {**started.rate_limit, **applied, "Location": shown["urls"]["get"]})
 

@@ -243,8 +243,26 @@ def test_create_with_a_large_answer_is_bound_and_its_outcome_not_lost(
         ended(lambdas.invoke(function, {"model": VERSION, "input_data": {"n": 1}, "wait_for_completion": False}))
     [pk] = [pk for pk, sk in lambdas.table.items if sk == "status" and pk.startswith("prediction#")]
     after = seen(lambdas, pk.partition("#")[2])
+    if function != "submit_prediction":
+        # A caller waits there: the id is bound, and the output is left to the poll, which bears it.
+        assert (after.upstream_id, after.visible) == ("up1", "processing")
+        lambdas.replicate["GET", "/predictions/up1"] = 200, told(output, "up1")
+        ended(lambdas.invoke("poll_prediction", {"id": after.id}))
+        after = seen(lambdas, after.id)
     assert (after.upstream_id, after.visible) == ("up1", "failed" if case == "beyond" else "succeeded")
     assert lambdas.asked.count(("POST", "/predictions")) == 1
+
+
+def test_create_with_the_largest_input_and_answer_is_responded_to_in_the_memory_of_its_function(
+    lambdas: Cloud, record_property: Recorded
+) -> None:
+    record_property("answers", 1)
+    lambdas.replicate["POST", "/predictions"] = 201, told(at_the_bound(EMPTY_LISTS), "up1")
+    body = b'{"version": "%s", "input": {"n": 1, "x": %s}}' % (VERSION.encode(), filled(EMPTY_LISTS, 5 * MB))
+    event = api_event("POST", "/predictions", "/predictions", body=body, headers={"Prefer": "wait=5"})
+    answer = ended(lambdas.invoke("start_prediction", event, VALIDATE_INPUT="false")).answer
+    shown = json.loads(answer["body"])
+    assert (answer["statusCode"], shown["status"]) == (201, "starting")
 
 
 @pytest.mark.parametrize("case", ["empty lists", "text with one emoji"])

@@ -1,5 +1,7 @@
 """`make bench`: the import time of a cold start, the cost of a prediction, of a batch's line, of looking at one, of
-copying its files, of its webhooks, and how soon its completion is visible.
+copying its files, of its webhooks, how soon its completion is visible, and what one would write instead.
+
+With `--write`, docs/cost.md and its picture are written from it.
 
 No time is asserted: the numbers are this machine's. The command fails if a prediction fails, or takes more steps than
 the project promises.
@@ -13,7 +15,7 @@ from statistics import median
 
 from local.cloud import LocalCloudError
 from local.terminal import Terminal
-from tests.benchmarks import batch, copying, figures, imports, prices, visible, watched, webhook
+from tests.benchmarks import batch, copying, cost_page, costs, figures, imports, prices, visible, watched, webhook
 from tests.benchmarks.figures import Figures, Run, Sync
 from tests.benchmarks.imports import EMPTY, ONE_CLIENT, OURS, PARTS, Loaded
 from tests.benchmarks.report import BenchmarkFailed, bars, note, table
@@ -43,7 +45,8 @@ def main() -> int:
     began = time.monotonic()
     try:
         terminal.title("1. Imports of a cold start")
-        _show_imports(terminal, imports.measure(terminal.step))
+        loaded = imports.measure(terminal.step)
+        _show_imports(terminal, loaded)
         terminal.title("2. Steps of a prediction")
         found, sync = figures.measure(terminal.step)
         _show_figures(terminal, found)
@@ -56,11 +59,20 @@ def main() -> int:
         terminal.title("5. A prediction that its caller looks at while it runs")
         watched.show(terminal, watched.measure(), watched.measure(looks=False))
         terminal.title("6. Copying a file over TLS")
-        copying.show(terminal, copying.measure(terminal.step))
+        copied = copying.measure(terminal.step)
+        copying.show(terminal, copied)
         terminal.title("7. From completion to visible")
         visible.show(terminal, visible.measure(terminal.step))
         terminal.title("8. A webhook on a warm function")
         webhook.show(terminal, webhook.measure(terminal.step))
+        terminal.title("9. Cost of 1,000 predictions beside what one would write instead")
+        seconds = copied.cpu[copying.COPIER]
+        largest = costs.with_the_largest_answers(terminal.step)
+        counted = costs.measure(terminal.step, loaded, copy_seconds=seconds, largest=largest)
+        cost_page.show(terminal, counted)
+        if "--write" in sys.argv:
+            counted.store(cost_page.COUNTED)
+            cost_page.write(counted)
     except (BenchmarkFailed, LocalCloudError) as error:
         terminal.refuse(str(error))
         return 1

@@ -9,8 +9,8 @@ import json
 import math
 import re
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -55,11 +55,16 @@ class Calls(list[Call]):
 
 
 @contextmanager
-def recorded(cloud: LocalCloud, functions: Iterable[str]) -> Iterator[Calls]:
-    """Record every call that these functions make from now on. Their next invocations are cold starts."""
+def recorded(cloud: LocalCloud, functions: Mapping[str, str]) -> Iterator[Calls]:
+    """Record every call that these functions make from now on. Their next invocations are cold starts.
+
+    Args:
+        cloud: Where they are deployed.
+        functions: Their physical names, by the names under which calls are recorded.
+    """
     calls = Calls()
     with ExitStack() as stack:
-        for function in functions:
+        for function, deployed in functions.items():
             server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(function, cloud.endpoint_url, calls))
             server.daemon_threads = True
             thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -67,12 +72,12 @@ def recorded(cloud: LocalCloud, functions: Iterable[str]) -> Iterator[Calls]:
             stack.callback(thread.join)
             stack.callback(server.server_close)
             stack.callback(server.shutdown)
-            _use(cloud, function, f"http://127.0.0.1:{server.server_port}")
+            _use(cloud, deployed, f"http://127.0.0.1:{server.server_port}")
         yield calls
 
 
-def _use(cloud: LocalCloud, function: str, endpoint_url: str) -> None:
-    client, name = cloud.client("lambda"), cloud.functions[function]
+def _use(cloud: LocalCloud, name: str, endpoint_url: str) -> None:
+    client = cloud.client("lambda")
     variables = client.get_function_configuration(FunctionName=name)["Environment"]["Variables"]
     environment = {"Variables": {**variables, "AWS_ENDPOINT_URL": endpoint_url}}
     client.update_function_configuration(FunctionName=name, Environment=environment)
@@ -83,21 +88,15 @@ def _handler(function_name: str, endpoint_url: str, calls: Calls) -> type[BaseHT
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
 
-        def setup(self) -> None:
-            super().setup()
-            self._upstream = http.client.HTTPConnection(urlsplit(endpoint_url).netloc, timeout=60)
-
-        def finish(self) -> None:
-            self._upstream.close()
-            super().finish()
-
         def pass_on(self) -> None:
             body = self._body()
             # The host too: the signature is for it.
             headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
-            self._upstream.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
-            answer = self._upstream.getresponse()
-            content = answer.read()
+            # A connection of its own for each: the emulator closes one that is idle for seconds.
+            with closing(http.client.HTTPConnection(urlsplit(endpoint_url).netloc, timeout=60)) as upstream:
+                upstream.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
+                answer = upstream.getresponse()
+                content = answer.read()
             calls.append(_call(function_name, self, body, answer, content))
             self.send_response_only(answer.status, answer.reason)
             for name, value in answer.getheaders():

@@ -154,7 +154,7 @@ def measure(say: Callable[[str], None]) -> tuple[list[Figures], Sync]:
         LocalCloudError: The local cloud did not start.
     """
     with LocalCloud(parameters=QUICK, say=say) as cloud:
-        bench = _Bench(cloud)
+        bench = Bench(cloud)
         say("warming the functions")
         bench.warm()
         timed = {}
@@ -165,8 +165,7 @@ def measure(say: Callable[[str], None]) -> tuple[list[Figures], Sync]:
         say(f"timing: responses with Prefer: wait, {SYNC_RUNS} times")
         sync = bench.sync()
         say("counting: the same again, with every request to AWS recorded")
-        functions = [name for name in cloud.functions if name != NOT_COUNTED]
-        with recorded(cloud, functions) as bench.calls:
+        with recorded(cloud, bench.functions) as bench.calls:
             with bench.new_token():
                 bench.warm()
             found = []
@@ -177,12 +176,13 @@ def measure(say: Callable[[str], None]) -> tuple[list[Figures], Sync]:
     return found, sync
 
 
-class _Bench:
+class Bench:
     """Runs predictions and reads what they left behind."""
 
     def __init__(self, cloud: LocalCloud) -> None:
         self._cloud = cloud
         self._token = cloud.stack.access_token
+        self.functions = {name: id_ for name, id_ in cloud.functions.items() if name != NOT_COUNTED}
         self.calls: list[Call] = []
 
     def warm(self) -> None:
@@ -238,7 +238,7 @@ class _Bench:
         reports: dict[str, list[tuple[float, int]]] = defaultdict(list)
         for function, *_, message in logged:
             if message.startswith("REPORT RequestId"):
-                reports[function].append(_report(message))
+                reports[function].append(report(message))
         limiter_writes = sum(change["Keys"]["pk"]["S"] == "limiter" for change in new_changes)
         return Run(
             created_ms=(created - began) * 1000,
@@ -253,7 +253,7 @@ class _Bench:
             writes=len(new_changes) - limiter_writes,
             limiter_writes=limiter_writes,
             written_bytes=sum(_size(change.get("NewImage", {})) for change in new_changes),
-            write_units=sum(map(_write_units, new_changes)),
+            write_units=sum(map(write_units, new_changes)),
             upstream=_upstream(record, item["upstream_id"]),
             webhooks=Counter(sent["event"] for sent in record["webhooks"] if sent["answer"] == 200),
             file_bytes=sum(file["bytes"] for file in files),
@@ -322,8 +322,7 @@ class _Bench:
         pages = self._cloud.client("logs").get_paginator("filter_log_events")
         return Counter(
             (function, event["logStreamName"], event["timestamp"], event["message"])
-            for function, name in self._cloud.functions.items()
-            if function != NOT_COUNTED
+            for function, name in self.functions.items()
             for page in pages.paginate(logGroupName=f"/aws/lambda/{name}")
             for event in page["events"]
         )
@@ -344,7 +343,7 @@ class _Bench:
         return {key: change for key, change in found.items() if change["Keys"]["pk"]["S"] != "tokens"}
 
 
-def _report(message: str) -> tuple[float, int]:
+def report(message: str) -> tuple[float, int]:
     """Billed milliseconds and megabytes of memory."""
     found = re.search(r"Billed Duration: ([\d.]+) ms\tMemory Size: (\d+) MB", message)
     if not found:
@@ -382,13 +381,13 @@ def _value_size(value: Mapping[str, Any]) -> int:
     return 1  # true, false, null
 
 
-def _write_units(change: Mapping[str, Any]) -> int:
+def write_units(change: Mapping[str, Any], token_characters: int = TASK_TOKEN_CHARACTERS) -> int:
     """1 KB each for the item, and for each index that changes: one when a key comes or goes, two when it changes.
 
-    A task token counts as long as AWS's may be; the emulator's are short.
+    The emulator's task tokens are short: one counts as long as AWS's may be, or as the caller says.
     """
     old, new = (
-        image | ({"task_token": {"S": "x" * TASK_TOKEN_CHARACTERS}} if "task_token" in image else {})
+        image | ({"task_token": {"S": "x" * token_characters}} if "task_token" in image else {})
         for image in (change.get("OldImage", {}), change.get("NewImage", {}))
     )
     units = math.ceil(max(_size(old), _size(new)) / 1024)

@@ -33,6 +33,7 @@ PRICES = {
     "S3 writes": Price(0.005, 1_000, "PUT, POST requests (Standard)", "https://aws.amazon.com/s3/pricing/"),
     "S3 reads": Price(0.0004, 1_000, "GET, HEAD requests (Standard)", "https://aws.amazon.com/s3/pricing/"),
     "S3 storage": Price(0.023, 1, "GB-months (Standard)", "https://aws.amazon.com/s3/pricing/"),
+    "Queue requests": Price(0.40, 1_000_000, "requests (standard queue)", "https://aws.amazon.com/sqs/pricing/"),
     "Events": Price(1.00, 1_000_000, "events of one's own", "https://aws.amazon.com/eventbridge/pricing/"),
     "Logs": Price(0.50, 1, "GB taken in", "https://aws.amazon.com/cloudwatch/pricing/"),
     "Secrets": Price(0.05, 10_000, "API calls", "https://aws.amazon.com/secrets-manager/pricing/"),
@@ -47,4 +48,4 @@ def cost(units: Mapping[str, float], times: int = 1_000) -> dict[str, float]:
         units: What one prediction uses of each price in `PRICES`.
         times: How many predictions.
     """
-    return {name: times * units[name] * price.dollars / price.per for name, price in PRICES.items()}
+    return {name: times * units.get(name, 0.0) * price.dollars / price.per for name, price in PRICES.items()}

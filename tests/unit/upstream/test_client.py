@@ -10,6 +10,7 @@ import pytest
 from botocore.exceptions import ClientError
 from predictions.aws import clients
 from predictions.upstream import client as upstream
+from predictions.upstream.bounded_json import LIGHT_BYTES
 from predictions.upstream.client import Model, Replicate, Target
 from predictions.upstream.credentials import Token
 from predictions.upstream.errors import (
@@ -150,6 +151,27 @@ CREATES: dict[str, tuple[Answer, type[Exception]]] = {
     "an answer with an id that climbs": (answering(201, json={**TOLD, "id": "../x"}), OutcomeUnknown),
     "an answer nested beyond all": (answering(201, content=b"[" * 100_000), OutcomeUnknown),
 }
+
+
+def test_input_that_is_text_is_sent_as_it_is_beside_the_other_members(server: Upstream) -> None:
+    server.replicate.create(TARGET, {"stream": True}, cancel_after_seconds=60, input_json='{"prompt":"é"}')
+    server.replicate.create(TARGET, {}, cancel_after_seconds=60, input_json="{}")
+    first, second = (json.loads(request.content) for request in server.asked)
+    expected = {"version": TARGET.version} if TARGET.kind == "version" else {}
+    assert first == {"input": {"prompt": "é"}, "stream": True} | expected
+    assert second == {"input": {}} | expected
+    assert server.asked[0].headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("status", ["processing", "succeeded", "failed"])
+def test_large_output_of_a_create_that_is_waited_for_is_left_to_the_webhook(server: Upstream, status: str) -> None:
+    large = {**TOLD, "status": status, "error": None, "output": "x" * (LIGHT_BYTES + 1)}
+    server.answer = answering(201, json=large)
+    found = server.create(leave_large=True)
+    assert (found.id, found.status, found.output, found.too_large) == (TOLD["id"], "processing", None, None)
+    assert server.create().status == status
+    server.answer = answering(201, json={**large, "output": "x"})
+    assert server.create(leave_large=True).status == status
 
 
 @pytest.mark.parametrize(("answer", "error"), CREATES.values(), ids=CREATES)

@@ -97,5 +97,5 @@ def test_answer_that_cannot_be_read_claims_nothing_of_replicate(
     def fail() -> PredictionDetail:
         raise OSError("no signature")
 
-    seen = Presenter.from_env().show_started(prediction, {}, fail)
+    seen = Presenter.from_env().show_started(prediction, "{}", fail)
     assert (seen["status"], "upstream_status" in seen, "output" in seen) == ("starting", False, False)

@@ -198,7 +198,7 @@ class RunJobs:
         if isinstance(job, InputJob) and job.wait_for_completion and not prediction.ended_visibly:
             self._wait(prediction.id, job, remaining_seconds)
         shown = self._presenter.show_started(
-            prediction, json.loads(intent.input_json), lambda: self._read(prediction), as_starting=False
+            prediction, intent.input_json, lambda: self._read(prediction), as_starting=False
         )
         shown["model"] = shown["model"] or job.model  # until it is submitted, a version alone does not name its model
         return kind.answer(shown, shown["error"])

@@ -1,6 +1,5 @@
 """Create: the one POST of a claim's holder, and what its outcome means for the claim."""
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -87,6 +86,8 @@ class Creates:
         input_json: str,
         wait_until: float = 0,
         rate_limit: dict[str, str] | None = None,
+        *,
+        leave_large: bool = False,
     ) -> Prediction:
         """Send the one POST for the holder of the claim, and bind the response.
 
@@ -94,11 +95,18 @@ class Creates:
         item as usual, and a cancel flags it; the response is merged by the same rule, so `processing` with the whole
         output is not a completion.
 
+        Args:
+            prediction: What is claimed.
+            input_json: Its input.
+            wait_until: Until when the caller waits.
+            rate_limit: Filled with the rate-limit headers of the response.
+            leave_large: As for `Replicate.create`.
+
         Raises:
             NotAccepted: The claim may be released.
             OutcomeUnknown: The claim must be kept.
         """
-        body: dict[str, Any] = {"input": json.loads(input_json)}
+        body: dict[str, Any] = {}
         webhook = webhook_of(prediction.id)
         if self._replicate.calls_back(webhook):
             body |= {"webhook": webhook, "webhook_events_filter": _events(prediction)}
@@ -123,6 +131,8 @@ class Creates:
             wait_seconds=wait_seconds if wait_seconds >= 1 else None,
             rate_limit=rate_limit,
             window=self._window(prediction),
+            input_json=input_json,
+            leave_large=leave_large,
         )
         logger.info("submitted", upstream_id=told.id, status=told.status)
         bound = self._binding.bind(prediction, told)

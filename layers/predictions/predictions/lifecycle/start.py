@@ -261,7 +261,7 @@ class StartPrediction:
     ) -> Prediction:
         submit = False
         try:
-            prediction = self._creates.create(prediction, input_json, wait_until, rate_limit)
+            prediction = self._creates.create(prediction, input_json, wait_until, rate_limit, leave_large=True)
         except Refused as error:
             refusal = _refusal_of(error)
             self._transitions.end(prediction, Status.FAILED, error.detail, refusal=refusal)

@@ -4,6 +4,7 @@ Nothing in here retries: the caller decides by the error (`upstream.errors`). So
 https://replicate.com/docs/reference/http
 """
 
+import json
 import math
 import os
 import re
@@ -181,6 +182,8 @@ class Replicate:
         wait_seconds: int | None = None,
         rate_limit: dict[str, str] | None = None,
         window: "SendWindow | None" = None,
+        input_json: str | None = None,
+        leave_large: bool = False,
     ) -> UpstreamPrediction:
         """Create a prediction or training with one POST, never repeated.
 
@@ -193,6 +196,10 @@ class Replicate:
                 The response may be `processing` with the whole output, its files as `data:` URLs.
             rate_limit: Filled with the rate-limit headers of Replicate's response, if there was one.
             window: When the request may be sent, and by when it is over.
+            input_json: The `input` as JSON text. Parsed, it would take up to 25 times the memory until the response is
+                read, which needs that memory itself.
+            leave_large: Whether the output in a response of more than `LIGHT_BYTES` is left to the webhook or the poll:
+                reading it takes up to 256 MiB and seconds of a processor, which a function that waits must not need.
 
         Raises:
             NotAccepted: Nothing was started (`Throttled`, `Unauthorized`, `Refused`, no connection, or the window has
@@ -200,7 +207,12 @@ class Replicate:
             OutcomeUnknown: A prediction may have been started.
         """
         payload = {**body, "version": target.version} if target.kind == "version" else dict(body)
-        headers = {} if cancel_after_seconds is None else {"Cancel-After": f"{max(5, cancel_after_seconds)}s"}
+        content = json.dumps(payload, separators=(",", ":"), allow_nan=False)
+        if input_json is not None:
+            content = f'{{"input":{input_json}{"," if payload else ""}{content[1:]}'
+        headers = {"Content-Type": "application/json"}
+        if cancel_after_seconds is not None:
+            headers["Cancel-After"] = f"{max(5, cancel_after_seconds)}s"
         read_seconds = CREATE_TIMEOUT_SECONDS
         if wait_seconds is not None:
             headers["Prefer"] = f"wait={wait_seconds}"
@@ -208,7 +220,7 @@ class Replicate:
         timeout = httpx.Timeout(read_seconds, connect=_CONNECT_SECONDS)
         try:
             response = self._request(
-                "POST", target.path, json=payload, headers=headers, timeout=timeout, beginning_will_do=True,
+                "POST", target.path, content=content.encode(), headers=headers, timeout=timeout, beginning_will_do=True,
                 create=True, window=window,
             )  # fmt: skip
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
@@ -224,6 +236,8 @@ class Replicate:
         if not 200 <= response.status_code < 300:
             raise OutcomeUnknown(f"Replicate answered {response.status_code} to the create", response.status_code)
         try:
+            if leave_large and len(response.content) > LIGHT_BYTES:
+                return UpstreamPrediction.read_as_open(response.content)
             # A response that is too large still shows its id in most cases, and so what was started.
             return UpstreamPrediction.read(response.content, truncated=_is_truncated(response))
         except UnreadablePrediction as error:

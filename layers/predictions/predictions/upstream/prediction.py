@@ -139,6 +139,19 @@ class UpstreamPrediction(BaseModel):
         found._too_large = reason
         return found.failed_for_its_size() if rank_of(found.status) >= TERMINAL_RANK else found
 
+    @classmethod
+    def read_as_open(cls, body: bytes) -> "UpstreamPrediction":
+        """Read a prediction without its output: one that has finished counts as running, until others read it whole.
+
+        Raises:
+            UnreadablePrediction: It is none.
+        """
+        texts = read_members(utf8(body), _SMALL_MEMBERS)
+        found = cls.parse({name: read_json(text, replace=True) for name, text in texts.items()})
+        if rank_of(found.status) < TERMINAL_RANK:
+            return found
+        return found.model_copy(update={"status": Status.PROCESSING.value, "error": None})
+
     def failed_for_its_size(self) -> "UpstreamPrediction":
         """Return this as finished: `failed`, unless Replicate reports another end."""
         status = self.status if self.status in _OTHER_ENDS else Status.FAILED.value

@@ -121,7 +121,7 @@ class Presenter:
         return shown if ended else without_unset(shown)
 
     def show_started(
-        self, prediction: Prediction, asked: Any, read: Callable[[], PredictionDetail], *, as_starting: bool = True
+        self, prediction: Prediction, input_json: str, read: Callable[[], PredictionDetail], *, as_starting: bool = True
     ) -> dict[str, Any]:
         """Show a prediction to the caller that started it, whatever fails meanwhile.
 
@@ -131,7 +131,7 @@ class Presenter:
 
         Args:
             prediction: What was started.
-            asked: Its input.
+            input_json: Its input. It is parsed only if the prediction cannot be read, which holds it too.
             read: Reads it with its payloads.
             as_starting: As for `show`.
         """
@@ -142,6 +142,7 @@ class Presenter:
             metrics.add_metric(name="AnswersWithoutOutput", unit=MetricUnit.Count, value=1)
         # Nothing of this has to be signed or read. The input is left out where it leaves no room for the rest.
         # What Replicate said since the start is not known either.
+        asked = json.loads(input_json)
         open_ = replace(prediction, status="queued", visible="starting", rank=0, upstream_status=None)
         return self.show(
             PredictionDetail(open_, {} if answer_bytes(asked) > _LARGE_INPUT_BYTES else asked, None, None, [])
