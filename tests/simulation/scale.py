@@ -271,6 +271,9 @@ def lines(
     allowed = 0.9 * world.creates_per_minute / 60
     if rate < least * allowed:
         broken.append(f"{rate:.0f} lines a second, where {allowed:.0f} may start")
+    lane_end = float(world.table.items["limiter", "creates"]["queue_at"]["N"]) / 1000
+    if (counted := (lane_end - BEGIN) * allowed) < made.planned:
+        broken.append(f"{made.planned} lines began, and the limiter has counted {counted:.0f} at most")
     hours = 1_000_000 / rate / 3600
     return Result(
         world, broken, world.ended_at - BEGIN, [f"{rate:.0f} lines a second", f"{hours:.2f} hours for a million"]

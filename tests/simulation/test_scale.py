@@ -77,6 +77,19 @@ def test_lines_of_batches_drain_at_the_rate_of_creates(simulation: Simulation) -
 
 
 @pytest.mark.parametrize(
+    ("taken_out", "kept"),
+    [(None, True), (without.near_starts_left_to_the_fastest(), False)],
+    ids=["", "without giving way"],
+)
+def test_lines_of_many_functions_at_once_take_starts_without_contending_for_the_same(
+    simulation: Simulation, taken_out: AbstractContextManager[None] | None, kept: bool
+) -> None:
+    with _with(taken_out):
+        result = lines(simulation, batches=10, of=100, least=0.0)
+    assert (not result.broken and not result.world.throttled) == kept, result.broken
+
+
+@pytest.mark.parametrize(
     ("taken_out", "kept"), [(None, True), (without.message_groups(), False)], ids=["", "without groups"]
 )
 def test_single_message_does_not_wait_for_the_lines_of_another_owner(

@@ -3,8 +3,11 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
+from predictions.admission import schedule
+from predictions.admission.schedule import Schedule
 from predictions.lifecycle.fan_out import FanOut
 from predictions.store import keys
 
@@ -22,6 +25,18 @@ def shards() -> Iterator[None]:
 def shared_sweep() -> Iterator[None]:
     """One run of the sweep looks at everything that is due."""
     with mock.patch.object(FanOut, "share", lambda self, _: (list(self._table.count_open()), False)):
+        yield
+
+
+@contextmanager
+def near_starts_left_to_the_fastest() -> Iterator[None]:
+    """Functions that others were faster than try for the same starts again."""
+
+    def plan(self: Schedule, *given: Any, **named: Any) -> Any:
+        return real(self, *given, **{**named, "contended": False})
+
+    real = Schedule.plan
+    with mock.patch.object(Schedule, "plan", plan), mock.patch.object(schedule, "CATCH_UP_MS", 0):
         yield
 
 

@@ -271,7 +271,9 @@ class Limiter:
         granted = False
         for attempt in range(_ATTEMPTS):
             free = attempt < _FREE_ATTEMPTS
-            plan = self._plan(lane, owner, round(latest * 1000), turn_ms, free=free, granted=granted)
+            plan = self._plan(
+                lane, owner, round(latest * 1000), turn_ms, free=free, granted=granted, contended=attempt > 0
+            )
             if not isinstance(plan, Plan):
                 return plan
             held: bool | None = True
@@ -291,7 +293,15 @@ class Limiter:
         return Start(self._now())
 
     def _plan(
-        self, lane: Lane, owner: str, latest: int, turn: int | None, *, free: bool, granted: bool = False
+        self,
+        lane: Lane,
+        owner: str,
+        latest: int,
+        turn: int | None,
+        *,
+        free: bool,
+        granted: bool = False,
+        contended: bool = False,
     ) -> Plan | AskAgain | TooLate:
         """Plan by what is known; the owner's line is read only if its request cannot start now."""
         schedule = self._schedule()
@@ -303,7 +313,9 @@ class Limiter:
             of == lane and other != owner and each.turn > schedule.now_ms
             for (of, other), (_, each) in self._lines.items()
         )
-        return schedule.plan(lane, owner, line, latest, turn, others=others, free=free, granted=granted)
+        return schedule.plan(
+            lane, owner, line, latest, turn, others=others, free=free, granted=granted, contended=contended
+        )
 
     def _done(self, plan: Plan, lane: Lane, owner: str) -> Start | AskAgain:
         """Return what a write has brought, by the item as it is after it."""

@@ -23,6 +23,14 @@ NEAR_SECONDS = (1, 5)
 these bounds. Starts a second ahead are not waited for (see `lifecycle.timing`), so a request whose turn has come mostly
 starts at once; at a slow rate, requests that ask a little late would leave the lane idle with less than two."""
 
+CATCH_UP_MS = 100
+"""How far a lane may have fallen behind the time and still move on from where it is, instead of beginning anew.
+
+While requests come about as fast as the lane moves, it is about now, and of many functions that begin it anew at once
+one succeeds, in each round trip. So any time holds the starts of this one more: at high rates only, since a lane whose
+steps are as long is ahead after one start.
+"""
+
 # The queue's share of the rate; with the rest, HTTP callers do not wait behind what is reserved already.
 _QUEUED_SHARE = Fraction(9, 10)
 # The most released starts that a lane keeps.
@@ -173,6 +181,7 @@ class Schedule:
         others: int,
         free: bool,
         granted: bool = False,
+        contended: bool = False,
     ) -> Plan | AskAgain | TooLate:
         """Plan the writes that a request needs, or return the result if it needs none.
 
@@ -185,6 +194,7 @@ class Schedule:
             others: How many other owners are known to wait in the lane.
             free: Whether to take a released start.
             granted: Whether the owner's line already has this start as its last one.
+            contended: Whether others were faster, once: all want what is near, and few get it in a round trip.
         """
         now = self.now_ms
         start, floor = self.next_start(lane), max(now, self._state.blocked_until)
@@ -193,8 +203,9 @@ class Schedule:
         # A millisecond more, by which the nanoseconds of many steps round a start up.
         near = floor + max(least * 1000, min(most * 1000, 2 * self._step(lane))) + 1
         if start <= now:
-            # A start of now that is not used would be wasted, whatever turns are ahead.
-            return self._plan_start(lane, bound=now)
+            # A start of now that is not used would be wasted, whatever turns are ahead. If others take those of now
+            # meanwhile, the next one that is near is as good.
+            return self._plan_start(lane, bound=min(bound, near) if self._floor(lane) < now else now)
         if free and (given_back := self.given_back(lane)) and given_back[0] // GENERATIONS <= bound:
             return self._plan_free(lane, given_back[0])
         if turn is not None and turn > now:
@@ -206,7 +217,7 @@ class Schedule:
         begin = max(start, self._state.turns.get((lane, before), 0))
         end = max(line.turn, begin if begin > start else 0)
         if start <= bound and (turn is not None or end <= now or end > latest_turn):
-            if start <= near:
+            if start <= near and not contended:
                 # No owner's last start is further ahead than this one, so no line says more.
                 return self._plan_start(lane, bound=min(bound, near))
             if last <= near or granted:
@@ -222,7 +233,7 @@ class Schedule:
 
     def _plan_start(self, lane: Lane, *, bound: Milliseconds) -> Plan:
         """Advance the lane, whose next start must not be later than `bound`."""
-        now = self.now_ms
+        now, floor = self.now_ms, self._floor(lane)
         own = f"{lane}_at"
         step = self._step(lane)
         plan = Plan("start", step)
@@ -232,14 +243,14 @@ class Schedule:
             if name in self._known.absurd:
                 plan.require(f"{name} = :was_{name}", **{f"was_{name}": self._known.absurd[name]})
                 plan.set[name] = now + each + (BURST_SECONDS * 1000 if name == "http_at" else 0)
-            elif at > now:
-                plan.require(f"{name} > :now", now=now)
+            elif at > floor:
+                plan.require(f"{name} > :floor", floor=floor)
                 plan.set[name] = Sum(name, each)
             else:
-                plan.require(f"attribute_not_exists({name}) OR {name} <= :now", now=now)
+                plan.require(f"attribute_not_exists({name}) OR {name} <= :floor", floor=floor)
                 if name == own:
                     plan.set[name] = now + each
-        if own not in self._known.absurd and self._state.end(lane) > now:
+        if own not in self._known.absurd and self._state.end(lane) > floor:
             plan.require(f"{own} <= :bound", bound=bound - self._lead(lane))
         self._clean(plan, lane)
         return plan
@@ -328,6 +339,10 @@ class Schedule:
         if lane == "http":
             return int(self._state.http_at - step_of(self._rate) - BURST_SECONDS * 1000)
         return int(self._state.queue_at - step)
+
+    def _floor(self, lane: Lane) -> Milliseconds:
+        """Return the time before which a lane's end has no effect any more."""
+        return self.now_ms - max(0, CATCH_UP_MS - self._step(lane))
 
     def _lead(self, lane: Lane) -> Milliseconds:
         """Return the offset of the next start from the lane's end; negative with a burst."""
