@@ -251,7 +251,7 @@ class Batches:
 
 
 def lines(
-    simulation: Simulation, *, batches: int = 10, of: int = 2000, creates_per_minute: int = 18_000, least: float = 0.95,
+    simulation: Simulation, *, batches: int = 10, of: int = 2000, creates_per_minute: int = 18_000, least: float = 0.9,
     progress: Callable[[LoadedWorld], None] | None = None,
 ) -> Result:  # fmt: skip
     """Batches of ten owners at once: how many lines a second they drain once all of them run."""
