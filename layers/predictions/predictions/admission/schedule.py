@@ -24,9 +24,9 @@ these bounds. Starts a second ahead are not waited for (see `lifecycle.timing`),
 starts at once; at a slow rate, requests that ask a little late would leave the lane idle with less than two."""
 
 CATCH_UP_MS = 100
-"""How far a lane may have fallen behind the time and still move on from where it is, instead of beginning anew.
+"""How far a lane may have fallen behind the time and still move on from where it is, instead of beginning again.
 
-While requests come about as fast as the lane moves, it is about now, and of many functions that begin it anew at once
+While requests come about as fast as the lane moves, it is about now, and of many functions that begin it again at once
 one succeeds, in each round trip. So any time holds the starts of this one more: at high rates only, since a lane whose
 steps are as long is ahead after one start.
 """
