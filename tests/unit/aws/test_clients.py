@@ -1,5 +1,6 @@
 """The clients of AWS: created once, whoever asks first."""
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -7,7 +8,24 @@ from urllib.parse import urlsplit
 
 import botocore.session
 import pytest
+from botocore.regions import EndpointResolver
 from predictions.aws import clients
+
+NEW_SESSION = clients._session.__wrapped__
+
+# Every service that a function calls, as endpoints.json names it, by its name in botocore.
+SERVICES = {
+    "cloudformation": "cloudformation",
+    "dynamodb": "dynamodb",
+    "events": "events",
+    "lambda": "lambda",
+    "s3": "s3",
+    "scheduler": "scheduler",
+    "secretsmanager": "secretsmanager",
+    "sqs": "sqs",
+    "ssm": "ssm",
+    "stepfunctions": "states",
+}
 
 
 def test_threads_that_ask_at_once_share_one_client(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,9 +93,62 @@ def test_presigned_urls_of_the_emulator_have_the_bucket_in_their_path(
 
 def _fresh(service: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of this process, made from the environment as it is now."""
-    monkeypatch.setattr(clients, "_session", botocore.session.get_session)
+    monkeypatch.setattr(clients, "_session", NEW_SESSION)
     clients._client.cache_clear()
     try:
         return clients.client(service)
     finally:
         clients._client.cache_clear()
+
+
+def test_defaults_of_a_partition_are_what_endpoints_json_says_of_every_region() -> None:
+    usual, lean = botocore.session.Session(), NEW_SESSION()
+    theirs, ours = (
+        EndpointResolver(session.get_component("data_loader").load_data("endpoints")) for session in (usual, lean)
+    )
+    compared = 0
+    for partition in theirs.get_available_partitions():
+        regions = theirs.get_available_endpoints("s3", partition, allow_non_regional=False)
+        for region in regions or theirs._partition_data(partition)["regions"]:
+            for service in SERVICES.values():
+                expected, found = (resolver.construct_endpoint(service, region) for resolver in (theirs, ours))
+                said = ("partition", "dnsSuffix", "hostname", "endpointName")
+                assert {name: found[name] for name in said} == {name: expected[name] for name in said}
+                if service != "s3":  # for which `_S3_CONFIG` says it
+                    assert found["signatureVersions"] == expected["signatureVersions"]
+                compared += 1
+    assert compared > 300
+
+
+def test_clients_sign_and_send_as_those_of_a_usual_session(environment: None) -> None:
+    usual, lean = botocore.session.get_session(), NEW_SESSION()
+    for region, service in itertools.product(("us-east-1", "cn-north-1"), SERVICES):
+        config = clients._S3_CONFIG if service == "s3" else clients._CONFIG
+        expected, found = (
+            session.create_client(service, region_name=region, config=config)  # type: ignore[call-overload]
+            for session in (usual, lean)
+        )
+        for seen in ("endpoint_url", "partition", "region_name", "service_model.signing_name"):
+            assert _at(found.meta, seen) == _at(expected.meta, seen)
+        assert found.meta.config.signature_version == expected.meta.config.signature_version
+        assert found._request_signer._signature_version == expected._request_signer._signature_version
+        assert dir(found) == dir(expected)
+
+
+def test_no_client_reads_the_endpoints_of_all_services(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    load = clients._Files.load_file
+    monkeypatch.setattr(clients._Files, "load_file", lambda self, path: opened.append(path) or load(self, path))
+    listed: list[str] = []
+    exists = clients._Files.exists
+    monkeypatch.setattr(clients._Files, "exists", lambda self, path: listed.append(path) or exists(self, path))
+    _fresh("dynamodb", monkeypatch)
+    assert any(path.endswith("service-2") for path in opened)
+    assert not [path for path in opened if path.endswith("endpoints")]
+    assert all("/dynamodb/" in path for path in listed)
+
+
+def _at(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
