@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -52,6 +53,11 @@ UNREADABLE: dict[str, bytes] = {
 }
 
 
+def members(told: UpstreamPrediction) -> dict[str, Any]:
+    """All members of what Replicate says."""
+    return {name: value for name, value in asdict(told).items() if not name.startswith("_")}
+
+
 @pytest.mark.parametrize("body", UNREADABLE.values(), ids=UNREADABLE)
 def test_what_is_no_prediction_is_unreadable(body: bytes) -> None:
     with pytest.raises(UnreadablePrediction) as error:
@@ -68,7 +74,7 @@ def test_an_unreadable_prediction_is_not_repeated_in_the_error() -> None:
 
 def test_a_whole_prediction_is_read() -> None:
     told = UpstreamPrediction.read(json.dumps({**TOLD, "source": "api", "a_new_field": 1}).encode())
-    assert told.model_dump() == TOLD
+    assert members(told) == TOLD
 
 
 def test_a_prediction_with_nothing_but_id_and_status_is_read() -> None:
@@ -104,7 +110,7 @@ ODD: dict[str, tuple[str, Any, Any]] = {
 @pytest.mark.parametrize(("field", "value", "expected"), ODD.values(), ids=ODD)
 def test_an_odd_field_does_not_lose_the_prediction(field: str, value: Any, expected: Any) -> None:
     told = UpstreamPrediction.read(json.dumps({**TOLD, field: value}).encode())
-    assert told.model_dump() == {**TOLD, field: expected}
+    assert members(told) == {**TOLD, field: expected}
 
 
 @pytest.mark.parametrize(
