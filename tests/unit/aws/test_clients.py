@@ -106,17 +106,17 @@ def test_defaults_of_a_partition_are_what_endpoints_json_says_of_every_region() 
     theirs, ours = (
         EndpointResolver(session.get_component("data_loader").load_data("endpoints")) for session in (usual, lean)
     )
+    partitions = usual.get_component("data_loader").load_data("endpoints")["partitions"]
     compared = 0
-    for partition in theirs.get_available_partitions():
-        regions = theirs.get_available_endpoints("s3", partition, allow_non_regional=False)
-        for region in regions or theirs._partition_data(partition)["regions"]:
-            for service in SERVICES.values():
-                expected, found = (resolver.construct_endpoint(service, region) for resolver in (theirs, ours))
-                said = ("partition", "dnsSuffix", "hostname", "endpointName")
-                assert {name: found[name] for name in said} == {name: expected[name] for name in said}
-                if service != "s3":  # for which `_S3_CONFIG` says it
-                    assert found["signatureVersions"] == expected["signatureVersions"]
-                compared += 1
+    for region, service in itertools.product(
+        (name for each in partitions for name in each["regions"]), SERVICES.values()
+    ):
+        expected, found = (resolver.construct_endpoint(service, region) or {} for resolver in (theirs, ours))
+        said = ("partition", "dnsSuffix", "hostname", "endpointName")
+        assert {name: found[name] for name in said} == {name: expected[name] for name in said}
+        if service != "s3":  # for which `_S3_CONFIG` says it
+            assert found["signatureVersions"] == expected["signatureVersions"]
+        compared += 1
     assert compared > 300
 
 
@@ -124,10 +124,7 @@ def test_clients_sign_and_send_as_those_of_a_usual_session(environment: None) ->
     usual, lean = botocore.session.get_session(), NEW_SESSION()
     for region, service in itertools.product(("us-east-1", "cn-north-1"), SERVICES):
         config = clients._S3_CONFIG if service == "s3" else clients._CONFIG
-        expected, found = (
-            session.create_client(service, region_name=region, config=config)  # type: ignore[call-overload]
-            for session in (usual, lean)
-        )
+        expected, found = (created(session, service, region, config) for session in (usual, lean))
         for seen in ("endpoint_url", "partition", "region_name", "service_model.signing_name"):
             assert _at(found.meta, seen) == _at(expected.meta, seen)
         assert found.meta.config.signature_version == expected.meta.config.signature_version
@@ -137,15 +134,26 @@ def test_clients_sign_and_send_as_those_of_a_usual_session(environment: None) ->
 
 def test_no_client_reads_the_endpoints_of_all_services(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    load = clients._Files.load_file
-    monkeypatch.setattr(clients._Files, "load_file", lambda self, path: opened.append(path) or load(self, path))
     listed: list[str] = []
-    exists = clients._Files.exists
-    monkeypatch.setattr(clients._Files, "exists", lambda self, path: listed.append(path) or exists(self, path))
+
+    class Files(clients._Files):
+        def load_file(self, file_path: str) -> Any:
+            opened.append(file_path)
+            return super().load_file(file_path)
+
+        def exists(self, file_path: str) -> bool:
+            listed.append(file_path)
+            return super().exists(file_path)
+
+    monkeypatch.setattr(clients._Data, "FILE_LOADER_CLASS", Files)
     _fresh("dynamodb", monkeypatch)
     assert any(path.endswith("service-2") for path in opened)
     assert not [path for path in opened if path.endswith("endpoints")]
     assert all("/dynamodb/" in path for path in listed)
+
+
+def created(session: Any, service: str, region: str, config: Any) -> Any:
+    return session.create_client(service, region_name=region, config=config)
 
 
 def _at(value: Any, path: str) -> Any:

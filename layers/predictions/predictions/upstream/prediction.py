@@ -147,7 +147,8 @@ class UpstreamPrediction:
         """
         if not isinstance(value, dict):
             raise UnreadablePrediction("not a prediction: body")
-        prediction_id, status = value.get("id"), value.get("status")
+        prediction_id: Any = value.get("id")
+        status: Any = value.get("status")
         wrong = [
             *([] if isinstance(prediction_id, str) and _ID.fullmatch(prediction_id) else ["id"]),
             *([] if isinstance(status, str) and len(status) <= _STATUS_LIMIT and _is_whole(status) else ["status"]),
