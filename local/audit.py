@@ -56,7 +56,7 @@ MANAGED = {
         ("AWSXRayDaemonWriteAccess", "AWSXRayDaemonWriteAccess"),
     )
 }
-# Placeholders for packages after `sam build` and `sam package`; the checks do not read them.
+# Placeholders for packages after `sam build` and `sam package`.
 PACKAGED = {
     "AWS::Serverless::Function": "CodeUri",
     "AWS::Serverless::LayerVersion": "ContentUri",
@@ -116,7 +116,10 @@ def translated(template: Path) -> dict[str, Any]:
     source = yaml_parse(template.read_text())
     for resource in source["Resources"].values():
         if resource["Type"] in PACKAGED:
-            resource["Properties"][PACKAGED[resource["Type"]]] = "s3://packages/package"
+            name = PACKAGED[resource["Type"]]
+            # The checks read definitions of state machines, by their file's name.
+            key = resource["Properties"][name] if name == "DefinitionUri" else "package"
+            resource["Properties"][name] = f"s3://packages/{key}"
     try:
         result: dict[str, Any] = transform(source, {}, Managed())
     except InvalidDocumentException as error:
@@ -135,21 +138,9 @@ def scan(tools: Path, template: Mapping[str, Any]) -> list[Finding]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "template.json"
         file.write_text(json.dumps(template))
-        command = [str(tools / "checkov"), "--file", str(file), "--framework", "cloudformation"]
-        done = subprocess.run(
-            [*command, "--output", "json", "--compact", "--skip-download"],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=folder,
-            env={name: value for name, value in os.environ.items() if not name.startswith(("BC_", "CKV_", "PRISMA_"))},
-        )  # fmt: skip
-    try:
-        report = json.loads(done.stdout)
-        looked_at = report["summary"]["resource_count"]
-        failed = report["results"]["failed_checks"]
-        wrong = report["summary"]["parsing_errors"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise AuditError(f"checkov wrote no report: {done.stderr[-2000:] or done.stdout[-2000:]}") from error
-    if wrong or looked_at != len(template["Resources"]):
-        raise AuditError(f"checkov checked only {looked_at} of {len(template['Resources'])} resources")
+        failed, summary = checkov(tools, "--file", str(file), "--framework", "cloudformation")
+    if summary["parsing_errors"] or summary["resource_count"] != len(template["Resources"]):
+        raise AuditError(f"checkov checked only {summary['resource_count']} of {len(template['Resources'])} resources")
     return [Finding(each["check_id"], each["resource"].rpartition(".")[2], each["check_name"]) for each in failed]
 
 
@@ -159,19 +150,30 @@ def workflows(tools: Path, checkout: Path = CHECKOUT) -> list[str]:
     Raises:
         AuditError: checkov did not check them.
     """
-    command = [str(tools / "checkov"), "--directory", str(checkout / ".github"), "--framework", "github_actions"]
-    done = subprocess.run(
-        [*command, "--output", "json", "--compact", "--skip-download"],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=checkout,
-    )  # fmt: skip
-    try:
-        report = json.loads(done.stdout)
-        failed, passed = report["results"]["failed_checks"], report["summary"]["passed"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise AuditError(f"checkov wrote no report of .github: {done.stderr[-2000:] or done.stdout[-2000:]}") from error
-    if report["summary"]["parsing_errors"] or not passed + len(failed):
+    failed, summary = checkov(tools, "--directory", str(checkout / ".github"), "--framework", "github_actions")
+    if summary["parsing_errors"] or not summary["passed"] + len(failed):
         raise AuditError("checkov checked no workflow of .github")
     return [f"{each['check_id']} {each['resource']}: {each['check_name']}. Fix it" for each in failed]
+
+
+def checkov(tools: Path, *asked: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run checkov, without the settings of the person who runs it; return the failed checks and the summary.
+
+    Raises:
+        AuditError: checkov wrote no report.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [str(tools / "checkov"), *asked, "--output", "json", "--compact", "--skip-download"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=folder,
+            env={name: value for name, value in os.environ.items() if not name.startswith(("BC_", "CKV_", "PRISMA_"))},
+        )  # fmt: skip
+    try:
+        report = json.loads(done.stdout)
+        return list(report["results"]["failed_checks"]), dict(report["summary"])
+    except (ValueError, KeyError, TypeError) as error:
+        said = done.stderr[-2000:] or done.stdout[-2000:]
+        raise AuditError(f"checkov wrote no report of {asked[1]}: {said}") from error
 
 
 def opinions(tools: Path, template: Mapping[str, Any]) -> list[Finding]:

@@ -94,6 +94,7 @@ class Stack:
     queue_url: str
     event_bus_name: str
     state_machine_arn: str
+    submitted_state_machine_arn: str
     run_prediction_function_name: str
     run_prediction_function_arn: str
     replicate_api_url: str
@@ -483,6 +484,7 @@ class LocalCloud:
             queue_url=self.outputs["RequestsQueueUrl"],
             event_bus_name=self.outputs["EventBusName"],
             state_machine_arn=self.outputs["TrackPredictionStateMachineArn"],
+            submitted_state_machine_arn=self.outputs["TrackSubmittedStateMachineArn"],
             run_prediction_function_name=self.outputs["RunPredictionFunctionName"],
             run_prediction_function_arn=self.outputs["RunPredictionFunctionArn"],
             replicate_api_url=self.replicate_url,

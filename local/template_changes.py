@@ -60,6 +60,10 @@ def parts(template: Mapping[str, Any]) -> dict[str, Part]:
         if resource["Type"] in _DIGESTED:
             text = text.replace(f'"{name}"', f'"{name[:-10]}"').replace(f"${{{name}", f"${{{name[:-10]}")
     template = json.loads(text)
+    for resource in template["Resources"].values():
+        # Where a package is says nothing of what is deployed.
+        if "DefinitionS3Location" in resource.get("Properties", {}):
+            resource["Properties"]["DefinitionS3Location"]["Key"] = "package"
     found = {name: _part(value["Type"], value) for name, value in template["Resources"].items()}
     for kind in PARTS:
         found |= {f"{kind}.{name}": _part(kind, value) for name, value in template.get(kind, {}).items()}

@@ -296,7 +296,7 @@ PROMISES: Sequence[Promise] = (
             Shown(
                 "States entered, according to the definition",
                 [
-                    "tests/unit/repository/test_state_machines.py::test_submitted_prediction_ends_by_webhook_in_three_states"
+                    "tests/unit/repository/test_state_machines.py::test_submitted_prediction_ends_by_webhook_in_one_state_and_with_files_in_two"
                 ],
             ),
             Shown(

@@ -7,7 +7,6 @@ for each JSONata expression of the machines; the unit tests hold jsonata-python,
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from local import npm
 from local.concrete import EVERYTHING, Stack
 from local.findings import AuditError, Finding
 from local.opinions.templates import definition, replaced
@@ -58,7 +58,7 @@ FAULTY_CASE: dict[str, Any] = {"text": "$states.input.seen & ''", "states": {"in
 def deployed(template: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the definitions of the state machines as Step Functions gets them, by logical id."""
     return {
-        logical: json.loads(definition(logical, resource["Properties"]["DefinitionSubstitutions"]))
+        logical: json.loads(definition(resource["Properties"]))
         for logical, resource in Stack(template, "replicate-serverless", EVERYTHING).resources().items()
         if resource["Type"] == "AWS::StepFunctions::StateMachine"
     }
@@ -84,20 +84,11 @@ def installed(folder: Path = ENVIRONMENT, lock: Path = LOCK) -> Path:
     Raises:
         AuditError: npm failed, and printed the reason.
     """
-    digest = hashlib.sha256(lock.read_bytes()).hexdigest()
-    finished = folder / "finished"
-    if not finished.exists() or finished.read_text() != digest:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        packages = json.loads(lock.read_text())["packages"][""]
-        (folder / "package.json").write_text(json.dumps({"private": True, **packages}))
-        shutil.copy(lock, folder / "package-lock.json")
-        options = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-        try:
-            subprocess.run(["npm", "ci", *options], cwd=folder, stdin=subprocess.DEVNULL, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise AuditError(f"{lock.name} could not be installed, see above ({error})") from error
-        finished.write_text(digest)
+    packages = json.loads(lock.read_text())["packages"][""]
+    try:
+        npm.install(folder, json.dumps({"private": True, **packages}), lock)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise AuditError(f"{lock.name} could not be installed, see above ({error})") from error
     return folder
 
 

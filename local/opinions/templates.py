@@ -53,19 +53,18 @@ def opinions(template: Mapping[str, Any], program: Path | None = None) -> list[F
 def with_definitions(template: dict[str, Any]) -> dict[str, Any]:
     """Return a resolved template with its state machines within it, as Step Functions gets them."""
     template = copy.deepcopy(template)
-    for logical, resource in template["Resources"].items():
+    for resource in template["Resources"].values():
         if resource["Type"] == "AWS::StepFunctions::StateMachine":
             properties = resource["Properties"]
-            del properties["DefinitionS3Location"]
-            given = properties.pop("DefinitionSubstitutions")
-            properties["DefinitionString"] = definition(logical, given)
+            properties["DefinitionString"] = definition(properties)
+            del properties["DefinitionS3Location"], properties["DefinitionSubstitutions"]
     return template
 
 
-def definition(logical: str, given: Mapping[str, Any]) -> str:
-    """Return the definition of a state machine with its placeholders replaced: `RunBatchStateMachine`."""
-    name = re.sub(r"(?<!^)(?=[A-Z])", "_", logical.removesuffix("StateMachine")).lower()
-    return replaced((MACHINES / f"{name}.asl.json").read_text(), given)
+def definition(properties: Mapping[str, Any]) -> str:
+    """Return the definition of a state machine with its placeholders replaced, from its properties."""
+    file = Path(properties["DefinitionS3Location"]["Key"]).name
+    return replaced((MACHINES / file).read_text(), properties["DefinitionSubstitutions"])
 
 
 def replaced(text: str, given: Mapping[str, Any]) -> str:

@@ -521,7 +521,8 @@ def test_owner_never_passes_a_limit_by_any_door(
         assert limits.per_day is None or len(runs) <= limits.per_day, told
         assert len({run.our_id for run in runs}) == len(runs), told
         started += len(runs)
-        waits = sum(execution.states.count("WaitForTurn") for execution in world.machine.executions.values())
+        executions = [each for machine in world.tracking for each in machine.executions.values()]
+        waits = sum(execution.states.count("WaitForTurn") for execution in executions)
         kept_out += world.answers[429] + waits
         if over and limits.in_flight and limits.per_day is None:
             # Everything has ended: its places are free again.

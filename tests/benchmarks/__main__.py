@@ -22,7 +22,7 @@ AUTHORIZER = "authorize_request"
 # What a prediction that a webhook completes takes at most, without the authorizer, which runs once a minute for a token
 # whatever is asked; and what each poll adds: the poll's state, function and
 # question, then the wait whose new task token is a write.
-STATES, FUNCTIONS, WRITES = 4, 6, 8
+STATES, FUNCTIONS, WRITES = 2, 6, 8
 # What the stack may add to the time in which Replicate answers a create that waits.
 SYNC_MS = 100
 STATES_PER_POLL, FUNCTIONS_PER_POLL, WRITES_PER_POLL = 2, 1, 1
@@ -156,7 +156,8 @@ def _show_figures(terminal: Terminal, found: list[Figures]) -> None:
             "*: median of the timed warm runs. The rest is counted in one run with a new access token, so that the "
             "authorizer runs too (API Gateway caches its response for 60 s), and with every request of the functions "
             f"to AWS recorded. Polls come after {figures.POLL_SECONDS} s here; by default after 60 s, then "
-            "every 600 s. Each AwaitWebhook writes one item, without a function."
+            "every 600 s. Each AwaitWebhook writes one item, without a function. Units count task tokens of "
+            f"{figures.TASK_TOKEN_CHARACTERS:,} characters, AWS's longest."
         )
     )
     terminal.write()
@@ -201,7 +202,8 @@ def _show_promise(terminal: Terminal, found: list[Figures]) -> bool:
         rows.append((each.case.name, str(polls), str(states), str(functions), str(writes), verdict))
     terminal.write(
         note(
-            f"A prediction that a webhook completes enters at most {STATES} states, runs at most {FUNCTIONS} "
+            f"A prediction that a webhook completes enters at most {STATES} states (1 without files, if the webhook "
+            f"comes after its execution has begun to wait), runs at most {FUNCTIONS} "
             f"functions, not counting the authorizer, and writes at most {WRITES} items. Each poll adds "
             f"{STATES_PER_POLL} states, {FUNCTIONS_PER_POLL} function and {WRITES_PER_POLL} write. The table shows the "
             "maximum of all runs, without the additions of polls, and without the limiter's write for a create within "

@@ -205,7 +205,7 @@ def _writes(cloud: LocalCloud) -> Counter[str]:
 def _states(cloud: LocalCloud, ids: list[str]) -> float:
     """States that the executions of these predictions entered, on average."""
     stepfunctions = cloud.client("stepfunctions")
-    executions = cloud.stack.state_machine_arn.replace(":stateMachine:", ":execution:")
+    executions = cloud.stack.state_machine_arn.replace(":stateMachine:", ":execution:")  # a line is submitted by it
     entered = 0
     for id_ in ids:
         history = stepfunctions.get_execution_history(executionArn=f"{executions}:{id_}-1", maxResults=1000)["events"]

@@ -32,6 +32,9 @@ NOT_COUNTED_CALL = "/webhooks/default/secret"
 SYNC_RUNS = 20
 WAIT = {"Prefer": "wait=20"}
 
+TASK_TOKEN_CHARACTERS = 2048
+"""https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskSuccess.html"""
+
 PAINTER = {"prompt": "a lighthouse by the sea at dusk", "seed": 7}
 
 
@@ -380,8 +383,14 @@ def _value_size(value: Mapping[str, Any]) -> int:
 
 
 def _write_units(change: Mapping[str, Any]) -> int:
-    """1 KB each for the item, and for each index that changes: one when a key comes or goes, two when it changes."""
-    old, new = change.get("OldImage", {}), change.get("NewImage", {})
+    """1 KB each for the item, and for each index that changes: one when a key comes or goes, two when it changes.
+
+    A task token counts as long as AWS's may be; the emulator's are short.
+    """
+    old, new = (
+        image | ({"task_token": {"S": "x" * TASK_TOKEN_CHARACTERS}} if "task_token" in image else {})
+        for image in (change.get("OldImage", {}), change.get("NewImage", {}))
+    )
     units = math.ceil(max(_size(old), _size(new)) / 1024)
     for index in load_template()["Resources"]["PredictionsTable"]["Properties"]["GlobalSecondaryIndexes"]:
         names = [key["AttributeName"] for key in index["KeySchema"]]

@@ -11,7 +11,6 @@ missing or of other versions; the packages are installed into ``.local/conforman
 """
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from local import npm
 from local.cloud import CHECKOUT, LocalCloud
 from local.lock import compiled
 from local.set_up import environment_of
@@ -223,7 +223,7 @@ class Client:
             # -P: a client's file may be named as its package.
             return folder, [str(folder / "bin" / "python"), "-P", str(self.path)]
         # Peers are what the header names: those of LangChain would be a hundred others.
-        install(folder, self._package_json(), self.lock, "--legacy-peer-deps")
+        npm.install(folder, self._package_json(), self.lock, "--legacy-peer-deps")
         # Node finds packages above a program's own folder only.
         for part in (self.path.parent, HERE / "support"):
             shutil.rmtree(folder / part.name, ignore_errors=True)
@@ -240,7 +240,7 @@ class Client:
                 self.lock.write_text(f"# Made by `make conformance` from the header of {self.path.name}.\n{locked}")
             else:
                 (scratch / "package.json").write_text(self._package_json())
-                _npm(
+                npm.run(
                     "install", scratch, "--legacy-peer-deps", "--package-lock-only", "--omit-lockfile-registry-resolved"
                 )
                 shutil.copy(scratch / "package-lock.json", self.lock)
@@ -250,29 +250,6 @@ class Client:
 
     def _package_json(self) -> str:
         return json.dumps({"name": "conformance", "private": True, "dependencies": self._dependencies()})
-
-
-def install(folder: Path, package_json: str, lock: Path, *options: str) -> None:
-    """Install what a lock of npm holds into a folder, checked by hash; once.
-
-    Raises:
-        subprocess.CalledProcessError: npm failed, and said why.
-    """
-    digest = hashlib.sha256(lock.read_bytes()).hexdigest()
-    finished = folder / "finished"
-    if finished.exists() and finished.read_text() == digest:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / "package.json").write_text(package_json)
-    shutil.copy(lock, folder / "package-lock.json")
-    _npm("ci", folder, *options)
-    finished.write_text(digest)
-
-
-def _npm(command: str, folder: Path, *more: str) -> None:
-    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-    subprocess.run(["npm", command, *options, *more], cwd=folder, stdin=subprocess.DEVNULL, check=True)  # noqa: S603, S607
 
 
 def environment() -> dict[str, str]:

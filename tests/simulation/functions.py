@@ -22,13 +22,13 @@ def timeout_of(function: str) -> float:
 class Context:
     """What Lambda tells a function of its invocation."""
 
-    function_name = "function"
     function_version = "$LATEST"
     memory_limit_in_mb = 512
     invoked_function_arn = "arn:aws:lambda:us-east-1:123456789012:function:function"
     aws_request_id = "c6af9ac6-7b61-11e6-9a41-93e8deadbeef"
 
-    def __init__(self, scheduler: Scheduler, until: float) -> None:
+    def __init__(self, function: str, scheduler: Scheduler, until: float) -> None:
+        self.function_name = function
         self._scheduler = scheduler
         self._until = until
 
@@ -84,7 +84,7 @@ class Functions:
         instances = self._warm.setdefault(function, [])
         instance = instances.pop() if instances else self._cold(function)
         try:
-            answer = instance["handler"](event, Context(self._world.scheduler, until))
+            answer = instance["handler"](event, Context(function, self._world.scheduler, until))
         except Exception:
             instances.append(instance)
             raise

@@ -100,6 +100,7 @@ class StateMachine:
         scheduler: Lets time pass.
         tasks: What does a task, by the resource behind `:::`; raises `TaskError`. `waitForTaskToken` is done here.
         tokens: The account's task tokens.
+        arn: That of its executions, without their names.
     """
 
     def __init__(
@@ -108,10 +109,13 @@ class StateMachine:
         scheduler: Scheduler,
         tasks: Mapping[str, Callable[[Any, float], Any]],
         tokens: Tokens | None = None,
+        arn: str = "",
     ) -> None:
+        self._arn = arn
         self.executions: dict[str, Execution] = {}
         self.scheduler = scheduler
-        self._definition = definition
+        self.definition = definition
+        """That of the executions that begin from now on."""
         self._tasks = tasks
         self._tokens = tokens or Tokens(scheduler)
 
@@ -125,7 +129,7 @@ class StateMachine:
                 return
             raise Refused("ExecutionAlreadyExists")
         execution = self.executions[name] = Execution(name, given, self.scheduler.now)
-        self.scheduler.spawn(f"execution {name}", lambda: self.run(execution, self._definition, json.loads(given)))
+        self.scheduler.spawn(f"execution {name}", lambda: self.run(execution, self.definition, json.loads(given)))
 
     def describe(self, name: str) -> str:
         """DescribeExecution's status."""
@@ -174,7 +178,10 @@ class StateMachine:
         Raises:
             TaskError: It failed, and nothing of it catches that.
         """
-        bound = {"input": given, "context": {"Execution": {"Name": execution.name}}}
+        bound = {
+            "input": given,
+            "context": {"Execution": {"Id": f"{self._arn}:{execution.name}", "Name": execution.name}},
+        }
         match state["Type"]:
             case "Choice":
                 for choice in state["Choices"]:

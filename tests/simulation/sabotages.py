@@ -15,7 +15,8 @@ from predictions.admission import schedule
 from predictions.admission.rate_limiter import Limiter
 from predictions.admission.schedule import Schedule
 from predictions.aws.dynamodb import PRESENT, Condition, Sum
-from predictions.aws.executions import Executions
+from predictions.aws.executions import Executions, wake_by_error
+from predictions.aws.executions import wake as wake_by_success
 from predictions.batches.manage import BatchControl
 from predictions.files import copier, output_references
 from predictions.files.copier import Copier, _Announced
@@ -25,7 +26,7 @@ from predictions.intake import redelivery
 from predictions.intake.queue import Requests
 from predictions.intake.redelivery import ReceivedRequests
 from predictions.intents import model as intents
-from predictions.lifecycle import merging, orphans, poll, sweep, transitions, unknown_claims
+from predictions.lifecycle import merging, orphans, poll, sweep, tracking, transitions, unknown_claims
 from predictions.lifecycle.abandonment import Abandonment
 from predictions.lifecycle.binding import Binding
 from predictions.lifecycle.cancel import CancelPrediction
@@ -37,6 +38,7 @@ from predictions.lifecycle.readings import Readings
 from predictions.lifecycle.reconcile import UnknownSubmissions
 from predictions.lifecycle.sweep import SweepPredictions
 from predictions.lifecycle.targets import target_of
+from predictions.lifecycle.tracking import Tracking
 from predictions.lifecycle.unknown_claims import UnknownClaims
 from predictions.notifications import webhook_queue
 from predictions.notifications.stream import Changes
@@ -73,6 +75,7 @@ from tests.simulation.unknown import (
     StaleLists,
     UnknownCreates,
 )
+from tests.simulation.upgrades import Upgrade
 from tests.simulation.watchers import Watchers
 from tests.simulation.worlds import worlds_of
 
@@ -149,11 +152,36 @@ def _released_when_unknown(create: Any) -> Any:
 
 
 def _started_whatever_is_there(start: Any) -> Any:
-    def started(self: Executions, prediction_id: str, n: int, *, submit: bool | None) -> bool:
-        start(self, prediction_id, n, submit=submit)
+    def started(self: Executions, prediction_id: str, n: int) -> bool:
+        start(self, prediction_id, n)
         return True
 
     return started
+
+
+def _tracked_in_the_machine_that_is_needed(_: Any) -> Any:
+    """The number stays the same in the other machine."""
+
+    def track(self: Tracking, prediction: Prediction, *, submit: bool, takes_copy: bool = False) -> None:
+        machine = self._submitting if submit else self._submitted
+        following: Prediction | None = prediction
+        while following is not None and not machine.start(following.id, following.execution_n):
+            following = self._next(following, submit=submit, takes_copy=takes_copy)
+
+    return track
+
+
+def _woken_by_error_whatever_it_catches(prediction: Prediction) -> bool:
+    if prediction.awaits_copy:
+        return wake_by_error(prediction.task_token, "OutputsToCopy", "")
+    return wake_by_success(prediction.task_token)
+
+
+def _without_the_lease_before(next_execution: Any) -> Any:
+    def counted_up(self: PredictionsTable, *given: Any, **options: bool) -> Any:
+        return next_execution(self, *given, **{**options, "takes_copy": False})
+
+    return counted_up
 
 
 def _without_token_when_closed(merge: Any) -> Any:
@@ -425,6 +453,16 @@ SABOTAGES: dict[str, Sabotage] = {
         _value(transitions, "wake", lambda _: False),
         _value(sweep, "wake", lambda _: False),
     ),
+    "executions are woken by success although files are to be copied": _value(
+        tracking, "wake_by_error", lambda task_token, *_: wake_by_success(task_token)
+    ),
+    "an old execution is woken by an error that it does not catch": _all(
+        *(_value(module, "wake", _woken_by_error_whatever_it_catches) for module in (merging, transitions, sweep))
+    ),
+    "two machines run one prediction": _method(Tracking, "track", _tracked_in_the_machine_that_is_needed),
+    "the lease of an execution that copied nothing is not taken over": _method(
+        PredictionsTable, "next_execution", _without_the_lease_before
+    ),
     "the SDK's retry is another request": _all(
         _method(RecentRequests, "find", _constant(None)),
         _method(RecentRequests, "note", lambda _: lambda self, new_id, *_: new_id),
@@ -503,6 +541,8 @@ ONLY_IN: dict[str, type[Scenario]] = {
     "a training is looked for among predictions": Trainings,
     "a GET asks Replicate each time": Watchers,
     "a GET shows what Replicate says": Watchers,
+    "an old execution is woken by an error that it does not catch": Upgrade,
+    "the lease of an execution that copied nothing is not taken over": Upgrade,
     "no look for creates of unknown outcome": UnknownCreates,
     "submitted again without evidence": UnknownCreates,
     "one reading is evidence": LateLists,

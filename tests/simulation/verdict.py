@@ -60,6 +60,9 @@ class Check:
             for name, execution in machine.executions.items():
                 if execution.status == "RUNNING":
                     bad(f"execution {name} still runs, in {execution.states[-1]}")
+        first, second = (machine.executions.keys() for machine in self.world.tracking)
+        for name in first & second:
+            bad(f"two state machines ran {name}")
         items = {item["id"]["S"]: deserialize(item) for item in self._statuses()}
         for wanted in self.world.callers.requests:
             if wanted.accepted_id and wanted.accepted_id not in items:
@@ -239,12 +242,13 @@ class Check:
         quiet = not set(self.world.faults.struck) - {"webhook", "file"} and not self.world.faults.secret_is_unknown
         if quiet and late > 1100:
             bad(f"its end came {late:.0f} s late, though only webhooks and files were lost")
-        only_receiving = (
-            not set(self.world.faults.struck) - {"webhook", "receiver"} and not self.world.faults.secret_is_unknown
-        )
+        wrong = set(self.world.faults.struck) | ({"secret"} if self.world.faults.secret_is_unknown else set())
         waited = self.world.visible_at[item["id"]] - self.world.terminal_at[item["id"]]
-        if only_receiving and waited > 300:
+        if not wrong - {"webhook", "receiver", "old function"} and waited > 300:
             bad(f"its files were waited for {waited:.0f} s, though only webhooks went wrong")
+        if not wrong - {"webhook"} and waited > 110:
+            # Sooner than the sweep looks.
+            bad(f"its files were waited for {waited:.0f} s, though all who knew of its end could wake its execution")
         if wanted and wanted.canceled_at and run.ended > wanted.canceled_at + 1500 and run.cancel_asked is None:
             bad("its cancel never reached Replicate")
 

@@ -32,6 +32,7 @@ from tests.support.scheduler import BEGIN, Died, Process, Scheduler
 from tests.support.template import ROOT
 
 API_URL = "https://api.example.com/v1"
+EXECUTIONS = "arn:aws:states:us-east-1:123456789012:execution"
 LIFETIME_SECONDS = 3600
 GRACE_SECONDS = 45
 END_SECONDS = 5 * 3600.0
@@ -86,7 +87,7 @@ class World:
         self.callers = Callers(self)
         self.tokens = Tokens(self.scheduler)
         self.machines = self._make_machines()
-        self.machine = self.machines["track-prediction"]
+        self.tracking = [self.machines[name] for name in ("track-prediction", "track-submitted")]
         self.canceled: dict[str, float] = {}
         self.broken: BaseException | None = None
         self.violations: list[str] = []
@@ -107,6 +108,8 @@ class World:
         self.bound_at: dict[str, float] = {}
         self.evidenced: Callable[[str], None] = lambda _: None
         """Called in the midst of a write that records evidence that Replicate accepted nothing."""
+        self.wakes_by_success: Callable[[], bool] = lambda: False
+        """Whether a function of the release before wakes an execution, which knows of no files."""
         self.evidence_at: dict[str, list[int]] = {}
         """When the second reading began after which a prediction was submitted again; 0 where there was none."""
         self.released_at: dict[str, list[float]] = {}
@@ -134,8 +137,13 @@ class World:
             "sqs:sendMessage": self._send_message,
         }
         return {
-            "track-prediction": StateMachine(definition("track_prediction"), self.scheduler, tasks, self.tokens),
-            "run-pipeline": StateMachine(definition("run_pipeline"), self.scheduler, tasks, self.tokens),
+            name: StateMachine(definition(*of), self.scheduler, tasks, self.tokens, f"{EXECUTIONS}:{name}")
+            for name, of in (
+                ("track-prediction", ("track_prediction", "SubmitPrediction")),
+                ("track-submitted", ("track_prediction", "AwaitWebhook")),
+                ("run-pipeline", ("run_pipeline",)),
+            )
+        } | {
             "run-batch": BatchMachine(
                 definition("run_batch"), self.scheduler, tasks, self.tokens, lambda key: self.account.objects[key][0]
             ),
@@ -246,7 +254,7 @@ class World:
         fault = self.faults.of_state()
         queue = self.queues[names_by_url()[given["QueueUrl"]]]
         if fault is None or self.rng.random() < 0.5:  # it may be sent all the same
-            queue.send(json.dumps(given["MessageBody"]))
+            queue.send(json.dumps(given["MessageBody"]), group=given.get("MessageGroupId"))
         if fault:
             raise TaskError("SQS.SdkClientException")
 
@@ -338,7 +346,8 @@ class World:
         process = self.scheduler.current
         if not self.faults.stops_copy() or process is None or process.event is None:
             return False
-        self.machine.stop(process.event["execution"])
+        for machine in self.tracking:
+            machine.stop(process.event["execution"])
         return True
 
     def expire(self, share: float) -> None:
@@ -478,20 +487,22 @@ class World:
     def stop_one(self) -> None:
         """Stops an execution, as by hand."""
         running = [
-            name
-            for name, execution in self.machine.executions.items()
+            execution
+            for machine in self.tracking
+            for execution in machine.executions.values()
             if execution.status == "RUNNING" and execution.states[-1:] != ["CopyOutputs"]
         ]
         if running:
             self.faults.struck["stopped"] = self.faults.struck.get("stopped", 0) + 1
-            self.machine.stop(self.rng.choice(running))
+            self.tracking[0].abort(self.rng.choice(running))
 
 
 @cache
-def definition(name: str) -> dict[str, Any]:
+def definition(name: str, start_at: str = "") -> dict[str, Any]:
     """A state machine, with the names of folders for functions and the tests' numbers."""
     text = (ROOT / "statemachine" / f"{name}.asl.json").read_text()
     given = {
+        "${StartAt}": start_at,
         "${Partition}": "aws",
         "${TableName}": ENVIRONMENT["TABLE_NAME"],
         "${OutputsBucketName}": ENVIRONMENT["OUTPUTS_BUCKET_NAME"],

@@ -19,6 +19,7 @@ from tests.simulation.unknown import (
     Strangers,
     UnknownCreates,
 )
+from tests.simulation.upgrades import Upgrade
 from tests.simulation.watchers import Watchers
 
 WORLDS: dict[type[Scenario], float] = {
@@ -48,6 +49,7 @@ WORLDS: dict[type[Scenario], float] = {
     StaleLists: 0.01,
     CancelBetween: 0.01,
     Watchers: 0.02,
+    Upgrade: 0.02,
 }
 """The share of the schedules that have each of them."""
 

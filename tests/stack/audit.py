@@ -210,6 +210,8 @@ def _others(evidence: Evidence) -> Iterator[Finding]:
             yield Finding(f"execution {name} still runs", id_)
         if id_ not in evidence.items or int(n) > evidence.items[id_]["execution_n"]:
             yield Finding(f"execution {name} belongs to no prediction", id_)
+        if status == "TWICE":
+            yield Finding(f"two state machines ran execution {name}", id_)
     ends: dict[str, set[str]] = defaultdict(set)
     for id_, event, _, status in evidence.told:
         if event == "completed":

@@ -144,15 +144,17 @@ class Crowd:
     def stop_execution(self, prediction_id: str) -> bool:
         """Stops a prediction's first execution by hand, if it still runs; False where there is none yet."""
         machine = self.cloud.client("stepfunctions")
-        executions = self.cloud.stack.state_machine_arn.replace(":stateMachine:", ":execution:")
-        try:
-            machine.stop_execution(executionArn=f"{executions}:{prediction_id}-1")
-        except machine.exceptions.ExecutionDoesNotExist:
-            return False
-        except machine.exceptions.ClientError as error:
-            if "not running" not in str(error):
-                raise
-        return True
+        for arn in self._machine_arns():
+            try:
+                executions = arn.replace(":stateMachine:", ":execution:")
+                machine.stop_execution(executionArn=f"{executions}:{prediction_id}-1")
+            except machine.exceptions.ExecutionDoesNotExist:
+                continue
+            except machine.exceptions.ClientError as error:
+                if "not running" not in str(error):
+                    raise
+            return True
+        return False
 
     def make_cold(self, functions: Iterable[str]) -> None:
         """Has new processes run these functions from now on."""
@@ -343,11 +345,20 @@ class Crowd:
                 Entries=[{"Id": str(n), "ReceiptHandle": m["ReceiptHandle"]} for n, m in enumerate(messages)],
             )
 
+    def _machine_arns(self) -> tuple[str, str]:
+        """The two machines that track predictions."""
+        return self.cloud.stack.state_machine_arn, self.cloud.stack.submitted_state_machine_arn
+
     def _executions(self, status: str = "") -> dict[str, str]:
-        pages = self.cloud.client("stepfunctions").get_paginator("list_executions").paginate(
-            stateMachineArn=self.cloud.stack.state_machine_arn, **({"statusFilter": status} if status else {})
-        )  # fmt: skip
-        return {each["name"]: each["status"] for page in pages for each in page["executions"]}
+        """The status of each execution by its name; `TWICE` where both machines have it."""
+        listing = self.cloud.client("stepfunctions").get_paginator("list_executions")
+        chosen: Any = {"statusFilter": status} if status else {}
+        found: dict[str, str] = {}
+        for arn in self._machine_arns():
+            for page in listing.paginate(stateMachineArn=arn, **chosen):
+                for each in page["executions"]:
+                    found[each["name"]] = "TWICE" if each["name"] in found else each["status"]
+        return found
 
     # -- evidence -----------------------------------------------------------------------------------------------
 

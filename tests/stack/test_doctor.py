@@ -39,6 +39,20 @@ TOPIC = QUICK["AlarmTopicArn"]
 SUBSCRIBER = TOPIC.replace(":sns:", ":sqs:")
 
 
+@pytest.fixture(scope="module")
+def cloud() -> Iterator[LocalCloud]:
+    """A stack of its own: what other tests leave behind is what the checks find, and no poll comes before a webhook."""
+    with LocalCloud(parameters=QUICK | {"FirstPollSeconds": "120"}) as started:
+        yield started
+
+
+@pytest.fixture
+def replicate(cloud: LocalCloud) -> Iterator[LocalReplicate]:
+    """The stand-in for Replicate, without faults."""
+    yield cloud.replicate
+    cloud.replicate.reset()
+
+
 @pytest.fixture(autouse=True)
 def environment(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**CREDENTIALS, "AWS_REGION": REGION, "AWS_ENDPOINT_URL": cloud.endpoint_url}.items():
@@ -46,7 +60,7 @@ def environment(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def repaired(cloud: LocalCloud) -> Iterator[list[Finding]]:
+def repaired(cloud: LocalCloud) -> list[Finding]:
     """The stack as on AWS: what the emulator ignores is set by the commands that the checks print."""
     boto = cloud.client
     boto("sns").create_topic(Name=TOPIC.rpartition(":")[2])
@@ -60,13 +74,7 @@ def repaired(cloud: LocalCloud) -> Iterator[list[Finding]]:
     for finding in findings:
         if finding.name in IGNORED:
             paste(finding.action, boto)
-    yield findings
-    boto("sns").delete_topic(TopicArn=TOPIC)
-    # The emulator would now remove expired items, which other tests still read.
-    off = {"Enabled": False, "AttributeName": "expires_at"}
-    boto("dynamodb").update_time_to_live(TableName=cloud.stack.table_name, TimeToLiveSpecification=off)
-    for bucket in (cloud.stack.outputs_bucket, cloud.stack.inputs_bucket):
-        boto("s3").delete_bucket_lifecycle(Bucket=bucket)
+    return findings
 
 
 @pytest.fixture
@@ -87,6 +95,17 @@ def find(cloud: LocalCloud, repaired: object) -> Iterator[Find]:
         yield one
 
 
+def tokens_of(cloud: LocalCloud) -> int:
+    """How many access tokens there are."""
+    count: int = cloud.client("dynamodb").query(
+        TableName=cloud.stack.table_name,
+        KeyConditionExpression="pk = :pk",
+        ExpressionAttributeValues={":pk": {"S": "tokens"}},
+        ConsistentRead=True,
+    )["Count"]
+    return count
+
+
 def test_faults_that_the_emulator_makes_itself_are_found_and_no_others(repaired: list[Finding]) -> None:
     assert {each.name for each in repaired if each.result is Result.FAILED} == IGNORED
     assert {each.name for each in repaired if each.result is Result.UNKNOWN} <= NOT_KNOWN
@@ -96,12 +115,7 @@ def test_faults_that_the_emulator_makes_itself_are_found_and_no_others(repaired:
 def test_healthy_stack_runs_a_prediction_to_its_stored_file_and_all_checks_are_ok(
     cloud: LocalCloud, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokens = cloud.client("dynamodb").query(
-        TableName=cloud.stack.table_name,
-        KeyConditionExpression="pk = :pk",
-        ExpressionAttributeValues={":pk": {"S": "tokens"}},
-        ConsistentRead=True,
-    )["Count"]
+    tokens = tokens_of(cloud)
     checks, prediction = (
         [word.replace("$STACK", STACK_NAME) for word in shlex.split(line)[1:]]
         for line in re.findall(r"^ *(replicate-serverless .*)$", (ROOT / "docs/aws.md").read_text(), re.MULTILINE)
@@ -122,13 +136,7 @@ def test_healthy_stack_runs_a_prediction_to_its_stored_file_and_all_checks_are_o
     # Progress is shown, and neither of the tokens; the token that was made is revoked.
     assert "processing" in err
     assert cloud.replicate.token not in out + err
-    left = cloud.client("dynamodb").query(
-        TableName=cloud.stack.table_name,
-        KeyConditionExpression="pk = :pk",
-        ExpressionAttributeValues={":pk": {"S": "tokens"}},
-        ConsistentRead=True,
-    )["Count"]
-    assert left == tokens
+    assert tokens_of(cloud) == tokens
 
 
 @pytest.mark.slow

@@ -151,6 +151,9 @@ class TestAudit:
     def test_execution_that_runs_on_is_noticed(self, left_behind: Evidence) -> None:
         self._noticed(left_behind, "still runs", lambda e: e.executions.update({next(iter(e.executions)): "RUNNING"}))
 
+    def test_execution_of_two_machines_is_noticed(self, left_behind: Evidence) -> None:
+        self._noticed(left_behind, "two state mach", lambda e: e.executions.update({next(iter(e.executions)): "TWICE"}))
+
     def test_execution_of_nobody_is_noticed(self, left_behind: Evidence) -> None:
         self._noticed(left_behind, "belongs to no prediction", lambda e: e.executions.update({"nobody-1": "SUCCEEDED"}))
 

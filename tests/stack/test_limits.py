@@ -76,7 +76,7 @@ class Stack:
             intent, version=None, deadline=int(now) + 600, expires=int(now) + 86400, claim=False,
             execution_arn=self.executions.arn(intent.id, 1), now=now,
         )  # fmt: skip
-        self.executions.start(intent.id, 1, submit=True)
+        self.executions.start(intent.id, 1)
         return intent.id
 
     def states(self, prediction_id: str) -> list[str]:

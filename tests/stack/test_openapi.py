@@ -290,6 +290,14 @@ def test_a_body_that_breaks_parsers_is_a_problem_of_every_operation_and_starts_n
     assert asked == []
 
 
+def test_bytes_that_are_no_utf8_are_read_as_api_gateway_hands_them_on(api: Api, replicate: LocalReplicate) -> None:
+    body = VALID.replace(b"red", b"\xff\xfe\x80")
+    answer = api("mallory").post("/predictions", content=body, headers=JSON_TYPE)
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["input"] == {"prompt": "a \ufffd\ufffd\ufffd fox"}
+    assert [each["body"]["input"] for each in replicate.creates()] == [answer.json()["input"]]
+
+
 def test_what_is_there_is_shown_as_the_document_says(
     api: Api, document: dict[str, Any], compare: Callable[..., Report], wait_until: Callable[..., Any]
 ) -> None:

@@ -36,7 +36,12 @@ QUEUES = (
     "RequestsQueue", "RequestsDeadLetterQueue", "DeliveriesQueue", "DeliveriesDeadLetterQueue",
     "ChangesRetryQueue", "ChangesDeadLetterQueue", "RunJobsDeadLetterQueue",
 )  # fmt: skip
-MACHINES = ("TrackPredictionStateMachine", "RunPipelineStateMachine", "RunBatchStateMachine")
+MACHINES = (
+    "TrackPredictionStateMachine",
+    "TrackSubmittedStateMachine",
+    "RunPipelineStateMachine",
+    "RunBatchStateMachine",
+)
 KEYS = {
     "OutputsBucket": ("payloads/x", "payloads/batches/x", "payloads/schemas/x", "alice/x/0", "alice/batches/x", "x"),
     "InputsBucket": ("files/x", "batches/x", "photos/x"),
@@ -96,6 +101,7 @@ ONLY: dict[str, set[str]] = {
     "StartExecution TrackPredictionStateMachine": {
         "start_prediction", "start_from_queue", "run_prediction", "sweep_predictions",
     },
+    "StartExecution TrackSubmittedStateMachine": {"start_prediction", "run_prediction", "sweep_predictions"},
     "StartExecution RunPipelineStateMachine": {"manage_pipelines", "sweep_predictions"},
     "StartExecution RunBatchStateMachine": {
         "manage_batches", "start_from_queue", "sweep_predictions", "run_batch_state_machine",

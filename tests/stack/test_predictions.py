@@ -73,10 +73,18 @@ class Stack:
         found: str = self.wait(lambda: self.item(prediction_id).upstream_id, what="an upstream id")
         return found
 
-    def execution_arn(self, prediction_id: str, n: int = 1) -> str:
-        return f"{self.cloud.stack.state_machine_arn.replace(':stateMachine:', ':execution:')}:{prediction_id}-{n}"
+    def execution_arn(self, prediction_id: str, n: int = 0) -> str:
+        """The ARN of the nth execution, in the machine that has it; of the one that the item names without `n`."""
+        there = self.item(prediction_id)
+        if n in (0, there.execution_n):
+            return str(there.execution_arn)
+        stepfunctions = self.cloud.client("stepfunctions")
+        machines = (self.cloud.stack.state_machine_arn, self.cloud.stack.submitted_state_machine_arn)
+        listed = [each for arn in machines for each in stepfunctions.list_executions(stateMachineArn=arn)["executions"]]
+        (found,) = [each["executionArn"] for each in listed if each["name"] == f"{prediction_id}-{n}"]
+        return str(found)
 
-    def execution_ended(self, prediction_id: str, n: int = 1) -> str:
+    def execution_ended(self, prediction_id: str, n: int = 0) -> str:
         stepfunctions = self.cloud.client("stepfunctions")
 
         def status() -> str | None:
@@ -86,7 +94,7 @@ class Stack:
         found: str = self.wait(status, what=f"execution {prediction_id}-{n} to end")
         return found
 
-    def states(self, prediction_id: str, n: int = 1) -> list[str]:
+    def states(self, prediction_id: str, n: int = 0) -> list[str]:
         """The states that an execution entered, in order."""
         history = self.cloud.client("stepfunctions").get_execution_history(
             executionArn=self.execution_arn(prediction_id, n), maxResults=1000
@@ -221,8 +229,22 @@ class TestWebhookPath:
         assert stack.execution_ended(created["id"]) == "SUCCEEDED"
         # On a busy machine a poll may come before the webhook.
         entered = [each for each in stack.states(created["id"]) if each not in ("PollPrediction", "AwaitWebhookAgain")]
-        assert entered == ["Start", "AwaitWebhook", "CopyOutputs"]
+        assert entered == ["AwaitWebhook", "CopyOutputs"]
         assert len(replicate.creates(created["id"])) == 1
+
+    def test_end_without_files_is_the_end_of_the_one_state_that_waits(
+        self, stack: Stack, replicate: LocalReplicate
+    ) -> None:
+        entered = []
+        # On a busy machine a completion may come before the wait, or after the first poll.
+        for seconds in (1.5, 2, 2.5, 3, 3.5):
+            created = create(stack.alice, sleeper(seconds))
+            assert stack.ended(created["id"])["status"] == "succeeded"
+            assert stack.execution_ended(created["id"]) == "SUCCEEDED"
+            entered.append(stack.states(created["id"]))
+            if entered[-1] == ["AwaitWebhook"]:
+                return
+        pytest.fail(f"more states than the one that waits: {entered}")
 
     @pytest.mark.parametrize("model", ["album", "series", "storyteller", "blob"])
     def test_outputs_of_every_shape_are_stored(self, stack: Stack, replicate: LocalReplicate, model: str) -> None:
@@ -303,6 +325,28 @@ class TestLostWebhooks:
         assert (webhook.status_code, webhook.json()) == (200, {"received": "nothing new"})
         assert stack.execution_ended(created["id"]) == "SUCCEEDED"
 
+    def test_execution_that_an_old_function_wakes_without_its_files_is_followed_by_one_that_copies(
+        self, stack: Stack, replicate: LocalReplicate
+    ) -> None:
+        replicate.fault("webhook_lost", times=None, events=["completed"])
+        created = create(stack.alice)
+        upstream_id = stack.bound(created["id"])
+        stack.wait(lambda: replicate_get(replicate, f"/predictions/{upstream_id}")["status"] == "succeeded")
+        told = UpstreamPrediction.parse(replicate_get(replicate, f"/predictions/{upstream_id}"))
+        ended = stack.table.merge(created["id"], told, int(time.time())).prediction
+        assert ended
+        assert (ended.awaits_copy, ended.wake) == (True, "v2")
+        # As functions of the release before woke each execution.
+        stack.cloud.client("stepfunctions").send_task_success(taskToken=ended.task_token, output="{}")
+        assert stack.execution_ended(created["id"]) == "SUCCEEDED"
+        assert stack.states(created["id"]) == ["AwaitWebhook"]
+        # Three minutes after the end at most the sweep looks, and the next execution copies at once.
+        assert 0 < (ended.next_check_at or 0) - time.time() <= 180
+        stack.make_due(created["id"])
+        stack.sweep()
+        assert stack.ended(created["id"])["output_files"][0]["sha256"]
+        assert stack.item(created["id"]).execution_n == 2
+
 
 class TestSameRequest:
     def test_same_key_at_the_same_time_starts_one_prediction(self, stack: Stack, replicate: LocalReplicate) -> None:
@@ -352,6 +396,7 @@ class TestSubmission:
         assert stack.ended(created["id"])["status"] == "succeeded"
         assert [c["status"] for c in replicate.creates(created["id"])] == [429, 201]
         assert "WaitForTurn" in stack.states(created["id"])
+        assert stack.item(created["id"]).execution_n == 2, "the first number is the other machine's"
 
     @pytest.mark.parametrize(
         "fault",

@@ -19,9 +19,10 @@ import httpx
 import pytest
 from PIL import Image
 
+from local import npm
 from local.cloud import CHECKOUT, OWNER, REGION, LocalCloud
 from local.processes import answers, free_port, stop
-from tests.conformance.suite import CLIENTS, environment, install
+from tests.conformance.suite import CLIENTS, environment
 from tests.support.samples import SAMPLES, load_worker, text
 
 Api = Callable[..., httpx.Client]
@@ -218,7 +219,7 @@ needs_node = pytest.mark.skipif(not shutil.which("node"), reason="node is not in
 def installed(sample: str) -> Path:
     """A copy of a sample with the packages of its lock."""
     source, folder = SAMPLES / sample, CHECKOUT / ".local" / "conformance" / f"sample_{sample}"
-    install(folder, (source / "package.json").read_text(), source / "package-lock.json")
+    npm.install(folder, (source / "package.json").read_text(), source / "package-lock.json")
     ignored = shutil.ignore_patterns("node_modules", "package*.json")
     shutil.copytree(source, folder, dirs_exist_ok=True, ignore=ignored)
     return folder

@@ -34,7 +34,7 @@ def planted(cloud: WatchedCloud) -> list[str]:
     event = {"Source": "planted", "DetailType": "Told", "Detail": json.dumps({"token": canary})}
     cloud.client("events").put_events(Entries=[{**event, "EventBusName": cloud.stack.event_bus_name}])
     cloud.client("stepfunctions").start_execution(
-        stateMachineArn=cloud.stack.state_machine_arn, name="planted", input=json.dumps({"id": canary, "submit": False})
+        stateMachineArn=cloud.stack.state_machine_arn, name="planted", input=json.dumps({"id": canary})
     )
     cloud.answers.append(("GET /planted", json.dumps({"detail": canary})))
     cloud.strangers.append("GET /files/planted.png")

@@ -208,13 +208,15 @@ def made_in(cloud: LocalCloud, region: str) -> dict[str, list[str]]:
 
 
 def execution_of(cloud: LocalCloud, prediction_id: str) -> Any:
-    executions = cloud.stack.state_machine_arn.replace(":stateMachine:", ":execution:")
-    return cloud.client("stepfunctions").describe_execution(executionArn=f"{executions}:{prediction_id}-1")
+    key = {"pk": {"S": f"prediction#{prediction_id}"}, "sk": {"S": "status"}}
+    item = cloud.client("dynamodb").get_item(TableName=cloud.stack.table_name, Key=key)["Item"]
+    return cloud.client("stepfunctions").describe_execution(executionArn=item["execution_arn"]["S"])
 
 
 def assert_complete(caller: Caller, own: dict[str, str], receiver: Receiver, mark: str) -> set[str]:
     """Everything that was asked of a stack has run there, once; returns the ids of its predictions."""
-    cloud, machine = caller.cloud, caller.cloud.stack.state_machine_arn
+    cloud = caller.cloud
+    machines = {cloud.stack.state_machine_arn, cloud.stack.submitted_state_machine_arn}
     own_url = f"{cloud.api_url}/webhooks/replicate/"
 
     def started() -> list[str]:
@@ -233,7 +235,7 @@ def assert_complete(caller: Caller, own: dict[str, str], receiver: Receiver, mar
     runs = [each["body"]["webhook"] for each in cloud.replicate.creates() if mark in json.dumps(each["body"])]
     own_runs = [url.removeprefix(own_url).partition("?")[0] for url in runs if url.startswith(own_url)]
     assert sorted(own_runs) == sorted(ids)
-    assert {execution_of(cloud, prediction_id)["stateMachineArn"] for prediction_id in ids} == {machine}
+    assert {execution_of(cloud, prediction_id)["stateMachineArn"] for prediction_id in ids} == machines
     assert own["file"] in [each["id"] for each in caller.get("/files")["results"]]
     assert (
         httpx.get(own["link"], follow_redirects=True, trust_env=False, timeout=60).content == cloud.stack_name.encode()

@@ -22,8 +22,9 @@ def create(client: httpx.Client, wait: int, model: str, **input_: Any) -> dict[s
 
 
 def executions(cloud: LocalCloud, prediction_id: str) -> int:
-    listed = cloud.client("stepfunctions").list_executions(stateMachineArn=cloud.stack.state_machine_arn)
-    return sum(each["name"].startswith(prediction_id) for each in listed["executions"])
+    machines = (cloud.stack.state_machine_arn, cloud.stack.submitted_state_machine_arn)
+    listed = [cloud.client("stepfunctions").list_executions(stateMachineArn=arn)["executions"] for arn in machines]
+    return sum(each["name"].startswith(prediction_id) for executions in listed for each in executions)
 
 
 def test_end_without_files_is_replicates_own_answer_and_needs_no_execution(

@@ -1,13 +1,15 @@
 """A new version is deployed while predictions run, over items of an earlier one; in the end the stack is deleted.
 
-The earlier version is this one with the state machine as the first release had it. `old_items.json` holds what that
-release wrote into its table, as it was there: predictions that have ended, one that runs at Replicate and whose
-execution is gone, and one that was only written down.
+The earlier version is this one with the state machine as the first release had it, and with that one alone.
+`old_items.json` holds what that release wrote into its table, as it was there: predictions that have ended, one that
+runs at Replicate and whose execution is gone, and one that was only written down.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import httpx
 import pytest
 
 from local.cloud import CHECKOUT, CREDENTIALS, REGION, STACK_NAME, LocalCloud
+from tests.support import old_machine
 from tests.support.deployment import QUICK, copy_checkout
 
 Wait = Callable[..., Any]
@@ -30,13 +33,28 @@ ENDED = ("succeeded", "failed", "canceled")
 ITEMS = json.loads((Path(__file__).parent / "old_items.json").read_text())
 OLD_TOKEN = "rs_" + "old".ljust(43, "o")
 MACHINE = "statemachine/track_prediction.asl.json"
-OLD = {name: f"old{name}".ljust(26, "a") for name in ("text", "files", "failed", "canceled", "running", "written")}
+OLD = {
+    name: f"old{name}".ljust(26, "a")
+    for name in ("text", "files", "failed", "canceled", "running", "written", "started")
+}
+# Another one that was only written down, whose execution an old function starts in the midst of the deployment.
+ITEMS += [
+    json.loads(json.dumps(item).replace(OLD["written"], OLD["started"]))
+    for item in ITEMS
+    if OLD["written"] in item["pk"]["S"]
+]
+PAINTER = {"version": "local/painter", "input": {"prompt": "a lighthouse at dusk"}}
 PICTURE = b"\x89PNG of the first release"
 
 
 def older(definition: str) -> str:
-    """The state machine of the first release, which told the sweep not when to look; with one state's name changed."""
-    machine = json.loads(definition.replace("${FirstPollSeconds}", "1001").replace("${PollSeconds}", "1002"))
+    """The state machine of the first release, which told the sweep not when to look; with one state's name changed.
+
+    It asked nobody which execution tracks the prediction, and was woken by success alone.
+    """
+    machine = old_machine.older(
+        json.loads(definition.replace("${FirstPollSeconds}", "1001").replace("${PollSeconds}", "1002"))
+    )
     for name in ("AwaitWebhook", "AwaitWebhookAgain"):
         arguments = machine["States"][name]["Arguments"]
         arguments["UpdateExpression"] = "SET task_token = :task_token"
@@ -51,11 +69,27 @@ def older(definition: str) -> str:
     )
 
 
+def with_one_machine(template: str) -> str:
+    """The template without the second machine: all that names it names the first one, or is left out."""
+    second, rest = re.subn(
+        r"  # The same definition for predictions.*?(?=  StateMachineLogGroup:)", "", template, flags=re.DOTALL
+    )[::-1]
+    assert second == 1
+    only = ("    DependsOn: TrackSubmitted", "- {Id: track_submitted", "ExecutionsFailed")
+    lines = [
+        line for line in rest.splitlines() if not ("TrackSubmitted" in line and any(each in line for each in only))
+    ]
+    text = "\n".join(lines).replace(", !Ref TrackSubmittedStateMachineRole", "")
+    text = text.replace("!Ref TrackSubmittedStateMachine", "!Ref TrackPredictionStateMachine")
+    return text.replace("-track-submitted", "-track-prediction") + "\n"
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout of the earlier version."""
     folder = copy_checkout(tmp_path_factory)
     (folder / MACHINE).write_text(older((folder / MACHINE).read_text()))
+    (folder / "template.yaml").write_text(with_one_machine((folder / "template.yaml").read_text()))
     return folder
 
 
@@ -88,6 +122,11 @@ class Caller:
             if not key or answer.status_code < 500:
                 break
             answer = self.call("POST", "/predictions", body, key)  # what keys are for
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["id"])
+
+    def paint(self) -> str:
+        answer = self.call("POST", "/predictions", PAINTER)
         assert answer.status_code == 201, answer.text
         return str(answer.json()["id"])
 
@@ -138,10 +177,26 @@ def put_old_items(cloud: LocalCloud, running: Any) -> None:
     dynamodb.put_item(TableName=cloud.stack.table_name, Item=token)
 
 
+def make_due(cloud: LocalCloud, *prediction_ids: str) -> None:
+    """Lets the sweep look at once: an earlier one may have started what the deployment has killed."""
+    dynamodb = cloud.client("dynamodb")
+    for id_ in prediction_ids:
+        with contextlib.suppress(dynamodb.exceptions.ConditionalCheckFailedException):  # it has ended
+            dynamodb.update_item(
+                TableName=cloud.stack.table_name,
+                Key={"pk": {"S": f"prediction#{id_}"}, "sk": {"S": "status"}},
+                UpdateExpression="SET next_check_at = :then",
+                ConditionExpression="attribute_exists(#open)",
+                ExpressionAttributeNames={"#open": "open"},
+                ExpressionAttributeValues={":then": {"N": "1"}},
+            )
+
+
 def last_state(cloud: LocalCloud, prediction_id: str) -> str:
     """The last state that a prediction's execution has entered, by which the versions differ."""
-    arn = cloud.stack.state_machine_arn.replace(":stateMachine:", ":execution:") + f":{prediction_id}-1"
-    history = cloud.client("stepfunctions").get_execution_history(executionArn=arn)["events"]
+    key = {"pk": {"S": f"prediction#{prediction_id}"}, "sk": {"S": "status"}}
+    item = cloud.client("dynamodb").get_item(TableName=cloud.stack.table_name, Key=key)["Item"]
+    history = cloud.client("stepfunctions").get_execution_history(executionArn=item["execution_arn"]["S"])["events"]
     return [str(each["stateEnteredEventDetails"]["name"]) for each in history if "stateEnteredEventDetails" in each][-1]
 
 
@@ -160,6 +215,8 @@ def test_new_version_over_a_working_stack_loses_nothing_and_a_deletion_keeps_the
     # Under way in the earlier version: by HTTP, by the queue, and a batch.
     slow = [alice.sleep(seconds) for seconds in (14, 15, 16)]
     quick = alice.sleep(0)
+    own.replicate.fault("start_late", seconds=16)
+    picture = alice.paint()
     message = {"model": "local/sleeper", "input": {"seconds": 12}}
     for _ in range(2):
         own.client("sqs").send_message(QueueUrl=own.outputs["RequestsQueueUrl"], MessageBody=json.dumps(message))
@@ -172,10 +229,11 @@ def test_new_version_over_a_working_stack_loses_nothing_and_a_deletion_keeps_the
     wait_until(lambda: last_state(own, quick) == "KeepOutputs", 60, "the last state of the earlier version")
     # The emulator ends the functions that a deployment changes; a message that one of them had would come again after
     # three minutes.
-    wait_until(lambda: len(own.replicate.creates()) == len([*slow, quick]) + 2 + len(lines), 60, "all creates")
+    wait_until(lambda: len(own.replicate.creates()) == len([*slow, quick, picture]) + 2 + len(lines), 60, "all creates")
 
     # The new version comes while callers go on.
-    shutil.copy(CHECKOUT / MACHINE, checkout / MACHINE)
+    for changed in (MACHINE, "template.yaml"):
+        shutil.copy(CHECKOUT / changed, checkout / changed)
     (checkout / "layers/predictions/predictions/version.py").write_text('"""Not the code of the version before."""\n')
     stopped = threading.Event()
     during: list[str] = []
@@ -187,15 +245,27 @@ def test_new_version_over_a_working_stack_loses_nothing_and_a_deletion_keeps_the
     finally:
         stopped.set()
         calling.join()
-    after = alice.sleep(0)
+    after = alice.paint()
     assert len(during) > 5
+    # A function of the earlier version that still ran: it says in the input what the machines say now.
+    own.client("stepfunctions").start_execution(
+        stateMachineArn=own.outputs["TrackPredictionStateMachineArn"],
+        name=f"{OLD['started']}-1",
+        input=json.dumps({"id": OLD["started"], "submit": True}),
+    )
 
     # Each one ends well, and was created once; an execution goes on with the definition that it began with.
-    mine = [*slow, *during, after]
+    mine = [*slow, picture, *during, after]
     assert Counter(alice.ended(f"/predictions/{each}", wait_until)["status"] for each in mine) == {
         "succeeded": len(mine)
     }
-    wait_until(lambda: last_state(own, slow[-1]) == "KeepOutputs", 60, "the last state of the earlier version")
+    for each in (slow[-1], picture):
+        wait_until(
+            lambda each=each: last_state(own, each) == "KeepOutputs", 60, "the last state of the earlier version"
+        )
+    (file,) = alice.get(f"/predictions/{picture}")["output_files"]
+    assert file["bytes"] > 0, "an old execution, woken by a new function, copies too"
+    assert own.resources["TrackSubmittedStateMachine"] != own.resources["TrackPredictionStateMachine"]
     wait_until(lambda: last_state(own, after) == "CopyOutputs", 60, "the last state of the new version")
     ended = alice.ended(f"/batches/{batch}", wait_until)
     assert (ended["status"], ended["counts"]["succeeded"]) == ("succeeded", 4)
@@ -206,18 +276,23 @@ def test_new_version_over_a_working_stack_loses_nothing_and_a_deletion_keeps_the
     assert httpx.get(shown["files"]["output"], trust_env=False, timeout=60).content == PICTURE
     assert (shown["failed"]["status"], shown["failed"]["error"][:12]) == ("failed", "RuntimeError")
     assert shown["canceled"]["status"] == "canceled"
-    assert {shown[name]["status"] for name in ("running", "written")} <= {"starting", "processing", "succeeded"}
+    assert {shown[name]["status"] for name in ("running", "written", "started")} <= {
+        "starting",
+        "processing",
+        "succeeded",
+    }
     assert set(OLD.values()) <= {each["id"] for each in alice.get("/predictions")["results"]}
+    make_due(own, OLD["written"], OLD["running"])
     own.client("lambda").invoke(FunctionName=own.resources["SweepPredictionsFunction"], Payload=b"{}")
     assert alice.call("POST", f"/predictions/{OLD['running']}/cancel").status_code == 200
-    for name, status in (("written", "succeeded"), ("running", "canceled")):
+    for name, status in (("written", "succeeded"), ("started", "succeeded"), ("running", "canceled")):
         assert alice.ended(f"/predictions/{OLD[name]}", wait_until)["status"] == status
 
     creates = [str(each["body"]["webhook"]).rpartition("/")[2].partition("?")[0] for each in own.replicate.creates()]
     assert set(Counter(creates).values()) == {1}
-    assert set(creates) >= {*mine, quick, OLD["written"]}
+    assert set(creates) >= {*mine, quick, OLD["written"], OLD["started"]}
     assert OLD["running"] not in creates
-    assert len(creates) == len(mine) + 1 + 1 + 2 + 4
+    assert len(creates) == len(mine) + 1 + 2 + 2 + 4
 
     # What a deletion leaves is what the command names, before and after.
     kept = {own.stack.table_name, own.stack.outputs_bucket, own.stack.inputs_bucket}

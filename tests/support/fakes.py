@@ -272,6 +272,7 @@ class Executed:
 
     def __init__(self, name: str = "track-prediction") -> None:
         self.machine_arn = self._made(name)
+        self.submitted_machine_arn = self._made("track-submitted") if name == "track-prediction" else None
         self.batch_machine_arn = self._made("run-batch")
 
     def _made(self, name: str) -> str:
@@ -282,19 +283,45 @@ class Executed:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The input of each execution by its name."""
+        """The input of each execution by its name; of predictions also `submit`, which is what its machine begins with.
+
+        No name is in both machines of predictions.
+        """
         stepfunctions = clients.client("stepfunctions")
-        listed = stepfunctions.list_executions(stateMachineArn=self.machine_arn)["executions"]
-        return {
-            e["name"]: json.loads(stepfunctions.describe_execution(executionArn=e["executionArn"])["input"])
-            for e in listed
-        }
+        found: dict[str, Any] = {}
+        for arn in filter(None, (self.machine_arn, self.submitted_machine_arn)):
+            for e in stepfunctions.list_executions(stateMachineArn=arn)["executions"]:
+                assert e["name"] not in found, "two machines run one execution of this name"
+                told = json.loads(stepfunctions.describe_execution(executionArn=e["executionArn"])["input"])
+                found[e["name"]] = told | ({"submit": arn == self.machine_arn} if self.submitted_machine_arn else {})
+        return found
+
+    def running(self, name: str) -> bool | None:
+        """Whether a running execution of a prediction began by submitting it; None where it does not run."""
+        for arn, submits in ((self.machine_arn, True), (self.submitted_machine_arn, False)):
+            if arn and self._status(arn, name) == "RUNNING":
+                return submits
+        return None
+
+    def arn(self, name: str) -> str:
+        """The ARN of an execution that exists."""
+        machines = filter(None, (self.machine_arn, self.submitted_machine_arn))
+        (found,) = [self._execution_arn(arn, name) for arn in machines if self._status(arn, name)]
+        return found
+
+    def _status(self, machine_arn: str, name: str) -> str | None:
+        stepfunctions = clients.client("stepfunctions")
+        try:
+            return stepfunctions.describe_execution(executionArn=self._execution_arn(machine_arn, name))["status"]
+        except stepfunctions.exceptions.ExecutionDoesNotExist:
+            return None
+
+    def _execution_arn(self, machine_arn: str, name: str) -> str:
+        return f"{machine_arn.replace(':stateMachine:', ':execution:')}:{name}"
 
     def stop(self, name: str) -> None:
         """Ends an execution, as by hand."""
-        clients.client("stepfunctions").stop_execution(
-            executionArn=f"{self.machine_arn.replace(':stateMachine:', ':execution:')}:{name}"
-        )
+        clients.client("stepfunctions").stop_execution(executionArn=self.arn(name))
 
 
 # The services by boto's names, and by those of their events.
@@ -463,11 +490,13 @@ class Queued:
 class Wakes:
     """The tokens that were sent to Step Functions; those in `stale` are answered as timed out.
 
-    `tokens` are those of successes; `told` holds all calls: token, and the output or the pair of error and cause.
+    `tokens` are those of successes, `copies` those of states that were woken to copy files; `told` holds all calls:
+    token, and the output or the pair of error and cause.
     """
 
     def __init__(self) -> None:
         self.tokens: list[str] = []
+        self.copies: list[str] = []
         self.told: list[tuple[str, Any]] = []
         self.stale: set[str] = set()
         answered: Any = self._send  # the stubs do not know that a handler may answer in AWS's place
@@ -484,6 +513,8 @@ class Wakes:
             self.told.append((token, json.loads(body["output"])))
         else:
             self.told.append((token, (body["error"], body["cause"])))
+            if body["error"] == "OutputsToCopy":
+                self.copies.append(token)
         status, answer = 200, {}
         if token in self.stale:
             status, answer = 400, {"Error": {"Code": "TaskTimedOut", "Message": "the task timed out"}}

@@ -38,6 +38,7 @@ ENVIRONMENT = {
     "INPUTS_BUCKET_NAME": "inputs",
     "FILE_RETENTION_DAYS": "1",
     "STATE_MACHINE_ARN": "arn:aws:states:us-east-1:123456789012:stateMachine:track-prediction",
+    "SUBMITTED_STATE_MACHINE_ARN": "arn:aws:states:us-east-1:123456789012:stateMachine:track-submitted",
     "PIPELINE_STATE_MACHINE_ARN": "arn:aws:states:us-east-1:123456789012:stateMachine:run-pipeline",
     "REQUESTS_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/requests",
     "BATCH_STATE_MACHINE_ARN": "arn:aws:states:us-east-1:123456789012:stateMachine:run-batch",

@@ -39,6 +39,7 @@ class World:
         outputs: OutputsBucket,
         replicate: ReplicateInMemory,
         executed: Executed,
+        pipeline_executed: Executed,
         clock: Clock,
     ) -> None:
         self.clock, self.replicate, self.submissions, self.predictions = clock, replicate, submissions, table
@@ -47,7 +48,7 @@ class World:
         links = Links({"outputs": "outputs"}, "link-secret", now=clock.now)
         self.pipelines = Pipelines(self.table, table, outputs, links)
         self.executions = PipelineExecutions(
-            self.table, Executions(executed.machine_arn, clients.client("stepfunctions")), now=clock.now
+            self.table, Executions(pipeline_executed.machine_arn, clients.client("stepfunctions")), now=clock.now
         )
         self.queue_url = clients.client("sqs").get_queue_url(QueueName="requests")["QueueUrl"]
         self.progress = Progress(
@@ -141,9 +142,10 @@ def world(
     outputs: OutputsBucket,
     replicate: ReplicateInMemory,
     executed: Executed,
+    pipeline_executed: Executed,
     clock: Clock,
 ) -> World:
-    return World(submissions, table, outputs, replicate, executed, clock)
+    return World(submissions, table, outputs, replicate, executed, pipeline_executed, clock)
 
 
 IMAGE = step("image", {"prompt": "{{ input.prompt }}"}, model=FLUX)

@@ -59,17 +59,31 @@ def forget_expired(clock: Clock) -> None:
             dynamodb.delete_item(TableName="predictions", Key={"pk": item["pk"], "sk": item["sk"]})
 
 
-def hold_token(table: PredictionsTable, prediction_id: str, token: str, *, next_check_at: float | None = None) -> None:
-    """What the state AwaitWebhook does."""
-    check = ", next_check_at = :next_check_at" if next_check_at else ""
+def hold_token(
+    table: PredictionsTable,
+    prediction_id: str,
+    token: str,
+    *,
+    next_check_at: float | None = None,
+    execution_arn: str | None = None,
+    catches: bool = True,
+) -> None:
+    """What the state AwaitWebhook does; of an execution that began before it caught errors, if `catches` is False."""
+    check = ", wake = :wake" if catches else ""
+    check += ", next_check_at = :next_check_at" if next_check_at else ""
     values: dict[str, Any] = {":token": {"S": token}, ":terminal": {"N": "9"}}
+    if catches:
+        values[":wake"] = {"S": "v2"}
+    if execution_arn:
+        values[":execution"] = {"S": execution_arn}
     if next_check_at:
         values[":next_check_at"] = {"N": str(int(next_check_at))}
     clients.client("dynamodb").update_item(
         TableName="predictions",
         Key={"pk": {"S": f"prediction#{prediction_id}"}, "sk": {"S": "status"}},
         UpdateExpression="SET task_token = :token" + check,
-        ConditionExpression="attribute_exists(pk) AND #rank < :terminal",
+        ConditionExpression=("execution_arn = :execution" if execution_arn else "attribute_exists(pk)")
+        + " AND #rank < :terminal",
         ExpressionAttributeNames={"#rank": "rank"},
         ExpressionAttributeValues=values,
     )

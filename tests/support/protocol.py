@@ -1,5 +1,6 @@
 """The steps of the protocol as one object, made of the real ones for tests that go through several of them."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,7 +97,8 @@ class Submissions:
         creates = Creates(
             table, replicate, limiter, reservations, transitions, binding, registry, self.lookup, now=now
         )  # fmt: skip
-        tracking = Tracking(table, executions, now=now)
+        submitted = Executions(os.environ["SUBMITTED_STATE_MACHINE_ARN"], clients.client("stepfunctions"))
+        tracking = Tracking(table, executions, submitted, now=now)
         abandonment = Abandonment(table, transitions, now=now)
         self.connections = Connections(
             table,

@@ -152,9 +152,14 @@ class QuickTable(Table):
         found = whole["Items"]
         if start is not None:
             at = next((n for n, item in enumerate(found) if _key(item) == _key(start)), None)
-            if at is None:
+            if at is None and "next_check_at" not in start:
                 raise NotModelled(f"a page after {start}, which is not there")
-            found = found[at + 1 :]
+            # An item of the index `due` may have moved since: what follows is later than it was.
+            found = (
+                found[at + 1 :]
+                if at is not None
+                else [item for item in found if int(item["next_check_at"]["N"]) > int(start["next_check_at"]["N"])]
+            )
         page = found if limit is None else found[:limit]
         answer: dict[str, Any] = {"Count": len(page)}
         # DynamoDB does not look beyond a full page: the key is there even where nothing follows.

@@ -1,12 +1,12 @@
 """The samples of docs/samples, as tests read them."""
 
-import importlib.util
 import re
 from typing import Any
 
 import hcl2
 import yaml
 
+from tests.support.modules import load_module
 from tests.support.template import ROOT, _Loader
 
 SAMPLES = ROOT / "docs" / "samples"
@@ -45,9 +45,4 @@ def worker_template() -> dict[str, Any]:
 
 def load_worker() -> Any:
     """The worker as a module of its own: docs/ is no package."""
-    spec = importlib.util.spec_from_file_location("worker", SAMPLES / "worker" / "worker.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(SAMPLES / "worker" / "worker.py")

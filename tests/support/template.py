@@ -100,8 +100,16 @@ def variables(function: str) -> dict[str, Any]:
 
 
 def statements(resource: str) -> list[dict[str, Any]]:
-    """The policy statements of a function or state machine; of a conditional one, the statement itself."""
-    policies = load_template()["Resources"][resource]["Properties"]["Policies"]
+    """The policy statements of a function or state machine; of a conditional one, the statement itself.
+
+    Those of a customer-managed key are left out: tests of their own hold them.
+    """
+    policies = list(load_template()["Resources"][resource]["Properties"]["Policies"])
+    policies += [
+        policy["Properties"]["PolicyDocument"]
+        for policy in resources("AWS::IAM::Policy").values()
+        if "Condition" not in policy and {"Ref": f"{resource}Role"} in policy["Properties"]["Roles"]
+    ]
     return [
         statement["Fn::If"][1] if "Fn::If" in statement else statement
         for policy in policies

@@ -4,10 +4,11 @@
     ├── Problem                 an error response for the caller (RFC 7807), raised before anything is written or spent
     ├── PredictionThrottled     caught by name in `track_prediction`: submit again after that many seconds
     ├── CopyInterrupted         caught by name in `track_prediction`: copy again later
+    ├── OutputsToCopy           caught by name in `track_prediction`: the prediction has completed, with files
     └── NoLongerWanted          the batch, pipeline or recipe of a message is no longer active: nothing is started
 
 Errors that one module raises for its direct caller are defined in that module, below `PredictionsError`.
-Step Functions sees the class's name, so these two names are part of the state machine's definition.
+Step Functions sees the class's name, so these three names are part of the state machine's definition.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,6 +72,10 @@ class PredictionThrottled(PredictionsError):
 
 class CopyInterrupted(PredictionsError):
     """Some outputs could not be copied yet; a retry may succeed, and stored files stay stored."""
+
+
+class OutputsToCopy(PredictionsError):
+    """A prediction has completed with files. Never raised: it is sent with a task token, and leads to `CopyOutputs`."""
 
 
 class NoLongerWanted(PredictionsError):

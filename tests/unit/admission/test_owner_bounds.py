@@ -209,7 +209,7 @@ def test_dropped_manifest_beyond_the_limit_is_refused_with_its_reason(batches: B
 
 
 def test_pipeline_beyond_the_limit_is_refused_until_one_has_ended(
-    pipelines: PipelineWorld, executed: Executed, clock: Clock
+    pipelines: PipelineWorld, pipeline_executed: Executed, clock: Clock
 ) -> None:
     limits = OwnerLimits(open_pipelines=1)
     first = create(pipelines, limits, "k")
@@ -217,7 +217,7 @@ def test_pipeline_beyond_the_limit_is_refused_until_one_has_ended(
     with pytest.raises(Problem, match="Owner alice has reached its limit of 1 open pipelines") as problem:
         create(pipelines, limits)
     assert refused(problem) == (429, "60")
-    assert list(executed.inputs) == [f"{first}-1"]
+    assert list(pipeline_executed.inputs) == [f"{first}-1"]
     pipelines.api.cancel_pipeline(first, "alice")
     pipelines.turn(first)
     clock.advance(3)

@@ -341,6 +341,7 @@ def test_preparing_twice_writes_the_same_and_says_the_same(world: World) -> None
     assert first == {
         "id": batch.id,
         "attempt": 1,
+        "owner": batch.owner,
         "lines": 1,
         "key": lines_key(batch.id, 1),
         "max_concurrency": 20,

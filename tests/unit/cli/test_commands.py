@@ -516,6 +516,7 @@ def hooks(stack: AccessTokens) -> Any:
                 "ReplicateTokenSecretArn": "token",
                 "SigningSecretArn": "signing",
                 "TrackPredictionStateMachineArn": f"arn:aws:states:{REGION}:123456789012:stateMachine:track",
+                "TrackSubmittedStateMachineArn": f"arn:aws:states:{REGION}:123456789012:stateMachine:submitted",
             },
             {
                 **{name: queue_named(name) for name in (*QUEUES.values(), "ChangesRetryQueue")},

@@ -46,7 +46,6 @@ OUTPUTS = {
     "ReplicateTokenSecretArn": "arn:token",
     "SigningSecretArn": "arn:signing",
     "TableName": "table-1",
-    "TrackPredictionStateMachineArn": "arn:aws:states:eu-central-1:123456789012:stateMachine:demo-track-prediction",
 }
 KINDS = {"AWS::Serverless::Function": "AWS::Lambda::Function"}
 DEPLOYED = {
@@ -615,6 +614,7 @@ def test_token_that_cannot_be_made_or_revoked_is_said() -> None:
 # -- one prediction ------------------------------------------------------------------------------------------------
 
 ID, UPSTREAM = "a" * 26, "u" * 26
+EXECUTION = f"arn:aws:states:eu-central-1:123456789012:execution:demo-track-submitted:{ID}-1"
 FILE = b"file"
 HOOK = f"{API}/webhooks/replicate/{ID}"
 
@@ -644,8 +644,9 @@ class Trial:
         assert prediction_id == ID
         over = self.at - NOW >= self.runs
         return SimpleNamespace(
-            id=ID, visible=self.end if over else "processing", ended_visibly=over, error=self.error, execution_n=1,
-            upstream_id=UPSTREAM if self.bound else None, completed_at=datetime.fromtimestamp(NOW + 1, UTC).isoformat(),
+            id=ID, visible=self.end if over else "processing", ended_visibly=over, error=self.error,
+            execution_arn=EXECUTION, upstream_id=UPSTREAM if self.bound else None,
+            completed_at=datetime.fromtimestamp(NOW + 1, UTC).isoformat(),
         )  # fmt: skip
 
     def stored_files(self, _: Any) -> Any:

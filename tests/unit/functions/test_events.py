@@ -29,6 +29,7 @@ from predictions.pipelines.steps import Pipelines
 from predictions.pipelines.store import PipelinesTable
 from predictions.recipes.store import Recipe, RecipeItems
 from predictions.store.idempotency_keys import IdempotencyKeys
+from predictions.store.keys import OPEN_SHARDS, shard_of
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
 from predictions.upstream.credentials import Token
@@ -210,6 +211,7 @@ RUN = {
     ("advance_pipeline", "execution"),
     ("copy_outputs", "first_execution"),
     ("sweep_predictions", "schedule"),
+    ("sweep_predictions", "shards"),
     ("publish_changes", "nothing_visible"),
     ("deliver_webhook", "completed"),
     ("deliver_webhook", "start"),
@@ -647,6 +649,21 @@ def test_the_sample_of_the_schedule_stores_the_signing_secret_and_restarts_what_
     stored = clients.client("secretsmanager").get_secret_value(SecretId="signing-secret")["SecretString"]
     assert json.loads(stored)["current"] == ReplicateInMemory.SECRET
     assert json.loads(stored)["previous"] == SAMPLE_SIGNING_SECRET
+
+
+def test_the_sample_of_handed_over_shards_restarts_what_stands_still_in_them_and_nothing_else(
+    run: Run, started: None, executed: Executed, clock: Clock
+) -> None:
+    executed.stop(f"{SAMPLE_ID}-1")
+    clock.advance(3600)
+    shards = sample("sweep_predictions", "shards")
+    others = [shard for shard in OPEN_SHARDS if shard not in shards["shards"]]
+    assert shard_of(SAMPLE_ID) in shards["shards"]
+    assert run("sweep_predictions", {"shards": others}) == {"found": 0}
+    assert run("sweep_predictions", shards) == {"found": 1}
+    assert executed.inputs[f"{SAMPLE_ID}-2"] == {"id": SAMPLE_ID, "submit": False}
+    stored = clients.client("secretsmanager").get_secret_value(SecretId="signing-secret")["SecretString"]
+    assert json.loads(stored)["current"] == SAMPLE_SIGNING_SECRET
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_end_with_files_is_left_to_the_copier(
     shows(replicate, status="succeeded", output=[FILE])
     detail = seen(live(), table, running)
     assert (detail.prediction.visible, detail.prediction.awaits_copy, detail.files) == ("processing", True, [])
-    assert wakes.tokens == ["token"]
+    assert (wakes.tokens, wakes.copies) == ([], ["token"])
     assert [request.url.host for request in replicate.asked if request.url.host != "api.replicate.com"] == []
 
 

@@ -9,6 +9,8 @@ from predictions.lifecycle.orphan_polls import OrphanPolls
 from predictions.lifecycle.receive_webhook import Receipt, receive
 from predictions.observability import metrics
 from predictions.store.predictions import PredictionsTable
+from predictions.store.records import Change
+from predictions.upstream.prediction import UpstreamPrediction
 
 from tests.support.fakes import API_URL, Clock, Wakes
 from tests.support.predictions import FILE, hold_token, put, raw_items
@@ -78,7 +80,7 @@ def test_late_webhook_changes_nothing_but_sends_the_token_again(
     before = raw_items(prediction.id)
     assert receive(table, prediction.id, body(late, output="other", logs="x" * 99), clock.now()) is Receipt.NOTHING_NEW
     assert raw_items(prediction.id) == before
-    assert wakes.tokens == ["token-1", "token-1"]
+    assert (wakes.tokens, wakes.copies) == ([], ["token-1", "token-1"])
 
 
 def test_stale_token_is_expected(table: PredictionsTable, clock: Clock, wakes: Wakes) -> None:
@@ -163,3 +165,82 @@ class TestOrphans:
         receive(table, prediction.id, body("succeeded", "v" * 26), clock.now(), polls)
         assert "PaidTwice" in metrics.provider.metric_set
         assert invoked == []
+
+
+@pytest.fixture
+def reads() -> list[str]:
+    """The reads of the table."""
+    made: list[str] = []
+    events: Any = clients.client("dynamodb").meta.events
+
+    def note(model: Any, **_: Any) -> None:
+        if model.name in ("GetItem", "Query", "BatchGetItem"):
+            made.append(model.name)
+
+    events.register_first("before-call.dynamodb", note)
+    return made
+
+
+@pytest.mark.parametrize("told", [body("processing"), body("succeeded", output="text"), body("starting")])
+def test_webhook_of_a_bound_prediction_costs_one_read_and_so_does_its_duplicate(
+    table: PredictionsTable, clock: Clock, cloud: None, reads: list[str], told: bytes
+) -> None:
+    prediction = put(table, clock)
+    receive(table, prediction.id, body("starting"), clock.now())
+    for _ in range(2):
+        reads.clear()
+        receive(table, prediction.id, told, clock.now())
+        assert reads == ["GetItem"]
+
+
+def test_webhook_that_another_function_overtakes_reads_again_and_changes_nothing(
+    table: PredictionsTable, clock: Clock, wakes: Wakes
+) -> None:
+    prediction = put(table, clock)
+    receive(table, prediction.id, body("processing"), clock.now())
+    known = table.get(prediction.id)
+    receive(table, prediction.id, body("failed", error="first"), clock.now())
+    before = raw_items(prediction.id)
+    outcome = table.merge(
+        prediction.id, UpstreamPrediction.parse(json.loads(body("canceled"))), clock.now(), known=known
+    )
+    assert outcome.change is Change.CLOSED
+    assert raw_items(prediction.id)["status"] == before["status"]
+
+
+def test_lease_to_copy_is_that_of_the_execution_that_tracks_it_by_then(table: PredictionsTable, clock: Clock) -> None:
+    prediction = put(table, clock)
+    receive(table, prediction.id, body("processing"), clock.now())
+    known = table.get(prediction.id)
+    assert known is not None
+    assert table.next_execution(known, "arn:2", clock.now())
+    told = UpstreamPrediction.parse(json.loads(body("succeeded", output=[FILE])))
+    outcome = table.merge(prediction.id, told, clock.now(), known=known)
+    assert outcome.prediction is not None
+    assert (outcome.change, outcome.prediction.copy_by) == (Change.ENDED, 2)
+
+
+@pytest.mark.parametrize(("planned", "kept"), [(119, False), (120, True), (180, True), (181, False), (720, False)])
+def test_end_with_files_keeps_a_check_that_is_due_in_two_to_three_minutes(
+    table: PredictionsTable, clock: Clock, planned: int, kept: bool
+) -> None:
+    prediction = put(table, clock)
+    receive(table, prediction.id, body("processing"), clock.now())
+    hold_token(table, prediction.id, "token", next_check_at=clock.now() + planned)
+    receive(table, prediction.id, body("succeeded", output=[FILE]), clock.now())
+    ended = table.get(prediction.id)
+    assert ended is not None
+    assert ended.next_check_at == int(clock.now()) + (planned if kept else 120)
+
+
+def test_check_that_is_put_off_meanwhile_does_not_stay(table: PredictionsTable, clock: Clock) -> None:
+    prediction = put(table, clock)
+    receive(table, prediction.id, body("processing"), clock.now())
+    hold_token(table, prediction.id, "token-1", next_check_at=clock.now() + 130)
+    known = table.get(prediction.id)
+    # The state that waits longer comes between this read and the write.
+    hold_token(table, prediction.id, "token-2", next_check_at=clock.now() + 720)
+    told = UpstreamPrediction.parse(json.loads(body("succeeded", output=[FILE])))
+    ended = table.merge(prediction.id, told, clock.now(), known=known).prediction
+    assert ended is not None
+    assert (ended.task_token, ended.next_check_at) == ("token-2", int(clock.now()) + 120)

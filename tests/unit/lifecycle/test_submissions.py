@@ -10,6 +10,7 @@ from predictions.aws import clients
 from predictions.errors import PredictionThrottled, Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.intents.model import Attempt, create_intent, model_reference
+from predictions.lifecycle.fan_out import FanOut
 from predictions.observability import metrics
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
@@ -103,7 +104,7 @@ class TestStart:
         assert current(table, intent.id).claimed is None
         clock.advance(400)
         submissions.sweep(10, lambda: 300)
-        assert executed.inputs == {f"{intent.id}-1": {"id": intent.id, "submit": True}}
+        assert executed.inputs == {f"{intent.id}-2": {"id": intent.id, "submit": True}}
 
     def test_unknown_model_is_a_404_before_anything_is_written(
         self, submissions: Submissions, table: PredictionsTable, replicate: ReplicateInMemory
@@ -215,7 +216,7 @@ class TestStart:
         replicate.faults = [answer(429, {"detail": "Request was throttled. Your rate limit resets in ~30s."})]
         started = submissions.start(wanted())
         assert current(table, started.id).visible == "starting"
-        assert executed.inputs == {f"{started.id}-1": {"id": started.id, "submit": True}}
+        assert executed.inputs == {f"{started.id}-2": {"id": started.id, "submit": True}}
         with pytest.raises(PredictionThrottled) as throttled:
             submissions.submit(started.id)
         assert throttled.value.seconds in (30, 31)
@@ -237,7 +238,7 @@ class TestStart:
     ) -> None:
         replicate.faults = [fail(error)]
         started = submissions.start(wanted())
-        assert executed.inputs[f"{started.id}-1"]["submit"] is True
+        assert executed.inputs[f"{started.id}-2"]["submit"] is True
         clock.advance(11)
         submissions.submit(started.id)
         assert current(table, started.id).upstream_id in replicate.predictions
@@ -306,7 +307,7 @@ class TestStart:
         replicate.faults = [accept_then(error)]
         started = submissions.start(wanted())
         assert current(table, started.id).upstream_id is None
-        assert executed.inputs[f"{started.id}-1"]["submit"] is True
+        assert executed.inputs[f"{started.id}-2"]["submit"] is True
         with pytest.raises(PredictionThrottled):
             submissions.submit(started.id)
         for _ in range(3):
@@ -337,7 +338,7 @@ class TestStart:
         assert submissions.sweep(10, lambda: 300) == 0
         clock.advance(2)
         assert submissions.sweep(10, lambda: 300) == 1
-        assert executed.inputs == {f"{intent.id}-1": {"id": intent.id, "submit": True}}
+        assert executed.inputs == {f"{intent.id}-2": {"id": intent.id, "submit": True}}
         clock.advance(90)
         submissions.submit(intent.id)
         assert current(table, intent.id).upstream_id in replicate.predictions
@@ -847,10 +848,10 @@ class TestSweep:
     ) -> None:
         replicate.faults = [answer(429, {"retry_after": 5})]
         started = submissions.start(wanted())
-        executed.stop(f"{started.id}-1")
+        executed.stop(f"{started.id}-2")
         clock.advance(66)
         submissions.sweep(10, lambda: 300)
-        assert executed.inputs[f"{started.id}-2"] == {"id": started.id, "submit": True}
+        assert executed.inputs[f"{started.id}-3"] == {"id": started.id, "submit": True}
 
     def test_execution_that_was_stopped_is_followed_by_the_next_number(
         self, submissions: Submissions, table: PredictionsTable, executed: Executed, clock: Clock
@@ -862,7 +863,7 @@ class TestSweep:
         assert executed.inputs[f"{started.id}-2"] == {"id": started.id, "submit": False}
         again = current(table, started.id)
         assert again.execution_n == 2
-        assert again.execution_arn == f"{executed.machine_arn.replace(':stateMachine:', ':execution:')}:{started.id}-2"
+        assert again.execution_arn == executed.arn(f"{started.id}-2")
 
     def test_execution_that_runs_is_left_alone(
         self, submissions: Submissions, table: PredictionsTable, executed: Executed, clock: Clock
@@ -925,10 +926,10 @@ class TestSweep:
         )
         # The webhook's function dies between its write and its message.
         table.merge(started.id, UpstreamPrediction.parse(told), clock.now())
-        assert wakes.tokens == []
+        assert wakes.told == []
         clock.advance(121)
         submissions.sweep(10, lambda: 300)
-        assert wakes.tokens == ["token-1"]
+        assert (wakes.tokens, wakes.copies) == ([], ["token-1"])
 
     def test_one_that_cannot_be_mended_does_not_keep_the_others_back(
         self, submissions: Submissions, table: PredictionsTable, executed: Executed, clock: Clock
@@ -1023,12 +1024,15 @@ class TestMeasured:
     def test_what_is_open_is_counted_and_a_pause_noted_where_there_is_any(
         self, submissions: Submissions, table: PredictionsTable, clock: Clock
     ) -> None:
+        fan_out = FanOut(table, clients.client("lambda"))
         self.measured()
+        fan_out.share("function")
         submissions.measure()
         assert self.measured() == {}
         for key in ("a", "b"):
             waiting(table, clock, key=key)
         submissions.limiter.pause_by_command("Moving.")  # the table's, as the command writes it
+        fan_out.share("function")
         submissions.measure()
         assert self.measured() == {"OpenItems": [2], "Paused": [1]}
 

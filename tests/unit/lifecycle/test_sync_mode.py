@@ -233,7 +233,7 @@ def test_answer_that_was_lost_is_an_unknown_outcome_and_never_posted_again(
     started = submissions.start(wanted(), wait_seconds=24)
     assert (started.upstream_id, started.visible) == (None, "starting")
     # Its execution looks for it.
-    assert executed.inputs == {f"{started.id}-1": {"id": started.id, "submit": True}}
+    assert executed.inputs == {f"{started.id}-2": {"id": started.id, "submit": True}}
     clock.advance(91)
     submissions.poll(started.id)
     submissions.submit(started.id)

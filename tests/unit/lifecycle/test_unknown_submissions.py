@@ -157,7 +157,7 @@ class TestFound:
             submissions.start(intent)
         clock.advance(30)
         submissions.sweep(10, lambda: 300)
-        assert executed.inputs[f"{intent.id}-1"]["submit"] is True
+        assert executed.inputs[f"{intent.id}-2"]["submit"] is True
         execute(submissions, clock, intent.id)
         assert current(table, intent.id).upstream_id in replicate.predictions
 

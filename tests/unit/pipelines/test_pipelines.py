@@ -54,13 +54,13 @@ MANY = step("many", {"x": "{{ item }}"}, for_each="{{ steps.image.output }}")
 
 
 class TestRefused:
-    def test_refused_pipeline_leaves_nothing(self, world: World, executed: Executed) -> None:
+    def test_refused_pipeline_leaves_nothing(self, world: World, pipeline_executed: Executed) -> None:
         with pytest.raises(Problem, match="Step `large`"):
             world.create(LARGE)
         with pytest.raises(Problem, match="Idempotency-Key"):
             world.create(IMAGE, key="with space")
         assert clients.client("dynamodb").scan(TableName="predictions")["Items"] == []
-        assert executed.inputs == {}
+        assert pipeline_executed.inputs == {}
 
     def test_model_that_is_not_there_is_refused_with_its_step(self, world: World) -> None:
         with pytest.raises(Problem) as caught:
@@ -146,6 +146,13 @@ class TestRun:
         world.turn(pipeline_id)
         assert world.sent() == []
 
+    def test_messages_are_in_the_group_of_the_pipelines_owner(self, world: World) -> None:
+        world.create(EACH)
+        found = clients.client("sqs").receive_message(
+            QueueUrl=world.queue_url, MaxNumberOfMessages=10, MessageSystemAttributeNames=["MessageGroupId"]
+        )["Messages"]
+        assert [each["Attributes"]["MessageGroupId"] for each in found] == ["alice"] * 2
+
     def test_message_gives_the_same_input_however_late_it_comes_again(self, world: World) -> None:
         world.replicate.files[FILE] = served(PNG)
         pipeline_id = world.create(IMAGE, LARGE)
@@ -165,10 +172,10 @@ class TestRun:
         )  # fmt: skip
         assert intent.id == run_id("alice", "p" * 26, "image", 3)
 
-    def test_same_key_is_the_same_pipeline(self, world: World, executed: Executed) -> None:
+    def test_same_key_is_the_same_pipeline(self, world: World, pipeline_executed: Executed) -> None:
         assert world.create(IMAGE, key="k") == world.create(IMAGE, key="k")
         assert len(world.sent()) == 1
-        assert list(executed.inputs.values()) == [{"id": world.create(IMAGE, key="k")}]
+        assert list(pipeline_executed.inputs.values()) == [{"id": world.create(IMAGE, key="k")}]
 
     def test_large_definition_is_an_object(self, world: World) -> None:
         large = step("large", {"text": "x" * PAYLOAD_LIMIT_BYTES})
@@ -498,12 +505,12 @@ class TestTwiceLateNever:
         assert not struck
         assert len(world.inputs()) == 3 * (n + 1)
 
-    def test_pipeline_whose_execution_is_gone_is_started_again(self, world: World, executed: Executed) -> None:
+    def test_pipeline_whose_execution_is_gone_is_started_again(self, world: World, pipeline_executed: Executed) -> None:
         pipeline_id = world.create(IMAGE)
-        executed.stop(f"{pipeline_id}-1")
+        pipeline_executed.stop(f"{pipeline_id}-1")
         world.clock.advance(3600)
         assert world.submissions.sweep(10, lambda: 100, {"pipeline": world.executions.restart}) == 1
-        assert executed.inputs[f"{pipeline_id}-2"] == {"id": pipeline_id}
+        assert pipeline_executed.inputs[f"{pipeline_id}-2"] == {"id": pipeline_id}
         assert world.submissions.sweep(10, lambda: 100, {"pipeline": world.executions.restart}) == 0
 
     def test_pipeline_that_has_ended_is_not_swept(self, world: World) -> None:
@@ -518,7 +525,7 @@ class TestTwiceLateNever:
         assert world.submissions.sweep(10, lambda: 100) == 1
 
     def test_create_that_died_after_it_was_written_down_is_started_by_its_repetition(
-        self, world: World, executed: Executed
+        self, world: World, pipeline_executed: Executed
     ) -> None:
         body = json.dumps({"steps": [step()]}).encode()
         # What a process asks once is asked here: the model, the API's URL.
@@ -529,7 +536,7 @@ class TestTwiceLateNever:
         with faulty(Fault.DIED_BEFORE, start), pytest.raises(Died):
             world.api.create_pipeline("alice", body, {"idempotency-key": "k"})
         shown = world.api.create_pipeline("alice", body, {"idempotency-key": "k"})
-        assert f"{shown['id']}-1" in executed.inputs
+        assert f"{shown['id']}-1" in pipeline_executed.inputs
 
     def wait(self, pipeline_id: str, token: str, seen: int | None = None) -> bool:
         """What AwaitStep writes; whether it waits."""

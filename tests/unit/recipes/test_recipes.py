@@ -266,6 +266,7 @@ class TestChanges:
         assert sent["Arn"].endswith(":requests")
         assert sent["DeadLetterConfig"]["Arn"].endswith(":dead-requests")
         assert shown["id"] in sent["InputTransformer"]["InputTemplate"]
+        assert sent["SqsParameters"] == {"MessageGroupId": "alice"}
 
     def test_another_source_takes_the_place_of_the_first(self, call: Call) -> None:
         recipe_id = call("PUT", "mine", RECIPE)[1]["id"]

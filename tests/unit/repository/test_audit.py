@@ -164,18 +164,10 @@ def test_vulnerabilities_are_told_and_silence_is_no_verdict(
     assert told in "".join(capsys.readouterr())
 
 
-def report(tmp_path: Path, text: str) -> Path:
-    """The folder of a checkov that writes a text."""
-    program = tmp_path / "checkov"
-    program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
-    program.chmod(0o755)
-    return tmp_path
-
-
 def test_finding_in_a_workflow_is_a_complaint(tmp_path: Path) -> None:
     finding = {"check_id": "CKV2_GHA_1", "resource": "on(test)", "check_name": "Be modest"}
     written = {"results": {"failed_checks": [finding]}, "summary": {"passed": 3, "parsing_errors": 0}}
-    assert audit.workflows(report(tmp_path, json.dumps(written)), tmp_path) == [
+    assert audit.workflows(program(tmp_path / "bin" / "checkov", json.dumps(written)), tmp_path) == [
         "CKV2_GHA_1 on(test): Be modest. Fix it"
     ]
 
@@ -191,22 +183,29 @@ def test_finding_in_a_workflow_is_a_complaint(tmp_path: Path) -> None:
 )
 def test_workflows_that_are_not_read_are_not_audited(text: str, tmp_path: Path) -> None:
     with pytest.raises(AuditError, match=r"\.github"):
-        audit.workflows(report(tmp_path, text), tmp_path)
+        audit.workflows(program(tmp_path / "bin" / "checkov", text), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("complaints", "known", "strict", "status"),
+    ("complaints", "known", "node", "strict", "status"),
     [
-        ([], (False, False), "", 0),
-        ([], (False, True), "", 0),
-        ([], (False, True), "strict", audit.NOT_AUDITED),
-        ([], (True, True), "strict", audit.FAILED),
-        ([], (True, False), "", audit.FAILED),
-        (["CKV_1 Queue: Be good"], (False, True), "strict", audit.FAILED),
+        ([], (False, False), True, "", 0),
+        ([], (False, True), True, "", 0),
+        ([], (False, True), True, "strict", audit.NOT_AUDITED),
+        ([], (True, True), True, "strict", audit.FAILED),
+        ([], (True, False), True, "", audit.FAILED),
+        (["CKV_1 Queue: Be good"], (False, True), True, "strict", audit.FAILED),
+        ([], (False, False), False, "", 0),
+        ([], (False, False), False, "strict", audit.NOT_AUDITED),
     ],
 )
 def test_status_tells_failure_from_not_knowing(
-    complaints: list[str], known: tuple[bool, bool], strict: str, status: int, monkeypatch: pytest.MonkeyPatch
+    complaints: list[str],
+    known: tuple[bool, bool],
+    node: bool,
+    strict: str,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given: dict[str, Callable[..., Any]] = {
         "environment": lambda: Path("/none"),
@@ -216,6 +215,7 @@ def test_status_tells_failure_from_not_knowing(
         "judge": lambda findings, exceptions: complaints,
         "workflows": lambda tools: [],
         "dependencies": lambda tools: known,
+        "has_node": lambda: node,
     }
     for name, value in given.items():
         monkeypatch.setattr(audit, name, value)

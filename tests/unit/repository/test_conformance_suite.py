@@ -1,6 +1,5 @@
 """The suite of clients: its registry, the page that it writes, and the lines of clients that docs/clients.md shows."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from tests.conformance import suite
 from tests.conformance.__main__ import complaints
 from tests.conformance.suite import CLIENTS, HERE, OPERATIONS, Client, Told, column, operations, page, read_client
+from tests.support.modules import load_module
 from tests.support.template import ROOT
 
 DOCS = (ROOT / "docs" / "clients.md").read_text()
@@ -143,12 +143,7 @@ def flows(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What flows in Python share."""
     for name in ("API_URL", "ACCESS_TOKEN", "WEAK_TOKEN", "RECORD_URL"):
         monkeypatch.setenv(name, "http://127.0.0.1:9/v1")
-    spec = importlib.util.spec_from_file_location("flows", HERE / "support" / "flows.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(HERE / "support" / "flows.py")
 
 
 def test_output_that_comes_at_once_has_not_grown(flows: Any, monkeypatch: pytest.MonkeyPatch) -> None:

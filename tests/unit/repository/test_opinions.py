@@ -183,7 +183,7 @@ def test_error_of_a_machine_and_another_value_are_findings(tmp_path: Path, monke
         answer["values"][1] = {"error": "Unknown function"}
 
     found = machines.opinions(template(), node(tmp_path, monkeypatch, change))
-    text = "$states.input.submit = true"
+    text = "$states.input.done = true"
     assert [(each.check, each.resource) for each in found] == [
         ("asl-validator", "RunBatchStateMachine"),
         ("jsonata", text),
@@ -245,23 +245,3 @@ def test_audit_without_node_says_what_it_left_out(
     assert (
         capsys.readouterr().err == "NOT AUDITED: state machines by asl-validator and jsonata: node is not installed\n"
     )
-
-
-@pytest.mark.parametrize(("strict", "status"), [("", 0), ("strict", audit.NOT_AUDITED)])
-def test_audit_without_node_fails_only_if_it_is_strict(
-    strict: str, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, Callable[..., Any]] = {
-        "environment": lambda: Path("/none"),
-        "translated": lambda template: {},
-        "scan": lambda tools, template: [],
-        "opinions": lambda tools, template: [],
-        "judge": lambda findings, exceptions: [],
-        "workflows": lambda tools: [],
-        "dependencies": lambda tools: (False, False),
-        "has_node": lambda: False,
-    }
-    for name, value in given.items():
-        monkeypatch.setattr(audit, name, value)
-    monkeypatch.setenv("AUDIT", strict)
-    assert audit.main() == status

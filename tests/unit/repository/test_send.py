@@ -92,7 +92,8 @@ def test_sample_that_cannot_be_read_is_refused(tmp_path: Path, text: str | None,
                 dict.fromkeys(
                     (
                         "api_url", "access_token", "region", "table_name", "outputs_bucket", "inputs_bucket",
-                        "queue_url", "event_bus_name", "state_machine_arn", "replicate_api_url", "owner",
+                        "queue_url", "event_bus_name", "state_machine_arn",
+                        "submitted_state_machine_arn", "replicate_api_url", "owner",
                         "run_prediction_function_name", "run_prediction_function_arn",
                     ),
                     "x",

@@ -1172,8 +1172,8 @@ def test_parameters_take_the_owners_that_the_code_takes(owner: str) -> None:
 
 
 def test_code_makes_no_asynchronous_hop_without_a_queue_that_keeps_what_fails() -> None:
-    # Of poll_prediction, by receive_webhook.
-    assert SOURCES_OF_METRICS.count("InvocationType") == 1
+    # Of poll_prediction, by receive_webhook, and of sweep_predictions, by itself.
+    assert SOURCES_OF_METRICS.count("InvocationType") == 2
     for made in ("put_targets(", "create_schedule("):
         assert SOURCES_OF_METRICS.count(made) <= 1
     # The target of recipes' rules and that of their schedules, which are put there and nowhere else.
@@ -1342,6 +1342,7 @@ def test_outputs_are_those_that_users_and_tools_rely_on() -> None:
         "RunJobsDeadLetterQueueUrl",
         "EventBusName",
         "TrackPredictionStateMachineArn",
+        "TrackSubmittedStateMachineArn",
         "ReplicateTokenSecretArn",
         "ApiUrlParameterName",
         "SigningSecretArn",
@@ -1354,6 +1355,7 @@ def test_names_that_replace_references_agree() -> None:
     # Functions get the machines' ARNs and the parameter's name as text, since a reference would be circular.
     machines = {
         "STATE_MACHINE_ARN": load_template()["Resources"]["TrackPredictionStateMachine"]["Properties"]["Name"],
+        "SUBMITTED_STATE_MACHINE_ARN": load_template()["Resources"]["TrackSubmittedStateMachine"]["Properties"]["Name"],
         "PIPELINE_STATE_MACHINE_ARN": load_template()["Resources"]["RunPipelineStateMachine"]["Properties"]["Name"],
         "BATCH_STATE_MACHINE_ARN": load_template()["Resources"]["RunBatchStateMachine"]["Properties"]["Name"],
     }

@@ -104,7 +104,8 @@ _creating = threading.Lock()
 # The bounds keep one stuck call from eating a function's whole time: API Gateway's callers wait 29 s in all.
 _CONFIG = Config(connect_timeout=2, read_timeout=5, retries={"mode": "standard", "total_max_attempts": 4})
 # Signature version 4 is what KMS-encrypted buckets and newer regions demand of presigned URLs; connections are kept for
-# several copies at once, and a part of one takes longer than an item.
+# several copies at once, and a part of one takes longer than an item. The time to connect also bounds how long S3 may
+# take nothing of an upload, which then begins again.
 # Without an addressing style botocore signs URLs for the host of all regions, `{bucket}.s3.amazonaws.com`, which has no
 # buckets of regions that opened since March 2019, and redirects for a day after a bucket of another region was created:
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/VirtualHosting.html#VirtualHostingBackwardsCompatibility
@@ -114,6 +115,7 @@ _S3_CONFIG = _CONFIG.merge(
         signature_version="s3v4",
         s3={"addressing_style": "virtual", "us_east_1_regional_endpoint": "regional"},
         max_pool_connections=16,
+        connect_timeout=5,
         read_timeout=20,
     )
 )

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Executions:
-    """The state machine's executions."""
+    """The executions of one state machine. Names are unique among them only."""
 
     def __init__(self, state_machine_arn: str, stepfunctions: "SFNClient") -> None:
         self._machine_arn = state_machine_arn
@@ -26,13 +26,8 @@ class Executions:
         """Return the ARN of a prediction's nth execution, whether it exists or not."""
         return f"{self._machine_arn.replace(':stateMachine:', ':execution:')}:{prediction_id}-{n}"
 
-    def start(self, prediction_id: str, n: int, *, submit: bool | None) -> bool:
+    def start(self, prediction_id: str, n: int) -> bool:
         """Start the nth execution of a prediction or a pipeline.
-
-        Args:
-            prediction_id: Our id.
-            n: The number of the execution.
-            submit: Whether it must submit the prediction first; None for a pipeline.
 
         Returns:
             True if it runs now, also if another call started it; False if the name belongs to a finished one.
@@ -41,9 +36,7 @@ class Executions:
             # While it runs, the same name and input get the same response as the first start.
             # https://docs.aws.amazon.com/step-functions/latest/apireference/API_StartExecution.html
             self._stepfunctions.start_execution(
-                stateMachineArn=self._machine_arn,
-                name=f"{prediction_id}-{n}",
-                input=json.dumps({"id": prediction_id} | ({} if submit is None else {"submit": submit})),
+                stateMachineArn=self._machine_arn, name=f"{prediction_id}-{n}", input=json.dumps({"id": prediction_id})
             )
         except self._stepfunctions.exceptions.ExecutionAlreadyExists:
             return self.status(prediction_id, n) == "RUNNING"
@@ -67,13 +60,25 @@ def wake(task_token: str | None) -> bool:
     if task_token is None:
         return False
     stepfunctions = client("stepfunctions")
-    gone = (
-        stepfunctions.exceptions.TaskTimedOut,
-        stepfunctions.exceptions.TaskDoesNotExist,
-        stepfunctions.exceptions.InvalidToken,
-    )
     try:
         stepfunctions.send_task_success(taskToken=task_token, output="{}")
-    except gone:
+    except _gone(stepfunctions):
         return False
     return True
+
+
+def wake_by_error(task_token: str | None, error: str, cause: str) -> bool:
+    """Resume the execution that waits with this task token by an error that its state catches; else as `wake`."""
+    if task_token is None:
+        return False
+    stepfunctions = client("stepfunctions")
+    try:
+        stepfunctions.send_task_failure(taskToken=task_token, error=error, cause=cause)
+    except _gone(stepfunctions):
+        return False
+    return True
+
+
+def _gone(stepfunctions: "SFNClient") -> tuple[type[Exception], ...]:
+    exceptions = stepfunctions.exceptions
+    return exceptions.TaskTimedOut, exceptions.TaskDoesNotExist, exceptions.InvalidToken

@@ -53,12 +53,12 @@ def prepare(
         remaining_seconds: Returns how long the function may still run.
 
     Returns:
-        The state machine's data: `lines` (their number), `key` (their object), `max_concurrency`,
+        The state machine's data: `owner`, `lines` (their number), `key` (their object), `max_concurrency`,
         `tolerated_failure_percentage`.
     """
     batch = batches.find(batch_id)
     if batch is None or batch.attempt != attempt or batch.ended:
-        return _plan(batch_id, attempt, 0, 1, 100)
+        return _plan(batch_id, attempt, "", 0, 1, 100)
     if batch.status == "preparing":
         try:
             if attempt == 1:
@@ -73,13 +73,15 @@ def prepare(
         batch = batches.find(batch_id) or batch
     # In a stopped batch no line would start.
     lines = 0 if batch.stop else batch.lines or 0
-    return _plan(batch_id, attempt, lines, batch.max_concurrency, batch.tolerated_failure_percentage)
+    return _plan(batch_id, attempt, batch.owner, lines, batch.max_concurrency, batch.tolerated_failure_percentage)
 
 
-def _plan(batch_id: str, attempt: int, lines: int, concurrency: int, percentage: int) -> dict[str, Any]:
+def _plan(batch_id: str, attempt: int, owner: str, lines: int, concurrency: int, percentage: int) -> dict[str, Any]:
     return {
         "id": batch_id,
         "attempt": attempt,
+        # The group of its lines in the requests queue.
+        "owner": owner,
         "lines": lines,
         "key": lines_key(batch_id, attempt),
         "max_concurrency": concurrency,

@@ -33,7 +33,7 @@ from predictions.errors import NoLongerWanted, Problem
 from predictions.ids import derived_id
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.store.idempotency_keys import IdempotencyKeys
-from predictions.store.keys import batch_key, list_of, owner_of
+from predictions.store.keys import batch_key, list_of, owner_of, shard_of
 from predictions.validation import BODY_LIMIT_BYTES
 
 ENDED = ("succeeded", "failed", "canceled")
@@ -263,7 +263,7 @@ class Batches:
         item = {name: value for name, value in values.items() if value is not None}
         try:
             self._table.put_item(
-                batch_key(batch.id), {**item, "owner": list_of(batch.owner, "batches"), "open": "open"}, NEW
+                batch_key(batch.id), {**item, "owner": list_of(batch.owner, "batches"), "open": shard_of(batch.id)}, NEW
             )
         except ConditionFailed as failed:
             # Another read could fail, and a caller that gets an error would create another batch.
@@ -334,7 +334,7 @@ class Batches:
                     "attempt": batch.attempt + 1,
                     "execution_n": 1,
                     "status": "preparing",
-                    "open": "open",
+                    "open": shard_of(batch.id),
                     "next_check_at": int(self.now()) + _START_CHECK_SECONDS,
                 },
                 remove=["stop", "stopped_before", "stalled_looks", "counts", "completed_at", "lines", "visible"],

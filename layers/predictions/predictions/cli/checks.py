@@ -10,6 +10,7 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from predictions.aws.s3 import error_code
 from predictions.cli.stack import PROGRAM, Stack
 from predictions.errors import PredictionsError
 
@@ -123,7 +124,7 @@ def _result_of(find: Callable[[], str]) -> tuple[Result, str, str]:
     except CheckUnclear as unclear:
         return Result.UNKNOWN, unclear.why, unclear.action
     except ClientError as error:
-        code, operation = code_of(error), error.operation_name
+        code, operation = error_code(error), error.operation_name
         if code in _DENIED:
             return Result.UNKNOWN, f"not permitted: {operation}", f"Allow {operation}: docs/aws.md lists all actions."
         if code in _MISSING:
@@ -136,11 +137,6 @@ def _result_of(find: Callable[[], str]) -> tuple[Result, str, str]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         seen = f"a response could not be read ({type(error).__name__}: {error})"
         return Result.UNKNOWN, seen, "Check that this command has the version of the stack."
-
-
-def code_of(error: ClientError) -> str:
-    """Return the code of an error of AWS."""
-    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def expect(actual: Any, wanted: Any, what: str, action: str) -> str:

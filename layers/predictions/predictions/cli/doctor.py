@@ -13,7 +13,8 @@ import typer
 from botocore.exceptions import ClientError
 
 from predictions.api.access_tokens import Scope
-from predictions.cli.checks import Deployed, Finding, Result, code_of, run
+from predictions.aws.s3 import error_code
+from predictions.cli.checks import Deployed, Finding, Result, run
 from predictions.cli.endpoint_checks import EndpointChecks, access_token
 from predictions.cli.prediction_checks import PredictionChecks, wanted_of
 from predictions.cli.resource_checks import ResourceChecks
@@ -102,7 +103,7 @@ def examine(
     try:
         deployed = Deployed(stack, now)
     except ClientError as error:
-        if code_of(error) in _SKEWED:
+        if error_code(error) in _SKEWED:
             raise NotDone(
                 f"AWS refuses this machine's requests: check its clock and its credentials. {error}"
             ) from error

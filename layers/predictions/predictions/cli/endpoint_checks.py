@@ -15,7 +15,8 @@ import httpx
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.api.access_tokens import AccessTokens, Scope
-from predictions.cli.checks import Check, CheckFailed, CheckUnclear, Deployed, code_of, date_of
+from predictions.aws.s3 import error_code
+from predictions.cli.checks import Check, CheckFailed, CheckUnclear, Deployed, date_of
 from predictions.cli.stack import line
 from predictions.errors import PredictionsError
 from predictions.net.signatures import TOLERANCE_SECONDS, SigningSecretUnavailable
@@ -66,7 +67,7 @@ def access_token(
     try:
         value, access = tokens.create(OWNER, scopes, f"{OWNER} {int(time.time())}")
     except ClientError as error:
-        yield GivenToken(None, f"a token could not be made ({code_of(error)}), and {TOKEN_VARIABLE} is not set")
+        yield GivenToken(None, f"a token could not be made ({error_code(error)}), and {TOKEN_VARIABLE} is not set")
         return
     try:
         yield GivenToken(value, f"a token of its own, {access.id}, revoked at the end")
@@ -134,7 +135,7 @@ class EndpointChecks:
         try:
             return token_of(self._deployed.client("secretsmanager").get_secret_value(SecretId=arn)["SecretString"])
         except ClientError as error:
-            if code_of(error) != "ResourceNotFoundException":
+            if error_code(error) != "ResourceNotFoundException":
                 raise
             raise CheckFailed(
                 f"the secret {arn} does not exist, or has no value",
@@ -251,7 +252,7 @@ class EndpointChecks:
             stored = SigningSecrets(arn, self._deployed.client("secretsmanager")).current(self._now())
         except SigningSecretUnavailable as error:
             cause = error.__cause__
-            if isinstance(cause, ClientError) and code_of(cause) != "ResourceNotFoundException":
+            if isinstance(cause, ClientError) and error_code(cause) != "ResourceNotFoundException":
                 raise cause from None
             raise CheckFailed("no signing secret is stored: webhooks get 503", refresh) from error
         try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import product
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,7 @@ from predictions.cli.stack import (
     second,
 )
 from predictions.lifecycle.evidence import undecided_ids
+from predictions.lifecycle.tracking import Tracking
 from predictions.status import TERMINAL_RANK, rank_of
 from predictions.store.keys import PREDICTION, prediction_key
 from predictions.store.predictions import PredictionsTable
@@ -68,14 +70,14 @@ def show(
     """
     table = stack.table
     prediction = found(table, prediction_id)
-    executions = Executions(stack.output("TrackPredictionStateMachineArn"), stack.client("stepfunctions"))
-    timeline = [*_of_item(prediction), *_of_executions(stack, executions, prediction)]
+    machines = _machines(stack)
+    timeline = [*_of_item(prediction), *_of_executions(stack, machines, prediction)]
     if not no_log:
         timeline += _of_log(stack, prediction)
     # By the millisecond that is shown: the order of what happened in the same one stays.
     timeline.sort(key=lambda moment: _milliseconds(moment.at))
     sizes = _sizes(stack, prediction)
-    running = executions.status(prediction.id, prediction.execution_n)
+    running = Tracking(table, *machines).status(prediction)
     shown: dict[str, Any] = {
         "id": prediction.id,
         "object": prediction.object,
@@ -177,7 +179,7 @@ def stuck(
     pks = list(table.due(now - int(given[1]) * _SECONDS[given[2]], _STUCK_LIMIT))
     ids = [pk.removeprefix(PREDICTION) for pk in pks if pk.startswith(PREDICTION)]
     predictions = _get_many(table, ids)
-    executions = Executions(stack.output("TrackPredictionStateMachineArn"), stack.client("stepfunctions"))
+    tracking = Tracking(table, *_machines(stack))
     rows = []
     for pk in pks:
         kind, _, id_ = pk.partition("#")
@@ -186,7 +188,7 @@ def stuck(
             # The index is eventually consistent. For batches and pipelines the API shows more.
             rows += [] if kind == "prediction" else [(id_, kind, "-", "-", f"the sweep; see GET /{kind}s/{id_}")]
             continue
-        why = waits_for(prediction, executions.status(id_, prediction.execution_n), now)
+        why = waits_for(prediction, tracking.status(prediction), now)
         since = second(prediction.next_check_at) if prediction.next_check_at else "-"
         rows.append((id_, prediction.object, prediction.visible, since, why or "the sweep to remove it from its list"))
     columns = ("ID", "KIND", "STATUS", "DUE SINCE", "WAITS FOR")
@@ -253,10 +255,18 @@ def _of_submissions(prediction: Prediction) -> Iterator[_Moment]:
         yield _Moment(prediction.bound_at, "table", f"bound, after {times} submissions that started nothing")
 
 
-def _of_executions(stack: Stack, executions: Executions, prediction: Prediction) -> Iterator[_Moment]:
+def _machines(stack: Stack) -> tuple[Executions, Executions]:
+    """Return the two state machines that track predictions: the one that submits them, and the other."""
+    names = ("TrackPredictionStateMachineArn", "TrackSubmittedStateMachineArn")
+    submitting, submitted = (Executions(stack.output(name), stack.client("stepfunctions")) for name in names)
+    return submitting, submitted
+
+
+def _of_executions(stack: Stack, machines: tuple[Executions, ...], prediction: Prediction) -> Iterator[_Moment]:
     stepfunctions = stack.client("stepfunctions")
-    for n in range(1, prediction.execution_n + 1):
-        arn, where = executions.arn(prediction.id, n), f"execution {n}"
+    # The item names the machine of the last one only; no number is used in both.
+    for n, machine in product(range(1, prediction.execution_n + 1), machines):
+        arn, where = machine.arn(prediction.id, n), f"execution {n}"
         try:
             execution = stepfunctions.describe_execution(executionArn=arn)
             pages = stepfunctions.get_paginator("get_execution_history").paginate(

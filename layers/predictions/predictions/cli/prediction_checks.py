@@ -15,7 +15,6 @@ from typing import Any
 
 import httpx
 
-from predictions.aws.executions import Executions
 from predictions.cli.checks import Check, CheckFailed, CheckUnclear, Deployed
 from predictions.cli.endpoint_checks import EndpointChecks, GivenToken
 from predictions.cli.stack import line
@@ -279,13 +278,10 @@ class PredictionChecks:
     def _webhook(self) -> str:
         prediction = self._seen.prediction
         assert prediction is not None
-        executions = Executions(
-            self._deployed.outputs["TrackPredictionStateMachineArn"], self._deployed.client("stepfunctions")
-        )
         pages = (
             self._deployed.client("stepfunctions")
             .get_paginator("get_execution_history")
-            .paginate(executionArn=executions.arn(prediction.id, prediction.execution_n), includeExecutionData=False)
+            .paginate(executionArn=prediction.execution_arn, includeExecutionData=False)
         )
         polled = [
             event["timestamp"].timestamp()

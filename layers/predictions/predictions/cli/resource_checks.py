@@ -13,7 +13,8 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from predictions.cli.checks import Check, CheckFailed, CheckUnclear, Deployed, code_of, expect
+from predictions.aws.s3 import error_code
+from predictions.cli.checks import Check, CheckFailed, CheckUnclear, Deployed, expect
 from predictions.cli.dead_letters import QUEUES
 
 _COMPLETE = frozenset({"CREATE_COMPLETE", "UPDATE_COMPLETE", "IMPORT_COMPLETE"})
@@ -283,7 +284,7 @@ class ResourceChecks:
                 each["SubscriptionArn"] for page in pages.paginate(TopicArn=topic) for each in page["Subscriptions"]
             ]
         except ClientError as error:
-            if code_of(error) not in ("NotFound", "NotFoundException"):
+            if error_code(error) not in ("NotFound", "NotFoundException"):
                 raise
             raise CheckFailed(
                 f"the topic {topic} does not exist", "Create it, or deploy with another AlarmTopicArn."
@@ -372,7 +373,7 @@ class ResourceChecks:
         try:
             quota = quotas.get_service_quota(ServiceCode=service, QuotaCode=code)["Quota"]
         except ClientError as error:
-            if code_of(error) != "NoSuchResourceException":
+            if error_code(error) != "NoSuchResourceException":
                 raise
             # A quota that was never raised may have its default only.
             # https://docs.aws.amazon.com/servicequotas/2019-06-24/apireference/API_GetServiceQuota.html
@@ -409,7 +410,7 @@ class _Bucket:
         try:
             return dict(getattr(self._s3, operation)(Bucket=self._name))
         except ClientError as error:
-            if code_of(error) != missing:
+            if error_code(error) != missing:
                 raise
             return {}
 

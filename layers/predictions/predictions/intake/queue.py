@@ -185,9 +185,10 @@ class Requests:
             # records, this one and the completion, and notifies the state at the later one.
             expires, brief = int(now) + self._retention_seconds, intent.source == "batch"
             self._callers.add_caller(prediction.id, task_token, expires, brief=brief)
-        if prediction.execution_n == 1 and not prediction.terminal:
-            # The function that stored it may have crashed right after. The sweep handles a taken execution name.
-            self._executions.start(prediction.id, 1, submit=True)
+        if prediction.execution_arn == self._executions.arn(prediction.id, 1) and not prediction.terminal:
+            # The function that stored it may have crashed right after. The sweep handles a taken execution name, and a
+            # prediction that the API stored for the other state machine.
+            self._executions.start(prediction.id, 1)
         return prediction
 
     def _intent(self, body: dict[str, Any], message: Message) -> Intent | None:

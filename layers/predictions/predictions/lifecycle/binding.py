@@ -7,6 +7,7 @@ from collections.abc import Callable
 from predictions.lifecycle.cancel import CancelPrediction
 from predictions.lifecycle.orphans import Orphans
 from predictions.lifecycle.transitions import Transitions
+from predictions.status import TERMINAL_RANK, rank_of
 from predictions.store.records import Prediction
 from predictions.upstream.prediction import UpstreamPrediction
 
@@ -43,9 +44,13 @@ class Binding:
 
     def bind(self, prediction: Prediction, told: UpstreamPrediction) -> Prediction:
         """Bind a prediction to what Replicate started for it; return the prediction as it is then."""
-        now = self._now()
-        next_check_at = int(now) + self._first_poll + 120
-        merged = self._transitions.merge(prediction, told, next_check_at=next_check_at)
+        check_at = int(self._now()) + self._first_poll + 120
+        # The check that its claim has set is sooner, and the wait of its execution sets the next one: none is written
+        # here, since that costs two units of the index.
+        next_check_at = None if prediction.next_check_at and prediction.next_check_at <= check_at else check_at
+        # A completion is merged into what is there then: its files are leased to the execution of that moment.
+        fresh = rank_of(told.status) < TERMINAL_RANK
+        merged = self._transitions.merge(prediction, told, next_check_at=next_check_at, fresh=fresh)
         if merged.orphans:
             self._orphans.cancel(merged)
         if merged.cancel_requested and not merged.terminal and merged.upstream_id == told.id:

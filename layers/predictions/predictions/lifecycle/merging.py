@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from predictions.aws.executions import wake
+from predictions.lifecycle.tracking import wake
 from predictions.observability import MetricUnit, count_ended, logger, metrics
 from predictions.store.predictions import PredictionsTable
-from predictions.store.records import Change, Merge
+from predictions.store.records import Change, Merge, Prediction
 
 if TYPE_CHECKING:
     from predictions.upstream.prediction import UpstreamPrediction
@@ -18,6 +18,7 @@ def merge(
     now: float,
     *,
     next_check_at: int | None = None,
+    known: Prediction | None = None,
 ) -> Merge:
     """Merge what Replicate said of a prediction, whichever way it came.
 
@@ -30,13 +31,14 @@ def merge(
         report: What Replicate said.
         now: The time.
         next_check_at: When the sweep should look, if the caller knows better than the item.
+        known: As for `PredictionsTable.merge`.
     """
-    outcome = table.merge(prediction_id, report, now, next_check_at=next_check_at)
+    outcome = table.merge(prediction_id, report, now, next_check_at=next_check_at, known=known)
     if outcome.change is Change.ORPHAN:
         logger.warning("orphan: a second prediction of the same request", upstream_id=report.id)
         metrics.add_metric(name="Orphans", unit=MetricUnit.Count, value=1)
     if outcome.change in (Change.ENDED, Change.CLOSED) and outcome.prediction is not None:
         if outcome.change is Change.ENDED and not outcome.prediction.awaits_copy:
             count_ended(outcome.prediction.visible, now - outcome.prediction.created)
-        wake(outcome.prediction.task_token)
+        wake(outcome.prediction)
     return outcome

@@ -27,7 +27,7 @@ CALLS_AT_ONCE = 19
 """Together fewer than 60 list calls in any minute."""
 
 _CONTROLS = 20
-# Pages of the index that are searched for controls: most open items of a busy stack wait for other things.
+# Parts of the index that are searched for controls: most open items of a busy stack wait for other things.
 _CONTROL_PAGES = 5
 _CONTROL_PAGE_ITEMS = 100
 # A bound prediction is due again this long after its first poll.
@@ -129,14 +129,10 @@ class Readings:
         """
         start = max(back_to, reading.reached)
         due_from = int(start) + self._first_poll + _DUE_AFTER_POLL_SECONDS
-        due = self._items.query(
-            Condition("open = :open AND next_check_at >= :earliest", open="open", earliest=due_from),
-            index="due",
-            page_items=_CONTROL_PAGE_ITEMS,
-        )
+        due = self._table.open_from(due_from)
         controls: list[str] = []
         for _ in range(_CONTROL_PAGES):
-            pks = [str(item["pk"]) for item in islice(due, _CONTROL_PAGE_ITEMS)]
+            pks = list(islice(due, _CONTROL_PAGE_ITEMS))
             there = self._table.get_many(pk.removeprefix("prediction#") for pk in pks if pk.startswith("prediction#"))
             controls += [
                 prediction.upstream_id

@@ -41,11 +41,13 @@ def receive(
         logger.warning("signed, but not a prediction", reason=str(error))
         return _unknown()
     prediction = table.get(prediction_id)
-    if prediction is not None and prediction.upstream_id != told.id and not _is_for(table, prediction_id, told):
+    if prediction is None:
+        return _unknown()
+    if prediction.upstream_id != told.id and not _is_for(table, prediction_id, told):
         # Signed for another prediction and sent to this address: it must not bind this one, nor be its orphan.
         logger.warning("a webhook of another prediction", upstream_id=told.id)
         return _unknown()
-    outcome = merge(table, prediction_id, told, now)
+    outcome = merge(table, prediction_id, told, now, known=prediction)
     if outcome.change is Change.UNKNOWN or outcome.prediction is None:
         return _unknown()
     if outcome.change is Change.ORPHAN:

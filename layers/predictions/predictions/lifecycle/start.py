@@ -219,7 +219,7 @@ class StartPrediction:
                 deadline=deadline,
                 expires=int(now) + self._lifetimes.retention,
                 claim=submit_at is None,
-                execution_arn=self._tracking.execution_arn(intent.id, 1),
+                execution_arn=self._tracking.execution_arn(intent.id, 1, submit=submit_at is not None),
                 now=self._now(),
                 submit_at=submit_at,
                 waits=waits,

@@ -3,12 +3,11 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.admission.rate_limiter import Limiter
-from predictions.aws.executions import wake
 from predictions.clock import backoff_seconds
 from predictions.lifecycle.abandonment import Abandonment
 from predictions.lifecycle.binding import Binding
@@ -17,10 +16,11 @@ from predictions.lifecycle.connections import Connections
 from predictions.lifecycle.orphans import Orphans
 from predictions.lifecycle.reconcile import UnknownSubmissions
 from predictions.lifecycle.timing import STALLED_LOOKS
-from predictions.lifecycle.tracking import Tracking, measure_age
+from predictions.lifecycle.tracking import Tracking, measure_age, wake
 from predictions.lifecycle.transitions import Transitions
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
+from predictions.store.keys import OPEN_SHARDS
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction
 
@@ -97,6 +97,7 @@ class SweepPredictions:
         limit: int,
         remaining_seconds: Callable[[], float],
         others: Mapping[str, Callable[[str], None]] | None = None,
+        shards: Iterable[str] = OPEN_SHARDS,
     ) -> int:
         """Check every prediction whose check is due, as far as the time allows: the next sweep continues.
 
@@ -105,13 +106,14 @@ class SweepPredictions:
             remaining_seconds: The time left to the function.
             others: Functions that check items of other kinds, such as `pipeline`, by the id that follows in their key.
                 Each defers the next check before anything else.
+            shards: Where to look for them.
 
         Returns:
             The number of checked items.
         """
         looked_at = 0
         sweepers = {"prediction": self._sweep, **(others or {})}
-        for pk in self._table.due(self._now(), limit):
+        for pk in self._table.due(self._now(), limit, shards):
             if remaining_seconds() < _STEP_SECONDS:
                 break
             looked_at += 1
@@ -158,12 +160,14 @@ class SweepPredictions:
             return
         execution = self._tracking.status(prediction)
         unclaimed = not prediction.claimed and not prediction.upstream_id
-        never_tracked = execution is None and prediction.execution_n == 1
-        if unclaimed and never_tracked and prediction.source == "http" and not prediction.keyed:
+        unanswered = execution is None and prediction.source == "http" and not prediction.keyed
+        if unanswered:
+            unanswered = not self._tracking.was_tracked(prediction)
+        if unclaimed and unanswered:
             self._transitions.end(prediction, Status.FAILED, "It was not submitted: its caller received an error.")
             return
         lost = not prediction.upstream_id and prediction.claimed is not None and prediction.submit_until is not None
-        if lost and never_tracked and prediction.source == "http" and not prediction.keyed:
+        if lost and unanswered:
             # Its function crashed before the response: the caller got an error, and may have repeated the request.
             prediction = self._table.note_unknown(prediction, {"unanswered": True}) or prediction
         logger.info("stalled", status=prediction.status, execution=execution, stalled=prediction.stalled_looks)
@@ -183,10 +187,12 @@ class SweepPredictions:
             return
         if execution == "RUNNING":
             if prediction.terminal:
-                wake(prediction.task_token)
+                wake(prediction)
         else:
             metrics.add_metric(name="ExecutionsReplaced", unit=MetricUnit.Count, value=1)
-            self._tracking.track(prediction, submit=unclaimed or lost)
+            # An execution that succeeded copies nothing any more: it was resumed as if there were nothing to copy.
+            takes_copy = prediction.awaits_copy and execution == "SUCCEEDED"
+            self._tracking.track(prediction, submit=unclaimed or lost, takes_copy=takes_copy)
         # A new execution that waits for a webhook records a time of its own; for one that copies, this time holds.
         again = self._look_again_at(prediction, now) if dead and prediction.stalled_looks > 1 and not unheard else 0
         self._table.end_look(prediction, max(again, soon), stalled=dead)
@@ -216,12 +222,10 @@ class SweepPredictions:
         return self._unknown.look_again(self._orphans.cancel, self._binding.bind)
 
     def measure(self) -> None:
-        """Emit the metrics of open items and of a pause of submissions; none if nothing is open or paused.
+        """Emit the metric of a pause of submissions; none if they are not paused.
 
         Raises:
             ClientError, BotoCoreError: AWS failed.
         """
-        if open_ := self._table.count_open():
-            metrics.add_metric(name="OpenItems", unit=MetricUnit.Count, value=open_)
         if self._limiter.limiter_state().pause(self._now()):
             metrics.add_metric(name="Paused", unit=MetricUnit.Count, value=1)

@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from predictions.aws.executions import wake
 from predictions.lifecycle.merging import merge
 from predictions.lifecycle.reservations import Reservations, lane_of
+from predictions.lifecycle.tracking import wake
 from predictions.observability import count_ended, logger
 from predictions.status import Status
 from predictions.store.predictions import PredictionsTable
@@ -29,10 +29,18 @@ class Transitions:
         self._now = now
 
     def merge(
-        self, prediction: Prediction, told: UpstreamPrediction, *, next_check_at: int | None = None
+        self, prediction: Prediction, told: UpstreamPrediction, *, next_check_at: int | None = None, fresh: bool = False
     ) -> Prediction:
-        """Merge what Replicate said of a prediction; return the prediction as it is then."""
-        outcome = merge(self._table, prediction.id, told, self._now(), next_check_at=next_check_at)
+        """Merge what Replicate said of a prediction; return the prediction as it is then.
+
+        Args:
+            prediction: The prediction.
+            told: What Replicate said.
+            next_check_at: When the sweep should look, if the caller knows better than the item.
+            fresh: Whether the caller has just read or written the prediction: then it is not read again.
+        """
+        known = prediction if fresh else None
+        outcome = merge(self._table, prediction.id, told, self._now(), next_check_at=next_check_at, known=known)
         return outcome.prediction or prediction
 
     def end(
@@ -44,11 +52,11 @@ class Transitions:
             there = self._table.get(prediction.id) or prediction
             if there.terminal:
                 # Another function may have crashed before it woke the execution, or this write's response was lost.
-                wake(there.task_token)
+                wake(there)
             return there
         logger.info("ended by the stack", status=status.value)
         count_ended(ended.visible, self._now() - ended.created)
-        wake(ended.task_token)
+        wake(ended)
         # Last, since a crash before it does no harm: a start then stays unused.
         if not ended.claimed and not ended.upstream_id and (ended.submit_at or 0) > self._now():
             self._reservations.release(lane_of(ended), ended.owner, Waits(ended.reserved_start, ended.turn_ms))

@@ -131,7 +131,10 @@ class Progress:
                 continue
             for index in state.missing:
                 message = {"pipeline_id": stored.pipeline.id, "step": name, "index": index}
-                self._sqs.send_message(QueueUrl=self._queue_url, MessageBody=json.dumps(message))
+                # SQS prefers the messages of owners whose messages do not occupy the consumers (fair queues).
+                self._sqs.send_message(
+                    QueueUrl=self._queue_url, MessageBody=json.dumps(message), MessageGroupId=stored.pipeline.owner
+                )
             # Recorded afterwards: if the function crashes here, the next turn sends them again, which starts nothing
             # twice.
             self._pipelines.table.note_sent(stored.pipeline, name, self._now())
@@ -188,7 +191,7 @@ class PipelineExecutions:
     def run(self, pipeline: Pipeline) -> None:
         """Start the execution of a pipeline, unless it is running."""
         following: Pipeline | None = pipeline
-        while following is not None and not self._executions.start(following.id, following.execution_n, submit=None):
+        while following is not None and not self._executions.start(following.id, following.execution_n):
             # The name belongs to an execution that has ended.
             following = self._table.next_pipeline_execution(following, self._now())
 

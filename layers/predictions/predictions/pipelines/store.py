@@ -29,7 +29,7 @@ from predictions.errors import PredictionsError
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.pipelines.definition import Definition
 from predictions.store.idempotency_keys import IdempotencyKeys
-from predictions.store.keys import list_of, owner_of, pipeline_key
+from predictions.store.keys import list_of, owner_of, pipeline_key, shard_of
 from predictions.store.payloads import store_text
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class PipelinesTable:
             "execution_n": 1,
             "depth": depth,
             "events": 0,
-            "open": "open",
+            "open": shard_of(pipeline_id),
             "next_check_at": int(now) + _START_CHECK_SECONDS,
             "written_by": secrets.token_hex(8),
         }

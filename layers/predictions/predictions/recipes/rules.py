@@ -217,6 +217,10 @@ class RecipeRules:
                     "InputTransformer": {
                         "InputTemplate": f'{{"recipe_id": "{recipe.id}", "event": <aws.events.event.json>}}'
                     },
+                    # SQS prefers the messages of owners whose messages do not occupy the consumers (fair queues). Not
+                    # for schedules, whose reference has it for FIFO queues only.
+                    # https://docs.aws.amazon.com/eventbridge/latest/APIReference/API_SqsParameters.html
+                    "SqsParameters": {"MessageGroupId": recipe.owner},
                     "DeadLetterConfig": {"Arn": self._dead_letter_queue_arn},
                     "RetryPolicy": _RETRY,
                 }

@@ -140,6 +140,23 @@ def response_key(path: str) -> Key:
     return Key(f"forwarded#{path}", "answer")
 
 
+# -- what is open: the attribute `open`, by which the index `due` is read -------------------------------------------
+
+# DynamoDB writes 1,000 units a second to one key of an index. A shard takes a sixteenth of the writes.
+# https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/bp-partition-key-design.html
+_SHARDS = tuple(f"open#{digit:x}" for digit in range(16))
+OPEN_SHARDS = ("open", *_SHARDS)
+"""Every value of `open`. Items of releases before the shards have the first one, which writes keep (`IfNotExists`).
+
+`open` can be left out once the longest `RetentionDays` of any stack has passed since its upgrade to the shards.
+"""
+
+
+def shard_of(id_: str) -> str:
+    """Name the shard of a prediction, pipeline or batch that is open: the same one each time."""
+    return _SHARDS[hashlib.sha256(id_.encode()).digest()[-1] % len(_SHARDS)]
+
+
 # -- lists: the attribute `owner`, by which the index `by_owner` is read. No owner's name holds a `#`. --------------
 
 List = Literal["predictions", "trainings", "batches", "pipelines", "recipes"]

@@ -22,11 +22,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from predictions.aws.dynamodb import NEW, PRESENT, Condition, ConditionFailed
+from predictions.aws.dynamodb import NEW, PRESENT, Condition, ConditionFailed, IfNotExists
 from predictions.clock import timestamp
 from predictions.files.output_references import StoredFile
 from predictions.status import TERMINAL_RANK, Status, rank_of, visible
-from predictions.store.keys import CALLER, LIVE, input_sk, list_of, prediction_key, upstream_key
+from predictions.store.keys import CALLER, LIVE, input_sk, list_of, prediction_key, shard_of, upstream_key
 from predictions.store.reads import PredictionReads
 from predictions.store.records import (
     NOTHING_RESERVED,
@@ -55,6 +55,7 @@ _AFTER_SUBMIT_SECONDS = 5
 # How long before the sweep looks at an item that should have changed by itself.
 _START_CHECK_SECONDS = 60
 _COPY_CHECK_SECONDS = 120
+_COPY_CHECK_MARGIN_SECONDS = 60
 
 _ERROR_LIMIT_CHARACTERS = 4000
 _METRICS_LIMIT_BYTES = 4000
@@ -158,7 +159,7 @@ class PredictionsTable(PredictionReads):
             "written_by": secrets.token_hex(8),
             "execution_n": 1,
             "execution_arn": execution_arn,
-            "open": "open",
+            "open": shard_of(intent.id),
             "expires_at": expires,
         }
         item = {name: value for name, value in values.items() if value is not None}
@@ -280,8 +281,9 @@ class PredictionsTable(PredictionReads):
     # -- what Replicate says ----------------------------------------------------------------------------------
 
     def merge(
-        self, prediction_id: str, report: "UpstreamPrediction", now: float, *, next_check_at: int | None = None
-    ) -> Merge:
+        self, prediction_id: str, report: "UpstreamPrediction", now: float, *, next_check_at: int | None = None,
+        known: Prediction | None = None,
+    ) -> Merge:  # fmt: skip
         """Merge Replicate's report of a prediction: by one rule for webhook, poll, response to the create and list.
 
         Writes only if the item is unbound or bound to that upstream id, and the rank is higher; a terminal item never
@@ -293,9 +295,10 @@ class PredictionsTable(PredictionReads):
             report: What Replicate says of it.
             now: The time.
             next_check_at: When the sweep should look, if the caller knows better than the item.
+            known: The prediction as just read or written: the write checks what it rests on, and it is read again then.
         """
         rank = rank_of(report.status)
-        prediction = self.get(prediction_id)
+        prediction = known or self.get(prediction_id)
         stored_result = stored_progress = False
         while True:
             if prediction is None:
@@ -318,9 +321,13 @@ class PredictionsTable(PredictionReads):
             newer = Condition("rank < :rank", rank=max(rank, prediction.rank)) | _UNBOUND
             same_id = Condition("upstream_id = :upstream_id", upstream_id=report.id) | _UNBOUND
             mergeable = newer & same_id & _NOT_FINISHED
+            changes = self._reported(prediction, report, rank, now, next_check_at)
+            if "copy_by" in changes:
+                # The lease is for the execution that tracks it, and the check that stays must not be put off meanwhile.
+                mergeable &= _as_read(prediction, "execution_n", "next_check_at")
             changed = self._change(
                 prediction_id,
-                set=self._reported(prediction, report, rank, now, next_check_at),
+                set=changes,
                 remove=closed + read,
                 condition=mergeable & _NO_ORPHANS if closed else mergeable,
             )
@@ -371,11 +378,17 @@ class PredictionsTable(PredictionReads):
                     "visible": Status.PROCESSING.value,
                     "copy_by": prediction.execution_n,
                     "copy_until": int(now) + COPY_LEASE_SECONDS,
-                    "next_check_at": int(now) + _COPY_CHECK_SECONDS,
+                    "next_check_at": self._copy_check(prediction, int(now)),
                 }
             elif not prediction.orphans:
                 values["next_check_at"] = None
         return {name: value for name, value in values.items() if value is not None}
+
+    def _copy_check(self, prediction: Prediction, now: int) -> int | None:
+        """Return when the sweep should look at a copy; None if it will about then: a change costs index units."""
+        soon = now + _COPY_CHECK_SECONDS
+        planned = prediction.next_check_at
+        return None if planned and soon <= planned <= soon + _COPY_CHECK_MARGIN_SECONDS else soon
 
     def _closed_by(self, prediction: Prediction, report: "UpstreamPrediction", rank: int) -> list[str]:
         if rank < TERMINAL_RANK or prediction.orphans or self._outputs.holds_files(report.output):
@@ -388,7 +401,7 @@ class PredictionsTable(PredictionReads):
             return Merge(Change.ORPHAN, prediction)
         changed = self._change(
             prediction.id,
-            set={"open": "open", "next_check_at": int(now)},
+            set={**_reopened(prediction.id), "next_check_at": int(now)},
             add={"orphans": {report.id}},
             condition=PRESENT & Condition("NOT contains(orphans, :id)", id=report.id),
         )
@@ -525,16 +538,25 @@ class PredictionsTable(PredictionReads):
             return False
         return True
 
-    def next_execution(self, prediction: Prediction, execution_arn: str, now: float) -> Prediction | None:
-        """Count up the execution that tracks a prediction; return None if another writer did so first."""
+    def next_execution(
+        self, prediction: Prediction, execution_arn: str, now: float, *, takes_copy: bool = False, unbound: bool = False
+    ) -> Prediction | None:
+        """Count up the execution that tracks a prediction; return None if another writer did so first.
+
+        Args:
+            prediction: The prediction.
+            execution_arn: The next execution: `{id}-{n+1}`, in the state machine whose first state it needs.
+            now: The time.
+            takes_copy: Whether the next execution takes over the lease to copy that this one was granted.
+            unbound: Whether only while the prediction is unbound.
+        """
+        n = prediction.execution_n + 1
+        lease = {"copy_by": n} if takes_copy else {}
+        counted = _OPEN & _as_read(prediction, "execution_n")
         return self._change(
             prediction.id,
-            set={
-                "execution_n": prediction.execution_n + 1,
-                "execution_arn": execution_arn,
-                **_check_after(int(now)),
-            },
-            condition=_OPEN & _as_read(prediction, "execution_n"),
+            set={"execution_n": n, "execution_arn": execution_arn, **_check_after(int(now)), **lease},
+            condition=counted & _UNBOUND if unbound else counted,
         )
 
     def orphan_canceled(self, prediction: Prediction, upstream_id: str) -> None:
@@ -568,7 +590,7 @@ class PredictionsTable(PredictionReads):
             set={
                 "deleted": int(now),
                 "data_removed": True,
-                "open": "open",
+                **_reopened(prediction_id),
                 **_check_after(int(now)),
             },
             # They lead to data: places in the bucket, and Replicate's stream.
@@ -662,6 +684,11 @@ def _lease(now: float, wait_seconds: int) -> dict[str, int]:
     submit_until = int(now) + wait_seconds + SUBMIT_SECONDS
     next_check_at = submit_until + _AFTER_SUBMIT_SECONDS
     return {"claimed": int(now), "submit_until": submit_until, "next_check_at": next_check_at}
+
+
+def _reopened(prediction_id: str) -> dict[str, Any]:
+    """Return what puts an item on the sweep's list, if it is not there: an item stays in the shard that it is in."""
+    return {"open": IfNotExists(shard_of(prediction_id))}
 
 
 def _check_after(moment: int) -> dict[str, int]:

@@ -1,10 +1,12 @@
 """Reads of predictions: their payloads, pages of an owner's list, and what the sweep looks for."""
 
+import heapq
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
 from predictions.aws.clients import client
@@ -13,7 +15,17 @@ from predictions.clock import timestamp
 from predictions.files.output_references import StoredFile
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.status import Status
-from predictions.store.keys import FILES, LIVE, PREDICTION, PROGRESS, input_sk, list_of, prediction_key, result_sk
+from predictions.store.keys import (
+    FILES,
+    LIVE,
+    OPEN_SHARDS,
+    PREDICTION,
+    PROGRESS,
+    input_sk,
+    list_of,
+    prediction_key,
+    result_sk,
+)
 from predictions.store.payloads import Payloads
 from predictions.store.records import (
     NO_FILTERS,
@@ -32,6 +44,9 @@ if TYPE_CHECKING:
 
 EXAMINED_PAGES = 10
 """How many times its size a page of a list with filters examines: a consistent read of each of 1,000 items for 100."""
+
+# Entries of the index `due` that one call reads from a shard: about 10 KB.
+_OPEN_PAGE_ITEMS = 100
 
 
 class PredictionReads:
@@ -197,15 +212,48 @@ class PredictionReads:
 
     # -- what is open -----------------------------------------------------------------------------------------
 
-    def due(self, now: float, limit: int) -> Iterator[str]:
-        """Find the keys (`pk`) of open items whose `next_check_at` has passed, the longest overdue first."""
-        overdue = Condition("open = :open AND next_check_at <= :now", open="open", now=int(now))
-        for item in self._table.query_page(overdue, index="due", limit=limit):
-            yield str(item["pk"])
+    def due(self, now: float, limit: int, shards: Iterable[str] = OPEN_SHARDS) -> Iterator[str]:
+        """Find the keys (`pk`) of open items whose `next_check_at` has passed, the longest overdue first.
 
-    def count_open(self) -> int:
-        """Count what is open: predictions, trainings, pipelines, batches; at most a page of the index (1 MB)."""
-        return next(self._table.count_items(Condition("open = :open", open="open"), index="due"))
+        Args:
+            now: The time.
+            limit: The most keys.
+            shards: Where to look. Each is read as far as the keys that are taken reach, a page at a time.
+        """
+        return islice(self._open_items("next_check_at <= :moment", now, shards), limit)
+
+    def open_from(self, earliest: float) -> Iterator[str]:
+        """Find the keys (`pk`) of open items that are checked at a time or later, the earliest first."""
+        return self._open_items("next_check_at >= :moment", earliest, OPEN_SHARDS)
+
+    def _open_items(self, when: str, moment: float, shards: Iterable[str]) -> Iterator[str]:
+        found = (
+            self._table.query(
+                Condition(f"open = :open AND {when}", open=shard, moment=int(moment)),
+                index="due",
+                page_items=_OPEN_PAGE_ITEMS,
+            )
+            for shard in shards
+        )
+        return (str(item["pk"]) for item in heapq.merge(*found, key=lambda item: int(item["next_check_at"])))
+
+    def count_open(self) -> dict[str, int]:
+        """Count what is open by shard: predictions, trainings, pipelines, batches. Empty shards are left out.
+
+        At most a page of the index (1 MB, about 10,000 items) of each.
+        """
+        return self._count(OPEN_SHARDS, "")
+
+    def count_due(self, now: float, shards: Iterable[str]) -> dict[str, int]:
+        """Count the open items whose `next_check_at` has passed, as `count_open`."""
+        return self._count(shards, " AND next_check_at <= :now", now=int(now))
+
+    def _count(self, shards: Iterable[str], when: str, **values: int) -> dict[str, int]:
+        counts = {}
+        for shard in shards:
+            keys = Condition(f"open = :open{when}", open=shard, **values)
+            counts[shard] = next(self._table.count_items(keys, index="due"))
+        return {shard: count for shard, count in counts.items() if count}
 
     # -- inside -----------------------------------------------------------------------------------------------
 

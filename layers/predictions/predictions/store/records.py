@@ -95,6 +95,7 @@ class Prediction:
     refusal_json: str | None = None
     execution_arn: str | None = None
     task_token: str | None = field(default=None, repr=False)
+    wake: str | None = None
     next_check_at: int | None = None
     ended: int | None = None
     not_found_count: int = 0
