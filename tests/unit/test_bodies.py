@@ -118,10 +118,10 @@ def usual(of: type[Body]) -> dict[str, Any]:
 @pytest.mark.parametrize("of", MODELS)
 def test_any_value_of_any_field_is_taken_or_refused_as_pydantic_does(of: type[Body]) -> None:
     whole = usual(of)
-    assert not isinstance(outcome(of.read, whole), list)
+    assert not isinstance(outcome(of.of, whole), list)
     for name, value in itertools.product([*of.names(), "unknown"], VALUES):
         for body in ({**whole, name: value}, {name: value}):
-            assert outcome(of.read, body) == outcome(MODELS[of].model_validate, body), (name, value)
+            assert outcome(of.of, body) == outcome(MODELS[of].model_validate, body), (name, value)
 
 
 @pytest.mark.parametrize("of", MODELS)
@@ -129,7 +129,7 @@ def test_what_is_no_object_is_refused(of: type[Body]) -> None:
     values: list[Any] = [[], "a", 1, None, [{}]]
     for value in values:
         with pytest.raises(ValidationError):
-            of.read(value)
+            of.of(value)
 
 
 @pytest.mark.parametrize("of", MODELS)
@@ -138,6 +138,6 @@ def test_each_field_has_a_check(of: type[Body]) -> None:
 
 
 def test_defaults_are_not_shared_between_bodies() -> None:
-    first = PipelineBody.read({"steps": [{"name": "a", "input": {}}]})
+    first = PipelineBody.of({"steps": [{"name": "a", "input": {}}]})
     first.input["changed"] = True
-    assert PipelineBody.read({"steps": [{"name": "a", "input": {}}]}).input == {}
+    assert PipelineBody.of({"steps": [{"name": "a", "input": {}}]}).input == {}

@@ -76,7 +76,7 @@ class Body:
     _validator: ClassVar[SchemaValidator]
 
     @classmethod
-    def read(cls, value: Any) -> Self:
+    def of(cls, value: Any) -> Self:
         """Check a parsed JSON value.
 
         Raises:

@@ -34,7 +34,7 @@ def read_body(value: Any) -> BatchBody:
     if not isinstance(value, dict):
         raise Problem(422, "The body must be a JSON object with `requests` or `manifest`.")
     try:
-        return BatchBody.read(value)
+        return BatchBody.of(value)
     except ValidationError as error:
         raise fields_refused(
             [field_problem(str(each["loc"][0])[:200], each, BatchBody.names()) for each in errors_of(error)]

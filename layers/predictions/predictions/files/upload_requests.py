@@ -123,7 +123,7 @@ def read_upload(body: bytes, content_type: str | None) -> NewFile:
         Problem: 400, 413, 415 (see `parse_json`) or 422 (a field).
     """
     try:
-        asked = UploadBody.read(parse_json(body, content_type))
+        asked = UploadBody.of(parse_json(body, content_type))
     except ValidationError as error:
         fields = [(str((each["loc"] or ("body",))[0])[:200], each) for each in errors_of(error)]
         raise fields_refused([field_problem(name, each, UploadBody.names()) for name, each in fields]) from None

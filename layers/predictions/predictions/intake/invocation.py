@@ -302,7 +302,7 @@ def _read(kind: type[PromptJob] | type[InputJob], event: Any) -> PromptJob | Inp
         detail = "Give `prompt` or `input_data`, not both."
         raise Problem(422, detail, invalid_fields=[{"field": "input_data", "detail": detail}])
     try:
-        return kind.read(value)
+        return kind.of(value)
     except ValidationError as error:
         invalid = [field_problem(str(each["loc"][0])[:100], each, kind.names()) for each in errors_of(error)]
         for each in invalid:

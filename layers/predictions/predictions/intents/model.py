@@ -419,7 +419,7 @@ def _validated(kind: type[_AnyBody], value: Any) -> _AnyBody:
     if not isinstance(value, dict):
         raise Problem(422, "The body must be a JSON object with the key `input`.")
     try:
-        return kind.read(value)
+        return kind.of(value)
     except ValidationError as error:
         problems = [_field_problem(each, kind) for each in errors_of(error)]
         raise fields_refused(list({problem["field"]: problem for problem in problems}.values())) from None

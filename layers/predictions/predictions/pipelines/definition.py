@@ -221,7 +221,7 @@ def _validated(value: Any) -> PipelineBody:
     if not isinstance(value, dict):
         raise Problem(422, "The body must be a JSON object with the key `steps`.")
     try:
-        return PipelineBody.read(value)
+        return PipelineBody.of(value)
     except ValidationError as error:
         found = [_shape(each, value) for each in errors_of(error)]
         raise fields_refused(list({each["field"]: each for each in found}.values())) from None

@@ -214,7 +214,7 @@ class RecipeChanges:
         if not isinstance(value, dict):
             raise Problem(422, "The body must be a JSON object with the key `input`.")
         try:
-            asked = RecipeBody.read(value)
+            asked = RecipeBody.of(value)
         except ValidationError as error:
             fields = [(".".join(map(str, each["loc"]))[:200] or "body", each) for each in errors_of(error)]
             raise fields_refused([field_problem(field, each) for field, each in fields]) from None
