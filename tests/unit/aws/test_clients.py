@@ -156,6 +156,32 @@ def created(session: Any, service: str, region: str, config: Any) -> Any:
     return session.create_client(service, region_name=region, config=config)
 
 
+def _missing(*_: Any, **__: Any) -> Any:
+    raise KeyError("outputs")
+
+
+CHANGES: dict[str, tuple[Any, str, Any]] = {
+    "its data are elsewhere": (clients._Data, "list_available_services", lambda *_: []),
+    "its files have another suffix": (clients._Files, "load_file", lambda *_: None),
+    "partitions are described otherwise": (clients, "_endpoints", _missing),
+    "its loader is made otherwise": (clients._Data, "__init__", _missing),
+}
+"""What another version of botocore may do."""
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("service", ["dynamodb", "s3"])
+def test_client_is_made_as_botocore_does_where_its_data_have_changed(
+    change: tuple[Any, str, Any], service: str, environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _fresh(service, monkeypatch)
+    monkeypatch.setattr(*change)
+    found = _fresh(service, monkeypatch)
+    assert not isinstance(found._loader, clients._Data)
+    assert found.meta.endpoint_url == expected.meta.endpoint_url
+    assert found.meta.config.read_timeout == expected.meta.config.read_timeout
+
+
 def _at(value: Any, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name)

@@ -21,7 +21,8 @@ OF_BODIES = {
 }  # fmt: skip
 IMPORTERS: dict[str, set[str]] = {
     "httpx": OF_REPLICATE,
-    "pydantic": OF_BODIES,
+    "pydantic_core": OF_BODIES,
+    "pydantic": set(),
     "asyncio": set(),
     "aws_lambda_powertools.event_handler": set(),
     "aws_lambda_powertools.utilities.data_classes": set(),
@@ -60,3 +61,17 @@ def test_costly_packages_are_imported_only_by_functions_that_need_them() -> None
     assert len(found) == len(list((ROOT / "functions").glob("*/app.py")))
     importers = {package: {name for name, packages in found.items() if package in packages} for package in IMPORTERS}
     assert importers == IMPORTERS
+
+
+def test_no_module_imports_what_costs_much_later_either() -> None:
+    # Within functions too: what a first request imports costs it more than the start, which has a whole processor.
+    for path in library.LIBRARY.rglob("*.py"):
+        if path.relative_to(library.LIBRARY).parts[0] == "cli":
+            continue
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = [each.module or "" for each in nodes if isinstance(each, ast.ImportFrom)]
+        names += [name.name for each in nodes if isinstance(each, ast.Import) for name in each.names]
+        refused = ("pydantic", "boto3", "aws_lambda_powertools.event_handler")
+        assert not [name for name in names if any(name == each or name.startswith(f"{each}.") for each in refused)], (
+            path
+        )

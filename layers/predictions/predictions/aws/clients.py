@@ -6,6 +6,7 @@ boto3's own layer (resources, sessions, collections) is left out for the same re
 
 import gzip
 import json
+import logging
 import os
 import threading
 import time
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from mypy_boto3_ssm import SSMClient
     from mypy_boto3_stepfunctions import SFNClient
 
+
+_logger = logging.getLogger(__name__)
 
 # What endpoints.json says of every partition, and of S3.
 _HOST = "{service}.{region}.{dnsSuffix}"
@@ -158,7 +161,13 @@ def client(name: str) -> Any:
 
 @cache
 def _client(name: str) -> Any:
-    return _session().create_client(name, config=_S3_CONFIG if name == "s3" else _CONFIG)
+    config = _S3_CONFIG if name == "s3" else _CONFIG
+    try:
+        return _session().create_client(name, config=config)
+    except Exception:
+        # Botocore is the runtime's, in a version of its own: one that keeps its data otherwise costs time, no call.
+        _logger.warning("%s: client made from all of botocore's data", name, exc_info=True)
+        return botocore.session.get_session().create_client(name, config=config)
 
 
 _API_URL_CACHE_SECONDS = 300
