@@ -1,8 +1,8 @@
 """Routes of a function behind API Gateway, by method and path.
 
-Our own, because Powertools' resolver with its events of every other service and its OpenAPI models takes as long to
-import as half a botocore client, at the cold start of each function of the API. What it did is kept: its route syntax,
-static routes first, a slash at the end, CORS, and the form of the response.
+Our own, because Powertools' resolver, with the resolvers and events of every other service, takes a seventh of a
+botocore client to import, at the cold start of each function of the API (docs/decisions/own-router.md). What it did is
+kept: its route syntax, static routes first, a slash at the end, CORS, and the form of the response.
 """
 
 import re
