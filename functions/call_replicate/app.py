@@ -2,20 +2,20 @@
 
 from collections.abc import Callable
 
-from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, body_of, headers_of, owner_with, resolver
 from predictions.api.proxy import ROUTES, Call, Forwarding, Method
+from predictions.api.routing import Response
 from predictions.observability import logger
 
 app = resolver()
 forwarding = Forwarding.from_env()
 
 
-def _route(method: Method, template: str) -> Callable[..., Response[str]]:
-    def pass_on(**names: str) -> Response[str]:
+def _route(method: Method, template: str) -> Callable[..., Response]:
+    def pass_on(**names: str) -> Response:
         # The only record of who changed what: to Replicate all callers are the stack.
         logger.append_keys(owner=owner_with(app, "read" if method == "GET" else "manage"))
-        query = app.current_event.multi_value_query_string_parameters
+        query = app.request.queries
         body = body_of(app) if method in ("POST", "PATCH") else b""
         call = Call.check(method, template, names, query, body, headers_of(app).get("content-type"))
         answer = forwarding.forward(call)

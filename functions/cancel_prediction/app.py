@@ -1,7 +1,7 @@
 """Cancel and delete routes of the API: cancel an open prediction, delete the data of a completed one."""
 
-from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, json_response, own_prediction, owner_with, resolver
+from predictions.api.routing import Response
 from predictions.lifecycle.cancel import CancelPrediction
 from predictions.lifecycle.delete import DeletePrediction
 from predictions.store.predictions import PredictionsTable
@@ -15,7 +15,7 @@ presenter = Presenter.from_env()
 
 
 @app.post("/predictions/<prediction_id>/cancel")
-def cancel(prediction_id: str) -> Response[str]:
+def cancel(prediction_id: str) -> Response:
     """`POST /predictions/{id}/cancel`: 200 with the prediction as it is then; a completed one stays unchanged."""
     owner = owner_with(app, "predict")
     whole = own_prediction(table, prediction_id, owner)
@@ -24,7 +24,7 @@ def cancel(prediction_id: str) -> Response[str]:
 
 
 @app.post("/trainings/<training_id>/cancel")
-def cancel_training(training_id: str) -> Response[str]:
+def cancel_training(training_id: str) -> Response:
     """`POST /trainings/{id}/cancel`: as for a prediction; a token that may start trainings may cancel them."""
     owner = owner_with(app, "predict", "train")
     canceling.cancel(own_prediction(table, training_id, owner, "training").prediction)
@@ -32,7 +32,7 @@ def cancel_training(training_id: str) -> Response[str]:
 
 
 @app.delete("/predictions/<prediction_id>")
-def delete(prediction_id: str) -> Response[str]:
+def delete(prediction_id: str) -> Response:
     """`DELETE /predictions/{id}`: 200 with the rest of a completed prediction; 409 for an open one."""
     owner = owner_with(app, "predict")
     deleting.delete_ended(own_prediction(table, prediction_id, owner).prediction)

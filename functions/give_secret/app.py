@@ -1,7 +1,7 @@
 """Secret route of the API: the secret by which the stack signs an owner's webhooks."""
 
-from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, json_response, owner_with, resolver
+from predictions.api.routing import Response
 from predictions.notifications.signing_secrets import OwnerSecrets
 
 app = resolver()
@@ -9,7 +9,7 @@ secrets = OwnerSecrets.from_env()
 
 
 @app.get("/webhooks/default/secret")
-def secret() -> Response[str]:
+def secret() -> Response:
     """`GET /webhooks/default/secret`: `{"key": "whsec_…"}`, the owner's current one."""
     # `read` would let a token that may only look sign webhooks, on which receivers act.
     owner = owner_with(app, "predict")

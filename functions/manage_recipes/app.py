@@ -1,8 +1,8 @@
 """Recipe routes of the API: which prediction to run at which event."""
 
-from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, body_of, headers_of, json_response, owner_with, resolver
 from predictions.api.pagination import page_body, read_cursor
+from predictions.api.routing import Response
 from predictions.recipes.manage import RecipeChanges, is_name
 from predictions.recipes.store import RecipeItems
 from predictions.recipes.view import recipe_not_found, recipe_url, show_recipe
@@ -15,7 +15,7 @@ recipe_changes = RecipeChanges.from_env()
 
 
 @app.post("/recipes")
-def create() -> Response[str]:
+def create() -> Response:
     """`POST /recipes`: 201; 409 if the name is taken."""
     owner = owner_with(app, "manage")
     recipe, _ = recipe_changes.put(owner, body_of(app), headers_of(app).get("content-type"))
@@ -23,10 +23,10 @@ def create() -> Response[str]:
 
 
 @app.get("/recipes")
-def list_() -> Response[str]:
+def list_() -> Response:
     """`GET /recipes?cursor=`: up to 50 recipes, newest first."""
     owner = owner_with(app, "manage")
-    older, start = read_cursor(app.current_event.get_query_string_value("cursor", ""))
+    older, start = read_cursor(app.request.query("cursor", ""))
     page, more = recipes.page(owner, start, older=older, size=PAGE_SIZE)
     first, last = (page[0].listed_at, page[-1].listed_at) if page else (None, None)
     results = [show_recipe(recipe) for recipe in page]
@@ -35,7 +35,7 @@ def list_() -> Response[str]:
 
 
 @app.get("/recipes/<name>")
-def get(name: str) -> Response[str]:
+def get(name: str) -> Response:
     """`GET /recipes/{name}`: 404 also for a recipe of another owner."""
     owner = owner_with(app, "manage")
     recipe = recipes.named(owner, name) if is_name(name) else None
@@ -45,7 +45,7 @@ def get(name: str) -> Response[str]:
 
 
 @app.put("/recipes/<name>")
-def put(name: str) -> Response[str]:
+def put(name: str) -> Response:
     """`PUT /recipes/{name}`: 201 for a new recipe, 200 for a replaced one."""
     owner = owner_with(app, "manage")
     recipe, new = recipe_changes.put(owner, body_of(app), headers_of(app).get("content-type"), name=name)
@@ -53,7 +53,7 @@ def put(name: str) -> Response[str]:
 
 
 @app.delete("/recipes/<name>")
-def delete(name: str) -> Response[str]:
+def delete(name: str) -> Response:
     """`DELETE /recipes/{name}`: 204; the recipe starts nothing from then on."""
     owner = owner_with(app, "manage")
     if not (is_name(name) and recipe_changes.delete(owner, name)):

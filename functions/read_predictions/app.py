@@ -5,9 +5,9 @@ Lists are read from the table only, never from Replicate.
 
 from typing import Literal
 
-from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, json_response, openapi_response, owner_with, resolver
 from predictions.api.pagination import FILTERS, page_body, read_cursor, read_filters, read_moment
+from predictions.api.routing import Response
 from predictions.errors import Problem
 from predictions.store.predictions import PredictionsTable
 from predictions.views.prediction import Presenter
@@ -20,7 +20,7 @@ presenter = Presenter.from_env()
 
 
 @app.get("/predictions")
-def list_() -> Response[str]:
+def list_() -> Response:
     """`GET /predictions`: up to 100 predictions, newest first; a page of large ones ends earlier.
 
     Its links keep the filters: `created_after`, `created_before`, `source`, `status`, `model` and `origin`.
@@ -33,24 +33,24 @@ def list_() -> Response[str]:
 
 
 @app.get("/trainings")
-def list_trainings() -> Response[str]:
+def list_trainings() -> Response:
     """`GET /trainings`: as for predictions, narrowed by `status`, `model` and `origin`."""
     return _page("training", _query(*FILTERS))
 
 
 @app.get("/openapi.json")
-def document() -> Response[str]:
+def document() -> Response:
     """Serve `GET /openapi.json`: this stack's own OpenAPI 3.1 document."""
     owner_with(app, "read")
     return openapi_response()
 
 
 def _query(*names: str) -> dict[str, str]:
-    asked = {name: app.current_event.get_query_string_value(name) for name in names}
+    asked = {name: app.request.query(name) for name in names}
     return {name: text for name, text in asked.items() if text is not None}
 
 
-def _page(kind: Literal["prediction", "training"], query: dict[str, str]) -> Response[str]:
+def _page(kind: Literal["prediction", "training"], query: dict[str, str]) -> Response:
     owner = owner_with(app, "read")
     older, start = read_cursor(_query("cursor").get("cursor", ""))
     between = {name: read_moment(name, query[name]) for name in ("created_after", "created_before") if name in query}

@@ -2,8 +2,8 @@
 
 import time
 
-from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import all_headers_of, answer_with, body_of, json_response, resolver
+from predictions.api.routing import Response
 from predictions.errors import Problem
 from predictions.ids import is_id
 from predictions.lifecycle.orphan_polls import OrphanPolls
@@ -20,7 +20,7 @@ polls = OrphanPolls.from_env()
 
 
 @app.post("/webhooks/replicate/<prediction_id>")
-def webhook(prediction_id: str) -> Response[str]:
+def webhook(prediction_id: str) -> Response:
     """`POST /webhooks/replicate/{id}`: 200 if genuine, 401 if not, 503 for faults of the stack."""
     now = time.time()
     body = body_of(app)

@@ -1,7 +1,7 @@
 """Download routes: public, since models have no access token; an unguessable link is the proof."""
 
-from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, resolver
+from predictions.api.routing import Response
 from predictions.errors import Problem
 from predictions.files.links import Links
 from predictions.files.uploads import Files
@@ -12,27 +12,27 @@ files = Files.from_env()
 links = Links.from_env()
 
 
-@app.route("/files/<file_id>/download", method=["GET", "HEAD"])
-def download(file_id: str) -> Response[str]:
+@app.route("/files/<file_id>/download", "GET", "HEAD")
+def download(file_id: str) -> Response:
     """`GET /files/{id}/download?owner=&expiry=&signature=`: 302 to S3; the same 404 for every error."""
-    asked = {name: app.current_event.get_query_string_value(name, "") for name in ("owner", "expiry", "signature")}
+    asked = {name: app.request.query(name, "") for name in ("owner", "expiry", "signature")}
     complete = is_id(file_id) and all(asked.values())
     return _redirect(files.download_url(file_id, **asked, for_head=_is_head()) if complete else None)
 
 
-@app.route("/objects/<bucket>/<name>", method=["GET", "HEAD"])
-def open_object(bucket: str, name: str) -> Response[str]:  # noqa: ARG001  # the name is for readers of the URL
+@app.route("/objects/<bucket>/<name>", "GET", "HEAD")
+def open_object(bucket: str, name: str) -> Response:  # noqa: ARG001  # the name is for readers of the URL
     """`GET /objects/{bucket}/{name}?key=&expires=&signature=`, and `version_id`: as above."""
-    query = app.current_event.get_query_string_value
+    query = app.request.query
     asked = {name: query(name, "") for name in ("key", "expires", "signature")}
     return _redirect(links.open(bucket, version_id=query("version_id"), **asked, for_head=_is_head()))
 
 
 def _is_head() -> bool:
-    return app.current_event.http_method == "HEAD"
+    return app.request.http_method == "HEAD"
 
 
-def _redirect(url: str | None) -> Response[str]:
+def _redirect(url: str | None) -> Response:
     if url is None:
         raise Problem(404, "There is no such file, or this is not its link: it may have expired.")
     return Response(status_code=302, body="", headers={"Location": url, "Cache-Control": "no-store"})

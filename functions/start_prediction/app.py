@@ -2,9 +2,9 @@
 
 import os
 
-from aws_lambda_powertools.event_handler import Response
 from predictions.admission.quotas import OwnerLimits
 from predictions.api.app import answer_with, body_of, headers_of, json_response, own_prediction, owner_with, resolver
+from predictions.api.routing import Response
 from predictions.intents.model import (
     Attempt,
     Intent,
@@ -31,25 +31,25 @@ presenter = Presenter.from_env()
 
 
 @app.post("/predictions")
-def create() -> Response[str]:
+def create() -> Response:
     """`POST /predictions`: the body's `version` names what to run."""
     return _create(None)
 
 
 @app.post("/models/<owner>/<name>/predictions")
-def create_with_model(owner: str, name: str) -> Response[str]:
+def create_with_model(owner: str, name: str) -> Response:
     """`POST /models/{owner}/{name}/predictions`: a community model runs its latest version."""
     return _create(model_reference("model", owner, name))
 
 
 @app.post("/deployments/<owner>/<name>/predictions")
-def create_with_deployment(owner: str, name: str) -> Response[str]:
+def create_with_deployment(owner: str, name: str) -> Response:
     """`POST /deployments/{owner}/{name}/predictions`."""
     return _create(model_reference("deployment", owner, name))
 
 
 @app.post("/models/<owner>/<name>/versions/<version>/trainings")
-def create_training_of(owner: str, name: str, version: str) -> Response[str]:
+def create_training_of(owner: str, name: str, version: str) -> Response:
     """`POST /models/{owner}/{name}/versions/{id}/trainings`: trains a version into a new one of `destination`."""
     token_owner = owner_with(app, "train")
     intent = create_training(
@@ -62,7 +62,7 @@ def create_training_of(owner: str, name: str, version: str) -> Response[str]:
     return _answer(intent)
 
 
-def _create(reference: Reference | None) -> Response[str]:
+def _create(reference: Reference | None) -> Response:
     token_owner = owner_with(app, "predict")
     headers = headers_of(app)
     seconds = wait_seconds(headers.get("prefer"), WAIT_LIMIT_SECONDS)
@@ -76,14 +76,14 @@ def _create(reference: Reference | None) -> Response[str]:
     return _answer(intent, seconds)
 
 
-def _answer(intent: Intent, seconds: int | None = None) -> Response[str]:
-    context = app.current_event.request_context
+def _answer(intent: Intent, seconds: int | None = None) -> Response:
+    request = app.request
     started = starting.start_and_wait(
         intent,
         seconds,
-        remaining_seconds(app.lambda_context),
-        attempt=Attempt.of(headers_of(app), context.request_time_epoch),
-        limits=OwnerLimits.of_context(context.authorizer.raw_event),
+        remaining_seconds(app.request.context),
+        attempt=Attempt.of(headers_of(app), request.request_time_epoch),
+        limits=OwnerLimits.of_context(request.owner_context),
     )
 
     def read() -> PredictionDetail:

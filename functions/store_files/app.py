@@ -2,9 +2,9 @@
 
 from dataclasses import asdict
 
-from aws_lambda_powertools.event_handler import Response
 from predictions.api.app import answer_with, body_of, headers_of, json_response, owner_with, resolver
 from predictions.api.pagination import page_body, read_cursor
+from predictions.api.routing import Response
 from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.files.upload_requests import read_form, read_upload
@@ -18,7 +18,7 @@ files = Files.from_env()
 
 
 @app.post("/files")
-def create() -> Response[str]:
+def create() -> Response:
     """`POST /files`: a form with `content`, and optionally `filename`, `type`, `metadata`; 413 names `/uploads`."""
     owner = owner_with(app, "predict")
     new = read_form(body_of(app), headers_of(app))
@@ -27,7 +27,7 @@ def create() -> Response[str]:
 
 
 @app.post("/uploads")
-def announce() -> Response[str]:
+def announce() -> Response:
     """`POST /uploads` `{filename, size, type?, metadata?, sha256?}`: the file, and where to PUT its bytes."""
     owner = owner_with(app, "predict")
     file, upload = files.announce(owner, read_upload(body_of(app), headers_of(app).get("content-type")))
@@ -36,10 +36,10 @@ def announce() -> Response[str]:
 
 
 @app.get("/files")
-def list_() -> Response[str]:
+def list_() -> Response:
     """`GET /files?cursor=`: up to 100 files, newest first."""
     owner = owner_with(app, "read")
-    older, start = read_cursor(app.current_event.get_query_string_value("cursor", ""))
+    older, start = read_cursor(app.request.query("cursor", ""))
     page, more = files.list(owner, start, older=older, size=PAGE_SIZE)
     first, last = (place(page[0]), place(page[-1])) if page else (None, None)
     results = [file.show(api_url()) for file in page]
@@ -48,7 +48,7 @@ def list_() -> Response[str]:
 
 
 @app.get("/files/<file_id>")
-def get(file_id: str) -> Response[str]:
+def get(file_id: str) -> Response:
     """`GET /files/{id}`: 404 also for a file of another owner."""
     owner = owner_with(app, "read")
     file = files.find(owner, file_id) if is_id(file_id) else None
@@ -58,7 +58,7 @@ def get(file_id: str) -> Response[str]:
 
 
 @app.delete("/files/<file_id>")
-def delete(file_id: str) -> Response[str]:
+def delete(file_id: str) -> Response:
     """`DELETE /files/{id}`: 204; its link is dead from then on."""
     owner = owner_with(app, "predict")
     if not (is_id(file_id) and files.delete(owner, file_id)):

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
-from predictions.aws.clients import client
 from predictions.batches.manage import BatchControl
 from predictions.lifecycle.connections import Connections
 from predictions.lifecycle.fan_out import FanOut, handed_over
@@ -23,7 +22,7 @@ LOOK_AGAIN_SECONDS = 90
 
 connections = Connections.from_env()
 sweeping = SweepPredictions.over(connections)
-fan_out = FanOut(connections.table, client("lambda"))
+fan_out = FanOut(connections.table)
 pipeline_executions = PipelineExecutions.from_env()
 batch_control = BatchControl.from_env()
 secret_refresh = SigningSecretRefresh(SigningSecrets.from_env())

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import greenlet
-from aws_lambda_powertools.event_handler.api_gateway import BaseRouter
 
 BEGIN = 1_750_000_000.0
 """When every schedule begins, in seconds since 1970."""
@@ -108,7 +107,7 @@ class Scheduler:
         process, here = self.current, greenlet.getcurrent()
         assert process is not None
         self.at(self.now + seconds, lambda: self._go_on(here, process))
-        self._leave()
+        self._hub.switch()
         if process.killed:
             raise Died
 
@@ -127,7 +126,7 @@ class Scheduler:
                     self._go_on(here, process)
 
             self.at(self.now + seconds, give_up, waiter)
-            self._leave()
+            self._hub.switch()
             woken = waiter.greenlet is not None
         if process.killed:
             raise Died
@@ -151,13 +150,6 @@ class Scheduler:
         waiter = Waiter()
         process.waiters.append(waiter)
         return self.wait(waiter, seconds)
-
-    def _leave(self) -> None:
-        # Powertools keeps the request at hand in its class: on Lambda a process has one at a time.
-        kept = {name: BaseRouter.__dict__.get(name) for name in ("current_event", "lambda_context")}
-        self._hub.switch()
-        for name, value in kept.items():
-            setattr(BaseRouter, name, value)
 
     def run(self, until: float) -> bool:
         """Runs until nothing is left to do, at most until that moment; whether nothing is left.

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from predictions.api.app import answer_with, json_response, resolver
+from predictions.api.routing import Response
 from predictions.aws import clients
 from predictions.errors import Problem
 from predictions.files.output_references import StoredFile
@@ -401,7 +402,7 @@ def test_an_unexpected_error_is_a_problem_that_says_nothing_of_it(caplog: pytest
     app = resolver()
 
     @app.get("/predictions")
-    def break_down() -> None:
+    def break_down() -> Response:
         raise ValueError("r8_secret in a message")
 
     answer = answer_with(app)(sample("read_predictions", "list"), Context())
@@ -416,7 +417,7 @@ def test_a_problem_keeps_its_fields_and_headers() -> None:
     fields = [{"field": "input", "detail": "wrong"}]
 
     @app.get("/predictions")
-    def refuse() -> None:
+    def refuse() -> Response:
         raise Problem(429, "Slower.", title="Throttled", invalid_fields=fields, headers={"Retry-After": "7"})
 
     answer = answer_with(app)(sample("read_predictions", "list"), Context())

@@ -1,5 +1,6 @@
 """The clients of AWS: created once, whoever asks first."""
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -7,7 +8,24 @@ from urllib.parse import urlsplit
 
 import botocore.session
 import pytest
+from botocore.regions import EndpointResolver
 from predictions.aws import clients
+
+NEW_SESSION = clients._session.__wrapped__
+
+# Every service that a function calls, as endpoints.json names it, by its name in botocore.
+SERVICES = {
+    "cloudformation": "cloudformation",
+    "dynamodb": "dynamodb",
+    "events": "events",
+    "lambda": "lambda",
+    "s3": "s3",
+    "scheduler": "scheduler",
+    "secretsmanager": "secretsmanager",
+    "sqs": "sqs",
+    "ssm": "ssm",
+    "stepfunctions": "states",
+}
 
 
 def test_threads_that_ask_at_once_share_one_client(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,9 +93,96 @@ def test_presigned_urls_of_the_emulator_have_the_bucket_in_their_path(
 
 def _fresh(service: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of this process, made from the environment as it is now."""
-    monkeypatch.setattr(clients, "_session", botocore.session.get_session)
+    monkeypatch.setattr(clients, "_session", NEW_SESSION)
     clients._client.cache_clear()
     try:
         return clients.client(service)
     finally:
         clients._client.cache_clear()
+
+
+def test_defaults_of_a_partition_are_what_endpoints_json_says_of_every_region() -> None:
+    usual, lean = botocore.session.Session(), NEW_SESSION()
+    theirs, ours = (
+        EndpointResolver(session.get_component("data_loader").load_data("endpoints")) for session in (usual, lean)
+    )
+    partitions = usual.get_component("data_loader").load_data("endpoints")["partitions"]
+    compared = 0
+    for region, service in itertools.product(
+        (name for each in partitions for name in each["regions"]), SERVICES.values()
+    ):
+        expected, found = (resolver.construct_endpoint(service, region) or {} for resolver in (theirs, ours))
+        said = ("partition", "dnsSuffix", "hostname", "endpointName")
+        assert {name: found[name] for name in said} == {name: expected[name] for name in said}
+        if service != "s3":  # for which `_S3_CONFIG` says it
+            assert found["signatureVersions"] == expected["signatureVersions"]
+        compared += 1
+    assert compared > 300
+
+
+def test_clients_sign_and_send_as_those_of_a_usual_session(environment: None) -> None:
+    usual, lean = botocore.session.get_session(), NEW_SESSION()
+    for region, service in itertools.product(("us-east-1", "cn-north-1"), SERVICES):
+        config = clients._S3_CONFIG if service == "s3" else clients._CONFIG
+        expected, found = (created(session, service, region, config) for session in (usual, lean))
+        for seen in ("endpoint_url", "partition", "region_name", "service_model.signing_name"):
+            assert _at(found.meta, seen) == _at(expected.meta, seen)
+        assert found.meta.config.signature_version == expected.meta.config.signature_version
+        assert found._request_signer._signature_version == expected._request_signer._signature_version
+        assert dir(found) == dir(expected)
+
+
+def test_no_client_reads_the_endpoints_of_all_services(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    listed: list[str] = []
+
+    class Files(clients._Files):
+        def load_file(self, file_path: str) -> Any:
+            opened.append(file_path)
+            return super().load_file(file_path)
+
+        def exists(self, file_path: str) -> bool:
+            listed.append(file_path)
+            return super().exists(file_path)
+
+    monkeypatch.setattr(clients._Data, "FILE_LOADER_CLASS", Files)
+    _fresh("dynamodb", monkeypatch)
+    assert any(path.endswith("service-2") for path in opened)
+    assert not [path for path in opened if path.endswith("endpoints")]
+    assert all("/dynamodb/" in path for path in listed)
+
+
+def created(session: Any, service: str, region: str, config: Any) -> Any:
+    return session.create_client(service, region_name=region, config=config)
+
+
+def _missing(*_: Any, **__: Any) -> Any:
+    raise KeyError("outputs")
+
+
+CHANGES: dict[str, tuple[Any, str, Any]] = {
+    "its data are elsewhere": (clients._Data, "list_available_services", lambda *_: []),
+    "its files have another suffix": (clients._Files, "load_file", lambda *_: None),
+    "partitions are described otherwise": (clients, "_endpoints", _missing),
+    "its loader is made otherwise": (clients._Data, "__init__", _missing),
+}
+"""What another version of botocore may do."""
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("service", ["dynamodb", "s3"])
+def test_client_is_made_as_botocore_does_where_its_data_have_changed(
+    change: tuple[Any, str, Any], service: str, environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _fresh(service, monkeypatch)
+    monkeypatch.setattr(*change)
+    found = _fresh(service, monkeypatch)
+    assert not isinstance(found._loader, clients._Data)
+    assert found.meta.endpoint_url == expected.meta.endpoint_url
+    assert found.meta.config.read_timeout == expected.meta.config.read_timeout
+
+
+def _at(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value

@@ -11,6 +11,7 @@ from predictions.aws import clients
 from predictions.ids import random_id
 from predictions.intents.model import create_intent
 from predictions.lifecycle.fan_out import ITEMS_OF_A_RUN, RUNS_AT_ONCE, FanOut, groups_of, handed_over
+from predictions.lifecycle.orphan_polls import OrphanPolls
 from predictions.lifecycle.sweep import SweepPredictions
 from predictions.store.keys import OPEN_SHARDS, shard_of
 
@@ -173,3 +174,15 @@ def test_look_at_a_stalled_prediction_makes_no_more_calls_than_a_run_is_counted_
     looks = [call for call in calls if call != "Query"]
     assert len(looks) <= 2 * CALLS_OF_A_LOOK, looks
     assert set(executed.inputs) >= {f"{id_}-2" for id_ in ids}
+
+
+def test_client_of_lambda_is_made_with_the_first_invocation_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setenv("POLL_PREDICTION_FUNCTION_NAME", "poll")
+    for module in ("fan_out", "orphan_polls"):
+        monkeypatch.setattr(f"predictions.lifecycle.{module}.client", made.append)
+    fan_out, polls = FanOut(cast(Any, None)), OrphanPolls.from_env()
+    assert made == []
+    for user in (fan_out, polls):
+        assert user._lambda is None  # what `append` gives
+    assert made == ["lambda", "lambda"]

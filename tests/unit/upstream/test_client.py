@@ -688,8 +688,11 @@ def test_the_client_from_the_environment_follows_no_redirects_and_trusts_no_prox
         made.append(self)
 
     monkeypatch.setattr(httpx.Client, "__init__", remember)
-    Replicate.from_env()
-    [client] = made
+    replicate = Replicate.from_env()
+    assert made == []  # many invocations ask nothing
+    client = replicate._reads()
+    assert made == [client]
+    assert replicate._reads() is client
     assert not client.follow_redirects
     assert not client.trust_env
     assert client.timeout.connect == 5

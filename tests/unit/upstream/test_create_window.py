@@ -166,7 +166,7 @@ def test_functions_send_each_create_over_a_connection_of_its_own(
                 create(replicate, window)
     assert closed == ["reset", "reset"]
     replicate._creates().close()
-    replicate._http.close()
+    replicate._reads().close()
 
 
 def test_status_of_the_response_is_told_of_an_unknown_outcome(client: httpx.Client, clock: Clock) -> None:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from aws_lambda_powertools.event_handler import APIGatewayRestResolver, CORSConfig, Response
-from aws_lambda_powertools.event_handler.exceptions import NotFoundError
 from botocore.exceptions import BotoCoreError, ClientError
 
+from predictions.api.routing import Request, Response, Router
 from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.ids import is_id
@@ -24,9 +23,9 @@ from predictions.store.predictions import PredictionsTable
 from predictions.store.records import PredictionDetail
 
 # Response headers that a script in a browser may read.
-_EXPOSED_HEADERS = [
+_EXPOSED_HEADERS = (
     "Location", "Preference-Applied", "Retry-After", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"
-]  # fmt: skip
+)  # fmt: skip
 
 _JSON = "application/json"
 _PROBLEM = "application/problem+json"
@@ -36,27 +35,26 @@ _DOCUMENT = Path(__file__).with_name("openapi.json")
 _DOCUMENT_URL = "https://api.example.com/v1"  # the server that openapi.yaml names
 
 
-def resolver() -> APIGatewayRestResolver:
-    """Return a Powertools resolver that turns every error into a problem response."""
-    origin = os.environ["CORS_ORIGIN"]
-    cors = CORSConfig(allow_origin=origin, expose_headers=_EXPOSED_HEADERS, max_age=600) if origin else None
-    # With a custom domain name, the API's base path is part of the event's path.
-    app = APIGatewayRestResolver(debug=False, cors=cors, strip_prefixes=["/v1"])
+def resolver() -> Router:
+    """Return a router that turns every error into a problem response."""
 
-    def refuse(problem: Problem) -> Response[str]:
+    def refuse(problem: Problem) -> Response:
         logger.info("refused", status=problem.status, title=problem.title)
         return _response(problem.status, problem.body(), _PROBLEM, problem.headers)
 
-    def not_found(_: NotFoundError) -> Response[str]:
-        event = app.current_event
-        return refuse(Problem(404, f"Route {event.http_method} {event.path[:200]} not found."))
+    def refused(error: Exception) -> Response | None:
+        return refuse(error) if isinstance(error, Problem) else None
 
-    app.exception_handler(Problem)(refuse)
-    app.not_found(not_found)
-    return app
+    def not_found(request: Request) -> Response:
+        return refuse(Problem(404, f"Route {request.http_method} {request.path[:200]} not found."))
+
+    origin = os.environ["CORS_ORIGIN"]
+    return Router(
+        refused=refused, not_found=not_found, base_path="/v1", origin=origin, exposed_headers=_EXPOSED_HEADERS
+    )
 
 
-def answer_with(app: APIGatewayRestResolver) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
+def answer_with(app: Router) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
     """Return the Lambda handler of a resolver.
 
     An error that its routes do not expect becomes a 503 or 500 problem without details.
@@ -86,12 +84,12 @@ def answer_with(app: APIGatewayRestResolver) -> Callable[[dict[str, Any], Any], 
     return handler_of(handler)
 
 
-def json_response(status: int, body: Any, headers: Mapping[str, str] | None = None) -> Response[str]:
+def json_response(status: int, body: Any, headers: Mapping[str, str] | None = None) -> Response:
     """Return a JSON response."""
     return _response(status, body, _JSON, headers)
 
 
-def openapi_response() -> Response[str]:
+def openapi_response() -> Response:
     """Respond with the API's OpenAPI document.
 
     Its server is this stack's own URL. The response is the file's text: parsing and serializing it would only take
@@ -101,7 +99,7 @@ def openapi_response() -> Response[str]:
     return Response(status_code=200, content_type=_JSON, body=text)
 
 
-def owner_with(app: APIGatewayRestResolver, *scopes: Literal["predict", "read", "train", "manage"]) -> str:
+def owner_with(app: Router, *scopes: Literal["predict", "read", "train", "manage"]) -> str:
     """Return the owner of the access token of the current request.
 
     Args:
@@ -111,7 +109,7 @@ def owner_with(app: APIGatewayRestResolver, *scopes: Literal["predict", "read", 
     Raises:
         Problem: 403 if the token has none of the scopes.
     """
-    authorized: Mapping[str, Any] = app.current_event.request_context.authorizer.raw_event
+    authorized: Mapping[str, Any] = app.request.owner_context
     owner = authorized.get("owner")
     given = set(str(authorized.get("scopes", "")).split())
     if "manage" in given:
@@ -122,19 +120,18 @@ def owner_with(app: APIGatewayRestResolver, *scopes: Literal["predict", "read", 
     return str(owner)
 
 
-def headers_of(app: APIGatewayRestResolver) -> dict[str, str]:
+def headers_of(app: Router) -> dict[str, str]:
     """Return the current request's headers, with names in lower case."""
-    headers: Mapping[str, str | None] = app.current_event.headers
-    return {name.lower(): value for name, value in headers.items() if value is not None}
+    return app.request.headers
 
 
-def all_headers_of(app: APIGatewayRestResolver) -> dict[str, str]:
+def all_headers_of(app: Router) -> dict[str, str]:
     """Return the current request's headers, repeated ones joined as in RFC 9110.
 
     `headers_of` has only the last value of a repeated header. Use this function where a choice among several values
     would be unsafe.
     """
-    event = app.current_event.raw_event
+    event = app.request.event
     many: Mapping[str, list[str | None]] = event.get("multiValueHeaders") or {
         name: [value] for name, value in (event.get("headers") or {}).items()
     }
@@ -144,25 +141,25 @@ def all_headers_of(app: APIGatewayRestResolver) -> dict[str, str]:
     return {name: ", ".join(values) for name, values in joined.items() if values}
 
 
-def body_of(app: APIGatewayRestResolver) -> bytes:
+def body_of(app: Router) -> bytes:
     """Return the current request's body, as sent.
 
     Raises:
         Problem: 415 if the body is declared as compressed or otherwise encoded; 400 if it has another length than the
             header says, since invalid UTF-8 was replaced in transit, or if the base64 from API Gateway is invalid.
     """
-    event, headers = app.current_event, headers_of(app)
+    event, headers = app.request.event, headers_of(app)
     coding = headers.get("content-encoding", "").strip().lower()
     if coding not in ("", "identity"):
         # Decompressing untrusted data is unbounded; reading it without decompressing would misinterpret it.
         detail = f"The content encoding {coding[:30]!a} is not supported. Send the body without Content-Encoding."
         raise Problem(415, detail, headers={"Accept-Encoding": "identity"})
-    if event.is_base64_encoded:
+    if event.get("isBase64Encoded"):
         try:
-            return base64.b64decode(event.body or "", validate=True)
+            return base64.b64decode(event.get("body") or "", validate=True)
         except ValueError:
             raise Problem(400, "The body is not valid base64.") from None
-    body = (event.body or "").encode("utf-8", "surrogatepass")
+    body = (event.get("body") or "").encode("utf-8", "surrogatepass")
     # API Gateway hands on no Content-Length (https://github.com/aws/aws-lambda-dotnet/issues/559), and bytes that are
     # not UTF-8 as U+FFFD, which a text may have too: there such a body is read as it came. Other gateways name it.
     length, media_type = headers.get("content-length", ""), headers.get("content-type", "application/json")
@@ -192,6 +189,6 @@ def no_prediction(prediction_id: str, kind: str = "prediction") -> Problem:
     return Problem(404, f"{kind.capitalize()} {prediction_id[:64]!r} not found.")
 
 
-def _response(status: int, body: Any, content_type: str, headers: Mapping[str, str] | None) -> Response[str]:
+def _response(status: int, body: Any, content_type: str, headers: Mapping[str, str] | None) -> Response:
     text = json.dumps(body, separators=(",", ":"), allow_nan=False)
     return Response(status_code=status, content_type=content_type, body=text, headers=dict(headers or {}))

@@ -43,7 +43,7 @@ def check_template(template: Mapping[str, Any], *, allow_loopback_webhooks: bool
     if "idempotency_key" in template:
         detail = "Not allowed in a line, which has a key of its own for retries. Remove it."
         invalid.append({"field": "idempotency_key", "detail": detail})
-    known = RequestBody.model_fields.keys()
+    known = RequestBody.names()
     # A field that no request has is wrong with any value.
     request: dict[str, Any] = {
         name: part for name, part in template.items() if name not in known or not holds_placeholders(part)

@@ -109,7 +109,7 @@ class DroppedManifests:
         except LimitReached as reached:
             raise RequestRefused(f"batch_manifest: {reached.detail}") from None
         keys.extend_key(owner, identity, batch_id, control.expires)
-        limits = BatchLimits.model_validate(recipe.definition["batches"])
+        limits = BatchLimits.of(recipe.definition["batches"])
         return control.launch(
             batch_id,
             owner,

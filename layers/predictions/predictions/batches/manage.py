@@ -137,7 +137,7 @@ class BatchControl:
         """
         asked = read_body(parse_json(body, headers.get("content-type")))
         key = idempotency_key(headers)
-        fingerprint = hashlib.sha256(input_json_canonical(asked.model_dump()).encode()).hexdigest()
+        fingerprint = hashlib.sha256(input_json_canonical(vars(asked)).encode()).hexdigest()
         if there := self._sent_before(owner, key, fingerprint, attempt):
             return there
         invalid: list[dict[str, str]] = []

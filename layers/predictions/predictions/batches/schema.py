@@ -1,22 +1,28 @@
 """The body of `POST /batches`."""
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError
-
+from predictions.bodies import LIST, OBJECT, Checks, ValidationError, choice, errors_of, optional, text
 from predictions.errors import Problem
 from predictions.recipes.schema import BatchLimits
 from predictions.validation import field_problem, fields_refused
 
 
+@dataclass(kw_only=True)
 class BatchBody(BatchLimits):
     """The fields of `POST /batches`."""
 
-    requests: list[Any] | None = Field(default=None)
-    manifest: str | None = Field(default=None, max_length=1200)
+    requests: list[Any] | None = None
+    manifest: str | None = None
     format: Literal["jsonl", "csv"] | None = None
     template: dict[str, Any] | None = None
-    recipe: str | None = Field(default=None, max_length=63)
+    recipe: str | None = None
+
+    checks: ClassVar[Checks] = {
+        **BatchLimits.checks, "requests": optional(LIST), "manifest": optional(text(most=1200)),
+        "format": optional(choice(("jsonl", "csv"))), "template": optional(OBJECT), "recipe": optional(text(most=63)),
+    }  # fmt: skip
 
 
 def read_body(value: Any) -> BatchBody:
@@ -28,9 +34,8 @@ def read_body(value: Any) -> BatchBody:
     if not isinstance(value, dict):
         raise Problem(422, "The body must be a JSON object with `requests` or `manifest`.")
     try:
-        return BatchBody.model_validate(value)
+        return BatchBody.of(value)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False)
         raise fields_refused(
-            [field_problem(str(each["loc"][0])[:200], each, BatchBody.model_fields) for each in found]
+            [field_problem(str(each["loc"][0])[:200], each, BatchBody.names()) for each in errors_of(error)]
         ) from None

@@ -9,11 +9,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from multipart import MultipartError, ParserLimitReached, PushMultipartParser, parse_options_header
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
+from predictions.bodies import OBJECT, TEXT, Body, Checks, ValidationError, errors_of, optional, text, whole
 from predictions.errors import Problem
 from predictions.ids import random_id
 from predictions.validation import field_problem, fields_refused, parse_json
@@ -65,16 +65,20 @@ class NewFile:
         return base64.b64encode(bytes.fromhex(self.sha256)).decode() if self.sha256 else None
 
 
-class UploadBody(BaseModel):
+@dataclass(kw_only=True)
+class UploadBody(Body):
     """The fields of `POST /uploads`."""
 
-    model_config = ConfigDict(extra="forbid")
+    filename: str
+    size: int
+    type: str = _OTHER_TYPE
+    metadata: dict[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
 
-    filename: StrictStr
-    size: StrictInt = Field(ge=1, le=UPLOAD_LIMIT_BYTES)
-    type: StrictStr = _OTHER_TYPE
-    metadata: dict[str, Any] = Field(default_factory=dict)
-    sha256: StrictStr | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    checks: ClassVar[Checks] = {
+        "filename": TEXT, "size": whole(1, UPLOAD_LIMIT_BYTES), "type": TEXT, "metadata": OBJECT,
+        "sha256": optional(text(pattern=r"^[0-9a-f]{64}$")),
+    }  # fmt: skip
 
 
 def read_form(body: bytes, headers: Mapping[str, str]) -> NewFile:
@@ -119,11 +123,10 @@ def read_upload(body: bytes, content_type: str | None) -> NewFile:
         Problem: 400, 413, 415 (see `parse_json`) or 422 (a field).
     """
     try:
-        asked = UploadBody.model_validate(parse_json(body, content_type))
+        asked = UploadBody.of(parse_json(body, content_type))
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False)
-        fields = [(str((each["loc"] or ("body",))[0])[:200], each) for each in problems]
-        raise fields_refused([field_problem(name, each, UploadBody.model_fields) for name, each in fields]) from None
+        fields = [(str((each["loc"] or ("body",))[0])[:200], each) for each in errors_of(error)]
+        raise fields_refused([field_problem(name, each, UploadBody.names()) for name, each in fields]) from None
     new = NewFile(asked.filename, asked.type, asked.size, sha256=asked.sha256)
     return _checked(new, asked.metadata, [])
 

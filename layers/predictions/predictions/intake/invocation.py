@@ -18,12 +18,24 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from botocore.exceptions import BotoCoreError, ClientError
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
+from predictions.bodies import (
+    BOOLEAN,
+    OBJECT,
+    TEXT,
+    Body,
+    Checks,
+    ValidationError,
+    errors_of,
+    number,
+    optional,
+    text,
+    whole,
+)
 from predictions.errors import Problem
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.lifecycle.start import StartPrediction
@@ -42,13 +54,15 @@ _RETRY_LIMIT_SECONDS = 10
 _TOKEN_REFUSED = (401, 402, 403)
 
 
-class _Job(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model: str = Field(min_length=1, max_length=256)
+@dataclass(kw_only=True)
+class _Job(Body):
+    model: str
     idempotency_key: str | None = None
 
+    checks: ClassVar[Checks] = {"model": text(1, 256), "idempotency_key": optional(TEXT)}
 
+
+@dataclass(kw_only=True)
 class PromptJob(_Job):
     """A job whose response does not wait for completion.
 
@@ -59,8 +73,10 @@ class PromptJob(_Job):
         idempotency_key: As the API's header `Idempotency-Key`.
     """
 
-    prompt: str = Field(min_length=1)
+    prompt: str
     webhook_url: str | None = None
+
+    checks: ClassVar[Checks] = {**_Job.checks, "prompt": text(1), "webhook_url": optional(TEXT)}
 
     def request(self) -> dict[str, Any]:
         """Return the job as a `RequestBody`."""
@@ -88,6 +104,7 @@ class PromptJob(_Job):
         }
 
 
+@dataclass(kw_only=True)
 class InputJob(_Job):
     """A job whose response waits for completion, up to a limit.
 
@@ -101,9 +118,14 @@ class InputJob(_Job):
     """
 
     input_data: dict[str, Any]
-    wait_for_completion: StrictBool = True
-    poll_interval: float = Field(default=1, ge=0.1, le=60)
-    max_poll_attempts: int = Field(default=60, ge=1, le=10_000)
+    wait_for_completion: bool = True
+    poll_interval: float = 1
+    max_poll_attempts: int = 60
+
+    checks: ClassVar[Checks] = {
+        **_Job.checks, "input_data": OBJECT, "wait_for_completion": BOOLEAN, "poll_interval": number(0.1, 60),
+        "max_poll_attempts": whole(1, 10_000),
+    }  # fmt: skip
 
     def request(self) -> dict[str, Any]:
         """Return the job as a `RequestBody`."""
@@ -260,7 +282,7 @@ def _redriven(event: Any, request_id: str) -> tuple[Any, str]:
 
 def _kind(event: Any) -> type[PromptJob] | type[InputJob]:
     """Return the shape by which a job is parsed, by the fields of `InputJob`."""
-    own = InputJob.model_fields.keys() - PromptJob.model_fields.keys()
+    own = set(InputJob.names()) - set(PromptJob.names())
     return InputJob if isinstance(event, dict) and own & event.keys() else PromptJob
 
 
@@ -280,10 +302,9 @@ def _read(kind: type[PromptJob] | type[InputJob], event: Any) -> PromptJob | Inp
         detail = "Give `prompt` or `input_data`, not both."
         raise Problem(422, detail, invalid_fields=[{"field": "input_data", "detail": detail}])
     try:
-        return kind.model_validate(value)
+        return kind.of(value)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)
-        invalid = [field_problem(str(each["loc"][0])[:100], each, kind.model_fields) for each in found]
+        invalid = [field_problem(str(each["loc"][0])[:100], each, kind.names()) for each in errors_of(error)]
         for each in invalid:
             if each == {"field": "prompt", "detail": "This field is required."}:
                 each["detail"] = "This field is required (or `input_data`)."

@@ -10,10 +10,23 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Final, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
-
+from predictions.bodies import (
+    BOOLEAN,
+    OBJECT,
+    TEXT,
+    Body,
+    Checks,
+    ValidationError,
+    choice,
+    either,
+    errors_of,
+    listed,
+    optional,
+    text,
+    whole,
+)
 from predictions.errors import Problem
 from predictions.ids import NAME, derived_id, is_model_name, random_id
 from predictions.validation import field_problem, fields_refused, input_json_canonical, parse_json
@@ -97,37 +110,54 @@ class Intent:
     output_prefix: str | None = None
 
 
-class PredictionBody(BaseModel):
+TARGET_NAME: Final = optional(text(most=256))
+EVENTS: Final = optional(listed(choice(get_args(WebhookEvent)), most=4))
+LIFETIME: Final = optional(either(TEXT, whole()))
+
+
+@dataclass(kw_only=True)
+class PredictionBody(Body):
     """The fields of `POST /predictions`; Replicate rejects any other, so unknown fields are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     input: dict[str, Any]
-    version: str | None = Field(default=None, max_length=256)
+    version: str | None = None
     webhook: str | None = None
     webhook_completed: str | None = None
-    webhook_events_filter: list[WebhookEvent] | None = Field(default=None, max_length=4)
-    stream: StrictBool | None = None
+    webhook_events_filter: list[WebhookEvent] | None = None
+    stream: bool | None = None
     lifetime: str | int | None = None
 
+    checks: ClassVar[Checks] = {
+        "input": OBJECT, "version": TARGET_NAME, "webhook": optional(TEXT), "webhook_completed": optional(TEXT),
+        "webhook_events_filter": EVENTS, "stream": optional(BOOLEAN), "lifetime": LIFETIME,
+    }  # fmt: skip
 
+
+@dataclass(kw_only=True)
 class RequestBody(PredictionBody):
     """The fields of `POST /predictions`, plus those that the API takes from route and headers."""
 
-    model: str | None = Field(default=None, max_length=256)
-    deployment: str | None = Field(default=None, max_length=256)
+    model: str | None = None
+    deployment: str | None = None
     idempotency_key: str | None = None
 
+    checks: ClassVar[Checks] = {
+        **PredictionBody.checks, "model": TARGET_NAME, "deployment": TARGET_NAME, "idempotency_key": optional(TEXT),
+    }  # fmt: skip
 
-class TrainingBody(BaseModel):
+
+@dataclass(kw_only=True)
+class TrainingBody(Body):
     """The fields of `POST /models/{owner}/{name}/versions/{id}/trainings`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     destination: str
     input: dict[str, Any]
     webhook: str | None = None
-    webhook_events_filter: list[WebhookEvent] | None = Field(default=None, max_length=4)
+    webhook_events_filter: list[WebhookEvent] | None = None
+
+    checks: ClassVar[Checks] = {
+        "destination": TEXT, "input": OBJECT, "webhook": optional(TEXT), "webhook_events_filter": EVENTS,
+    }  # fmt: skip
 
 
 _AnyBody = TypeVar("_AnyBody", PredictionBody, RequestBody, TrainingBody)
@@ -389,19 +419,19 @@ def _validated(kind: type[_AnyBody], value: Any) -> _AnyBody:
     if not isinstance(value, dict):
         raise Problem(422, "The body must be a JSON object with the key `input`.")
     try:
-        return kind.model_validate(value)
+        return kind.of(value)
     except ValidationError as error:
-        problems = [_field_problem(e, kind) for e in error.errors(include_url=False, include_context=False)]
+        problems = [_field_problem(each, kind) for each in errors_of(error)]
         raise fields_refused(list({problem["field"]: problem for problem in problems}.values())) from None
 
 
-def _field_problem(error: Any, kind: type[BaseModel]) -> dict[str, str]:
+def _field_problem(error: Any, kind: type[Body]) -> dict[str, str]:
     # Except for a list's index, the parts after the field's name are names of types.
     parts = [part for i, part in enumerate(error["loc"]) if i == 0 or isinstance(part, int)]
     field = ".".join(str(part) for part in parts)[:200] or "body"
     if field == "lifetime" and error["type"] not in ("extra_forbidden", "missing"):
         return {"field": field, "detail": _DURATION_DETAIL}
-    return field_problem(field, error, (name for name in kind.model_fields if name != "webhook_completed"))
+    return field_problem(field, error, (name for name in kind.names() if name != "webhook_completed"))
 
 
 def _named_reference(asked: RequestBody, invalid: list[dict[str, str]]) -> Reference | None:

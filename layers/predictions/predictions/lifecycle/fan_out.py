@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from predictions.aws.clients import client
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.store.keys import OPEN_SHARDS
 from predictions.store.reads import PredictionReads
@@ -42,21 +43,25 @@ class FanOut:
 
     Args:
         table: Counts what is open and due.
-        lambda_: Invokes the function.
+        lambda_: Invokes the function; made with the first one by default, because few sweeps need it.
     """
 
     def __init__(
         self,
         table: PredictionReads,
-        lambda_: "LambdaClient",
+        lambda_: "LambdaClient | None" = None,
         *,
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._table = table
-        self._lambda = lambda_
+        self._given = lambda_
         self._now = now
         self._clock = clock
+
+    @property
+    def _lambda(self) -> "LambdaClient":
+        return self._given or client("lambda")
 
     def share(self, function_name: str) -> tuple[Sequence[str], bool]:
         """Count what is open, and hand over what this run does not check itself.

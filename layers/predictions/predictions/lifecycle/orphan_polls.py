@@ -14,16 +14,21 @@ if TYPE_CHECKING:
 
 
 class OrphanPolls:
-    """Invoke `poll_prediction` without waiting for it."""
+    """Invoke `poll_prediction` without waiting for it.
 
-    def __init__(self, function_name: str, lambda_: "LambdaClient") -> None:
+    Args:
+        function_name: Its name.
+        lambda_: The client; made with the first orphan by default, because hardly any webhook shows one.
+    """
+
+    def __init__(self, function_name: str, lambda_: "LambdaClient | None" = None) -> None:
         self._function_name = function_name
-        self._lambda = lambda_
+        self._given = lambda_
 
     @classmethod
     def from_env(cls) -> "OrphanPolls":
         """Read `POLL_PREDICTION_FUNCTION_NAME`."""
-        return cls(os.environ["POLL_PREDICTION_FUNCTION_NAME"], client("lambda"))
+        return cls(os.environ["POLL_PREDICTION_FUNCTION_NAME"])
 
     def ask(self, prediction_id: str) -> None:
         """Request a poll of a prediction, which cancels its orphans.
@@ -38,3 +43,7 @@ class OrphanPolls:
             )
         except (ClientError, BotoCoreError):
             logger.exception("the poll that cancels an orphan was not asked for")
+
+    @property
+    def _lambda(self) -> "LambdaClient":
+        return self._given or client("lambda")

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar
 
@@ -102,6 +103,15 @@ def _resolve_in_time(
         return run_in_time(lambda: resolve(host, port), timeout)
     except TimeoutError as error:
         raise httpcore.ConnectTimeout("the name was not resolved in time") from error
+
+
+@cache
+def usual_authorities() -> ssl.SSLContext:
+    """Return the context that checks certificates against the usual authorities.
+
+    One for each process: reading them takes ten milliseconds.
+    """
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def guarded_client(

@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +21,7 @@ import httpx
 
 from predictions.errors import PredictionsError
 from predictions.net.addresses import AddressRefused
-from predictions.net.client import CheckedNetwork, TimedNetwork, TimedStream, origin_of, resolve_name
+from predictions.net.client import CheckedNetwork, TimedNetwork, TimedStream, origin_of, resolve_name, usual_authorities
 
 _READ_BYTES = 64 * 1024
 _PIECE_BYTES = 256 * 1024
@@ -137,7 +136,7 @@ class DownloadClient:
         if target.scheme != "https":
             return stream
         try:
-            return stream.start_tls(self._tls or _usual_authorities(), host, self._timeout)
+            return stream.start_tls(self._tls or usual_authorities(), host, self._timeout)
         except BaseException:
             stream.close()
             raise
@@ -274,9 +273,3 @@ def _failures() -> Iterator[None]:
         yield
     except (h11.ProtocolError, httpcore.TimeoutException, httpcore.NetworkError) as error:
         raise DownloadFailed(type(error).__name__) from error
-
-
-@cache
-def _usual_authorities() -> ssl.SSLContext:
-    # Once for each process: reading them takes ten milliseconds.
-    return httpx.create_ssl_context(trust_env=False)

@@ -15,12 +15,24 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import field as member
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
+from predictions.bodies import (
+    LIST,
+    OBJECT,
+    TEXT,
+    Body,
+    Checks,
+    ValidationError,
+    either,
+    errors_of,
+    listed,
+    optional,
+    text,
+)
 from predictions.errors import Problem
-from predictions.intents.model import REFERENCE_FIELDS, Reference, create_requested_intent
+from predictions.intents.model import LIFETIME, REFERENCE_FIELDS, TARGET_NAME, Reference, create_requested_intent
 from predictions.templating import (
     Allowance,
     PlaceholderError,
@@ -73,27 +85,32 @@ Raises:
 """
 
 
-class StepBody(BaseModel):
+@dataclass(kw_only=True)
+class StepBody(Body):
     """A step in a request."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    name: str = Field(max_length=256)
-    model: str | None = Field(default=None, max_length=256)
-    version: str | None = Field(default=None, max_length=256)
-    deployment: str | None = Field(default=None, max_length=256)
+    name: str
+    model: str | None = None
+    version: str | None = None
+    deployment: str | None = None
     input: dict[str, Any]
     for_each: str | list[Any] | None = None
     lifetime: str | int | None = None
 
+    checks: ClassVar[Checks] = {
+        "name": text(most=256), "model": TARGET_NAME, "version": TARGET_NAME, "deployment": TARGET_NAME,
+        "input": OBJECT, "for_each": optional(either(TEXT, LIST)), "lifetime": LIFETIME,
+    }  # fmt: skip
 
-class PipelineBody(BaseModel):
+
+@dataclass(kw_only=True)
+class PipelineBody(Body):
     """The fields of `POST /pipelines`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    input: dict[str, Any] = member(default_factory=dict)
+    steps: list[StepBody]
 
-    input: dict[str, Any] = Field(default_factory=dict)
-    steps: list[StepBody] = Field(min_length=1, max_length=STEPS_LIMIT)
+    checks: ClassVar[Checks] = {"input": OBJECT, "steps": listed(StepBody.schema(), 1, STEPS_LIMIT)}
 
 
 @dataclass(frozen=True)
@@ -204,18 +221,18 @@ def _validated(value: Any) -> PipelineBody:
     if not isinstance(value, dict):
         raise Problem(422, "The body must be a JSON object with the key `steps`.")
     try:
-        return PipelineBody.model_validate(value)
+        return PipelineBody.of(value)
     except ValidationError as error:
-        found = [_shape(e, value) for e in error.errors(include_url=False, include_context=False)]
+        found = [_shape(each, value) for each in errors_of(error)]
         raise fields_refused(list({each["field"]: each for each in found}.values())) from None
 
 
 def _shape(error: Any, value: Mapping[str, Any]) -> dict[str, str]:
     parts = error["loc"][:3] if error["loc"][:1] == ("steps",) else error["loc"][:1]
-    field = ".".join(str(part) for part in parts)[:200] or "body"
-    of: type[BaseModel] = StepBody if len(parts) == 3 else PipelineBody
+    name = ".".join(str(part) for part in parts)[:200] or "body"
+    of: type[Body] = StepBody if len(parts) == 3 else PipelineBody
     details = {
-        "extra_forbidden": f"Unknown field. The known fields are {', '.join(f'`{n}`' for n in of.model_fields)}.",
+        "extra_forbidden": f"Unknown field. The known fields are {', '.join(f'`{n}`' for n in of.names())}.",
         "missing": "This field is required.",
         "too_long": f"Exceeds the limit of {STEPS_LIMIT} steps.",
         "too_short": "Must have at least one step.",
@@ -223,7 +240,7 @@ def _shape(error: Any, value: Mapping[str, Any]) -> dict[str, str]:
     detail = details.get(error["type"], error["msg"])
     if len(parts) == 3 and isinstance(step := value["steps"][parts[1]], dict) and isinstance(step.get("name"), str):
         detail = f"Step `{step['name'][:32]}`: {detail}"
-    return {"field": field, "detail": detail}
+    return {"field": name, "detail": detail}
 
 
 class _Filling:
@@ -297,7 +314,7 @@ def _step(asked: PipelineBody, number: int, invalid: Violations, filling: _Filli
         found.append({"field": "name", "detail": detail})
     elif any(other.name == body.name for other in asked.steps[:number]):
         found.append({"field": "name", "detail": "Another step has this name."})
-    request = body.model_dump(include={"model", "version", "deployment", "lifetime"}, exclude_none=True)
+    request = body.given("model", "version", "deployment", "lifetime")
     try:
         _reference(request)
     except Problem as problem:

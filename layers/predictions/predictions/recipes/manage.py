@@ -15,8 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pydantic import ValidationError
-
+from predictions.bodies import ValidationError, errors_of
 from predictions.clock import timestamp
 from predictions.errors import Problem
 from predictions.ids import random_id
@@ -215,10 +214,9 @@ class RecipeChanges:
         if not isinstance(value, dict):
             raise Problem(422, "The body must be a JSON object with the key `input`.")
         try:
-            asked = RecipeBody.model_validate(value)
+            asked = RecipeBody.of(value)
         except ValidationError as error:
-            found = error.errors(include_url=False, include_context=False)
-            fields = [(".".join(map(str, each["loc"]))[:200] or "body", each) for each in found]
+            fields = [(".".join(map(str, each["loc"]))[:200] or "body", each) for each in errors_of(error)]
             raise fields_refused([field_problem(field, each) for field, each in fields]) from None
         named = asked.name or name or ""
         if not re.fullmatch(NAME, named, re.ASCII) or named != (name or named):

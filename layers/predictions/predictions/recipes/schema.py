@@ -1,10 +1,10 @@
 """The body of a recipe, as the routes validate it and the OpenAPI document describes it."""
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from predictions.intents.model import WebhookEvent
+from predictions.bodies import OBJECT, Body, Checks, choice, optional, text, whole
+from predictions.intents.model import EVENTS, LIFETIME, TARGET_NAME, WebhookEvent
 
 NAME = r"[a-z0-9][a-z0-9-]{0,62}"
 """The pattern of a whole recipe name."""
@@ -14,57 +14,75 @@ NAME = r"[a-z0-9][a-z0-9-]{0,62}"
 _BYTES_LIMIT = 5_000_000_000
 
 
-class S3Body(BaseModel):
+@dataclass(kw_only=True)
+class S3Body(Body):
     """Objects that start a recipe."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     bucket: Literal["inputs", "source"] = "inputs"
-    prefix: str = Field(max_length=512)
-    suffix: str | None = Field(default=None, min_length=1, max_length=256)
-    min_bytes: int | None = Field(default=None, ge=0, le=_BYTES_LIMIT)
-    max_bytes: int | None = Field(default=None, ge=0, le=_BYTES_LIMIT)
+    prefix: str
+    suffix: str | None = None
+    min_bytes: int | None = None
+    max_bytes: int | None = None
+
+    checks: ClassVar[Checks] = {
+        "bucket": choice(("inputs", "source")), "prefix": text(most=512), "suffix": optional(text(1, 256)),
+        "min_bytes": optional(whole(0, _BYTES_LIMIT)), "max_bytes": optional(whole(0, _BYTES_LIMIT)),
+    }  # fmt: skip
 
 
-class ScheduleBody(BaseModel):
+@dataclass(kw_only=True)
+class ScheduleBody(Body):
     """Times that start a recipe."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    expression: str
+    time_zone: str | None = None
 
-    expression: str = Field(max_length=256)
-    time_zone: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_+/-]{1,50}$")
+    checks: ClassVar[Checks] = {
+        "expression": text(most=256), "time_zone": optional(text(pattern=r"^[A-Za-z0-9_+/-]{1,50}$")),
+    }  # fmt: skip
 
 
 MAX_CONCURRENCY = 1000
 """The limit of lines of a batch that run concurrently."""
 
 
-class BatchLimits(BaseModel):
+@dataclass(kw_only=True)
+class BatchLimits(Body):
     """The limits of a batch's execution."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    max_concurrency: int = 20
+    tolerated_failure_percentage: int = 100
 
-    max_concurrency: int = Field(default=20, ge=1, le=MAX_CONCURRENCY)
-    tolerated_failure_percentage: int = Field(default=100, ge=0, le=100)
+    checks: ClassVar[Checks] = {
+        "max_concurrency": whole(1, MAX_CONCURRENCY),
+        "tolerated_failure_percentage": whole(0, 100),
+    }
 
 
-class RecipeBody(BaseModel):
+@dataclass(kw_only=True)
+class RecipeBody(Body):
     """The fields of `PUT /recipes/{name}`; `POST /recipes` has `name` in it too."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    name: str | None = Field(default=None, pattern=f"^{NAME}$")
-    model: str | None = Field(default=None, max_length=256)
-    version: str | None = Field(default=None, max_length=256)
-    deployment: str | None = Field(default=None, max_length=256)
+    name: str | None = None
+    model: str | None = None
+    version: str | None = None
+    deployment: str | None = None
     input: dict[str, Any]
     defaults: dict[str, Any] | None = None
-    webhook: str | None = Field(default=None, max_length=2048)
-    webhook_events_filter: list[WebhookEvent] | None = Field(default=None, max_length=4)
+    webhook: str | None = None
+    webhook_events_filter: list[WebhookEvent] | None = None
     lifetime: str | int | None = None
-    output_prefix: str | None = Field(default=None, max_length=512)
+    output_prefix: str | None = None
     s3: S3Body | None = None
     pattern: dict[str, Any] | None = None
     bus: Literal["default", "stack"] | None = None
     schedule: ScheduleBody | None = None
     batches: BatchLimits | None = None
+
+    checks: ClassVar[Checks] = {
+        "name": optional(text(pattern=f"^{NAME}$")), "model": TARGET_NAME, "version": TARGET_NAME,
+        "deployment": TARGET_NAME, "input": OBJECT, "defaults": optional(OBJECT), "webhook": optional(text(most=2048)),
+        "webhook_events_filter": EVENTS, "lifetime": LIFETIME, "output_prefix": optional(text(most=512)),
+        "s3": optional(S3Body.schema()), "pattern": optional(OBJECT), "bus": optional(choice(("default", "stack"))),
+        "schedule": optional(ScheduleBody.schema()), "batches": optional(BatchLimits.schema()),
+    }  # fmt: skip

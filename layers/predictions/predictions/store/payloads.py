@@ -86,10 +86,10 @@ class Payloads:
         if report.data_removed:
             stored = self.get_text(prediction.id, sk)
             if stored is not None:
-                return report.model_copy(update={**json.loads(stored), "data_removed": False})
+                return report.changed(**json.loads(stored), data_removed=False)
             if report.status == Status.SUCCEEDED:
                 removed = "Replicate had removed the output before this stack could read it."
-                report = report.model_copy(update={"error": removed})
+                report = report.changed(error=removed)
         self.put_text(prediction.id, sk, _result_json(report.output, report.logs), prediction.expires_at, condition=NEW)
         return report
 

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
 
 import httpx
 
 from predictions.clock import parse_rfc3339, rfc3339
-from predictions.net.client import read_up_to, run_in_time
+from predictions.net.client import read_up_to, run_in_time, usual_authorities
 from predictions.observability import MetricUnit, metrics
 from predictions.upstream.bounded_json import LIGHT_BYTES, Unscannable, elements, members, read_members
 from predictions.upstream.credentials import Token
@@ -138,17 +139,21 @@ class Replicate:
     Args:
         url: The API's base URL, ending in `/v1`.
         token: Gives the token; asked before each call, so that it can be changed at any time.
-        http: The client to use; it must not follow redirects, since the token goes with every request.
+        http: The client to use, or makes it; it must not follow redirects, since the token goes with every request.
         creates: The client for creates (see `upstream.create_window`); by default `http`.
     """
 
     def __init__(
-        self, url: str, token: Token, http: httpx.Client, creates: Callable[[], httpx.Client] | None = None
+        self,
+        url: str,
+        token: Token,
+        http: httpx.Client | Callable[[], httpx.Client],
+        creates: Callable[[], httpx.Client] | None = None,
     ) -> None:
         self._url = url.rstrip("/")
         self._token = token
-        self._http = http
-        self._creates = creates or (lambda: http)
+        self._reads: Callable[[], httpx.Client] = (lambda: http) if isinstance(http, httpx.Client) else http
+        self._creates = creates or self._reads
 
     @classmethod
     def from_env(cls) -> "Replicate":
@@ -157,17 +162,19 @@ class Replicate:
             "timeout": httpx.Timeout(CREATE_TIMEOUT_SECONDS, connect=_CONNECT_SECONDS),
             "headers": {"User-Agent": "replicate-serverless", "Accept": "application/json"},
         }
-        http = httpx.Client(follow_redirects=False, trust_env=False, **options)
-        made: list[httpx.Client] = []
 
+        # Each is made with its first call: many invocations need neither.
+        @cache
+        def reads() -> httpx.Client:
+            return httpx.Client(follow_redirects=False, trust_env=False, verify=usual_authorities(), **options)
+
+        @cache
         def creates() -> httpx.Client:
-            from predictions.upstream.create_window import single_use_client  # loaded with the first create
+            from predictions.upstream.create_window import single_use_client
 
-            if not made:
-                made.append(single_use_client(**options))
-            return made[0]
+            return single_use_client(**options)
 
-        return cls(os.environ["REPLICATE_API_URL"], Token(os.environ["REPLICATE_TOKEN_SECRET_ARN"]), http, creates)
+        return cls(os.environ["REPLICATE_API_URL"], Token(os.environ["REPLICATE_TOKEN_SECRET_ARN"]), reads, creates)
 
     def calls_back(self, webhook: str) -> bool:
         """Return whether Replicate accepts a webhook URL: it refuses a local cloud's."""
@@ -410,7 +417,7 @@ class Replicate:
         try:
             # A piece of compressed text may hold a thousand times as much.
             headers = {"Authorization": f"Bearer {self._token.value()}", "Accept-Encoding": "identity"}
-            with self._http.stream("GET", url, headers=headers, timeout=timeout_seconds) as response:
+            with self._reads().stream("GET", url, headers=headers, timeout=timeout_seconds) as response:
                 if response.status_code in (401, 402, 403):
                     self._token.forget()
                 yield response
@@ -442,7 +449,7 @@ class Replicate:
             window.check()
             request["extensions"] = {"window": window}
         began = time.monotonic()
-        http = self._creates() if create else self._http
+        http = self._creates() if create else self._reads()
         with http.stream(method, url, headers=headers, **request) as response:
             if "Prefer" not in headers:  # else it waited for the model
                 seconds = time.monotonic() - began

@@ -23,7 +23,7 @@ from typing import Any
 import httpcore
 import httpx
 
-from predictions.net.client import ResponseStream, TimedNetwork, exchange
+from predictions.net.client import ResponseStream, TimedNetwork, exchange, usual_authorities
 
 _RESET_WHEN_CLOSED: httpcore.SOCKET_OPTION = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -78,7 +78,7 @@ class SingleUseTransport(httpx.BaseTransport):
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request, within the window in its extensions, if any."""
         if self._tls is None:
-            self._tls = httpx.create_ssl_context(trust_env=False)
+            self._tls = usual_authorities()
         window = request.extensions.get("window")
         pool = httpcore.ConnectionPool(
             ssl_context=self._tls,

@@ -20,12 +20,11 @@ JSON Schema itself: https://json-schema.org/draft/2020-12/json-schema-validation
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic.alias_generators import to_camel
-from pydantic_core import SchemaError, SchemaValidator, core_schema
+from pydantic_core import SchemaError, SchemaValidator, ValidationError, core_schema
 
 from predictions.errors import PredictionsError
 from predictions.validation import UNKNOWN_FIELD
@@ -76,16 +75,18 @@ class NotChecked(PredictionsError):
     """A check takes too many steps; the input is not known to be right or wrong."""
 
 
-class _Node(BaseModel):
+_ABSENT = object()
+
+
+@dataclass(kw_only=True)
+class _Node:
     """One schema, as far as it is checked; what else it says is ignored."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, alias_generator=to_camel)
-
-    ref: str | None = Field(default=None, alias="$ref")
+    ref: str | None = None
     type: _Kind | list[_Kind] | None = None
     nullable: bool | None = None
     enum: list[Any] | None = None
-    const: Any = None
+    const: Any = _ABSENT
     minimum: int | float | None = None
     maximum: int | float | None = None
     exclusive_minimum: bool | int | float | None = None
@@ -123,6 +124,56 @@ class _Node(BaseModel):
         return (node for node in within if isinstance(node, _Node))
 
 
+def _reader() -> SchemaValidator:
+    """Return what reads a schema into a `_Node`, strictly: with pydantic's core alone, see `bodies`."""
+    anything, text, whole = core_schema.any_schema(), core_schema.str_schema(), core_schema.int_schema()
+    boolean, kind = core_schema.bool_schema(), core_schema.literal_schema(list(_KINDS))
+    number = core_schema.union_schema([whole, core_schema.float_schema()])
+    limit = core_schema.union_schema([boolean, whole, core_schema.float_schema()])
+    node = core_schema.union_schema([(core_schema.definition_reference_schema("node"), "_Node"), (boolean, "bool")])
+    nodes = core_schema.list_schema(node)
+    members: list[tuple[str, str, core_schema.CoreSchema]] = [
+        ("ref", "$ref", text),
+        ("type", "type", core_schema.union_schema([kind, core_schema.list_schema(kind)])),
+        ("nullable", "nullable", boolean),
+        ("enum", "enum", core_schema.list_schema(anything)),
+        ("const", "const", anything),
+        ("minimum", "minimum", number),
+        ("maximum", "maximum", number),
+        ("exclusive_minimum", "exclusiveMinimum", limit),
+        ("exclusive_maximum", "exclusiveMaximum", limit),
+        ("min_length", "minLength", whole),
+        ("max_length", "maxLength", whole),
+        ("pattern", "pattern", text),
+        ("format", "format", text),
+        ("items", "items", node),
+        ("min_items", "minItems", whole),
+        ("max_items", "maxItems", whole),
+        ("properties", "properties", core_schema.dict_schema(text, node)),
+        ("required", "required", core_schema.list_schema(text)),
+        ("additional_properties", "additionalProperties", node),
+        ("pattern_properties", "patternProperties", core_schema.dict_schema(text, anything)),
+        ("all_of", "allOf", nodes),
+        ("any_of", "anyOf", nodes),
+        ("one_of", "oneOf", nodes),
+    ]
+    fields = {
+        name: core_schema.typed_dict_field(core_schema.nullable_schema(check), required=False, validation_alias=alias)
+        for name, alias, check in members
+    }
+    strict = core_schema.CoreConfig(strict=True)
+    whole_node = core_schema.no_info_after_validator_function(
+        lambda found: _Node(**found),
+        core_schema.typed_dict_schema(fields, extra_behavior="ignore", config=strict),
+        ref="node",
+    )
+    reference = core_schema.definition_reference_schema("node")
+    return SchemaValidator(core_schema.definitions_schema(reference, [whole_node]), strict)
+
+
+_READER = _reader()
+
+
 class InputSchema:
     """The schema of a model's input, ready to check with.
 
@@ -149,7 +200,7 @@ class InputSchema:
                 raise UnusableSchema(f"the schema {name[:_SHOWN_CHARACTERS]!a} is missing")
             size = _measure(schemas[name], size)
             try:
-                node = _Node.model_validate(schemas[name])
+                node: _Node = _READER.validate_python(schemas[name])
             except ValidationError as error:
                 where = ".".join(str(part) for part in error.errors(include_url=False, include_input=False)[0]["loc"])
                 raise UnusableSchema(f"it is malformed at {where[:200]!a}") from None
@@ -264,7 +315,7 @@ class _Check:
             more = f" and {len(choices) - _SHOWN_CHOICES} more" if len(choices) > _SHOWN_CHOICES else ""
             shown = ", ".join(_shown(choice) for choice in choices[:_SHOWN_CHOICES])
             self._add(found, path, f"Must be one of {shown or 'no values at all'}{more}.")
-        if "const" in node.model_fields_set and _comparable(value) != _comparable(node.const):
+        if node.const is not _ABSENT and _comparable(value) != _comparable(node.const):
             self._add(found, path, f"Must be {_shown(node.const)}.")
 
     def _check_number(self, node: _Node, value: float, path: tuple[str, ...], found: list[Violation]) -> None:
