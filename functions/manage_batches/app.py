@@ -42,7 +42,7 @@ def make() -> Response:
 def list_() -> Response:
     """`GET /batches?cursor=`: up to 25 batches, newest first."""
     owner = owner_with(app, "read")
-    older, start = read_cursor(app.request.query("cursor", ""))
+    older, start = read_cursor(app.request.query_value("cursor", ""))
     page, more = control.page(owner, start, older=older, size=PAGE_SIZE)
     first, last = (page[0].listed_at, page[-1].listed_at) if page else (None, None)
     results = [_show(batch) for batch in page]

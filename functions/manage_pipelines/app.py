@@ -39,7 +39,7 @@ def get(pipeline_id: str) -> Response:
 def list_() -> Response:
     """`GET /pipelines?cursor=`: up to 100 pipelines without their steps, newest first."""
     owner = owner_with(app, "read")
-    older, start = read_cursor(app.request.query("cursor", ""))
+    older, start = read_cursor(app.request.query_value("cursor", ""))
     results, first, beyond = pipelines.list_pipelines(owner, start, older=older, size=PAGE_SIZE)
     return json_response(200, page_body("/pipelines", start, results, older=older, first=first, beyond=beyond))
 

@@ -26,7 +26,7 @@ def create() -> Response:
 def list_() -> Response:
     """`GET /recipes?cursor=`: up to 50 recipes, newest first."""
     owner = owner_with(app, "manage")
-    older, start = read_cursor(app.request.query("cursor", ""))
+    older, start = read_cursor(app.request.query_value("cursor", ""))
     page, more = recipes.page(owner, start, older=older, size=PAGE_SIZE)
     first, last = (page[0].listed_at, page[-1].listed_at) if page else (None, None)
     results = [show_recipe(recipe) for recipe in page]

@@ -46,7 +46,7 @@ def document() -> Response:
 
 
 def _query(*names: str) -> dict[str, str]:
-    asked = {name: app.request.query(name) for name in names}
+    asked = {name: app.request.query_value(name) for name in names}
     return {name: text for name, text in asked.items() if text is not None}
 
 

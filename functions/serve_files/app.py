@@ -15,7 +15,7 @@ links = Links.from_env()
 @app.route("/files/<file_id>/download", "GET", "HEAD")
 def download(file_id: str) -> Response:
     """`GET /files/{id}/download?owner=&expiry=&signature=`: 302 to S3; the same 404 for every error."""
-    asked = {name: app.request.query(name, "") for name in ("owner", "expiry", "signature")}
+    asked = {name: app.request.query_value(name, "") for name in ("owner", "expiry", "signature")}
     complete = is_id(file_id) and all(asked.values())
     return _redirect(files.download_url(file_id, **asked, for_head=_is_head()) if complete else None)
 
@@ -23,7 +23,7 @@ def download(file_id: str) -> Response:
 @app.route("/objects/<bucket>/<name>", "GET", "HEAD")
 def open_object(bucket: str, name: str) -> Response:  # noqa: ARG001  # the name is for readers of the URL
     """`GET /objects/{bucket}/{name}?key=&expires=&signature=`, and `version_id`: as above."""
-    query = app.request.query
+    query = app.request.query_value
     asked = {name: query(name, "") for name in ("key", "expires", "signature")}
     return _redirect(links.open(bucket, version_id=query("version_id"), **asked, for_head=_is_head()))
 

@@ -39,7 +39,7 @@ def announce() -> Response:
 def list_() -> Response:
     """`GET /files?cursor=`: up to 100 files, newest first."""
     owner = owner_with(app, "read")
-    older, start = read_cursor(app.request.query("cursor", ""))
+    older, start = read_cursor(app.request.query_value("cursor", ""))
     page, more = files.list(owner, start, older=older, size=PAGE_SIZE)
     first, last = (place(page[0]), place(page[-1])) if page else (None, None)
     results = [file.show(api_url()) for file in page]

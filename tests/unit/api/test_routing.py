@@ -127,7 +127,7 @@ def test_a_request_without_optional_members_is_read() -> None:
     @router.get("/here")
     def here() -> Response:
         request = router.request
-        found.extend([request.headers, request.queries, request.query("a"), request.query("a", "b")])
+        found.extend([request.headers, request.queries, request.query_value("a"), request.query_value("a", "b")])
         found.append(request.owner_context)
         return Response(204)
 

@@ -64,12 +64,12 @@ class Request:
         return self.event.get("multiValueQueryStringParameters") or {}
 
     @overload
-    def query(self, name: str) -> str | None: ...
+    def query_value(self, name: str) -> str | None: ...
 
     @overload
-    def query(self, name: str, default: str) -> str: ...
+    def query_value(self, name: str, default: str) -> str: ...
 
-    def query(self, name: str, default: str | None = None) -> str | None:
+    def query_value(self, name: str, default: str | None = None) -> str | None:
         """Return a query parameter's last value."""
         return (self.event.get("queryStringParameters") or {}).get(name, default)
 
