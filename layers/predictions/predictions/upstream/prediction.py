@@ -8,7 +8,7 @@ import copy
 import json
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from predictions.errors import PredictionsError
@@ -135,7 +135,7 @@ class UpstreamPrediction:
         found = cls.parse({name: read_json(text, replace=True) for name, text in texts.items()})
         if rank_of(found.status) < TERMINAL_RANK:
             return found
-        return replace(found, status=Status.PROCESSING.value, error=None)
+        return found.changed(status=Status.PROCESSING.value, error=None)
 
     def failed_for_its_size(self) -> "UpstreamPrediction":
         """Return this as finished: `failed`, unless Replicate reports another end."""
