@@ -23,7 +23,11 @@ class _Texts(yaml.SafeLoader):
     """Reads dates as the texts that they are written as."""
 
 
-_Texts.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+def _as_written(_: _Texts, node: yaml.Node) -> str:
+    return str(node.value)
+
+
+_Texts.add_constructor("tag:yaml.org,2002:timestamp", _as_written)
 
 
 def main() -> int:

@@ -211,6 +211,7 @@ def test_commands_are_these() -> None:
         "outputs archive", "webhooks redeliver", "webhooks rotate", "secrets rotate", "secrets refresh",
         "tokens create", "tokens list", "tokens revoke", "limits set", "limits list", "limits remove",
         "pause", "resume", "status", "urls keys", "kept", "doctor",
+        "prices set", "prices remove", "prices list", "prices check", "prices apply",
     }  # fmt: skip
 
 

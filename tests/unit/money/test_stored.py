@@ -78,7 +78,7 @@ def test_model_in_two_files_of_the_repository_is_refused() -> None:
 
 def test_shipped_price_applies_until_the_stack_has_its_own(prices: StackPrices) -> None:
     assert prices.cost_of(run(SCHNELL), 0).micro_dollars == 3000
-    prices.change(lambda entries: {**entries, SCHNELL: ENTRY})
+    prices.write_entries(lambda entries: {**entries, SCHNELL: ENTRY})
     assert prices.cost_of(run(SCHNELL), AGE_SECONDS - 1).micro_dollars == 3000
     cost = prices.cost_of(run(SCHNELL), AGE_SECONDS)
     assert (cost.micro_dollars, cost.price) == (500_000, f"{SCHNELL}#1@2026-11-30")
@@ -113,7 +113,7 @@ def test_prices_that_cannot_be_read_leave_the_cost_unknown_and_raise_nothing(
 def test_prices_that_were_read_before_stay_in_use_while_the_table_fails(
     prices: StackPrices, table: CountedTable
 ) -> None:
-    prices.change(lambda entries: {**entries, "o/m": ENTRY})
+    prices.write_entries(lambda entries: {**entries, "o/m": ENTRY})
     assert prices.cost_of(run("o/m"), 0).micro_dollars == 500_000
     table.fails = True
     assert prices.cost_of(run("o/m"), 10 * AGE_SECONDS).micro_dollars == 500_000
@@ -128,29 +128,29 @@ def test_damaged_item_leaves_costs_unknown(prices: StackPrices, table: CountedTa
 def test_invalid_change_writes_nothing_and_names_the_field(prices: StackPrices, table: CountedTable) -> None:
     bad = {**ENTRY, "tiers": [{"prices": {"image_output_count": "-1"}}]}
     with pytest.raises(BookInvalid, match=r"^o/m\.tiers\[0\]\.prices\.image_output_count: "):
-        prices.change(lambda entries: {**entries, "o/m": bad})
+        prices.write_entries(lambda entries: {**entries, "o/m": bad})
     many = {f"o/m{n}": {**ENTRY, "source": "https://replicate.com/" + "x" * 200} for n in range(300)}
     with pytest.raises(BookInvalid, match="exceeds the limit of 65536"):
-        prices.change(lambda entries: many)
+        prices.write_entries(lambda entries: many)
     assert table.get_item(BOOK) is None
 
 
 def test_second_of_two_changes_at_the_same_time_is_refused(prices: StackPrices, table: CountedTable) -> None:
     def change(entries: dict[str, Any]) -> dict[str, Any]:
-        StackPrices(table).change(lambda there: {**there, "o/first": ENTRY})
+        StackPrices(table).write_entries(lambda there: {**there, "o/first": ENTRY})
         return {**entries, "o/second": ENTRY}
 
     with pytest.raises(PricesChanged, match="Repeat this one"):
-        prices.change(change)
+        prices.write_entries(change)
     entries, changes = prices.own_entries()
     assert (set(entries), changes) == ({"o/first"}, 1)
-    prices.change(lambda there: {**there, "o/second": ENTRY})
+    prices.write_entries(lambda there: {**there, "o/second": ENTRY})
     assert prices.own_entries()[0].keys() == {"o/first", "o/second"}
 
 
 def test_change_that_is_made_twice_changes_nothing_more(prices: StackPrices, table: CountedTable) -> None:
     for _ in range(2):
-        prices.change(lambda entries: {**entries, "o/m": ENTRY}, 5)
+        prices.write_entries(lambda entries: {**entries, "o/m": ENTRY}, 5)
     item = table.get_item(BOOK)
     assert item is not None
     assert (json.loads(item["json"]), item["changed_at"]) == ({"o/m": ENTRY}, 5)

@@ -83,7 +83,7 @@ class Tier:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class PriceEntry:
     """The prices of a model, deployment or training, or of hardware.
 
     Attributes:
@@ -110,9 +110,9 @@ class Book:
 
     def __init__(self, entries: Mapping[str, Any]) -> None:
         self._raw = entries
-        self._read: dict[str, Entry] = {}
+        self._read: dict[str, PriceEntry] = {}
 
-    def find(self, *keys: str) -> Entry | None:
+    def find(self, *keys: str) -> PriceEntry | None:
         """Return the entry of the first key that has one, or None.
 
         Raises:
@@ -125,7 +125,7 @@ class Book:
                 return self._read[key]
         return None
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[PriceEntry]:
         """Return all entries, by key.
 
         Raises:
@@ -164,7 +164,7 @@ def check_book(book: Any) -> dict[str, Any]:
     return book
 
 
-def read_entry(key: Any, value: Any) -> Entry:
+def read_entry(key: Any, value: Any) -> PriceEntry:
     """Check an entry and return it.
 
     Raises:
@@ -182,7 +182,7 @@ def read_entry(key: Any, value: Any) -> Entry:
     if not source.startswith("https://"):
         raise BookInvalid(f"{key}.source", f"must be a link that begins with https:// (got {_shown(source)}).")
     if hardware:
-        return Entry(key, read_at, source, second=read_price(f"{key}.second", members["second"]))
+        return PriceEntry(key, read_at, source, second=read_price(f"{key}.second", members["second"]))
     tiers = members["tiers"]
     if not isinstance(tiers, list) or not 1 <= len(tiers) <= TIERS_LIMIT:
         got = f"{len(tiers)}" if isinstance(tiers, list) else _kind(tiers)
@@ -193,7 +193,7 @@ def read_entry(key: Any, value: Any) -> Entry:
             raise BookInvalid(f"{key}.tiers[{n}].when", "is missing, so that no later tier ever applies: put it last.")
         if any(tier.when == later.when for later in read[n + 1 :]):
             raise BookInvalid(f"{key}.tiers[{n}].when", "is that of a later tier too, which would never apply.")
-    return Entry(key, read_at, source, read)
+    return PriceEntry(key, read_at, source, read)
 
 
 def read_price(field: str, value: Any) -> Decimal:

@@ -3,7 +3,7 @@
 An unknown cost is None with its reason, never 0. A prediction that is not billed costs 0, with the reason.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -103,8 +103,17 @@ def cost_of(run: Run, book: Book) -> Cost:
     return Cost(micro_dollars, None, f"{entry.key}#{n}@{entry.date}")
 
 
+def total(costs: Iterable[Cost]) -> Cost:
+    """Add costs; the sum is unknown if one of them is."""
+    found = list(costs)
+    known = [cost.micro_dollars for cost in found if cost.micro_dollars is not None]
+    if len(known) < len(found):
+        return Cost(None, f"The cost of {len(found) - len(known)} of {len(found)} predictions is unknown.")
+    return Cost(sum(known))
+
+
 def key_of(run: Run) -> str:
-    """Return the key of the entry that would price a run, for who adds it; empty if its model is not known."""
+    """Return the key of an entry that would price a run; empty if its model is not known."""
     return (_keys(run) or [""])[-1]
 
 

@@ -85,7 +85,7 @@ class StackPrices:
             raise BookInvalid("book", "must be an object of entries by key.")
         return entries, int(item.get("changes", 0))
 
-    def change(self, change: Callable[[dict[str, Any]], Mapping[str, Any]], now: float | None = None) -> None:
+    def write_entries(self, change: Callable[[dict[str, Any]], Mapping[str, Any]], now: float | None = None) -> None:
         """Change the stack's own entries.
 
         Twice: the second finds what the first wrote, and writes the same. Two commands at the same time: one of them
