@@ -1,7 +1,6 @@
 """Commands for prices: what they write, what they refuse, and costs of what has ended without one."""
 
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,12 +40,11 @@ def table(items: Table, clock: Clock) -> PredictionsTable:
 
 
 @pytest.fixture(autouse=True)
-def stack(items: Table, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def stack(items: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stack that every command names."""
     outputs = {"TableName": "predictions", "OutputsBucketName": "outputs"}
     monkeypatch.setattr(Stack, "output", lambda _, key: outputs[key])
     monkeypatch.setattr(Stack, "client", lambda _, name: clients.client(name))
-    return
 
 
 def own(items: Table) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from tests.support.stream import Bus, make
 from tests.support.webhook_queue import stream
 
 SCHNELL = "black-forest-labs/flux-schnell"
-IMAGE = {"model": SCHNELL, "metrics": {"image_output_count": 1, "predict_time": 0.8}}
+IMAGE: dict[str, Any] = {"model": SCHNELL, "metrics": {"image_output_count": 1, "predict_time": 0.8}}
 PRICE = f"{SCHNELL}#1@2026-10-07"
 KNOWN = {"micro_dollars": 3000, "reason": None, "price": PRICE}
 
