@@ -39,7 +39,9 @@ PREDICT_TIME = "predict_time"
 _PARTS_LIMIT = 10
 _TEXT_LIMIT_CHARACTERS = 300
 _MODEL = rf"{NAME}/{NAME}(?::[0-9a-f]{{64}})?"
-_KEY = re.compile(rf"(?:training:)?{_MODEL}|deployment:{NAME}/{NAME}|hardware:[a-z0-9][a-z0-9.-]{{0,62}}", re.ASCII)
+_SKU = r"[a-z0-9][a-z0-9.-]{0,62}"
+# Compiled where a book is checked, not where a price is looked up: that takes longer than all else in this module.
+_KEY = rf"(?:training:)?{_MODEL}|deployment:{NAME}/{NAME}|hardware:{_SKU}"
 _PRICE = re.compile(r"(?:0|[1-9][0-9]{0,5})(?:\.[0-9]{1,12})?", re.ASCII)
 # The metrics that Replicate's own models record for billing, and any name of their form, since new ones are added. A
 # criterion is a metric that says which kind of run it was.
@@ -121,7 +123,7 @@ class Book:
         for key in keys:
             if key in self._raw:
                 if key not in self._read:
-                    self._read[key] = read_entry(key, self._raw[key])
+                    self._read[key] = _entry(key, self._raw[key])
                 return self._read[key]
         return None
 
@@ -170,10 +172,14 @@ def read_entry(key: Any, value: Any) -> PriceEntry:
     Raises:
         BookInvalid: It is invalid.
     """
-    if not isinstance(key, str) or not _KEY.fullmatch(key):
+    if not isinstance(key, str) or not re.fullmatch(_KEY, key, re.ASCII):
         raise BookInvalid(
             _shown(key), "is no key. Use owner/name, owner/name:version, deployment:…, training:… or hardware:sku."
         )
+    return _entry(key, value)
+
+
+def _entry(key: str, value: Any) -> PriceEntry:
     hardware = key.startswith("hardware:")
     needed = {"date", "source", "second" if hardware else "tiers"}
     members = _members(key, value, needed, needed)
@@ -221,7 +227,7 @@ def _tier(field: str, value: Any) -> Tier:
     prices = _named(f"{field}.prices", members.get("prices", {}), _METRIC, "metric")
     hardware = members.get("hardware")
     if hardware is not None:
-        if not isinstance(hardware, str) or not _KEY.fullmatch(f"hardware:{hardware}"):
+        if not isinstance(hardware, str) or not re.fullmatch(_SKU, hardware, re.ASCII):
             raise BookInvalid(f"{field}.hardware", f"must be a sku such as gpu-l40s (got {_shown(hardware)}).")
         if PREDICT_TIME in prices:
             raise BookInvalid(f"{field}.hardware", f"bills {PREDICT_TIME}, which `prices` bills too: leave out one.")
