@@ -553,7 +553,7 @@ ONLY_IN: dict[str, type[Scenario]] = {
     "a training is looked for among predictions": Trainings,
     "a GET asks Replicate each time": Watchers,
     "a GET shows what Replicate says": Watchers,
-    "what may have been accepted costs nothing": HiddenWebhooks,
+    "what may have been accepted costs nothing": HiddenDeployments,
     "an old execution is woken by an error that it does not catch": Upgrade,
     "the lease of an execution that copied nothing is not taken over": Upgrade,
     "no look for creates of unknown outcome": UnknownCreates,
