@@ -82,6 +82,10 @@ class Faults:
         self._focus, self._stream_lag, self.poll_seconds = None, 0.5, 0.2
         self.very_late = self.stops = self.doubled_sweeps = self.long_runs = False
 
+    def invoke_twice(self) -> None:
+        """Step Functions is often told that an invocation failed that did not, or makes two of one."""
+        self._invoke = 0.6
+
     def lose_webhooks(self) -> None:
         """No webhook of Replicate's arrives."""
         self._lost = 1.0
@@ -99,6 +103,11 @@ class Faults:
         if self._slowness and self._rng.random() < self._slowness:
             return self._rng.choice((0.2, 1.0, 3.0))
         return 0.01
+
+    @property
+    def slowest_answer(self) -> float:
+        """The seconds that an answer of AWS's takes at most."""
+        return 3.0 if self._slowness else 0.01
 
     def of_aws(self, service: str, operation: str) -> str | None:
         process = self._scheduler.current

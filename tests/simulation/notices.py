@@ -12,7 +12,7 @@ from tests.simulation.callers import SENDERS, Wanted
 from tests.simulation.machine import Told
 from tests.simulation.receivers import Call
 from tests.simulation.scenario import Scenario
-from tests.simulation.upstream import TERMINAL
+from tests.simulation.upstream import TERMINAL, Run
 from tests.support.scheduler import BEGIN
 
 DAY_SECONDS = 86400.0
@@ -80,6 +80,7 @@ class Webhooks(Scenario):
             if call.taken:
                 taken.setdefault(call.webhook_id, []).append(call)
         self._check_order(id_, calls)
+        self._check_contents(id_, calls)
         struck = self.world.faults.struck
         again = 1 + struck.get("handed over again", 0) + 2 * struck.get("aws", 0) + struck.get("timed out", 0)
         for webhook_id, each in taken.items():
@@ -97,10 +98,22 @@ class Webhooks(Scenario):
     def _check_order(self, id_: str, calls: list[Call]) -> None:
         """Nothing begins after the end has begun, except a request that was about to."""
         ends = [call.at for call in calls if call.webhook_id.startswith(f"{id_}-completed-")]
+        about_to = ABOUT_TO_SECONDS + 3 * self.world.faults.slowest_answer
         for call in calls:
             event = call.webhook_id.split("-")[1]
-            if event != "completed" and ends and call.at > min(ends) + ABOUT_TO_SECONDS:
+            if event != "completed" and ends and call.at > min(ends) + about_to:
                 self.bad(f"{call.webhook_id} came {call.at - min(ends):.0f} s after the end was told")
+
+    def _check_contents(self, id_: str, calls: list[Call]) -> None:
+        """No two webhooks tell the same output or the same logs, to a receiver who took the first of them."""
+        told: dict[tuple[str, str], str] = {}
+        for call in calls:
+            event = call.webhook_id.split("-")[1]
+            if event not in ("output", "logs"):
+                continue
+            first = told.setdefault((event, json.dumps(call.told[event])), call.webhook_id)
+            if first != call.webhook_id and all(each.taken for each in calls if each.webhook_id == first):
+                self.bad(f"{id_}: {call.webhook_id} tells what {first} has told")
 
     def _check_completed(self, item: dict[str, Any], kind: str, taken: list[Call], given_up: Counter[str]) -> None:
         id_ = item["id"]
@@ -120,6 +133,30 @@ class Webhooks(Scenario):
         calls = [call for each in self.world.receivers.calls.values() for call in each]
         letters = len(self.world.queues["DeliveriesDeadLetterQueue"].messages)
         return {"tries": len(calls), "delivered": sum(call.taken for call in calls), "given up": letters}
+
+
+class WebhooksInARow(Webhooks):
+    """Runs of a few seconds that tell all they can, by a queue that keeps no order: what was first meets the end."""
+
+    name = "webhooks in a row"
+    kinds: ClassVar[tuple[str, ...]] = ("takes", "takes", "slow", "third try", "breaks")
+
+    def begin(self) -> None:
+        """Messages overtake one another, by less than the time after which one is outdated; mostly only that."""
+        if self.rng.random() < 0.7:
+            self.world.faults.calm()
+        self.world.queues["DeliveriesQueue"].lateness = lambda: self.rng.choice((0.0, 0.0, 1.5, 3.0, 4.0))
+
+    def dress(self, wanted: Wanted) -> None:
+        """With a webhook of every event."""
+        kind = self.rng.choice(self.kinds)
+        wanted.also["webhook"] = self.world.receivers.url(kind, f"{wanted.owner}-{wanted.number}")
+        wanted.also["webhook_events_filter"] = ["start", "output", "logs", "completed"]
+
+    def plan(self, run: Run, plan: dict[str, Any]) -> None:
+        """It ends before what its start and its output tell is delivered."""
+        plan |= {"queued_seconds": 0.2, "output_seconds": 0.5, "run_seconds": self.rng.choice((0.6, 1.0, 3.0))}
+        plan["files"] = 0
 
 
 class TaskTokens(Scenario):
@@ -261,3 +298,35 @@ class Redelivery(Scenario):
     def figures(self) -> dict[str, int]:
         """How many were deleted first."""
         return {"deleted": sum(wanted.deleted for wanted in self.world.callers.requests)}
+
+
+class HastyDeletions(Scenario):
+    """Predictions whose files are copied by two runs of the function at once, and deleted when the first has ended."""
+
+    name = "hasty deletions"
+
+    def begin(self) -> None:
+        """In half of the schedules nothing else goes wrong."""
+        if self.rng.random() < 0.5:
+            self.world.faults.calm()
+        self.world.faults.invoke_twice()
+        self._deleting = 0
+
+    def plan(self, run: Run, plan: dict[str, Any]) -> None:
+        """With files, soon."""
+        plan |= {"status": "succeeded", "queued_seconds": 0.2, "files": self.rng.choice((1, 2))}
+        plan["run_seconds"] = self.rng.choice((0.1, 1.0, 5.0))
+
+    def ended(self, prediction_id: str) -> None:
+        """Its owner deletes it at once."""
+        for wanted in self.world.callers.requests:
+            if prediction_id == wanted.accepted_id:
+                self._deleting += 1
+                delete = self.world.callers.delete_some_time
+                self.world.scheduler.spawn(
+                    "deletes", partial(delete, wanted, (self.rng.choice((0.0, 0.3, 2.0)),), 4), 0.001
+                )
+
+    def figures(self) -> dict[str, int]:
+        """How many their owners wanted to delete."""
+        return {"deleted as soon as they had ended": self._deleting}

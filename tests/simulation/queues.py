@@ -86,6 +86,7 @@ class Queue:
 
     Attributes:
         messages: Those that are in it.
+        lateness: How many seconds a new message is handed over later than it could be: no order is kept.
         worst: The longest time from a message's being sent to its being deleted.
     """
 
@@ -93,6 +94,7 @@ class Queue:
         self.name = name
         self.settings = settings
         self.messages: dict[str, Message] = {}
+        self.lateness: Callable[[], float] = lambda: 0.0
         self.deleted = 0
         self._world = world
         self._dead = dead
@@ -114,7 +116,8 @@ class Queue:
         self._n += 1
         now = self._world.scheduler.now
         known = message_id or f"059f36b4-87a3-44ab-83d2-{_number(self.name, self._n):012d}"
-        message = Message(known, body, self._n, now, now + delay, sender, group, attributes or {}, told=told)
+        visible_at = now + delay + self.lateness()
+        message = Message(known, body, self._n, now, visible_at, sender, group, attributes or {}, told=told)
         self.messages[str(self._n)] = message
         self._pump_at(message.visible_at)
         return message

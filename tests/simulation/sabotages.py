@@ -65,7 +65,7 @@ from predictions.upstream.list_reader import ListReader, Reading, digest_of
 
 from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood
 from tests.simulation.jobs import Batches, Pipelines, Trainings
-from tests.simulation.notices import Events, Redelivery, TaskTokens, Webhooks
+from tests.simulation.notices import Events, HastyDeletions, Redelivery, TaskTokens, Webhooks, WebhooksInARow
 from tests.simulation.scenario import Scenario
 from tests.simulation.unknown import (
     Frozen,
@@ -534,7 +534,8 @@ ONLY_IN: dict[str, type[Scenario]] = {
     "owners reserve starts far ahead": Backlog,
     "starts are reserved beyond the deadline": Overload,
     "a start that was given back is used by many": Backlog,
-    "webhooks are sent in any order": Webhooks,
+    "webhooks are sent in any order": WebhooksInARow,
+    "late writers are not waited for after a deletion": HastyDeletions,
     "one message takes the others along": PoisonMessage,
     "a batch that is written down is answered 5xx": Batches,
     "a pipeline that is written down is answered 5xx": Pipelines,

@@ -4,7 +4,7 @@ import random
 
 from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood
 from tests.simulation.jobs import Batches, Pipelines, Trainings
-from tests.simulation.notices import Events, Redelivery, TaskTokens, Webhooks
+from tests.simulation.notices import Events, HastyDeletions, Redelivery, TaskTokens, Webhooks, WebhooksInARow
 from tests.simulation.scenario import Scenario
 from tests.simulation.unknown import (
     CancelBetween,
@@ -50,6 +50,8 @@ WORLDS: dict[type[Scenario], float] = {
     CancelBetween: 0.01,
     Watchers: 0.02,
     Upgrade: 0.02,
+    WebhooksInARow: 0.02,
+    HastyDeletions: 0.02,
 }
 """The share of the schedules that have each of them."""
 

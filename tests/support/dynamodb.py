@@ -89,9 +89,13 @@ class Table:
         condition = _condition(asked["KeyConditionExpression"])
         names, values = asked.get("ExpressionAttributeNames", {}), asked["ExpressionAttributeValues"]
         found = []
+        partition, given = (needs or ("pk",))[0], list(values.values())
         for key in self._candidates(index, values):
             item = self._indexed(key) if index else self.items[key]
-            if item is not None and all(name in item for name in needs) and condition(item, names, values):
+            # The partition first, which is the quickest to tell.
+            if item is None or item.get(partition) not in given:
+                continue
+            if all(name in item for name in needs) and condition(item, names, values):
                 found.append(item)
         found.sort(key=lambda item: _sortable(item[order]), reverse=not asked.get("ScanIndexForward", True))
         limit = asked.get("Limit")

@@ -110,3 +110,10 @@ def test_page_begins_beside_its_place_and_says_whether_there_is_more(
         put(pk, owner="alice", listed_at=str(place))
     put("d", owner="bob", listed_at="2")
     assert Table(TABLE, clients.client("dynamodb")).list_page("alice", start, older=older, size=2) == expected
+
+
+def test_every_page_of_a_partition_is_read(cloud: None) -> None:
+    table = Table(TABLE, clients.client("dynamodb"))
+    for n in range(7):
+        clients.client("dynamodb").put_item(TableName=TABLE, Item=serialize({"pk": "a", "sk": str(n)}))
+    assert [item["sk"] for item in table.query(Condition("pk = :pk", pk="a"), page_items=3)] == list("0123456")

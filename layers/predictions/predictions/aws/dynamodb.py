@@ -329,7 +329,7 @@ class Table:
             consistent: Whether to see all writes before; False costs half.
             page_items: The most items of one call, or None for 1 MB: a caller may stop before the last one.
         """
-        pages = {"PaginationConfig": {"PageSize": page_items}} if page_items else {}
+        pages = {"Limit": page_items} if page_items else {}
         for page in self._pages(keys, index, only, ConsistentRead=consistent and index is None, **pages):
             yield from map(deserialize, page["Items"])
 
@@ -355,7 +355,13 @@ class Table:
         request.express("KeyConditionExpression", keys.text, keys.values)
         if only:
             request.express("ProjectionExpression", only, {})
-        yield from self._dynamodb.get_paginator("query").paginate(**request)
+        # Without botocore's paginator: to make one costs more time than a page.
+        while True:
+            page = self._dynamodb.query(**request)
+            yield page
+            if "LastEvaluatedKey" not in page:
+                return
+            request["ExclusiveStartKey"] = page["LastEvaluatedKey"]
 
     def list_page(
         self, owner: str, start: str | None, *, older: bool, size: int,
