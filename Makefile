@@ -19,7 +19,7 @@ CLOUDS := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo picture local env send test lint types validate audit docs unit attacks simulation sim scale stack slow faults reliability conformance bench batch lock openapi package publish clean
+.PHONY: help setup demo picture local env send test lint types validate audit docs unit attacks simulation sim scale stack slow faults reliability conformance bench batch lock openapi prices package publish clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,13 +45,14 @@ send: setup ## Send EVENT=events/… to the stack of "make local", and follow it
 
 test: lint types validate unit attacks simulation stack ## Run all checks and tests except those of "make slow"; the first failure stops it
 
-lint: setup ## Check style, layers, words, and that generated files are up to date (requirements, openapi.json)
+lint: setup ## Check style, layers, words, and that generated files are up to date (requirements, openapi.json, prices.json)
 	$(call heading,lint)
 	@$(IN)ruff check .
 	@$(IN)ruff format --check .
 	@$(IN)lint-imports --no-logo --no-cache
 	@$(PYTHON) -m local.lock --check
 	@$(PYTHON) -m local.openapi --check
+	@$(PYTHON) -m local.prices --check
 	@$(PYTHON) -m local.words
 
 types: setup ## Check the types
@@ -118,6 +119,9 @@ lock: setup ## Update requirements/ and the layer's from pyproject.toml (UPGRADE
 
 openapi: setup ## Write openapi.json, which the layer ships, from openapi.yaml
 	@$(PYTHON) -m local.openapi
+
+prices: setup ## Write prices.json, which the layer ships, from prices/
+	@$(PYTHON) -m local.prices
 
 package: setup ## Build dist/: the stack as a zip that deploys without a build, with SBOM and SHA256SUMS (TAG=v0.1.0: only for that version)
 	$(call heading,package)

@@ -27,6 +27,7 @@ ROOTS = (
     "llms.txt",
     "local",
     "mkdocs.yml",
+    "prices",
     "pyproject.toml",
     "recipes",
     "samconfig.toml",

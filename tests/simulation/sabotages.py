@@ -40,6 +40,8 @@ from predictions.lifecycle.sweep import SweepPredictions
 from predictions.lifecycle.targets import target_of
 from predictions.lifecycle.tracking import Tracking
 from predictions.lifecycle.unknown_claims import UnknownClaims
+from predictions.money.cost import Cost
+from predictions.money.stored import StackPrices
 from predictions.notifications import webhook_queue
 from predictions.notifications.stream import Changes
 from predictions.notifications.stream_retries import Effect
@@ -48,6 +50,7 @@ from predictions.notifications.webhook_sender import Receivers
 from predictions.notifications.webhook_slots import NoSlotFree, Slot, WebhookSlots
 from predictions.pipelines.advance import PipelineExecutions
 from predictions.pipelines.manage import PipelineApi
+from predictions.store import endings
 from predictions.store import predictions as table
 from predictions.store.callers import WaitingCallers
 from predictions.store.idempotency_keys import IdempotencyKeys
@@ -111,6 +114,10 @@ def _without_condition(change: Any) -> Any:
         return change(self, prediction_id, condition=PRESENT, **what)
 
     return changed
+
+
+def _cost_of_nothing(cost_of: Any) -> Any:
+    return lambda self, run, now: Cost(cost_of(self, run, now).micro_dollars or 0, "Not billed.")
 
 
 def _claimed_by_anybody(_: Any) -> Any:
@@ -512,6 +519,11 @@ SABOTAGES: dict[str, Sabotage] = {
     "webhooks are sent in any order": _method(WebhookOrder, "begin", _constant(True)),
     "a training is looked for among predictions": _value(Prediction, "collection", "predictions"),
     "a GET asks Replicate each time": _method(PredictionsTable, "begin_live_read", _constant(True)),
+    "an unknown cost is 0": _method(StackPrices, "cost_of", _cost_of_nothing),
+    "what may have been accepted costs nothing": _value(
+        endings, "cost_without_report", lambda *_, **__: Cost(0, "Not billed.")
+    ),
+    "the cost is left for a later write": _value(endings, "cost_attributes", lambda _: {}),
     "a GET shows what Replicate says": _method(LiveReads, "refresh", _shown_as_told),
 }
 """By what is taken out."""
@@ -542,6 +554,7 @@ ONLY_IN: dict[str, type[Scenario]] = {
     "a training is looked for among predictions": Trainings,
     "a GET asks Replicate each time": Watchers,
     "a GET shows what Replicate says": Watchers,
+    "what may have been accepted costs nothing": HiddenDeployments,
     "an old execution is woken by an error that it does not catch": Upgrade,
     "the lease of an execution that copied nothing is not taken over": Upgrade,
     "no look for creates of unknown outcome": UnknownCreates,

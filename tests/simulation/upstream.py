@@ -255,7 +255,7 @@ class Upstream:
             "created_at": _timestamp(run.created),
             "started_at": _timestamp(run.started) if run.started else None,
             "completed_at": _timestamp(run.ended) if run.ended else None,
-            "metrics": {"predict_time": 1.5} if run.ended else None,
+            "metrics": {"predict_time": 1.5} if run.ended and run.started else None,
             "data_removed": removed,
             "urls": {"get": f"{URL}/{run.collection}/{run.id}"},
         }

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 SUBMITTED_AGAIN = "submitted again"
 PAID_TWICE = "paid twice: listed later than the second reading"
 SECOND_RUNS_CANCELED = "second runs that were canceled"
+PRICED = "meta/llama"
+"""The model that the stack has a price of."""
+PRICE = {
+    "date": "2025-01-01",
+    "source": "https://replicate.com/meta/llama",
+    "tiers": [{"prices": {"predict_time": "0.0010001"}}],
+}
+MICRO_DOLLARS = 1500
+"""What a run of it costs: 1.5 s."""
+
 BEYOND = (SUBMITTED_AGAIN, PAID_TWICE, SECOND_RUNS_CANCELED)
 """Figures of what evidence led to, right or wrong."""
 
@@ -197,8 +207,25 @@ class Check:
             known = orphan and run.told_at and run.ended and run.id not in self.world.canceled
             if known and run.told_at and run.ended and run.ended > run.told_at + 300:
                 bad(f"its orphan {run.id} was left running")
+        self._check_cost(item, bound[0] if bound else None, runs, bad)
         if wanted and wanted.deleted:
             self._check_deleted(item, bad)
+
+    def _check_cost(self, item: dict[str, Any], bound: Run | None, runs: list[Run], bad: Callable[[str], None]) -> None:
+        """Its cost is what Replicate bills, or unknown with a reason; never 0 for what may have run."""
+        cost, reason = item.get("cost_micro_dollars"), item.get("cost_reason")
+        if cost is None and not reason:
+            bad("ended without a cost, and without a reason why it is unknown")
+        ran = [run for run in runs if run.started and run.status != "aborted" and self._in_time(run, item)]
+        if cost == 0 and bound is None and ran:
+            bad(f"is said to cost nothing, and {ran[0].id} ran: {reason}")
+        if bound is None or item["status"] != bound.status or (cost is None and "could not be read" in (reason or "")):
+            return
+        priced = bound.collection == "predictions" and bound.body["model"] == PRICED and "deployment" not in bound.body
+        billed = bound.started and bound.status != "aborted"
+        wanted = (MICRO_DOLLARS if priced else None) if billed else 0
+        if cost != wanted:
+            bad(f"costs {cost} ({reason}), and Replicate bills {wanted}")
 
     def _in_time(self, run: Run, item: dict[str, Any]) -> bool:
         """Whether the stack could have known of it before the end: by a webhook, or in the list near its claim."""

@@ -12,6 +12,7 @@ from functools import cache, partial
 from typing import Any
 
 import httpx
+from predictions.aws.dynamodb import serialize
 
 from tests.simulation import account
 from tests.simulation.account import Account
@@ -25,7 +26,7 @@ from tests.simulation.receivers import Receivers
 from tests.simulation.scenario import Scenario
 from tests.simulation.stream import Stream
 from tests.simulation.upstream import SECRET, TERMINAL, TOKEN, Upstream, file_bytes
-from tests.simulation.verdict import Check, Verdict
+from tests.simulation.verdict import PRICE, PRICED, Check, Verdict
 from tests.support.dynamodb import ConditionFailed, Item, Table
 from tests.support.fixtures import ENVIRONMENT
 from tests.support.scheduler import BEGIN, Died, Process, Scheduler
@@ -78,6 +79,7 @@ class World:
         self.faults = Faults(self.rng, self.scheduler)
         self.api_url = API_URL
         self.table = Table(lambda: self.scheduler.now, self.faults.index_lag, self._written)
+        self.table.items["prices", "book"] = serialize({"json": json.dumps({PRICED: PRICE}), "changes": 1})
         self.account = Account(self)
         self.functions = Functions(self)
         self.upstream = Upstream(self)
@@ -315,7 +317,10 @@ class World:
         if "upstream_id" in before and before["upstream_id"] != after.get("upstream_id"):
             self.violations.append(f"{prediction_id}: bound to another upstream id")
         if before["rank"]["N"] == "9":
-            for name in ("rank", "status", "error", "completed_at", "upstream_id", "metrics_json"):
+            for name in (
+                "rank", "status", "error", "completed_at", "upstream_id", "metrics_json", "cost_micro_dollars",
+                "cost_reason", "cost_price",
+            ):  # fmt: skip
                 if before.get(name) != after.get(name):
                     self.violations.append(f"{prediction_id}: {name} changed after the end")
             if before["visible"] != after["visible"] and before["visible"]["S"] != "processing":

@@ -7,6 +7,7 @@ import shlex
 import time
 import zipfile
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import httpx
@@ -96,6 +97,33 @@ def test_file_that_could_not_be_copied_is_archived_while_replicate_has_it(
     (file,) = read()["output_files"]
     stored = cloud.client("s3").head_object(Bucket=cloud.stack.outputs_bucket, Key=file["key"])
     assert stored["ContentLength"] == file["bytes"]
+
+
+def test_price_that_comes_later_is_applied_to_what_ended_without_one(
+    run: Run, api: Api, painted: str, wait_until: WaitUntil
+) -> None:
+    def read() -> dict[str, Any]:
+        found: dict[str, Any] = api("operated").get(f"/predictions/{painted}").json()
+        return found
+
+    why = "No price of local/painter is known."
+    assert read()["cost"] == {"micro_dollars": None, "reason": why, "price": None}
+    wait_until(lambda: why in run("prices", "check")[1], 20, "its record by the consumer of the stream")
+    assert run("prices", "set", "local/painter", "predict_time=0.001", "--date", "2026-11-30")[0] == 0
+    try:
+        missing = next(m for m in json.loads(run("prices", "check", "--json")[1]) if m["reason"] == why)
+        assert missing["has_price"]
+        assert "operated" in missing["owners"]
+        day = str(read()["created_at"])[:10]
+        code, out, _ = run("prices", "apply", "--since", day)
+        assert (code, out.startswith("Wrote the cost of ")) == (0, True)
+        cost = read()["cost"]
+        assert cost["price"] == "local/painter#1@2026-11-30"
+        assert cost["micro_dollars"] == int(Decimal(str(read()["metrics"]["predict_time"])) * 1000 + Decimal("0.5"))
+        assert run("prices", "apply", "--since", day)[1].startswith("Wrote the cost of 0 predictions")
+        assert read()["cost"] == cost
+    finally:
+        assert run("prices", "remove", "local/painter")[0] == 0
 
 
 def test_what_stands_still_is_listed_with_what_it_waits_for(run: Run, cloud: LocalCloud, painted: str) -> None:

@@ -276,6 +276,8 @@ def test_new_version_over_a_working_stack_loses_nothing_and_a_deletion_keeps_the
     assert httpx.get(shown["files"]["output"], trust_env=False, timeout=60).content == PICTURE
     assert (shown["failed"]["status"], shown["failed"]["error"][:12]) == ("failed", "RuntimeError")
     assert shown["canceled"]["status"] == "canceled"
+    for name in ("text", "files", "failed", "canceled"):
+        assert shown[name]["cost"]["reason"] == "It ended before this stack recorded costs."
     assert {shown[name]["status"] for name in ("running", "written", "started")} <= {
         "starting",
         "processing",

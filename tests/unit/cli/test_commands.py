@@ -211,6 +211,7 @@ def test_commands_are_these() -> None:
         "outputs archive", "webhooks redeliver", "webhooks rotate", "secrets rotate", "secrets refresh",
         "tokens create", "tokens list", "tokens revoke", "limits set", "limits list", "limits remove",
         "pause", "resume", "status", "urls keys", "kept", "doctor",
+        "prices set", "prices remove", "prices list", "prices check", "prices apply",
     }  # fmt: skip
 
 
@@ -1221,6 +1222,7 @@ def test_story_says_that_replicate_ended_it_only_where_it_did(
     set_attributes(payloads, **ended, **changes)
     assert [what for _, what in story(capsys) if "completed" in what or "finished" in what] == ends
     assert told(capsys, "show", "b" * 26)["upstream_status"] == upstream_status
+    assert told(capsys, "show", "b" * 26)["cost"]["reason"] == "It ended before this stack recorded costs."
 
 
 def test_origin_is_shown_with_its_names(payloads: Any, capsys: pytest.CaptureFixture[str]) -> None:

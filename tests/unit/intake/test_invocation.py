@@ -283,6 +283,11 @@ def test_input_is_answered_at_its_end(
         "completed_at": replicate.timestamp(),
         "urls": {"get": url, "cancel": f"{url}/cancel"},
         "metrics": {"predict_time": 1.5},
+        "cost": {
+            "micro_dollars": None,
+            "reason": f"Its metrics lack image_output_count, by which {MODEL} is billed.",
+            "price": None,
+        },
     }
     assert told["created_at"] < told["completed_at"]
 
@@ -295,7 +300,7 @@ def test_model_that_does_not_succeed_is_answered_with_its_status(
     looks.append(tell(status, error=error))
     told = run(INPUT)
     assert (told["status"], told["error"], told["output"]) == (seen, error, None)
-    assert told.keys() == INPUT_ANSWER
+    assert told.keys() == INPUT_ANSWER | {"cost"}
 
 
 @pytest.mark.parametrize(

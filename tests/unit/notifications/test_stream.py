@@ -119,6 +119,7 @@ class TestEvents:
                 "completed_at": "2025-06-15T15:06:44Z",
                 "error": "out of paint",
                 "metrics": {"predict_time": 1.5},
+                "cost": {"micro_dollars": None, "reason": "No price of a/b is known.", "price": None},
                 "output_files": [],
                 "output_files_truncated": False,
             },
@@ -450,6 +451,7 @@ class TestCallers:
             "error": None,
             "output_files": [{"path": "/a/0", "uri": uri, "bytes": 7, "content_type": "image/png"}],
             "output_files_truncated": False,
+            "cost": {"micro_dollars": None, "reason": "The model is not known.", "price": None},
             "output": {"a": [uri], "b": 1},
         }
         # By the record of its coming, which is read again here, and by that of the end: the second finds nobody.

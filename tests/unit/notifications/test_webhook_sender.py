@@ -302,7 +302,7 @@ def test_only_the_end_shows_an_end(table: PredictionsTable, clock: Clock, receiv
     ]
     assert [bool(b.get("completed_at")) for b in sent.bodies] == [False, False, False, True]
     # As an open one is shown: without what it does not have yet.
-    ending = {"completed_at", "metrics"}
+    ending = {"completed_at", "metrics", "cost"}
     assert [ending & b.keys() for b in sent.bodies] == [set(), set(), set(), ending]
     assert ["output" in b for b in sent.bodies] == [False, True, True, True]
     assert [b["upstream_status"] for b in sent.bodies] == ["processing", "processing", "processing", "failed"]

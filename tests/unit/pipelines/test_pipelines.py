@@ -131,11 +131,15 @@ class TestRun:
         world.deliver()
         assert world.inputs()[2] == {"about": "large one of a fox"}
         assert world.shown(pipeline_id)["output"] is None
+        assert [bool(each["cost"]) for each in world.shown(pipeline_id)["steps"]] == [False, True, True]
+        assert world.shown(pipeline_id)["cost"] is None
         world.end(pipeline_id, "caption", ["A", " fox"])
         assert world.turn(pipeline_id) == Turn(done=True, seen=-1)
         shown = world.shown(pipeline_id)
         assert (shown["status"], shown["error"], shown["output"]) == ("succeeded", None, {"caption": ["A", " fox"]})
         assert [each["seconds"] for each in shown["steps"]] == [0, 0, 7]
+        assert {each["cost"]["reason"] for each in shown["steps"]} == {"The cost of 1 of 1 predictions is unknown."}
+        assert shown["cost"]["reason"] == "The cost of 3 of 3 predictions is unknown."
         assert "X-Amz-Signature" in shown["steps"][2]["output"]
         assert shown["steps"][2]["predictions"] == [image.id]
         assert len(world.inputs()) == 3

@@ -203,6 +203,8 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                     "readings",
                     "listed#*",
                     "message#*",
+                    "prices",
+                    "unpriced",
                 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from predictions.batches.files import lines_key, new_object, read_jsonl, refused_key, results_key
 from predictions.batches.store import Batch, Batches, all_lines_failed
 from predictions.clock import backoff_seconds
+from predictions.money.cost import Cost
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction, Result
 
@@ -110,8 +111,7 @@ def _found(batches: Batches, batch: Batch) -> Iterator[dict[str, Any]]:
     lines = ({"n": line["n"]} for line in read_jsonl(bucket, lines_key(batch.id, batch.attempt)))
     if batch.attempt == 1:
         refused = (
-            {"n": line["n"], "id": None, "status": "refused", "error": line["error"], "seconds": None}
-            for line in read_jsonl(bucket, refused_key(batch.id))
+            _not_started(line["n"], "refused", line["error"]) for line in read_jsonl(bucket, refused_key(batch.id))
         )
         yield from merge(lines, refused, key=lambda line: line["n"])
         return
@@ -130,9 +130,7 @@ def _result(batches: Batches, batch: Batch, n: int, result: Result | None) -> di
             "canceled": "Not started: the batch was canceled.",
             "exceeded": "Not started: more lines of the batch had failed than it tolerates.",
         }.get(batch.stop or "", "Not started: see the dead-letter queue of requests.")
-        return {
-            "n": n, "id": None, "status": "canceled" if batch.stop else "failed", "error": error, "seconds": None
-        }  # fmt: skip
+        return _not_started(n, "canceled" if batch.stop else "failed", error)
     prediction = result.prediction
     told: dict[str, Any] = {
         "n": n,
@@ -140,6 +138,7 @@ def _result(batches: Batches, batch: Batch, n: int, result: Result | None) -> di
         "status": prediction.visible,
         "error": prediction.error,
         "seconds": max(0, (prediction.ended or prediction.created) - prediction.created),
+        "cost": prediction.cost.shown if prediction.cost else None,
     }
     if result.files:
         told["output_files"] = [_file(batches.bucket_name, file.to_item()) for file in result.files]
@@ -150,6 +149,11 @@ def _result(batches: Batches, batch: Batch, n: int, result: Result | None) -> di
         else:
             told["output"] = json.loads(output)
     return told
+
+
+def _not_started(n: int, status: str, error: str) -> dict[str, Any]:
+    free = Cost(0, "Not billed: it was not started.").shown
+    return {"n": n, "id": None, "status": status, "error": error, "seconds": None, "cost": free}
 
 
 def _file(bucket: str, file: Mapping[str, Any]) -> dict[str, Any]:

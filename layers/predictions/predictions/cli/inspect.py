@@ -95,6 +95,7 @@ def show(
         "deadline": second(prediction.deadline),
         "webhook": prediction.webhook is not None,
         "error": prediction.error,
+        "cost": prediction.cost.shown if prediction.cost else None,
         "characters": sizes,
         "files": [file.to_item() for file in table.stored_files(prediction)],
         "waits_for": waits_for(prediction, running, time.time()),

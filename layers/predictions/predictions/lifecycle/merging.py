@@ -38,7 +38,15 @@ def merge(
         logger.warning("orphan: a second prediction of the same request", upstream_id=report.id)
         metrics.add_metric(name="Orphans", unit=MetricUnit.Count, value=1)
     if outcome.change in (Change.ENDED, Change.CLOSED) and outcome.prediction is not None:
-        if outcome.change is Change.ENDED and not outcome.prediction.awaits_copy:
-            count_ended(outcome.prediction.visible, now - outcome.prediction.created)
+        if outcome.change is Change.ENDED:
+            count_unknown_cost(outcome.prediction)
+            if not outcome.prediction.awaits_copy:
+                count_ended(outcome.prediction.visible, now - outcome.prediction.created)
         wake(outcome.prediction)
     return outcome
+
+
+def count_unknown_cost(ended: Prediction) -> None:
+    """Count a prediction that has just ended at an unknown cost; its item says why."""
+    if ended.cost_micro_dollars is None:
+        metrics.add_metric(name="CostsUnknown", unit=MetricUnit.Count, value=1)

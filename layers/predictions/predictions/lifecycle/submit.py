@@ -250,7 +250,7 @@ class SubmitPrediction:
         try:
             self._creates.create(prediction, input_json)
         except Refused as error:
-            self._transitions.end(prediction, Status.FAILED, error.detail)
+            self._transitions.end(prediction, Status.FAILED, error.detail, not_accepted=True)
         except NotAccepted as error:
             if isinstance(error, Unauthorized):
                 self._creates.count_refused_token(error)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from predictions.lifecycle.merging import merge
+from predictions.lifecycle.merging import count_unknown_cost, merge
 from predictions.lifecycle.reservations import Reservations, lane_of
 from predictions.lifecycle.tracking import wake
 from predictions.observability import count_ended, logger
@@ -44,10 +44,19 @@ class Transitions:
         return outcome.prediction or prediction
 
     def end(
-        self, prediction: Prediction, status: Status, error: str | None, *, refusal: dict[str, Any] | None = None
-    ) -> Prediction:
-        """End a prediction; return it as it is then: another function may have ended it otherwise."""
-        ended = self._table.end(prediction, status, error, self._now(), refusal=refusal)
+        self, prediction: Prediction, status: Status, error: str | None, *, refusal: dict[str, Any] | None = None,
+        not_accepted: bool = False,
+    ) -> Prediction:  # fmt: skip
+        """End a prediction; return it as it is then: another function may have ended it otherwise.
+
+        Args:
+            prediction: The prediction.
+            status: Its terminal status.
+            error: Why.
+            refusal: Replicate's refusal of the create.
+            not_accepted: Whether Replicate is known to have accepted nothing although it is claimed.
+        """
+        ended = self._table.end(prediction, status, error, self._now(), refusal=refusal, not_accepted=not_accepted)
         if ended is None:
             there = self._table.get(prediction.id) or prediction
             if there.terminal:
@@ -56,6 +65,7 @@ class Transitions:
             return there
         logger.info("ended by the stack", status=status.value)
         count_ended(ended.visible, self._now() - ended.created)
+        count_unknown_cost(ended)
         wake(ended)
         # Last, since a crash before it does no harm: a start then stays unused.
         if not ended.claimed and not ended.upstream_id and (ended.submit_at or 0) > self._now():

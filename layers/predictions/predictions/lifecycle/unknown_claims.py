@@ -131,9 +131,9 @@ class UnknownClaims:
         creates = prediction.unknown_creates + 1
         wait_seconds = 1
         if prediction.cancel_requested:
-            self._transitions.end(prediction, Status.CANCELED, None)
+            self._transitions.end(prediction, Status.CANCELED, None, not_accepted=True)
         elif why := self.why_not_again(prediction, creates):
-            self._transitions.end(prediction, Status.FAILED, why)
+            self._transitions.end(prediction, Status.FAILED, why, not_accepted=True)
         elif stopped := self._breaker.stopped_seconds():
             wait_seconds = min(PAUSE_STEP_SECONDS, stopped)
         else:

@@ -95,6 +95,7 @@ def event_of_prediction(prediction: Prediction, files: Sequence[StoredFile], buc
         "completed_at": prediction.completed_at,
         "error": prediction.error,
         "metrics": json.loads(prediction.metrics_json) if prediction.metrics_json else None,
+        "cost": prediction.cost.shown if prediction.cost else None,
         "output_files": listed,
         "output_files_truncated": truncated,
     }

@@ -25,9 +25,12 @@ from typing import Any, TypeVar
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from predictions.aws.dynamodb import Table
 from predictions.aws.task_tokens import tell_failure, tell_success
 from predictions.files.output_references import StoredFile
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.money.cost import key_of
+from predictions.money.unknown import UnknownCosts
 from predictions.notifications.event_bus import Event, EventBus, event_of_prediction, list_files
 from predictions.notifications.stream_retries import Effect, Retry, RetryQueue, UnreadableRetry
 from predictions.notifications.webhook_queue import DeliveriesQueue
@@ -71,6 +74,7 @@ class Changes:
         bus: The stack's event bus.
         retries: The queue for effects that failed.
         processing_events: Whether `Prediction Processing` is sent too.
+        unknown_costs: The register of unknown costs, or None to record none.
         now: The time.
         jitter: Returns random numbers from 0 to 1.
     """
@@ -85,6 +89,7 @@ class Changes:
         retries: RetryQueue,
         *,
         processing_events: bool,
+        unknown_costs: UnknownCosts | None = None,
         now: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
     ) -> None:
@@ -97,6 +102,7 @@ class Changes:
         self._now = now
         self._jitter = jitter
         self._processing_events = processing_events
+        self._unknown_costs = unknown_costs
 
     @classmethod
     def from_env(cls) -> "Changes":
@@ -109,6 +115,7 @@ class Changes:
             EventBus.from_env(),
             RetryQueue.from_env(),
             processing_events=os.environ["PROCESSING_EVENTS"] == "true",
+            unknown_costs=UnknownCosts(Table.from_env()),
         )
 
     def publish(
@@ -273,8 +280,16 @@ class Changes:
             if after.visible == Status.PROCESSING and (not self._processing_events or after.terminal):
                 # With files, a completion is first visible as `processing`: the model did not just start.
                 return None
+            self._note_unknown_cost(after)
             return event_of_prediction(after, self._table.stored_files(after), self._outputs.name, at)
         return Event(*told, at=at) if told else None
+
+    def _note_unknown_cost(self, ended: Prediction) -> None:
+        """Record a completion at an unknown cost; of those of one hour one is enough, so a lost one does no harm."""
+        cost = ended.cost
+        if self._unknown_costs and cost and cost.micro_dollars is None and cost.reason:
+            key = key_of(ended.run) or "unknown"
+            self._unknown_costs.note(key, cost.reason, ended.owner, ended.id, self._now())
 
     def _wake_pipeline(self, record: Mapping[str, Any]) -> None:
         """Advance the pipeline of a step that visibly completed."""
@@ -343,6 +358,7 @@ class Changes:
         if not brief:
             files, truncated = list_files(stored, self._outputs.name, _FILES_LIMIT_BYTES)
             result |= {"error": prediction.error, "output_files": files, "output_files_truncated": truncated}
+            result |= {"cost": prediction.cost.shown} if prediction.cost else {}
         if prediction.visible != Status.SUCCEEDED:
             if error := result.get("error"):
                 result["error"] = error[:_CAUSE_ERROR_CHARACTERS]

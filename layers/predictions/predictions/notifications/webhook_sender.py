@@ -185,7 +185,7 @@ class Receivers:
             return None
         shown = self._presenter.show(whole) | {"status": Status.PROCESSING.value, "error": None}
         if prediction.terminal:
-            shown |= {"upstream_status": Status.PROCESSING.value, "completed_at": None, "metrics": None}
+            shown |= {"upstream_status": Status.PROCESSING.value, "completed_at": None, "metrics": None, "cost": None}
         if delivery.event == "start":
             shown |= {"output": None, "logs": "", "output_files": []}
         shown = without_unset(shown)

@@ -15,6 +15,7 @@ from predictions.errors import Problem
 from predictions.ids import derived_id, is_id, random_id
 from predictions.intents.model import Attempt, idempotency_key
 from predictions.lifecycle.model_lookup import ModelLookup
+from predictions.money.cost import total
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.pipelines.advance import PipelineExecutions
 from predictions.pipelines.definition import create_definition, fingerprint
@@ -304,9 +305,11 @@ class PipelineApi:
                     "output": outputs.get(step.name),
                     "error": states[step.name].error,
                     "seconds": states[step.name].seconds,
+                    "cost": cost.shown if (cost := states[step.name].cost) else None,
                 }
                 for step in stored.definition.steps
             ],
+            "cost": total(each.cost for each in there.values() if each.cost).shown if stored.pipeline.ended else None,
             "output": last if stored.pipeline.ended else None,
             "outputs_left_out": left_out,
         }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from predictions.ids import derived_id
+from predictions.money.cost import Cost, total
 from predictions.pipelines.definition import Step
 from predictions.pipelines.store import Notes, StoredPipeline
 from predictions.status import Status
@@ -52,6 +53,13 @@ class StepState:
         if not self.over or not ends:
             return None
         return max(ends) - min(prediction.created for prediction in self.predictions.values())
+
+    @property
+    def cost(self) -> Cost | None:
+        """Return what its predictions cost together, or None while it is not over."""
+        return (
+            total(prediction.cost for prediction in self.predictions.values() if prediction.cost) if self.over else None
+        )
 
 
 def run_id(owner: str, pipeline_id: str, step: str, index: int) -> str:

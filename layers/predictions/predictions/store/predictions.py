@@ -16,7 +16,6 @@ written once each, or objects in the outputs bucket above `PAYLOAD_LIMIT_BYTES` 
 A write that comes twice, late or out of order is refused by its condition, and its caller gets what is there instead.
 """
 
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 from predictions.aws.dynamodb import NEW, PRESENT, Condition, ConditionFailed, IfNotExists
 from predictions.clock import timestamp
 from predictions.files.output_references import StoredFile
+from predictions.money.cost import Cost
 from predictions.status import TERMINAL_RANK, Status, rank_of, visible
+from predictions.store.endings import cost_attributes, ended_here, ended_upstream
 from predictions.store.keys import CALLER, LIVE, input_sk, list_of, prediction_key, shard_of, upstream_key
 from predictions.store.reads import PredictionReads
 from predictions.store.records import (
@@ -56,9 +57,6 @@ _AFTER_SUBMIT_SECONDS = 5
 _START_CHECK_SECONDS = 60
 _COPY_CHECK_SECONDS = 120
 _COPY_CHECK_MARGIN_SECONDS = 60
-
-_ERROR_LIMIT_CHARACTERS = 4000
-_METRICS_LIMIT_BYTES = 4000
 
 # No function lives longer that could have read a prediction while it was open: what such a one may still write after a
 # deletion is removed by then. The copier lives longest.
@@ -360,18 +358,7 @@ class PredictionsTable(PredictionReads):
             # The writer that binds an item that is to be canceled may lack the token for it: the sweep has it.
             values["next_check_at"] = int(now)
         if rank >= TERMINAL_RANK:
-            metrics_json = json.dumps(report.metrics) if report.metrics else None
-            # One that failed for the size of its output may be reported by a status that is unknown here, or none.
-            known = rank_of(report.reported_status) > 0
-            reported = report.reported_status if known else prediction.reported_status
-            values |= {
-                "upstream_status": reported if reported != status else None,
-                "completed_at": report.completed_at or timestamp(now),
-                "error": report.error[:_ERROR_LIMIT_CHARACTERS] if report.error else None,
-                "metrics_json": metrics_json if metrics_json and len(metrics_json) <= _METRICS_LIMIT_BYTES else None,
-                "data_removed": report.data_removed or None,
-                "ended": int(now),
-            }
+            values |= ended_upstream(prediction, report, status, self._prices, now)
             if self._outputs.holds_files(report.output):
                 # The running execution copies first; the lease is granted here to save it a write.
                 values |= {
@@ -435,6 +422,7 @@ class PredictionsTable(PredictionReads):
         now: float,
         *,
         refusal: Mapping[str, Any] | None = None,
+        not_accepted: bool = False,
     ) -> Prediction | None:
         """Finish a prediction without Replicate, if it is still claimed and bound as `prediction` says.
 
@@ -444,20 +432,7 @@ class PredictionsTable(PredictionReads):
         Returns:
             The finished prediction, or None if it has changed meanwhile.
         """
-        values: dict[str, Any] = {
-            "rank": TERMINAL_RANK,
-            "status": status.value,
-            "visible": visible(status),
-            "completed_at": timestamp(now),
-            "ended": int(now),
-        }
-        if prediction.reported_status:
-            values["upstream_status"] = prediction.reported_status
-        if error:
-            values["error"] = error[:_ERROR_LIMIT_CHARACTERS]
-        if refusal:
-            # UTF-8, not ASCII: escaped, a character takes up to 12 bytes.
-            values["refusal_json"] = json.dumps(refusal, separators=(",", ":"), ensure_ascii=False)
+        values = ended_here(prediction, status, error, refusal, now, not_accepted=not_accepted)
         closed = [] if prediction.orphans else ["open", "next_check_at"]
         unchanged = _NOT_FINISHED & _as_read(prediction, "upstream_id", "claimed")
         ended = self._change(
@@ -465,7 +440,8 @@ class PredictionsTable(PredictionReads):
         )
         if ended is None and closed and (there := self.get(prediction.id)) and there.orphans:
             # Only an orphan came in between: it stays on the sweep's list, and the end is the same.
-            return self.end(replace(prediction, orphans=there.orphans), status, error, now, refusal=refusal)
+            known = replace(prediction, orphans=there.orphans)
+            return self.end(known, status, error, now, refusal=refusal, not_accepted=not_accepted)
         return ended
 
     # -- cancel, checks, executions -----------------------------------------------------------------------------
@@ -658,6 +634,21 @@ class PredictionsTable(PredictionReads):
             # Only an orphan came in between: it stays on the sweep's list, and the end is the same.
             return self.end_copy(there, files, now)
         return ended
+
+    def price_later(self, prediction: Prediction, cost: Cost) -> bool:
+        """Write the cost of a prediction that ended at an unknown one; return False if it has one by now, or is gone.
+
+        The second of two finds a cost and changes nothing: a cost that was written once stays.
+        """
+        changed = self._change(
+            prediction.id,
+            set=cost_attributes(cost),
+            remove=["cost_reason", "cost_price"],
+            condition=_FINISHED
+            & Condition("attribute_not_exists(cost_micro_dollars)")
+            & _as_read(prediction, "upstream_id", "created"),
+        )
+        return changed is not None
 
     def replace_files(self, prediction: Prediction, files: Sequence[StoredFile]) -> bool:
         """Write where the files of a visibly finished prediction are; return False if it is deleted."""

@@ -14,6 +14,7 @@ from predictions.aws.dynamodb import Condition, Item, Table
 from predictions.clock import timestamp
 from predictions.files.output_references import StoredFile
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.money.stored import StackPrices
 from predictions.status import Status
 from predictions.store.keys import (
     FILES,
@@ -62,6 +63,7 @@ class PredictionReads:
         self._table = Table(name, dynamodb)
         self._outputs = outputs
         self._payloads = Payloads(self._table, outputs)
+        self._prices = StackPrices(self._table)
 
     @classmethod
     def from_env(cls) -> Self:
@@ -157,6 +159,18 @@ class PredictionReads:
         places = [place for _, place in listed[:seen]]
         first, last = (places[0], places[-1]) if places else (None, None)
         return Page(self._details(found), more=more or seen < len(listed), first=first, last=last)
+
+    def created_since(self, owner: str, object: str, since: datetime) -> Iterator[Prediction]:  # noqa: A002  # the API's word
+        """Read the status items of an owner's predictions or trainings, newest first, without their payloads."""
+        key = list_of(owner, "trainings" if object == "training" else "predictions")
+        start: str | None = None
+        while True:
+            listed, more = self._table.list_page(key, start, older=True, size=100, between=(timestamp(since), None))
+            statuses = self._table.read_items((pk, "status") for pk, _ in listed)
+            yield from (prediction_of(statuses[pk, "status"]) for pk, _ in listed if (pk, "status") in statuses)
+            if not more:
+                return
+            start = listed[-1][1]
 
     def results(self, prediction_ids: Sequence[str], owner: str) -> dict[str, Result]:
         """Read the results of an owner's predictions, by their ids; those that are not there are left out.

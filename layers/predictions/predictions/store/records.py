@@ -1,5 +1,6 @@
 """Predictions as the table holds them: their items, and what reads and writes return."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from enum import Enum
@@ -8,6 +9,7 @@ from typing import Any, Literal
 from predictions.aws.dynamodb import deserialize
 from predictions.errors import PredictionsError
 from predictions.files.output_references import StoredFile
+from predictions.money.cost import Cost, Run
 from predictions.status import DEFAULT_WEBHOOK_EVENTS, TERMINAL_RANK, Status
 from predictions.store.keys import owner_of
 
@@ -91,6 +93,9 @@ class Prediction:
     completed_at: str | None = None
     error: str | None = None
     metrics_json: str | None = None
+    cost_micro_dollars: int | None = None
+    cost_reason: str | None = None
+    cost_price: str | None = None
     stream_url: str | None = None
     refusal_json: str | None = None
     execution_arn: str | None = None
@@ -170,6 +175,25 @@ class Prediction:
     def ended_visibly(self) -> bool:
         """Whether callers see that it has finished."""
         return self.terminal and not self.awaits_copy
+
+    @property
+    def cost(self) -> Cost | None:
+        """What it cost, written with its end; None until callers see that it has ended."""
+        if not self.ended_visibly:
+            return None
+        if self.cost_micro_dollars is None and self.cost_reason is None:
+            return Cost(None, "It ended before this stack recorded costs.")
+        return Cost(self.cost_micro_dollars, self.cost_reason, self.cost_price)
+
+    @property
+    def run(self) -> Run:
+        """The facts by which its cost is computed, as far as its item has them."""
+        model = self.model or (None if self.kind == "deployment" else self.name)
+        version = self.upstream_version or self.version
+        return Run(
+            self.object, self.reported_status or self.status, model, version, self.deployment,
+            started=self.started_at is not None, metrics=json.loads(self.metrics_json or "{}"),
+        )  # fmt: skip
 
     def expired(self, now: float) -> bool:
         """Return whether it has finished and is past its retention. Its key is free then, although TTL deletes late."""

@@ -59,7 +59,7 @@ class Presenter:
         return cls(OutputsBucket.from_env(), int(os.environ["OUTPUT_URL_SECONDS"]), Distribution.from_env())
 
     def show(self, whole: PredictionDetail, *, as_starting: bool = False) -> dict[str, Any]:
-        """Return a prediction in Replicate's JSON, with `output_files` added.
+        """Return a prediction in Replicate's JSON, with `output_files` and `cost` added.
 
         An output that makes the response too large for Lambda is shown as the URL of a JSON document
         `{"output": …, "logs": …}`, and such an input as `{"url": …}`.
@@ -92,6 +92,7 @@ class Presenter:
             "started_at": prediction.started_at,
             "completed_at": prediction.completed_at if ended else None,
             "metrics": json.loads(prediction.metrics_json or "{}") if ended else None,
+            "cost": prediction.cost.shown if prediction.cost else None,
             "data_removed": prediction.data_removed,
             "source": "api",
             "origin": prediction.origin_kind,
@@ -188,12 +189,12 @@ class Presenter:
 
 
 def without_unset(shown: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what an open prediction does not have yet, as Replicate does: output, times and metrics that are None.
+    """Leave out what an open prediction does not have yet, as Replicate does: output, times, metrics and our cost.
 
     Replicate's document requires none of them; seen in about 70 recorded responses, replicate-python's cassettes:
     https://github.com/replicate/replicate-python/tree/main/tests/cassettes
     """
-    unset = ("output", "started_at", "completed_at", "metrics")
+    unset = ("output", "started_at", "completed_at", "metrics", "cost")
     return {name: value for name, value in shown.items() if name not in unset or value is not None}
 
 
