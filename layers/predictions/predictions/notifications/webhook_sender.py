@@ -149,7 +149,7 @@ class Receivers:
             logger.info("not delivered: a later webhook told it", webhook_id=delivery.webhook_id)
             return True
         try:
-            status = self._post(url, whole.prediction.owner, delivery, shown)
+            status = self._post(url, whole.prediction.owner, delivery, shown, whole.prediction.traceparent)
         except _NotDelivered as failure:
             if not resent:
                 self._order.failed(whole.prediction, delivery)
@@ -193,7 +193,7 @@ class Receivers:
         nothing = {"start": False, "output": "output" not in shown, "logs": not shown["logs"]}[delivery.event]
         return None if nothing else shown
 
-    def _post(self, url: str, owner: str, delivery: Delivery, shown: dict[str, Any]) -> int:
+    def _post(self, url: str, owner: str, delivery: Delivery, shown: dict[str, Any], traceparent: str | None) -> int:
         """Send the webhook and return the response's status, 2xx or 410.
 
         Raises:
@@ -208,6 +208,7 @@ class Receivers:
             secrets=self._secrets.valid_secrets(owner, now),
         )
         headers = {"Content-Type": "application/json", "User-Agent": "replicate-serverless", **signature}
+        headers |= {"traceparent": traceparent} if traceparent else {}
         try:
             with (
                 self._client(url) as http,
