@@ -38,5 +38,13 @@ def read_message(record: Mapping[str, Any]) -> Message:
         body=record["body"],
         # Never later than it is: links to files are valid from then on.
         sent_at=min(sent_at, int(said_at)) if re.fullmatch("[0-9]{1,12}", said_at) else sent_at,
-        traceparent=said.get("traceparent"),
+        traceparent=_trace_of(said.get("traceparent")),
     )
+
+
+def _trace_of(traceparent: str | None) -> str | None:
+    if traceparent is None:
+        return None
+    from predictions.intents.trace import read_traceparent  # only messages with a trace need it
+
+    return read_traceparent(traceparent)

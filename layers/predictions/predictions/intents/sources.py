@@ -21,7 +21,7 @@ class Message:
         sender: The principal that sent it, as reported by SQS (`SenderId`).
         body: The message's text.
         sent_at: When it was first sent, in Unix seconds, so that time-dependent results are the same on a retry.
-        traceparent: The message's attribute `traceparent`, unchecked; None without one.
+        traceparent: The trace in the message's attribute `traceparent`, or None.
     """
 
     id: str
