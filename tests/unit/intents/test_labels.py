@@ -167,8 +167,8 @@ def test_filter_that_is_no_label_is_refused(text: str) -> None:
 def test_filter_matches_key_and_value() -> None:
     item = {
         "id": "p", "owner": "alice", "created_at": "", "created": 0, "fingerprint": "", "source": "http",
-        "keyed": False, "kind": "version", "rank": 0, "status": "queued", "visible": "starting", "deadline": 0, "execution_n": 1,
-        "expires_at": 0,
+        "keyed": False, "kind": "version", "rank": 0, "status": "queued", "visible": "starting", "deadline": 0,
+        "execution_n": 1, "expires_at": 0,
     }  # fmt: skip
     labeled, plain = prediction_of({**item, "labels": {"team": "a=b"}}), prediction_of(item)
     assert Filters(label=read_label("team=a=b")).match(labeled)

@@ -32,11 +32,11 @@ from predictions.views.prediction import Presenter
 from tests.support.batches import LLAMA
 from tests.support.batches import World as BatchWorld
 from tests.support.batches import world as batch_world
-from tests.support.fakes import Clock, Executed, ReplicateInMemory
+from tests.support.fakes import VERSION, Clock, Executed, ReplicateInMemory
 from tests.support.pipelines import IMAGE
 from tests.support.pipelines import World as PipelineWorld
 from tests.support.pipelines import world as pipeline_world
-from tests.support.predictions import VERSION, put, told, wanted
+from tests.support.predictions import put, told, wanted
 from tests.support.protocol import Submissions
 from tests.support.requests import Function, function, items, look, record, requests
 from tests.support.webhook_queue import stream, waiting
