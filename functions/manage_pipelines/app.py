@@ -32,7 +32,7 @@ def create() -> Response:
 def get(pipeline_id: str) -> Response:
     """`GET /pipelines/{id}`: 404 also for a pipeline of another owner."""
     owner = owner_with(app, "read")
-    return json_response(200, pipelines.show_pipeline(pipelines.own_pipeline(pipeline_id, owner)))
+    return json_response(200, pipelines.view.show(pipelines.own_pipeline(pipeline_id, owner)))
 
 
 @app.get("/pipelines")

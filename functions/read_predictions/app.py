@@ -23,7 +23,8 @@ presenter = Presenter.from_env()
 def list_() -> Response:
     """`GET /predictions`: up to 100 predictions, newest first; a page of large ones ends earlier.
 
-    Its links keep the filters: `created_after`, `created_before`, `source`, `status`, `model` and `origin`.
+    Its links keep the filters: `created_after`, `created_before`, `source`, `status`, `model`, `origin`
+    and `label`.
     """
     query = _query("created_after", "created_before", "source", *FILTERS)
     if query.get("source", "api") not in ("api", "web"):
@@ -34,7 +35,7 @@ def list_() -> Response:
 
 @app.get("/trainings")
 def list_trainings() -> Response:
-    """`GET /trainings`: as for predictions, narrowed by `status`, `model` and `origin`."""
+    """`GET /trainings`: as for predictions, narrowed by `status`, `model`, `origin` and `label`."""
     return _page("training", _query(*FILTERS))
 
 

@@ -3,7 +3,16 @@
 import os
 
 from predictions.admission.quotas import OwnerLimits
-from predictions.api.app import answer_with, body_of, headers_of, json_response, own_prediction, owner_with, resolver
+from predictions.api.app import (
+    all_headers_of,
+    answer_with,
+    body_of,
+    headers_of,
+    json_response,
+    own_prediction,
+    owner_with,
+    resolver,
+)
 from predictions.api.routing import Response
 from predictions.intents.model import (
     Attempt,
@@ -54,7 +63,7 @@ def create_training_of(owner: str, name: str, version: str) -> Response:
     token_owner = owner_with(app, "train")
     intent = create_training(
         body_of(app),
-        headers_of(app),
+        _headers(),
         owner=token_owner,
         reference=training_reference(owner, name, version),
         allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
@@ -64,7 +73,7 @@ def create_training_of(owner: str, name: str, version: str) -> Response:
 
 def _create(reference: Reference | None) -> Response:
     token_owner = owner_with(app, "predict")
-    headers = headers_of(app)
+    headers = _headers()
     seconds = wait_seconds(headers.get("prefer"), WAIT_LIMIT_SECONDS)
     intent = create_intent(
         body_of(app),
@@ -74,6 +83,12 @@ def _create(reference: Reference | None) -> Response:
         allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
     )
     return _answer(intent, seconds)
+
+
+def _headers() -> dict[str, str]:
+    """Return the request's headers; labels may be spread over several `X-Labels`."""
+    headers = headers_of(app)
+    return {**headers, "x-labels": all_headers_of(app)["x-labels"]} if "x-labels" in headers else headers
 
 
 def _answer(intent: Intent, seconds: int | None = None) -> Response:

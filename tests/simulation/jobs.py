@@ -223,6 +223,54 @@ class Batches(_Jobs):
         return {"batches": len(items), "lines": lines, "run again": again}
 
 
+class ToldBatches(Batches):
+    """Batches with labels, whose owners ask for a webhook at their completion; receivers of several kinds."""
+
+    name = "batches with webhooks"
+    foci: ClassVar[tuple[str, ...]] = (
+        "finish_batch", "publish_changes", "deliver_webhook", "sqs.SendMessage", "sqs.ChangeMessageVisibility",
+    )  # fmt: skip
+
+    def make_job(self, number: int) -> Job:
+        """One of a batch, with prompts of its own."""
+        job = super().make_job(number)
+        job.prompts = [f"told {prompt}" for prompt in job.prompts]
+        prompts = iter(job.prompts)
+        for line in job.body["requests"]:
+            if "input" in line:
+                line["input"]["prompt"] = next(prompts)
+        url = self.world.receivers.url(self.rng.choice(("takes", "slow", "third try")), f"alice-batch{number}")
+        job.body |= {"webhook": url, "labels": {"batch": str(number)}}
+        return job
+
+    def check(self) -> None:
+        """The end of the last attempt is told as it is, and each end under one id; lines have the labels."""
+        super().check()
+        letters = self.world.queues["DeliveriesDeadLetterQueue"].messages.values()
+        given_up = {json.loads(letter.body).get("id") for letter in letters}
+        for item in self.items():
+            if "webhook" not in item:
+                continue
+            calls = [
+                call for call in self.world.receivers.calls.get(item["webhook"], []) if call.told["id"] == item["id"]
+            ]
+            ids = {f"{item['id']}-completed-{attempt}" for attempt in range(1, int(item["attempt"]) + 1)}
+            if strange := {call.webhook_id for call in calls} - ids:
+                self.bad(f"{item['id']}: webhooks of no end: {strange}")
+            last = [
+                call for call in calls if call.taken and call.webhook_id == f"{item['id']}-completed-{item['attempt']}"
+            ]
+            if not last and item["id"] not in given_up:
+                self.bad(f"{item['id']}: nobody was told of its end")
+            if any(call.told["status"] != item["status"] for call in last):
+                self.bad(f"{item['id']}: ended {item['status']}, and another end was told")
+            for job in self._jobs_of(item):
+                for id_ in {id_ for prompt in job.prompts for id_ in self.world.ids_by_prompt.get(prompt, ())}:
+                    line = self.world.table.items.get((f"prediction#{id_}", "status"))
+                    if line and deserialize(line).get("labels") != item["labels"]:
+                        self.bad(f"{id_}: a line without the labels of its batch")
+
+
 class Pipelines(_Jobs):
     """Pipelines: steps that need others, steps over lists, canceled ones."""
 

@@ -17,6 +17,7 @@ from predictions.admission.schedule import Schedule
 from predictions.aws.dynamodb import PRESENT, Condition, Sum
 from predictions.aws.executions import Executions, wake_by_error
 from predictions.aws.executions import wake as wake_by_success
+from predictions.batches import prepare
 from predictions.batches.manage import BatchControl
 from predictions.files import copier, output_references
 from predictions.files.copier import Copier, _Announced
@@ -64,7 +65,7 @@ from predictions.upstream.errors import NotAccepted, OutcomeUnknown
 from predictions.upstream.list_reader import ListReader, Reading, digest_of
 
 from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood
-from tests.simulation.jobs import Batches, Pipelines, Trainings
+from tests.simulation.jobs import Batches, Pipelines, ToldBatches, Trainings
 from tests.simulation.notices import (
     Events,
     HastyDeletions,
@@ -524,6 +525,8 @@ SABOTAGES: dict[str, Sabotage] = {
         _value(webhook_queue, "_owner_of", lambda _: ""),
         _method(WebhookSlots, "acquire", lambda _: lambda self, owner, origin, now: Slot(owner, "never_marked", now)),
     ),
+    "the end of a batch is told to nobody": _value(webhook_queue, "_completed", lambda *_: False),
+    "a batch keeps its labels to itself": _value(prepare, "with_common_labels", lambda made, _: made),
     "webhooks are sent in any order": _method(WebhookOrder, "begin", _constant(True)),
     "a training is looked for among predictions": _value(Prediction, "collection", "predictions"),
     "a GET asks Replicate each time": _method(PredictionsTable, "begin_live_read", _constant(True)),
@@ -560,6 +563,8 @@ ONLY_IN: dict[str, type[Scenario]] = {
     "a webhook is tried once": Webhooks,
     "hanging receivers occupy all consumers": Tarpit,
     "a training is looked for among predictions": Trainings,
+    "the end of a batch is told to nobody": ToldBatches,
+    "a batch keeps its labels to itself": ToldBatches,
     "a GET asks Replicate each time": Watchers,
     "a GET shows what Replicate says": Watchers,
     "what may have been accepted costs nothing": HiddenDeployments,

@@ -3,7 +3,7 @@
 import random
 
 from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood
-from tests.simulation.jobs import Batches, Pipelines, Trainings
+from tests.simulation.jobs import Batches, Pipelines, ToldBatches, Trainings
 from tests.simulation.notices import (
     Events,
     HastyDeletions,
@@ -61,6 +61,7 @@ WORLDS: dict[type[Scenario], float] = {
     WebhooksInARow: 0.02,
     HastyDeletions: 0.02,
     TroubleOfTheBus: 0.02,
+    ToldBatches: 0.008,
 }
 """The share of the schedules that have each of them."""
 

@@ -125,7 +125,7 @@ class World:
         prediction_ended(ended.id, ended.origin, ended.visible)
 
     def shown(self, pipeline_id: str) -> dict[str, Any]:
-        return self.api.show_pipeline(self.api.own_pipeline(pipeline_id, "alice"))
+        return self.api.view.show(self.api.own_pipeline(pipeline_id, "alice"))
 
     def statuses(self, pipeline_id: str) -> dict[str, str]:
         return {each["name"]: each["status"] for each in self.shown(pipeline_id)["steps"]}

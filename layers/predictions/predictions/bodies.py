@@ -11,18 +11,18 @@ from typing import Any, ClassVar, Self
 from pydantic_core import CoreSchema, SchemaValidator, ValidationError, core_schema
 
 __all__ = [
-    "BOOLEAN", "LIST", "OBJECT", "TEXT", "Body", "Checks", "ValidationError", "choice", "either", "errors_of", "listed",
-    "number", "optional", "text", "whole",
+    "ANYTHING", "BOOLEAN", "LIST", "OBJECT", "TEXT", "Body", "Checks", "ValidationError", "choice", "either",
+    "errors_of", "listed", "number", "optional", "text", "whole",
 ]  # fmt: skip
 
 Checks = Mapping[str, CoreSchema]
 """The check of each field, by its name."""
 
-_ANYTHING = core_schema.any_schema()
+ANYTHING = core_schema.any_schema()
 TEXT = core_schema.str_schema()
 BOOLEAN = core_schema.bool_schema()
-OBJECT = core_schema.dict_schema(TEXT, _ANYTHING)
-LIST = core_schema.list_schema(_ANYTHING)
+OBJECT = core_schema.dict_schema(TEXT, ANYTHING)
+LIST = core_schema.list_schema(ANYTHING)
 
 _STRICT = core_schema.CoreConfig(strict=True)
 

@@ -1135,3 +1135,10 @@ def test_an_error_of_our_own_can_be_read_by_the_allowed_page(from_a_page: Call) 
 def test_the_base_path_of_a_domain_name_is_not_part_of_the_route(from_a_page: Call) -> None:
     assert from_a_page("", "https://app.example.com", path="/v1/predictions")["statusCode"] == 200
     assert from_a_page("", "https://app.example.com", path="/v1/v1/predictions")["statusCode"] == 404
+
+
+def test_labels_in_several_headers_are_those_of_the_request(call: Call) -> None:
+    answer = start(call, headers={"X-Labels": "b=2"}, multiValueHeaders={"X-Labels": ["a=1", "b=2"]})
+    assert (answer["statusCode"], answer["body"]["labels"]) == (201, {"a": "1", "b": "2"})
+    twice = start(call, headers={"X-Labels": "a=2"}, multiValueHeaders={"X-Labels": ["a=1", "a=2"]})
+    assert problem_of(twice, 422)["invalid_fields"][0]["field"] == "X-Labels"

@@ -263,7 +263,7 @@ def test_what_replicate_does_not_have_is_marked() -> None:
     }
     parameters = document()["components"]["parameters"]
     assert {name for name, each in parameters.items() if each.get("x-added")} == {
-        "IdempotencyKey", "RetryCount", "Status", "Model", "Origin",
+        "IdempotencyKey", "RetryCount", "Status", "Model", "Origin", "Label", "Labels", "Traceparent",
         }  # fmt: skip
     fields = {
         f"{schema}.{name}"

@@ -592,6 +592,24 @@ def test_redelivery_is_queued_under_the_id_of_the_first(hooks: Any, options: lis
     assert message["again"] is True, "it is sent whatever was sent before"
 
 
+@pytest.mark.parametrize(("kind", "attempt", "n"), [("batch", "3", 3), ("pipeline", None, 1)])
+def test_redelivery_of_a_batch_or_pipeline_is_queued_once_it_has_completed(
+    hooks: Any, capsys: pytest.CaptureFixture[str], kind: str, attempt: str | None, n: int
+) -> None:
+    id_ = "e" * 26
+    key = {"pk": {"S": f"{kind}#{id_}"}, "sk": {"S": "status"}}
+    item = {**key, **({"attempt": {"N": attempt}} if attempt else {})}
+    for more, said in (({}, "without a webhook"), ({"webhook": {"S": "https://hooks.example.com/"}}, "not completed")):
+        create_client("dynamodb", region_name=REGION).put_item(TableName="table-1", Item={**item, **more})
+        assert said in refused(capsys, "webhooks", "redeliver", id_, "--stack", "hooks")
+    completed = {**item, "webhook": {"S": "https://hooks.example.com/"}, "visible": {"S": "failed"}}
+    create_client("dynamodb", region_name=REGION).put_item(TableName="table-1", Item=completed)
+    assert main(["webhooks", "redeliver", "--stack", "hooks", id_]) == 0
+    (message,) = messages(hooks, "deliveries")
+    assert (message["id"], message["event"], message["n"]) == (id_, f"{kind}.completed", n)
+    assert f"{id_}-completed-{n}" in capsys.readouterr().err
+
+
 def test_failed_webhooks_are_listed_and_sent_again(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:
     dead = hooks.get_queue_url(QueueName="DeliveriesDeadLetterQueue")["QueueUrl"]
     hooks.send_message(QueueUrl=dead, MessageBody=json.dumps({**FAILED, "reason": "answered 500"}))

@@ -408,3 +408,13 @@ def test_key_with_a_token_that_is_refused_is_submitted_once_that_is_mended(
     told = run(job, "request-2")
     assert (told["success"], told["status"]) == (True, "starting")
     assert len(replicate.creates) == 2
+
+
+def test_job_has_labels_and_a_trace(run: Run, table: PredictionsTable) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    job = {"model": VERSION, "input_data": {}, "wait_for_completion": False, "labels": {"a": "b"}, "traceparent": trace}
+    shown = run(job)
+    prediction = table.get(shown["prediction_id"])
+    assert prediction
+    assert (shown["labels"], prediction.labels, prediction.traceparent) == ({"a": "b"}, {"a": "b"}, trace)
+    assert run({**job, "labels": {"a": 1}}, "request-2")["error"].startswith("labels.a: ")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from predictions.aws import clients
+from predictions.errors import Problem
 from predictions.files.links import Links
 from predictions.files.outputs_bucket import folder, safe_prefix
 from predictions.intake.queue import Requests
@@ -572,3 +573,43 @@ def test_placeholder_at_the_beginning_of_a_webhook_is_its_base(call: Call, recip
         call, recipes, "in/a&b", defaults={"hook": base}, webhook="{{ defaults.hook }}&key={{ object.key }}"
     )
     assert found == f"{base}&key=in%2Fa%26b"
+
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def labeled(call: Call, recipes: Recipes, labels: dict[str, str], detail: dict[str, Any]) -> Intent | None:
+    recipe = {**RECIPE, "s3": None, "input": {"prompt": "x"}, "pattern": {"source": ["shop"]}, "labels": labels}
+    status, shown = call("PUT", "mine", {name: part for name, part in recipe.items() if part is not None})
+    assert status in (200, 201), shown
+    event = {"id": "e1", "source": "shop", "detail-type": "Order", "detail": detail}
+    return recipes.intent({"recipe_id": shown["id"], "event": event}, message())
+
+
+def test_recipe_fills_labels_from_the_event_and_takes_its_trace(call: Call, recipes: Recipes) -> None:
+    labels = {"team": "shop", "order": "{{ event.detail.order }}", "by": "{{ event.detail.who }}/{{ recipe.name }}"}
+    found = labeled(call, recipes, labels, {"order": 7, "who": "ann", "traceparent": TRACE})
+    assert found
+    assert (found.labels, found.traceparent) == ({"team": "shop", "order": "7", "by": "ann/mine"}, TRACE)
+
+
+@pytest.mark.parametrize("who", ["", "x" * 257, "a\nb", None, ["a"]])
+def test_label_that_an_event_fills_badly_is_refused(call: Call, recipes: Recipes, who: Any) -> None:
+    with pytest.raises((Problem, RequestRefused), match=r"labels\.who"):
+        labeled(call, recipes, {"who": "{{ event.detail.who }}"}, {"who": who})
+
+
+@pytest.mark.parametrize(
+    ("labels", "field"),
+    [
+        ({"team": 7}, "labels.team"),
+        ({"te am": "a"}, "labels"),
+        ({f"k{n}": "{{ event.id }}" for n in range(11)}, "labels"),
+        ({"team": "{{ row2.x }}"}, "labels.team"),
+        ([], "labels"),
+    ],
+    ids=repr,
+)
+def test_recipe_with_bad_labels_is_refused(call: Call, labels: Any, field: str) -> None:
+    status, problem = call("PUT", "mine", {**RECIPE, "labels": labels})
+    assert (status, [each["field"] for each in problem["invalid_fields"]]) == (422, [field])

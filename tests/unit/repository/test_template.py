@@ -753,6 +753,7 @@ def test_an_origin_is_allowed_everywhere_or_nowhere() -> None:
     preflight = template["Api"]["Properties"]["Cors"]
     assert preflight["AllowOrigin"]["Fn::If"] == ["AllowCors", {"Fn::Sub": "'${CorsOrigin}'"}, "'https://none.invalid'"]
     assert "AllowCredentials" not in preflight
+    assert {"X-Labels", "Traceparent"} <= set(preflight["AllowHeaders"].strip("'").split(","))
     for name in BUCKETS:
         condition, rules, nothing = template[name]["Properties"]["CorsConfiguration"]["Fn::If"]
         assert (condition, nothing) == ("AllowCors", {"Ref": "AWS::NoValue"})

@@ -13,11 +13,12 @@ from urllib.parse import urlencode
 from predictions.aws.clients import api_url
 from predictions.errors import Problem
 from predictions.ids import is_model_name
+from predictions.intents.labels import read_label
 from predictions.status import Status, visible
 from predictions.store.records import ORIGINS, Filters
 from predictions.validation import fields_refused
 
-FILTERS = ("status", "model", "origin")
+FILTERS = ("status", "model", "origin", "label")
 """The query parameters of `read_filters`."""
 
 _CHOICES = {"status": tuple(dict.fromkeys(map(visible, Status))), "origin": ORIGINS}
@@ -114,9 +115,10 @@ def read_filters(query: Mapping[str, str]) -> Filters:
     """Return the filters in a list's query parameters, all of them in `FILTERS`; others are ignored.
 
     Raises:
-        Problem: 422 for a status or an origin that no prediction has, or a model without the form of one.
+        Problem: 422 for a status or an origin that no prediction has, or a model or label without the form of one.
     """
     given = {name: query[name] for name in FILTERS if name in query}
+    label = read_label(given.pop("label")) if "label" in given else None
     invalid = []
     for name, choices in _CHOICES.items():
         if given.get(name, choices[0]) not in choices:
@@ -127,4 +129,4 @@ def read_filters(query: Mapping[str, str]) -> Filters:
         invalid.append({"field": "model", "detail": detail})
     if invalid:
         raise fields_refused(invalid)
-    return Filters(**given)
+    return Filters(**given, label=label)

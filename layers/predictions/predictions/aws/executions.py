@@ -26,17 +26,23 @@ class Executions:
         """Return the ARN of a prediction's nth execution, whether it exists or not."""
         return f"{self._machine_arn.replace(':stateMachine:', ':execution:')}:{prediction_id}-{n}"
 
-    def start(self, prediction_id: str, n: int) -> bool:
+    def start(self, prediction_id: str, n: int, traceparent: str | None = None) -> bool:
         """Start the nth execution of a prediction or a pipeline.
+
+        Args:
+            prediction_id: Our id.
+            n: The number of the execution.
+            traceparent: The trace that it belongs to, for those who look at its input; the machine does not read it.
 
         Returns:
             True if it runs now, also if another call started it; False if the name belongs to a finished one.
         """
+        given = {"id": prediction_id, **({"traceparent": traceparent} if traceparent else {})}
         try:
             # While it runs, the same name and input get the same response as the first start.
             # https://docs.aws.amazon.com/step-functions/latest/apireference/API_StartExecution.html
             self._stepfunctions.start_execution(
-                stateMachineArn=self._machine_arn, name=f"{prediction_id}-{n}", input=json.dumps({"id": prediction_id})
+                stateMachineArn=self._machine_arn, name=f"{prediction_id}-{n}", input=json.dumps(given)
             )
         except self._stepfunctions.exceptions.ExecutionAlreadyExists:
             return self.status(prediction_id, n) == "RUNNING"

@@ -139,6 +139,7 @@ def _result(batches: Batches, batch: Batch, n: int, result: Result | None) -> di
         "error": prediction.error,
         "seconds": max(0, (prediction.ended or prediction.created) - prediction.created),
         "cost": prediction.cost.shown if prediction.cost else None,
+        **({"labels": dict(prediction.labels)} if prediction.labels else {}),
     }
     if result.files:
         told["output_files"] = [_file(batches.bucket_name, file.to_item()) for file in result.files]

@@ -26,14 +26,16 @@ from predictions.batches.files import (
 )
 from predictions.batches.manifest import MANIFEST_LIMIT_BYTES
 from predictions.batches.schema import BatchBody, read_body
-from predictions.batches.store import Batch, Batches
+from predictions.batches.store import COUNTED, Batch, Batches
 from predictions.clock import timestamp
 from predictions.errors import Problem
 from predictions.ids import random_id
+from predictions.intents.groups import identity_of, read_group
 from predictions.intents.model import LIFETIME_LIMIT_SECONDS, Attempt, idempotency_key
 from predictions.observability import logger
 from predictions.recipes.store import Recipe, RecipeItems
 from predictions.store.recent_requests import RecentRequests
+from predictions.store.records import labels_and_trace
 from predictions.validation import fields_refused, input_json_canonical, parse_json
 
 if TYPE_CHECKING:
@@ -48,8 +50,6 @@ _KEY_LIMIT_BYTES = 1024
 _START_CHECK_SECONDS = 60
 ATTEMPTS_LIMIT = 10
 """The limit of attempts of a batch, including the first."""
-
-_COUNTED = ("waiting", "running", "succeeded", "failed", "canceled", "refused")
 
 
 class BatchControl:
@@ -137,12 +137,16 @@ class BatchControl:
         """
         asked = read_body(parse_json(body, headers.get("content-type")))
         key = idempotency_key(headers)
-        fingerprint = hashlib.sha256(input_json_canonical(vars(asked)).encode()).hexdigest()
+        fingerprint = hashlib.sha256(input_json_canonical(identity_of(vars(asked))).encode()).hexdigest()
         if there := self._sent_before(owner, key, fingerprint, attempt):
             return there
         invalid: list[dict[str, str]] = []
         place = self._place(asked, owner, invalid)
         recipe = self._recipe(asked, owner, invalid)
+        context, wrong = read_group(
+            asked.labels, asked.webhook, headers, allow_loopback=self.batches.allow_loopback_webhooks
+        )
+        invalid += wrong
         if invalid:
             raise fields_refused(invalid)
         schema = None
@@ -187,6 +191,7 @@ class BatchControl:
             checked=schema is not None,
             max_concurrency=asked.max_concurrency,
             tolerated_failure_percentage=asked.tolerated_failure_percentage,
+            **context,
         )
 
     def _sent_before(self, owner: str, key: str | None, fingerprint: str, attempt: Attempt | None) -> Batch | None:
@@ -352,14 +357,6 @@ class BatchControl:
         """Return a page of an owner's batches, as `Batches.page` does."""
         return self.batches.page(owner, start, older=older, size=size)
 
-    def manifest_uri(self, batch: Batch) -> str | None:
-        """Return the URI of a batch's manifest, or None if its requests came with the call."""
-        return batch.manifest_uri(self.batches.bucket_name)
-
-    def uri(self, key: str) -> str:
-        """Return the URI of an object of a batch."""
-        return f"s3://{self.batches.bucket_name}/{key}"
-
     def counts(self, batch: Batch, *, ask: bool = True) -> dict[str, int]:
         """Return the number of lines by status: waiting, running, terminal ones.
 
@@ -370,7 +367,7 @@ class BatchControl:
             batch: The batch.
             ask: Whether to ask Step Functions; else lines whose status is not in the item are `waiting`.
         """
-        counts = dict.fromkeys(_COUNTED, 0)
+        counts = dict.fromkeys(COUNTED, 0)
         if batch.counts is not None:
             return counts | dict(batch.counts)
         refused = batch.refused or 0
@@ -539,7 +536,7 @@ class BatchControl:
             stepfunctions.start_execution(
                 stateMachineArn=self._machine_arn,
                 name=batch.execution_name,
-                input=json.dumps({"id": batch.id, "attempt": batch.attempt}),
+                input=json.dumps({"id": batch.id, "attempt": batch.attempt, **labels_and_trace({}, batch.traceparent)}),
             )
         except stepfunctions.exceptions.ExecutionAlreadyExists:
             return self._is_running(batch)

@@ -83,13 +83,14 @@ def request_of(value: Any, template: Mapping[str, Any] | None) -> dict[str, Any]
     row = _row(value)
     if template is None:
         return row
-    from predictions.templating import Allowance, PlaceholderError, TooSlow, fill  # only with a template
+    from predictions.intents.labels import filled_labels  # only with a template
+    from predictions.templating import Allowance, PlaceholderError, TooSlow, fill  # as above
 
     try:
         made = fill(template, {"row": row}, Allowance(seconds=_FILL_SECONDS))
     except (PlaceholderError, TooSlow) as error:
         raise LineRefused(str(error)[:REASON_LIMIT]) from None
-    return dict(made)
+    return {**made, "labels": filled_labels(made["labels"])} if "labels" in made else dict(made)
 
 
 def request_by(recipe: "Recipe", value: Any) -> tuple[dict[str, Any], str | None]:

@@ -33,6 +33,7 @@ from predictions.batches.manifest import (
     request_of,
 )
 from predictions.batches.store import Batch, Batches
+from predictions.intents.labels import with_common_labels
 from predictions.observability import logger
 
 # The function's time that is reserved for the last writes, if a manifest takes too long.
@@ -137,6 +138,7 @@ def _first_lines(batches: Batches, batch: Batch, remaining_seconds: Callable[[],
                     if line.error:
                         raise LineRefused(line.error)
                     made, output_prefix = request(line.value)
+                    made = with_common_labels(made, batch.labels or {})
                     check_request(made, allow_loopback_webhooks=batches.allow_loopback_webhooks)
                     if schema and (wrong := schema.reason(made["input"])):
                         raise LineRefused(wrong[:REASON_LIMIT])

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from predictions.bodies import LIST, OBJECT, Checks, ValidationError, choice, errors_of, optional, text
 from predictions.errors import Problem
+from predictions.intents.groups import GROUP_CHECKS
 from predictions.recipes.schema import BatchLimits
 from predictions.validation import field_problem, fields_refused
 
@@ -18,10 +19,14 @@ class BatchBody(BatchLimits):
     format: Literal["jsonl", "csv"] | None = None
     template: dict[str, Any] | None = None
     recipe: str | None = None
+    labels: dict[str, Any] | None = None
+    webhook: str | None = None
+    webhook_events_filter: list[str] | None = None
 
     checks: ClassVar[Checks] = {
         **BatchLimits.checks, "requests": optional(LIST), "manifest": optional(text(most=1200)),
         "format": optional(choice(("jsonl", "csv"))), "template": optional(OBJECT), "recipe": optional(text(most=63)),
+        **GROUP_CHECKS,
     }  # fmt: skip
 
 

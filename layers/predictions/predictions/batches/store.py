@@ -34,9 +34,13 @@ from predictions.ids import derived_id
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.store.idempotency_keys import IdempotencyKeys
 from predictions.store.keys import batch_key, list_of, owner_of, shard_of
+from predictions.store.records import labels_and_trace
 from predictions.validation import BODY_LIMIT_BYTES
 
 ENDED = ("succeeded", "failed", "canceled")
+
+COUNTED = ("waiting", "running", *ENDED, "refused")
+"""The statuses by which lines are counted."""
 
 CHECK_SECONDS = 300
 """How often the sweep checks that the execution of a batch exists."""
@@ -72,6 +76,9 @@ class Batch:
         results_key: The results of the last completed attempt.
         stop: Why no further line starts: `canceled` or `exceeded`.
         stopped_before: The number of this attempt's lines checked for cancellation; None when all are.
+        labels: The labels of each of its lines, unless the line has one of that key.
+        traceparent: The trace that it belongs to.
+        webhook: The URL to which each completion is sent.
         stalled_looks: The number of consecutive checks of the sweep that crashed while canceling lines.
     """
 
@@ -103,6 +110,9 @@ class Batch:
     stalled_looks: int = 0
     completed_at: str | None = None
     next_check_at: int | None = None
+    labels: Mapping[str, str] | None = None
+    traceparent: str | None = None
+    webhook: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -224,6 +234,7 @@ class Batches:
             origin={"batch": batch.id, "line": n, "attempt": attempt},
             depth=batch.depth,
             output_prefix=found.get("output_prefix"),
+            traceparent=batch.traceparent,
         )
 
     def _check_open(self, batch: Batch, attempt: int) -> None:
@@ -443,6 +454,7 @@ def event_of(change: Mapping[str, Any], bucket_name: str) -> tuple[str, dict[str
         "results": f"s3://{bucket_name}/{batch.results_key}" if batch.results_key else None,
         "created_at": batch.created_at,
         "completed_at": batch.completed_at,
+        **labels_and_trace(batch.labels or {}, batch.traceparent),
     }
 
 

@@ -1,15 +1,18 @@
 """Batches as callers see them."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from predictions.aws.clients import api_url
-from predictions.batches.manage import BatchControl
-from predictions.batches.store import Batch
+from predictions.batches.store import COUNTED, Batch
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.views.prediction import Presenter
 
+if TYPE_CHECKING:
+    from predictions.batches.manage import BatchControl
 
-def show_changed_batch(batch: Batch, control: BatchControl, presenter: Presenter) -> dict[str, Any]:
+
+def show_changed_batch(batch: Batch, control: "BatchControl", presenter: Presenter) -> dict[str, Any]:
     """Return a batch that a call has just made or changed, whatever fails while it is shown."""
     try:
         return show_batch(batch, control, presenter)
@@ -19,7 +22,7 @@ def show_changed_batch(batch: Batch, control: BatchControl, presenter: Presenter
         return show_batch(batch, control, presenter, ask=False)
 
 
-def show_batch(batch: Batch, control: BatchControl, presenter: Presenter, *, ask: bool = True) -> dict[str, Any]:
+def show_batch(batch: Batch, control: "BatchControl", presenter: Presenter, *, ask: bool = True) -> dict[str, Any]:
     """Return a batch as a response shows it.
 
     Args:
@@ -28,17 +31,27 @@ def show_batch(batch: Batch, control: BatchControl, presenter: Presenter, *, ask
         presenter: Makes the URL of its results.
         ask: Whether to ask Step Functions for counts, and to make that URL, both of which can fail.
     """
+    counts = control.counts(batch, ask=ask)
+    return _shown(batch, counts, control.batches.bucket_name, presenter if ask else None)
+
+
+def show_completed_batch(batch: Batch, bucket_name: str, presenter: Presenter) -> dict[str, Any]:
+    """Return a completed batch as a response shows it."""
+    return _shown(batch, dict.fromkeys(COUNTED, 0) | dict(batch.counts or {}), bucket_name, presenter)
+
+
+def _shown(batch: Batch, counts: Mapping[str, int], bucket_name: str, presenter: Presenter | None) -> dict[str, Any]:
     url = f"{api_url()}/batches/{batch.id}"
     results = None
-    if batch.results_key and ask:
-        results = {"uri": control.uri(batch.results_key), "url": presenter.link(batch.results_key)}
+    if batch.results_key and presenter:
+        results = {"uri": f"s3://{bucket_name}/{batch.results_key}", "url": presenter.link(batch.results_key)}
     return {
         "id": batch.id,
         "status": batch.status,
         "recipe": batch.recipe,
-        "manifest": control.manifest_uri(batch),
+        "manifest": batch.manifest_uri(bucket_name),
         "total": batch.total,
-        "counts": control.counts(batch, ask=ask),
+        "counts": dict(counts),
         "attempt": batch.attempt,
         "max_concurrency": batch.max_concurrency,
         "tolerated_failure_percentage": batch.tolerated_failure_percentage,
@@ -47,5 +60,7 @@ def show_batch(batch: Batch, control: BatchControl, presenter: Presenter, *, ask
         "results": results,
         "created_at": batch.created_at,
         "completed_at": batch.completed_at,
+        **({"labels": dict(batch.labels)} if batch.labels else {}),
+        **({"webhook": batch.webhook} if batch.webhook else {}),
         "urls": {"get": url, "cancel": f"{url}/cancel", "retry": f"{url}/retry"},
     }

@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from predictions.aws.dynamodb import Table
 from predictions.cli.stack import NotDone, PredictionId, Stack, command, found, group
 from predictions.ids import is_owner
 from predictions.notifications.signing_secrets import SecretVersions
 from predictions.notifications.webhook_queue import DeliveriesQueue, Delivery
+from predictions.store.keys import batch_key, pipeline_key
 
 app = group("Redeliver webhooks and rotate the secrets of owners.")
 
@@ -30,7 +32,10 @@ def redeliver(
     prediction_id: PredictionId,
     event: Annotated[Event, typer.Option(help="The event of the webhook.")] = Event.COMPLETED,
 ) -> None:
-    """Send the webhook of one prediction again."""
+    """Send the webhook of one prediction, batch or pipeline again."""
+    if event == Event.COMPLETED and (completed := _completed_group(stack, prediction_id)):
+        _send(stack, completed)
+        return
     prediction = found(stack.table, prediction_id)
     if not prediction.webhook:
         raise NotDone(f"The prediction {prediction.id} was created without a webhook.")
@@ -39,8 +44,27 @@ def redeliver(
     # Numbered like the first delivery, or for repeatable events like the last: the receiver can recognize a duplicate.
     number = 1 if event in (Event.START, Event.COMPLETED) else 0
     delivery = Delivery(prediction.id, event.value, number, int(time.time()), again=True)
+    _send(stack, delivery)
+
+
+def _send(stack: Stack, delivery: Delivery) -> None:
     DeliveriesQueue(stack.output("DeliveriesQueueUrl"), stack.client("sqs")).send(delivery)
     print(f"Queued with the webhook-id {delivery.webhook_id}.", file=sys.stderr)
+
+
+def _completed_group(stack: Stack, id_: str) -> Delivery | None:
+    """Return the webhook of a batch's or pipeline's last completion, or None if the id is of neither."""
+    items = Table(stack.output("TableName"), stack.client("dynamodb"))
+    for kind, key in (("batch", batch_key(id_)), ("pipeline", pipeline_key(id_))):
+        item = items.get_item(key)
+        if item is None:
+            continue
+        if "webhook" not in item:
+            raise NotDone(f"The {kind} {id_} was created without a webhook.")
+        if "visible" not in item:
+            raise NotDone(f"The {kind} {id_} has not completed: its webhook is sent when it does.")
+        return Delivery(id_, f"{kind}.completed", int(item.get("attempt", 1)), int(time.time()), again=True)
+    return None
 
 
 @command(app, "rotate", example="webhooks rotate --owner alice --stack NAME")

@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.bodies import (
+    ANYTHING,
     BOOLEAN,
     OBJECT,
     TEXT,
@@ -58,8 +59,12 @@ _TOKEN_REFUSED = (401, 402, 403)
 class _Job(Body):
     model: str
     idempotency_key: str | None = None
+    labels: Any = None
+    traceparent: Any = None
 
-    checks: ClassVar[Checks] = {"model": text(1, 256), "idempotency_key": optional(TEXT)}
+    checks: ClassVar[Checks] = {
+        "model": text(1, 256), "idempotency_key": optional(TEXT), "labels": ANYTHING, "traceparent": ANYTHING,
+    }  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -71,6 +76,8 @@ class PromptJob(_Job):
         prompt: The model's input `prompt`, its only one.
         webhook_url: The URL for the completion webhook.
         idempotency_key: As the API's header `Idempotency-Key`.
+        labels: Its labels (see `intents.labels`).
+        traceparent: As the API's header.
     """
 
     prompt: str
@@ -115,6 +122,8 @@ class InputJob(_Job):
         poll_interval: Seconds between two reads of the prediction.
         max_poll_attempts: The number of reads after which the wait ends.
         idempotency_key: As the API's header `Idempotency-Key`.
+        labels: Its labels (see `intents.labels`).
+        traceparent: As the API's header.
     """
 
     input_data: dict[str, Any]
@@ -148,6 +157,7 @@ class InputJob(_Job):
             **{name: shown.get(name) for name in names},
             "metrics": shown.get("metrics", {}) if shown else None,
             "cost": shown.get("cost"),
+            **({"labels": shown["labels"]} if "labels" in shown else {}),
             "error": error,
             "urls": _urls(shown),
         }
@@ -228,7 +238,7 @@ class RunJobs:
 
     def _intent(self, job: PromptJob | InputJob, request_id: str) -> Intent:
         intent = create_requested_intent(
-            {**job.request(), "idempotency_key": job.idempotency_key},
+            {**job.request(), **job.given("idempotency_key", "labels", "traceparent")},
             owner=self._owner,
             source="run_job",
             source_key=request_id,

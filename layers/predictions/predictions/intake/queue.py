@@ -188,7 +188,7 @@ class Requests:
         if prediction.execution_arn == self._executions.arn(prediction.id, 1) and not prediction.terminal:
             # The function that stored it may have crashed right after. The sweep handles a taken execution name, and a
             # prediction that the API stored for the other state machine.
-            self._executions.start(prediction.id, 1)
+            self._executions.start(prediction.id, 1, prediction.traceparent)
         return prediction
 
     def _intent(self, body: dict[str, Any], message: Message) -> Intent | None:
@@ -202,6 +202,7 @@ class Requests:
             owner=owner,
             source="queue",
             source_key=message.id,
+            traceparent=message.traceparent,
             allow_loopback_webhooks=self._allow_loopback_webhooks,
         )
 

@@ -49,6 +49,7 @@ class DeadRequest:
         reason: Why it was given up.
         body: Its text, as it was sent.
         receipt_handle: Deletes it.
+        traceparent: Its attribute of that name, or None.
     """
 
     id: str
@@ -57,6 +58,7 @@ class DeadRequest:
     reason: str
     body: str
     receipt_handle: str = field(repr=False)
+    traceparent: str | None = None
 
     def event(self) -> dict[str, Any]:
         """Return the event of start_from_queue that redrives it as the original message."""
@@ -66,7 +68,7 @@ class DeadRequest:
                     "messageId": self.id,
                     "body": self.body,
                     "attributes": {"SenderId": self.sender, "SentTimestamp": str(self.sent_at * 1000)},
-                    "messageAttributes": {},
+                    "messageAttributes": {"traceparent": {"stringValue": self.traceparent}} if self.traceparent else {},
                     "eventSource": "aws:sqs",
                 }
             ]
@@ -100,6 +102,7 @@ class DeadRequests:
             "sender": message.sender,
             "sent_at": str(message.sent_at),
             "reason": _attribute(reason),
+            **({"traceparent": message.traceparent} if message.traceparent else {}),
         }
         body = message.body
         excess = _size(body, attributes) - MESSAGE_LIMIT_BYTES
@@ -132,6 +135,7 @@ class DeadRequests:
                 reason=known.get("reason", _NO_REASON) if ours else _NO_REASON,
                 body=self._body(letter) if ours else letter.body,
                 receipt_handle=letter.receipt_handle,
+                traceparent=known.get("traceparent"),
             )
 
     def _body(self, letter: DeadMessage) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Literal, TypeVar, get_args
 
 from predictions.bodies import (
+    ANYTHING,
     BOOLEAN,
     OBJECT,
     TEXT,
@@ -90,6 +91,8 @@ class Intent:
         origin: The ids and names of its origin: `recipe`; `batch` and `line`; `pipeline`, `step` and `index`.
         depth: The number of results of this stack it descends from: 0 if no result of ours started it.
         output_prefix: The prefix for its files in its owner's part of the outputs bucket; None for the usual one.
+        labels: Its labels (see `intents.labels`).
+        traceparent: The trace that it belongs to (see `intents.trace`), or None.
     """
 
     id: str
@@ -108,6 +111,8 @@ class Intent:
     origin: Mapping[str, str | int] = field(default_factory=dict)
     depth: int = 0
     output_prefix: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    traceparent: str | None = None
 
 
 TARGET_NAME: Final = optional(text(most=256))
@@ -140,9 +145,12 @@ class RequestBody(PredictionBody):
     model: str | None = None
     deployment: str | None = None
     idempotency_key: str | None = None
+    labels: Any = None
+    traceparent: Any = None
 
     checks: ClassVar[Checks] = {
         **PredictionBody.checks, "model": TARGET_NAME, "deployment": TARGET_NAME, "idempotency_key": optional(TEXT),
+        "labels": ANYTHING, "traceparent": ANYTHING,
     }  # fmt: skip
 
 
@@ -195,6 +203,7 @@ def create_intent(
     return _intent(
         asked, reference, invalid, prediction_id, owner=owner, keyed=key is not None,
         lifetime_seconds=lifetime_seconds, allow_loopback_webhooks=allow_loopback_webhooks,
+        **_context_of(headers, invalid),
     )  # fmt: skip
 
 
@@ -208,6 +217,7 @@ def create_requested_intent(
     origin: Mapping[str, str | int] | None = None,
     depth: int = 0,
     output_prefix: str | None = None,
+    traceparent: Any = None,
 ) -> Intent:
     """Validate a request of a message, line or recipe and return its intent.
 
@@ -221,6 +231,7 @@ def create_requested_intent(
         origin: The ids and names of its origin.
         depth: The number of results of this stack it descends from.
         output_prefix: The prefix for its files.
+        traceparent: The trace of what started it, unless the request names one itself; ignored if invalid.
 
     Raises:
         Problem: 422 (with `invalid_fields`).
@@ -234,6 +245,7 @@ def create_requested_intent(
     return _intent(
         asked, reference, invalid, prediction_id, owner=owner, keyed=True, source=source, origin=origin or {},
         depth=depth, output_prefix=output_prefix, allow_loopback_webhooks=allow_loopback_webhooks,
+        **_context(asked.labels, asked.traceparent or traceparent, invalid),
     )  # fmt: skip
 
 
@@ -251,7 +263,7 @@ def _intent(
     if webhook is None and asked.webhook_completed is not None:
         webhook_field, webhook, events = "webhook_completed", asked.webhook_completed, ["completed"]
     if webhook is not None:
-        _check_webhook(webhook, webhook_field, allow_loopback_webhooks, invalid)
+        check_webhook(webhook, webhook_field, allow_loopback_webhooks, invalid)
     if lifetime_seconds is None and asked.lifetime is not None:
         lifetime_seconds = _lifetime_seconds(str(asked.lifetime), "lifetime", invalid)
     if invalid or reference is None:
@@ -271,6 +283,40 @@ def _intent(
         stream=asked.stream,
         **known,
     )
+
+
+def _context_of(headers: Mapping[str, str], invalid: list[dict[str, str]]) -> dict[str, Any]:
+    """Return `labels` and `traceparent` in a request's headers."""
+    found = _context(None, headers.get("traceparent"), invalid)
+    if text := headers.get("x-labels"):
+        from predictions.intents.labels import header_labels  # as below
+
+        found["labels"] = header_labels(text, invalid)
+    return found
+
+
+def _context(labels: Any, traceparent: Any, invalid: list[dict[str, str]]) -> dict[str, Any]:
+    """Return `labels` and `traceparent` of a request, each only if it has them."""
+    found: dict[str, Any] = {}
+    if labels is not None:
+        from predictions.intents.labels import read_labels  # only requests with labels need it
+
+        found["labels"] = read_labels(labels, invalid)
+    if traceparent is not None:
+        from predictions.intents.trace import read_traceparent  # only requests with a trace need it
+
+        found["traceparent"] = read_traceparent(traceparent)
+    return found
+
+
+def check_webhook(url: str, field: str, allow_loopback: bool, invalid: list[dict[str, str]]) -> None:
+    """Add to `invalid` why a URL may not be that of a webhook, if so."""
+    from predictions.net.addresses import AddressRefused, check_webhook_url  # only requests with a webhook need it
+
+    try:
+        check_webhook_url(url, allow_loopback=allow_loopback)
+    except AddressRefused as error:
+        invalid.append({"field": field, "detail": str(error)})
 
 
 def idempotency_key(headers: Mapping[str, str]) -> str | None:
@@ -315,12 +361,13 @@ def create_training(
         detail = "Must be an existing model of yours, as `owner/name`. The training adds a version to it."
         invalid.append({"field": "destination", "detail": detail})
     if asked.webhook is not None:
-        _check_webhook(asked.webhook, "webhook", allow_loopback_webhooks, invalid)
+        check_webhook(asked.webhook, "webhook", allow_loopback_webhooks, invalid)
     if "cancel-after" in headers:
         # If the header were ignored, a training would run on, and be paid for, past its caller's deadline.
         detail = "Not supported for trainings. Remove this header and cancel the training instead."
         invalid.append({"field": "Cancel-After", "detail": detail})
     key = _idempotency_key(headers.get("idempotency-key"), "Idempotency-Key", invalid)
+    context = _context_of(headers, invalid)
     if invalid:
         raise fields_refused(invalid)
     events = asked.webhook_events_filter
@@ -342,6 +389,7 @@ def create_training(
         stream=None,
         object="training",
         destination=asked.destination,
+        **context,
     )
 
 
@@ -468,15 +516,6 @@ def _reference(version: str | None, invalid: list[dict[str, str]], field: str = 
     if version_id := found["version"] or found["bare_version"]:
         return Reference("version", found["name"], version_id)
     return Reference("model", found["name"])
-
-
-def _check_webhook(url: str, field: str, allow_loopback: bool, invalid: list[dict[str, str]]) -> None:
-    from predictions.net.addresses import AddressRefused, check_webhook_url  # only requests with a webhook need it
-
-    try:
-        check_webhook_url(url, allow_loopback=allow_loopback)
-    except AddressRefused as error:
-        invalid.append({"field": field, "detail": str(error)})
 
 
 def _lifetime_seconds(text: str | None, field: str, invalid: list[dict[str, str]]) -> int | None:

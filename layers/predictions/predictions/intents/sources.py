@@ -21,12 +21,14 @@ class Message:
         sender: The principal that sent it, as reported by SQS (`SenderId`).
         body: The message's text.
         sent_at: When it was first sent, in Unix seconds, so that time-dependent results are the same on a retry.
+        traceparent: The trace in the message's attribute `traceparent`, or None.
     """
 
     id: str
     sender: str
     body: str
     sent_at: int
+    traceparent: str | None = None
 
 
 class Source(Protocol):

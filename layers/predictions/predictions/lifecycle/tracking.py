@@ -77,7 +77,9 @@ class Tracking:
             submit = following.upstream_id is None
             if submit:
                 following = self._next(following, submit=True, unbound=True)
-        while following is not None and not self._machine_of(following).start(following.id, following.execution_n):
+        while following is not None and not self._machine_of(following).start(
+            following.id, following.execution_n, following.traceparent
+        ):
             # The name belongs to an execution that has ended.
             following = self._next(following, submit=submit, takes_copy=takes_copy)
 

@@ -17,7 +17,7 @@ from predictions.aws.clients import client
 from predictions.files.output_references import StoredFile
 from predictions.observability import logger
 from predictions.status import Status
-from predictions.store.records import Prediction
+from predictions.store.records import Prediction, labels_and_trace
 
 if TYPE_CHECKING:
     from mypy_boto3_events import EventBridgeClient
@@ -98,6 +98,7 @@ def event_of_prediction(prediction: Prediction, files: Sequence[StoredFile], buc
         "cost": prediction.cost.shown if prediction.cost else None,
         "output_files": listed,
         "output_files_truncated": truncated,
+        **labels_and_trace(prediction.labels, prediction.traceparent),
     }
     return Event(f"{thing} {word}", detail, at)
 

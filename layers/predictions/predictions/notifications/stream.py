@@ -359,6 +359,7 @@ class Changes:
             files, truncated = list_files(stored, self._outputs.name, _FILES_LIMIT_BYTES)
             result |= {"error": prediction.error, "output_files": files, "output_files_truncated": truncated}
             result |= {"cost": prediction.cost.shown} if prediction.cost else {}
+            result |= {"labels": dict(prediction.labels)} if prediction.labels else {}
         if prediction.visible != Status.SUCCEEDED:
             if error := result.get("error"):
                 result["error"] = error[:_CAUSE_ERROR_CHARACTERS]

@@ -1,7 +1,7 @@
 """Queue of webhooks to callers: which webhooks a change of the table requires, and their messages.
 
-A delivery is one webhook of one prediction. Its message has ids and times only: the body for the receiver is read from
-the table when it is sent, by `notifications.webhook_sender`.
+A delivery is one webhook of one prediction, batch or pipeline. Its message has ids and times only: the body for the
+receiver is read from the table when it is sent, by `notifications.webhook_sender`.
 """
 
 import json
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
 
 EVENTS = ("start", "output", "logs", "completed")
+
+GROUP_EVENTS = ("batch.completed", "pipeline.completed")
+"""The events of batches and pipelines: names that earlier releases leave in the queue."""
 
 RETRY_SECONDS = 24 * 3600
 """How long `completed` is tried."""
@@ -47,8 +50,8 @@ class Delivery:
     """One webhook to be sent.
 
     Attributes:
-        id: The prediction's id.
-        event: One of `EVENTS`.
+        id: The id of the prediction, batch or pipeline.
+        event: One of `EVENTS` or `GROUP_EVENTS`.
         n: Distinguishes deliveries of one event; the same for a stream record that arrives twice.
         first_at: When it was first due, in Unix seconds: retries are counted from there.
         again: Whether an operator sends it again, whatever was sent before.
@@ -63,7 +66,17 @@ class Delivery:
     @property
     def webhook_id(self) -> str:
         """Return the `webhook-id`, the same for each retry, so that receivers deduplicate."""
-        return f"{self.id}-{self.event}-{self.n}"
+        return f"{self.id}-{self.event.rpartition('.')[2]}-{self.n}"
+
+    @property
+    def kind(self) -> str:
+        """Return `prediction`, `batch` or `pipeline`; trainings count as predictions."""
+        return self.event.partition(".")[0] if self.event in GROUP_EVENTS else "prediction"
+
+    @property
+    def completes(self) -> bool:
+        """Return whether it reports a completion, and so must not be lost."""
+        return self.event == "completed" or self.event in GROUP_EVENTS
 
     def wait_seconds(self, now: float, jitter: float) -> int | None:
         """Return the delay before the next try, or None if it was the last.
@@ -75,7 +88,7 @@ class Delivery:
             now: The time, in Unix seconds.
             jitter: Random, from 0 to 1: receivers that failed together are not called together.
         """
-        until = self.first_at + (RETRY_SECONDS if self.event == "completed" else RUNNING_RETRY_SECONDS)
+        until = self.first_at + (RETRY_SECONDS if self.completes else RUNNING_RETRY_SECONDS)
         if now >= until:
             return None
         wait = retry_seconds(now - self.first_at, FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, jitter)
@@ -103,7 +116,7 @@ class Delivery:
             again = message.get("again") is True
         except (KeyError, TypeError, ValueError):
             raise UnreadableDelivery("not a delivery: id, event, n and first_at are needed") from None
-        if not _ID.fullmatch(delivery.id) or delivery.event not in EVENTS:
+        if not _ID.fullmatch(delivery.id) or delivery.event not in (*EVENTS, *GROUP_EVENTS):
             raise UnreadableDelivery("not a delivery: the id or the event is unknown")
         return replace(delivery, again=again)
 
@@ -125,6 +138,11 @@ def deliveries_of(record: Mapping[str, Any]) -> Iterator[Delivery]:
     new, old = change.get("NewImage") or {}, change.get("OldImage") or {}
     due_at = int(change["ApproximateCreationDateTime"])
     kind, _, prediction_id = _text(change["Keys"], "pk").partition("#")
+    if kind in ("batch", "pipeline"):
+        if _text(change["Keys"], "sk") == "status" and _text(new, "webhook") and _completed(new, old):
+            # A batch completes once for each attempt; a pipeline has no such number.
+            yield Delivery(prediction_id, f"{kind}.completed", int(_value(new, "attempt") or 1), due_at)
+        return
     if kind != "prediction":
         return
     match _text(change["Keys"], "sk"):
@@ -137,6 +155,11 @@ def deliveries_of(record: Mapping[str, Any]) -> Iterator[Delivery]:
                 told = _value(new, f"{event}_digest")
                 if told and told != _value(old, f"{event}_digest"):
                     yield Delivery(prediction_id, event, int(_value(new, "length")), due_at)
+
+
+def _completed(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
+    """Return whether a batch or a pipeline has just completed: only then it has `visible`."""
+    return bool(_text(new, "visible")) and not _text(old, "visible")
 
 
 def _of_status(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -159,7 +182,10 @@ def _of_status(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[tuple
 
 def _owner_of(image: Mapping[str, Any]) -> str:
     """Return the owner of an item; empty if an earlier release wrote it."""
-    return (_text(image, "notify_owner") or _text(image, "owner")).removeprefix("trainings#")
+    owner = _text(image, "notify_owner") or _text(image, "owner")
+    for listed in ("trainings#", "batches#", "pipelines#"):
+        owner = owner.removeprefix(listed)
+    return owner
 
 
 def _text(image: Mapping[str, Any], name: str) -> str:

@@ -4,7 +4,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -13,6 +13,7 @@ import httpx
 from predictions.net.addresses import AddressRefused
 from predictions.net.client import TimedNetwork, guarded_client, read_up_to
 from predictions.net.signatures import sign
+from predictions.notifications.group_webhooks import Completion, Groups
 from predictions.notifications.signing_secrets import OwnerSecrets
 from predictions.notifications.webhook_order import WebhookOrder
 from predictions.notifications.webhook_queue import FIRST_WAIT_SECONDS, DeadLetters, DeliveriesQueue, Delivery
@@ -86,6 +87,7 @@ class Receivers:
         self._queue = queue
         self._dead_letters = dead_letters
         self._slots = slots
+        self._groups = Groups(presenter)
         self._order = order
         self._allow_loopback = allow_loopback
         self._open_client = open_client
@@ -122,19 +124,44 @@ class Receivers:
             Whether the message is done; else it must stay in the queue.
         """
         logger.set_correlation_id(delivery.id)
+        if delivery.kind != "prediction":
+            completion = self._groups.find(delivery)
+            if completion is None:
+                logger.info("not delivered: outdated", webhook_event=delivery.event)
+                return True
+            return self._in_slot(
+                delivery, receipt_handle, completion.owner, completion.url,
+                lambda: self._try_group(delivery, receipt_handle, completion),
+            )  # fmt: skip
         prediction = self._table.get(delivery.id)
         if prediction is None or not prediction.webhook:
             logger.warning("nothing to deliver: prediction not found", webhook_event=delivery.event)
             return True
+        url = prediction.webhook
+        return self._in_slot(
+            delivery, receipt_handle, prediction.owner, url, lambda: self._try(delivery, receipt_handle, url)
+        )
+
+    def _in_slot(
+        self, delivery: Delivery, receipt_handle: str, owner: str, url: str, attempt: Callable[[], bool]
+    ) -> bool:
         # Before the payloads are read: a delivery without a slot must cost little.
         try:
-            slot = self._slots.acquire(prediction.owner, _origin(prediction.webhook), self._now())
+            slot = self._slots.acquire(owner, _origin(url), self._now())
         except NoSlotFree:
             return self._defer(delivery, receipt_handle, _NotDelivered("no free slot: its receivers are slow"))
         try:
-            return self._try(delivery, receipt_handle, prediction.webhook)
+            return attempt()
         finally:
             self._slots.release(slot, self._now())
+
+    def _try_group(self, delivery: Delivery, receipt_handle: str, completion: Completion) -> bool:
+        try:
+            status = self._post(completion.url, completion.owner, delivery, completion.show(), completion.traceparent)
+        except _NotDelivered as failure:
+            return self._defer(delivery, receipt_handle, failure)
+        logger.info("webhook delivered", webhook_id=delivery.webhook_id, answer=status)
+        return True
 
     def _try(self, delivery: Delivery, receipt_handle: str, url: str) -> bool:
         whole = self._table.read(delivery.id)
@@ -149,7 +176,7 @@ class Receivers:
             logger.info("not delivered: a later webhook told it", webhook_id=delivery.webhook_id)
             return True
         try:
-            status = self._post(url, whole.prediction.owner, delivery, shown)
+            status = self._post(url, whole.prediction.owner, delivery, shown, whole.prediction.traceparent)
         except _NotDelivered as failure:
             if not resent:
                 self._order.failed(whole.prediction, delivery)
@@ -166,7 +193,7 @@ class Receivers:
             self._queue.postpone(receipt_handle, wait_seconds)
             return False
         metrics.add_metric(name="DeliveriesFailed", unit=MetricUnit.Count, value=1)
-        if delivery.event == "completed":
+        if delivery.completes:
             self._dead_letters.send(delivery, failure.reason)
         return True
 
@@ -193,7 +220,7 @@ class Receivers:
         nothing = {"start": False, "output": "output" not in shown, "logs": not shown["logs"]}[delivery.event]
         return None if nothing else shown
 
-    def _post(self, url: str, owner: str, delivery: Delivery, shown: dict[str, Any]) -> int:
+    def _post(self, url: str, owner: str, delivery: Delivery, shown: Mapping[str, Any], traceparent: str | None) -> int:
         """Send the webhook and return the response's status, 2xx or 410.
 
         Raises:
@@ -208,6 +235,7 @@ class Receivers:
             secrets=self._secrets.valid_secrets(owner, now),
         )
         headers = {"Content-Type": "application/json", "User-Agent": "replicate-serverless", **signature}
+        headers |= {"traceparent": traceparent} if traceparent else {}
         try:
             with (
                 self._client(url) as http,

@@ -191,7 +191,9 @@ class PipelineExecutions:
     def run(self, pipeline: Pipeline) -> None:
         """Start the execution of a pipeline, unless it is running."""
         following: Pipeline | None = pipeline
-        while following is not None and not self._executions.start(following.id, following.execution_n):
+        while following is not None and not self._executions.start(
+            following.id, following.execution_n, following.traceparent
+        ):
             # The name belongs to an execution that has ended.
             following = self._table.next_pipeline_execution(following, self._now())
 

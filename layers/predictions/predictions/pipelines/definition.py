@@ -32,6 +32,7 @@ from predictions.bodies import (
     text,
 )
 from predictions.errors import Problem
+from predictions.intents.groups import GROUP_CHECKS, identity_of, read_group
 from predictions.intents.model import LIFETIME, REFERENCE_FIELDS, TARGET_NAME, Reference, create_requested_intent
 from predictions.templating import (
     Allowance,
@@ -109,8 +110,13 @@ class PipelineBody(Body):
 
     input: dict[str, Any] = member(default_factory=dict)
     steps: list[StepBody]
+    labels: dict[str, Any] | None = None
+    webhook: str | None = None
+    webhook_events_filter: list[str] | None = None
 
-    checks: ClassVar[Checks] = {"input": OBJECT, "steps": listed(StepBody.schema(), 1, STEPS_LIMIT)}
+    checks: ClassVar[Checks] = {
+        "input": OBJECT, "steps": listed(StepBody.schema(), 1, STEPS_LIMIT), **GROUP_CHECKS,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -185,23 +191,37 @@ class Definition:
 
 
 def fingerprint(value: Any) -> str:
-    """Return a digest of a body that does not depend on the order of its keys."""
-    return hashlib.sha256(input_json_canonical(value).encode()).hexdigest()
+    """Return a digest of a body that does not depend on the order of its keys, nor on its labels."""
+    described = identity_of(value) if isinstance(value, dict) else value
+    return hashlib.sha256(input_json_canonical(described).encode()).hexdigest()
 
 
-def create_definition(value: Any, check: Check) -> Definition:
+def read_context(
+    value: Any, headers: Mapping[str, str], *, allow_loopback: bool
+) -> tuple[dict[str, Any], Sequence[dict[str, str]]]:
+    """Return the labels, trace and webhook of a pipeline, and what is wrong with them; see `read_group`.
+
+    Raises:
+        Problem: 422, with `invalid_fields`: the body has not the form of a pipeline.
+    """
+    asked = _validated(value)
+    return read_group(asked.labels, asked.webhook, headers, allow_loopback=allow_loopback)
+
+
+def create_definition(value: Any, check: Check, known: Sequence[dict[str, str]] = ()) -> Definition:
     """Validate the body of `POST /pipelines` and return its definition.
 
     Args:
         value: The body as parsed JSON.
         check: Returns an input's violations of its model's schema.
+        known: Violations that are known already.
 
     Raises:
         Problem: 422, with every violation in `invalid_fields`, each by its place and its step's name; 503 if a
             model cannot be looked up now.
     """
     asked = _validated(value)
-    invalid: Violations = list(_too_large(asked))
+    invalid: Violations = [*known, *_too_large(asked)]
     if invalid:
         # No template is filled before this is checked.
         raise fields_refused(invalid)

@@ -1,6 +1,5 @@
-"""Use cases of the routes below `/pipelines`, and the representation of pipelines."""
+"""Use cases of the routes below `/pipelines`."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -10,25 +9,22 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage, refusal_of
 from predictions.aws.clients import api_url
-from predictions.clock import rfc3339
 from predictions.errors import Problem
 from predictions.ids import derived_id, is_id, random_id
 from predictions.intents.model import Attempt, idempotency_key
 from predictions.lifecycle.model_lookup import ModelLookup
-from predictions.money.cost import total
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.pipelines.advance import PipelineExecutions
-from predictions.pipelines.definition import create_definition, fingerprint
-from predictions.pipelines.state import StepState, run_ids, states_of
+from predictions.pipelines.definition import create_definition, fingerprint, read_context
 from predictions.pipelines.steps import wake_pipeline
 from predictions.pipelines.store import Pipeline, PipelineExists, PipelinesTable, StoredPipeline
+from predictions.pipelines.view import PipelineView, show_listed
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
-from predictions.store.records import Prediction, PredictionDetail
 from predictions.store.schemas import StoredSchemas
 from predictions.upstream.client import Replicate
 from predictions.validation import parse_json
-from predictions.views.prediction import ANSWER_LIMIT_BYTES, Presenter, answer_bytes
+from predictions.views.prediction import Presenter
 
 LIFETIME_SECONDS = 7 * 86400
 """The longest time of a pipeline: less than the shortest retention, 15 days, so that its first outputs are stored until
@@ -46,6 +42,7 @@ class PipelineApi:
         presenter: Builds the representation of outputs.
         retention_seconds: How long the table stores a pipeline.
         usage: The owners' usage; None: limits are not applied.
+        allow_loopback_webhooks: Whether a webhook may go to this machine (the local cloud's setting).
     """
 
     def __init__(
@@ -59,16 +56,17 @@ class PipelineApi:
         retention_seconds: int,
         *,
         usage: OwnersUsage | None = None,
+        allow_loopback_webhooks: bool = False,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._keys = table.idempotency_keys(now)
         self._usage = usage
+        self._allow_loopback_webhooks = allow_loopback_webhooks
         self._table = table
-        self._predictions = predictions
         self._recent = recent
         self._lookup = lookup
         self._executions = executions
-        self._presenter = presenter
+        self.view = PipelineView(predictions, presenter)
         self._retention_seconds = retention_seconds
         self._now = now
 
@@ -84,6 +82,7 @@ class PipelineApi:
             Presenter.from_env(),
             int(os.environ["RETENTION_DAYS"]) * 86400,
             usage=OwnersUsage.from_env(),
+            allow_loopback_webhooks=os.environ["ALLOW_LOOPBACK_WEBHOOKS"] == "true",
         )
 
     def create_pipeline(
@@ -121,7 +120,8 @@ class PipelineApi:
         there = self._of_key(owner, key, print_) if key else self._sent_before(owner, print_, attempt)
         if there is not None:
             return self._show_again(there, value, print_)
-        definition = create_definition(value, self._lookup.violations)
+        context, invalid = read_context(value, headers, allow_loopback=self._allow_loopback_webhooks)
+        definition = create_definition(value, self._lookup.violations, invalid)
         # The response needs it: a pipeline without a response is not started.
         api_url()
         now = self._now()
@@ -144,13 +144,14 @@ class PipelineApi:
                 expires=expires,
                 depth=0,
                 now=now,
+                context=context,
             )
         except PipelineExists as error:
             return self._show_again(error.pipeline, value, print_)
         logger.info("pipeline stored", pipeline_id=pipeline_id, steps=len(definition.steps))
         self._run_or_leave(pipeline)
         # No step can have started: the response is built without another read.
-        return self.show_pipeline(StoredPipeline(pipeline, definition, {}), {})
+        return self.view.show(StoredPipeline(pipeline, definition, {}), {})
 
     def _of_key(self, owner: str, key: str, print_: str) -> Pipeline | None:
         """Return the pipeline of an idempotency key, or None.
@@ -213,12 +214,12 @@ class PipelineApi:
             # If the function crashed right after storing it, it has no execution.
             self._run_or_leave(pipeline)
         try:
-            return self.show_pipeline(self.own_pipeline(pipeline.id, pipeline.owner))
+            return self.view.show(self.own_pipeline(pipeline.id, pipeline.owner))
         except Exception:  # noqa: BLE001  # on any error, the caller must not conclude that nothing was started
             logger.exception("started, but not shown", pipeline_id=pipeline.id)
             metrics.add_metric(name="AnswersWithoutOutput", unit=MetricUnit.Count, value=1)
         definition = create_definition(value, lambda *_: [])  # validated when it was stored
-        return self.show_pipeline(StoredPipeline(pipeline, definition, {}), {})
+        return self.view.show(StoredPipeline(pipeline, definition, {}), {})
 
     def cancel_pipeline(self, pipeline_id: str, owner: str) -> dict[str, Any]:
         """Cancel a pipeline: no further step starts, running ones are canceled.
@@ -231,7 +232,7 @@ class PipelineApi:
             logger.info("pipeline canceled", pipeline_id=pipeline_id)
         # Also if it is flagged already: the function that did so may have crashed before this.
         wake_pipeline(pipeline_id)
-        return self.show_pipeline(self.own_pipeline(pipeline_id, owner))
+        return self.view.show(self.own_pipeline(pipeline_id, owner))
 
     def own_pipeline(self, pipeline_id: str, owner: str) -> StoredPipeline:
         """Return one of an owner's pipelines.
@@ -255,95 +256,11 @@ class PipelineApi:
         """
         page, more = self._table.list_pipelines(owner, start, older=older, size=size)
         places = [pipeline.listed_at for pipeline in page]
-        return [_shown(pipeline) for pipeline in page], *(
+        return [show_listed(pipeline) for pipeline in page], *(
             (places[0], places[-1] if more else None) if places else (None, None)
         )
-
-    def show_pipeline(
-        self, stored: StoredPipeline, predictions: Mapping[str, Prediction] | None = None
-    ) -> dict[str, Any]:
-        """Return a pipeline with its steps.
-
-        Outputs that would make the response too large for Lambda are left out, the later steps' first, and
-        `outputs_left_out` names their steps: each prediction has its own output. Outputs whose recorded length, logs
-        included, exceeds the remaining room are not even read.
-
-        Args:
-            stored: The pipeline.
-            predictions: Its existing predictions, by id; None: they are read.
-        """
-        ids = run_ids(stored)
-        there = predictions
-        if there is None:
-            there = self._predictions.get_many(each for found in ids.values() for each in found)
-        states = states_of(stored, there)
-        room = ANSWER_LIMIT_BYTES - answer_bytes(stored.definition.input)
-        outputs: dict[str, Any] = {}
-        left_out = []
-        for step in stored.definition.steps:
-            state = states[step.name]
-            if state.status != "succeeded":
-                continue
-            # The output of a step on which no other depends is shown twice.
-            times = 2 if step in stored.definition.last else 1
-            shown = self._output(state, ids[step.name], room // times)
-            if shown is None:
-                left_out.append(step.name)
-                continue
-            outputs[step.name], size = shown
-            room -= size * times
-        last = {step.name: outputs.get(step.name) for step in stored.definition.last}
-        return {
-            **_shown(stored.pipeline),
-            "input": stored.definition.input,
-            "steps": [
-                {
-                    "name": step.name,
-                    "status": states[step.name].status,
-                    "needs": list(step.needs),
-                    "predictions": [each for each in ids[step.name] if each in there],
-                    "output": outputs.get(step.name),
-                    "error": states[step.name].error,
-                    "seconds": states[step.name].seconds,
-                    "cost": cost.shown if (cost := states[step.name].cost) else None,
-                }
-                for step in stored.definition.steps
-            ],
-            "cost": total(each.cost for each in there.values() if each.cost).shown if stored.pipeline.ended else None,
-            "output": last if stored.pipeline.ended else None,
-            "outputs_left_out": left_out,
-        }
-
-    def _output(self, state: StepState, ids: list[str], room: int) -> tuple[Any, int] | None:
-        """Return a step's output and its size in a response, or None if too large."""
-        results = self._predictions.unread_results(ids)
-        if sum(result.length for result in results) > room:
-            return None
-        outputs = []
-        for result in results:
-            text = self._predictions.result_text(result)
-            said = json.loads(text) if text else {"output": None, "logs": None}
-            whole = PredictionDetail(result.prediction, {}, said["output"], said["logs"], result.files)
-            outputs.append(self._presenter.show(whole).get("output"))
-        output = outputs[0] if state.step.for_each is None else outputs
-        size = answer_bytes(output)
-        return (output, size) if size <= room else None
 
 
 def _of_another() -> Problem:
     detail = "This key belongs to another pipeline. Use a new key for a new pipeline."
     return Problem(422, detail, invalid_fields=[{"field": "Idempotency-Key", "detail": detail}])
-
-
-def _shown(pipeline: Pipeline) -> dict[str, Any]:
-    url = f"{api_url()}/pipelines/{pipeline.id}"
-    return {
-        "id": pipeline.id,
-        "status": pipeline.status,
-        "error": pipeline.error,
-        "created_at": pipeline.created_at,
-        "completed_at": pipeline.completed_at,
-        "cancel_requested_at": rfc3339(pipeline.cancel_requested) if pipeline.cancel_requested else None,
-        "deadline": rfc3339(pipeline.deadline),
-        "urls": {"get": url, "cancel": f"{url}/cancel"},
-    }

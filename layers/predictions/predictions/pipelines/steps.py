@@ -23,7 +23,7 @@ from predictions.pipelines.state import run_ids, run_key, states_of
 from predictions.pipelines.store import PipelinesTable, StoredPipeline
 from predictions.store.keys import owner_of, pipeline_key
 from predictions.store.predictions import PredictionsTable
-from predictions.store.records import UnreadResult
+from predictions.store.records import UnreadResult, labels_and_trace
 from predictions.templating import Allowance, PlaceholderError, fill
 from predictions.validation import BODY_LIMIT_BYTES
 
@@ -96,6 +96,7 @@ def event_of(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
         "created_at": new["created_at"],
         "completed_at": new["completed_at"],
         "steps": {name: int(count) for name, count in new["counts"].items()},
+        **labels_and_trace(new.get("labels") or {}, new.get("traceparent")),
     }
     return "Pipeline Completed", detail
 
@@ -206,13 +207,14 @@ class Pipelines:
             raise CannotRun(f"Step `{step.name}`: input: Exceeds the limit of {BODY_LIMIT_BYTES} bytes when filled.")
         try:
             return create_requested_intent(
-                {**step.request, **filled},
+                {**step.request, **filled, "labels": pipeline.labels},
                 owner=pipeline.owner,
                 source="pipeline",
                 source_key=run_key(pipeline.id, step.name, index),
                 allow_loopback_webhooks=False,
                 origin={"pipeline": pipeline.id, "step": step.name, "index": index},
                 depth=pipeline.depth,
+                traceparent=pipeline.traceparent,
             )
         except Problem as problem:
             raise CannotRun(f"Step `{step.name}`: {problem.detail}") from None

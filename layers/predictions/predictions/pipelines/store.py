@@ -60,6 +60,9 @@ class Pipeline:
         deadline: When it is canceled automatically; until then links to its intermediate files work.
         cancel_requested: When it was canceled, by its owner or at its deadline.
         events: The number of completions in it.
+        labels: The labels of each of its predictions.
+        traceparent: The trace that it belongs to.
+        webhook: The URL to which its completion is sent.
     """
 
     id: str
@@ -77,6 +80,9 @@ class Pipeline:
     cancel_requested: int | None = None
     completed_at: str | None = None
     error: str | None = None
+    labels: Mapping[str, str] | None = None
+    traceparent: str | None = None
+    webhook: str | None = None
     written_by: str | None = None
     task_token: str | None = field(default=None, repr=False)
 
@@ -141,9 +147,11 @@ class PipelinesTable:
 
     def put_pipeline(
         self, pipeline_id: str, definition: Definition, *, owner: str, fingerprint: str, deadline: int, expires: int,
-        depth: int, now: float,
+        depth: int, now: float, context: Mapping[str, Any] | None = None,
     ) -> Pipeline:  # fmt: skip
         """Store a pipeline. If the function crashes right after, the sweep starts it.
+
+        `context` has its `labels`, `traceparent` and `webhook`, as far as it has them.
 
         Raises:
             PipelineExists: The id exists already.
@@ -167,6 +175,7 @@ class PipelinesTable:
             "open": shard_of(pipeline_id),
             "next_check_at": int(now) + _START_CHECK_SECONDS,
             "written_by": secrets.token_hex(8),
+            **(context or {}),
         }
         try:
             self._table.put_item(pipeline_key(pipeline_id), item, NEW)

@@ -253,6 +253,9 @@ class RecipeChanges:
             "webhook": None if holds_placeholders(asked.webhook) else asked.webhook,
             "webhook_events_filter": asked.webhook_events_filter,
             "lifetime": asked.lifetime,
+            # What a placeholder gives is checked once it is filled.
+            "labels": {key: "-" if holds_placeholders(part) else part for key, part in (asked.labels or {}).items()}
+            or None,
         }
         try:
             return create_requested_intent(
@@ -348,7 +351,7 @@ def _check_placeholders(asked: RecipeBody) -> list[dict[str, str]]:
     }
     elsewhere = {root for each in SOURCE_ROOTS.values() for root in each}
     invalid: list[dict[str, str]] = []
-    for name in ("input", "webhook", "output_prefix"):
+    for name in ("input", "webhook", "output_prefix", "labels"):
         try:
             invalid += check_uses({name: getattr(asked, name)}, roots, fields, elsewhere)
         except PlaceholderError as error:

@@ -78,6 +78,7 @@ class RecipeBody(Body):
     bus: Literal["default", "stack"] | None = None
     schedule: ScheduleBody | None = None
     batches: BatchLimits | None = None
+    labels: dict[str, Any] | None = None
 
     checks: ClassVar[Checks] = {
         "name": optional(text(pattern=f"^{NAME}$")), "model": TARGET_NAME, "version": TARGET_NAME,
@@ -85,4 +86,5 @@ class RecipeBody(Body):
         "webhook_events_filter": EVENTS, "lifetime": LIFETIME, "output_prefix": optional(text(most=512)),
         "s3": optional(S3Body.schema()), "pattern": optional(OBJECT), "bus": optional(choice(("default", "stack"))),
         "schedule": optional(ScheduleBody.schema()), "batches": optional(BatchLimits.schema()),
+        "labels": optional(OBJECT),
     }  # fmt: skip

@@ -37,6 +37,7 @@ from predictions.files.links import Links
 from predictions.files.output_references import ORIGIN_DEPTH
 from predictions.files.outputs_bucket import safe_prefix
 from predictions.ids import is_id
+from predictions.intents.labels import filled_labels
 from predictions.intents.model import Intent, create_requested_intent
 from predictions.intents.sources import Message, RequestRefused
 from predictions.observability import MetricUnit, logger, metrics
@@ -136,6 +137,8 @@ class Recipe:
                 if name not in values:
                     raise
         made = {name: self.definition[name] for name in _REQUEST_FIELDS if name in self.definition}
+        if "labels" in self.definition:
+            made["labels"] = filled_labels(filler.fill(self.definition["labels"], "labels"))
         if "webhook" in self.definition:
             # Values are untrusted names and fields: encoded, none of them adds a parameter or ends the URL.
             made["webhook"] = filler.fill(self.definition["webhook"], "webhook", encode=_url_encoded)
@@ -375,6 +378,7 @@ class Recipes:
             origin={"recipe": recipe.name},
             depth=occurrence.depth,
             output_prefix=output_prefix,
+            traceparent=_traceparent_in(event) or message.traceparent,
             allow_loopback_webhooks=self._allow_loopback_webhooks,
         )
 
@@ -488,6 +492,12 @@ def object_of(event: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         "version_id": others["version-id"],
         "sequencer": others["sequencer"],
     }
+
+
+def _traceparent_in(event: Mapping[str, Any]) -> Any:
+    """Return the trace that an event names, as this stack's own events do, or None."""
+    detail = event.get("detail")
+    return detail.get("traceparent") if isinstance(detail, dict) else None
 
 
 def next_depth(told: Any, where: str) -> int:

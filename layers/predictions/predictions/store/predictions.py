@@ -147,6 +147,8 @@ class PredictionsTable(PredictionReads):
             "origin": dict(intent.origin) or None,
             "depth": intent.depth or None,
             "output_prefix": intent.output_prefix,
+            "labels": dict(intent.labels) or None,
+            "traceparent": intent.traceparent,
             "rank": 0,
             "status": Status.QUEUED.value,
             "visible": Status.STARTING.value,

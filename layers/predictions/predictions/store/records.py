@@ -118,6 +118,8 @@ class Prediction:
     origin: Mapping[str, str | int] = field(default_factory=dict)
     depth: int = 0
     output_prefix: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    traceparent: str | None = None
     # No attribute of the item: whether a start found it instead of making it.
     repeated: bool = field(default=False, compare=False)
 
@@ -203,6 +205,11 @@ class Prediction:
     def awaits_copy(self) -> bool:
         """Whether it has finished upstream, and its files are yet to be copied."""
         return self.terminal and self.visible == Status.PROCESSING
+
+
+def labels_and_trace(labels: Mapping[str, str], traceparent: str | None) -> dict[str, Any]:
+    """Return the fields of an event that only some predictions, batches and pipelines have."""
+    return ({"labels": dict(labels)} if labels else {}) | ({"traceparent": traceparent} if traceparent else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,18 +333,21 @@ class Filters:
         status: The status that callers see.
         model: The model that callers see, `owner/name`.
         origin: One of `ORIGINS`.
+        label: Key and value of a label.
     """
 
     status: str | None = None
     model: str | None = None
     origin: str | None = None
+    label: tuple[str, str] | None = None
 
     def __bool__(self) -> bool:
         return self != NO_FILTERS
 
     def match(self, prediction: Prediction) -> bool:
         """Return whether a prediction is on the list."""
-        seen = (prediction.visible, prediction.shown_model, prediction.origin_kind)
+        label = self.label if self.label and self.label in prediction.labels.items() else None
+        seen = (prediction.visible, prediction.shown_model, prediction.origin_kind, label)
         return all(wanted in (None, value) for wanted, value in zip(astuple(self), seen, strict=True))
 
 

@@ -104,6 +104,8 @@ class Presenter:
             shown["upstream_status"] = prediction.reported_status
         if prediction.destination:
             shown["destination"] = prediction.destination
+        if prediction.labels:
+            shown["labels"] = dict(prediction.labels)
         if prediction.deployment:
             shown["deployment"] = prediction.deployment
         if prediction.webhook:
