@@ -121,7 +121,7 @@ def _cost_of_nothing(cost_of: Any) -> Any:
 
 
 def _claimed_by_anybody(_: Any) -> Any:
-    def claim(self: PredictionsTable, prediction_id: str, version: Any, now: float, *, counted: bool = False) -> Any:
+    def claim(self: PredictionsTable, prediction_id: str, version: Any, now: float, **_: Any) -> Any:
         return self._change(
             prediction_id,
             set={"claimed": int(now)},

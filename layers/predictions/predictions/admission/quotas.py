@@ -101,25 +101,32 @@ class OwnerLimits:
         per_day: How many may be started in a day (UTC).
         open_batches: How many batches that have not ended there may be at once.
         open_pipelines: How many pipelines, likewise.
+        budget_day: Its budget of a day in micro-dollars, beside its limits so that no start reads more (see
+            `money.budgets`).
+        budget_month: Its budget of a month.
+        budget_unknown: What a run at an unknown price counts in them.
     """
 
     in_flight: int | None = None
     per_day: int | None = None
     open_batches: int | None = None
     open_pipelines: int | None = None
+    budget_day: int | None = None
+    budget_month: int | None = None
+    budget_unknown: int | None = None
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) is not None for name in LIMIT_NAMES)
 
     def context(self) -> dict[str, str]:
         """Return the limits as the authorizer's context; API Gateway takes texts."""
-        found = {f"{name}_limit": getattr(self, name) for name in LIMIT_NAMES}
+        found = {f"{name}_limit": getattr(self, name) for name in (*LIMIT_NAMES, *BUDGET_NAMES)}
         return {name: str(limit) for name, limit in found.items() if limit is not None}
 
     @classmethod
     def of_context(cls, context: Mapping[str, Any]) -> "OwnerLimits":
         """Read what `context` returned."""
-        found = {name: context.get(f"{name}_limit") for name in LIMIT_NAMES}
+        found = {name: context.get(f"{name}_limit") for name in (*LIMIT_NAMES, *BUDGET_NAMES)}
         return cls(**{name: int(limit) for name, limit in found.items() if limit})
 
     def open_allowed(self, kind: Kind) -> int | None:
@@ -133,6 +140,9 @@ class OwnerLimits:
 
 LIMIT_NAMES = ("in_flight", "per_day", "open_batches", "open_pipelines")
 """The limits, by their attributes."""
+
+BUDGET_NAMES = ("budget_day", "budget_month", "budget_unknown")
+"""The owner's budget, likewise; an owner with a budget alone has no limits."""
 
 
 class _Slots(NamedTuple):
@@ -229,16 +239,15 @@ class OwnersLimits:
             The limits that are left.
         """
         key = _limits_key(owner)
-        if names:
-            with contextlib.suppress(ConditionFailed):
-                left = _limits_of(self._table.update_item(key, remove=names, condition=PRESENT))
-                if left:
-                    return left
+        with contextlib.suppress(ConditionFailed):
+            left = _limits_of(self._table.update_item(key, remove=names or LIMIT_NAMES, condition=PRESENT))
+            if left:
+                return left
         # If the function crashes before this, the item without a limit counts as no item.
-        nothing = " AND ".join(f"attribute_not_exists({name})" for name in LIMIT_NAMES)
+        nothing = " AND ".join(f"attribute_not_exists({name})" for name in (*LIMIT_NAMES, *BUDGET_NAMES))
         try:
-            self._table.delete_item(key, Condition(nothing) if names else None)
-        except ConditionFailed:  # another call has just set one
+            self._table.delete_item(key, Condition(nothing))
+        except ConditionFailed:  # another call has just set one, or the owner has a budget
             return self.limits_of(owner)
         return OwnerLimits()
 
@@ -452,7 +461,7 @@ def _day_sk(now: float) -> str:
 
 
 def _limits_of(item: Mapping[str, Any]) -> OwnerLimits:
-    return OwnerLimits(**{name: item[name] for name in LIMIT_NAMES if name in item})
+    return OwnerLimits(**{name: item[name] for name in (*LIMIT_NAMES, *BUDGET_NAMES) if name in item})
 
 
 def _limits_key(owner: str) -> Key:

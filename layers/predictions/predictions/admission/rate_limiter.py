@@ -335,6 +335,11 @@ class Limiter:
         """Return the pause, at most a second old, or None."""
         return self._read_state().pause(self._now())
 
+    def stack_budget(self) -> tuple[int, int, int]:
+        """Return the stack's budget, at most a second old: of a day, of a month (0: none), and for an unknown price."""
+        state = self._read_state()
+        return state.budget_day, state.budget_month, state.budget_unknown
+
     def pause_automatically(self, reason: str) -> None:
         """Pause submissions for `AUTOMATIC_PAUSE_SECONDS`, unless paused by command."""
         now = round(self._now() * 1000)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from predictions.aws.dynamodb import NEW, PRESENT, Condition, ConditionFailed, IfNotExists
 from predictions.clock import timestamp
 from predictions.files.output_references import StoredFile
+from predictions.money.budgets import Reservation, put_reserving, update_reserving
 from predictions.money.cost import Cost
 from predictions.status import TERMINAL_RANK, Status, rank_of, visible
 from predictions.store.endings import cost_attributes, ended_here, ended_upstream
@@ -103,6 +104,7 @@ class PredictionsTable(PredictionReads):
     def put_intent(
         self, intent: "Intent", *, version: str | None, deadline: int, expires: int, claim: bool, execution_arn: str,
         now: float, submit_at: int | None = None, waits: Waits = NOTHING_RESERVED, wait_seconds: int = 0,
+        reservation: Reservation | None = None,
     ) -> Prediction:  # fmt: skip
         """Write the intent of a prediction and, in the same write, the claim of a writer that submits it now.
 
@@ -120,9 +122,11 @@ class PredictionsTable(PredictionReads):
             submit_at: When it may be submitted, if the caller of this method does not do it.
             waits: What it waits for until then (see `admission.rate_limiter`).
             wait_seconds: How long Replicate may hold its response to the create.
+            reservation: What it reserves in budgets in the same write, if there are any.
 
         Raises:
             AlreadyExists: The id is taken by one that has not expired.
+            BudgetReached: A budget has no room.
         """
         created_at = timestamp(now)
         self._payloads.put_text(intent.id, input_sk(intent.fingerprint), intent.input_json, expires)
@@ -154,6 +158,7 @@ class PredictionsTable(PredictionReads):
             **(_lease(now, wait_seconds) if claim else _check_after(submit_at or int(now))),
             "submit_at": submit_at,
             **waits.attributes(),
+            **(reservation.attributes() if reservation else {}),
             "written_by": secrets.token_hex(8),
             "execution_n": 1,
             "execution_arn": execution_arn,
@@ -164,7 +169,7 @@ class PredictionsTable(PredictionReads):
         # An expired item may be there for days until TTL deletes it: its key is free already.
         expired = Condition("expires_at <= :now", now=int(now)) & _VISIBLY_FINISHED
         try:
-            self._table.put_item(prediction_key(intent.id), item, NEW | expired)
+            put_reserving(self._table, prediction_key(intent.id), item, NEW | expired, reservation)
         except ConditionFailed as failed:
             there = prediction_of(failed.item or item)
             # botocore repeats a write whose response it did not receive: then what is there is this very one.
@@ -177,7 +182,10 @@ class PredictionsTable(PredictionReads):
                 raise AlreadyExists(there) from None
         return prediction_of(item)
 
-    def claim(self, prediction_id: str, version: str | None, now: float, *, counted: bool = False) -> Prediction | None:
+    def claim(
+        self, prediction_id: str, version: str | None, now: float, *, counted: bool = False,
+        reservation: Reservation | None = None,
+    ) -> Prediction | None:  # fmt: skip
         """Claim a prediction for submission; return None if it is already claimed, canceled or finished.
 
         Args:
@@ -185,18 +193,20 @@ class PredictionsTable(PredictionReads):
             version: The version that will run, if it is known.
             now: The time.
             counted: Whether it has its place in its owner's limits (see `admission.quotas`).
+            reservation: As for `put_intent`.
         """
         written_by = secrets.token_hex(8)
-        claimed = self._change(
-            prediction_id,
-            set={
-                **_lease(now, 0),
-                "written_by": written_by,
-                **({"version": version} if version else {}),
-                **({"counted": True} if counted else {}),
-            },
-            condition=_UNCLAIMED & _NOT_CANCELED & _UNBOUND & _NOT_FINISHED,
-        )
+        values = {
+            **_lease(now, 0),
+            "written_by": written_by,
+            **({"version": version} if version else {}),
+            **({"counted": True} if counted else {}),
+        }
+        condition, claimed = _UNCLAIMED & _NOT_CANCELED & _UNBOUND & _NOT_FINISHED, None
+        if reservation:
+            update_reserving(self._table, prediction_key(prediction_id), values, condition, reservation)
+        else:
+            claimed = self._change(prediction_id, set=values, condition=condition)
         if claimed is None:
             # botocore repeats a write whose response it did not receive: then the claim in the way is this very one.
             there = self.get(prediction_id)
