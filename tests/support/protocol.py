@@ -121,7 +121,8 @@ class Submissions:
             Lifetimes(timing.lifetime, timing.training_lifetime, timing.retention), now=now, sleep=sleep,
         )  # fmt: skip
         self.submitting = SubmitPrediction(
-            table, limiter, reservations, usage, spending, self.lookup, creates, claims, self.breaker, transitions, now=now,
+            table, limiter, reservations, usage, spending, self.lookup, creates, claims, self.breaker, transitions,
+            now=now,
         )  # fmt: skip
         self.polling = PollPrediction(
             table, replicate, transitions, self.canceling, orphans, claims, self.submitting, abandonment, now=now

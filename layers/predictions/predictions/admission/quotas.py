@@ -253,10 +253,22 @@ class OwnersLimits:
 
     def list_limits(self) -> Iterator[tuple[str, OwnerLimits]]:
         """List the owners that have limits, by name, as the index has them."""
-        for item in self._table.query(Condition("owner = :list", list=_LIST), index="by_owner"):
-            owner = item["listed_at"]
-            if limits := self.limits_of(owner):
+        return ((owner, limits) for owner, limits in self._listed() if limits)
+
+    def set_budget(self, owner: str, values: Mapping[str, int]) -> OwnerLimits:
+        """Set the given parts of an owner's budget, of `BUDGET_NAMES`; return it with the owner's limits."""
+        listed = {"owner": _LIST, "listed_at": owner}
+        return _limits_of(self._table.update_item(_limits_key(owner), set={**listed, **values}))
+
+    def list_budgets(self) -> Iterator[tuple[str, OwnerLimits]]:
+        """List the owners that have a budget, by name, as the index has them."""
+        for owner, limits in self._listed():
+            if limits.budget_day is not None or limits.budget_month is not None:
                 yield owner, limits
+
+    def _listed(self) -> Iterator[tuple[str, OwnerLimits]]:
+        for item in self._table.query(Condition("owner = :list", list=_LIST), index="by_owner"):
+            yield item["listed_at"], self.limits_of(item["listed_at"])
 
 
 class OwnersUsage:

@@ -299,9 +299,7 @@ def _is_conflict(error: ClientError) -> bool:
 class Table:
     """A table whose items have the keys `pk` and `sk`."""
 
-    def __init__(
-        self, name: str, dynamodb: "DynamoDBClient", *, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
+    def __init__(self, name: str, dynamodb: "DynamoDBClient", *, sleep: Callable[[float], None] = time.sleep) -> None:
         self._name = name
         self._dynamodb = dynamodb
         self._sleep = sleep

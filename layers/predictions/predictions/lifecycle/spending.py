@@ -33,9 +33,7 @@ class Spending:
         """Create from `TABLE_NAME`."""
         return cls(Budgets.from_env(), limiter)
 
-    def plan_intent(
-        self, intent: Intent, version: str | None, limits: OwnerLimits, now: float
-    ) -> Reservation | None:
+    def plan_intent(self, intent: Intent, version: str | None, limits: OwnerLimits, now: float) -> Reservation | None:
         """Return what a request is going to reserve, or None without a budget.
 
         Args:

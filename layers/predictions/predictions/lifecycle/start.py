@@ -164,9 +164,9 @@ class StartPrediction:
 
         Raises:
             Problem: 404 or 422 (invalid input, a refusal by Replicate, or another request with the same key), 429 (a
-                limit of the owner is reached, a budget has no room, or the prediction could start only much later), 502 (Replicate refuses
-                the stack's token or credit), 503 (submissions are paused, or Replicate did not say which version to
-                run).
+                limit of the owner or a budget is reached, or the prediction could start only much later), 502
+                (Replicate refuses the stack's token or credit), 503 (submissions are paused, or Replicate did not say
+                which version to run).
         """
         wait_until = self._now() + wait_seconds
         # Without a key, the id of an HTTP request is random; other ids are derived from the event of the request.

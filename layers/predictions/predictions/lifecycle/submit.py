@@ -162,9 +162,7 @@ class SubmitPrediction:
         api_url()
         self._take_turn(prediction, counted=counted)
         try:
-            claimed = self._table.claim(
-                prediction_id, version, self._now(), counted=counted, reservation=reservation
-            )
+            claimed = self._table.claim(prediction_id, version, self._now(), counted=counted, reservation=reservation)
         except BudgetReached as reached:
             # Others have reserved since it was planned.
             if counted:

@@ -311,9 +311,14 @@ class Budgets:
         self._report(owner, day, {each: item[each] for each in ("day_limit", "month_limit") if each in item}, item, now)
 
     def settle(
-        self, mark: UpdateWrite, owners: Sequence[str], day: str, add: Mapping[str, int], run: tuple[str, str, int] | None,
+        self,
+        mark: UpdateWrite,
+        owners: Sequence[str],
+        day: str,
+        add: Mapping[str, int],
+        run: tuple[str, str, int] | None,
         now: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Correct what budgets have of a prediction, in one transaction with the mark on its item that says so.
 
         Args:
