@@ -3,6 +3,7 @@
 import random
 
 from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood
+from tests.simulation.budgets import Budgets
 from tests.simulation.jobs import Batches, Pipelines, Trainings
 from tests.simulation.notices import Events, HastyDeletions, Redelivery, TaskTokens, Webhooks, WebhooksInARow
 from tests.simulation.scenario import Scenario
@@ -52,6 +53,7 @@ WORLDS: dict[type[Scenario], float] = {
     Upgrade: 0.02,
     WebhooksInARow: 0.02,
     HastyDeletions: 0.02,
+    Budgets: 0.006,
 }
 """The share of the schedules that have each of them."""
 
