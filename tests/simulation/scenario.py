@@ -65,7 +65,7 @@ class Scenario:
         """A prediction has visibly ended: called in the midst of that write."""
 
     def used(self, before: "Item | None", after: "Item | None") -> None:
-        """What an owner, or the stack, uses of its limits and budgets has changed: called in the midst of that write."""
+        """What an owner or the stack uses of limits and budgets has changed: called in the midst of that write."""
 
     def count_prompts(self) -> None:
         """Counts, in the world's `prompts`, how often what it asked for may have been started."""

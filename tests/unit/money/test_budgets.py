@@ -281,7 +281,8 @@ class TestSettled:
         self, submissions: Submissions, table: PredictionsTable, clock: Clock, changes: Changes, fault: Fault
     ) -> None:
         Bus()
-        assert (settlements := changes._settlements)
+        settlements = changes._settlements
+        assert settlements is not None
         for n in range(1, 5):
             prediction = self.start(submissions, table, budget_month=10**9)
             merge(table, prediction.id, told("succeeded", prediction.upstream_id or "", **IMAGE), clock.now())

@@ -15,7 +15,15 @@ from predictions.aws.dynamodb import Table
 from predictions.cli.stack import JsonList, NotDone, Stack, command, group, print_table
 from predictions.clock import rfc3339
 from predictions.ids import OWNER_RULE, is_owner
-from predictions.money.budgets import BUDGET_LIMIT, STACK, UNKNOWN_PRICE_DEFAULT, Budget, dollars, used_in, used_key
+from predictions.money.budgets import (
+    BUDGET_LIMIT,
+    STACK,
+    UNKNOWN_PRICE_DEFAULT,
+    MoneyBudget,
+    dollars,
+    used_in,
+    used_key,
+)
 
 app = group("Bound what owners, or the whole stack, spend at Replicate in a day and a month.")
 
@@ -139,11 +147,11 @@ def _name(owner: str) -> str:
     return owner or "the whole stack"
 
 
-def _budget(owner: str, day: int | None, month: int | None, unknown: int | None) -> Budget:
-    return Budget(owner, day, month, UNKNOWN_PRICE_DEFAULT if unknown is None else unknown)
+def _budget(owner: str, day: int | None, month: int | None, unknown: int | None) -> MoneyBudget:
+    return MoneyBudget(owner, day, month, UNKNOWN_PRICE_DEFAULT if unknown is None else unknown)
 
 
-def _periods(budget: Budget) -> list[tuple[str, int]]:
+def _periods(budget: MoneyBudget) -> list[tuple[str, int]]:
     return [(name, limit) for name, limit in (("day", budget.day), ("month", budget.month)) if limit is not None]
 
 

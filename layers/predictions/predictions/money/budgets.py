@@ -84,7 +84,7 @@ class BudgetReached(PredictionsError):
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class MoneyBudget:
     """A budget.
 
     Attributes:
@@ -123,7 +123,7 @@ class Reservation:
     micro_dollars: int
     unknown_price: int
     day: str
-    budgets: Sequence[Budget]
+    budgets: Sequence[MoneyBudget]
     at: float
 
     def attributes(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class Reservation:
                 self.check(self.budgets[n - 1], item or {}, is_full=True)
             raise
 
-    def check(self, budget: Budget, item: Mapping[str, Any], *, is_full: bool = False) -> None:
+    def check(self, budget: MoneyBudget, item: Mapping[str, Any], *, is_full: bool = False) -> None:
         """Check that a budget has room, by what is used of it.
 
         Args:
@@ -182,7 +182,7 @@ class Reservation:
             limit, used, period = max(periods, key=lambda each: each[1] - each[0])
             raise self._reached(budget, period, used, limit)
 
-    def _write(self, budget: Budget) -> UpdateWrite:
+    def _write(self, budget: MoneyBudget) -> UpdateWrite:
         names = {_day(self.day): budget.day, "month": budget.month}
         conditions = [
             Condition(f"attribute_not_exists({name}) OR {name} <= :{name}", **{name: limit - self.micro_dollars})
@@ -202,7 +202,7 @@ class Reservation:
             condition=room,
         )
 
-    def _reached(self, budget: Budget, period: str, used: int, limit: int) -> BudgetReached:
+    def _reached(self, budget: MoneyBudget, period: str, used: int, limit: int) -> BudgetReached:
         first = date.fromisoformat(self.day)
         following = first + timedelta(days=1)
         if period == "month":
@@ -267,7 +267,7 @@ class Budgets:
         table = Table.from_env()
         return cls(table, StackPrices(table))
 
-    def plan(self, run: Run, name: str, owner: str, budgets: Sequence[Budget], now: float) -> Reservation:
+    def plan(self, run: Run, name: str, owner: str, budgets: Sequence[MoneyBudget], now: float) -> Reservation:
         """Estimate a prediction, and check that its budgets have room; reserve nothing yet.
 
         The estimate is the mean of the owner's recent runs of the model; without one, what the price book says of an
@@ -397,7 +397,7 @@ THRESHOLD = "threshold#"
 
 def budgets_of(
     owner: str, owners: tuple[int | None, int | None, int | None], stacks: tuple[int, int, int]
-) -> list[Budget]:
+) -> list[MoneyBudget]:
     """Return the budgets that a prediction counts in.
 
     Args:
@@ -407,9 +407,11 @@ def budgets_of(
     """
     found = []
     if owners[0] is not None or owners[1] is not None:
-        found.append(Budget(owner, owners[0], owners[1], UNKNOWN_PRICE_DEFAULT if owners[2] is None else owners[2]))
+        found.append(
+            MoneyBudget(owner, owners[0], owners[1], UNKNOWN_PRICE_DEFAULT if owners[2] is None else owners[2])
+        )
     if stacks[0] or stacks[1]:
-        found.append(Budget(STACK, stacks[0] or None, stacks[1] or None, stacks[2]))
+        found.append(MoneyBudget(STACK, stacks[0] or None, stacks[1] or None, stacks[2]))
     return found
 
 
@@ -442,7 +444,7 @@ def dollars(micro_dollars: int) -> str:
     return f"${whole}.{decimals:0<2}"
 
 
-def _limits(budget: Budget) -> dict[str, int]:
+def _limits(budget: MoneyBudget) -> dict[str, int]:
     found = {"day_limit": budget.day, "month_limit": budget.month}
     return {name: limit for name, limit in found.items() if limit is not None}
 
