@@ -80,7 +80,7 @@ class Submissions:
         self.breaker = Breaker(items, now=now)
         self.lookup = ModelLookup(replicate, schemas, now=now)
         reservations = Reservations(limiter)
-        spending = Spending(Budgets(items, StackPrices(items)), limiter)
+        spending = Spending(lambda: Budgets(items, StackPrices(items)), limiter)
         transitions = Transitions(table, reservations, now=now)
         orphans = Orphans(table, replicate, self.breaker, items)
         self.canceling = CancelPrediction(table, replicate, transitions, now=now)

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -14,7 +14,7 @@ from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage,
 from predictions.admission.rate_limiter import Limiter
 from predictions.admission.schedule import Start, TooLate
 from predictions.aws.clients import api_url
-from predictions.errors import Problem
+from predictions.errors import BudgetReached, Problem
 from predictions.intents.model import Attempt, Intent
 from predictions.lifecycle.connections import Connections
 from predictions.lifecycle.create import Creates
@@ -30,7 +30,6 @@ from predictions.lifecycle.timing import (
 )
 from predictions.lifecycle.tracking import Tracking
 from predictions.lifecycle.transitions import Transitions
-from predictions.money.budgets import BudgetReached, Reservation
 from predictions.observability import MetricUnit, logger, metrics
 from predictions.status import Status
 from predictions.store.predictions import PredictionsTable
@@ -39,6 +38,9 @@ from predictions.store.records import AlreadyExists, Prediction, Waits
 from predictions.store.schemas import StoredSchemas
 from predictions.upstream.errors import NotAccepted, OutcomeUnknown, Refused, Unauthorized
 from predictions.validation import fields_refused
+
+if TYPE_CHECKING:
+    from predictions.money.budgets import Reservation
 
 # Bounds of `Retry-After`, in seconds, in the refusal of a create that would start too late.
 _REFUSED_WAITS = (10, 300)
@@ -272,7 +274,7 @@ class StartPrediction:
         except (ClientError, BotoCoreError):
             logger.exception("a place in its owner's limits is lost")
 
-    def _plan_budget(self, intent: Intent, version: str | None, limits: OwnerLimits) -> Reservation | None:
+    def _plan_budget(self, intent: Intent, version: str | None, limits: OwnerLimits) -> "Reservation | None":
         try:
             return self._spending.plan_intent(intent, version, limits, self._now())
         except BudgetReached as reached:

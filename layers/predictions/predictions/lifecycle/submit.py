@@ -3,13 +3,13 @@
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from predictions.admission.quotas import LimitReached, OwnersUsage
 from predictions.admission.rate_limiter import Limiter
 from predictions.admission.schedule import AskAgain, Start, TooLate
 from predictions.aws.clients import api_url
-from predictions.errors import PredictionThrottled, Problem
+from predictions.errors import BudgetReached, PredictionThrottled, Problem
 from predictions.intents.model import Reference
 from predictions.lifecycle.connections import Connections
 from predictions.lifecycle.create import Creates
@@ -20,7 +20,6 @@ from predictions.lifecycle.spending import BUDGET_WAIT_SECONDS, Spending
 from predictions.lifecycle.timing import PAUSE_STEP_SECONDS, SOON_SECONDS, START_MARGIN_SECONDS
 from predictions.lifecycle.transitions import Transitions
 from predictions.lifecycle.unknown_claims import UnknownClaims
-from predictions.money.budgets import BudgetReached, Reservation
 from predictions.observability import logger
 from predictions.status import Status
 from predictions.store.origins import is_active
@@ -29,6 +28,9 @@ from predictions.store.records import Prediction
 from predictions.store.schemas import StoredSchemas
 from predictions.upstream.errors import NotAccepted, OutcomeUnknown, Refused, Unauthorized
 from predictions.validation import list_fields
+
+if TYPE_CHECKING:
+    from predictions.money.budgets import Reservation
 
 # A prediction that could not start before its deadline asks again after half of the remaining time, until that is less
 # than this.
@@ -255,7 +257,7 @@ class SubmitPrediction:
             raise PredictionThrottled(self._within_lifetime(prediction, seconds)) from None
         return True
 
-    def _plan_budget(self, prediction: Prediction) -> Reservation | None:
+    def _plan_budget(self, prediction: Prediction) -> "Reservation | None":
         """Plan what a prediction reserves in budgets.
 
         Raises:

@@ -39,7 +39,7 @@ from predictions.aws.dynamodb import (
     UpdateWrite,
 )
 from predictions.clock import rfc3339
-from predictions.errors import PredictionsError, Problem
+from predictions.errors import BudgetReached
 from predictions.money.cost import Run, assumed_cost
 from predictions.money.stored import StackPrices
 from predictions.observability import logger
@@ -62,25 +62,6 @@ _MEAN_CACHE_SECONDS = 60
 _REMEMBERED = 1000
 # A newer run counts a fifth in the mean: after ten runs at another price nine tenths of it are the new one.
 _WEIGHT = 5
-
-
-class BudgetReached(PredictionsError):
-    """A budget has no room for a prediction; nothing was written or started.
-
-    Attributes:
-        detail: Which budget, what is used of it, its limit, and when it resets.
-        seconds: Until it resets.
-    """
-
-    def __init__(self, detail: str, seconds: int) -> None:
-        super().__init__(detail)
-        self.detail = detail
-        self.seconds = seconds
-
-    @property
-    def refusal(self) -> Problem:
-        """The response for the caller."""
-        return Problem(429, self.detail, title="Budget used up", headers={"Retry-After": str(self.seconds)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +115,20 @@ class Reservation:
             "reserved_on": self.day,
             "reserved_in": "both" if len(self.budgets) > 1 else "owner" if self.budgets[0].owner else "stack",
         }
+
+    def put(self, table: Table, key: Key, item: Mapping[str, Any], condition: Condition) -> None:
+        """Put the item of a prediction and its reservation in one write; raises as `write_with`."""
+        self.write_with(table, PutWrite(key, item, condition))
+
+    def update(self, table: Table, key: Key, values: Mapping[str, Any], condition: Condition) -> None:
+        """Set values of the item of a prediction and its reservation in one write; nothing if the condition fails.
+
+        Raises:
+            BudgetReached: A budget has no room.
+        """
+        unreserved = condition & Condition("attribute_not_exists(reserved_on)")
+        with contextlib.suppress(ConditionFailed):
+            self.write_with(table, UpdateWrite(key, set={**values, **self.attributes()}, condition=unreserved))
 
     def write_with(self, table: Table, write: PutWrite | UpdateWrite) -> None:
         """Write a prediction's item and the reservation, or neither.
@@ -217,36 +212,6 @@ class Reservation:
         )
 
 
-def put_reserving(
-    table: Table, key: Key, item: Mapping[str, Any], condition: Condition, reservation: Reservation | None
-) -> None:
-    """Put the item of a prediction, and in the same write its reservation, if there is one.
-
-    Raises:
-        ConditionFailed: That of the item.
-        BudgetReached: A budget has no room.
-    """
-    if reservation is None:
-        table.put_item(key, item, condition)
-    else:
-        reservation.write_with(table, PutWrite(key, item, condition))
-
-
-def update_reserving(
-    table: Table, key: Key, values: Mapping[str, Any], condition: Condition, reservation: Reservation
-) -> None:
-    """Set values of the item of a prediction and its reservation in one write; nothing if the condition does not hold.
-
-    Raises:
-        BudgetReached: A budget has no room.
-    """
-    unreserved = condition & Condition("attribute_not_exists(reserved_on)")
-    with contextlib.suppress(ConditionFailed):
-        reservation.write_with(
-            table, UpdateWrite(key, set={**values, **reservation.attributes()}, condition=unreserved)
-        )
-
-
 class Budgets:
     """What is used of budgets.
 
@@ -274,9 +239,9 @@ class Budgets:
         assumed run; without a price, the unknown price of the budget, the higher one of two.
 
         Args:
-            run: What is known of the prediction.
+            run: The prediction, as far as the request describes it.
             name: What it runs, as `run_name` returns it.
-            owner: Whose it is.
+            owner: Its owner.
             budgets: The budgets, at least one.
             now: The time.
 

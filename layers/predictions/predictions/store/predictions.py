@@ -19,12 +19,12 @@ A write that comes twice, late or out of order is refused by its condition, and 
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from predictions.aws.dynamodb import NEW, PRESENT, Condition, ConditionFailed, IfNotExists
 from predictions.clock import timestamp
 from predictions.files.output_references import StoredFile
-from predictions.money.budgets import Reservation, put_reserving, update_reserving
 from predictions.money.cost import Cost
 from predictions.status import TERMINAL_RANK, Status, rank_of, visible
 from predictions.store.endings import cost_attributes, ended_here, ended_upstream
@@ -43,6 +43,7 @@ from predictions.store.records import (
 
 if TYPE_CHECKING:
     from predictions.intents.model import Intent
+    from predictions.money.budgets import Reservation
     from predictions.upstream.prediction import UpstreamPrediction
 
 COPY_LEASE_SECONDS = 1020
@@ -104,7 +105,7 @@ class PredictionsTable(PredictionReads):
     def put_intent(
         self, intent: "Intent", *, version: str | None, deadline: int, expires: int, claim: bool, execution_arn: str,
         now: float, submit_at: int | None = None, waits: Waits = NOTHING_RESERVED, wait_seconds: int = 0,
-        reservation: Reservation | None = None,
+        reservation: "Reservation | None" = None,
     ) -> Prediction:  # fmt: skip
         """Write the intent of a prediction and, in the same write, the claim of a writer that submits it now.
 
@@ -169,7 +170,8 @@ class PredictionsTable(PredictionReads):
         # An expired item may be there for days until TTL deletes it: its key is free already.
         expired = Condition("expires_at <= :now", now=int(now)) & _VISIBLY_FINISHED
         try:
-            put_reserving(self._table, prediction_key(intent.id), item, NEW | expired, reservation)
+            put = partial(reservation.put, self._table) if reservation else self._table.put_item
+            put(prediction_key(intent.id), item, NEW | expired)
         except ConditionFailed as failed:
             there = prediction_of(failed.item or item)
             # botocore repeats a write whose response it did not receive: then what is there is this very one.
@@ -184,7 +186,7 @@ class PredictionsTable(PredictionReads):
 
     def claim(
         self, prediction_id: str, version: str | None, now: float, *, counted: bool = False,
-        reservation: Reservation | None = None,
+        reservation: "Reservation | None" = None,
     ) -> Prediction | None:  # fmt: skip
         """Claim a prediction for submission; return None if it is already claimed, canceled or finished.
 
@@ -196,15 +198,11 @@ class PredictionsTable(PredictionReads):
             reservation: As for `put_intent`.
         """
         written_by = secrets.token_hex(8)
-        values = {
-            **_lease(now, 0),
-            "written_by": written_by,
-            **({"version": version} if version else {}),
-            **({"counted": True} if counted else {}),
-        }
+        given = {"written_by": written_by, "version": version or None, "counted": counted or None}
+        values = {**_lease(now, 0), **{name: value for name, value in given.items() if value is not None}}
         condition, claimed = _UNCLAIMED & _NOT_CANCELED & _UNBOUND & _NOT_FINISHED, None
         if reservation:
-            update_reserving(self._table, prediction_key(prediction_id), values, condition, reservation)
+            reservation.update(self._table, prediction_key(prediction_id), values, condition)
         else:
             claimed = self._change(prediction_id, set=values, condition=condition)
         if claimed is None:
