@@ -40,7 +40,7 @@ class Budgets(Scenario):
             there = self.world.table.items.get(key, serialize({"pk": key[0], "sk": key[1]}))
             self.world.table.items[key] = {**there, **serialize(values)}
             if owner:
-                self.world.limits[owner] = {f"{name}_limit": str(value) for name, value in values.items()}
+                self.world.owner_limits[owner] = {f"{name}_limit": str(value) for name, value in values.items()}
         callers = self.world.callers
         for n in range(self.rng.choice((3, 4, 5))):
             door = self.rng.choice(("key", "key", "sdk", "plain", "queue", "queue"))

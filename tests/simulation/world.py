@@ -105,7 +105,7 @@ class World:
         self.delays: dict[str, float] = {}
         self.terminal_at: dict[str, float] = {}
         self.visible_at: dict[str, float] = {}
-        self.limits: dict[str, dict[str, str]] = {}
+        self.owner_limits: dict[str, dict[str, str]] = {}
         """What the authorizer says of owners' limits."""
         self._copiers: dict[str, list[tuple[str, Process]]] = {}
         self._open: dict[str, int] = {}
@@ -404,7 +404,11 @@ class World:
             "pathParameters": None,
             "stageVariables": None,
             "requestContext": {
-                "authorizer": {"owner": owner, "scopes": "predict read train manage", **self.limits.get(owner, {})},
+                "authorizer": {
+                    "owner": owner,
+                    "scopes": "predict read train manage",
+                    **self.owner_limits.get(owner, {}),
+                },
                 "requestId": "r",
                 "requestTimeEpoch": int(self.scheduler.now * 1000),
                 "stage": "v1",
