@@ -22,8 +22,8 @@ def handler(event: dict[str, str], context: object) -> dict[str, Any]:  # noqa: 
 
     Returns:
         `{"principalId": owner, "policyDocument": …, "context": {"owner", "scopes", "token_id"}}`, the scopes
-        separated by spaces; and `in_flight_limit`, `per_day_limit`, `open_batches_limit` and
-        `open_pipelines_limit`, where its owner has such a limit.
+        separated by spaces; and `in_flight_limit`, `per_day_limit`, `open_batches_limit`, `open_pipelines_limit`,
+        and the same of `budget_day`, `budget_month` and `budget_unknown`, where its owner has such a limit.
 
     Raises:
         Exception: `Unauthorized`, for which API Gateway answers 401. Any other error, as when the table

@@ -20,7 +20,7 @@ from predictions.errors import OutputsToCopy
 from tests.simulation.machine import Refused, Told
 from tests.simulation.queues import names_by_url
 from tests.support.aws_clients import AwsError, raise_client_error
-from tests.support.dynamodb import ConditionFailed, NotModelled
+from tests.support.dynamodb import ConditionFailed, NotModelled, TransactionCanceled
 from tests.support.scheduler import Died
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class Account:
                 return self._world.table.call(operation, asked)
             except ConditionFailed as error:
                 raise AwsError("ConditionalCheckFailedException", error.item) from None
+            except TransactionCanceled as canceled:
+                raise AwsError("TransactionCanceledException", reasons=canceled.reasons) from None
         found: Callable[[dict[str, Any]], dict[str, Any]] | None = getattr(self, f"_{service}_{operation}", None)
         if found is None:
             raise NotModelled(f"{service}.{operation}")
@@ -222,6 +224,8 @@ def call(world: "World", service: str, operation: str, asked: dict[str, Any], cl
     process = world.scheduler.current
     if fault in ("refused", "answer lost") and operation in ("PutItem", "GetItem") and process is not None:
         process.unanswered.add((operation, asked["Item" if operation == "PutItem" else "Key"]["pk"]["S"]))
+    if fault in ("refused", "answer lost") and operation == "TransactWriteItems" and process is not None:
+        process.unanswered |= {("PutItem", w["Put"]["Item"]["pk"]["S"]) for w in asked["TransactItems"] if "Put" in w}
     if fault == "refused":
         raise_client_error(client, operation, AwsError("ThrottlingException"))
     try:

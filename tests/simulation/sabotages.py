@@ -14,7 +14,15 @@ from predictions import status as statuses
 from predictions.admission import schedule
 from predictions.admission.rate_limiter import Limiter
 from predictions.admission.schedule import Schedule
-from predictions.aws.dynamodb import PRESENT, Condition, Sum
+from predictions.aws.dynamodb import (
+    PRESENT,
+    Condition,
+    ConditionFailed,
+    PutWrite,
+    Sum,
+    TransactionRefused,
+    UpdateWrite,
+)
 from predictions.aws.executions import Executions, wake_by_error
 from predictions.aws.executions import wake as wake_by_success
 from predictions.batches import prepare
@@ -41,6 +49,7 @@ from predictions.lifecycle.sweep import SweepPredictions
 from predictions.lifecycle.targets import target_of
 from predictions.lifecycle.tracking import Tracking
 from predictions.lifecycle.unknown_claims import UnknownClaims
+from predictions.money.budgets import Reservation
 from predictions.money.cost import Cost
 from predictions.money.stored import StackPrices
 from predictions.notifications import webhook_queue
@@ -51,7 +60,7 @@ from predictions.notifications.webhook_sender import Receivers
 from predictions.notifications.webhook_slots import NoSlotFree, Slot, WebhookSlots
 from predictions.pipelines.advance import PipelineExecutions
 from predictions.pipelines.manage import PipelineApi
-from predictions.store import endings
+from predictions.store import endings, settlements
 from predictions.store import predictions as table
 from predictions.store.callers import WaitingCallers
 from predictions.store.idempotency_keys import IdempotencyKeys
@@ -59,12 +68,14 @@ from predictions.store.keys import prediction_key
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
 from predictions.store.records import Change, Prediction
+from predictions.store.settlements import Settlements
 from predictions.upstream.client import Replicate
 from predictions.upstream.create_window import SendWindow
 from predictions.upstream.errors import NotAccepted, OutcomeUnknown
 from predictions.upstream.list_reader import ListReader, Reading, digest_of
 
 from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood
+from tests.simulation.budgets import Budgets
 from tests.simulation.jobs import Batches, Pipelines, ToldBatches, Trainings
 from tests.simulation.notices import (
     Events,
@@ -129,8 +140,19 @@ def _cost_of_nothing(cost_of: Any) -> Any:
     return lambda self, run, now: Cost(cost_of(self, run, now).micro_dollars or 0, "Not billed.")
 
 
+def _reserved_apart(_: Any) -> Any:
+    def write_with(self: Reservation, items: Any, write: PutWrite | UpdateWrite) -> None:
+        items.transact([self._write(budget) for budget in self.budgets])
+        try:
+            items.transact([write])
+        except TransactionRefused as refused:
+            raise ConditionFailed(refused.items[0]) from None
+
+    return write_with
+
+
 def _claimed_by_anybody(_: Any) -> Any:
-    def claim(self: PredictionsTable, prediction_id: str, version: Any, now: float, *, counted: bool = False) -> Any:
+    def claim(self: PredictionsTable, prediction_id: str, version: Any, now: float, **_: Any) -> Any:
         return self._change(
             prediction_id,
             set={"claimed": int(now)},
@@ -536,6 +558,14 @@ SABOTAGES: dict[str, Sabotage] = {
     ),
     "the cost is left for a later write": _value(endings, "cost_attributes", lambda _: {}),
     "a GET shows what Replicate says": _method(LiveReads, "refresh", _shown_as_told),
+    "a budget is not given back": _method(Settlements, "settle", _constant(None)),
+    "a budget is settled twice": _value_made(
+        settlements, "_mark", lambda mark: lambda *of, **how: mark(*of, **how)._replace(condition=PRESENT)
+    ),
+    "a budget is reserved without its condition": _method(
+        Reservation, "_write", lambda write: lambda self, budget: write(self, budget)._replace(condition=None)
+    ),
+    "a budget is reserved before its prediction": _method(Reservation, "write_with", _reserved_apart),
 }
 """By what is taken out."""
 
@@ -567,6 +597,10 @@ ONLY_IN: dict[str, type[Scenario]] = {
     "a batch keeps its labels to itself": ToldBatches,
     "a GET asks Replicate each time": Watchers,
     "a GET shows what Replicate says": Watchers,
+    "a budget is not given back": Budgets,
+    "a budget is settled twice": Budgets,
+    "a budget is reserved without its condition": Budgets,
+    "a budget is reserved before its prediction": Budgets,
     "what may have been accepted costs nothing": HiddenDeployments,
     "an old execution is woken by an error that it does not catch": Upgrade,
     "the lease of an execution that copied nothing is not taken over": Upgrade,

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from tests.simulation.callers import Wanted
     from tests.simulation.upstream import Run
     from tests.simulation.world import World
+    from tests.support.dynamodb import Item
 
 
 class Scenario:
@@ -62,6 +63,9 @@ class Scenario:
 
     def ended(self, prediction_id: str) -> None:
         """A prediction has visibly ended: called in the midst of that write."""
+
+    def used(self, before: "Item | None", after: "Item | None") -> None:
+        """What an owner or the stack uses of limits and budgets has changed: called in the midst of that write."""
 
     def count_prompts(self) -> None:
         """Counts, in the world's `prompts`, how often what it asked for may have been started."""

@@ -107,6 +107,8 @@ class World:
         self.delays: dict[str, float] = {}
         self.terminal_at: dict[str, float] = {}
         self.visible_at: dict[str, float] = {}
+        self.owner_limits: dict[str, dict[str, str]] = {}
+        """What the authorizer says of owners' limits."""
         self._copiers: dict[str, list[tuple[str, Process]]] = {}
         self._open: dict[str, int] = {}
         self.bound_at: dict[str, float] = {}
@@ -275,6 +277,9 @@ class World:
             self._open.pop(pk, None)
         if before is None and sk == "status" and self.scheduler.current is not None:
             self.writers[pk] = self.scheduler.current
+        if pk.startswith("usage#"):
+            for scenario in self.scenarios:
+                scenario.used(before, after)
         if not pk.startswith("prediction#"):
             return
         prediction_id = pk.partition("#")[2]
@@ -401,7 +406,11 @@ class World:
             "pathParameters": None,
             "stageVariables": None,
             "requestContext": {
-                "authorizer": {"owner": owner, "scopes": "predict read train manage"},
+                "authorizer": {
+                    "owner": owner,
+                    "scopes": "predict read train manage",
+                    **self.owner_limits.get(owner, {}),
+                },
                 "requestId": "r",
                 "requestTimeEpoch": int(self.scheduler.now * 1000),
                 "stage": "v1",

@@ -3,6 +3,7 @@
 import random
 
 from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood
+from tests.simulation.budgets import Budgets
 from tests.simulation.jobs import Batches, Pipelines, ToldBatches, Trainings
 from tests.simulation.notices import (
     Events,
@@ -62,6 +63,7 @@ WORLDS: dict[type[Scenario], float] = {
     HastyDeletions: 0.02,
     TroubleOfTheBus: 0.02,
     ToldBatches: 0.008,
+    Budgets: 0.006,
 }
 """The share of the schedules that have each of them."""
 

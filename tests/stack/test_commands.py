@@ -8,6 +8,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import httpx
@@ -124,6 +125,45 @@ def test_price_that_comes_later_is_applied_to_what_ended_without_one(
         assert read()["cost"] == cost
     finally:
         assert run("prices", "remove", "local/painter")[0] == 0
+
+
+def test_budget_refuses_what_does_not_fit_and_is_settled_by_the_true_cost(
+    run: Run, api: Api, cloud: LocalCloud, wait_until: WaitUntil
+) -> None:
+    post = partial(api("budgeted").post, "/predictions", json={"version": "local/painter", "input": {"prompt": "b"}})
+    assert run("budgets", "set", "budgeted", "--day", "0.15", "--unknown-price", "0.10")[0] == 0
+    assert run("prices", "set", "local/painter", "run=0.12", "--date", "2026-11-30")[0] == 0
+
+    def used() -> dict[str, Any]:
+        listed = json.loads(run("budgets", "list", "--json")[1])
+        found: dict[str, Any] = next(each for each in listed if each["owner"] == "budgeted")
+        return found
+
+    try:
+        # A process may know the prices of before for five minutes: then it reserves the unknown price.
+        assert post().status_code == 201
+        reserved = used()["day_used_micro_dollars"]
+        assert reserved in (100_000, 120_000)
+        refused = post()
+        assert (refused.status_code, refused.json()["title"]) == (429, "Budget used up")
+        assert int(refused.headers["Retry-After"]) <= 86_401
+        assert "owner budgeted" in refused.json()["detail"]
+        settled = ("settled_micro_dollars", "settled_unknown")
+        key = {"pk": {"S": "usage#budgeted"}, "sk": {"S": f"threshold#{time.strftime('%Y-%m-%d', time.gmtime())}#100"}}
+        dynamodb = cloud.client("dynamodb")
+        assert "Item" in dynamodb.get_item(TableName=cloud.stack.table_name, Key=key)
+
+        def ended() -> dict[str, Any] | None:
+            items = dynamodb.scan(TableName=cloud.stack.table_name)["Items"]
+            mine = [i for i in items if i.get("owner") == {"S": "budgeted"} and "reserved_on" in i]
+            return mine[0] if len(mine) == 1 and settled[0] in mine[0] else None
+
+        item = wait_until(ended, 30, "the settlement")
+        amount = int(item.get("cost_micro_dollars", {"N": "100000"})["N"])
+        assert int(item[settled[0]]["N"]) == used()["day_used_micro_dollars"] == amount
+        assert item[settled[1]]["BOOL"] == ("cost_micro_dollars" not in item)
+    finally:
+        assert run("budgets", "remove", "budgeted")[0] == run("prices", "remove", "local/painter")[0] == 0
 
 
 def test_what_stands_still_is_listed_with_what_it_waits_for(run: Run, cloud: LocalCloud, painted: str) -> None:

@@ -47,12 +47,13 @@ class Clients:
 
 
 class AwsError(Exception):
-    """What AWS answers instead, by code; `item` goes with a condition that failed."""
+    """What AWS answers instead, by code; `item` goes with a condition that failed, `reasons` with a transaction's."""
 
-    def __init__(self, code: str, item: Any = None) -> None:
+    def __init__(self, code: str, item: Any = None, reasons: Any = None) -> None:
         super().__init__(code)
         self.code = code
         self.item = item
+        self.reasons = reasons
 
 
 def raise_client_error(client: Any, operation: str, error: AwsError) -> None:
@@ -60,4 +61,6 @@ def raise_client_error(client: Any, operation: str, error: AwsError) -> None:
     response: dict[str, Any] = {"Error": {"Code": error.code, "Message": ""}, "ResponseMetadata": {}}
     if error.item is not None:
         response["Item"] = error.item
+    if error.reasons is not None:
+        response["CancellationReasons"] = error.reasons
     raise client.exceptions.from_code(error.code)(response, operation)

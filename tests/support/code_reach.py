@@ -251,6 +251,8 @@ def _note_call(client: ast.expr, call: str, found: Reach) -> None:
         found.actions.add("lambda:InvokeFunction")
     elif service == "s3":
         found.actions.add(_S3_ACTIONS[call])
+    elif call == "transact_write_items":
+        found.actions |= {"dynamodb:PutItem", "dynamodb:UpdateItem"}  # which AWS checks for each of its writes
     else:
         if call == "create_schedule":
             found.actions.add("iam:PassRole")

@@ -29,6 +29,14 @@ class ConditionFailed(Exception):
         self.item = item
 
 
+class TransactionCanceled(Exception):
+    """Conditions of a transaction did not hold; `reasons` are those of its writes."""
+
+    def __init__(self, reasons: list[dict[str, Any]]) -> None:
+        super().__init__("Transaction cancelled")
+        self.reasons = reasons
+
+
 class Table:
     """One table, with indexes that lag behind.
 
@@ -56,6 +64,7 @@ class Table:
 
         Raises:
             ConditionFailed: A condition did not hold; nothing was written.
+            TransactionCanceled: Likewise, of a transaction.
         """
         operations: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "GetItem": self._get,
@@ -64,6 +73,7 @@ class Table:
             "DeleteItem": self._delete,
             "Query": self._query,
             "BatchGetItem": self._batch_get,
+            "TransactWriteItems": self._transact,
         }
         if operation not in operations:
             raise NotModelled(operation)
@@ -155,6 +165,27 @@ class Table:
             old = _changed_paths(asked["UpdateExpression"], before or {}, names)
             return {"Attributes": old} if old else {}
         raise NotModelled(f"ReturnValues {wanted}")
+
+    def _transact(self, asked: dict[str, Any]) -> dict[str, Any]:
+        writes = [next(iter(each.items())) for each in asked["TransactItems"]]
+        if beyond := {kind for kind, _ in writes} - {"Put", "Update"}:
+            raise NotModelled(f"{sorted(beyond)} of a transaction")
+        keys = [_key(write["Item"] if kind == "Put" else write["Key"]) for kind, write in writes]
+        if len(set(keys)) < len(keys):
+            raise NotModelled("two writes of one item, which DynamoDB refuses")
+        reasons: list[dict[str, Any]] = []
+        for key, (_, write) in zip(keys, writes, strict=True):
+            try:
+                self._check(key, write)
+                reasons.append({"Code": "None"})
+            except ConditionFailed as failed:
+                there = {"Item": failed.item} if failed.item is not None else {}
+                reasons.append({"Code": "ConditionalCheckFailed", **there})
+        if any(reason["Code"] != "None" for reason in reasons):
+            raise TransactionCanceled(reasons)
+        for kind, write in writes:
+            {"Put": self._put, "Update": self._update}[kind](write)
+        return {}
 
     def _check(self, key: tuple[str, str], asked: dict[str, Any]) -> None:
         text = asked.get("ConditionExpression")

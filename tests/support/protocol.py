@@ -25,6 +25,7 @@ from predictions.lifecycle.poll import PollPrediction
 from predictions.lifecycle.readings import Readings
 from predictions.lifecycle.reconcile import UnknownSubmissions
 from predictions.lifecycle.reservations import Reservations
+from predictions.lifecycle.spending import Spending
 from predictions.lifecycle.start import StartPrediction
 from predictions.lifecycle.submit import SubmitPrediction
 from predictions.lifecycle.sweep import SweepPredictions
@@ -33,6 +34,8 @@ from predictions.lifecycle.tracking import Tracking
 from predictions.lifecycle.transitions import Transitions
 from predictions.lifecycle.unknown_claims import UnknownClaims
 from predictions.lifecycle.unknown_registry import UnknownRegistry
+from predictions.money.budgets import Budgets
+from predictions.money.stored import StackPrices
 from predictions.store.predictions import PredictionsTable
 from predictions.store.recent_requests import RecentRequests
 from predictions.upstream.client import Replicate
@@ -77,6 +80,7 @@ class Submissions:
         self.breaker = Breaker(items, now=now)
         self.lookup = ModelLookup(replicate, schemas, now=now)
         reservations = Reservations(limiter)
+        spending = Spending(lambda: Budgets(items, StackPrices(items)), limiter)
         transitions = Transitions(table, reservations, now=now)
         orphans = Orphans(table, replicate, self.breaker, items)
         self.canceling = CancelPrediction(table, replicate, transitions, now=now)
@@ -113,12 +117,13 @@ class Submissions:
             registry,
         )
         self.starting = StartPrediction(
-            table, limiter, recent, reservations, usage, self.lookup, creates, tracking, transitions,
+            table, limiter, recent, reservations, usage, spending, self.lookup, creates, tracking, transitions,
             Lifetimes(timing.lifetime, timing.training_lifetime, timing.retention), now=now, sleep=sleep,
         )  # fmt: skip
         self.submitting = SubmitPrediction(
-            table, limiter, reservations, usage, self.lookup, creates, claims, self.breaker, transitions, now=now
-        )
+            table, limiter, reservations, usage, spending, self.lookup, creates, claims, self.breaker, transitions,
+            now=now,
+        )  # fmt: skip
         self.polling = PollPrediction(
             table, replicate, transitions, self.canceling, orphans, claims, self.submitting, abandonment, now=now
         )

@@ -28,7 +28,7 @@ from moto.core.models import DEFAULT_ACCOUNT_ID, botocore_stubber
 from moto.sqs.models import Message, SQSBackend
 from predictions.aws import clients
 
-from tests.support.dynamodb import ConditionFailed, Item, NotModelled, Table
+from tests.support.dynamodb import ConditionFailed, Item, NotModelled, Table, TransactionCanceled
 
 # Sessions that tests make share what botocore reads from its files: reading it takes half a second each time.
 botocore.session.create_loader = cache(botocore.session.create_loader)
@@ -75,6 +75,7 @@ _UNDERSTOOD = {
         "ConsistentRead", "ProjectionExpression", *_EXPRESSIONS,
     },
     "Scan": {"TableName"},
+    "TransactWriteItems": {"TransactItems", "ClientRequestToken"},
     "UpdateItem": {"TableName", "Key", "UpdateExpression", "ReturnValues", *_CONDITION},
 }  # fmt: skip
 
@@ -367,6 +368,10 @@ def _of_table(table: QuickTable, operation: str, asked: dict[str, Any]) -> tuple
             "message": message,
         }
         return _answered(400, {**found, **({"Item": json.loads(json.dumps(error.item))} if error.item else {})})
+    except TransactionCanceled as canceled:
+        message = "Transaction cancelled, please refer cancellation reasons for specific reasons"
+        found = {"Error": {"Code": "TransactionCanceledException", "Message": message}, "message": message}
+        return _answered(400, {**found, "CancellationReasons": json.loads(json.dumps(canceled.reasons))})
 
 
 def _answered(status: int, parsed: dict[str, Any]) -> tuple[AWSResponse, dict[str, Any]]:

@@ -3,6 +3,7 @@
     PredictionsError
     ├── Problem                 an error response for the caller (RFC 7807), raised before anything is written or spent
     ├── PredictionThrottled     caught by name in `track_prediction`: submit again after that many seconds
+    ├── BudgetReached           a budget has no room for a prediction: its caller gets 429, or it waits
     ├── CopyInterrupted         caught by name in `track_prediction`: copy again later
     ├── OutputsToCopy           caught by name in `track_prediction`: the prediction has completed, with files
     └── NoLongerWanted          the batch, pipeline or recipe of a message is no longer active: nothing is started
@@ -68,6 +69,25 @@ class PredictionThrottled(PredictionsError):
     def __init__(self, seconds: int) -> None:
         super().__init__(str(seconds))
         self.seconds = seconds
+
+
+class BudgetReached(PredictionsError):
+    """A budget has no room for a prediction; nothing was written or started.
+
+    Attributes:
+        detail: Which budget, what is used of it, its limit, and when it resets.
+        seconds: Until it resets.
+    """
+
+    def __init__(self, detail: str, seconds: int) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.seconds = seconds
+
+    @property
+    def refusal(self) -> Problem:
+        """The response for the caller."""
+        return Problem(429, self.detail, title="Budget used up", headers={"Retry-After": str(self.seconds)})
 
 
 class CopyInterrupted(PredictionsError):

@@ -259,6 +259,7 @@ PUBLISHED = {
     ("publish_changes", "deleted"): [],
     ("publish_changes", "pipeline_succeeded"): [],
     ("publish_changes", "retry"): [],
+    ("publish_changes", "budget_threshold"): [],
 }
 """What is queued at once of what each calls for; the rest follows a second later."""
 TOLD_TO_THE_BUS = {

@@ -195,7 +195,10 @@ def test_stream_tells_what_motos_does(by_http: Callable[[str], Any]) -> None:
         ("scan", {**TABLE, "FilterExpression": "attribute_exists(a)"}),
         ("query", of_key(FilterExpression="attribute_exists(a)")),
         ("put_item", {**TABLE, "Item": many(1), "ReturnValues": "ALL_OLD"}),
-        ("transact_write_items", {"TransactItems": [{"Put": {**TABLE, "Item": many(1)}}]}),
+        (
+            "transact_write_items",
+            {"TransactItems": [{"Delete": {**TABLE, "Key": {"pk": {"S": "a"}}}}]},
+        ),
         ("put_item", {**TABLE, "Item": many(1), "Expected": {"n": {"Exists": False}}}),
     ],
 )

@@ -1077,6 +1077,7 @@ def test_alarms_watch_what_loses_results_or_money() -> None:
     assert {
         metric for alarm in ALARMS.values() for space, metric, _ in read_by(alarm) if space == "ReplicateServerless"
     } == {
+        "BudgetThresholds",
         "ChangesDelayed",
         "CopiesFailed",
         "UpstreamRefusals",

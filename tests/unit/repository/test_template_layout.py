@@ -55,6 +55,7 @@ EMITTED_BY = {
     "ExecutionsReplaced": "SweepPredictionsFunction",
     "SecondsPastDeadline": "SweepPredictionsFunction",
     "ChangesDelayed": "PublishChangesFunction",
+    "BudgetThresholds": "PublishChangesFunction",
 }
 # Alarms of more than one function, or of all.
 OF_ALL = {"FunctionThrottlesAlarm", "FunctionErrorsAlarm"}

@@ -93,6 +93,9 @@ class LimiterState:
         turns: The end of the line, likewise.
         free: Numbers of starts that were given back, by lane.
         taken: Those that were reserved again, by lane.
+        budget_day: The stack's budget of a day in micro-dollars, 0 without one: here, since each start reads this item.
+        budget_month: That of a month.
+        budget_unknown: What a run at an unknown price counts in them (see `money.budgets`).
     """
 
     http_at: Milliseconds = 0
@@ -102,6 +105,9 @@ class LimiterState:
     paused_at: int = 0
     paused_by: str = ""
     pause_reason: str = ""
+    budget_day: int = 0
+    budget_month: int = 0
+    budget_unknown: int = 0
     last: Mapping[tuple[str, str], int] = field(default_factory=dict)
     turns: Mapping[tuple[str, str], int] = field(default_factory=dict)
     free: Mapping[str, frozenset[int]] = field(default_factory=dict)

@@ -101,25 +101,32 @@ class OwnerLimits:
         per_day: How many may be started in a day (UTC).
         open_batches: How many batches that have not ended there may be at once.
         open_pipelines: How many pipelines, likewise.
+        budget_day: Its budget of a day in micro-dollars, beside its limits so that no start reads more (see
+            `money.budgets`).
+        budget_month: Its budget of a month.
+        budget_unknown: What a run at an unknown price counts in them.
     """
 
     in_flight: int | None = None
     per_day: int | None = None
     open_batches: int | None = None
     open_pipelines: int | None = None
+    budget_day: int | None = None
+    budget_month: int | None = None
+    budget_unknown: int | None = None
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) is not None for name in LIMIT_NAMES)
 
     def context(self) -> dict[str, str]:
         """Return the limits as the authorizer's context; API Gateway takes texts."""
-        found = {f"{name}_limit": getattr(self, name) for name in LIMIT_NAMES}
+        found = {f"{name}_limit": getattr(self, name) for name in (*LIMIT_NAMES, *BUDGET_NAMES)}
         return {name: str(limit) for name, limit in found.items() if limit is not None}
 
     @classmethod
     def of_context(cls, context: Mapping[str, Any]) -> "OwnerLimits":
         """Read what `context` returned."""
-        found = {name: context.get(f"{name}_limit") for name in LIMIT_NAMES}
+        found = {name: context.get(f"{name}_limit") for name in (*LIMIT_NAMES, *BUDGET_NAMES)}
         return cls(**{name: int(limit) for name, limit in found.items() if limit})
 
     def open_allowed(self, kind: Kind) -> int | None:
@@ -133,6 +140,9 @@ class OwnerLimits:
 
 LIMIT_NAMES = ("in_flight", "per_day", "open_batches", "open_pipelines")
 """The limits, by their attributes."""
+
+BUDGET_NAMES = ("budget_day", "budget_month", "budget_unknown")
+"""The owner's budget, likewise; an owner with a budget alone has no limits."""
 
 
 class _Slots(NamedTuple):
@@ -229,25 +239,36 @@ class OwnersLimits:
             The limits that are left.
         """
         key = _limits_key(owner)
-        if names:
-            with contextlib.suppress(ConditionFailed):
-                left = _limits_of(self._table.update_item(key, remove=names, condition=PRESENT))
-                if left:
-                    return left
+        with contextlib.suppress(ConditionFailed):
+            left = _limits_of(self._table.update_item(key, remove=names or LIMIT_NAMES, condition=PRESENT))
+            if left:
+                return left
         # If the function crashes before this, the item without a limit counts as no item.
-        nothing = " AND ".join(f"attribute_not_exists({name})" for name in LIMIT_NAMES)
+        nothing = " AND ".join(f"attribute_not_exists({name})" for name in (*LIMIT_NAMES, *BUDGET_NAMES))
         try:
-            self._table.delete_item(key, Condition(nothing) if names else None)
-        except ConditionFailed:  # another call has just set one
+            self._table.delete_item(key, Condition(nothing))
+        except ConditionFailed:  # another call has just set one, or the owner has a budget
             return self.limits_of(owner)
         return OwnerLimits()
 
     def list_limits(self) -> Iterator[tuple[str, OwnerLimits]]:
         """List the owners that have limits, by name, as the index has them."""
-        for item in self._table.query(Condition("owner = :list", list=_LIST), index="by_owner"):
-            owner = item["listed_at"]
-            if limits := self.limits_of(owner):
+        return ((owner, limits) for owner, limits in self._listed() if limits)
+
+    def set_budget(self, owner: str, values: Mapping[str, int]) -> OwnerLimits:
+        """Set the given parts of an owner's budget, of `BUDGET_NAMES`; return it with the owner's limits."""
+        listed = {"owner": _LIST, "listed_at": owner}
+        return _limits_of(self._table.update_item(_limits_key(owner), set={**listed, **values}))
+
+    def list_budgets(self) -> Iterator[tuple[str, OwnerLimits]]:
+        """List the owners that have a budget, by name, as the index has them."""
+        for owner, limits in self._listed():
+            if limits.budget_day is not None or limits.budget_month is not None:
                 yield owner, limits
+
+    def _listed(self) -> Iterator[tuple[str, OwnerLimits]]:
+        for item in self._table.query(Condition("owner = :list", list=_LIST), index="by_owner"):
+            yield item["listed_at"], self.limits_of(item["listed_at"])
 
 
 class OwnersUsage:
@@ -452,7 +473,7 @@ def _day_sk(now: float) -> str:
 
 
 def _limits_of(item: Mapping[str, Any]) -> OwnerLimits:
-    return OwnerLimits(**{name: item[name] for name in LIMIT_NAMES if name in item})
+    return OwnerLimits(**{name: item[name] for name in (*LIMIT_NAMES, *BUDGET_NAMES) if name in item})
 
 
 def _limits_key(owner: str) -> Key:

@@ -42,7 +42,7 @@ Hand-made: libraries that limit rates count in one process, or in Redis, and non
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -77,7 +77,7 @@ from predictions.admission.schedule import (
     step_of,
 )
 from predictions.aws.clients import client
-from predictions.aws.dynamodb import Condition, ConditionFailed, Key, Sum, Table
+from predictions.aws.dynamodb import Condition, ConditionFailed, IfNotExists, Key, Sum, Table
 from predictions.observability import MetricUnit, logger, metrics
 
 if TYPE_CHECKING:
@@ -334,6 +334,31 @@ class Limiter:
     def pause_now(self) -> Pause | None:
         """Return the pause, at most a second old, or None."""
         return self._read_state().pause(self._now())
+
+    def stack_budget(self) -> tuple[int, int, int]:
+        """Return the stack's budget, at most a second old: of a day, of a month (0: none), and for an unknown price."""
+        state = self._read_state()
+        return state.budget_day, state.budget_month, state.budget_unknown
+
+    def change_stack_budget(
+        self,
+        *,
+        set_: Mapping[str, int] | None = None,
+        unless_set: Mapping[str, int] | None = None,
+        remove: Iterable[str] = (),
+    ) -> None:
+        """Change the stack's budget.
+
+        Args:
+            set_: Attributes to set.
+            unless_set: Those to set if they have no value and are not in `set_`.
+            remove: Those to remove.
+
+        Raises:
+            ClientError: It was not written.
+        """
+        defaults = {name: IfNotExists(value) for name, value in (unless_set or {}).items()}
+        self._table.update_item(_KEY, set={**defaults, **(set_ or {})}, remove=remove)
 
     def pause_automatically(self, reason: str) -> None:
         """Pause submissions for `AUTOMATIC_PAUSE_SECONDS`, unless paused by command."""

@@ -5,11 +5,13 @@ from AWS's libraries.
 """
 
 import os
+import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from botocore.exceptions import ClientError
 
@@ -23,6 +25,14 @@ Item = dict[str, Any]
 
 # https://docs.aws.amazon.com/amazondynamodb/latest/APIReference/API_BatchGetItem.html
 _BATCH_LIMIT = 100
+
+# Writes of an item that a transaction is writing are refused, and no SDK repeats them: five tries, within 0.5 s in all.
+# https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/transaction-apis.html#transaction-conflict-handling
+_CONFLICT_TRIES = 5
+_CONFLICT_WAIT_SECONDS = 0.03
+_CONFLICTS = frozenset({"None", "TransactionConflict"})
+
+_T = TypeVar("_T")
 
 # Before and after every place of a list, each of which begins with a year.
 _FIRST_PLACE, _LAST_PLACE = "0", "9~"
@@ -41,6 +51,18 @@ class ConditionFailed(PredictionsError):
     def __init__(self, item: Item | None) -> None:
         super().__init__("the condition of a write did not hold")
         self.item = item
+
+
+class TransactionRefused(PredictionsError):
+    """Conditions of a transaction did not hold, and nothing was written.
+
+    Attributes:
+        items: What is there, or None, by the position of each write whose condition did not hold.
+    """
+
+    def __init__(self, items: Mapping[int, Item | None]) -> None:
+        super().__init__("conditions of a transaction did not hold")
+        self.items = items
 
 
 # -- items --------------------------------------------------------------------------------------------------------
@@ -216,6 +238,37 @@ class _Expressions(dict[str, Any]):
         self.express("UpdateExpression", text, values)
 
 
+class PutWrite(NamedTuple):
+    """A write of a transaction, as `Table.put_item`."""
+
+    key: Key
+    item: Mapping[str, Any]
+    condition: Condition | None = None
+
+    def request(self, table: str) -> dict[str, Any]:
+        """Return the write as DynamoDB takes it."""
+        request = _Expressions(TableName=table, Item=serialize({**self.key._asdict(), **self.item}))
+        request.require(self.condition)
+        return {"Put": request}
+
+
+class UpdateWrite(NamedTuple):
+    """A write of a transaction, as `Table.update_item`."""
+
+    key: Key
+    set: Mapping[str, Any] = {}
+    remove: Iterable[str] = ()
+    add: Mapping[str, Any] = {}
+    condition: Condition | None = None
+
+    def request(self, table: str) -> dict[str, Any]:
+        """Return the write as DynamoDB takes it."""
+        request = _Expressions(TableName=table, Key=serialize(self.key._asdict()))
+        request.change(self.set, self.remove, self.add, {})
+        request.require(self.condition)
+        return {"Update": request}
+
+
 @contextmanager
 def _conditional(*, exact: bool = False) -> Iterator[None]:
     try:
@@ -227,15 +280,29 @@ def _conditional(*, exact: bool = False) -> Iterator[None]:
         raise ConditionFailed(deserialize(response["Item"], exact=exact) if "Item" in response else None) from None
 
 
+def _reasons(error: ClientError) -> list[Any]:
+    """Return why a transaction was canceled, one reason for each of its writes; none for another error."""
+    response: Any = error.response
+    return list(response.get("CancellationReasons", ()))
+
+
+def _is_conflict(error: ClientError) -> bool:
+    if error.response["Error"]["Code"] == "TransactionConflictException":
+        return True
+    codes = {reason.get("Code") for reason in _reasons(error)}
+    return "TransactionConflict" in codes and codes <= _CONFLICTS
+
+
 # -- the table ----------------------------------------------------------------------------------------------------
 
 
 class Table:
     """A table whose items have the keys `pk` and `sk`."""
 
-    def __init__(self, name: str, dynamodb: "DynamoDBClient") -> None:
+    def __init__(self, name: str, dynamodb: "DynamoDBClient", *, sleep: Callable[[float], None] = time.sleep) -> None:
         self._name = name
         self._dynamodb = dynamodb
+        self._sleep = sleep
 
     @classmethod
     def from_env(cls) -> "Table":
@@ -256,7 +323,11 @@ class Table:
         request = _Expressions()
         request.require(condition)
         with _conditional():
-            self._dynamodb.put_item(TableName=self._name, Item=serialize({**key._asdict(), **item}), **request)
+            self._unless_in_transaction(
+                lambda: self._dynamodb.put_item(
+                    TableName=self._name, Item=serialize({**key._asdict(), **item}), **request
+                )
+            )
 
     def update_item(
         self, key: Key, *, set: Mapping[str, Any] | None = None, remove: Iterable[str] = (),  # noqa: A002  # its own word
@@ -282,8 +353,10 @@ class Table:
         request.change(set or {}, remove, add or {}, delete or {})
         request.require(condition)
         with _conditional(exact=exact):
-            answer = self._dynamodb.update_item(
-                TableName=self._name, Key=serialize(key._asdict()), ReturnValues=returns, **request
+            answer = self._unless_in_transaction(
+                lambda: self._dynamodb.update_item(
+                    TableName=self._name, Key=serialize(key._asdict()), ReturnValues=returns, **request
+                )
             )
         return deserialize(answer.get("Attributes", {}), exact=exact)
 
@@ -297,6 +370,39 @@ class Table:
         request.require(condition)
         with _conditional():
             self._dynamodb.delete_item(TableName=self._name, Key=serialize(key._asdict()), **request)
+
+    def transact(self, writes: Sequence[PutWrite | UpdateWrite]) -> None:
+        """Do all of the writes, each of another item, or none of them.
+
+        Twice, as after a lost response, the conditions decide, as for single writes. Another writer of one of the
+        items at the same moment: tried again.
+
+        Raises:
+            TransactionRefused: Conditions did not hold; nothing was written.
+        """
+        requests: Any = [write.request(self._name) for write in writes]
+        try:
+            self._unless_in_transaction(lambda: self._dynamodb.transact_write_items(TransactItems=requests))
+        except ClientError as error:
+            failed = {
+                n: deserialize(reason["Item"]) if "Item" in reason else None
+                for n, reason in enumerate(_reasons(error))
+                if reason.get("Code") == "ConditionalCheckFailed"
+            }
+            if not failed:
+                raise
+            raise TransactionRefused(failed) from None
+
+    def _unless_in_transaction(self, write: Callable[[], _T]) -> _T:
+        """Do a write, again while another transaction is writing the same item."""
+        for tries in range(1, _CONFLICT_TRIES):
+            try:
+                return write()
+            except ClientError as error:
+                if not _is_conflict(error):
+                    raise
+            self._sleep(random.uniform(0.2, 1.0) * _CONFLICT_WAIT_SECONDS * 2**tries)  # noqa: S311  # not for secrets
+        return write()
 
     def get_item(self, key: Key, *, consistent: bool = True, exact: bool = False) -> Item | None:
         """Read an item, `exact` as for `deserialize`, or return None if it is not there."""

@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -124,7 +123,12 @@ def list_limits(stack: Stack, as_json: JsonList = False) -> None:
     """List the owners that have limits."""
     found = list(_owners_limits(stack).list_limits())
     if as_json:
-        print(json.dumps([{"owner": owner, **asdict(each)} for owner, each in found], indent=2))
+        print(
+            json.dumps(
+                [{"owner": owner, **{name: getattr(each, name) for name in LIMIT_NAMES}} for owner, each in found],
+                indent=2,
+            )
+        )
         return
     texts = [
         (owner, *("-" if limit is None else str(limit) for limit in (each.in_flight, each.per_day, *_open(each))))

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -14,12 +14,13 @@ from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage,
 from predictions.admission.rate_limiter import Limiter
 from predictions.admission.schedule import Start, TooLate
 from predictions.aws.clients import api_url
-from predictions.errors import Problem
+from predictions.errors import BudgetReached, Problem
 from predictions.intents.model import Attempt, Intent
 from predictions.lifecycle.connections import Connections
 from predictions.lifecycle.create import Creates
 from predictions.lifecycle.model_lookup import ModelLookup
 from predictions.lifecycle.reservations import Reservations, waits_of
+from predictions.lifecycle.spending import Spending
 from predictions.lifecycle.timing import (
     CLAIM_SECONDS,
     PAUSE_STEP_SECONDS,
@@ -37,6 +38,9 @@ from predictions.store.records import AlreadyExists, Prediction, Waits
 from predictions.store.schemas import StoredSchemas
 from predictions.upstream.errors import NotAccepted, OutcomeUnknown, Refused, Unauthorized
 from predictions.validation import fields_refused
+
+if TYPE_CHECKING:
+    from predictions.money.budgets import Reservation
 
 # Bounds of `Retry-After`, in seconds, in the refusal of a create that would start too late.
 _REFUSED_WAITS = (10, 300)
@@ -77,6 +81,7 @@ class StartPrediction:
         recent: Recent requests without a key.
         reservations: Gives back starts that are not used.
         usage: Counts what owners use of their limits.
+        spending: Plans what requests reserve in budgets.
         lookup: Finds the version to run, and the schema to check its input by.
         creates: Sends the POST.
         tracking: Starts the execution.
@@ -91,6 +96,7 @@ class StartPrediction:
         recent: RecentRequests,
         reservations: Reservations,
         usage: OwnersUsage,
+        spending: Spending,
         lookup: ModelLookup,
         creates: Creates,
         tracking: Tracking,
@@ -105,6 +111,7 @@ class StartPrediction:
         self._recent = recent
         self._reservations = reservations
         self._usage = usage
+        self._spending = spending
         self._lookup = lookup
         self._creates = creates
         self._tracking = tracking
@@ -124,6 +131,7 @@ class StartPrediction:
             RecentRequests.from_env(),
             connections.reservations,
             OwnersUsage.from_env(),
+            Spending.from_env(connections.limiter),
             lookup,
             Creates.over(connections, lookup),
             Tracking.from_env(connections.table),
@@ -158,9 +166,9 @@ class StartPrediction:
 
         Raises:
             Problem: 404 or 422 (invalid input, a refusal by Replicate, or another request with the same key), 429 (a
-                limit of the owner is reached, or the prediction could start only much later), 502 (Replicate refuses
-                the stack's token or credit), 503 (submissions are paused, or Replicate did not say which version to
-                run).
+                limit of the owner or a budget is reached, or the prediction could start only much later), 502
+                (Replicate refuses the stack's token or credit), 503 (submissions are paused, or Replicate did not say
+                which version to run).
         """
         wait_until = self._now() + wait_seconds
         # Without a key, the id of an HTTP request is random; other ids are derived from the event of the request.
@@ -196,13 +204,11 @@ class StartPrediction:
             intent = replace(intent, id=noted_id)
         if limits is None:
             limits = self._usage.known_limits(intent.owner)
+        reservation = self._plan_budget(intent, version, limits)
         place = self._acquire_slot(intent, limits) if limits else Slot()
         start = self._limiter.reserve_for_caller(intent.owner, latest=latest)
         if isinstance(start, TooLate):
-            try:
-                self._usage.release_slot(intent.owner, intent.id, place)
-            except (ClientError, BotoCoreError):
-                logger.exception("a place in its owner's limits is lost")
+            self._release_slot(intent, place)
             raise self._refused(intent, start, latest)
         soon = isinstance(start, Start) and start.at <= self._now() + SOON_SECONDS
         submit_at = None if soon else math.ceil(start.at)
@@ -224,7 +230,13 @@ class StartPrediction:
                 submit_at=submit_at,
                 waits=waits,
                 wait_seconds=max(0, math.ceil(wait_seconds)),
+                reservation=reservation,
             )
+        except BudgetReached as reached:
+            # Others have reserved since it was planned.
+            self._release_slot(intent, place)
+            self._reservations.release("http", intent.owner, waits)
+            raise reached.refusal from None
         except AlreadyExists as error:
             self._reservations.release("http", intent.owner, waits)
             return _existing(error.prediction, intent)
@@ -255,6 +267,18 @@ class StartPrediction:
             return self._usage.acquire_slot(intent.owner, intent.id, limits)
         except LimitReached as reached:
             raise refusal_of(reached) from None
+
+    def _release_slot(self, intent: Intent, slot: Slot) -> None:
+        try:
+            self._usage.release_slot(intent.owner, intent.id, slot)
+        except (ClientError, BotoCoreError):
+            logger.exception("a place in its owner's limits is lost")
+
+    def _plan_budget(self, intent: Intent, version: str | None, limits: OwnerLimits) -> "Reservation | None":
+        try:
+            return self._spending.plan_intent(intent, version, limits, self._now())
+        except BudgetReached as reached:
+            raise reached.refusal from None
 
     def _submit_for_caller(
         self, prediction: Prediction, input_json: str, wait_until: float, rate_limit: dict[str, str] | None

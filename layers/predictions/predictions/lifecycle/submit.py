@@ -3,19 +3,20 @@
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from predictions.admission.quotas import LimitReached, OwnersUsage
 from predictions.admission.rate_limiter import Limiter
 from predictions.admission.schedule import AskAgain, Start, TooLate
 from predictions.aws.clients import api_url
-from predictions.errors import PredictionThrottled, Problem
+from predictions.errors import BudgetReached, PredictionThrottled, Problem
 from predictions.intents.model import Reference
 from predictions.lifecycle.connections import Connections
 from predictions.lifecycle.create import Creates
 from predictions.lifecycle.model_lookup import ModelLookup
 from predictions.lifecycle.orphans import Breaker
 from predictions.lifecycle.reservations import Reservations, lane_of, waits_of
+from predictions.lifecycle.spending import BUDGET_WAIT_SECONDS, Spending
 from predictions.lifecycle.timing import PAUSE_STEP_SECONDS, SOON_SECONDS, START_MARGIN_SECONDS
 from predictions.lifecycle.transitions import Transitions
 from predictions.lifecycle.unknown_claims import UnknownClaims
@@ -27,6 +28,9 @@ from predictions.store.records import Prediction
 from predictions.store.schemas import StoredSchemas
 from predictions.upstream.errors import NotAccepted, OutcomeUnknown, Refused, Unauthorized
 from predictions.validation import list_fields
+
+if TYPE_CHECKING:
+    from predictions.money.budgets import Reservation
 
 # A prediction that could not start before its deadline asks again after half of the remaining time, until that is less
 # than this.
@@ -42,6 +46,7 @@ class SubmitPrediction:
         limiter: Decides when a create may start.
         reservations: Reserves starts, and gives them back.
         usage: Counts what owners use of their limits.
+        spending: Plans what predictions reserve in budgets.
         lookup: Finds the version to run, and the schema to check its input by.
         creates: Sends the POST.
         claims: Resolves claims with an unknown outcome.
@@ -55,6 +60,7 @@ class SubmitPrediction:
         limiter: Limiter,
         reservations: Reservations,
         usage: OwnersUsage,
+        spending: Spending,
         lookup: ModelLookup,
         creates: Creates,
         claims: UnknownClaims,
@@ -67,6 +73,7 @@ class SubmitPrediction:
         self._limiter = limiter
         self._reservations = reservations
         self._usage = usage
+        self._spending = spending
         self._lookup = lookup
         self._creates = creates
         self._claims = claims
@@ -89,6 +96,7 @@ class SubmitPrediction:
             connections.limiter,
             connections.reservations,
             OwnersUsage.from_env(),
+            Spending.from_env(connections.limiter),
             lookup,
             Creates.over(connections, lookup),
             claims,
@@ -130,6 +138,7 @@ class SubmitPrediction:
             raise PredictionThrottled(self._within_lifetime(prediction, min(PAUSE_STEP_SECONDS, stopped)))
         # HTTP requests were checked before they were written; a version's schema does not describe trainings.
         check = prediction.source != "http" and prediction.object == "prediction"
+        reservation = self._plan_budget(prediction)
         # Before anything that may refuse it: refused predictions cost executions too, and count for the owner's day.
         counted = self._acquire_slot_in_queue(prediction)
         try:
@@ -154,7 +163,13 @@ class SubmitPrediction:
             return
         api_url()
         self._take_turn(prediction, counted=counted)
-        claimed = self._table.claim(prediction_id, version, self._now(), counted=counted)
+        try:
+            claimed = self._table.claim(prediction_id, version, self._now(), counted=counted, reservation=reservation)
+        except BudgetReached as reached:
+            # Others have reserved since it was planned.
+            if counted:
+                self._table.note_counted(prediction)
+            raise self._wait_for_budget(prediction, reached) from None
         if claimed is None:
             return
         self._submit_for_execution(claimed, input_json)
@@ -241,6 +256,22 @@ class SubmitPrediction:
             logger.info("waits for its owner's limit", reason=reached.detail, wait_seconds=seconds)
             raise PredictionThrottled(self._within_lifetime(prediction, seconds)) from None
         return True
+
+    def _plan_budget(self, prediction: Prediction) -> "Reservation | None":
+        """Plan what a prediction reserves in budgets.
+
+        Raises:
+            PredictionThrottled: A budget has no room.
+        """
+        try:
+            return self._spending.plan(prediction, self._usage.known_limits, self._now())
+        except BudgetReached as reached:
+            raise self._wait_for_budget(prediction, reached) from None
+
+    def _wait_for_budget(self, prediction: Prediction, reached: BudgetReached) -> PredictionThrottled:
+        seconds = min(reached.seconds, BUDGET_WAIT_SECONDS)
+        logger.info("waits for a budget", reason=reached.detail, wait_seconds=seconds)
+        return PredictionThrottled(self._within_lifetime(prediction, seconds))
 
     def _within_lifetime(self, prediction: Prediction, seconds: int) -> int:
         """Return a wait of that many seconds, cut to just after the deadline, which ends the prediction."""

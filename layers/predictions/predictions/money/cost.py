@@ -4,7 +4,7 @@ An unknown cost is None with its reason, never 0. A prediction that is not bille
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
@@ -103,6 +103,21 @@ def cost_of(run: Run, book: Book) -> Cost:
     return Cost(micro_dollars, None, f"{entry.key}#{n}@{entry.date}")
 
 
+def assumed_cost(run: Run, book: Book) -> int | None:
+    """Estimate what a prediction costs before anything is known of it, or return None if no price applies.
+
+    The dearest tier for an assumed run: 10 s (a training 10 min), 1,000 tokens each, one of everything else.
+    """
+    keys = _keys(run)
+    try:
+        entry = book.find(*keys) if keys else None
+        if entry is None:
+            return None
+        return max(_sum(_assumed(run, tier), tier, book, entry.key) for tier in entry.tiers)
+    except (_Unknown, BookInvalid):
+        return None
+
+
 def total(costs: Iterable[Cost]) -> Cost:
     """Add costs; the sum is unknown if one of them is."""
     found = list(costs)
@@ -115,6 +130,15 @@ def total(costs: Iterable[Cost]) -> Cost:
 def key_of(run: Run) -> str:
     """Return the key of an entry that would price a run; empty if its model is not known."""
     return (_keys(run) or [""])[-1]
+
+
+def _assumed(run: Run, tier: Tier) -> Run:
+    seconds = 600 if run.object == "training" else 10
+    quantities = {
+        metric: seconds if metric == PREDICT_TIME or metric.endswith("_seconds") else 1000 if "token" in metric else 1
+        for metric in (*tier.prices, PREDICT_TIME)
+    }
+    return replace(run, status=Status.SUCCEEDED, metrics=quantities)
 
 
 def _keys(run: Run) -> list[str]:

@@ -57,11 +57,16 @@ class StackPrices:
         """Compute what a prediction cost; never raises, since no end of a prediction may depend on it."""
         if free := not_billed(run):
             return free
+        book = self.current(now)
+        if book is None:
+            return Cost(None, "The prices of this stack could not be read.")
+        return cost_of(run, book)
+
+    def current(self, now: float) -> Book | None:
+        """Return all prices of the stack, at most five minutes old; None if they could never be read."""
         if not self._until - AGE_SECONDS <= now < self._until:
             self._read(now)
-        if self._book is None:
-            return Cost(None, "The prices of this stack could not be read.")
-        return cost_of(run, self._book)
+        return self._book
 
     def book(self, *, consistent: bool = True) -> Book:
         """Read all prices of the stack, shipped ones and its own.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from predictions.aws.clients import client
+from predictions.aws.dynamodb import deserialize
 from predictions.files.output_references import StoredFile
 from predictions.observability import logger
 from predictions.status import Status
@@ -101,6 +102,24 @@ def event_of_prediction(prediction: Prediction, files: Sequence[StoredFile], buc
         **labels_and_trace(prediction.labels, prediction.traceparent),
     }
     return Event(f"{thing} {word}", detail, at)
+
+
+def event_of_threshold(change: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Build the event of a threshold that a budget has reached, from its record (see `money.budgets`)."""
+    item = deserialize(change["NewImage"])
+    owner = item["pk"].partition("#")[2] or None
+    detail = {
+        "version": VERSION,
+        "event_id": f"budget-{owner or '#stack'}-{item['of']}-{item['percent']}",
+        "budget": item["budget"],
+        "owner": owner,
+        "period": item["period"],
+        "of": item["of"],
+        "percent": item["percent"],
+        "used_micro_dollars": item["used_micro_dollars"],
+        "limit_micro_dollars": item["limit_micro_dollars"],
+    }
+    return "Budget Threshold Reached", detail
 
 
 def list_files(files: Sequence[StoredFile], bucket: str, limit_bytes: int) -> tuple[list[dict[str, Any]], bool]:

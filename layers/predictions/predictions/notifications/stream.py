@@ -3,13 +3,14 @@
 - Webhooks to callers, as deliveries in a queue: `notifications.webhook_queue`.
 - Events on the stack's bus: `notifications.event_bus`.
 - Completion notifications for other state machines that wait for it: `aws.task_tokens`.
+- Settlement of budgets: `store.settlements`; and the event of a budget's threshold.
 - Progress of pipelines at the completion of their steps: `_ended`. A batch's lines have callers: its state machine.
 
 Stream records arrive at least once, and in the order of an item's changes. Each effect is idempotent for a record that
 arrives twice, or its receiver can deduplicate: deliveries and events have ids, a task token works once, and a pipeline
 checks its state.
 
-Each of the four effects is independent of the others: one that fails is sent to a queue of its own and retried from
+Each of the five effects is independent of the others: one that fails is sent to a queue of its own and retried from
 there (`notifications.stream_retries`), and the stream goes on. Only while that queue cannot be reached either is the
 stream read again, from that record on.
 """
@@ -29,9 +30,10 @@ from predictions.aws.dynamodb import Table
 from predictions.aws.task_tokens import tell_failure, tell_success
 from predictions.files.output_references import StoredFile
 from predictions.files.outputs_bucket import OutputsBucket
+from predictions.money.budgets import THRESHOLD
 from predictions.money.cost import key_of
 from predictions.money.unknown import UnknownCosts
-from predictions.notifications.event_bus import Event, EventBus, event_of_prediction, list_files
+from predictions.notifications.event_bus import Event, EventBus, event_of_prediction, event_of_threshold, list_files
 from predictions.notifications.stream_retries import Effect, Retry, RetryQueue, UnreadableRetry
 from predictions.notifications.webhook_queue import DeliveriesQueue
 from predictions.observability import MetricUnit, logger, metrics
@@ -40,6 +42,7 @@ from predictions.store.callers import Caller, WaitingCallers
 from predictions.store.payloads import PayloadTooLong
 from predictions.store.predictions import PredictionsTable
 from predictions.store.records import Prediction, read_image
+from predictions.store.settlements import Settlements
 
 OUTPUT_LIMIT_BYTES = 32 * 1024
 """The limit of the output in a task result: an execution carries 256 KiB in all, and has data of its own."""
@@ -75,6 +78,7 @@ class Changes:
         retries: The queue for effects that failed.
         processing_events: Whether `Prediction Processing` is sent too.
         unknown_costs: The register of unknown costs, or None to record none.
+        settlements: Settles predictions in budgets.
         now: The time.
         jitter: Returns random numbers from 0 to 1.
     """
@@ -90,6 +94,7 @@ class Changes:
         *,
         processing_events: bool,
         unknown_costs: UnknownCosts | None = None,
+        settlements: Settlements | None = None,
         now: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
     ) -> None:
@@ -103,6 +108,7 @@ class Changes:
         self._jitter = jitter
         self._processing_events = processing_events
         self._unknown_costs = unknown_costs
+        self._settlements = settlements
 
     @classmethod
     def from_env(cls) -> "Changes":
@@ -116,6 +122,7 @@ class Changes:
             RetryQueue.from_env(),
             processing_events=os.environ["PROCESSING_EVENTS"] == "true",
             unknown_costs=UnknownCosts(Table.from_env()),
+            settlements=Settlements.from_env(),
         )
 
     def publish(
@@ -237,6 +244,8 @@ class Changes:
                 return self._tell_callers(record, callers, remaining_seconds)
             case Effect.PIPELINE:
                 self._wake_pipeline(record)
+            case Effect.BUDGET:
+                self._settle(record)
         return ()
 
     def _retry_later(self, effect: Effect, record: Mapping[str, Any], callers: tuple[str, ...] | None = None) -> None:
@@ -276,6 +285,9 @@ class Changes:
             from predictions.batches.store import event_of as event_of_batch  # not needed in a stack without batches
 
             told = event_of_batch(change, self._outputs.name)
+        elif kind == "usage" and sk.startswith(THRESHOLD):
+            metrics.add_metric(name="BudgetThresholds", unit=MetricUnit.Count, value=1)
+            told = event_of_threshold(change)
         elif (after := _newly_visible(change)) is not None:
             if after.visible == Status.PROCESSING and (not self._processing_events or after.terminal):
                 # With files, a completion is first visible as `processing`: the model did not just start.
@@ -290,6 +302,12 @@ class Changes:
         if self._unknown_costs and cost and cost.micro_dollars is None and cost.reason:
             key = key_of(ended.run) or "unknown"
             self._unknown_costs.note(key, cost.reason, ended.owner, ended.id, self._now())
+
+    def _settle(self, record: Mapping[str, Any]) -> None:
+        """Settle a prediction that has reserved in budgets, once it has visibly ended, or its cost is corrected."""
+        image = record["dynamodb"].get("NewImage", {})
+        if self._settlements and "reserved_on" in image and image["visible"]["S"] in _ENDED:
+            self._settlements.settle(read_image(image), self._now())
 
     def _wake_pipeline(self, record: Mapping[str, Any]) -> None:
         """Advance the pipeline of a step that visibly completed."""

@@ -48,6 +48,7 @@ class Effect(StrEnum):
     WEBHOOKS = "webhooks"
     CALLERS = "callers"
     PIPELINE = "pipeline"
+    BUDGET = "budget"
     EVENT = "event"
 
 

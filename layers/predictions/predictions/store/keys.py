@@ -2,7 +2,7 @@
 
 Packages below this one cannot import from here, and have the keys of their items themselves: `admission.rate_limiter`
 (`limiter`; `limiter#{0-f}`), `admission.live_budget` (`live_reads`),
-`admission.quotas` (`owner#{owner}`, `limits`; `usage#{owner}`),
+`admission.quotas` (`owner#{owner}`, `limits`; `usage#{owner}`), `money.budgets` (`usage#{owner}`, `budget#…`),
 and `files.uploads` (`file#{id}`, `file`).
 """
 

@@ -19,6 +19,7 @@ A write that comes twice, late or out of order is refused by its condition, and 
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from predictions.aws.dynamodb import NEW, PRESENT, Condition, ConditionFailed, IfNotExists
@@ -42,6 +43,7 @@ from predictions.store.records import (
 
 if TYPE_CHECKING:
     from predictions.intents.model import Intent
+    from predictions.money.budgets import Reservation
     from predictions.upstream.prediction import UpstreamPrediction
 
 COPY_LEASE_SECONDS = 1020
@@ -103,6 +105,7 @@ class PredictionsTable(PredictionReads):
     def put_intent(
         self, intent: "Intent", *, version: str | None, deadline: int, expires: int, claim: bool, execution_arn: str,
         now: float, submit_at: int | None = None, waits: Waits = NOTHING_RESERVED, wait_seconds: int = 0,
+        reservation: "Reservation | None" = None,
     ) -> Prediction:  # fmt: skip
         """Write the intent of a prediction and, in the same write, the claim of a writer that submits it now.
 
@@ -120,9 +123,11 @@ class PredictionsTable(PredictionReads):
             submit_at: When it may be submitted, if the caller of this method does not do it.
             waits: What it waits for until then (see `admission.rate_limiter`).
             wait_seconds: How long Replicate may hold its response to the create.
+            reservation: What it reserves in budgets in the same write, if there are any.
 
         Raises:
             AlreadyExists: The id is taken by one that has not expired.
+            BudgetReached: A budget has no room.
         """
         created_at = timestamp(now)
         self._payloads.put_text(intent.id, input_sk(intent.fingerprint), intent.input_json, expires)
@@ -156,6 +161,7 @@ class PredictionsTable(PredictionReads):
             **(_lease(now, wait_seconds) if claim else _check_after(submit_at or int(now))),
             "submit_at": submit_at,
             **waits.attributes(),
+            **(reservation.attributes() if reservation else {}),
             "written_by": secrets.token_hex(8),
             "execution_n": 1,
             "execution_arn": execution_arn,
@@ -166,7 +172,8 @@ class PredictionsTable(PredictionReads):
         # An expired item may be there for days until TTL deletes it: its key is free already.
         expired = Condition("expires_at <= :now", now=int(now)) & _VISIBLY_FINISHED
         try:
-            self._table.put_item(prediction_key(intent.id), item, NEW | expired)
+            put = partial(reservation.put, self._table) if reservation else self._table.put_item
+            put(prediction_key(intent.id), item, NEW | expired)
         except ConditionFailed as failed:
             there = prediction_of(failed.item or item)
             # botocore repeats a write whose response it did not receive: then what is there is this very one.
@@ -179,7 +186,10 @@ class PredictionsTable(PredictionReads):
                 raise AlreadyExists(there) from None
         return prediction_of(item)
 
-    def claim(self, prediction_id: str, version: str | None, now: float, *, counted: bool = False) -> Prediction | None:
+    def claim(
+        self, prediction_id: str, version: str | None, now: float, *, counted: bool = False,
+        reservation: "Reservation | None" = None,
+    ) -> Prediction | None:  # fmt: skip
         """Claim a prediction for submission; return None if it is already claimed, canceled or finished.
 
         Args:
@@ -187,18 +197,16 @@ class PredictionsTable(PredictionReads):
             version: The version that will run, if it is known.
             now: The time.
             counted: Whether it has its place in its owner's limits (see `admission.quotas`).
+            reservation: As for `put_intent`.
         """
         written_by = secrets.token_hex(8)
-        claimed = self._change(
-            prediction_id,
-            set={
-                **_lease(now, 0),
-                "written_by": written_by,
-                **({"version": version} if version else {}),
-                **({"counted": True} if counted else {}),
-            },
-            condition=_UNCLAIMED & _NOT_CANCELED & _UNBOUND & _NOT_FINISHED,
-        )
+        given = {"written_by": written_by, "version": version or None, "counted": counted or None}
+        values = {**_lease(now, 0), **{name: value for name, value in given.items() if value is not None}}
+        condition, claimed = _UNCLAIMED & _NOT_CANCELED & _UNBOUND & _NOT_FINISHED, None
+        if reservation:
+            reservation.update(self._table, prediction_key(prediction_id), values, condition)
+        else:
+            claimed = self._change(prediction_id, set=values, condition=condition)
         if claimed is None:
             # botocore repeats a write whose response it did not receive: then the claim in the way is this very one.
             there = self.get(prediction_id)

@@ -96,6 +96,12 @@ class Prediction:
     cost_micro_dollars: int | None = None
     cost_reason: str | None = None
     cost_price: str | None = None
+    reserved_micro_dollars: int | None = None
+    reserved_unknown: int = 0
+    reserved_on: str | None = None
+    reserved_in: str | None = None
+    settled_micro_dollars: int | None = None
+    settled_unknown: bool = False
     stream_url: str | None = None
     refusal_json: str | None = None
     execution_arn: str | None = None
