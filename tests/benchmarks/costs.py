@@ -267,6 +267,7 @@ class _Costs(Bench):
             "api_requests": api,
             "states": states,
             "write_units": sum(map(_write_units, written)) + refused if api else 0,
+            "write_units_short_tokens": sum(write_units(each, 0) for each in written) + refused if api else 0,
             "items_written": len(written) if api else 0,
             "read_units": sum(call.read_units for call in calls),
             "s3_writes": len(s3) - reads,

@@ -1,7 +1,7 @@
-"""Small payloads in the status item itself, where they make none of its writes dearer.
+"""Small payloads in the status item itself, where they cost less than items of their own.
 
 A write is billed by the KB of its item. While an execution waits, its task token takes the item into the second KB, of
-which most is empty: an input and a result that fit there cost no write of their own. All others are items of their own
+which most is empty: an input and a result that fit there cost no unit of their own. All others are items of their own
 (see `store.payloads`).
 """
 
@@ -33,7 +33,9 @@ def input_fits(item: Mapping[str, Any], text: str) -> bool:
 
 
 def result_fits(prediction: Prediction, changes: Mapping[str, Any], removed: Iterable[str], text: str) -> bool:
-    """Return whether a result fits into the write of a terminal status without a further unit.
+    """Return whether a result in the write of a terminal status takes no more units than an item of its own.
+
+    The status item is hardly written again after that, and the call for the other item is saved.
 
     Args:
         prediction: The prediction before.
@@ -46,7 +48,7 @@ def result_fits(prediction: Prediction, changes: Mapping[str, Any], removed: Ite
     # `open` is no field of a prediction; its shortest value is that of earlier releases.
     known = {name: "open" if name == "open" else getattr(prediction, name, None) for name in removed}
     after = before + size_of(new) - size_of({name: value for name, value in known.items() if value is not None})
-    return _units(max(before, after + size_of({"result_json": text}))) == _units(max(before, after))
+    return _units(max(before, after + size_of({"result_json": text}))) <= _units(max(before, after)) + 1
 
 
 def _units(size: int) -> int:

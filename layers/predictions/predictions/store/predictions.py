@@ -28,7 +28,7 @@ from predictions.money.cost import Cost
 from predictions.status import TERMINAL_RANK, Status, rank_of, visible
 from predictions.store.endings import cost_attributes, ended_here, ended_upstream
 from predictions.store.inline import input_fits, result_fits
-from predictions.store.keys import CALLER, LIVE, input_sk, list_of, prediction_key, shard_of, upstream_key
+from predictions.store.keys import CALLER, input_sk, list_of, prediction_key, shard_of, upstream_key
 from predictions.store.payloads import result_text
 from predictions.store.reads import PredictionReads
 from predictions.store.records import (
@@ -409,21 +409,6 @@ class PredictionsTable(PredictionReads):
             condition=PRESENT & Condition("NOT contains(orphans, :id)", id=report.id),
         )
         return Merge(Change.ORPHAN, changed or prediction)
-
-    def begin_live_read(self, prediction: Prediction, latest: int, now: float) -> bool:
-        """Record that a live read of a prediction begins; return False if one has begun after `latest`.
-
-        In an item of its own: a write of the status item is billed by its size, and reaches the table's stream.
-        """
-        try:
-            self._table.update_item(
-                prediction_key(prediction.id, LIVE),
-                set={"read_at": int(now), "expires_at": prediction.expires_at},
-                condition=Condition("attribute_not_exists(read_at) OR read_at <= :latest", latest=latest),
-            )
-        except ConditionFailed:
-            return False
-        return True
 
     def end(
         self,

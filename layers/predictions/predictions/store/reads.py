@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
 from predictions.aws.clients import client
-from predictions.aws.dynamodb import Condition, Item, Table
+from predictions.aws.dynamodb import Condition, ConditionFailed, Item, Table
 from predictions.clock import timestamp
 from predictions.files.output_references import StoredFile
 from predictions.files.outputs_bucket import OutputsBucket
@@ -110,6 +110,21 @@ class PredictionReads:
         """Return whether the output or logs of a report would be shown and are not stored yet."""
         output = None if self._outputs.holds_files(report.output) else report.output
         return output != detail.output or (report.logs or "") != (detail.logs or "")
+
+    def begin_live_read(self, prediction: Prediction, latest: int, now: float) -> bool:
+        """Record that a live read of a prediction begins; return False if one has begun after `latest`.
+
+        In an item of its own: a write of the status item is billed by its size, and reaches the table's stream.
+        """
+        try:
+            self._table.update_item(
+                prediction_key(prediction.id, LIVE),
+                set={"read_at": int(now), "expires_at": prediction.expires_at},
+                condition=Condition("attribute_not_exists(read_at) OR read_at <= :latest", latest=latest),
+            )
+        except ConditionFailed:
+            return False
+        return True
 
     def stored_files(self, prediction: Prediction) -> Sequence[StoredFile]:
         """Read where the files of a prediction are; none before its visible end, and after its deletion."""
