@@ -2,7 +2,8 @@
 
 One item per prediction or training (`pk` = `prediction#{id}`, `sk` = `status`) is small, because each of its updates is
 billed by its size. Of a training it says `object` = `training`. Payloads are items of their own under the same `pk`,
-written once each, or objects in the outputs bucket above `PAYLOAD_LIMIT_BYTES` (see `store.payloads`):
+written once each, or objects in the outputs bucket above `PAYLOAD_LIMIT_BYTES` (see `store.payloads`); small inputs and
+results are in the status item itself, where they cost less (see `store.inline`):
 
     input#{fingerprint}     the model's input, written before the intent, so that an intent always has one
     progress                output and logs of a prediction that runs; replaced by longer ones only, as an item and as
