@@ -281,8 +281,8 @@ class World:
             self._say("writes " + " ".join(f"{n}={next(iter(after[n].values()))}" for n in kept if n in after))
         if sk.startswith("result#") and before and after and before["json"] != after["json"]:
             self.violations.append(f"{prediction_id}: the result changed after it was kept")
-        kept = before.get("result_json") if before and after and "deleted" not in after else None
-        if kept and after and kept != after.get("result_json"):
+        told = before.get("result_json") if before and after and "deleted" not in after else None
+        if told and after and told != after.get("result_json"):
             self.violations.append(f"{prediction_id}: the result in the item changed")
         asked = after and (after.get("json") if sk.startswith("input#") else after.get("input_json"))
         if asked:

@@ -95,8 +95,8 @@ def test_picture_shows_every_case_and_peer_with_its_dollars() -> None:
     assert [text for text in shown if re.fullmatch(r"\$\d+\.\d{3}", text)] == each_total
 
 
-# What an issue asked for, for 1,000 predictions whose caller reads none of them, whether task tokens are as short as the
-# emulator's or have 1,024 characters.
+# What an issue asked for, for 1,000 predictions whose caller reads none of them. Task tokens have 1,024 characters;
+# with the short ones of the emulator, a write with a token takes a unit less.
 FILE_DOLLARS, NO_FILE_DOLLARS, WAITED_DOLLARS = 0.115, 0.055, 0.06
 S3_DOLLARS = 0.0245
 # What was counted with tokens of 1,024 characters.
@@ -135,7 +135,7 @@ def test_two_more_write_units_would_break_the_goal_without_a_file(monkeypatch: p
     """Those of an input and a result that are items of their own."""
     used = COUNTED.cases[NO_FILE]
     more = replace(used, counts={**used.counts, "write_units": used.counts["write_units"] + 2})
-    monkeypatch.setitem(COUNTED.cases, NO_FILE, more)  # type: ignore[arg-type]
+    monkeypatch.setitem(COUNTED.cases, NO_FILE, more)
     assert goals_kept() == (True, False, True)
 
 
