@@ -341,7 +341,7 @@ def per_prediction(counted: Counted) -> list[tuple[str, ...]]:
             continue
         price = PRICES[name]
         each = f"{price.dollars / price.per:.12f}".rstrip("0")
-        number = f"{1000 * found[name]:,.4f}".rstrip("0").rstrip(".")
+        number = f"{1000 * found[name]:,.5f}".rstrip("0").rstrip(".")
         product = round(float(number.replace(",", "")) * float(each), 4)
         together += product
         listed = f"${price.dollars:.10f}".rstrip("0")

@@ -141,13 +141,18 @@ def steady(
 
 
 def lost_webhooks(
-    simulation: Simulation, *, predictions: int = 10_000, progress: Callable[[LoadedWorld], None] | None = None
-) -> Result:
+    simulation: Simulation, *, predictions: int = 10_000, within: float = float("inf"),
+    progress: Callable[[LoadedWorld], None] | None = None,
+) -> Result:  # fmt: skip
     """So many predictions, created at 280 a second, of which no webhook comes: each has to be polled."""
     world = LoadedWorld()
     world.upstream.lost = True
     arrivals = Arrivals(world, 100, "http", files=0.5)
-    world.load(lambda: arrivals.begin(PER_SECOND, -(-predictions // PER_SECOND)), arrivals.over)
+
+    def over() -> bool:
+        return arrivals.over() or world.scheduler.now > arrivals.last_at + within > within
+
+    world.load(lambda: arrivals.begin(PER_SECOND, -(-predictions // PER_SECOND)), over)
     _run(simulation, world, progress)
     broken = [*world.violations, *_failed(world)]
     if arrivals.lost:
@@ -252,10 +257,11 @@ class Batches:
 
 def lines(
     simulation: Simulation, *, batches: int = 10, of: int = 2000, creates_per_minute: int = 18_000, least: float = 0.9,
+    requests_concurrency: int | None = REQUESTS_CONCURRENCY,
     progress: Callable[[LoadedWorld], None] | None = None,
 ) -> Result:  # fmt: skip
     """Batches of ten owners at once: how many lines a second they drain once all of them run."""
-    world = LoadedWorld(creates_per_minute=creates_per_minute, requests_concurrency=REQUESTS_CONCURRENCY, quotas=RAISED)
+    world = LoadedWorld(creates_per_minute=creates_per_minute, requests_concurrency=requests_concurrency, quotas=RAISED)
     world.keeps = True
     made = Batches(world, (f"owner-{n}" for n in range(batches)), of)
     world.load(made.begin, made.over)

@@ -13,7 +13,15 @@ import pytest
 from tests.reliability import Recorded
 from tests.simulation import without
 from tests.simulation.installed import Simulation
-from tests.simulation.scale import Result, fairness, lines, lost_webhooks, stalled, steady
+from tests.simulation.scale import (
+    REQUESTS_CONCURRENCY,
+    Result,
+    fairness,
+    lines,
+    lost_webhooks,
+    stalled,
+    steady,
+)  # fmt: skip
 
 pytestmark = pytest.mark.slow
 
@@ -52,11 +60,13 @@ def test_a_million_predictions_an_hour_throttle_the_index_without_its_shards(sim
     assert_kept(result, kept=False)
 
 
+@pytest.mark.parametrize(("taken_out", "kept"), [(None, True), (without.polls(), False)], ids=["", "without polls"])
 def test_predictions_whose_webhooks_are_all_lost_are_polled_to_their_end(
-    simulation: Simulation, record_property: Recorded
+    simulation: Simulation, taken_out: AbstractContextManager[None] | None, kept: bool, record_property: Recorded
 ) -> None:
-    result = lost_webhooks(simulation, predictions=560)
-    assert_kept(result, kept=True)
+    with _with(taken_out):
+        result = lost_webhooks(simulation, predictions=560, within=200)
+    assert_kept(result, kept=kept)
     record_property("predictions under load", len(result.world.ended))
 
 
@@ -74,6 +84,17 @@ def test_stalled_predictions_are_replaced_by_the_first_sweeps(
 
 def test_lines_of_batches_drain_at_the_rate_of_creates(simulation: Simulation) -> None:
     assert_kept(lines(simulation, batches=4, of=150, creates_per_minute=2400, least=0.8), kept=True)
+
+
+@pytest.mark.parametrize(
+    ("requests_concurrency", "kept"), [(REQUESTS_CONCURRENCY, True), (None, False)], ids=["", "without it"]
+)
+def test_lines_drain_at_a_high_rate_only_with_the_concurrency_of_the_queue_raised(
+    simulation: Simulation, requests_concurrency: int | None, kept: bool
+) -> None:
+    """270 lines a second may start; five consumers of five messages take some sixty."""
+    result = lines(simulation, batches=10, of=60, least=0.8, requests_concurrency=requests_concurrency)
+    assert_kept(result, kept=kept)
 
 
 @pytest.mark.parametrize(

@@ -258,8 +258,9 @@ class Check:
         pk = item["pk"]
         deleted = "deleted" in item
         result = self.world.table.items.get((pk, f"result#{run.id}"))
+        text = result["json"]["S"] if result else item.get("result_json")
         if run.status == "succeeded" and not deleted:
-            told = json.loads(result["json"]["S"])["output"] if result else "nothing"
+            told = json.loads(text)["output"] if text else "nothing"
             if told != run.final_output:
                 bad(f"its output is {told}, at Replicate {run.final_output}")
             self._check_files(item, run, bad)

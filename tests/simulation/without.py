@@ -41,6 +41,24 @@ def near_starts_left_to_the_fastest() -> Iterator[None]:
 
 
 @contextmanager
+def polls() -> Iterator[None]:
+    """An execution whose webhook does not come fails, and does not poll."""
+
+    def changed(name: str, start_at: str = "") -> object:
+        found = copy.deepcopy(definition(name, start_at))
+        for state in found["States"].values():
+            if state.get("Resource", "").endswith("updateItem.waitForTaskToken"):
+                state["Catch"] = [each for each in state["Catch"] if "States.Timeout" not in each["ErrorEquals"]]
+        return found
+
+    with (
+        mock.patch("tests.simulation.loaded.definition", changed),
+        mock.patch("tests.simulation.world.definition", changed),
+    ):
+        yield
+
+
+@contextmanager
 def message_groups() -> Iterator[None]:
     """Lines of batches are sent without `MessageGroupId`."""
 

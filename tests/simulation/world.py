@@ -288,8 +288,12 @@ class World:
             self._say("writes " + " ".join(f"{n}={next(iter(after[n].values()))}" for n in kept if n in after))
         if sk.startswith("result#") and before and after and before["json"] != after["json"]:
             self.violations.append(f"{prediction_id}: the result changed after it was kept")
-        if sk.startswith("input#") and after and "json" in after:
-            prompt = str(json.loads(after["json"]["S"]).get("prompt"))
+        told = before.get("result_json") if before and after and "deleted" not in after else None
+        if told and after and told != after.get("result_json"):
+            self.violations.append(f"{prediction_id}: the result in the item changed")
+        asked = after and (after.get("json") if sk.startswith("input#") else after.get("input_json"))
+        if asked:
+            prompt = str(json.loads(asked["S"]).get("prompt"))
             self.ids_by_prompt.setdefault(prompt, {})[prediction_id] = None
         if sk != "status":
             return

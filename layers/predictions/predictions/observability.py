@@ -35,6 +35,8 @@ def handler_of(function: Handler) -> Handler:
 
     @wraps(function)
     def handler_with_metrics(event: Any, context: Any) -> Any:
+        # Powertools adds them to each line: the ARN only repeats the function's name, and Lambda reports the memory.
+        logger.remove_keys(["function_arn", "function_memory_size"])
         try:
             return function(event, context)
         finally:

@@ -68,7 +68,7 @@ def test_cost_is_written_with_the_terminal_status_and_by_no_further_write(
     calls = AwsCalls()
     table.merge(prediction.id, told("succeeded", **IMAGE), clock.now())
     writes = [call for call in calls.made if call in ("dynamodb.PutItem", "dynamodb.UpdateItem")]
-    assert len(writes) == 2, "the output, and the status"
+    assert len(writes) == 1, "the status, with the output"
     there = current(table, prediction.id)
     assert there.cost == Cost(3000, None, PRICE)
 

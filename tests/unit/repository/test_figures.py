@@ -27,6 +27,7 @@ def run(
     number: int | None = None,
     polls: int = 0,
     known: bool = True,
+    prompt: str = "a red fox",
 ) -> Calls:
     """One prediction from request to end, completed by its webhooks; the state machine's own writes included.
 
@@ -36,7 +37,9 @@ def run(
         StoredSchemas.from_env().put_schema(VERSION, "null", int(clock.now()) + 3600, "stability-ai/sdxl")
     calls = Calls("dynamodb")
     replicate.files = {FILE: served(PNG)}
-    started = submissions.start(wanted(), attempt=None if number is None else attempt(clock, number))
+    started = submissions.start(
+        wanted(input={"prompt": prompt}), attempt=None if number is None else attempt(clock, number)
+    )
     hold_token(table, started.id, "token-1")
     bound = table.get(started.id)
     assert bound is not None
@@ -56,6 +59,11 @@ def run(
     return calls
 
 
+LONG = "a red fox " * 200
+"""Too long for the status item, as an input and as an output."""
+
+
+@pytest.mark.parametrize(("prompt", "writes"), [(LONG, 8), ("a red fox", 7)], ids=["long input", "small input"])
 def test_webhook_completed_prediction_with_files_writes_at_most_eight_items(
     submissions: Submissions,
     table: PredictionsTable,
@@ -63,19 +71,29 @@ def test_webhook_completed_prediction_with_files_writes_at_most_eight_items(
     outputs: OutputsBucket,
     wakes: Wakes,
     clock: Clock,
+    prompt: str,
+    writes: int,
 ) -> None:
-    assert run(submissions, table, replicate, outputs, clock, [FILE]).writes == 8
+    assert run(submissions, table, replicate, outputs, clock, [FILE], prompt=prompt).writes == writes
 
 
-def test_webhook_completed_prediction_without_files_writes_seven(
+@pytest.mark.parametrize(
+    ("prompt", "output", "writes"),
+    [(LONG, LONG, 7), (LONG, "text", 6), ("a red fox", "text", 5)],
+    ids=["long", "long input", "small"],
+)
+def test_webhook_completed_prediction_without_files_writes_at_most_seven_items(
     submissions: Submissions,
     table: PredictionsTable,
     replicate: ReplicateInMemory,
     outputs: OutputsBucket,
     wakes: Wakes,
     clock: Clock,
+    prompt: str,
+    output: str,
+    writes: int,
 ) -> None:
-    assert run(submissions, table, replicate, outputs, clock, "text").writes == 7
+    assert run(submissions, table, replicate, outputs, clock, output, prompt=prompt).writes == writes
 
 
 def test_version_of_which_nothing_is_known_costs_two_writes_once(
@@ -90,7 +108,8 @@ def test_version_of_which_nothing_is_known_costs_two_writes_once(
     # Its model is noted, then its schema is kept.
     for writes in (9, 9, 8, 8):
         clock.advance(60)  # else each would be counted by the limiter, too
-        assert run(submissions, table, replicate, outputs, clock, [FILE], known=False).writes == writes
+        calls = run(submissions, table, replicate, outputs, clock, [FILE], known=False, prompt=LONG)
+        assert calls.writes == writes
 
 
 @pytest.mark.parametrize(("number", "polls", "writes"), [(0, 0, 9), (None, 1, 9), (None, 3, 11), (0, 1, 10)])
@@ -105,5 +124,5 @@ def test_request_of_an_sdk_and_each_poll_write_one_item_more(
     polls: int,
     writes: int,
 ) -> None:
-    calls = run(submissions, table, replicate, outputs, clock, [FILE], number=number, polls=polls)
+    calls = run(submissions, table, replicate, outputs, clock, [FILE], number=number, polls=polls, prompt=LONG)
     assert calls.writes == writes

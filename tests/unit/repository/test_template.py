@@ -893,7 +893,10 @@ def test_request_outlives_its_tries_and_its_message_the_function() -> None:
     source = SOURCES["RequestsEventSource"]["Properties"]
     assert source["EventSourceArn"] == {"Fn::GetAtt": ["RequestsQueue", "Arn"]}
     assert source["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
-    assert source["ScalingConfig"] == {"MaximumConcurrency": 5}
+    assert source["ScalingConfig"] == {"MaximumConcurrency": {"Ref": "RequestsConcurrency"}}
+    # https://docs.aws.amazon.com/lambda/latest/dg/services-sqs-scaling.html
+    parameter = load_template()["Parameters"]["RequestsConcurrency"]
+    assert (parameter["Default"], parameter["MinValue"], parameter["MaxValue"]) == (5, 2, 1000)
 
 
 def test_stream_is_read_from_its_start_and_what_fails_is_noted() -> None:

@@ -282,9 +282,10 @@ class TestPayloads:
         assert all(len(json.dumps(item)) < 2 * PAYLOAD_LIMIT_BYTES for item in items.values())
         assert len(json.dumps(items["status"])) < 3000
 
-    def test_status_item_holds_no_payload(self, table: PredictionsTable, clock: Clock) -> None:
-        prediction = put(table, clock, input={"prompt": "CANARY-INPUT"})
-        table.merge(prediction.id, told("succeeded", output="CANARY-OUTPUT", logs="CANARY-LOGS"), clock.now())
+    def test_status_item_holds_no_payload_that_makes_it_dearer(self, table: PredictionsTable, clock: Clock) -> None:
+        prediction = put(table, clock, input={"prompt": "CANARY-INPUT" * 80})
+        table.merge(prediction.id, told("processing", output="CANARY-OUTPUT", logs="CANARY-LOGS"), clock.now())
+        table.merge(prediction.id, told("succeeded", output="CANARY-OUTPUT" * 160), clock.now())
         assert "CANARY" not in json.dumps(raw_items(prediction.id)["status"])
 
     def test_progress_never_shrinks(self, table: PredictionsTable, clock: Clock) -> None:

@@ -87,6 +87,29 @@ def deserialize(item: Mapping[str, Any], *, exact: bool = False) -> Item:
     return {name: _deserialized(value, exact=exact) for name, value in item.items()}
 
 
+def size_of(item: Mapping[str, Any]) -> int:
+    """Return the bytes of an item, or of some of its attributes, for which DynamoDB bills.
+
+    https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/CapacityUnitCalculations.html
+    """
+    return sum(len(name) + _size_of(value) for name, value in item.items())
+
+
+def _size_of(value: Any) -> int:
+    match value:
+        case bool() | None:
+            return 1
+        case str():
+            return len(value) if value.isascii() else len(value.encode())
+        case int() | Decimal():
+            return len(str(value)) // 2 + 2
+        case Mapping():
+            return 3 + sum(1 + len(name) + _size_of(each) for name, each in value.items())
+        case list() | tuple() | set() | frozenset():
+            return 3 + sum(1 + _size_of(each) for each in value)
+    return len(value)
+
+
 def _serialized(value: Any) -> dict[str, Any]:
     match value:
         case None:

@@ -321,7 +321,10 @@ def _logged(message: str, prediction_id: str) -> tuple[str, str] | None:
 def _sizes(stack: Stack, prediction: Prediction) -> dict[str, int]:
     partition = Condition("pk = :pk", pk=prediction_key(prediction.id).pk)
     items = Table(stack.output("TableName"), stack.client("dynamodb")).query(partition, only="sk, length")
-    return {str(item["sk"]).partition("#")[0]: int(item["length"]) for item in items if "length" in item}
+    inline = {"input": prediction.input_json, "result": prediction.result_json}
+    return {name: len(text) for name, text in inline.items() if text is not None} | {
+        str(item["sk"]).partition("#")[0]: int(item["length"]) for item in items if "length" in item
+    }
 
 
 def _reported_at(text: str) -> float | None:

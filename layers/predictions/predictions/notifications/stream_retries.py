@@ -38,7 +38,7 @@ _LONGEST_WAIT_SECONDS = 900
 _COMPARED = frozenset({"pk", "sk", "rank", "status", "visible", "output_digest", "logs_digest"})
 # No effect needs them: the execution's own task token, a caller's, the payload. Of a webhook only its presence
 # matters, since its URL is read again when it is called.
-_LEFT_OUT = frozenset({"task_token", "json"})
+_LEFT_OUT = frozenset({"task_token", "json", "input_json", "result_json"})
 _HIDDEN = {"webhook": {"S": "https://hidden.invalid/"}}
 
 

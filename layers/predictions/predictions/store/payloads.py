@@ -90,7 +90,7 @@ class Payloads:
             if report.status == Status.SUCCEEDED:
                 removed = "Replicate had removed the output before this stack could read it."
                 report = report.changed(error=removed)
-        self.put_text(prediction.id, sk, _result_json(report.output, report.logs), prediction.expires_at, condition=NEW)
+        self.put_text(prediction.id, sk, result_text(report.output, report.logs), prediction.expires_at, condition=NEW)
         return report
 
     def put_progress(self, prediction: Prediction, report: "UpstreamPrediction") -> None:
@@ -100,7 +100,7 @@ class Payloads:
         output = None if self._outputs.holds_files(report.output) else report.output
         if output is None and not report.logs:
             return
-        text = _result_json(output, report.logs)
+        text = result_text(output, report.logs)
         notice: dict[str, str] = {}
         if notify := [event for event in ("output", "logs") if event in prediction.wanted_events]:
             # For the consumer of the stream, which sees no payload that is an object: which webhooks are due, and
@@ -183,7 +183,8 @@ def _object_key(prediction_id: str, body: bytes) -> str | None:
     return f"payloads/{prediction_id}/{hashlib.sha256(body).hexdigest()}.json"
 
 
-def _result_json(output: Any, logs: str | None) -> str:
+def result_text(output: Any, logs: str | None) -> str:
+    """Write output and logs as JSON text."""
     return json.dumps({"output": output, "logs": logs}, separators=(",", ":"))
 
 

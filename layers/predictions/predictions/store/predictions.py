@@ -2,7 +2,8 @@
 
 One item per prediction or training (`pk` = `prediction#{id}`, `sk` = `status`) is small, because each of its updates is
 billed by its size. Of a training it says `object` = `training`. Payloads are items of their own under the same `pk`,
-written once each, or objects in the outputs bucket above `PAYLOAD_LIMIT_BYTES` (see `store.payloads`):
+written once each, or objects in the outputs bucket above `PAYLOAD_LIMIT_BYTES` (see `store.payloads`); small inputs and
+results are in the status item itself, where they cost less (see `store.inline`):
 
     input#{fingerprint}     the model's input, written before the intent, so that an intent always has one
     progress                output and logs of a prediction that runs; replaced by longer ones only, as an item and as
@@ -28,7 +29,9 @@ from predictions.files.output_references import StoredFile
 from predictions.money.cost import Cost
 from predictions.status import TERMINAL_RANK, Status, rank_of, visible
 from predictions.store.endings import cost_attributes, ended_here, ended_upstream
-from predictions.store.keys import CALLER, LIVE, input_sk, list_of, prediction_key, shard_of, upstream_key
+from predictions.store.inline import input_fits, result_fits
+from predictions.store.keys import CALLER, input_sk, list_of, prediction_key, shard_of, upstream_key
+from predictions.store.payloads import result_text
 from predictions.store.reads import PredictionReads
 from predictions.store.records import (
     NOTHING_RESERVED,
@@ -36,7 +39,6 @@ from predictions.store.records import (
     Change,
     Merge,
     Prediction,
-    PredictionDetail,
     Waits,
     prediction_of,
 )  # fmt: skip
@@ -130,7 +132,6 @@ class PredictionsTable(PredictionReads):
             BudgetReached: A budget has no room.
         """
         created_at = timestamp(now)
-        self._payloads.put_text(intent.id, input_sk(intent.fingerprint), intent.input_json, expires)
         values: dict[str, Any] = {
             "id": intent.id,
             "owner": list_of(intent.owner, "trainings" if intent.object == "training" else "predictions"),
@@ -168,23 +169,28 @@ class PredictionsTable(PredictionReads):
             "open": shard_of(intent.id),
             "expires_at": expires,
         }
+        key, sk = prediction_key(intent.id), input_sk(intent.fingerprint)
         item = {name: value for name, value in values.items() if value is not None}
+        if inline := claim and input_fits({**key._asdict(), **item}, intent.input_json):
+            item["input_json"] = intent.input_json
+        else:
+            self._payloads.put_text(intent.id, sk, intent.input_json, expires)
         # An expired item may be there for days until TTL deletes it: its key is free already.
         expired = Condition("expires_at <= :now", now=int(now)) & _VISIBLY_FINISHED
         try:
             put = partial(reservation.put, self._table) if reservation else self._table.put_item
-            put(prediction_key(intent.id), item, NEW | expired)
+            put(key, item, NEW | expired)
         except ConditionFailed as failed:
             there = prediction_of(failed.item or item)
             # botocore repeats a write whose response it did not receive: then what is there is this very one.
             if there.written_by != item["written_by"]:
-                if there.deleted:
+                if there.deleted and not inline:
                     # Its owner had the data deleted: what this write brought back must not stay. Writers of intents may
                     # not delete items; the last look of the sweep deletes what is empty then.
-                    self._payloads.put_text(intent.id, input_sk(intent.fingerprint), "{}", there.expires_at)
+                    self._payloads.put_text(intent.id, sk, "{}", there.expires_at)
                     self._payloads.empty_object(intent.id, intent.input_json)
                 raise AlreadyExists(there) from None
-        return prediction_of(item)
+        return prediction_of({**key._asdict(), **item})
 
     def claim(
         self, prediction_id: str, version: str | None, now: float, *, counted: bool = False,
@@ -248,6 +254,10 @@ class PredictionsTable(PredictionReads):
         Nobody submits it before `wait_seconds` have passed; `waits` says what it waits for.
         """
         submit_at = int(now) + wait_seconds
+        if prediction.input_json is not None:
+            # Another function submits it: one of an earlier release, if a stack is just updated, knows no other place.
+            sk = input_sk(prediction.fingerprint)
+            self._payloads.put_text(prediction.id, sk, prediction.input_json, prediction.expires_at)
         return self._change(
             prediction.id,
             set={"submit_at": submit_at, **_check_after(submit_at), **waits.attributes(without_none=True)},
@@ -315,7 +325,7 @@ class PredictionsTable(PredictionReads):
                 return self._add_orphan(prediction, report, now)
             if prediction.terminal:
                 return Merge(Change.CLOSED, prediction)
-            if rank >= TERMINAL_RANK and not stored_result:
+            if rank >= TERMINAL_RANK and report.data_removed and not stored_result:
                 report = self._payloads.put_result(prediction, report)
                 stored_result = True
             elif 0 < rank < TERMINAL_RANK and rank >= prediction.rank and not stored_progress:
@@ -330,6 +340,13 @@ class PredictionsTable(PredictionReads):
             same_id = Condition("upstream_id = :upstream_id", upstream_id=report.id) | _UNBOUND
             mergeable = newer & same_id & _NOT_FINISHED
             changes = self._reported(prediction, report, rank, now, next_check_at)
+            if rank >= TERMINAL_RANK and not stored_result:
+                text = result_text(report.output, report.logs)
+                if changes["visible"] != Status.PROCESSING and result_fits(prediction, changes, closed, text):
+                    changes["result_json"] = text
+                else:
+                    self._payloads.put_result(prediction, report)
+                    stored_result = True
             if "copy_by" in changes:
                 # The lease is for the execution that tracks it, and the check that stays must not be put off meanwhile.
                 mergeable &= _as_read(prediction, "execution_n", "next_check_at")
@@ -356,7 +373,7 @@ class PredictionsTable(PredictionReads):
             "status": status,
             "visible": visible(status),
             "model": report.model,
-            "upstream_version": report.version,
+            "upstream_version": report.version if report.version != prediction.version else None,
             "deployment": report.deployment,
             "started_at": report.started_at,
             "stream_url": _short(report.urls.get("stream")),
@@ -403,26 +420,6 @@ class PredictionsTable(PredictionReads):
             condition=PRESENT & Condition("NOT contains(orphans, :id)", id=report.id),
         )
         return Merge(Change.ORPHAN, changed or prediction)
-
-    def is_progress(self, detail: PredictionDetail, report: "UpstreamPrediction") -> bool:
-        """Return whether the output or logs of a report would be shown and are not stored yet."""
-        output = None if self._outputs.holds_files(report.output) else report.output
-        return output != detail.output or (report.logs or "") != (detail.logs or "")
-
-    def begin_live_read(self, prediction: Prediction, latest: int, now: float) -> bool:
-        """Record that a live read of a prediction begins; return False if one has begun after `latest`.
-
-        In an item of its own: a write of the status item is billed by its size, and reaches the table's stream.
-        """
-        try:
-            self._table.update_item(
-                prediction_key(prediction.id, LIVE),
-                set={"read_at": int(now), "expires_at": prediction.expires_at},
-                condition=Condition("attribute_not_exists(read_at) OR read_at <= :latest", latest=latest),
-            )
-        except ConditionFailed:
-            return False
-        return True
 
     def end(
         self,
@@ -579,8 +576,8 @@ class PredictionsTable(PredictionReads):
                 **_reopened(prediction_id),
                 **_check_after(int(now)),
             },
-            # They lead to data: places in the bucket, and Replicate's stream.
-            remove=["files_json", "stream_url"],
+            # They are data, or lead to it: places in the bucket, and Replicate's stream.
+            remove=["files_json", "stream_url", "input_json", "result_json"],
             condition=_VISIBLY_FINISHED & _NOT_DELETED,
         )
 

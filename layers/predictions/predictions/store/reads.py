@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
 from predictions.aws.clients import client
-from predictions.aws.dynamodb import Condition, Item, Table
+from predictions.aws.dynamodb import Condition, ConditionFailed, Item, Table
 from predictions.clock import timestamp
 from predictions.files.output_references import StoredFile
 from predictions.files.outputs_bucket import OutputsBucket
@@ -41,6 +41,8 @@ from predictions.store.records import (
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
+
+    from predictions.upstream.prediction import UpstreamPrediction
 
 
 EXAMINED_PAGES = 10
@@ -85,6 +87,8 @@ class PredictionReads:
 
     def input_json(self, prediction: Prediction) -> str | None:
         """Read a prediction's input as JSON text, or return None if it has expired."""
+        if prediction.input_json is not None:
+            return prediction.input_json
         return self._payloads.get_text(prediction.id, input_sk(prediction.fingerprint))
 
     def result_output(self, prediction: Prediction, longest: int | None = None) -> Any:
@@ -97,8 +101,30 @@ class PredictionReads:
         Raises:
             PayloadTooLong: The text is longer. Nothing was read but its length.
         """
-        text = self._payloads.get_text(prediction.id, result_sk(prediction.upstream_id), longest)
+        text = prediction.result_json
+        if text is None:
+            text = self._payloads.get_text(prediction.id, result_sk(prediction.upstream_id), longest)
         return json.loads(text)["output"] if text else None
+
+    def is_progress(self, detail: PredictionDetail, report: "UpstreamPrediction") -> bool:
+        """Return whether the output or logs of a report would be shown and are not stored yet."""
+        output = None if self._outputs.holds_files(report.output) else report.output
+        return output != detail.output or (report.logs or "") != (detail.logs or "")
+
+    def begin_live_read(self, prediction: Prediction, latest: int, now: float) -> bool:
+        """Record that a live read of a prediction begins; return False if one has begun after `latest`.
+
+        In an item of its own: a write of the status item is billed by its size, and reaches the table's stream.
+        """
+        try:
+            self._table.update_item(
+                prediction_key(prediction.id, LIVE),
+                set={"read_at": int(now), "expires_at": prediction.expires_at},
+                condition=Condition("attribute_not_exists(read_at) OR read_at <= :latest", latest=latest),
+            )
+        except ConditionFailed:
+            return False
+        return True
 
     def stored_files(self, prediction: Prediction) -> Sequence[StoredFile]:
         """Read where the files of a prediction are; none before its visible end, and after its deletion."""
@@ -182,7 +208,7 @@ class PredictionReads:
             prediction_key(p.id, sk)
             for p in predictions
             if p.ended_visibly and p.status == Status.SUCCEEDED and not p.deleted and not p.files_json
-            for sk in (result_sk(p.upstream_id), FILES)
+            for sk in _result_sks(p)
         ]
         payloads = {key: item.get("json") for key, item in self._table.read_items(wanted).items()}
         results = {}
@@ -191,7 +217,8 @@ class PredictionReads:
             files = _files(prediction.files_json or payloads.get(files_key))
             # An output with files names upstream's URLs.
             has_files = files or files_key in payloads
-            text = None if has_files else payloads.get(prediction_key(prediction.id, result_sk(prediction.upstream_id)))
+            result_key = prediction_key(prediction.id, result_sk(prediction.upstream_id))
+            text = None if has_files else prediction.result_json or payloads.get(result_key)
             output_json = json.dumps(json.loads(text)["output"], separators=(",", ":")) if text else None
             results[prediction.id] = Result(prediction, output_json, files)
         return results
@@ -206,12 +233,12 @@ class PredictionReads:
             prediction_key(p.id, sk)
             for p in predictions.values()
             if p.ended_visibly and not p.deleted
-            for sk in (result_sk(p.upstream_id), *([] if p.files_json else [FILES]))
+            for sk in _result_sks(p)
         ]
         items = self._table.read_items(wanted)
         results = []
         for prediction in (predictions[id_] for id_ in prediction_ids if id_ in predictions):
-            item = items.get(prediction_key(prediction.id, result_sk(prediction.upstream_id)))
+            item = _in_status(prediction) or items.get(prediction_key(prediction.id, result_sk(prediction.upstream_id)))
             files = items.get(prediction_key(prediction.id, FILES))
             files_json = None if prediction.deleted else prediction.files_json
             if files:
@@ -277,11 +304,13 @@ class PredictionReads:
         for prediction in predictions:
             if prediction.deleted:
                 continue
-            sks = [input_sk(prediction.fingerprint)]
-            if prediction.upstream_id:
-                sks.append(result_sk(prediction.upstream_id) if prediction.terminal else PROGRESS)
-            if prediction.ended_visibly and not prediction.files_json:
-                sks.append(FILES)
+            sks = [] if prediction.input_json is not None else [input_sk(prediction.fingerprint)]
+            if prediction.upstream_id and not prediction.terminal:
+                sks.append(PROGRESS)
+            elif prediction.ended_visibly:
+                sks += _result_sks(prediction)
+            elif prediction.upstream_id:
+                sks.append(result_sk(prediction.upstream_id))
             wanted += [prediction_key(prediction.id, sk) for sk in sks]
         payloads = self._table.read_items(wanted)
         for prediction in predictions:
@@ -297,11 +326,13 @@ class PredictionReads:
         items = {
             sk: i for sk, i in items.items() if i.get("expires_at", prediction.expires_at) >= prediction.expires_at
         }
-        result = items.get(result_sk(prediction.upstream_id) if prediction.terminal else PROGRESS)
+        result = _in_status(prediction) or items.get(
+            result_sk(prediction.upstream_id) if prediction.terminal else PROGRESS
+        )
         result_json = self._payloads.text_of(result) if result else None
         said = json.loads(result_json) if result_json else {"output": None, "logs": None}
         files_json = prediction.files_json or (self._payloads.text_of(items[FILES]) if FILES in items else None)
-        input_json = self._payloads.text_of(asked) if asked else None
+        input_json = prediction.input_json or (self._payloads.text_of(asked) if asked else None)
         if (result and result_json is None) or input_json is None:
             prediction = replace(prediction, data_removed=True)
         return PredictionDetail(
@@ -314,6 +345,21 @@ class PredictionReads:
             result_key=result.get("s3_key") if result else None,
             live_read_at=items.get(LIVE, {}).get("read_at"),
         )
+
+
+def _result_sks(prediction: Prediction) -> list[str]:
+    """Return the sort keys of the payloads with which a visibly finished prediction ended, besides its status item."""
+    if prediction.result_json is not None:
+        return []  # it has no files
+    return [
+        *([result_sk(prediction.upstream_id)] if prediction.upstream_id else []),
+        *([] if prediction.files_json else [FILES]),
+    ]
+
+
+def _in_status(prediction: Prediction) -> Item | None:
+    """Return the result that is in the status item as an item of its own would hold it; None if it is not there."""
+    return {"json": prediction.result_json} if prediction.result_json is not None else None
 
 
 def _files(files_json: str | None) -> list[StoredFile]:

@@ -6,7 +6,7 @@ from dataclasses import astuple, dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
-from predictions.aws.dynamodb import deserialize
+from predictions.aws.dynamodb import deserialize, size_of
 from predictions.errors import PredictionsError
 from predictions.files.output_references import StoredFile
 from predictions.money.cost import Cost, Run
@@ -126,8 +126,13 @@ class Prediction:
     output_prefix: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     traceparent: str | None = None
+    # Its input, and its output and logs, if they are in this item: see `store.inline`.
+    input_json: str | None = field(default=None, repr=False)
+    result_json: str | None = field(default=None, repr=False)
     # No attribute of the item: whether a start found it instead of making it.
     repeated: bool = field(default=False, compare=False)
+    # Nor this: how large the item was when it was read.
+    stored_bytes: int = field(default=0, compare=False, repr=False)
 
     @property
     def listed_at(self) -> str:
@@ -365,7 +370,7 @@ def read_image(image: Mapping[str, Any]) -> Prediction:
     return prediction_of(deserialize(image))
 
 
-_ATTRIBUTES = frozenset(Prediction.__dataclass_fields__) - {"repeated"}
+_ATTRIBUTES = frozenset(Prediction.__dataclass_fields__) - {"repeated", "stored_bytes"}
 
 
 def prediction_of(item: Mapping[str, Any]) -> Prediction:
@@ -375,4 +380,4 @@ def prediction_of(item: Mapping[str, Any]) -> Prediction:
         values[name] = frozenset(values[name])
     if "webhook_events_filter" in values:
         values["webhook_events_filter"] = tuple(values["webhook_events_filter"])
-    return Prediction(**{**values, "owner": owner_of(values["owner"])})
+    return Prediction(**{**values, "owner": owner_of(values["owner"])}, stored_bytes=size_of(item))
