@@ -249,6 +249,8 @@ def _note_call(client: ast.expr, call: str, found: Reach) -> None:
     if service == "lambda":
         assert call == "invoke"
         found.actions.add("lambda:InvokeFunction")
+    elif call == "transact_write_items":  # allowed by the actions in it, which are updates alone
+        found.actions.add("dynamodb:UpdateItem")
     elif service == "s3":
         found.actions.add(_S3_ACTIONS[call])
     else:

@@ -163,6 +163,15 @@ class Sum(NamedTuple):
     addend: int | Decimal
 
 
+class Update(NamedTuple):
+    """An update of one item of several that are written together: as the arguments of `Table.update_item`."""
+
+    key: Key
+    set: Mapping[str, Any]
+    add: Mapping[str, Any]
+    condition: Condition | None
+
+
 class _Expressions(dict[str, Any]):
     """The arguments of a request that are expressions, with the names and values of all of them."""
 
@@ -286,6 +295,31 @@ class Table:
                 TableName=self._name, Key=serialize(key._asdict()), ReturnValues=returns, **request
             )
         return deserialize(answer.get("Attributes", {}), exact=exact)
+
+    def update_together(self, updates: Iterable[Update]) -> bool:
+        """Change several items, at most 100, all or none; return False if another write came in between.
+
+        Raises:
+            ConditionFailed: The condition of one did not hold, and nothing was changed.
+        """
+        actions: list[Any] = []
+        for each in updates:
+            request = _Expressions(TableName=self._name, Key=serialize(each.key._asdict()))
+            request.change(each.set, (), each.add, {})
+            request.require(each.condition)
+            actions.append({"Update": request})
+        try:
+            self._dynamodb.transact_write_items(TransactItems=actions)
+        except ClientError as error:
+            response: Any = error.response
+            reasons = response.get("CancellationReasons", [])
+            for reason in reasons:
+                if reason["Code"] == "ConditionalCheckFailed":
+                    raise ConditionFailed(deserialize(reason["Item"]) if "Item" in reason else None) from None
+            if any(reason["Code"] == "TransactionConflict" for reason in reasons):
+                return False
+            raise
+        return True
 
     def delete_item(self, key: Key, condition: Condition | None = None) -> None:
         """Delete an item, if it is there.

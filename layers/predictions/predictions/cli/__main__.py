@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError
 
-from predictions.cli import admission, dead_letters, doctor, inspect, maintenance, prices, tokens, url_keys, webhooks
+from predictions.cli import admission, dead_letters, doctor, inspect, maintenance, prices, tokens, url_keys, usage, webhooks
 from predictions.cli.stack import PROGRAM, group
 from predictions.errors import PredictionsError
 
@@ -31,6 +31,7 @@ app.add_typer(tokens.app, name="tokens")
 app.add_typer(admission.limits, name="limits")
 app.add_typer(admission.app)
 app.add_typer(prices.app, name="prices")
+app.add_typer(usage.app)
 app.add_typer(url_keys.app, name="urls")
 app.add_typer(maintenance.app)
 

@@ -1,0 +1,138 @@
+"""Counters of usage: exact whatever is delivered twice, split or interrupted, and bounded."""
+
+import random
+from datetime import date
+from typing import Any
+
+import pytest
+from predictions.aws import clients
+from predictions.aws.dynamodb import Condition, Table, Update
+from predictions.money import usage
+from predictions.money.usage import Counted, UsageCounters, counted, read_usage
+
+DAY = date(2026, 12, 1)
+AT = 1_796_083_200  # that day, 00:00 UTC
+
+
+class Crashing(Table):
+    """The table, where the process may crash before or after a transaction."""
+
+    dice: random.Random | None = None
+    transactions = 0
+    actions = 0
+
+    def update_together(self, updates: Any) -> bool:
+        actions: list[Update] = list(updates)
+        crash = self.dice.choice(("before", "after", "", "")) if self.dice else ""
+        if crash == "before":
+            raise ConnectionError
+        self.transactions += 1
+        self.actions += len(actions)
+        done = super().update_together(actions)
+        if crash == "after":
+            raise ConnectionError
+        return done
+
+
+@pytest.fixture
+def items(cloud: None) -> Crashing:
+    """The stack's table."""
+    return Crashing("predictions", clients.client("dynamodb"))
+
+
+def change(n: int, *, owner: str = "alice", second: int = AT, labels: tuple[str, ...] = (), **more: int) -> Counted:
+    return Counted(f"p{n:025}", second, owner, DAY, f"o/m{n % 2}", labels, more or {"succeeded": 1, "predict_ms": 500})
+
+
+def rows(items: Table, by: str = "owner", owner: str | None = None) -> list[dict[str, Any]]:
+    return read_usage(items, DAY, DAY, owner, by.split(","))
+
+
+def ran(items: Table, by: str = "owner", owner: str | None = None) -> dict[str, int]:
+    return {row[by]: sum(row["predictions"].values()) for row in rows(items, by, owner)}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_redelivery_in_any_split_with_crashes_at_each_call_gives_the_exact_sums(items: Crashing, seed: int) -> None:
+    dice = items.dice = random.Random(seed)
+    records = [
+        change(n, owner=dice.choice(("alice", "bob")), second=AT + n // 7, succeeded=1, cost_micro_dollars=n)
+        for n in range(60)
+    ]
+    start = 0
+    while start < len(records):
+        size = dice.randint(1, 30)
+        try:
+            UsageCounters(items).add(records[start : start + size])
+        except ConnectionError:
+            continue  # the batch is read again, split differently
+        start += dice.randint(max(0, size - 5), size)  # and sometimes although it was counted
+    items.dice = None
+    assert sum(ran(items).values()) == 60
+    assert sum(row["cost_micro_dollars"] for row in rows(items)) == sum(range(60))
+
+
+def test_full_batch_of_one_owner_and_model_takes_less_than_two_write_units_each(items: Crashing) -> None:
+    UsageCounters(items).add([change(2 * n, second=AT + n // 34) for n in range(100)])  # 34 a second
+    assert items.transactions == 2
+    # Each action is an item of at most 1 KB: two units in a transaction.
+    sizes = [len(str(each)) for each in items.query(Condition("pk = :pk", pk=f"usage_seen#{AT}"))]
+    assert sizes and items.actions * 2 <= 100 * 2
+    assert items.actions == 6  # 12 units for 100 predictions
+
+
+def test_later_price_is_counted_once_as_the_difference_in_the_day_of_completion() -> None:
+    ended = {"pk": "prediction#a", "status": "succeeded", "visible": "succeeded", "ended": AT + 5}
+    end = counted(ended, {"visible": "processing"}, AT + 6, "alice", "o/m")
+    priced = counted({**ended, "cost_micro_dollars": 7}, ended, AT + 90_000, "alice", "o/m")
+    assert end and end.amounts == {"succeeded": 1, "cost_unknown": 1}
+    assert priced and priced.amounts == {"cost_micro_dollars": 7, "cost_unknown": -1}
+    assert priced.token != end.token
+    assert priced.day == end.day == DAY
+    assert counted({**ended, "cost_micro_dollars": 7, "deleted": 1}, {**ended, "cost_micro_dollars": 7}, AT, "a", "") is None
+
+
+@pytest.mark.parametrize("seconds", [-1, float("inf"), float("nan"), 10**10, "9", True, None])
+def test_nonsense_of_a_model_adds_no_seconds(seconds: Any) -> None:
+    ended = {"pk": "prediction#a", "status": "failed", "visible": "failed", "metrics": {"predict_time": seconds}}
+    found = counted(ended, {}, AT, "alice", "o/m")
+    assert found and found.amounts == {"failed": 1, "cost_unknown": 1}
+
+
+def test_cost_that_is_unknown_is_counted_apart_and_never_zero(items: Crashing) -> None:
+    UsageCounters(items).add([change(0, owner="alice", succeeded=1, cost_unknown=1)])
+    UsageCounters(items).add([change(1, owner="bob", canceled=1)])
+    alice, bob = rows(items)
+    assert (alice["cost_micro_dollars"], alice["cost_unknown"]) == (None, 1)
+    assert (bob["cost_micro_dollars"], bob["cost_unknown"]) == (0, 0)
+
+
+def test_labels_above_the_limit_are_other_also_when_they_are_delivered_again(
+    items: Crashing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage, "LABELS_LIMIT", 3)
+    changes = [change(n, labels=(f"team={n}",)) for n in range(5)]
+    for each in (*changes, *changes):
+        UsageCounters(items).add([each])
+    assert ran(items, "label") == {"team=0": 1, "team=1": 1, "team=2": 1, "other": 2}
+
+
+def test_numbers_of_other_owners_are_left_out_also_with_a_name_that_begins_alike(items: Crashing) -> None:
+    UsageCounters(items).add([change(0, owner="alice"), change(1, owner="alice2"), change(2, owner="bob")])
+    assert ran(items, owner="alice") == {"alice": 1}
+    assert ran(items) == {"alice": 1, "alice2": 1, "bob": 1}
+
+
+def test_conflict_that_lasts_is_raised_and_counts_nothing(items: Crashing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Crashing, "update_together", lambda *_: False)
+    with pytest.raises(usage.UsageBusy):
+        UsageCounters(items).add([change(0)])
+    assert rows(items) == []
+
+
+def test_many_owners_in_one_batch_are_written_in_transactions_within_the_limit(items: Crashing) -> None:
+    UsageCounters(items).add([change(n, owner=f"o{n}", labels=("a=b", "c=d")) for n in range(100)])
+    assert sum(ran(items).values()) == 100
+    assert items.transactions > 1
+
+
