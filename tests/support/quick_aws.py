@@ -75,12 +75,21 @@ _UNDERSTOOD = {
         "ConsistentRead", "ProjectionExpression", *_EXPRESSIONS,
     },
     "Scan": {"TableName"},
+    "TransactWriteItems": {"TransactItems", "ClientRequestToken"},
     "UpdateItem": {"TableName", "Key", "UpdateExpression", "ReturnValues", *_CONDITION},
 }  # fmt: skip
 
 
 class TableNotFound(Exception):
     """A test has deleted the table."""
+
+
+class TransactionCanceled(Exception):
+    """A condition of a transaction did not hold; `reasons` has one for each action."""
+
+    def __init__(self, reasons: list[dict[str, Any]]) -> None:
+        super().__init__("transaction canceled")
+        self.reasons = reasons
 
 
 class QuickTable(Table):
@@ -107,6 +116,7 @@ class QuickTable(Table):
             "GetItem": self._projected,
             "Query": self._page,
             "Scan": self._scan,
+            "TransactWriteItems": self._transact,
         }
         if operation == "DeleteItem" and asked.get("ReturnValues") == "ALL_OLD":
             before = self.items.get((asked["Key"]["pk"]["S"], asked["Key"]["sk"]["S"]))
@@ -125,6 +135,24 @@ class QuickTable(Table):
             ((kind, request),) = each.items()
             super().call({"PutRequest": "PutItem", "DeleteRequest": "DeleteItem"}[kind], request)
         return {"UnprocessedItems": {}}
+
+    def _transact(self, asked: dict[str, Any]) -> dict[str, Any]:
+        actions = asked["TransactItems"]
+        if len(actions) > 100 or any(action.keys() != {"Update"} for action in actions):
+            raise NotModelled("a transaction of other actions than at most 100 updates")
+        reasons: list[dict[str, Any]] = []
+        for action in actions:
+            update = action["Update"]
+            try:
+                self._check((update["Key"]["pk"]["S"], update["Key"]["sk"]["S"]), update)
+                reasons.append({"Code": "None"})
+            except ConditionFailed as error:
+                reasons.append({"Code": "ConditionalCheckFailed", **({"Item": error.item} if error.item else {})})
+        if any(reason["Code"] != "None" for reason in reasons):
+            raise TransactionCanceled(reasons)
+        for action in actions:
+            super().call("UpdateItem", action["Update"])
+        return {}
 
     def _delete_table(self, asked: dict[str, Any]) -> dict[str, Any]:
         self._deleted = True
@@ -360,6 +388,10 @@ def _of_table(table: QuickTable, operation: str, asked: dict[str, Any]) -> tuple
     except TableNotFound:
         message = "Requested resource not found"
         return _answered(400, {"Error": {"Code": "ResourceNotFoundException", "Message": message}, "message": message})
+    except TransactionCanceled as error:
+        message = "Transaction cancelled"
+        canceled = {"Error": {"Code": "TransactionCanceledException", "Message": message}, "Message": message}
+        return _answered(400, {**canceled, "CancellationReasons": json.loads(json.dumps(error.reasons))})
     except ConditionFailed as error:
         message = "The conditional request failed"
         found: dict[str, Any] = {

@@ -1,14 +1,25 @@
 """Counters of usage: exact whatever is delivered twice, split or interrupted, and bounded."""
 
+import json
 import random
-from datetime import date
+from datetime import UTC, date, datetime
 from typing import Any
 
 import pytest
+from predictions.api.usage import UsageQuery, usage_csv
 from predictions.aws import clients
 from predictions.aws.dynamodb import Condition, Table, Update
+from predictions.errors import Problem
+from predictions.files.outputs_bucket import OutputsBucket
 from predictions.money import usage
 from predictions.money.usage import Counted, UsageCounters, counted, read_usage
+from predictions.store.predictions import PredictionsTable
+
+from tests.support.apps import Context, load_app, sample
+from tests.support.fakes import Clock
+from tests.support.predictions import put, told
+from tests.support.stream import make
+from tests.support.webhook_queue import stream
 
 DAY = date(2026, 12, 1)
 AT = 1_796_083_200  # that day, 00:00 UTC
@@ -76,27 +87,31 @@ def test_full_batch_of_one_owner_and_model_takes_less_than_two_write_units_each(
     UsageCounters(items).add([change(2 * n, second=AT + n // 34) for n in range(100)])  # 34 a second
     assert items.transactions == 2
     # Each action is an item of at most 1 KB: two units in a transaction.
-    sizes = [len(str(each)) for each in items.query(Condition("pk = :pk", pk=f"usage_seen#{AT}"))]
-    assert sizes and items.actions * 2 <= 100 * 2
-    assert items.actions == 6  # 12 units for 100 predictions
+    sets = list(items.query(Condition("pk = :pk", pk=f"usage_seen#{AT}")))
+    assert [sum(map(len, each["tokens"])) < 1000 for each in sets] == [True]
+    assert items.actions <= 8  # 16 units for 100 predictions
 
 
 def test_later_price_is_counted_once_as_the_difference_in_the_day_of_completion() -> None:
     ended = {"pk": "prediction#a", "status": "succeeded", "visible": "succeeded", "ended": AT + 5}
     end = counted(ended, {"visible": "processing"}, AT + 6, "alice", "o/m")
     priced = counted({**ended, "cost_micro_dollars": 7}, ended, AT + 90_000, "alice", "o/m")
-    assert end and end.amounts == {"succeeded": 1, "cost_unknown": 1}
-    assert priced and priced.amounts == {"cost_micro_dollars": 7, "cost_unknown": -1}
+    assert end is not None
+    assert priced is not None
+    assert end.amounts == {"succeeded": 1, "cost_unknown": 1}
+    assert priced.amounts == {"cost_micro_dollars": 7, "cost_unknown": -1}
     assert priced.token != end.token
     assert priced.day == end.day == DAY
-    assert counted({**ended, "cost_micro_dollars": 7, "deleted": 1}, {**ended, "cost_micro_dollars": 7}, AT, "a", "") is None
+    known = {**ended, "cost_micro_dollars": 7}
+    assert counted({**known, "deleted": 1}, known, AT, "a", "") is None
 
 
 @pytest.mark.parametrize("seconds", [-1, float("inf"), float("nan"), 10**10, "9", True, None])
 def test_nonsense_of_a_model_adds_no_seconds(seconds: Any) -> None:
     ended = {"pk": "prediction#a", "status": "failed", "visible": "failed", "metrics": {"predict_time": seconds}}
     found = counted(ended, {}, AT, "alice", "o/m")
-    assert found and found.amounts == {"failed": 1, "cost_unknown": 1}
+    assert found is not None
+    assert found.amounts == {"failed": 1, "cost_unknown": 1}
 
 
 def test_cost_that_is_unknown_is_counted_apart_and_never_zero(items: Crashing) -> None:
@@ -136,3 +151,47 @@ def test_many_owners_in_one_batch_are_written_in_transactions_within_the_limit(i
     assert items.transactions > 1
 
 
+def test_end_in_the_stream_is_counted_once_with_its_owner_and_model(
+    items: Crashing, table: PredictionsTable, outputs: OutputsBucket, clock: Clock
+) -> None:
+    prediction = put(table, clock)
+    table.merge(prediction.id, told("succeeded", model="o/m", metrics={"predict_time": 1.5}), clock.now())
+    for _ in range(3):
+        assert make(table, outputs, usage=UsageCounters(items)).publish(stream()) is None
+    ended = table.get(prediction.id)
+    assert ended is not None
+    assert ended.ended is not None
+    day = datetime.fromtimestamp(ended.ended, UTC).date()
+    (row,) = read_usage(items, day, day, None, ("owner", "model"))
+    assert (row["owner"], row["model"], row["predict_seconds"]) == ("alice", "o/m", 1.5)
+    assert (row["predictions"]["succeeded"], row["cost_micro_dollars"], row["cost_unknown"]) == (1, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [({"from": "1.12."}, "from"), ({"to": "2026-02-30"}, "to"), ({"from": "2026-12-02"}, "from"),
+     ({"from": "2025-11-01"}, "from"), ({"by": "owner,age"}, "by"), ({"by": "model,label"}, "by"),
+     ({"format": "xml"}, "format")],
+)  # fmt: skip
+def test_invalid_query_is_refused_with_the_field(query: dict[str, str], field: str) -> None:
+    with pytest.raises(Problem) as refused:
+        UsageQuery.read(query, DAY)
+    assert refused.value.status == 422
+    assert f"'field': '{field}'" in str(refused.value.body())
+
+
+def test_csv_has_no_formula_and_no_zero_for_an_unknown_cost(items: Crashing) -> None:
+    UsageCounters(items).add([change(0, labels=("=1+1=x",), succeeded=1, cost_unknown=1)])
+    lines = usage_csv(("label",), rows(items, "label")).splitlines()
+    assert lines[1] == "'=1+1=x,1,0,0,0,0,0.0,,1"
+
+
+@pytest.mark.parametrize(("scopes", "owners"), [("read", ["alice"]), ("read manage", ["alice", "bob"])])
+def test_read_sees_its_own_numbers_and_manage_all(items: Crashing, scopes: str, owners: list[str]) -> None:
+    UsageCounters(items).add([change(0, owner="alice"), change(1, owner="bob")])
+    event = sample("list_predictions", path="/usage", owner="alice", scopes=scopes)
+    event["path"], event["resource"] = "/usage", "/usage"
+    event["queryStringParameters"] = {"from": "2026-12-01", "to": "2026-12-01", "by": "owner"}
+    event["requestContext"]["authorizer"] = {"owner": "alice", "scopes": scopes}
+    answer = load_app("read_predictions").handler(event, Context())
+    assert [row["owner"] for row in json.loads(answer["body"])["results"]] == owners

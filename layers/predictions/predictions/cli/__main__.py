@@ -16,7 +16,18 @@ from collections.abc import Sequence
 
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError
 
-from predictions.cli import admission, dead_letters, doctor, inspect, maintenance, prices, tokens, url_keys, usage, webhooks
+from predictions.cli import (
+    admission,
+    dead_letters,
+    doctor,
+    inspect,
+    maintenance,
+    prices,
+    tokens,
+    url_keys,
+    usage,
+    webhooks,
+)
 from predictions.cli.stack import PROGRAM, group
 from predictions.errors import PredictionsError
 

@@ -143,7 +143,7 @@ class UsageCounters:
             for part in parts:
                 key = Key(f"usage_month#{month}", f"{place}#{part}")
                 sums.setdefault((key, change.day), Counter()).update(change.amounts)
-        updates = []
+        updates: list[Update] = []
         for second, tokens in seen.items():
             names = {f"t{n}": token for n, token in enumerate(sorted(tokens))}
             absent = Condition(" AND ".join(f"NOT contains(tokens, :{name})" for name in names), **names)
@@ -151,8 +151,8 @@ class UsageCounters:
             updates.append(Update(Key(f"usage_seen#{second}", "seen"), expires, {"tokens": tokens}, absent))
         for (key, day), amounts in sums.items():
             midnight = int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp())
-            expires = {"expires_at": IfNotExists(midnight + KEPT_DAYS * _DAY_SECONDS)}
-            updates.append(Update(key, expires, {name: n for name, n in amounts.items() if n}, None))
+            kept = {"expires_at": IfNotExists(midnight + KEPT_DAYS * _DAY_SECONDS)}
+            updates.append(Update(key, kept, {name: n for name, n in amounts.items() if n}, None))
         return updates
 
     def _label(self, month: str, owner: str, label: str) -> str:
