@@ -43,6 +43,14 @@ class ConditionFailed(PredictionsError):
         self.item = item
 
 
+class ConditionsFailed(PredictionsError):
+    """Conditions of writes that belong together did not hold, and nothing was written; `items` are what is there."""
+
+    def __init__(self, items: list[Item]) -> None:
+        super().__init__("conditions of writes did not hold")
+        self.items = items
+
+
 # -- items --------------------------------------------------------------------------------------------------------
 
 
@@ -300,7 +308,7 @@ class Table:
         """Change several items, at most 100, all or none; return False if another write came in between.
 
         Raises:
-            ConditionFailed: The condition of one did not hold, and nothing was changed.
+            ConditionsFailed: The condition of one or more did not hold, and nothing was changed.
         """
         actions: list[Any] = []
         for each in updates:
@@ -313,9 +321,8 @@ class Table:
         except ClientError as error:
             response: Any = error.response
             reasons = response.get("CancellationReasons", [])
-            for reason in reasons:
-                if reason["Code"] == "ConditionalCheckFailed":
-                    raise ConditionFailed(deserialize(reason["Item"]) if "Item" in reason else None) from None
+            if failed := [reason for reason in reasons if reason["Code"] == "ConditionalCheckFailed"]:
+                raise ConditionsFailed([deserialize(each["Item"]) for each in failed if "Item" in each]) from None
             if any(reason["Code"] == "TransactionConflict" for reason in reasons):
                 return False
             raise

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
-from predictions.aws.dynamodb import Condition, ConditionFailed, IfNotExists, Key, Table, Update
+from predictions.aws.dynamodb import Condition, ConditionFailed, ConditionsFailed, IfNotExists, Key, Table, Update
 from predictions.errors import PredictionsError
 from predictions.money.cost import METRIC_LIMIT
 
@@ -126,8 +126,8 @@ class UsageCounters:
             try:
                 if self._table.update_together(self._updates(changes)):
                     return
-            except ConditionFailed as failed:
-                seen = (failed.item or {}).get("tokens", set())
+            except ConditionsFailed as failed:
+                seen = {token for item in failed.items for token in item["tokens"]}
                 changes = [change for change in changes if change.token not in seen]
         if changes:
             raise UsageBusy("the counters of usage are written by others")
