@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from predictions.api.usage import UsageQuery, usage_csv
 from predictions.aws import clients
-from predictions.aws.dynamodb import Condition, Table, Update
+from predictions.aws.dynamodb import Condition, ItemUpdate, Table
 from predictions.errors import Problem
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.money import usage
@@ -33,7 +33,7 @@ class Crashing(Table):
     actions = 0
 
     def update_together(self, updates: Any) -> bool:
-        actions: list[Update] = list(updates)
+        actions: list[ItemUpdate] = list(updates)
         crash = self.dice.choice(("before", "after", "", "")) if self.dice else ""
         if crash == "before":
             raise ConnectionError
@@ -187,11 +187,13 @@ def test_csv_has_no_formula_and_no_zero_for_an_unknown_cost(items: Crashing) -> 
 
 
 @pytest.mark.parametrize(("scopes", "owners"), [("read", ["alice"]), ("read manage", ["alice", "bob"])])
-def test_read_sees_its_own_numbers_and_manage_all(items: Crashing, scopes: str, owners: list[str]) -> None:
+def test_read_sees_its_own_numbers_and_manage_all(
+    items: Crashing, monkeypatch: pytest.MonkeyPatch, scopes: str, owners: list[str]
+) -> None:
     UsageCounters(items).add([change(0, owner="alice"), change(1, owner="bob")])
     event = sample("read_predictions", "list")
     event["path"], event["resource"] = "/usage", "/usage"
     event["queryStringParameters"] = {"from": "2026-12-01", "to": "2026-12-01", "by": "owner"}
     event["requestContext"]["authorizer"] = {"owner": "alice", "scopes": scopes}
-    answer = load_app("read_predictions").handler(event, Context())
+    answer = load_app("read_predictions", monkeypatch).handler(event, Context())
     assert [row["owner"] for row in json.loads(answer["body"])["results"]] == owners

@@ -205,6 +205,9 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                     "message#*",
                     "prices",
                     "unpriced",
+                    "usage_labels#*",
+                    "usage_month#*",
+                    "usage_seen#*",
                 }
 
 

@@ -171,7 +171,7 @@ class Sum(NamedTuple):
     addend: int | Decimal
 
 
-class Update(NamedTuple):
+class ItemUpdate(NamedTuple):
     """An update of one item of several that are written together: as the arguments of `Table.update_item`."""
 
     key: Key
@@ -304,7 +304,7 @@ class Table:
             )
         return deserialize(answer.get("Attributes", {}), exact=exact)
 
-    def update_together(self, updates: Iterable[Update]) -> bool:
+    def update_together(self, updates: Iterable[ItemUpdate]) -> bool:
         """Change several items, at most 100, all or none; return False if another write came in between.
 
         Raises:

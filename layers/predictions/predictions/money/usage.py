@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
-from predictions.aws.dynamodb import Condition, ConditionFailed, ConditionsFailed, IfNotExists, Key, Table, Update
+from predictions.aws.dynamodb import Condition, ConditionFailed, ConditionsFailed, IfNotExists, ItemUpdate, Key, Table
 from predictions.errors import PredictionsError
 from predictions.money.cost import METRIC_LIMIT
 
@@ -132,7 +132,7 @@ class UsageCounters:
         if changes:
             raise UsageBusy("the counters of usage are written by others")
 
-    def _updates(self, changes: Sequence[Counted]) -> list[Update]:
+    def _updates(self, changes: Sequence[Counted]) -> list[ItemUpdate]:
         seen: dict[int, set[str]] = {}
         sums: dict[tuple[Key, date], Counter[str]] = {}
         for change in changes:
@@ -143,16 +143,16 @@ class UsageCounters:
             for part in parts:
                 key = Key(f"usage_month#{month}", f"{place}#{part}")
                 sums.setdefault((key, change.day), Counter()).update(change.amounts)
-        updates: list[Update] = []
+        updates: list[ItemUpdate] = []
         for second, tokens in seen.items():
             names = {f"t{n}": token for n, token in enumerate(sorted(tokens))}
             absent = Condition(" AND ".join(f"NOT contains(tokens, :{name})" for name in names), **names)
             expires = {"expires_at": second + SEEN_DAYS * _DAY_SECONDS}
-            updates.append(Update(Key(f"usage_seen#{second}", "seen"), expires, {"tokens": tokens}, absent))
+            updates.append(ItemUpdate(Key(f"usage_seen#{second}", "seen"), expires, {"tokens": tokens}, absent))
         for (key, day), amounts in sums.items():
             midnight = int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp())
             kept = {"expires_at": IfNotExists(midnight + KEPT_DAYS * _DAY_SECONDS)}
-            updates.append(Update(key, kept, {name: n for name, n in amounts.items() if n}, None))
+            updates.append(ItemUpdate(key, kept, {name: n for name, n in amounts.items() if n}, None))
         return updates
 
     def _label(self, month: str, owner: str, label: str) -> str:
