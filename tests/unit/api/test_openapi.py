@@ -240,6 +240,7 @@ def test_what_replicate_does_not_have_is_marked() -> None:
     added = {(m.upper(), path) for path, methods in paths.items() for m, each in methods.items() if each.get("x-added")}
     assert added == {
         ("GET", "/openapi.json"),
+        ("GET", "/usage"),
         ("POST", "/uploads"),
         ("POST", "/pipelines"),
         ("GET", "/pipelines"),

@@ -644,6 +644,7 @@ def test_api_has_exactly_these_routes() -> None:
         ("POST", "/webhooks/replicate/{id}"): "ReceiveWebhookFunction",
         ("GET", "/webhooks/default/secret"): "GiveSecretFunction",
         ("GET", "/openapi.json"): "ReadPredictionsFunction",
+        ("GET", "/usage"): "ReadPredictionsFunction",
         ("POST", "/files"): "StoreFilesFunction",
         ("POST", "/uploads"): "StoreFilesFunction",
         ("GET", "/files"): "StoreFilesFunction",
