@@ -140,6 +140,7 @@ REFUSALS = {
     "recipes.put": {409},
     "recipes.delete": {409},
     "webhooks.replicate": {401},
+    "usage.get": {422},  # days and groups in its query
 }
 """Statuses that nothing else in the document calls for."""
 
