@@ -312,6 +312,7 @@ EVERYTHING: dict[str, str] = {
     "ScheduleExpression": "cron(0 9 ? * MON-FRI *)",
     "ScheduleRequest": '{"model": "black-forest-labs/flux-schnell", "input": {"prompt": "a lighthouse"}}',
     "ProcessingEvents": "true",
+    "UsageCounters": "true",
     "AlarmTopicArn": f"arn:{PARTITION}:sns:{REGION}:{ACCOUNT}:{'t' * 60}",
     "Tracing": "Active",
     "Dashboard": "true",

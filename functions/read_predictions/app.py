@@ -1,14 +1,18 @@
-"""Serve the lists of predictions and trainings, and the API's own document.
+"""Serve the lists of predictions and trainings, usage, and the API's own document.
 
 Lists are read from the table only, never from Replicate.
 """
 
+from datetime import UTC, datetime
 from typing import Literal
 
-from predictions.api.app import answer_with, json_response, openapi_response, owner_with, resolver
+from predictions.api.app import answer_with, headers_of, json_response, openapi_response, owner_with, resolver
 from predictions.api.pagination import FILTERS, page_body, read_cursor, read_filters, read_moment
 from predictions.api.routing import Response
+from predictions.api.usage import PARAMETERS, UsageQuery, usage_csv
+from predictions.aws.dynamodb import Table
 from predictions.errors import Problem
+from predictions.money.usage import read_usage
 from predictions.store.predictions import PredictionsTable
 from predictions.views.prediction import Presenter
 
@@ -37,6 +41,19 @@ def list_() -> Response:
 def list_trainings() -> Response:
     """`GET /trainings`: as for predictions, narrowed by `status`, `model`, `origin` and `label`."""
     return _page("training", _query(*FILTERS))
+
+
+@app.get("/usage")
+def usage() -> Response:
+    """`GET /usage?from=&to=&by=`: the caller's own counters of usage; with the scope `manage` those of all owners."""
+    owner = owner_with(app, "read", "manage")
+    manages = "manage" in str(app.request.owner_context.get("scopes", "")).split()
+    today = datetime.fromtimestamp(app.request.request_time_epoch / 1000, UTC).date()
+    query = UsageQuery.read(_query(*PARAMETERS), today, headers_of(app).get("accept", ""))
+    rows = read_usage(Table.from_env(), query.first, query.last, None if manages else owner, query.by)
+    if query.csv:
+        return Response(200, "text/csv; charset=utf-8", usage_csv(query.by, rows))
+    return json_response(200, query.body(rows))
 
 
 @app.get("/openapi.json")

@@ -65,6 +65,7 @@ ENVIRONMENT = {
     "MAX_ORIGIN_DEPTH": "3",
     "EVENT_BUS_NAME": "bus",
     "PROCESSING_EVENTS": "false",
+    "USAGE_COUNTERS": "false",
     "QUEUE_OWNER": "queue",
     "QUEUE_SENDERS": "AROAALICE0000=alice",
     "FILE_ORIGINS": "",

@@ -205,6 +205,9 @@ def test_access_tokens_are_out_of_reach_of_all_functions_but_the_authorizer() ->
                     "message#*",
                     "prices",
                     "unpriced",
+                    "usage_labels#*",
+                    "usage_month#*",
+                    "usage_seen#*",
                 }
 
 
@@ -641,6 +644,7 @@ def test_api_has_exactly_these_routes() -> None:
         ("POST", "/webhooks/replicate/{id}"): "ReceiveWebhookFunction",
         ("GET", "/webhooks/default/secret"): "GiveSecretFunction",
         ("GET", "/openapi.json"): "ReadPredictionsFunction",
+        ("GET", "/usage"): "ReadPredictionsFunction",
         ("POST", "/files"): "StoreFilesFunction",
         ("POST", "/uploads"): "StoreFilesFunction",
         ("GET", "/files"): "StoreFilesFunction",

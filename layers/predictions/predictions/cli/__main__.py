@@ -26,6 +26,7 @@ from predictions.cli import (
     prices,
     tokens,
     url_keys,
+    usage,
     webhooks,
 )
 from predictions.cli.stack import PROGRAM, group
@@ -43,6 +44,7 @@ app.add_typer(admission.limits, name="limits")
 app.add_typer(admission.app)
 app.add_typer(prices.app, name="prices")
 app.add_typer(budgets.app, name="budgets")
+app.add_typer(usage.app)
 app.add_typer(url_keys.app, name="urls")
 app.add_typer(maintenance.app)
 

@@ -4,13 +4,14 @@
 - Events on the stack's bus: `notifications.event_bus`.
 - Completion notifications for other state machines that wait for it: `aws.task_tokens`.
 - Settlement of budgets: `store.settlements`; and the event of a budget's threshold.
+- Counters of usage, once for a batch: `money.usage`.
 - Progress of pipelines at the completion of their steps: `_ended`. A batch's lines have callers: its state machine.
 
 Stream records arrive at least once, and in the order of an item's changes. Each effect is idempotent for a record that
 arrives twice, or its receiver can deduplicate: deliveries and events have ids, a task token works once, and a pipeline
 checks its state.
 
-Each of the five effects is independent of the others: one that fails is sent to a queue of its own and retried from
+Each of the six effects is independent of the others: one that fails is sent to a queue of its own and retried from
 there (`notifications.stream_retries`), and the stream goes on. Only while that queue cannot be reached either is the
 stream read again, from that record on.
 """
@@ -26,13 +27,14 @@ from typing import Any, TypeVar
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from predictions.aws.dynamodb import Table
+from predictions.aws.dynamodb import Table, deserialize
 from predictions.aws.task_tokens import tell_failure, tell_success
 from predictions.files.output_references import StoredFile
 from predictions.files.outputs_bucket import OutputsBucket
 from predictions.money.budgets import THRESHOLD
 from predictions.money.cost import key_of
 from predictions.money.unknown import UnknownCosts
+from predictions.money.usage import Counted, UsageCounters, counted
 from predictions.notifications.event_bus import Event, EventBus, event_of_prediction, event_of_threshold, list_files
 from predictions.notifications.stream_retries import Effect, Retry, RetryQueue, UnreadableRetry
 from predictions.notifications.webhook_queue import DeliveriesQueue
@@ -79,6 +81,7 @@ class Changes:
         processing_events: Whether `Prediction Processing` is sent too.
         unknown_costs: The register of unknown costs, or None to record none.
         settlements: Settles predictions in budgets.
+        usage: The counters of usage, or None to count nothing.
         now: The time.
         jitter: Returns random numbers from 0 to 1.
     """
@@ -95,6 +98,7 @@ class Changes:
         processing_events: bool,
         unknown_costs: UnknownCosts | None = None,
         settlements: Settlements | None = None,
+        usage: UsageCounters | None = None,
         now: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
     ) -> None:
@@ -109,6 +113,7 @@ class Changes:
         self._processing_events = processing_events
         self._unknown_costs = unknown_costs
         self._settlements = settlements
+        self._usage = usage
 
     @classmethod
     def from_env(cls) -> "Changes":
@@ -123,6 +128,7 @@ class Changes:
             processing_events=os.environ["PROCESSING_EVENTS"] == "true",
             unknown_costs=UnknownCosts(Table.from_env()),
             settlements=Settlements.from_env(),
+            usage=UsageCounters(Table.from_env()) if os.environ["USAGE_COUNTERS"] == "true" else None,
         )
 
     def publish(
@@ -141,6 +147,7 @@ class Changes:
         told: set[str] = set()
         news: list[tuple[Mapping[str, Any], Event]] = []
         failed: str | None = None
+        done: list[Mapping[str, Any]] = []
         for record in records:
             number = str(record["dynamodb"]["SequenceNumber"])
             if record is not records[0] and remaining_seconds() < NEEDED_SECONDS:
@@ -154,14 +161,30 @@ class Changes:
                 failed = number
                 logger.exception("change not published", sequence_number=number)
                 break
-        for record, event in self._not_taken(news):
+            done.append(record)
+        late = [(record, Effect.USAGE) for record in self._not_counted(done)]
+        late += [(record, Effect.EVENT) for record, _ in self._not_taken(news)]
+        for record, effect in sorted(late, key=lambda each: records.index(each[0])):
             try:
-                self._retry_later(Effect.EVENT, record)
+                self._retry_later(effect, record)
             except Exception:  # noqa: BLE001  # as above
                 # Its record comes before the one that failed, if any.
-                logger.exception("event not put", event_id=event.detail.get("event_id"))
-                return str(record["dynamodb"]["SequenceNumber"])
+                number = str(record["dynamodb"]["SequenceNumber"])
+                logger.exception("effect not queued", effect=effect, sequence_number=number)
+                return number
         return failed
+
+    def _not_counted(self, records: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Count the usage of records, and return those whose count must be retried."""
+        if self._usage is None:
+            return ()
+        changes = [(record, change) for record in records if (change := _usage_of(record["dynamodb"]))]
+        try:
+            self._usage.add([change for _, change in changes])
+        except Exception:  # noqa: BLE001  # whatever the error, no effect blocks another
+            logger.exception("usage not counted", records=len(changes))
+            return [record for record, _ in changes]  # those that were counted are found counted
+        return ()
 
     def retry(
         self, messages: Iterable[Mapping[str, Any]], remaining_seconds: Callable[[], float] = lambda: math.inf
@@ -214,7 +237,7 @@ class Changes:
         Raises:
             Exception: An effect failed, and its retry could not be queued.
         """
-        for effect in Effect:
+        for effect in (each for each in Effect if each is not Effect.USAGE):  # which is counted by the batch
             untold: tuple[str, ...] | None = None
             try:
                 if effect is Effect.EVENT:
@@ -246,6 +269,9 @@ class Changes:
                 self._wake_pipeline(record)
             case Effect.BUDGET:
                 self._settle(record)
+            case Effect.USAGE:
+                if self._usage and (change := _usage_of(record["dynamodb"])):
+                    self._usage.add([change])
         return ()
 
     def _retry_later(self, effect: Effect, record: Mapping[str, Any], callers: tuple[str, ...] | None = None) -> None:
@@ -415,3 +441,18 @@ def _newly_visible(change: Mapping[str, Any]) -> Prediction | None:
     after, before = change["NewImage"], change.get("OldImage") or {}
     # Every effect of a record calls this, and most records change nothing visible: those are not deserialized.
     return read_image(after) if after["visible"] != before.get("visible") else None
+
+
+def _usage_of(change: Mapping[str, Any]) -> Counted | None:
+    """Return what a change of a visibly ended prediction adds to the counters of usage, or None."""
+    if _kind(change) != "prediction" or change["Keys"]["sk"]["S"] != "status":
+        return None
+    image, old = change["NewImage"], change.get("OldImage") or {}
+    if image["visible"]["S"] not in _ENDED:
+        return None
+    if old.get("visible") == image["visible"] and old.get("cost_micro_dollars") == image.get("cost_micro_dollars"):
+        return None
+    ended = read_image(image)
+    after = deserialize(image) | {"metrics": json.loads(ended.metrics_json or "{}")}
+    at = float(change["ApproximateCreationDateTime"])
+    return counted(after, deserialize(old), at, ended.owner, ended.shown_model)

@@ -35,7 +35,7 @@ _FIRST_WAIT_SECONDS = 5
 _LONGEST_WAIT_SECONDS = 900
 
 # The attributes of the old image that effects compare to detect a change.
-_COMPARED = frozenset({"pk", "sk", "rank", "status", "visible", "output_digest", "logs_digest"})
+_COMPARED = frozenset({"pk", "sk", "rank", "status", "visible", "output_digest", "logs_digest", "cost_micro_dollars"})
 # No effect needs them: the execution's own task token, a caller's, the payload. Of a webhook only its presence
 # matters, since its URL is read again when it is called.
 _LEFT_OUT = frozenset({"task_token", "json", "input_json", "result_json"})
@@ -49,6 +49,7 @@ class Effect(StrEnum):
     CALLERS = "callers"
     PIPELINE = "pipeline"
     BUDGET = "budget"
+    USAGE = "usage"
     EVENT = "event"
 
 
