@@ -79,7 +79,9 @@ class World:
         self.faults = Faults(self.rng, self.scheduler)
         self.api_url = API_URL
         self.table = Table(lambda: self.scheduler.now, self.faults.index_lag, self._written)
-        self.table.items["prices", "book"] = serialize({"json": json.dumps({PRICED: PRICE}), "changes": 1})
+        self.table.items["prices", "book"] = serialize(
+            {"pk": "prices", "sk": "book", "json": json.dumps({PRICED: PRICE}), "changes": 1}
+        )
         self.account = Account(self)
         self.functions = Functions(self)
         self.upstream = Upstream(self)
