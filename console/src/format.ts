@@ -32,7 +32,7 @@ export function dollars(micro: number): string {
 /** An unknown cost is never shown as 0. */
 export function costOf(cost: Cost | null | undefined): string {
   if (!cost) return "";
-  return cost.micro_dollars === null ? "unknown" : dollars(cost.micro_dollars);
+  return cost.micro_dollars === null ? "cost unknown" : dollars(cost.micro_dollars);
 }
 
 export function json(value: unknown): string {

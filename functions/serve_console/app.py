@@ -35,13 +35,13 @@ _HEADERS = {
 app = resolver()
 
 
-@app.get("/console")
+@app.route("/console", "GET")
 def page() -> Response:
     """`GET /console`: the page. Its address stays the same with each release, so browsers ask each time."""
     return _asset(_PAGE, "no-cache")
 
 
-@app.get("/console/<name>")
+@app.route("/console/<name>", "GET")
 def asset(name: str) -> Response:
     """`GET /console/{name}`: a file of the page; its name holds a hash of its content, but for the icon's."""
     if name not in _ASSETS or name == _PAGE:

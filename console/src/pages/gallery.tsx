@@ -53,7 +53,7 @@ function Filters({ asked, kind }: { asked: Record<string, string>; kind: string 
   return (
     <form
       class="filters"
-      role="search"
+      aria-label="Filters"
       onSubmit={(event) => {
         event.preventDefault();
         go([kind], draft);
@@ -88,10 +88,9 @@ function Filters({ asked, kind }: { asked: Record<string, string>; kind: string 
 function Tile({ prediction }: { prediction: Prediction }): JSX.Element {
   const link = linksOf(prediction.output)[0];
   const text = textOf(prediction.output) ?? prediction.error ?? lastLine(prediction.logs);
-  const name = `${prediction.model || prediction.deployment || "model"}, ${prediction.status}`;
   return (
     <article class="tile">
-      <a href={href([kindOf(prediction), prediction.id])} aria-label={`${name}, ${ago(prediction.created_at)}`}>
+      <a href={href([kindOf(prediction), prediction.id])}>
         <div class="preview">
           {link ? (
             <MediaFile url={link} files={prediction.output_files} alt="" />
