@@ -86,6 +86,10 @@ class Faults:
         """Step Functions is often told that an invocation failed that did not, or makes two of one."""
         self._invoke = 0.6
 
+    def trouble_the_bus(self) -> None:
+        """The bus takes an event only at the third time, mostly."""
+        self._bus = 0.6
+
     def lose_webhooks(self) -> None:
         """No webhook of Replicate's arrives."""
         self._lost = 1.0

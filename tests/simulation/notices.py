@@ -159,6 +159,19 @@ class WebhooksInARow(Webhooks):
         plan["files"] = 0
 
 
+class TroubleOfTheBus(Webhooks):
+    """Webhooks of predictions whose events the bus mostly does not take at once; mostly only that."""
+
+    name = "trouble of the bus"
+    kinds: ClassVar[tuple[str, ...]] = ("takes", "slow")
+
+    def begin(self) -> None:
+        """The bus refuses events, with or without trouble of others."""
+        if self.rng.random() < 0.7:
+            self.world.faults.calm()
+        self.world.faults.trouble_the_bus()
+
+
 class TaskTokens(Scenario):
     """State machines of others that wait for predictions, which are deleted as soon as they have ended."""
 

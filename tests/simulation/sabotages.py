@@ -65,7 +65,15 @@ from predictions.upstream.list_reader import ListReader, Reading, digest_of
 
 from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood
 from tests.simulation.jobs import Batches, Pipelines, Trainings
-from tests.simulation.notices import Events, HastyDeletions, Redelivery, TaskTokens, Webhooks, WebhooksInARow
+from tests.simulation.notices import (
+    Events,
+    HastyDeletions,
+    Redelivery,
+    TaskTokens,
+    TroubleOfTheBus,
+    Webhooks,
+    WebhooksInARow,
+)
 from tests.simulation.scenario import Scenario
 from tests.simulation.unknown import (
     Frozen,
@@ -547,7 +555,7 @@ ONLY_IN: dict[str, type[Scenario]] = {
     "who comes after the end is not told": TaskTokens,
     "a deleted input comes back": Redelivery,
     "output and logs are told only while it runs": Webhooks,
-    "trouble of the bus repeats webhooks": Webhooks,
+    "trouble of the bus repeats webhooks": TroubleOfTheBus,
     "an event that the bus refuses is forgotten": Events,
     "a webhook is tried once": Webhooks,
     "hanging receivers occupy all consumers": Tarpit,

@@ -4,7 +4,15 @@ import random
 
 from tests.simulation.attacks import Backlog, Killer, OldKeys, Overload, PoisonMessage, Tarpit, TokenFlood
 from tests.simulation.jobs import Batches, Pipelines, Trainings
-from tests.simulation.notices import Events, HastyDeletions, Redelivery, TaskTokens, Webhooks, WebhooksInARow
+from tests.simulation.notices import (
+    Events,
+    HastyDeletions,
+    Redelivery,
+    TaskTokens,
+    TroubleOfTheBus,
+    Webhooks,
+    WebhooksInARow,
+)
 from tests.simulation.scenario import Scenario
 from tests.simulation.unknown import (
     CancelBetween,
@@ -52,6 +60,7 @@ WORLDS: dict[type[Scenario], float] = {
     Upgrade: 0.02,
     WebhooksInARow: 0.02,
     HastyDeletions: 0.02,
+    TroubleOfTheBus: 0.02,
 }
 """The share of the schedules that have each of them."""
 

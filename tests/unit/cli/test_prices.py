@@ -239,8 +239,8 @@ def test_later_price_is_applied_to_what_ended_without_one_and_to_nothing_else(
     free = put(table, clock, claim=False)
     table.end(free, Status.CANCELED, None, clock.now())
     register = UnknownCosts(items)
-    for owner in ("alice", "bob"):
-        register.note("o/m", "No price of o/m is known.", owner, of_alice, clock.now())
+    for later, owner in enumerate(("alice", "bob")):
+        register.note("o/m", "No price of o/m is known.", owner, of_alice, clock.now() + later)
     assert main(["prices", "set", "o/m", "--hardware", "gpu-t4", *ON]) == 0
     before = raw_items(known)["status"]
     day = datetime.fromtimestamp(clock.now(), UTC).date().isoformat()

@@ -165,13 +165,28 @@ def test_unknown_costs_are_recorded_once_an_hour_for_each_reason_and_owner(table
         register.note("o/m", "No price.", "alice", f"id{n}", 1000 + n)
     assert table.writes == 1
     register.note("o/m", "No price.", "bob", "of-bob", 1100)
-    register.note("o/m", "Another reason.", "alice", "other", 1100)
+    register.note("o/m", "Another reason.", "alice", "other", 1101)
     register.note("o/m", "No price.", "alice", "later", 1000 + HOUR_SECONDS)
     assert table.writes == 4
     other, mine = sorted(register.entries(1100), key=lambda each: each.reason)
     assert (mine.key, mine.first_at, mine.last_at, mine.example) == ("o/m", 1000, 1000 + HOUR_SECONDS, "later")
     assert mine.owners == {"alice", "bob"}
     assert (other.reason, other.owners) == ("Another reason.", frozenset({"alice"}))
+
+
+def test_a_process_records_one_unknown_cost_a_second_and_the_others_with_their_next_prediction(
+    table: CountedTable,
+) -> None:
+    register = UnknownCosts(table)
+    for n in range(1000):
+        register.note("o/m", "No price.", f"owner{n}", "id", 1000)
+    assert table.writes == 1
+    for n in range(1000):
+        register.note("o/m", "No price.", "owner7", "id", 1000 + n / 1000)
+    assert table.writes == 1
+    register.note("o/m", "No price.", "owner7", "id", 1001)
+    (entry,) = register.entries(1001)
+    assert entry.owners == {"owner0", "owner7"}
 
 
 def test_record_that_fails_raises_nothing_and_is_made_with_the_next_one(table: CountedTable) -> None:
@@ -202,5 +217,5 @@ class DeafTable(Table):
 def test_memory_of_what_was_recorded_is_bounded() -> None:
     register = UnknownCosts(DeafTable())
     for n in range(2500):
-        register.note(f"o/m{n}", "No price.", "alice", "id", 1000)
+        register.note(f"o/m{n}", "No price.", "alice", "id", 1000 + n)
     assert len(register._noted) <= 1000

@@ -147,7 +147,7 @@ class InputJob(_Job):
             "prediction_id": shown.get("id"),
             **{name: shown.get(name) for name in names},
             "metrics": shown.get("metrics", {}) if shown else None,
-            **({"cost": shown["cost"]} if "cost" in shown else {}),
+            "cost": shown.get("cost"),
             "error": error,
             "urls": _urls(shown),
         }
