@@ -15,7 +15,8 @@ from local.replicate.process import LocalReplicate
 Api = Callable[..., httpx.Client]
 PROMPT_ANSWER = {"success", "prediction_id", "status", "output", "urls", "logs", "error"}
 INPUT_ANSWER = {
-    "prediction_id", "status", "model", "input", "output", "error", "created_at", "completed_at", "urls", "metrics", "cost",
+    "prediction_id", "status", "model", "input", "output", "error", "created_at", "completed_at", "urls", "metrics",
+    "cost",
 }  # fmt: skip
 
 

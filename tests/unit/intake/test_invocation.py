@@ -32,7 +32,8 @@ PROMPT = {"model": MODEL, "prompt": "a fox"}
 INPUT = {"model": MODEL, "input_data": {"prompt": "a fox", "num_outputs": 2}}
 PROMPT_ANSWER = {"success", "prediction_id", "status", "output", "urls", "logs", "error"}
 INPUT_ANSWER = {
-    "prediction_id", "status", "model", "input", "output", "error", "created_at", "completed_at", "urls", "metrics", "cost",
+    "prediction_id", "status", "model", "input", "output", "error", "created_at", "completed_at", "urls", "metrics",
+    "cost",
 }  # fmt: skip
 
 Run = Callable[..., dict[str, Any]]
