@@ -1,4 +1,4 @@
-"""The console: a page of the stack, public and static. What it shows, it reads from the API with the visitor's token."""
+"""The console: a public, static page. What it shows, it reads from the API with its visitor's access token."""
 
 import os
 from collections.abc import Mapping
