@@ -126,7 +126,7 @@ prices: setup ## Write prices.json, which the layer ships, from prices/
 console: setup ## Build the console into functions/serve_console/assets (needs node; CHECK=1: only compare)
 	@$(PYTHON) -m local.console $(if $(CHECK),--check)
 
-console-test: setup ## Test the console in a real browser (needs node; installs Chromium by apt if there is none)
+console-test: setup ## Test the console in a real browser (needs node; installs Chromium by apt if not found)
 	$(call heading,console)
 	@$(PYTHON) -m local.console --check
 	@$(PYTHON) -m local.console_test

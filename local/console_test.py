@@ -40,10 +40,10 @@ def main() -> int:
 
 
 def find_browser() -> str:
-    """Return the path of a Chromium; install Debian's if there is none.
+    """Return the path of a Chromium; install Debian's if not found.
 
     Raises:
-        NoBrowser: There is none, and this user may not install one.
+        NoBrowser: Not found, and this user may not install it.
         subprocess.CalledProcessError: apt failed, and printed the reason.
     """
     if found := os.environ.get("CHROMIUM") or _installed():
