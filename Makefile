@@ -19,7 +19,7 @@ CLOUDS := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 heading = @echo; echo "== $(1)"
 
-.PHONY: help setup demo picture local env send test lint types validate audit docs unit attacks simulation sim scale stack slow faults reliability conformance bench batch lock openapi prices package publish clean
+.PHONY: help setup demo picture local env send test lint types validate audit docs unit attacks simulation sim scale stack slow faults reliability conformance bench batch lock openapi prices console console-test package publish clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -122,6 +122,14 @@ openapi: setup ## Write openapi.json, which the layer ships, from openapi.yaml
 
 prices: setup ## Write prices.json, which the layer ships, from prices/
 	@$(PYTHON) -m local.prices
+
+console: setup ## Build the console into functions/serve_console/assets (needs node; CHECK=1: only compare)
+	@$(PYTHON) -m local.console $(if $(CHECK),--check)
+
+console-test: setup ## Test the console in a real browser (needs node; installs Chromium by apt if not found)
+	$(call heading,console)
+	@$(PYTHON) -m local.console --check
+	@$(PYTHON) -m local.console_test
 
 package: setup ## Build dist/: the stack as a zip that deploys without a build, with SBOM and SHA256SUMS (TAG=v0.1.0: only for that version)
 	$(call heading,package)

@@ -1,6 +1,6 @@
 """Write the lock files: ``python -m local.lock [--upgrade | --check]``, ``make lock``.
 
-Five files, each package with its version and hashes, for every platform and Python that the project runs on; the
+Six files, each package with its version and hashes, for every platform and Python that the project runs on; the
 package index is configured on the machine that installs them. The layer's file holds the project's own dependencies in
 the versions of ``dev.txt``, so that the tested versions are the deployed ones.
 """
@@ -20,6 +20,7 @@ DEV = "requirements/dev.txt"
 EMULATOR = "requirements/emulator.txt"
 AUDIT = "requirements/audit.txt"
 DOCS = "requirements/docs.txt"
+CONSOLE = "requirements/console.txt"
 LAYER = "layers/predictions/requirements.txt"
 HEADER = "# Made by `make lock` from pyproject.toml, whose requirements have this digest: {digest}\n"
 # The X-Ray SDK requires botocore, which comes with the Lambda runtime and would be three quarters of the layer.
@@ -44,7 +45,7 @@ def main() -> int:
 
 
 def lock(checkout: Path, *, upgrade: bool) -> None:
-    """Write the five files, keeping their versions unless they are to be upgraded.
+    """Write the six files, keeping their versions unless they are to be upgraded.
 
     Raises:
         subprocess.CalledProcessError: uv found no compatible versions, and printed the reason.
@@ -55,6 +56,7 @@ def lock(checkout: Path, *, upgrade: bool) -> None:
         EMULATOR: ["--group", "emulator"],
         AUDIT: ["--group", "audit"],
         DOCS: ["--group", "docs"],
+        CONSOLE: ["--group", "console"],
     }
     for name, source in sources.items():
         renew = ["--upgrade"] if upgrade else []
@@ -85,7 +87,7 @@ def check(checkout: Path) -> list[str]:
     """Return the errors in the files, none if they are as `lock` writes them."""
     header = HEADER.format(digest=digest(checkout))
     found = []
-    for name in (DEV, EMULATOR, AUDIT, DOCS, LAYER):
+    for name in (DEV, EMULATOR, AUDIT, DOCS, CONSOLE, LAYER):
         text = (checkout / name).read_text()
         if not text.startswith(header):
             found.append(f"{name} is not up to date with pyproject.toml. Run make lock")

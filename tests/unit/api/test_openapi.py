@@ -252,6 +252,8 @@ def test_what_replicate_does_not_have_is_marked() -> None:
         ("GET", "/objects/{bucket}/{name}"),
         ("HEAD", "/objects/{bucket}/{name}"),
         ("HEAD", "/files/{id}/download"),
+        ("GET", "/console"),
+        ("GET", "/console/{name}"),
         ("POST", "/recipes"),
         ("GET", "/recipes"),
         ("GET", "/recipes/{name}"),

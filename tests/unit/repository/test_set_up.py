@@ -211,7 +211,7 @@ class TestPinned:
 class TestLock:
     @pytest.fixture
     def checkout(self, tmp_path: Path) -> Path:
-        for name in ("pyproject.toml", lock.DEV, lock.EMULATOR, lock.AUDIT, lock.DOCS, lock.LAYER):
+        for name in ("pyproject.toml", lock.DEV, lock.EMULATOR, lock.AUDIT, lock.DOCS, lock.CONSOLE, lock.LAYER):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(CHECKOUT / name, tmp_path / name)
         return tmp_path

@@ -21,7 +21,7 @@ LONGEST = 3200
 RULER = "  # " + "=" * 117
 FUNCTIONS = {
     "Shared": (),
-    "API": ("AuthorizeRequest", "CallReplicate", "StoreFiles", "ServeFiles"),
+    "API": ("AuthorizeRequest", "CallReplicate", "StoreFiles", "ServeFiles", "ServeConsole"),
     "Predictions": (
         "StartPrediction",
         "ReadPrediction",
