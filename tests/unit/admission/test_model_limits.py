@@ -57,7 +57,7 @@ def used() -> dict[str, Any]:
     return {sk: set(item["ids"]["M"]) if "ids" in item else int(item["n"]["N"]) for sk, item in items.items()}
 
 
-NAMED = {
+NAMED: dict[str, dict[str, Any]] = {
     "its name": {"reference": Reference("model", SDXL)},
     "its name in capitals": {"reference": Reference("model", "Stability-AI/SDXL")},
     "its name and version": {"version": f"{SDXL}:{VERSION}"},

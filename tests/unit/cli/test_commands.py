@@ -459,7 +459,7 @@ def test_setting_one_limit_keeps_the_others_and_one_can_be_removed(
     ],
 )
 def test_limit_set_concurrently_is_not_lost(
-    limited: Any, first: str, meanwhile: dict[str, int], left: OwnerLimits
+    limited: Any, first: str, meanwhile: dict[str, Any], left: OwnerLimits
 ) -> None:
     limits = OwnersLimits("predictions", limited)
     limits.set_limits("bob", OwnerLimits(in_flight=2))
@@ -505,10 +505,10 @@ def test_limits_of_a_model_are_set_listed_and_removed(limited: Any, capsys: pyte
     assert "are removed" in run("remove", "bob", *flux).err
     assert limited.scan(TableName="predictions")["Items"] == []
     for wrong in (("a b/c",), ("flux",), ("a/b:" + "0" * 64,), ("a/b", "--open-batches", "3")):
-        assert "model" in run("set", "bob", "--in-flight", "1", "--model", *wrong, code=1).err.lower()
+        assert "model" in run("set", "bob", "--in-flight", "1", "--model", *wrong, code=2).err.lower()
     for bad in ("1001", "-1"):
-        assert f"must be 0 to 1000 (got {bad})" in run("set", "bob", *flux, "--in-flight", bad, code=1).err
-    assert "Give at least one" in run("set", "bob", *flux, code=1).err
+        assert f"must be 0 to 1000 (got {bad})" in run("set", "bob", *flux, "--in-flight", bad, code=2).err
+    assert "Give at least one" in run("set", "bob", *flux, code=2).err
     assert limited.scan(TableName="predictions")["Items"] == []
 
 
@@ -522,7 +522,7 @@ def test_models_with_limits_are_bounded_and_fit_the_context(limited: Any) -> Non
     assert found.models["some-owner/model-0"] == ModelLimits(6, 1000)
     assert OwnerLimits.of_context(found.context()) == found
     assert len(found.context()["models_limit"]) < 4000
-    for n in range(35):
+    for n in range(36):
         limits.set_model_limits("carol", f"{'o' * 60}/{'m' * 40}-{n}", ModelLimits(5))
     with pytest.raises(LimitInvalid, match="4000 characters"):
         limits.set_model_limits("carol", f"{'o' * 100}/{'m' * 100}", ModelLimits(5))
