@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,10 @@ import greenlet
 import httpx
 import pytest
 from predictions.admission.limiter_item import AUTOMATIC, AUTOMATIC_PAUSE_SECONDS, HORIZON_SECONDS, MANUAL
-from predictions.admission.quotas import LimitReached, OwnerLimits, OwnersUsage
+from predictions.admission.quotas import LimitReached, ModelLimits, OwnerLimits, OwnersUsage, _day_attribute
 from predictions.admission.rate_limiter import Limiter
 from predictions.admission.schedule import BURST_SECONDS, AskAgain, Start
+from predictions.aws.dynamodb import serialize
 
 from tests.reliability import Recorded
 from tests.simulation.functions import FunctionFailed
@@ -118,14 +119,28 @@ def status(prediction_id: str, rank: int) -> dict[str, Any]:
     return {"pk": {"S": f"prediction#{prediction_id}"}, "sk": {"S": "status"}, "rank": {"N": str(rank)}}
 
 
+MODEL = "meta/llama"
+
+
 def in_flight(**places: float) -> dict[str, Any]:
     """The item of places in flight, each with its age in seconds."""
     ids = {name: {"N": str(round((NOW - age) * 1000))} for name, age in places.items()}
     return {"pk": {"S": "usage#alice"}, "sk": {"S": "in_flight"}, "ids": {"M": ids}}
 
 
-def day(n: int) -> dict[str, Any]:
-    return {"pk": {"S": "usage#alice"}, "sk": {"S": "day#2025-06-15"}, "n": {"N": str(n)}}
+def of_model(**places: float) -> dict[str, Any]:
+    """The same of a model's places."""
+    return in_flight(**places) | {"sk": {"S": f"in_flight#{MODEL}"}}
+
+
+def day(n: int, of_model: int | None = None) -> dict[str, Any]:
+    item = {"pk": {"S": "usage#alice"}, "sk": {"S": "day#2025-06-15"}, "n": {"N": str(n)}}
+    return item if of_model is None else item | {_day_attribute(MODEL): {"N": str(of_model)}}
+
+
+def model(*limits: int | None, **owner: int) -> OwnerLimits:
+    """Limits in flight and per day of the model, beside those of the owner."""
+    return OwnerLimits(models={MODEL: ModelLimits(*limits)}, **owner)
 
 
 PLACES: dict[str, tuple[OwnerLimits, list[dict[str, Any]], int]] = {
@@ -147,6 +162,21 @@ PLACES: dict[str, tuple[OwnerLimits, list[dict[str, Any]], int]] = {
     "the day is full, the ended one's place is free": (
         OwnerLimits(in_flight=1, per_day=1), [in_flight(ended=1), status("ended", 9), day(1)], 0,
     ),
+    "a model's only place": (model(1), [], 1),
+    "a model's place, the owner has more": (model(1, in_flight=2), [], 1),
+    "the owner's place, its model has more": (model(2, in_flight=1), [], 1),
+    "both are full": (model(1, in_flight=1), [of_model(a=1), in_flight(a=1), status("a", 2)], 0),
+    "the model is full": (model(1, in_flight=3), [of_model(a=1), in_flight(a=1), status("a", 2)], 0),
+    "the owner is full of others": (model(1, in_flight=1), [in_flight(a=1), status("a", 2)], 0),
+    "one of the model has ended": (model(1, in_flight=2), [of_model(a=1), in_flight(a=1), status("a", 9)], 1),
+    "one of the model never came to be": (model(1), [of_model(gone=121)], 1),
+    "one of the model may come to be": (model(1), [of_model(coming=119)], 0),
+    "a model's last of the day": (model(None, 5, per_day=9), [day(6, 4)], 1),
+    "the day's last of all models": (model(None, 5, per_day=6), [day(5, 1)], 1),
+    "a model's day is full": (model(2, 5, per_day=9), [day(6, 5)], 0),
+    "a model's day is full, not the owner's": (model(None, 1), [day(1, 1)], 0),
+    "the model is not allowed": (model(0, 0), [], 0),
+    "all four limits": (model(2, 1, in_flight=1, per_day=2), [], 1),
 }  # fmt: skip
 """Limits, what is there before, and how many of two starters may start."""
 
@@ -169,7 +199,7 @@ def meet(
         # Each in a process of its own.
         usage = OwnersUsage("predictions", clients("dynamodb"), now=lambda: NOW)
         try:
-            usage.acquire_slot("alice", prediction_id, limits)
+            usage.acquire_slot("alice", prediction_id, limits, MODEL)
         except LimitReached:
             return
         passed.append(prediction_id)
@@ -185,6 +215,23 @@ def used(table: Table) -> tuple[set[str], int]:
     return set(places), int(days["N"])
 
 
+def used_of_model(table: Table) -> tuple[set[str], int]:
+    places = table.items.get(("usage#alice", f"in_flight#{MODEL}"), {}).get("ids", {}).get("M", {})
+    days = table.items.get(("usage#alice", "day#2025-06-15"), {}).get(_day_attribute(MODEL), {"N": "0"})
+    return set(places), int(days["N"])
+
+
+def check_model(table: Table, limits: OwnerLimits, case: str, passed: list[str]) -> None:
+    """What is used of a model's limits is what has passed, and never more than there is."""
+    of_it = limits.models.get(MODEL, ModelLimits())
+    places, n = used_of_model(table)
+    if of_it.in_flight is not None:
+        assert set(passed) <= places
+        assert len(places) <= max(of_it.in_flight, sum("#meta" in each["sk"]["S"] for each in PLACES[case][1]))
+    if of_it.per_day is not None:
+        assert len(passed) <= n <= of_it.per_day
+
+
 @pytest.mark.parametrize("case", PLACES)
 def test_two_starters_in_any_order_of_their_calls_never_pass_a_limit(clients: Clients, case: str) -> None:
     limits, _, allowed = PLACES[case]
@@ -193,16 +240,22 @@ def test_two_starters_in_any_order_of_their_calls_never_pass_a_limit(clients: Cl
         turns, passed, table = meet(clients, case, order)
         assert len(passed) <= allowed, turns.taken
         # With both limits, one that gives its place back may have kept the other one from it: too few, never too many.
-        assert passed or not allowed or (limits.in_flight and limits.per_day), turns.taken
+        assert passed or not allowed or (limits.in_flight and limits.per_day) or limits.models, turns.taken
         places, n = used(table)
         if limits.in_flight is not None:
             assert set(passed) <= places
             assert len(places) <= max(limits.in_flight, len(PLACES[case][1]))
         if limits.per_day is not None:
             assert len(passed) <= n <= max(limits.per_day, 0)
+        check_model(table, limits, case, passed)
+        if not allowed:  # what a refused one has taken, it has given back
+            before = {each["sk"]["S"]: each for each in PLACES[case][1]}
+            names = {name for each in before.values() for name in each.get("ids", {}).get("M", {})}
+            assert used(table)[0] | used_of_model(table)[0] <= names, turns.taken
         return turns
 
-    assert every_order(play) >= 2 or not (limits.in_flight or limits.per_day)
+    of_it = limits.models.get(MODEL, ModelLimits())
+    assert every_order(play) >= 2 or not (limits.in_flight or limits.per_day or of_it.in_flight or of_it.per_day)
 
 
 @pytest.mark.parametrize("case", PLACES)
@@ -233,6 +286,7 @@ def test_starter_that_dies_at_any_call_passes_no_limit_and_gives_its_place_back(
             assert len(passed) <= allowed, turns.taken
             if limits.per_day is not None:
                 assert len(passed) <= counted <= limits.per_day
+            check_model(table, limits, case, passed)
             return turns
 
         every_order(play)
@@ -246,7 +300,7 @@ def test_starter_that_dies_at_any_call_passes_no_limit_and_gives_its_place_back(
         later = OwnersUsage("predictions", clients("dynamodb"), now=lambda: NOW + 121)
 
         def start_later() -> None:
-            later.acquire_slot("alice", "later", limits)
+            later.acquire_slot("alice", "later", limits, MODEL)
 
         turns.run([start_later])
         assert "later" in used(table)[0]
@@ -368,6 +422,11 @@ class Meeting(World):
         if limits:
             item: dict[str, Any] = {"pk": {"S": "owner#alice"}, "sk": {"S": "limits"}}
             given = {"in_flight": limits.in_flight, "per_day": limits.per_day}
+            if limits.models:
+                models = {
+                    name: {n: v for n, v in asdict(of).items() if v is not None} for name, of in limits.models.items()
+                }
+                item |= serialize({"models": models})
             self.table.call("PutItem", {"Item": item | {n: {"N": str(v)} for n, v in given.items() if v is not None}})
 
     def _plan_run(self) -> dict[str, Any]:
@@ -493,6 +552,9 @@ LIMITS = {
     "four a day": OwnerLimits(per_day=4),
     "two in flight, five a day": OwnerLimits(in_flight=2, per_day=5),
     "none": OwnerLimits(in_flight=0),
+    "one of the model in flight": model(1),
+    "one of the model in flight, two of all": model(1, in_flight=2),
+    "two of the model in flight, four a day": model(2, 4, in_flight=3, per_day=9),
 }
 
 
@@ -519,12 +581,15 @@ def test_owner_never_passes_a_limit_by_any_door(
         told = f"seed {seed}: {world.most_at_once} at once, {len(runs)} in all"
         assert limits.in_flight is None or world.most_at_once <= limits.in_flight, told
         assert limits.per_day is None or len(runs) <= limits.per_day, told
+        of_it = limits.models.get(MODEL, ModelLimits())  # all of them are of this model
+        assert of_it.in_flight is None or world.most_at_once <= of_it.in_flight, told
+        assert of_it.per_day is None or len(runs) <= of_it.per_day, told
         assert len({run.our_id for run in runs}) == len(runs), told
         started += len(runs)
         executions = [each for machine in world.tracking for each in machine.executions.values()]
         waits = sum(execution.states.count("WaitForTurn") for execution in executions)
         kept_out += world.answers[429] + waits
-        if over and limits.in_flight and limits.per_day is None:
+        if over and (limits.in_flight or of_it.in_flight) and (limits.per_day, of_it.per_day) == (None, None):
             # Everything has ended: its places are free again.
             world.answers.clear()
             assert all(run.over for run in runs), told
@@ -532,6 +597,27 @@ def test_owner_never_passes_a_limit_by_any_door(
             assert world.answers[201] == 1, (told, world.answers)
     assert (started > 0) == (name != "none")
     assert kept_out > 0
+
+
+@pytest.mark.parametrize(
+    "slots", [f"in_flight#{MODEL}", "in_flight"], ids=["of the model", "of the owner, as the model's were"]
+)
+def test_slot_that_is_not_given_back_is_noticed(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch, slots: str
+) -> None:
+    """A sabotage: what has ended keeps its slot in one of the two limits."""
+    release = OwnersUsage._release
+
+    def keeps(self: OwnersUsage, of: Any, owner: str, taken: Any) -> None:
+        if of.sk != slots:
+            release(self, of, owner, taken)
+
+    monkeypatch.setattr(OwnersUsage, "_release", keeps)
+    world = meeting(simulation, 7, faults=False, limits=model(1, in_flight=1))
+    assert world.play([partial(world.post, 1, 0.0)])
+    world.answers.clear()
+    world.play([partial(world.post, 2, 600.0, 3)])
+    assert world.answers == {429: 3}
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -113,7 +113,11 @@ class Watched:
         self.page.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))
         self.page.on("request", lambda request: self.addresses.append(request.url))
         self.page.on("response", lambda response: self._look(response.status, response.url))
-        self.page.on("dialog", lambda dialog: (self.wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        self.page.on("dialog", self._dismiss)
+
+    def _dismiss(self, dialog: Any) -> None:
+        self.wrong.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
 
     def _look(self, status: int, url: str) -> None:
         if status >= 500:

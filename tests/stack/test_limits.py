@@ -256,3 +256,25 @@ def test_owner_over_a_limit_is_told_which_and_goes_on_when_one_has_ended(
     stack.wait(lambda: "2 predictions per day" in erin.post("/predictions", json=SLEEPER).json().get("detail", ""), 10)
     stack.run("limits", "remove", "erin")
     assert "erin" not in stack.run("limits", "list")
+
+
+def test_owner_over_a_models_limit_starts_another_model_and_goes_on_when_one_has_ended(
+    stack: Stack, api: Callable[..., httpx.Client]
+) -> None:
+    stack.run("limits", "set", "frank", "--model", "local/sleeper", "--in-flight", "1", "--per-day", "2")
+    frank = api("frank")
+    body = {"version": "local/sleeper", "input": {"seconds": 60}}
+    first = frank.post("/predictions", json=body)
+    assert first.status_code == 201
+    refused = frank.post("/predictions", json=body)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+    assert "1 predictions of local/sleeper in flight" in refused.json()["detail"]
+    other = frank.post("/predictions", json={"version": "local/resizer", "input": {}})
+    assert other.status_code != 429, other.text
+    queued = stack.queue(f"model-{time.time()}", "frank")
+    frank.post(f"/predictions/{first.json()['id']}/cancel").raise_for_status()
+    assert stack.ended(queued) == "succeeded"
+    full = frank.post("/predictions", json=SLEEPER)
+    assert "2 predictions of local/sleeper per day" in full.json()["detail"]
+    stack.run("limits", "remove", "frank", "--model", "local/sleeper")
+    assert "frank" not in stack.run("limits", "list")

@@ -36,7 +36,7 @@ def places() -> dict[str, Any]:
     return {sk: set(item["ids"]["M"]) if sk == "in_flight" else int(item["n"]["N"]) for sk, item in items.items()}
 
 
-def give(**limits: int) -> None:
+def give(**limits: Any) -> None:
     OwnersLimits("predictions", clients.client("dynamodb")).set_limits("alice", OwnerLimits(**limits))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import botocore.session
 import pytest
-from predictions.admission.quotas import OwnerLimits, OwnersLimits
+from predictions.admission.quotas import LimitInvalid, ModelLimits, OwnerLimits, OwnersLimits
 from predictions.admission.rate_limiter import Limiter
 from predictions.api.access_tokens import AccessTokens
 from predictions.aws.dead_letter_queue import DeadLetterQueue
@@ -459,7 +459,7 @@ def test_setting_one_limit_keeps_the_others_and_one_can_be_removed(
     ],
 )
 def test_limit_set_concurrently_is_not_lost(
-    limited: Any, first: str, meanwhile: dict[str, int], left: OwnerLimits
+    limited: Any, first: str, meanwhile: dict[str, Any], left: OwnerLimits
 ) -> None:
     limits = OwnersLimits("predictions", limited)
     limits.set_limits("bob", OwnerLimits(in_flight=2))
@@ -478,6 +478,67 @@ def test_limit_set_concurrently_is_not_lost(
     else:
         limits.remove_limits("bob", ["in_flight"])
     assert limits.limits_of("bob") == left
+
+
+def test_limits_of_a_model_are_set_listed_and_removed(limited: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*argv: str, code: int = 0) -> Any:
+        assert main(["limits", *argv, "--stack", "demo", "--region", REGION]) == code
+        return capsys.readouterr()
+
+    flux = ("--model", "black-forest-labs/flux-schnell")
+    run("set", "bob", *flux, "--in-flight", "5")
+    run("set", "bob", "--per-day", "9")
+    said = run("set", "bob", "--model", "Black-Forest-Labs/FLUX-schnell", "--per-day", "1000").err
+    assert "9 per day" in said
+    assert "5 in flight of black-forest-labs/flux-schnell and 1000 per day of black-forest-labs/flux-schnell" in said
+    (listed,) = json.loads(run("list", "--json").out)
+    assert listed["models"] == {"black-forest-labs/flux-schnell": {"in_flight": 5, "per_day": 1000}}
+    assert [line.split() for line in run("list").out.splitlines()[1:]] == [
+        ["bob", "-", "9", "100", "500"],
+        ["bob", "black-forest-labs/flux-schnell", "5", "1000"],
+    ]
+    assert "1000 per day of" in run("remove", "bob", *flux, "--in-flight").err
+    run("remove", "bob", "--per-day")
+    limits = OwnersLimits("predictions", limited)
+    assert limits.limits_of("bob").models == {"black-forest-labs/flux-schnell": ModelLimits(per_day=1000)}
+    assert "are removed" in run("remove", "bob", *flux).err
+    assert "are removed" in run("remove", "bob", *flux).err
+    assert limited.scan(TableName="predictions")["Items"] == []
+    for wrong in (("a b/c",), ("flux",), ("a/b:" + "0" * 64,), ("a/b", "--open-batches", "3")):
+        assert "model" in run("set", "bob", "--in-flight", "1", "--model", *wrong, code=2).err.lower()
+    for bad in ("1001", "-1"):
+        assert f"must be 0 to 1000 (got {bad})" in run("set", "bob", *flux, "--in-flight", bad, code=2).err
+    assert "Give at least one" in run("set", "bob", *flux, code=2).err
+    assert limited.scan(TableName="predictions")["Items"] == []
+
+
+def test_models_with_limits_are_bounded_and_fit_the_context(limited: Any) -> None:
+    limits = OwnersLimits("predictions", limited)
+    for n in range(50):
+        limits.set_model_limits("bob", f"some-owner/model-{n}", ModelLimits(5, 1000))
+    with pytest.raises(LimitInvalid, match="50 models at most"):
+        limits.set_model_limits("bob", "one/more", ModelLimits(1))
+    found = limits.set_model_limits("bob", "some-owner/model-0", ModelLimits(6))
+    assert found.models["some-owner/model-0"] == ModelLimits(6, 1000)
+    assert OwnerLimits.of_context(found.context()) == found
+    assert len(found.context()["models_limit"]) < 4000
+    for n in range(36):
+        limits.set_model_limits("carol", f"{'o' * 60}/{'m' * 40}-{n}", ModelLimits(5))
+    with pytest.raises(LimitInvalid, match="4000 characters"):
+        limits.set_model_limits("carol", f"{'o' * 100}/{'m' * 100}", ModelLimits(5))
+
+
+def test_limit_of_another_model_set_concurrently_is_not_lost(limited: Any) -> None:
+    limits = OwnersLimits("predictions", limited)
+    others = iter([("a/b", ModelLimits(1)), ("e/f", ModelLimits(2))])
+
+    def other_call(**_: Any) -> None:
+        if other := next(others, None):
+            limits.set_model_limits("bob", *other)
+
+    limited.meta.events.register("before-call.dynamodb.UpdateItem", other_call)
+    limits.set_model_limits("bob", "c/d", ModelLimits(3))
+    assert limits.limits_of("bob").models == {"a/b": ModelLimits(1), "c/d": ModelLimits(3), "e/f": ModelLimits(2)}
 
 
 # -- webhooks ------------------------------------------------------------------------------------------------------

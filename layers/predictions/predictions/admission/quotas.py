@@ -7,7 +7,11 @@ over HTTP reads nothing more. An owner without limits costs nothing. What an own
     in_flight           `ids`: a map of the predictions in flight, and when each began, in milliseconds since 1970
     open_batches        the same of batches that have not ended
     open_pipelines      the same of pipelines
-    day#YYYY-MM-DD      `n`: how many predictions began on that day (UTC)
+    in_flight#{model}   the same as `in_flight`, of a model that has a limit of its own
+    day#YYYY-MM-DD      `n`: how many predictions began on that day (UTC); `model_{hash}`: of them, those of a model
+
+Limits of one model (`owner/name`, in lower case) are in the map `models` of the owner's limits. A model's name is part
+of a key or a value, never of an expression.
 
 A start acquires a slot in both by conditional writes, before anything else is written: two concurrent starts never get
 the same slot. A finish does not release its slot: when the map is full, finished ones are looked up and removed, so
@@ -15,10 +19,11 @@ that a finish costs no write. A crash in between counts too much for two minutes
 """
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -44,6 +49,13 @@ OPEN_BATCHES_DEFAULT = 100
 OPEN_PIPELINES_DEFAULT = 500
 """How many pipelines, likewise."""
 
+MODELS_MAX = 50
+"""How many models of an owner may have limits: the authorizer passes all of them on with each request."""
+
+MODELS_CONTEXT_CHARACTERS = 4000
+"""How long the limits of an owner's models may be as the authorizer's context. API Gateway takes 10,240 bytes of
+headers and context. https://docs.aws.amazon.com/apigateway/latest/developerguide/limits.html"""
+
 # A slot without a prediction is released after this time: a function may have crashed between the two writes.
 _MISSING_MS = 120_000
 # A process does not scan a full map again before this time.
@@ -52,6 +64,9 @@ _CACHE_SECONDS = 60
 _RETRY_SECONDS = 10
 _OPEN_RETRY_SECONDS = 60
 _CHUNK = 50
+
+# Tries of a change of a model's limits, while other calls change them.
+_CHANGE_TRIES = 10
 
 # Under this name the index `by_owner` lists the owners that have limits; no owner's name holds a `#`.
 _LIST = "#limits"
@@ -85,11 +100,36 @@ class Slot:
         began: When it was added to those in flight, in milliseconds since 1970; None where it was not, or was before.
         day: The day it was counted in, as in the item's key; None where it was not counted.
         n: How many that day had then.
+        model: The model whose limits apply to it; None for none.
+        model_began: As `began`, in the model's map.
+        model_n: How many of the model that day had then; 0 where they are not counted.
     """
 
     began: int | None = None
     day: str | None = None
     n: int = 0
+    model: str | None = None
+    model_began: int | None = None
+    model_n: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """An owner's limits of one model; None is no limit of that kind. They apply beside those of the owner.
+
+    Attributes:
+        in_flight: How many predictions and trainings of the model there may be at once.
+        per_day: How many may be started in a day (UTC).
+    """
+
+    in_flight: int | None = None
+    per_day: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.in_flight is not None or self.per_day is not None
+
+
+_NO_MODEL = ModelLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +141,7 @@ class OwnerLimits:
         per_day: How many may be started in a day (UTC).
         open_batches: How many batches that have not ended there may be at once.
         open_pipelines: How many pipelines, likewise.
+        models: The limits of single models, by `owner/name` in lower case.
         budget_day: Its budget of a day in micro-dollars, beside its limits so that no start reads more (see
             `money.budgets`).
         budget_month: Its budget of a month.
@@ -114,20 +155,23 @@ class OwnerLimits:
     budget_day: int | None = None
     budget_month: int | None = None
     budget_unknown: int | None = None
+    models: Mapping[str, ModelLimits] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return any(getattr(self, name) is not None for name in LIMIT_NAMES)
+        return bool(self.models) or any(getattr(self, name) is not None for name in LIMIT_NAMES)
 
     def context(self) -> dict[str, str]:
         """Return the limits as the authorizer's context; API Gateway takes texts."""
         found = {f"{name}_limit": getattr(self, name) for name in (*LIMIT_NAMES, *BUDGET_NAMES)}
-        return {name: str(limit) for name, limit in found.items() if limit is not None}
+        texts = {name: str(limit) for name, limit in found.items() if limit is not None}
+        return texts | ({"models_limit": _models_text(self.models)} if self.models else {})
 
     @classmethod
     def of_context(cls, context: Mapping[str, Any]) -> "OwnerLimits":
         """Read what `context` returned."""
         found = {name: context.get(f"{name}_limit") for name in (*LIMIT_NAMES, *BUDGET_NAMES)}
-        return cls(**{name: int(limit) for name, limit in found.items() if limit})
+        models = _models_of_text(context.get("models_limit") or "")
+        return cls(**{name: int(limit) for name, limit in found.items() if limit}, models=models)
 
     def open_allowed(self, kind: Kind) -> int | None:
         """Return how many batches or pipelines may be open, or None without any limit."""
@@ -138,11 +182,27 @@ class OwnerLimits:
         return default if given is None else given
 
 
+def _models_text(models: Mapping[str, ModelLimits]) -> str:
+    """Return limits of models as one text: `owner/name:5:1000`, an absent limit empty, separated by commas."""
+
+    def text(limit: int | None) -> str:
+        return "" if limit is None else str(limit)
+
+    return ",".join(f"{name}:{text(each.in_flight)}:{text(each.per_day)}" for name, each in models.items())
+
+
+def _models_of_text(text: str) -> dict[str, ModelLimits]:
+    parts = (each.split(":") for each in text.split(",") if each)
+    return {name: ModelLimits(*(int(limit) if limit else None for limit in limits)) for name, *limits in parts}
+
+
 LIMIT_NAMES = ("in_flight", "per_day", "open_batches", "open_pipelines")
 """The limits, by their attributes."""
 
 BUDGET_NAMES = ("budget_day", "budget_month", "budget_unknown")
 """The owner's budget, likewise; an owner with a budget alone has no limits."""
+
+_MODEL_LIMIT_NAMES = ("in_flight", "per_day")
 
 
 class _Slots(NamedTuple):
@@ -182,6 +242,16 @@ _OPEN: Mapping[Kind, _Slots] = {
         _OPEN_RETRY_SECONDS,
     ),
 }
+
+
+def _in_flight_of(model: str) -> _Slots:
+    return _Slots(
+        f"in_flight#{model}",
+        "prediction#",
+        f"Owner {{owner}} has reached its limit of {{limit}} predictions of {model} in flight. Retry when one of them"
+        " finishes, or use another model.",
+        _RETRY_SECONDS,
+    )
 
 
 def refusal_of(reached: LimitReached) -> Problem:
@@ -228,6 +298,72 @@ class OwnersLimits:
             changed[name] = limit
         return _limits_of(self._table.update_item(_limits_key(owner), set=changed))
 
+    def set_model_limits(self, owner: str, model: str, limits: ModelLimits) -> OwnerLimits:
+        """Set the given limits of one model for an owner; all others stay as they are.
+
+        Returns:
+            All limits of the owner after it.
+
+        Raises:
+            LimitInvalid: Nothing was written.
+        """
+        if not limits:
+            raise LimitInvalid("Give at least one of --in-flight, --per-day; `limits remove` takes limits away.")
+        changed: dict[str, int] = {}
+        for name, most in zip(_MODEL_LIMIT_NAMES, (IN_FLIGHT_MAX, PER_DAY_MAX), strict=True):
+            limit = getattr(limits, name)
+            if limit is None:
+                continue
+            if not 0 <= limit <= most:
+                raise LimitInvalid(f"--{name.replace('_', '-')} must be 0 to {most} (got {limit}).")
+            changed[name] = limit
+        return self._change_model(owner, model, lambda before: before | changed)
+
+    def remove_model_limits(self, owner: str, model: str, names: Collection[str] = ()) -> OwnerLimits:
+        """Remove limits of one model for an owner: the named ones, or both. Idempotent.
+
+        Returns:
+            The limits that are left.
+        """
+        gone = names or _MODEL_LIMIT_NAMES
+        left = self._change_model(
+            owner, model, lambda before: {name: limit for name, limit in before.items() if name not in gone}
+        )
+        # An item without a limit would stay listed.
+        return left or self.remove_limits(owner, ("models",))
+
+    def _change_model(self, owner: str, model: str, change: Callable[[dict[str, int]], dict[str, int]]) -> OwnerLimits:
+        """Change a model's limits on condition that no other call has changed those of any model meanwhile."""
+        key, model = _limits_key(owner), model.lower()
+        for _ in range(_CHANGE_TRIES):
+            item = self._table.get_item(key) or {}
+            before: dict[str, dict[str, int]] = item.get("models", {})
+            after = {name: limits for name, limits in before.items() if name != model}
+            if limits := change(before.get(model, {})):
+                after[model] = limits
+            if after == before:
+                return _limits_of(item)
+            if len(after) > max(MODELS_MAX, len(before)):
+                raise LimitInvalid(f"An owner may have limits of {MODELS_MAX} models at most: remove one first.")
+            whole = _limits_of({"models": after})
+            if len(after) > len(before) and len(_models_text(whole.models)) > MODELS_CONTEXT_CHARACTERS:
+                raise LimitInvalid(
+                    f"The limits of an owner's models may have {MODELS_CONTEXT_CHARACTERS} characters in all, names"
+                    f" included (got {len(_models_text(whole.models))}): remove one first."
+                )
+            unchanged = Condition("models = :before", before=before)
+            try:
+                written = self._table.update_item(
+                    key,
+                    set={"owner": _LIST, "listed_at": owner} | ({"models": after} if after else {}),
+                    remove=() if after else ("models",),
+                    condition=unchanged if before else Condition("attribute_not_exists(models)"),
+                )
+            except ConditionFailed:
+                continue
+            return _limits_of(written)
+        raise LimitInvalid(f"The limits of {owner} are being changed by others: try again.")
+
     def remove_limits(self, owner: str, names: Collection[str] = ()) -> OwnerLimits:
         """Remove limits of an owner. Idempotent.
 
@@ -240,11 +376,11 @@ class OwnersLimits:
         """
         key = _limits_key(owner)
         with contextlib.suppress(ConditionFailed):
-            left = _limits_of(self._table.update_item(key, remove=names or LIMIT_NAMES, condition=PRESENT))
+            left = _limits_of(self._table.update_item(key, remove=names or (*LIMIT_NAMES, "models"), condition=PRESENT))
             if left:
                 return left
         # If the function crashes before this, the item without a limit counts as no item.
-        nothing = " AND ".join(f"attribute_not_exists({name})" for name in (*LIMIT_NAMES, *BUDGET_NAMES))
+        nothing = " AND ".join(f"attribute_not_exists({name})" for name in (*LIMIT_NAMES, *BUDGET_NAMES, "models"))
         try:
             self._table.delete_item(key, Condition(nothing))
         except ConditionFailed:  # another call has just set one, or the owner has a budget
@@ -295,10 +431,17 @@ class OwnersUsage:
             known = self._known[owner] = (self._now() + _CACHE_SECONDS, self._limits.limits_of(owner))
         return known[1]
 
-    def acquire_slot(self, owner: str, prediction_id: str, limits: OwnerLimits) -> Slot:
+    def acquire_slot(self, owner: str, prediction_id: str, limits: OwnerLimits, model: str | None = None) -> Slot:
         """Acquire a slot in flight, and one of the day, for a prediction about to start.
 
-        Twice, it has one slot in flight, and two of the day.
+        Where its model has limits of its own, it acquires the same in those, first: a prediction that waits for its
+        model takes no slot that one of another model could use. Twice, it has one slot in flight, and two of the day.
+
+        Args:
+            owner: The owner.
+            prediction_id: The prediction.
+            limits: The owner's limits.
+            model: Its model, `owner/name`, if it is known.
 
         Returns:
             The slot.
@@ -307,16 +450,26 @@ class OwnersUsage:
             LimitReached: One of the limits is used up.
         """
         began = round(self._now() * 1000)
-        limit = limits.in_flight
-        added = limit is not None and self._add(_IN_FLIGHT, owner, prediction_id, limit, began)
-        now = self._now()  # the day that is full must be the one whose end the error names
-        day = rfc3339(now)[:10]
-        n = 0
-        if limits.per_day is not None and not (n := self._count_in_day(owner, limits.per_day, day, now)):
-            if added:
-                self._release(_IN_FLIGHT, owner, {prediction_id: began})
-            raise _day_is_full(owner, limits.per_day, now)
-        return Slot(began if added else None, day if n else None, n)
+        named = (model or "").lower()
+        of_model = limits.models.get(named, _NO_MODEL)
+        slot = Slot(model=named if of_model else None)
+        if of_model.in_flight is not None and self._add(
+            _in_flight_of(named), owner, prediction_id, of_model.in_flight, began
+        ):
+            slot = replace(slot, model_began=began)
+        try:
+            if limits.in_flight is not None and self._add(_IN_FLIGHT, owner, prediction_id, limits.in_flight, began):
+                slot = replace(slot, began=began)
+            return self._count_in_day(owner, limits.per_day, of_model.per_day, slot)
+        except LimitReached:
+            self._release_in_flight(owner, prediction_id, slot)
+            raise
+
+    def _release_in_flight(self, owner: str, prediction_id: str, slot: Slot) -> None:
+        if slot.began is not None:
+            self._release(_IN_FLIGHT, owner, {prediction_id: slot.began})
+        if slot.model and slot.model_began is not None:
+            self._release(_in_flight_of(slot.model), owner, {prediction_id: slot.model_began})
 
     def release_slot(self, owner: str, prediction_id: str, slot: Slot) -> None:
         """Release what `acquire_slot` took, for a prediction that is not started.
@@ -324,16 +477,17 @@ class OwnersUsage:
         A count of the day is given back only while it is the latest one: where another was counted meanwhile, or this
         write was made before and its response lost, the day stays as it is. So it may count too much, never too little.
         """
-        if slot.began is not None:
-            self._release(_IN_FLIGHT, owner, {prediction_id: slot.began})
+        self._release_in_flight(owner, prediction_id, slot)
         if slot.day is None:
             return
         latest = Condition("n = :n", n=slot.n)
         not_yet = Condition("attribute_not_exists(given_back) OR given_back <> :id", id=prediction_id)
+        # Each count of a model counts in `n` too, so that the model's is the latest one if `n` is.
+        of_model = {_day_attribute(slot.model): slot.model_n - 1} if slot.model and slot.model_n else {}
         with contextlib.suppress(ConditionFailed):
             self._table.update_item(
                 _usage_key(owner, f"day#{slot.day}"),
-                set={"n": slot.n - 1, "given_back": prediction_id},
+                set={"n": slot.n - 1, "given_back": prediction_id, **of_model},
                 condition=latest & not_yet,
             )
 
@@ -437,20 +591,40 @@ class OwnersUsage:
                 _usage_key(owner, slots.sk), remove=[f"ids.{id_}" for id_ in taken], condition=unchanged
             )
 
-    def _count_in_day(self, owner: str, limit: int, day: str, now: float) -> int:
-        """Acquire a slot of the day; return how many are used, or 0 if it is full."""
+    def _count_in_day(self, owner: str, limit: int | None, model_limit: int | None, slot: Slot) -> Slot:
+        """Acquire a slot of the day, in the owner's limit and in its model's, by one write.
+
+        Raises:
+            LimitReached: One of them is used up; nothing was counted.
+        """
+        if limit is None and model_limit is None:
+            return slot
+        now = self._now()  # the day that is full must be the one whose end the error names
+        day = rfc3339(now)[:10]
+        model = slot.model or ""
+        of_model = _day_attribute(model)
         if limit == 0:
-            return 0
+            raise _day_is_full(owner, limit, now)
+        if model_limit == 0:
+            raise _day_is_full(owner, model_limit, now, model)
+        rooms = []
+        if limit is not None:
+            rooms.append(Condition("attribute_not_exists(n) OR n < :limit", limit=limit))
+        if model_limit is not None:
+            free = f"attribute_not_exists({of_model}) OR {of_model} < :model_limit"
+            rooms.append(Condition(free, model_limit=model_limit))
         try:
             counted = self._table.update_item(
                 _usage_key(owner, f"day#{day}"),
-                add={"n": 1},
+                add={"n": 1} if model_limit is None else {"n": 1, of_model: 1},
                 set={"expires_at": int(now) + 2 * 86400},
-                condition=Condition("attribute_not_exists(n) OR n < :limit", limit=limit),
+                condition=rooms[0] if len(rooms) == 1 else rooms[0] & rooms[1],
             )
-        except ConditionFailed:
-            return 0
-        return int(counted["n"])
+        except ConditionFailed as failed:
+            if limit is not None and (failed.item or {}).get("n", 0) >= limit:
+                raise _day_is_full(owner, limit, now) from None
+            raise _day_is_full(owner, model_limit or 0, now, model) from None
+        return replace(slot, day=day, n=int(counted["n"]), model_n=int(counted[of_model]) if model_limit else 0)
 
 
 def _is_finished(status: Mapping[str, Any]) -> bool:
@@ -460,10 +634,17 @@ def _is_finished(status: Mapping[str, Any]) -> bool:
     return bool(status["rank"] >= TERMINAL_RANK) if "rank" in status else "open" not in status
 
 
-def _day_is_full(owner: str, limit: int, now: float) -> LimitReached:
+def _day_attribute(model: str) -> str:
+    """Return the attribute that counts a model in a day's item: 64 bits of the hash, since names have `/` and `.`."""
+    return f"model_{hashlib.sha256(model.encode()).hexdigest()[:16]}"
+
+
+def _day_is_full(owner: str, limit: int, now: float, model: str = "") -> LimitReached:
     midnight = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+    of_model = f" of {model}" if model else ""
     return LimitReached(
-        f"Owner {owner} has reached its limit of {limit} predictions per day. Retry after {rfc3339(midnight)}.",
+        f"Owner {owner} has reached its limit of {limit} predictions{of_model} per day. Retry after"
+        f" {rfc3339(midnight)}{', or use another model' if model else ''}.",
         int(midnight.timestamp() - now) + 1,
     )
 
@@ -473,7 +654,11 @@ def _day_sk(now: float) -> str:
 
 
 def _limits_of(item: Mapping[str, Any]) -> OwnerLimits:
-    return OwnerLimits(**{name: item[name] for name in (*LIMIT_NAMES, *BUDGET_NAMES) if name in item})
+    models = {
+        model: ModelLimits(**{name: limits[name] for name in _MODEL_LIMIT_NAMES if name in limits})
+        for model, limits in item.get("models", {}).items()
+    }
+    return OwnerLimits(**{name: item[name] for name in (*LIMIT_NAMES, *BUDGET_NAMES) if name in item}, models=models)
 
 
 def _limits_key(owner: str) -> Key:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -16,16 +17,22 @@ from predictions.admission.quotas import (
     OPEN_PIPELINES_DEFAULT,
     PER_DAY_MAX,
     LimitInvalid,
+    ModelLimits,
     OwnerLimits,
     OwnersLimits,
 )
 from predictions.admission.rate_limiter import MAX_START_DELAY_SECONDS, Limiter
 from predictions.cli.stack import JsonList, JsonObject, NotDone, Stack, command, group, print_table, second
 from predictions.ids import is_owner
+from predictions.upstream.client import is_model_path
 
 app = group()
 limits = group("Limit the predictions, batches and pipelines of owners.")
 
+_Model = Annotated[
+    str | None,
+    typer.Option(metavar="OWNER/NAME", help="A model: the limits of its predictions alone, in flight and per day."),
+]
 _Owner = Annotated[str, typer.Argument(metavar="OWNER", help="The owner.")]
 
 
@@ -108,13 +115,19 @@ def set_limits(
         int | None,
         typer.Option(help=f"Maximum number of open pipelines, 0 to {OPEN_MAX} (default: {OPEN_PIPELINES_DEFAULT})."),
     ] = None,
+    model: _Model = None,
 ) -> None:
-    """Set limits of an owner.
+    """Set limits of an owner, or with --model of its predictions of one model.
 
     Limits that are not named stay as they are.
     """
-    given = OwnerLimits(in_flight, per_day, open_batches, open_pipelines)
-    whole = _owners_limits(stack).set_limits(_checked(owner), given)
+    limits_of = _owners_limits(stack)
+    if model is None:
+        given = OwnerLimits(in_flight, per_day, open_batches, open_pipelines)
+        whole = limits_of.set_limits(_checked(owner), given)
+    else:
+        named = _checked_model(model, open_batches is not None or open_pipelines is not None)
+        whole = limits_of.set_model_limits(_checked(owner), named, ModelLimits(in_flight, per_day))
     print(f"The limits of {owner} are {_limits_text(whole)}, within a minute.", file=sys.stderr)
 
 
@@ -123,17 +136,18 @@ def list_limits(stack: Stack, as_json: JsonList = False) -> None:
     """List the owners that have limits."""
     found = list(_owners_limits(stack).list_limits())
     if as_json:
-        print(
-            json.dumps(
-                [{"owner": owner, **{name: getattr(each, name) for name in LIMIT_NAMES}} for owner, each in found],
-                indent=2,
-            )
-        )
+        names = (*LIMIT_NAMES, "models")
+        listed = [{"owner": owner, **{name: asdict(each)[name] for name in names}} for owner, each in found]
+        # An owner without limits of models is listed as by earlier releases.
+        print(json.dumps([{k: v for k, v in each.items() if k != "models" or v} for each in listed], indent=2))
         return
-    texts = [
-        (owner, *("-" if limit is None else str(limit) for limit in (each.in_flight, each.per_day, *_open(each))))
-        for owner, each in found
-    ]
+    texts = []
+    for owner, each in found:
+        texts.append((owner, *map(_cell, (each.in_flight, each.per_day, *_open(each)))))
+        texts += [
+            (f"{owner} {model}", _cell(of_model.in_flight), _cell(of_model.per_day), "", "")
+            for model, of_model in sorted(each.models.items())
+        ]
     print_table(("OWNER", "IN FLIGHT", "PER DAY", "OPEN BATCHES", "OPEN PIPELINES"), texts)
 
 
@@ -145,10 +159,18 @@ def remove_limits(
     per_day: Annotated[bool, typer.Option("--per-day", help="Remove only this limit.")] = False,
     open_batches: Annotated[bool, typer.Option("--open-batches", help="Remove only this limit.")] = False,
     open_pipelines: Annotated[bool, typer.Option("--open-pipelines", help="Remove only this limit.")] = False,
+    model: _Model = None,
 ) -> None:
-    """Remove limits of an owner: the named ones, or all of them."""
-    named = zip(LIMIT_NAMES, (in_flight, per_day, open_batches, open_pipelines), strict=True)
-    left = _owners_limits(stack).remove_limits(_checked(owner), [name for name, chosen in named if chosen])
+    """Remove limits of an owner, or with --model of one model: the named ones, or all of them."""
+    chosen = zip(LIMIT_NAMES, (in_flight, per_day, open_batches, open_pipelines), strict=True)
+    names = [name for name, is_chosen in chosen if is_chosen]
+    limits_of = _owners_limits(stack)
+    if model is None:
+        left = limits_of.remove_limits(_checked(owner), names)
+    else:
+        left = limits_of.remove_model_limits(
+            _checked(owner), _checked_model(model, open_batches or open_pipelines), names
+        )
     now = f"are {_limits_text(left)}" if left else "are removed"
     print(f"The limits of {owner} {now}, within a minute.", file=sys.stderr)
 
@@ -161,12 +183,32 @@ def _limits_text(given: OwnerLimits) -> str:
         (batches, "open batches"),
         (pipelines, "open pipelines"),
     )
-    *first, last = (f"{limit} {name}" for limit, name in named if limit is not None)
+    *first, last = (
+        *(f"{limit} {name}" for limit, name in named if limit is not None),
+        *(
+            f"{limit} {name} of {model}"
+            for model, each in sorted(given.models.items())
+            for limit, name in ((each.in_flight, "in flight"), (each.per_day, "per day"))
+            if limit is not None
+        ),
+    )
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def _open(given: OwnerLimits) -> tuple[int | None, int | None]:
     return given.open_allowed("batch"), given.open_allowed("pipeline")
+
+
+def _cell(limit: int | None) -> str:
+    return "-" if limit is None else str(limit)
+
+
+def _checked_model(model: str, has_other_limits: bool) -> str:
+    if has_other_limits:
+        raise LimitInvalid("A model has limits of --in-flight and --per-day only: set the others without --model.")
+    if not is_model_path(model):
+        raise LimitInvalid(f"The model {model[:64]!r} must be `owner/name`, without a version.")
+    return model
 
 
 def _checked(owner: str) -> str:

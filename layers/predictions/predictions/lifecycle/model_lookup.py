@@ -64,6 +64,8 @@ class ModelSchemas:
         self._now = now
         self._schemas: dict[str, tuple[float, InputSchema | None]] = {}
         self._releases: dict[str, tuple[float, tuple[str, str] | None]] = {}
+        # Models by version, as far as they were found.
+        self._names: dict[str, str] = {}
         # Versions of an unknown model, and the time until which that is believed.
         self._nameless: dict[str, float] = {}
 
@@ -104,6 +106,15 @@ class ModelSchemas:
         except (ClientError, BotoCoreError) as error:
             logger.warning("model of a version not noted", version=version, reason=_reason(error))
 
+    def model_of_version(self, version: str) -> str | None:
+        """Return the model of a version that `of_version` has found, or None if it is unknown."""
+        return self._names.get(version)
+
+    def model_of_deployment(self, name: str) -> str | None:
+        """Return the model that a deployment runs, if `of_deployment` has found it."""
+        release = self._releases.get(name, (0, None))[1]
+        return release[0] if release else None
+
     def of_deployment(self, name: str) -> "InputSchema | None":
         """Return the schema of the version that the deployment `owner/name` runs, or None."""
         remembered = self._releases.get(name)
@@ -121,6 +132,8 @@ class ModelSchemas:
 
     def _find(self, name: str | None, version: str) -> "InputSchema | None":
         kept = self._stored.get_schema(version, self._now())
+        if known := name or (kept.model if kept else None):
+            _remember(self._names, version, known)
         if kept and kept.text == _UNUSABLE:
             return None
         if kept and kept.text is not None:
@@ -265,6 +278,21 @@ class ModelLookup:
         if reference.kind == "deployment":
             return FoundModel(version, self._schemas.of_deployment(name))
         return FoundModel(version, self._schemas.of_version(reference.name, version or ""))
+
+    def model_of(self, reference: "Reference") -> str | None:
+        """Return the model `owner/name` that a reference runs, or None if it is unknown.
+
+        A version without a name, or a deployment, is looked up as for the check of its input; `find` then uses the same
+        result. Its model is unknown if inputs are not checked, or Replicate has not shown it yet.
+        """
+        if reference.kind != "deployment" and reference.name:
+            return reference.name
+        if self._schemas is None:
+            return None
+        self.find(reference)
+        if reference.kind == "deployment":
+            return self._schemas.model_of_deployment(reference.name or "")
+        return self._schemas.model_of_version(reference.version or "")
 
     def _model(self, name: str) -> "FoundModel":
         cached = self._models.get(name)

@@ -264,7 +264,8 @@ class StartPrediction:
 
     def _acquire_slot(self, intent: Intent, limits: OwnerLimits) -> Slot:
         try:
-            return self._usage.acquire_slot(intent.owner, intent.id, limits)
+            model = self._lookup.model_of(intent.reference) if limits.models else None
+            return self._usage.acquire_slot(intent.owner, intent.id, limits, model)
         except LimitReached as reached:
             raise refusal_of(reached) from None
 

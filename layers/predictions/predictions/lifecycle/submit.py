@@ -249,7 +249,8 @@ class SubmitPrediction:
         if not limits:
             return False
         try:
-            self._usage.acquire_slot(prediction.owner, prediction.id, limits)
+            model = self._lookup.model_of(_reference(prediction)) if limits.models else None
+            self._usage.acquire_slot(prediction.owner, prediction.id, limits, model)
         except LimitReached as reached:
             least, most = _OWN_LIMIT_WAITS
             seconds = max(reached.seconds, min(most, max(least, (int(self._now()) - prediction.created) // 4)))
