@@ -219,7 +219,7 @@ class TestReserved:
 
 
 class TestSettled:
-    def start(self, submissions: Submissions, table: PredictionsTable, **limits: int) -> Prediction:
+    def start(self, submissions: Submissions, table: PredictionsTable, **limits: Any) -> Prediction:
         return submissions.start(wanted(), limits=OwnerLimits(**(limits or {"budget_day": 10**6})))
 
     @pytest.mark.parametrize(
