@@ -22,7 +22,7 @@ heading = @echo; echo "== $(1)"
 .PHONY: help setup demo picture local env send test lint types validate audit docs unit attacks simulation sim scale stack slow faults reliability conformance bench batch lock openapi prices console console-test package publish clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Create the environments (.venv and .local/emulator); quick if nothing changed
 	@python3 local/set_up.py

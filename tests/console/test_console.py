@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.console.conftest import ROOT, SIZES, Stack, Watched
+from tests.console.browser import ROOT, SIZES, Stack, Watched
 
 AXE = (ROOT / "console" / "node_modules" / "axe-core" / "axe.min.js").read_text()
 RECIPE = {"model": "local/painter", "input": {"prompt": "{{ object.key }}"}}

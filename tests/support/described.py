@@ -154,8 +154,9 @@ def check_answer(event: dict[str, Any], answer: dict[str, Any]) -> None:
     if "content" not in response:
         assert not answer.get("body")
         return
-    ((media_type, content),) = response["content"].items()
-    assert headers["Content-Type"].partition(";")[0] == media_type
+    media_type = headers["Content-Type"].partition(";")[0]
+    assert media_type in response["content"]
+    schema = response["content"][media_type]["schema"]
     if status.startswith("2") and FORWARDED in operation["summary"]:
         return  # made up by the test
-    assert complaints(content["schema"], json.loads(answer["body"])) == []
+    assert complaints(schema, json.loads(answer["body"]) if media_type.endswith("json") else answer["body"]) == []

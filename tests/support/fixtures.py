@@ -49,6 +49,7 @@ ENVIRONMENT = {
     "POLL_PREDICTION_FUNCTION_NAME": "poll-prediction",
     "WEBHOOK_MASTER_SECRET_ARN": "webhook-master",
     "LINK_SECRET_ARN": "link-secret",
+    "FILE_HOSTS": "https://outputs.s3.us-east-1.amazonaws.com https://inputs.s3.us-east-1.amazonaws.com",
     "SOURCE_BUCKET_NAME": "source",
     "DELIVERIES_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/deliveries",
     "DELIVERIES_DEAD_LETTER_QUEUE_URL": "https://sqs.us-east-1.amazonaws.com/123456789012/dead-deliveries",

@@ -46,20 +46,30 @@ STEP = create_model(
     "StepBody", __config__=STRICT, name=(str, Field(max_length=256)), model=NAMED, version=NAMED, deployment=NAMED,
     input=OBJECT, for_each=(str | list[Any] | None, None), lifetime=LIFETIME,
 )  # fmt: skip
+ANYTHING = (Any, None)
+GROUP: dict[str, Any] = {
+    "labels": OPTIONAL_OBJECT,
+    "webhook": (str | None, Field(None, max_length=2048)),
+    "webhook_events_filter": (list[Literal["completed"]] | None, Field(None, min_length=1, max_length=1)),
+}
 PREDICTION: dict[str, Any] = {
     "input": OBJECT, "version": NAMED, "webhook": TEXT, "webhook_completed": TEXT, "webhook_events_filter": EVENTS,
     "stream": (bool | None, None), "lifetime": LIFETIME,
 }  # fmt: skip
 JOB: dict[str, Any] = {"model": (str, Field(min_length=1, max_length=256)), "idempotency_key": TEXT}
+JOB |= {"labels": ANYTHING, "traceparent": ANYTHING}
 
 MODELS: dict[type[Body], type[BaseModel]] = {
     PredictionBody: model(PredictionBody, **PREDICTION),
-    RequestBody: model(RequestBody, **PREDICTION, model=NAMED, deployment=NAMED, idempotency_key=TEXT),
+    RequestBody: model(
+        RequestBody, **PREDICTION, model=NAMED, deployment=NAMED, idempotency_key=TEXT, labels=ANYTHING,
+        traceparent=ANYTHING,
+    ),
     TrainingBody: model(TrainingBody, destination=(str, ...), input=OBJECT, webhook=TEXT, webhook_events_filter=EVENTS),
     BatchBody: model(
         BatchBody, **LIMITS, requests=(list[Any] | None, None), manifest=(str | None, Field(None, max_length=1200)),
         format=(Literal["jsonl", "csv"] | None, None), template=OPTIONAL_OBJECT,
-        recipe=(str | None, Field(None, max_length=63)),
+        recipe=(str | None, Field(None, max_length=63)), **GROUP,
     ),
     RecipeBody: model(
         RecipeBody, name=(str | None, Field(None, pattern="^[a-z0-9][a-z0-9-]{0,62}$")), model=NAMED, version=NAMED,
@@ -67,10 +77,10 @@ MODELS: dict[type[Body], type[BaseModel]] = {
         webhook_events_filter=EVENTS, lifetime=LIFETIME, output_prefix=(str | None, Field(None, max_length=512)),
         s3=(S3 | None, None), pattern=OPTIONAL_OBJECT, bus=(Literal["default", "stack"] | None, None),
         schedule=(SCHEDULE | None, None),
-        batches=(create_model("BatchLimits", __config__=STRICT, **LIMITS) | None, None),
+        batches=(create_model("BatchLimits", __config__=STRICT, **LIMITS) | None, None), labels=OPTIONAL_OBJECT,
     ),
     PipelineBody: model(
-        PipelineBody, input=(dict[str, Any], {}), steps=(list[STEP], Field(min_length=1, max_length=50)),
+        PipelineBody, input=(dict[str, Any], {}), steps=(list[STEP], Field(min_length=1, max_length=50)), **GROUP,
     ),
     PromptJob: model(PromptJob, **JOB, prompt=(str, Field(min_length=1)), webhook_url=TEXT),
     InputJob: model(

@@ -212,6 +212,7 @@ def test_commands_are_these() -> None:
         "tokens create", "tokens list", "tokens revoke", "limits set", "limits list", "limits remove",
         "pause", "resume", "status", "urls keys", "kept", "doctor",
         "prices set", "prices remove", "prices list", "prices check", "prices apply",
+        "budgets set", "budgets list", "budgets remove", "usage",
     }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def needing(expression: str) -> dict[str, Any]:
         ({"steps": [step(f"s{n}") for n in range(STEPS_LIMIT + 1)]}, ["steps"]),
         ({"steps": "all"}, ["steps"]),
         ({"steps": ["image"]}, ["steps.0"]),
-        ({"steps": [step()], "webhook": "https://example.com"}, ["webhook"]),
+        ({"steps": [step()], "webhook_completed": "https://example.com"}, ["webhook_completed"]),
         ({"steps": [step()], "input": []}, ["input"]),
         ({"steps": [step(webhook="https://example.com")]}, ["steps.0.webhook"]),
         ({"steps": [step(idempotency_key="a")]}, ["steps.0.idempotency_key"]),

@@ -704,7 +704,7 @@ class TestMemory:
         each = step("each", {"n": "{{ index }}"}, for_each=["a"])
         pipeline_id = world.create(each, step("many", {"x": "{{ item }}"}, for_each="{{ steps.each.output[0] }}"))
         world.deliver()
-        world.end(pipeline_id, "each", ["a"])
+        world.end(pipeline_id, "each", ["a" * 3000])  # no small one, which would be in its status item
         self.note_length(world, pipeline_id, 0, GATHERED_LIMIT_BYTES + 1)
         assert world.turn(pipeline_id).done
         assert world.sent() == []

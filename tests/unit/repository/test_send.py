@@ -35,6 +35,7 @@ KINDS = {
     "read_prediction": Call,
     "read_predictions": Call,
     "receive_webhook": Call,
+    "serve_console": Call,
     "serve_files": Call,
     "start_prediction": Call,
     "store_files": Call,

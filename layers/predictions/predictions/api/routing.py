@@ -49,6 +49,14 @@ class Request:
         return {name.lower(): value for name, value in headers.items() if value is not None}
 
     @property
+    def origin(self) -> str | None:
+        """Return the header `Origin`, of a repeated one its first value."""
+        many: Mapping[str, list[str]] = self.event.get("multiValueHeaders") or {}
+        last: Mapping[str, str] = self.headers
+        origins = next((values for name, values in many.items() if name.lower() == "origin"), None)
+        return origins[0] if origins else last.get("origin")
+
+    @property
     def owner_context(self) -> Mapping[str, Any]:
         """Return what the authorizer said of the caller; empty on a public route."""
         return self.event["requestContext"].get("authorizer") or {}
@@ -190,9 +198,9 @@ class Router:
         if path.startswith(f"{self._base_path}/"):
             path = path.removeprefix(self._base_path)
         # `$` and `/*` of Powertools' routes: slashes and a line end behind the path do not count.
-        static = self._static.get((method, path.removesuffix("\n").rstrip("/")))
-        if static is not None:
-            return static()
+        static = method, path.removesuffix("\n").rstrip("/")
+        if static in self._static:
+            return self._static[static]()
         for wanted, names, function in self._dynamic:
             if method == wanted and (found := names.match(path)):
                 return function(**found.groupdict())
@@ -202,7 +210,7 @@ class Router:
         return self._not_found(request)
 
     def _cors(self, request: Request) -> dict[str, str]:
-        asked = _origin_of(request)
+        asked = request.origin
         if not self._origin or (asked != self._origin and (self._origin != "*" or asked is None)):
             return {}
         return {
@@ -211,9 +219,3 @@ class Router:
             "Access-Control-Expose-Headers": ",".join(self._exposed_headers),
             "Access-Control-Max-Age": "600",
         }
-
-
-def _origin_of(request: Request) -> str | None:
-    many: Mapping[str, list[str]] = request.event.get("multiValueHeaders") or {}
-    origins = next((values for name, values in many.items() if name.lower() == "origin"), None)
-    return origins[0] if origins else request.headers.get("origin")
