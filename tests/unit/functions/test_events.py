@@ -475,7 +475,8 @@ def items() -> list[Any]:
 def test_an_answered_sample_is_answered(run: Run, started: None, function: str, case: str) -> None:
     answer = run(function, sample(function, case))
     assert answer["statusCode"] == ANSWERED[function, case], answer["body"]
-    assert isinstance(json.loads(answer["body"]), dict)
+    # The console's are held against its files: test_serve_console.py.
+    assert function == "serve_console" or isinstance(json.loads(answer["body"]), dict)
 
 
 @pytest.mark.parametrize(("function", "case"), sorted(FORWARDED), ids=names(FORWARDED))

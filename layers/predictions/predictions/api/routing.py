@@ -151,7 +151,7 @@ class Router:
             for method in methods:
                 if "<" in rule:
                     names = re.sub(r"<(\w+)>", lambda name: f"(?P<{name[1]}>{_NAME})", rule)
-                    self._dynamic.append((method, re.compile(f"{names}/*$"), function))
+                    self._dynamic.append((method, re.compile(f"^{names}/*$"), function))
                 else:
                     self._static[method, rule] = function
             return function
@@ -202,7 +202,7 @@ class Router:
         if static in self._static:
             return self._static[static]()
         for wanted, names, function in self._dynamic:
-            if method == wanted and (found := names.match(path)):
+            if method == wanted and (found := names.search(path)):
                 return function(**found.groupdict())
         if method == "OPTIONS" and self._origin:
             methods = {"OPTIONS", *(method for method, _ in self._static), *(method for method, _, _ in self._dynamic)}
