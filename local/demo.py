@@ -14,10 +14,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
+from predictions.aws.dynamodb import Table
+from predictions.money.stored import StackPrices
 
 from local.cloud import LocalCloud, Upstream, local_directory
 from local.terminal import Terminal
@@ -58,6 +61,10 @@ FAILURE_LIVE = Task(
     "One that fails (it is given a page for a picture)", "nightmareai/real-esrgan",
     {"image": "https://www.example.com/"}, "failed",
 )  # fmt: skip
+
+PRICED = ("local/painter", "local/etcher")
+DOLLARS_A_SECOND = "0.000225"
+"""What Replicate bills for a second on an Nvidia T4."""
 
 DROPPED = Task("A file that is dropped into a bucket", "local/etcher", {"image": "{{ object.url }}"}, "succeeded")
 
@@ -100,6 +107,8 @@ def demonstrate(
     with LocalCloud(parameters=parameters, upstream=upstream, say=terminal.step) as cloud:
         headers = {"Authorization": f"Bearer {cloud.stack.access_token}"}
         with httpx.Client(base_url=cloud.stack.api_url, headers=headers, timeout=30, trust_env=False) as api:
+            if not live:
+                _set_prices(cloud)
             runs = [
                 _Run(cloud, api, terminal, task, live=live, verbose=verbose)
                 for task in ((PICTURE_LIVE, FAILURE_LIVE) if live else (PICTURE, FAILURE))
@@ -122,6 +131,14 @@ def conclude(terminal: Terminal, picture: Path) -> None:
     """Write the last lines: that everything was checked, and a link to the picture, which terminals open."""
     terminal.succeed("all lines were checked")
     terminal.write(f"  {picture.as_uri()}")
+
+
+def _set_prices(cloud: LocalCloud) -> None:
+    """Give the stand-in's models a price, as `replicate-serverless prices set` does."""
+    tier = {"prices": {"predict_time": DOLLARS_A_SECOND}}
+    entry = {"date": datetime.now(UTC).date().isoformat(), "source": "https://replicate.com/pricing", "tiers": [tier]}
+    prices = StackPrices(Table(cloud.stack.table_name, cloud.client("dynamodb")))
+    prices.write_entries(lambda _: dict.fromkeys(PRICED, entry))
 
 
 @dataclass
@@ -164,12 +181,26 @@ class _Run:
         else:
             _check(prediction["error"], "it failed without an error")
             self._event("error", prediction["error"])
+        self._tell_cost(prediction)
         if not self.live:
             created = self._creates()
             _check(created == 1, f"it was created {created} times upstream")
         if self.verbose:
             time.sleep(_STREAM_SECONDS)
             self._figures(prediction, seconds, self.cloud.invocations() - ran_before)
+
+    def _tell_cost(self, prediction: Mapping[str, Any]) -> None:
+        """Tell what Replicate bills, which is known for a model with a price."""
+        cost, metrics = prediction["cost"], prediction["metrics"]
+        micro_dollars, seconds = cost["micro_dollars"], metrics.get("predict_time")
+        if micro_dollars is None:
+            self._event("cost", f"unknown: {cost['reason']}")
+            return
+        if self.task.model in PRICED:
+            billed = round(seconds * float(DOLLARS_A_SECOND) * 10**6)
+            _check(abs(micro_dollars - billed) <= 1, f"its cost is {micro_dollars} micro-dollars, not {billed}")
+        how = cost["reason"] or f"{seconds:.3f} s, by the price {cost['price']}"
+        self._event("cost", f"${micro_dollars / 10**6:.6f}: {how}")
 
     def _event(self, name: str, text: str) -> None:
         self.terminal.event(name, text, time.monotonic() - self._began)
