@@ -319,7 +319,8 @@ def test_every_route_that_names_a_thing_answers_its_owner_and_nobody_else(stack:
     # Whatever else has a name in its path is Replicate's, or public.
     for method, resource in ROUTES.keys() - named:
         folder = ROUTES[method, resource]["folder"]
-        assert "{" not in resource or folder in ("call_replicate", "start_prediction", "receive_webhook", "serve_files")
+        others = ("call_replicate", "start_prediction", "receive_webhook", "serve_files", "serve_console")
+        assert "{" not in resource or folder in others
     for method, resource in sorted(named, key=lambda route: ("GET", "PUT", "POST", "DELETE").index(route[0])):
         kind = KINDS["/" + resource.split("/")[1]]
         path = re.sub(r"\{\w+\}", alice.ids[kind][0], resource)
@@ -347,6 +348,10 @@ def test_strangers_and_tokens_without_the_scope_are_refused_at_every_route(stack
                 calls += 1
                 if not route["public"]:
                     assert answer["statusCode"] in statuses, (name, method, resource, answer)
+                elif resource == "/console":
+                    # The page is the same for everybody.
+                    assert answer["statusCode"] == 200, (name, method, resource, answer)
+                    assert alice.canary not in json.dumps(answer)
                 else:
                     assert answer["statusCode"] in (401, 404, 302), (name, method, resource, answer)
         assert stack.table.items == before, (method, resource)
@@ -362,6 +367,7 @@ def test_every_route_needs_its_scope(stack: Stack, town: Town) -> None:
     assert several == {
         ("POST", training): ("train", "manage"),
         ("POST", "/trainings/{id}/cancel"): ("predict", "train", "manage"),
+        ("GET", "/usage"): ("read", "manage"),
     }
     assert scopes["GET", "/webhooks/default/secret"] == ("predict",), "`read` forges no webhook"
     refused = allowed = 0
@@ -380,7 +386,7 @@ def test_every_route_needs_its_scope(stack: Stack, town: Town) -> None:
                 assert stack.table.items == before
                 refused += 1
     with_token = sum(bool(needed) for needed in scopes.values())
-    assert (refused, allowed) == (with_token * 3 - 3, with_token + 3)
+    assert (refused, allowed) == (with_token * 3 - 4, with_token + 4)
 
 
 def test_same_key_of_two_owners_is_two_predictions(stack: Stack, town: Town) -> None:
