@@ -227,6 +227,7 @@ class ToldBatches(Batches):
     """Batches with labels, whose owners ask for a webhook at their completion; receivers of several kinds."""
 
     name = "batches with webhooks"
+    alone: ClassVar[bool] = True  # other batches would have the same keys
     foci: ClassVar[tuple[str, ...]] = (
         "finish_batch", "publish_changes", "deliver_webhook", "sqs.SendMessage", "sqs.ChangeMessageVisibility",
     )  # fmt: skip
