@@ -36,6 +36,7 @@ TRIED = {
 PARSE_NONE = {
     "authorize_request": "reads a token's item",
     "give_secret": "reads a secret of this stack",
+    "serve_console": "answers with files of its own",
     "serve_files": "reads a link's query and answers with a redirect",
     "store_files": "keeps the bytes of a form and parses none of its files",
     "call_replicate": "parses answers of at most 5,500,000 bytes, which `read_json` weighs first",

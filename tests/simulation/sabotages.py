@@ -99,7 +99,7 @@ from tests.simulation.unknown import (
     UnknownCreates,
 )
 from tests.simulation.upgrades import Upgrade
-from tests.simulation.watchers import Watchers
+from tests.simulation.watchers import BusyWatchers, Watchers
 from tests.simulation.worlds import worlds_of
 
 Sabotage = Callable[[], AbstractContextManager[Any]]
@@ -595,7 +595,7 @@ ONLY_IN: dict[str, type[Scenario]] = {
     "a training is looked for among predictions": Trainings,
     "the end of a batch is told to nobody": ToldBatches,
     "a batch keeps its labels to itself": ToldBatches,
-    "a GET asks Replicate each time": Watchers,
+    "a GET asks Replicate each time": BusyWatchers,
     "a GET shows what Replicate says": Watchers,
     "a budget is not given back": Budgets,
     "a budget is settled twice": Budgets,

@@ -22,6 +22,7 @@ class Watchers(Scenario):
 
     name = "watchers"
     foci: ClassVar[tuple[str, ...]] = ("read_prediction", "read_prediction", "dynamodb.UpdateItem")
+    waits: ClassVar[tuple[float, ...]] = (0.3, 0.5, 1.0, 7.0)
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -51,7 +52,7 @@ class Watchers(Scenario):
         world = self.world
         last: dict[str, Any] = {"status": "starting", "logs": ""}
         for _ in range(_LOOKS):
-            world.scheduler.sleep(self.rng.choice((0.3, 0.5, 1.0, 7.0)))
+            world.scheduler.sleep(self.rng.choice(self.waits))
             if wanted.accepted_id in (None, "nothing"):
                 continue
             path = f"/{wanted.collection}/{wanted.accepted_id}"
@@ -86,3 +87,15 @@ class Watchers(Scenario):
     def figures(self) -> dict[str, int]:
         """Answers, and reads."""
         return {**self._counted, "reads of Replicate": sum(map(len, self._reads.values()))}
+
+
+class BusyWatchers(Watchers):
+    """All of them look several times a second, at a prediction that runs for a while."""
+
+    name = "busy watchers"
+    waits: ClassVar[tuple[float, ...]] = (0.2, 0.3)
+
+    def plan(self, run: Run, plan: dict[str, Any]) -> None:
+        """It runs for longer than they look."""
+        super().plan(run, plan)
+        plan["run_seconds"] = 30.0

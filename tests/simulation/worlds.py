@@ -29,7 +29,7 @@ from tests.simulation.unknown import (
     UnknownCreates,
 )
 from tests.simulation.upgrades import Upgrade
-from tests.simulation.watchers import Watchers
+from tests.simulation.watchers import BusyWatchers, Watchers
 
 WORLDS: dict[type[Scenario], float] = {
     Events: 0.06,
@@ -64,6 +64,7 @@ WORLDS: dict[type[Scenario], float] = {
     TroubleOfTheBus: 0.02,
     ToldBatches: 0.008,
     Budgets: 0.006,
+    BusyWatchers: 0.01,
 }
 """The share of the schedules that have each of them."""
 

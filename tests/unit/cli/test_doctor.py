@@ -116,6 +116,10 @@ def secret(asked: dict[str, Any]) -> dict[str, Any]:
     return {"SecretString": json.dumps(document) if asked["SecretId"] == "arn:signing" else "r8_token"}
 
 
+def cors(*methods: str) -> dict[str, Any]:
+    return {"CORSRules": [{"AllowedOrigins": ["*"], "AllowedMethods": list(methods)}]}
+
+
 def recovery(status: str) -> dict[str, Any]:
     described = {"PointInTimeRecoveryDescription": {"PointInTimeRecoveryStatus": status}}
     return {"ContinuousBackupsDescription": described}
@@ -169,7 +173,9 @@ HEALTHY: dict[str, Any] = {
     },
     "GetBucketPolicy": {"Policy": json.dumps({"Statement": [{"Sid": "TlsOnly", "Effect": "Deny"}]})},
     "GetBucketLifecycleConfiguration": lambda asked: {"Rules": bucket_of(asked)},
-    "GetBucketCors": AwsError("NoSuchCORSConfiguration"),
+    "GetBucketCors": lambda asked: cors(
+        "GET", "HEAD", *(("PUT",) if asked["Bucket"] == "physical-InputsBucket" else ())
+    ),
     "GetBucketNotificationConfiguration": lambda asked: (
         {"EventBridgeConfiguration": {}} if asked["Bucket"] == "physical-InputsBucket" else {}
     ),
@@ -324,7 +330,6 @@ def concurrency(total: int, free: int | None = None) -> dict[str, Any]:
 
 KEY = "arn:aws:kms:eu-central-1:123456789012:key/11111111-2222-3333-4444-555555555555"
 OWN_KEY = stack_with(parameters={"KmsKeyArn": KEY})
-WITH_ORIGIN = stack_with(parameters={"CorsOrigin": "https://app.example.com"})
 FAULTS: list[tuple[str, str, dict[str, Any]]] = [
     ("functions", "no functions", {"ListStackResources": {"StackResourceSummaries": []}}),
     ("event-sources", "no event sources", {"ListStackResources": {"StackResourceSummaries": []}}),
@@ -371,10 +376,8 @@ FAULTS: list[tuple[str, str, dict[str, Any]]] = [
     ("inputs-bucket.lifecycle", "expire-files", {
         "GetBucketLifecycleConfiguration": {"Rules": [INPUTS[0], days("expire-files", "", 1), ABORT]}
     }),
-    ("inputs-bucket.cors", "off instead of https://app.example.com GET PUT", {"DescribeStacks": WITH_ORIGIN}),
-    ("outputs-bucket.cors", "* GET instead of off", {
-        "GetBucketCors": {"CORSRules": [{"AllowedOrigins": ["*"], "AllowedMethods": ["GET"]}]}
-    }),
+    ("inputs-bucket.cors", "off instead of * GET HEAD PUT", {"GetBucketCors": AwsError("NoSuchCORSConfiguration")}),
+    ("outputs-bucket.cors", "* GET instead of * GET HEAD", {"GetBucketCors": lambda _: cors("GET")}),
     ("inputs-bucket.events", "off", {"GetBucketNotificationConfiguration": {}}),
     ("outputs-bucket.events", "results can start", {
         "GetBucketNotificationConfiguration": {"EventBridgeConfiguration": {}}

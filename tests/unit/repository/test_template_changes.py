@@ -429,7 +429,7 @@ BUDGETS = {
     Change(
         "PublishChangesFunctionRole",
         "grants added",
-        ("0dff5654f2", "ae71f4af2f", "d08479ef06", "f2947d3772", "f39ccbfe80"),
+        ("0dff5654f2", "ae71f4af2f", "d08479ef06", "f39ccbfe80"),
     ),
 }
 # The consumer of the stream counts usage if it is asked to; GET /usage reads the counters.
